@@ -1,0 +1,55 @@
+"""One way to feed a batch to a network, shared by training and recording."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError
+from .net import tensor_of
+
+
+def batches(loader: Any, device: torch.device, channels_last: bool = False) -> Iterator[tuple[Any, Tensor]]:
+    """The `(inputs, target)` pairs of a loader, on `device`; 4-d inputs in channels-last memory order where asked.
+
+    Raises:
+        InputError: a batch that is no `(inputs, target)` pair, or a target that is no tensor.
+    """
+
+    def place(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            value = value.to(device, non_blocking=True)
+            return value.contiguous(memory_format=torch.channels_last) if channels_last and value.dim() == 4 else value
+        if isinstance(value, Mapping):
+            return {key: place(entry) for key, entry in value.items()}
+        if isinstance(value, (tuple, list)):
+            return tuple(place(entry) for entry in value)
+        return value
+
+    for batch in loader:
+        if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor)):
+            got = f"{type(batch).__name__} of {[type(entry).__name__ for entry in batch]}" if batch else repr(batch)
+            raise InputError(
+                f"every batch must be (inputs, target) with a tensor as target; got a {got}: "
+                "wrap the loader, or give the data set a collate_fn, so that it yields such pairs"
+            )
+        yield place(batch[0]), batch[1].to(device, non_blocking=True)
+
+
+def exits_of(net: nn.Module, inputs: Any) -> tuple[Tensor, ...]:
+    """Every exit's output for one batch, earliest first; a network with a single output has one exit.
+
+    Args:
+        net: a `BranchyNet`, or any module that gives a tensor, a tuple of tensors (its exits), or an object with ``.logits``.
+        inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+    """
+    if isinstance(inputs, Mapping):
+        value = net(**inputs)
+    elif isinstance(inputs, tuple):
+        value = net(*inputs)
+    else:
+        value = net(inputs)
+    if isinstance(value, (tuple, list)) and value and all(isinstance(entry, Tensor) for entry in value):
+        return tuple(value)
+    return (tensor_of(value, "the network"),)

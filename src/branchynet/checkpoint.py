@@ -1,0 +1,191 @@
+"""Weights and the state of a training on disk: safetensors and JSON, never pickle.
+
+A run folder holds ``training.safetensors`` (weights, optimizer and progress: the one truth for resuming) and, derived from
+it, ``checkpoint.safetensors`` (the weights alone, for users) and ``train.csv``.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .errors import FileError, InputError
+from .files import replacing
+from .history import EpochRow, History
+
+_KEY = "branchynet"  # the metadata entry that marks a training.safetensors
+
+
+def save_weights(net: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a network's parameters and buffers as safetensors, whole or not at all. Raises `FileError`."""
+    _write(path, net.state_dict(), {"format": "pt"})
+
+
+def load_weights(net: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Read what `save_weights` wrote into `net`, in place.
+
+    A backbone's own file loads into ``net.backbone``.
+
+    Raises:
+        FileError: the file is missing, truncated or foreign, or holds another architecture's weights: the first tensor
+            that differs is named with both shapes, and `net` stays as it was.
+    """
+    _load_into(net, _read(path)[0], path)
+
+
+class RunFolder:
+    """The three files of a training: see the module's page.
+
+    Args:
+        path: the folder; made where missing.
+        settings: what makes a training the same training, as JSON values.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        self.settings = json.loads(json.dumps(settings))  # as it will read back: tuples become lists
+
+    @property
+    def training(self) -> Path:
+        """Where the state for resuming is."""
+        return self.path / "training.safetensors"
+
+    def save(self, net: nn.Module, optimizer: Optimizer, rows: list[EpochRow], progress: Mapping[str, Any]) -> None:
+        """Write the state after the last of `rows`; a kill at any moment leaves this state or the one before.
+
+        Raises:
+            FileError: disk full, no permission.
+            InputError: the optimizer's state does not fit in tensors and JSON.
+        """
+        state = optimizer.state_dict()
+        tensors = {f"weights.{name}": value for name, value in net.state_dict().items()}
+        numbers: dict[str, dict[str, Any]] = {}
+        for index, entries in state["state"].items():
+            for name, value in entries.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer.{index}.{name}"] = value
+                else:
+                    numbers.setdefault(str(index), {})[name] = value
+        header = {
+            "settings": self.settings,
+            "rows": [row.flat() for row in rows],
+            "groups": state["param_groups"],
+            "numbers": numbers,
+            "progress": dict(progress),
+        }
+        try:
+            metadata = {"format": "pt", _KEY: json.dumps(header)}
+        except TypeError as error:
+            raise InputError(
+                f"the state of {type(optimizer).__name__} cannot be kept without pickle ({error}); "
+                "use another optimizer, or train without run="
+            ) from error
+        _write(self.training, tensors, metadata)
+        self._derive(net, rows)
+
+    def load(self, net: nn.Module, optimizer: Optimizer) -> tuple[list[EpochRow], dict[str, Any]] | None:
+        """Put the stored state into `net` and `optimizer`; the rows so far and the progress, or None for a new folder.
+
+        Raises:
+            FileError: the file is truncated or foreign, or of another architecture.
+            InputError: the run was made with other settings.
+        """
+        for name in ("training", "checkpoint", "train"):  # what a killed run left half written
+            for partial in self.path.glob(f".{name}-*.partial.*"):
+                partial.unlink(missing_ok=True)
+        if not self.training.exists():
+            return None
+        remedy = "choose another run folder, or resume=False to start it anew"
+        tensors, metadata = _read(self.training)
+        try:
+            header = json.loads(metadata[_KEY])
+            rows = [EpochRow.from_flat(row) for row in header["rows"]]
+            stored, groups, numbers, progress = (header[k] for k in ("settings", "groups", "numbers", "progress"))
+        except (KeyError, ValueError, TypeError) as error:
+            raise FileError(f"{self.training} is not the state of a BranchyNet training ({error!r}); {remedy}") from error
+        weights = {name.removeprefix("weights."): t for name, t in tensors.items() if name.startswith("weights.")}
+        checked = _mismatch(net, weights)
+        if checked:
+            raise FileError(f"{self.training} is of another network: {checked}; {remedy}")
+        for name in sorted({*stored, *self.settings}):
+            if stored.get(name) != self.settings.get(name):
+                raise InputError(
+                    f"{self.path} was trained with {name}={stored.get(name)!r}, but this call has "
+                    f"{name}={self.settings.get(name)!r}; {remedy}"
+                )
+        net.load_state_dict(weights)
+        _restore(optimizer, groups, numbers, tensors)
+        self._derive(net, rows)
+        return rows, progress
+
+    def _derive(self, net: nn.Module, rows: list[EpochRow]) -> None:
+        save_weights(net, self.path / "checkpoint.safetensors")
+        History(tuple(rows)).save(self.path / "train.csv")
+
+
+def _restore(optimizer: Optimizer, groups: list[dict[str, Any]], numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in numbers.items()}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for name, value in tensors.items():
+        part, _, rest = name.partition(".")
+        if part == "optimizer":
+            index, _, entry = rest.partition(".")
+            parameter = parameters[int(index)]
+            if value.shape == parameter.shape:
+                # The same strides as in the uninterrupted run, so that every later sum is taken in the same order.
+                value = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+            state.setdefault(int(index), {})[entry] = value
+    for group, current in zip(groups, optimizer.param_groups, strict=True):
+        for key, value in current.items():
+            if isinstance(value, tuple):  # JSON knows only lists
+                group[key] = tuple(group[key])
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    # Copies, because safetensors refuses tied weights, which share memory, and strides other than the default ones.
+    plain = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+    content = safetensors.torch.save(plain, metadata)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as stored:
+            return {name: stored.get_tensor(name).clone() for name in stored.keys()}, stored.metadata() or {}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise FileError(
+            f"cannot read {path}: {error}; it is missing, truncated or no safetensors file: train or fetch it again"
+        ) from error
+
+
+def _load_into(net: nn.Module, tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
+    problem = _mismatch(net, tensors)
+    if problem:
+        raise FileError(f"{path} holds the weights of another network: {problem}")
+    net.load_state_dict(tensors)
+
+
+def _mismatch(net: nn.Module, tensors: Mapping[str, Tensor]) -> str:
+    """What is wrong with `tensors` as the weights of `net`, in words; empty where they fit."""
+    own = net.state_dict()
+    for name in [*own, *tensors]:
+        here, there = own.get(name), tensors.get(name)
+        if here is not None and there is not None and here.shape == there.shape:
+            continue
+        shown = [f"of shape {tuple(t.shape)}" if t is not None else "missing" for t in (there, here)]
+        hint = ""
+        if there is None and f"backbone.{name}" in tensors:
+            hint = "; the file is of a BranchyNet around this network: load it into that"
+        elif there is None and name.removeprefix("backbone.") in tensors:
+            hint = "; the file is of the backbone alone: load it into net.backbone"
+        return f"the tensor {name!r} is {shown[0]} in the file and {shown[1]} in the network{hint}"
+    return ""

@@ -1,0 +1,22 @@
+"""Images to learn from: loading, batching and augmenting data sets, and reading single image files.
+
+Shape letters: S samples of a split, B samples in a batch, C channels, H rows, W columns.
+"""
+
+from .batches import Augment, affine, compose, flip_crop, loader, shift
+from .images import read_image, save_image
+from .sets import ImageData, Split, load_data
+
+__all__ = [
+    "Augment",
+    "ImageData",
+    "Split",
+    "affine",
+    "compose",
+    "flip_crop",
+    "load_data",
+    "loader",
+    "read_image",
+    "save_image",
+    "shift",
+]

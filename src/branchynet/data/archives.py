@@ -1,0 +1,257 @@
+"""MNIST, Fashion-MNIST and CIFAR-10 as their authors publish them: finding, downloading and reading the files.
+
+Files that a user placed are checked for structure, so that re-compressed copies and subsets do; a download must have the
+published SHA-256 as well. Nothing is unpickled, and no archive is unpacked onto the disk.
+"""
+
+import gzip
+import importlib.util
+import math
+import os
+import struct
+import tarfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import DataError
+
+Bytes = NDArray[np.uint8]
+
+VARIABLE = "BRANCHYNET_DATA"  # the environment variable that names the user's folder of data sets
+CIFAR_BATCHES = (*(f"data_batch_{n}.bin" for n in range(1, 6)), "test_batch.bin")
+CIFAR_RECORD = 1 + 3 * 32 * 32
+
+
+@dataclass(frozen=True)
+class Archive:
+    """Where a data set lies and what its files are called.
+
+    Attributes:
+        classes: the names of the classes, in the order of the labels.
+        validation: the share of the published training half that is held out for validation.
+        folders: where under the user's folder its files may lie, best first.
+        urls: addresses that the published files' names are appended to, tried in turn.
+        sha256: for each published file, its checksum.
+        opening: the first labels of the test half, which tell apart sets whose files have the same names.
+    """
+
+    classes: tuple[str, ...]
+    validation: float
+    folders: tuple[str, ...]
+    urls: tuple[str, ...]
+    sha256: Mapping[str, str]
+    opening: tuple[int, ...]
+
+    @property
+    def forms(self) -> tuple[tuple[str, ...], ...]:
+        """The sets of file names, any one of which is the whole data set; the published one first."""
+        published = tuple(self.sha256)
+        unpacked = CIFAR_BATCHES if len(published) == 1 else tuple(name.removesuffix(".gz") for name in published)
+        return published, unpacked
+
+
+ARCHIVES = {
+    "mnist": Archive(
+        classes=tuple("0123456789"),
+        validation=1 / 6,
+        folders=("mnist", "MNIST/raw", "MNIST", "."),
+        urls=("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/"),
+        sha256={
+            "train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+            "train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+            "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+            "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+        },
+        opening=(7, 2, 1, 0, 4, 1, 4, 9, 5, 9),
+    ),
+    "fashion-mnist": Archive(
+        classes=(
+            *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+            *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+        ),
+        validation=1 / 6,
+        folders=("fashion-mnist", "FashionMNIST/raw", "FashionMNIST", "."),
+        urls=(
+            "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+            "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+        ),
+        sha256={
+            "train-images-idx3-ubyte.gz": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+            "train-labels-idx1-ubyte.gz": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+            "t10k-images-idx3-ubyte.gz": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+            "t10k-labels-idx1-ubyte.gz": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+        },
+        opening=(9, 2, 1, 1, 6, 1, 4, 6, 5, 7),
+    ),
+    "cifar10": Archive(
+        classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+        validation=1 / 10,
+        folders=("cifar-10-batches-bin", "cifar10", "cifar10/cifar-10-batches-bin", "."),
+        urls=("https://www.cs.toronto.edu/~kriz/",),
+        sha256={"cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"},
+        opening=(3, 8, 8, 0, 6, 6, 1, 6, 3, 1),
+    ),
+}
+
+
+def read_archive(
+    name: str, root: str | os.PathLike[str] | None, download: bool
+) -> tuple[tuple[Bytes, Bytes], tuple[Bytes, Bytes]]:
+    """The published training and test halves: for each, images `(S, C, H, W)` and labels `(S,)`, uint8.
+
+    Raises:
+        DataError: no files and no download, a failed download, or malformed files.
+    """
+    archive = ARCHIVES[name]
+    paths = _find(name, root) or (_download(name) if download else _cached(name))
+    if name == "cifar10":
+        batches = _cifar_batches(paths)
+        train, test = tuple(map(np.concatenate, zip(*batches[:-1], strict=True))), batches[-1]
+    else:
+        images, labels, test_images, test_labels = paths
+        train, test = _idx_pair(images, labels), _idx_pair(test_images, test_labels)
+    for (_, labels), half in ((train, "training"), (test, "test")):
+        if labels.max() >= len(archive.classes):
+            raise DataError(
+                f"{name}: the {half} labels in {paths[-1].parent} reach {labels.max()}, but there are "
+                f"{len(archive.classes)} classes (0..{len(archive.classes) - 1}); get the files again"
+            )
+    # MNIST and Fashion-MNIST files have the same names, sizes and labels: only their content tells them apart.
+    for other, known in ARCHIVES.items():
+        if other != name and tuple(test[1][: len(known.opening)]) == known.opening:
+            raise DataError(
+                f"the files in {paths[-1].parent} are {other}, not {name}; keep each data set in a folder of its own: "
+                f"{archive.folders[0]!r} for {name}, {known.folders[0]!r} for {other}"
+            )
+    return (train[0], train[1]), test
+
+
+def _find(name: str, root: str | os.PathLike[str] | None) -> list[Path] | None:
+    """The files of a data set in the user's folder, or None where the folder holds none of them."""
+    place, origin = (root, "root") if root is not None else (os.environ.get(VARIABLE), VARIABLE)
+    if not place:
+        return None
+    base = Path(place).expanduser()
+    if not base.is_dir():
+        raise DataError(f"{origin}={os.fspath(place)!r} is no folder; name a folder that holds the data sets, or leave it out")
+    partial = None
+    for folder in (base / sub for sub in ARCHIVES[name].folders):
+        for form in ARCHIVES[name].forms:
+            missing = [file for file in form if not (folder / file).is_file()]
+            if not missing:
+                return [folder / file for file in form]
+            if len(missing) < len(form):
+                partial = partial or (folder, missing)
+    if partial:
+        raise DataError(f"{name}: {partial[0]} lacks {', '.join(partial[1])}; add what is missing, or move the rest away")
+    return None
+
+
+def _cache(name: str) -> Path:
+    import pooch
+
+    return Path(pooch.os_cache("branchynet")) / name
+
+
+def _cached(name: str) -> list[Path]:
+    """The files of an earlier download."""
+    paths = [_cache(name) / file for file in ARCHIVES[name].sha256]
+    if not all(path.is_file() for path in paths):
+        raise DataError(f"{name} is not on this machine; {_remedy(name)}, or allow the download")
+    return paths
+
+
+def _remedy(name: str) -> str:
+    first = ARCHIVES[name].forms[0]
+    files = first[0] if len(first) == 1 else f"{first[0]} and its {len(first) - 1} companions"
+    return f"set {VARIABLE} (or root) to a folder that holds {files}, there or in {ARCHIVES[name].folders[0]}/"
+
+
+def _download(name: str) -> list[Path]:
+    import pooch
+
+    archive, paths = ARCHIVES[name], []
+    # tqdm, which pooch draws its bar with, is not among pooch's own requirements
+    downloader = pooch.HTTPDownloader(progressbar=importlib.util.find_spec("tqdm") is not None, chunk_size=1 << 16)
+    for file, sha256 in archive.sha256.items():
+        failures = []
+        for url in archive.urls:
+            try:
+                got = pooch.retrieve(
+                    url + file, known_hash=f"sha256:{sha256}", fname=file, path=_cache(name), downloader=downloader
+                )
+                paths.append(Path(got))
+                break
+            except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong checksum is a ValueError
+                failures.append(f"{url + file}: {error}")
+        else:
+            raise DataError(f"{name} could not be downloaded ({'; '.join(failures)}); try again, or {_remedy(name)}")
+    return paths
+
+
+def _idx_pair(images: Path, labels: Path) -> tuple[Bytes, Bytes]:
+    pixels, classes = read_idx(images, (28, 28)), read_idx(labels, ())
+    if len(pixels) != len(classes):
+        raise DataError(f"{images} holds {len(pixels)} images but {labels} holds {len(classes)} labels; get both again")
+    return pixels[:, None], classes
+
+
+def read_idx(path: Path, shape: tuple[int, ...]) -> Bytes:
+    """The `(S, *shape)` uint8 array in an IDX file, gzipped where its name ends in ``.gz``. Raises `DataError`."""
+    ndim = 1 + len(shape)
+    body = bytearray()
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+            header = stream.read(4 + 4 * ndim)
+            magic, *dims = struct.unpack(f">{1 + ndim}I", header.ljust(4 + 4 * ndim, b"\0"))
+            if magic != 0x800 + ndim:
+                raise DataError(f"{path} starts with {magic:#010x}, not {0x800 + ndim:#010x}: it is no such IDX file")
+            if len(header) == 4 + 4 * ndim and (dims[0] == 0 or tuple(dims[1:]) != shape):
+                wanted = " x ".join(map(str, ("S", *shape)))
+                raise DataError(f"{path} holds {' x '.join(map(str, dims))} bytes; it must hold {wanted}, S at least 1")
+            # Chunks, and no more than announced: a lying header must not take all memory.
+            while len(body) <= math.prod(dims) and (chunk := stream.read(1 << 20)):
+                body += chunk
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"cannot read {path}: {error}; the file is damaged or not complete: get it again") from error
+    if len(header) < 4 + 4 * ndim or len(body) != math.prod(dims):
+        raise DataError(
+            f"{path} should hold {math.prod(dims)} bytes after its header but holds "
+            f"{'fewer' if len(body) < math.prod(dims) else 'more'}: the file is damaged or not complete, get it again"
+        )
+    return np.frombuffer(body, dtype=np.uint8).reshape(dims)
+
+
+def _cifar_batches(paths: Sequence[Path]) -> list[tuple[Bytes, Bytes]]:
+    """Images and labels of the five training batches and the test batch."""
+    try:
+        contents = {path.name: path.read_bytes() for path in paths} if len(paths) > 1 else dict(_tar_batches(paths[0]))
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+        raise DataError(f"cannot read {paths[0]}: {error}; the file is damaged or not complete: get it again") from error
+    batches = []
+    for file in CIFAR_BATCHES:
+        content = contents.get(file)
+        if not content or len(content) % CIFAR_RECORD:
+            what = "no such file" if content is None else f"{len(content)} bytes"
+            raise DataError(
+                f"{paths[0].parent}: {file} must hold records of {CIFAR_RECORD} bytes, but there is {what}: get it again"
+            )
+        records = np.frombuffer(bytearray(content), dtype=np.uint8).reshape(-1, CIFAR_RECORD)
+        batches.append((records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]))
+    return batches
+
+
+def _tar_batches(path: Path) -> Iterator[tuple[str, Any]]:
+    with tarfile.open(path, "r:gz") as tar:
+        for member in tar:  # in the archive's order: going back in a gzip stream means reading it all again
+            file = PurePosixPath(member.name).name
+            if file in CIFAR_BATCHES and member.isfile():
+                stream = tar.extractfile(member)
+                assert stream is not None
+                yield file, stream.read()

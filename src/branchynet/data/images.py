@@ -1,0 +1,77 @@
+"""Single image files: decoding, resizing, writing."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image, ImageOps
+
+from ..errors import DataError, InputError
+from ..files import replacing
+
+
+def read_image(path: str | os.PathLike[str], shape: tuple[int, int, int]) -> NDArray[np.float32]:
+    """An image file as a batch of one, as `loader` gives them: `(1, C, H, W)` float32 in [0, 1].
+
+    Turned upright by its EXIF orientation, made grey where C is 1 and RGB where C is 3 (transparency is dropped), and
+    resized to H x W, not cropped, with an antialiased bilinear filter.
+
+    Args:
+        path: any file that Pillow can read.
+        shape: `(C, H, W)`, as in `ImageData.shape`.
+
+    Raises:
+        DataError: a file that is missing or cannot be decoded.
+        InputError: a shape with other than 1 or 3 channels.
+    """
+    channels, height, width = shape
+    if channels not in (1, 3) or min(height, width) < 1:
+        raise InputError(f"shape must be (1, H, W) or (3, H, W); got {tuple(shape)}")
+    return decode(path, (height, width), channels)[None].astype(np.float32) / np.float32(255)
+
+
+def save_image(image: ArrayLike, path: str | os.PathLike[str]) -> None:
+    """Write an image `(C, H, W)`, floats in [0, 1] or uint8, C 1 or 3, in the format that the path's ending names.
+
+    Raises:
+        InputError: another shape, or an ending that Pillow cannot write.
+        FileError: the file cannot be written.
+    """
+    array = np.asarray(image)
+    if array.ndim != 3 or array.shape[0] not in (1, 3) or 0 in array.shape:
+        raise InputError(f"an image must have shape (1, H, W) or (3, H, W); got {array.shape}")
+    suffix = Path(path).suffix.lower()
+    if Image.registered_extensions().get(suffix) not in Image.SAVE:
+        raise InputError(f"cannot write {path}: no image format ends in {suffix!r}; use .png or .jpg")
+    if array.dtype != np.uint8:
+        array = np.rint(np.clip(array.astype(np.float64), 0, 1) * 255).astype(np.uint8)
+    with replacing(path) as temporary:
+        Image.fromarray(array[0] if len(array) == 1 else np.ascontiguousarray(array.transpose(1, 2, 0))).save(temporary)
+
+
+def decode(
+    path: str | os.PathLike[str], size: tuple[int, int] | None = None, channels: int | None = None
+) -> NDArray[np.uint8]:
+    """An image file as `(C, H, W)` uint8, upright; by default at its own size, C 1 if the file is grey, else 3.
+
+    Raises:
+        DataError: a file that is missing or cannot be decoded.
+    """
+    try:
+        with Image.open(path) as opened:
+            image: Any = ImageOps.exif_transpose(opened)
+            grey = image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I")
+            if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+            if image.mode == "P":  # straight to RGB, a palette with transparency makes Pillow warn
+                image = image.convert("RGBA")
+            image = image.convert("L" if channels == 1 or (channels is None and grey) else "RGB")
+    except Exception as error:  # Pillow's readers raise nearly anything on a malformed file
+        reason = error.strerror if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
+        raise DataError(f"cannot read the image {os.fspath(path)} ({reason}); replace or remove it") from error
+    if size is not None and image.size != size[::-1]:
+        image = image.resize(size[::-1], Image.Resampling.BILINEAR)
+    pixels = np.array(image)
+    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))

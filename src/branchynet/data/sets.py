@@ -1,0 +1,196 @@
+"""Whole data sets, each with one fixed split into training, validation and test images."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from ..errors import DataError, InputError, nearest
+from .archives import ARCHIVES, read_archive
+from .images import decode
+
+FOLDER = "folder:"  # the prefix of a folder of the user's own images
+MOST_BYTES = 8 << 30  # of images in memory; more is nearly always a photograph's size taken for want of `size`
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Images and their classes.
+
+    Attributes:
+        images: `(S, C, H, W)` uint8.
+        labels: `(S,)` int64.
+
+    Raises:
+        InputError: another shape or dtype, no images, or not one label an image.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        images, labels = self.images, self.labels
+        if images.dtype != torch.uint8 or images.ndim != 4 or not images.numel():
+            raise InputError(f"images must be uint8 (S, C, H, W), S at least 1; got {images.dtype} {tuple(images.shape)}")
+        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+            raise InputError(f"labels must be int64 ({len(images)},), one an image; got {labels.dtype} {tuple(labels.shape)}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """A data set of images in three parts.
+
+    Attributes:
+        name: what `load_data` was asked for.
+        classes: the names of the classes, in the order of the labels.
+        train: what the network learns from.
+        val: what thresholds are chosen on.
+        test: what results are reported on.
+
+    Raises:
+        InputError: parts of different shapes, or a label without a class.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    val: Split
+    test: Split
+
+    def __post_init__(self) -> None:
+        for part, split in (("train", self.train), ("val", self.val), ("test", self.test)):
+            if tuple(split.images.shape[1:]) != self.shape:
+                raise InputError(f"{part} images are {tuple(split.images.shape[1:])}, train images {self.shape}: resize them")
+            low, high = int(split.labels.min()), int(split.labels.max())
+            if low < 0 or high >= len(self.classes):
+                raise InputError(f"{part} labels lie in {low}..{high}, but there are {len(self.classes)} classes")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`(C, H, W)` of every image."""
+        _, channels, height, width = self.train.images.shape
+        return channels, height, width
+
+
+def load_data(
+    name: str,
+    *,
+    root: str | os.PathLike[str] | None = None,
+    download: bool = True,
+    size: tuple[int, int] | None = None,
+) -> ImageData:
+    """Load a data set by name, in its one split, which depends on no random state.
+
+    ==================  ========================================================  ==============================
+    name                images                                                    training / validation / test
+    ==================  ========================================================  ==============================
+    ``digits``          scikit-learn's 8 x 8 digits, enlarged to (1, 28, 28)      1,197 / 300 / 300
+    ``mnist``           handwritten digits, (1, 28, 28)                           50,000 / 10,000 / 10,000
+    ``fashion-mnist``   articles of clothing, (1, 28, 28)                         50,000 / 10,000 / 10,000
+    ``cifar10``         small photographs, (3, 32, 32)                            45,000 / 5,000 / 10,000
+    ``folder:PATH``     your own: one folder a class, images directly in it       70 / 15 / 15 % of every class
+    ==================  ========================================================  ==============================
+
+    Args:
+        name: one of the names above.
+        root: the folder where MNIST, Fashion-MNIST and CIFAR-10 files lie, as published or unpacked, in folders
+            ``mnist``, ``fashion-mnist``, ``cifar-10-batches-bin``, or as torchvision arranges them; by default the one that
+            the environment variable BRANCHYNET_DATA names.
+        download: whether to download what is not there, once, into the user's cache folder.
+        size: `(H, W)` that the images of a folder are resized to; by default the size of the first.
+
+    Raises:
+        DataError: an unknown name, a data set that is missing or cannot be downloaded, or a malformed file.
+        InputError: `size` for a data set that has its own.
+    """
+    if name.startswith(FOLDER):
+        return _folder(name, size)
+    if size is not None:
+        raise InputError(f"size={size} is only for {FOLDER}PATH; {name!r} has a size of its own: leave it out")
+    if name == "digits":
+        return _digits()
+    if name not in ARCHIVES:
+        raise DataError(f"unknown data set {name!r}{nearest(name, ['digits', *ARCHIVES, FOLDER + 'PATH'])}")
+    train, test = read_archive(name, root, download)
+    archive = ARCHIVES[name]
+    order = _order(len(train[1]))
+    held_out = round(len(order) * archive.validation)
+    if not 0 < held_out < len(order):
+        raise DataError(f"{name}: {len(order)} training images are too few to hold some out for validation; get more")
+    parts = (*train, order[:-held_out]), (*train, order[-held_out:]), (*test, np.arange(len(test[1])))
+    return ImageData(name, archive.classes, *(_take(*part) for part in parts))
+
+
+def _order(count: int) -> NDArray[np.int64]:
+    # RandomState's stream is frozen for good (NEP 19), torch's may change with a release: a network trained by one release
+    # and tested by another must not meet its training images.
+    return np.random.RandomState(0).permutation(count).astype(np.int64)
+
+
+def _take(images: NDArray[np.uint8], labels: NDArray[np.uint8], indices: NDArray[np.int64]) -> Split:
+    return Split(torch.from_numpy(images[indices]), torch.from_numpy(labels[indices].astype(np.int64)))
+
+
+def _digits() -> ImageData:
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    small = np.rint(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    # Pillow's filters work in integers: the same bytes on every machine.
+    images = np.stack([np.array(Image.fromarray(x).resize((28, 28), Image.Resampling.BICUBIC)) for x in small])[:, None]
+    parts = np.split(_order(len(labels)), [1197, 1497])
+    return ImageData("digits", tuple("0123456789"), *(_take(images, labels, part) for part in parts))
+
+
+def _folder(name: str, size: tuple[int, int] | None) -> ImageData:
+    base = Path(name.removeprefix(FOLDER)).expanduser()
+    if name == FOLDER or not base.is_dir():
+        raise DataError(f"{name!r} names no folder; give {FOLDER}PATH, with one folder of images for each class")
+    classes = sorted(entry.name for entry in base.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if len(classes) < 2:
+        raise DataError(f"{base} holds {len(classes)} folders {classes}; it must hold one for each class, two at least")
+    files = [_image_files(base / each) for each in classes]
+    if size is None:
+        _, *size_ = decode(files[0][0]).shape
+        size = (size_[0], size_[1])
+    if sum(map(len, files)) * 3 * size[0] * size[1] > MOST_BYTES:
+        raise DataError(f"{base}: {sum(map(len, files))} images of {size[0]} x {size[1]} do not fit in memory; give a size")
+    decoded = [decode(file, size) for group in files for file in group]
+    channels = max(len(image) for image in decoded)  # one colour image makes them all RGB
+    images = np.stack([np.broadcast_to(image, (channels, *size)) for image in decoded])
+    labels = np.repeat(np.arange(len(classes), dtype=np.uint8 if len(classes) < 256 else np.int64), [len(g) for g in files])
+    return ImageData(name, tuple(classes), *(_take(images, labels, part) for part in _stratified(labels)))
+
+
+def _image_files(folder: Path) -> list[Path]:
+    known = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    files = sorted(
+        (file for file in folder.iterdir() if file.suffix.lower() in known and not file.name.startswith(".")),
+        key=lambda file: file.name,
+    )
+    if len(files) < 3:
+        raise DataError(
+            f"{folder} holds {len(files)} images directly in it; a class needs three at least, one each to train on, "
+            "to choose on and to test on: add some, or remove the folder"
+        )
+    return files
+
+
+def _stratified(labels: NDArray[np.integer]) -> Sequence[NDArray[np.int64]]:
+    """Indices of 70, 15 and 15 % of every class, mixed: whoever halves a part must not get half of the classes."""
+    order = _order(len(labels))
+    part = np.zeros(len(labels), dtype=np.int64)
+    for label in np.unique(labels):
+        mine = order[labels[order] == label]
+        share = max(1, round(0.15 * len(mine)))
+        part[mine[:share]], part[mine[share : 2 * share]] = 2, 1
+    return [order[part[order] == n] for n in range(3)]

@@ -1,0 +1,53 @@
+"""The errors that BranchyNet raises on purpose.
+
+BranchyNetError
+├── InputError        an argument, shape, dtype or count is wrong           (also ValueError)
+├── GraphError        a network cannot be tapped, exported or cut           (also ValueError)
+├── FileError         a file is missing, truncated, foreign or unwritable   (also OSError)
+├── DataError         a data set is missing or its files are malformed      (also ValueError)
+├── InfeasibleError   no thresholds meet the constraint                     (also ValueError)
+└── MissingExtraError an optional dependency is not installed               (also ImportError)
+
+Every message names the offending thing, its value, and what to do about it.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class BranchyNetError(Exception):
+    """Base class: catch this to catch every error that BranchyNet raises on purpose."""
+
+
+class InputError(BranchyNetError, ValueError):
+    """An argument has the wrong value, shape, dtype or count."""
+
+
+class GraphError(BranchyNetError, ValueError):
+    """A network cannot be tapped, exported or cut into stages."""
+
+
+class FileError(BranchyNetError, OSError):
+    """A file is missing, truncated, foreign, or could not be written."""
+
+
+class DataError(BranchyNetError, ValueError):
+    """A data set is missing or its files are malformed."""
+
+
+class InfeasibleError(BranchyNetError, ValueError):
+    """No choice of thresholds meets the constraint."""
+
+
+class MissingExtraError(BranchyNetError, ImportError):
+    """An optional dependency is not installed."""
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A hint such as ``"; did you mean 'conv1'?"``, or the known names where nothing is near."""
+    known = [n for n in names if n]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    shown = ", ".join(repr(n) for n in known[:12]) + (", …" if len(known) > 12 else "")
+    return f"; known names: {shown}"

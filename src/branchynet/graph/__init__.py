@@ -1,0 +1,1 @@
+"""Graphs: exporting a network flat, cutting it at its exits, nesting the exits."""

@@ -1,0 +1,200 @@
+"""From a PyTorch network to one flat ONNX graph that computes every exit, tidied before it is cut.
+
+The static baseline goes through the same function, so that it gets every rewrite that our graphs get.
+"""
+
+import contextlib
+import inspect
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+import torch
+from onnxscript import rewriter
+from onnxscript.rewriter.rules.common import fuse_batchnorm_into_conv_rule, fuse_batchnorm_into_gemm_rule
+from torch import Tensor, nn
+
+from ..errors import GraphError, InputError
+from ..net import BranchyNet, evaluating, tensor_of
+from ..scores import Score
+
+OPSET = 18  # old enough for every runtime in use, new enough for the exporter
+IR_VERSION = 8
+BATCH = "batch"
+_RANDOM = {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
+
+
+@dataclass(frozen=True)
+class FlatGraph:
+    """A flat ONNX graph with every exit's output, and its score where asked for.
+
+    Attributes:
+        model: outputs are named ``output_1..N`` and, with scores, ``score_1..N``.
+        exits: N.
+        dynamic: whether the leading dimension of every input is the free symbol ``batch``, or fixed at 1.
+    """
+
+    model: ir.Model
+    exits: int
+    dynamic: bool
+
+    def value(self, name: str) -> ir.Value:
+        """The graph output of that name."""
+        return next(v for v in self.model.graph.outputs if v.name == name)
+
+
+def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """`(args, kwargs)` of a forward call from a tensor, a tuple of arguments, or a dict of keyword arguments."""
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}
+
+
+def flatten(net: nn.Module, example: Any, *, score: Score | None = None, dynamic: bool = True) -> FlatGraph:
+    """Export a network to a flat graph: all exits' outputs and, with `score`, their scores.
+
+    Args:
+        net: a `BranchyNet`, or any network, which then has one exit. It is exported in eval mode.
+        example: one batch of inputs: a tensor, a tuple of tensors, or a dict of keyword arguments.
+        score: computed in the graph for every exit.
+        dynamic: leave the batch size free; else it is fixed at 1.
+
+    Raises:
+        InputError: the example holds no tensors with a leading batch dimension.
+        GraphError: the network cannot be exported (its own message is kept), or draws random numbers.
+    """
+    args, kwargs = arguments(example)
+    tensors = (*args, *kwargs.values())
+    if not tensors or not all(isinstance(t, Tensor) and t.dim() > 0 for t in tensors):
+        raise InputError("example must be a tensor, or a tuple or dict of tensors, each with a leading batch dimension")
+    rows = 2 if dynamic else 1  # a batch of 1 in the example would be taken as a constant
+    tensors = tuple(_rows(t, rows) for t in tensors)
+    with evaluating(net), torch.no_grad(), _quiet():
+        exits = _AllExits(net, score, tuple(kwargs)).eval()
+        outputs = len(exits.outputs(*tensors))
+        names = [f"output_{n}" for n in range(1, outputs + 1)]
+        if score is not None:
+            names += [f"score_{n}" for n in range(1, outputs + 1)]
+        free = {0: torch.export.Dim(BATCH)} if dynamic else None
+        try:
+            program = torch.onnx.export(
+                exits,
+                tensors,
+                input_names=[*input_names(net, len(args)), *kwargs],
+                output_names=names,
+                dynamic_shapes=(tuple(free for _ in tensors),),
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
+            )
+        except (RuntimeError, ValueError, TypeError, NotImplementedError, torch.onnx.errors.OnnxExporterError) as error:
+            raise GraphError(f"{type(net).__name__} cannot be exported to ONNX: {_first_cause(error)}") from error
+    assert program is not None
+    model = _tidy(program.model)
+    random = sorted({node.op_type for node in model.graph if node.op_type in _RANDOM})
+    if random:
+        raise GraphError(f"the network draws random numbers when it answers ({', '.join(random)}); make eval mode deterministic")
+    return FlatGraph(model, outputs, dynamic)
+
+
+def input_names(net: nn.Module, count: int) -> list[str]:
+    """Names of the first `count` positional arguments of the network's own forward."""
+    forward = (net.backbone if isinstance(net, BranchyNet) else net).forward
+    names = [p.name for p in inspect.signature(forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return [names[i] if i < len(names) else f"input_{i + 1}" for i in range(count)]
+
+
+class _AllExits(nn.Module):
+    """Outputs, then scores, as one tuple; the last of its positional inputs go to the network by keyword."""
+
+    def __init__(self, net: nn.Module, score: Score | None, keywords: tuple[str, ...]) -> None:
+        super().__init__()
+        self.net = net
+        self.score = score
+        self.keywords = keywords
+
+    def outputs(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        positional = len(inputs) - len(self.keywords)
+        outputs = self.net(*inputs[:positional], **dict(zip(self.keywords, inputs[positional:], strict=True)))
+        outputs = outputs if isinstance(self.net, BranchyNet) else (tensor_of(outputs, "the network's output"),)
+        for n, output in enumerate(outputs, 1):
+            if output.dim() < 2 or output.shape[1:] != outputs[-1].shape[1:]:
+                raise GraphError(
+                    f"exit {n} gives shape {tuple(output.shape)} and the last exit {tuple(outputs[-1].shape)}; "
+                    "all exits must give (B, C, ...) of one shape: give every branch as many outputs as the backbone"
+                )
+        return outputs
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        outputs = self.outputs(*inputs)
+        if self.score is None:
+            return outputs
+        return (*outputs, *(self.score(outputs[: n + 1]) for n in range(len(outputs))))
+
+
+def _rows(tensor: Tensor, rows: int) -> Tensor:
+    return torch.cat([tensor] * rows)[:rows] if tensor.shape[0] < rows else tensor[:rows]
+
+
+def _tidy(model: ir.Model) -> ir.Model:
+    """Fold, fuse and merge, so that what trunk and branches share is computed and carried across the cut once."""
+    passes.InlinePass()(model)
+    rewriter.rewrite(model, pattern_rewrite_rules=[fuse_batchnorm_into_conv_rule, fuse_batchnorm_into_gemm_rule])
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    passes.IdentityEliminationPass()(model)
+    passes.CommonSubexpressionEliminationPass()(model)
+    _relu_before_pool(model.graph)
+    for tidy in (
+        passes.DeduplicateInitializersPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.ClearMetadataAndDocStringPass(),
+        passes.OutputFixPass(),
+        passes.TopologicalSortPass(),
+    ):
+        tidy(model)
+    model.ir_version = IR_VERSION
+    return model
+
+
+def _relu_before_pool(graph: ir.Graph) -> None:
+    """ReLU(MaxPool(x)) becomes MaxPool(ReLU(x)), which is equal and lets the runtime fuse the ReLU into a convolution."""
+    for relu in list(graph):
+        pool = relu.inputs[0].producer() if relu.op_type == "Relu" and relu.inputs[0] is not None else None
+        if pool is None or pool.op_type != "MaxPool" or len(pool.outputs) != 1 or len(pool.outputs[0].uses()) != 1:
+            continue
+        pooled, source = pool.outputs[0], pool.inputs[0]
+        assert source is not None
+        before = ir.node("Relu", [source])
+        before.outputs[0].shape, before.outputs[0].type = source.shape, source.type
+        before.outputs[0].name = f"{relu.outputs[0].name}_before_pool"
+        graph.insert_before(pool, before)
+        pool.replace_input_with(0, before.outputs[0])
+        ir.convenience.replace_all_uses_with(relu.outputs[0], pooled, replace_graph_outputs=True)
+        graph.remove(relu, safe=True)
+
+
+def _first_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's notices about packages that are not there and its own deprecations; errors still raise."""
+    exporter = logging.getLogger("torch.onnx")
+    level = exporter.level
+    exporter.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        exporter.setLevel(level)

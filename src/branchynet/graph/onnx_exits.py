@@ -1,0 +1,269 @@
+"""Early exits inside one ONNX graph: stage n+1 sits in the ``then`` branch of an ``If`` after exit n.
+
+For a batch, the samples that stay are picked by NonZero and Gather on every value that crosses the cut, and their answers are
+put back by ScatterND; so one file with a free batch size skips work per sample.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from ..errors import GraphError
+from ..types import Policy
+from .cut import cut
+from .flat import BATCH, IR_VERSION, OPSET, FlatGraph
+from .section import BOOL, FLOAT, INT64, Section
+
+_SHARED_BYTES = 1 << 16  # a larger initializer that several stages use is stored once, in the outermost of them
+_HEAVY = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN"}
+
+
+def nest(flat: FlatGraph, policy: Policy, *, thresholds: str = "default") -> ir.Model:
+    """Nest the exits that `policy` enables.
+
+    The model's inputs are the network's and one ``threshold_n`` (1,) float32 an enabled exit but the last; its outputs are
+    ``label`` int64, ``exit`` int64 (from 1), ``score`` float32 and ``output`` float32, each with a leading batch dimension.
+
+    Args:
+        flat: with scores.
+        policy: N-1 thresholds; an exit whose threshold is None is left out with its branch.
+        thresholds: ``"default"``: thresholds are inputs with default values; ``"input"``: required inputs.
+
+    Raises:
+        GraphError: a value that must cross a cut has no leading batch dimension and is too costly to compute again.
+    """
+    return _Nest(flat, policy).model(required_thresholds=thresholds == "input")
+
+
+def flat_model(flat: FlatGraph, outputs: Sequence[str], label: str) -> ir.Model:
+    """The part of a flat graph that computes the named outputs, with the ``label`` of one of them.
+
+    A graph that has a single output calls it ``output``.
+    """
+    needed = [flat.value(name) for name in outputs]
+    stage = cut([[v] for v in needed], lambda v: _parents(v))
+    section = Section(1)
+    inputs = _copy_inputs(flat, section)
+    for node in flat.model.graph:
+        if any(v in stage for v in node.outputs):
+            for v in node.inputs:
+                if v is not None and v.is_initializer() and v not in section.values:
+                    section.values[v] = section.copy_initializer(v)
+            section.copy_node(node, [None if v is None else section.values[v] for v in node.inputs])
+    results = [section.values[v] for v in needed]
+    labelled = section.values[flat.value(label)]
+    if len(results) == 1:
+        results[0].name = "output"
+    return _finish(section.graph(inputs, [_label(section, labelled), *results], "flat", opset_imports={"": OPSET}))
+
+
+class _Nest:
+    """One nesting under way. `levels[i]` is the section of the i-th enabled exit's stage, counted from 0."""
+
+    def __init__(self, flat: FlatGraph, policy: Policy) -> None:
+        self.flat = flat
+        self.policy = policy
+        self.exits = [n for n, enabled in enumerate(policy.enabled, 1) if enabled]
+        self.needs = [(flat.value(f"output_{n}"), flat.value(f"score_{n}")) for n in self.exits]
+        self.stage = cut(self.needs, _parents)
+        self.sections = [Section(i + 1) for i in range(len(self.exits))]
+        self.thresholds: list[ir.Value] = []
+        self.index: dict[tuple[int, int], ir.Value] = {}  # (i, j): rows of level i's batch that are level j's batch
+        self.varies = _varying(flat)
+
+    def model(self, required_thresholds: bool) -> ir.Model:
+        outermost = self.sections[0]
+        inputs = _copy_inputs(self.flat, outermost)
+        for n in self.exits[:-1]:
+            threshold = self.policy.thresholds[n - 1]
+            name = f"threshold_{n}"
+            value = ir.val(name, ir.DataType.FLOAT, [1])
+            if not required_thresholds:
+                value.const_value = ir.tensor(np.array([threshold], np.float32), name=name)
+                outermost.initializers[name] = value
+            self.thresholds.append(value)
+        output, score, exit = self._level(0)
+        results = [_label(outermost, output), exit, score, output]
+        for value, name in zip(results, ("label", "exit", "score", "output"), strict=True):
+            value.name = name
+        graph = outermost.graph([*inputs, *self.thresholds], results, "branchynet", opset_imports={"": OPSET})
+        return _finish(graph)
+
+    def _level(self, i: int) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Emit level i and, nested in it, all later ones; return its (output, score, exit) for the whole of its batch."""
+        here = self.sections[i]
+        for node in self.flat.model.graph:
+            if any(self.stage.get(v) == i + 1 for v in node.outputs):
+                here.copy_node(node, [None if v is None else self._localise(v, i) for v in node.inputs])
+        output, score = (self._localise(v, i) for v in self.needs[i])
+        batch: list[int | str] = [BATCH if i == 0 else f"stay_{i}"] if self.flat.dynamic else [1]
+        if i + 1 == len(self.exits):
+            rows = here.op("Shape", [score], name="rows", type=INT64, shape=[1])
+            number = ir.tensor(np.array([self.exits[i]], np.int64))
+            exit = here.op("ConstantOfShape", [rows], {"value": number}, name="exit", type=INT64, shape=batch)
+            return output, score, exit
+        leaves = here.op("Less", [score, self.thresholds[i]], name="leaves", type=BOOL, shape=batch)
+        stays = here.op("Not", [leaves], name="stays", type=BOOL, shape=batch)  # a NaN score is not below: it stays
+        now, later = (here.constant(f"exit_{n}", np.array([n], np.int64)) for n in self.exits[i : i + 2])
+        exit = here.op("Where", [stays, later, now], name="exit", type=INT64, shape=batch)
+        here_results = [output, score] + ([exit] if i + 2 < len(self.exits) else [])
+        merged = self._if(i, stays, here_results)
+        return merged[0], merged[1], merged[2] if len(merged) == 3 else exit
+
+    def _if(self, i: int, stays: ir.Value, results: list[ir.Value]) -> list[ir.Value]:
+        here, deeper = self.sections[i], self.sections[i + 1]
+        if self.flat.dynamic:
+            found = here.op("NonZero", [stays], name="found", type=INT64, shape=[1, f"stay_{i + 1}"])
+            count = here.op("Size", [found], name="count", type=INT64, shape=[])
+            condition = here.op("Cast", [count], {"to": ir.DataType.BOOL}, name="any_stays", type=BOOL, shape=[])
+            flat_shape = deeper.constant("flat", np.array([-1], np.int64))
+            rows = deeper.op("Reshape", [found, flat_shape], name="stay", type=INT64, shape=[f"stay_{i + 1}"])
+            self.index[i, i + 1] = rows
+            answers = self._level(i + 1)[: len(results)]
+            column = deeper.constant("column", np.array([-1, 1], np.int64))
+            places = deeper.op("Reshape", [rows, column], name="places", type=INT64, shape=[f"stay_{i + 1}", 1])
+            then = [
+                deeper.op("ScatterND", [v, places, a], name=f"merged_{k}", type=v.type, shape=v.shape)
+                for k, (v, a) in enumerate(zip(results, answers, strict=True))
+            ]
+        else:
+            condition = stays
+            then = list(self._level(i + 1)[: len(results)])
+        leave = Section(i + 2)
+        stay_as = [
+            leave.op("Identity", [v], name=f"kept_{k}", type=v.type, shape=v.shape) for k, v in enumerate(results)
+        ]
+        branches = {
+            "then_branch": deeper.graph([], then, f"stage_{self.exits[i + 1]}"),
+            "else_branch": leave.graph([], stay_as, f"leave_{self.exits[i]}"),
+        }
+        node = ir.node("If", [condition], branches, num_outputs=len(results), name=here._named("exit_gate"))
+        for k, (new, old) in enumerate(zip(node.outputs, results, strict=True)):
+            new.name, new.type, new.shape = here._named(f"answer_{k}"), old.type, old.shape
+        here.nodes.append(node)
+        return list(node.outputs)
+
+    def _localise(self, value: ir.Value, i: int) -> ir.Value:
+        """The value of the flat graph as level i sees it: its own, captured, gathered, or computed again."""
+        here = self.sections[i]
+        if value in here.values:
+            return here.values[value]
+        if value.is_initializer():
+            local = self._initializer(value, i)
+        else:
+            home = next(j for j in range(i - 1, -1, -1) if value in self.sections[j].values or j == 0)
+            if value not in self.sections[home].values:
+                local = self._again(value, i)
+            elif not self.flat.dynamic or value not in self.varies:
+                local = self.sections[home].values[value]
+            elif _batch_leading(value):
+                source = self.sections[home].values[value]
+                shape = ir.Shape([f"stay_{i}", *list(value.shape or ())[1:]])
+                rows = self._rows(home, i)
+                local = here.op("Gather", [source, rows], {"axis": 0}, name=f"{value.name}/stay", type=value.type, shape=shape)
+            else:
+                local = self._again(value, i)
+        here.values[value] = local
+        return local
+
+    def _rows(self, home: int, i: int) -> ir.Value:
+        """Which rows of level `home`'s batch make up level i's batch."""
+        if (home, i) not in self.index:
+            before, here = self._rows(home, i - 1), self.sections[i]
+            self.index[home, i] = here.op(
+                "Gather", [before, self.index[i - 1, i]], {"axis": 0}, name=f"stay_of_{home + 1}", type=INT64,
+                shape=[f"stay_{i}"],
+            )  # fmt: skip
+        return self.index[home, i]
+
+    def _initializer(self, value: ir.Value, i: int) -> ir.Value:
+        """A copy in this level's own graph, where the runtime can fold and pack it; a large shared one is captured."""
+        tensor = value.const_value
+        if tensor is not None and tensor.nbytes >= _SHARED_BYTES:
+            for section in self.sections[:i]:
+                if value in section.values:
+                    return section.values[value]
+        return self.sections[i].copy_initializer(value)
+
+    def _again(self, value: ir.Value, i: int) -> ir.Value:
+        """Compute a value again from what this level's smaller batch holds: shapes, masks and the like."""
+        node = value.producer()
+        assert node is not None
+        if node.op_type in _HEAVY:
+            raise GraphError(
+                f"the value {value.name!r} {value.shape} crosses from one stage to the next, but its leading dimension is not "
+                "the batch, so the samples that stay cannot be picked from it; tap where the batch comes first"
+            )
+        here = self.sections[i]
+        if node.op_type == "Shape":
+            shape = self._shape(node, i)
+            if shape is not None:
+                return shape
+        here.copy_node(node, [None if v is None else self._localise(v, i) for v in node.inputs])
+        return here.values[value]
+
+    def _shape(self, node: ir.Node, i: int) -> ir.Value | None:
+        """The shape of a value on the smaller batch, without picking the value's rows only to measure them."""
+        here, source = self.sections[i], node.inputs[0]
+        assert source is not None
+        if not _batch_leading(source) or source in here.values:
+            return None
+        start, end = (node.attributes[k].as_int() if k in node.attributes else None for k in ("start", "end"))
+        home = next((j for j in range(i - 1, -1, -1) if source in self.sections[j].values), None)
+        if start not in (None, 0) or home is None:
+            return None
+        rows = here.op("Shape", [self.index[i - 1, i]], name=f"{node.outputs[0].name}/rows", type=INT64, shape=[1])
+        if end == 1:
+            return rows
+        attributes = {"start": 1} if end is None else {"start": 1, "end": end}
+        rest = here.op(
+            "Shape", [self.sections[home].values[source]], attributes, name=f"{node.outputs[0].name}/rest", type=INT64
+        )
+        return here.op("Concat", [rows, rest], {"axis": 0}, name=node.outputs[0].name or "shape", type=INT64)
+
+
+def _parents(value: ir.Value) -> list[ir.Value]:
+    node = value.producer()
+    return [] if node is None else [v for v in node.inputs if v is not None]
+
+
+def _batch_leading(value: ir.Value) -> bool:
+    if value.shape is None or len(value.shape) == 0:
+        return False
+    leading = value.shape[0]
+    return isinstance(leading, ir.SymbolicDim) and leading.value == BATCH
+
+
+def _varying(flat: FlatGraph) -> set[ir.Value]:
+    """Values that depend on the batch: on an input's rows, or on how many there are."""
+    varying = set(flat.model.graph.inputs)
+    for node in flat.model.graph:
+        source = node.inputs[0] if node.inputs else None
+        if node.op_type == "Shape" and source is not None and _batch_leading(source):
+            start = node.attributes["start"].as_int() if "start" in node.attributes else 0
+            if start >= 1:
+                continue
+        if any(v in varying for v in node.inputs):
+            varying.update(node.outputs)
+    return varying
+
+
+def _copy_inputs(flat: FlatGraph, section: Section) -> list[ir.Value]:
+    inputs = []
+    for value in flat.model.graph.inputs:
+        copy = ir.Value(name=value.name, shape=value.shape, type=value.type)
+        section.values[value] = copy
+        inputs.append(copy)
+    return inputs
+
+
+def _label(section: Section, output: ir.Value) -> ir.Value:
+    shape = None if output.shape is None else ir.Shape([output.shape[0], *list(output.shape)[2:]])
+    return section.op("ArgMax", [output], {"axis": 1, "keepdims": 0}, name="label", type=INT64, shape=shape)
+
+
+def _finish(graph: ir.Graph) -> ir.Model:
+    for value in graph.outputs:
+        value.type = value.type or FLOAT
+    return ir.Model(graph, ir_version=IR_VERSION, producer_name="branchynet")

@@ -1,0 +1,249 @@
+"""The accuracy and cost of very many threshold vectors at once, by counting instead of by trying.
+
+Shape letters: S samples, N exits, P threshold vectors, K candidate thresholds of one exit. A threshold of NaN means *never*
+here (None in a `Policy`): that exit's branch is left out, and its cost with it.
+"""
+
+import itertools
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from .types import ExitCost, Floats, Ints
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What is searched: scores `(S, N)` float32, losses `(S, N)`, and what each exit costs."""
+
+    scores: Floats
+    losses: Floats
+    cost: ExitCost
+
+    @cached_property
+    def order(self) -> list[Ints]:
+        """For each early exit, the samples from surest to least sure, without those that can never leave (NaN, infinity)."""
+        orders = []
+        for column in self.scores[:, :-1].T:
+            order = np.argsort(column, kind="stable")
+            orders.append(order[column[order] < np.inf])
+        return orders
+
+
+@dataclass(frozen=True, eq=False)
+class Points:
+    """Threshold vectors and what each does.
+
+    Attributes:
+        thresholds: `(P, N-1)` float32, NaN for never.
+        loss: `(P,)` summed loss of the answers given.
+        us: `(P,)` mean microseconds a sample.
+        counts: `(P, N)` how many samples leave at each exit.
+    """
+
+    thresholds: Floats
+    loss: Floats
+    us: Floats
+    counts: Floats
+
+    def take(self, index: Ints) -> "Points":
+        """The points at `index`, in that order."""
+        return Points(self.thresholds[index], self.loss[index], self.us[index], self.counts[index])
+
+    def pareto(self) -> "Points":
+        """The points that no other beats, cheapest first; of equals the first stays."""
+        order = np.lexsort((self.loss, self.us))
+        loss = self.loss[order]
+        better = np.ones(len(loss), bool)
+        better[1:] = loss[1:] < np.minimum.accumulate(loss)[:-1]
+        return self.take(order[better])
+
+
+def join(points: list[Points]) -> Points:
+    """All points in one."""
+    return Points(
+        *(np.concatenate([getattr(p, name) for p in points]) for name in ("thresholds", "loss", "us", "counts"))
+    )
+
+
+def mean_cost(counts: Floats | list[Floats], latency: Floats, samples: int) -> Floats:
+    """Mean cost of leaving `counts` (N, ...) at each exit.
+
+    Summed exit by exit, so that one vector and a million give the same bits, and a limit met here is met in `evaluate`.
+    """
+    total = np.zeros(())
+    for count, us in zip(counts, latency, strict=True):
+        total = total + count * us
+    return total / samples
+
+
+def between(below: Floats, above: Floats) -> Floats:
+    """Float32 thresholds midway between neighbours, which `below` passes (strictly less) and `above` does not."""
+    middle = ((below.astype(np.float64) + above.astype(np.float64)) / 2).astype(np.float32)
+    return np.where(middle > below, middle, above)  # between adjacent floats the middle may round down
+
+
+def beyond(top: Floats) -> Floats:
+    """A threshold that every recorded score up to `top` passes, with room for an engine's rounding."""
+    limit = np.finfo(np.float32)
+    top = np.maximum(top, limit.min).astype(np.float64)
+    return np.minimum(top + 1e-3 * np.maximum(np.abs(top), 1), limit.max).astype(np.float32)
+
+
+def cuts(scores: Floats, most: int) -> Floats:
+    """Candidate thresholds `(K,)` for one exit: between all neighbouring distinct scores `(S,)`, and beyond the last.
+
+    Where these are more than `most`, those that cut the samples into equal parts.
+    """
+    values, counts = np.unique(scores[scores < np.inf], return_counts=True)
+    if not len(values):
+        return np.empty(0, np.float32)
+    thresholds = np.append(between(values[:-1], values[1:]), beyond(values[-1:]))
+    if len(values) > most:
+        reached = np.cumsum(counts)
+        thresholds = thresholds[np.unique(np.searchsorted(reached, reached[-1] * np.arange(1, most + 1) / most))]
+    return thresholds
+
+
+def grid(problem: Problem, vectors: int) -> Points:
+    """The Pareto set over all combinations of candidate thresholds, for every set of exits in use.
+
+    Exact where the combinations of all distinct scores are at most `vectors`; else on a grid of quantiles of about that
+    many vectors for each set of exits. One histogram and its cumulative sums an exit give every vector at once.
+    """
+    early = problem.scores.shape[1] - 1
+    found = []
+    for size in range(early + 1):  # fewest exits first: of equals the simplest stays
+        for used in itertools.combinations(range(early), size):
+            most = max(2, int(vectors ** (1 / size) + 1e-9)) if size > 1 else vectors
+            candidates = [cuts(problem.scores[:, n], most) for n in used]
+            if all(len(c) for c in candidates):
+                found.append(_combinations(problem, used, candidates))
+    return join(found).pareto()
+
+
+def _combinations(problem: Problem, used: tuple[int, ...], candidates: list[Floats]) -> Points:
+    """The undominated ones of all combinations of `candidates`, for the early exits `used` (positions from 0)."""
+    samples, exits = problem.scores.shape
+    last = problem.losses[:, -1]
+    # A sample in bin b leaves at the candidates with index >= b; one in bin K leaves at none.
+    bins = [np.searchsorted(c, problem.scores[:, n], side="right") for n, c in zip(used, candidates, strict=True)]
+    loss = np.full((), last.sum())
+    counts: list[Floats] = [np.zeros(())] * exits
+    for i, n in enumerate(used):
+        shape = tuple(len(c) + 1 for c in candidates[: i + 1])
+        cell = np.ravel_multi_index(bins[: i + 1], shape)
+        right = (slice(None),) * (i + 1) + (None,) * (len(used) - i - 1)
+        counts[n] = _leaving(cell, None, shape)[right]
+        loss = loss + _leaving(cell, problem.losses[:, n] - last, shape)[right]
+    counts[-1] = (
+        samples - np.add.reduce([np.broadcast_to(c, loss.shape) for c in counts[:-1]]) if used else np.array(samples)
+    )
+    enabled = [n in used for n in range(exits - 1)]
+    us = mean_cost(counts, problem.cost.latency_us([*enabled, True]), samples)
+    index = np.nonzero(_not_dominated(loss).ravel())[0]
+    where = np.unravel_index(index, loss.shape) if used else ()
+    thresholds = np.full((len(index), exits - 1), np.nan, np.float32)
+    for n, c, i in zip(used, candidates, where, strict=True):
+        thresholds[:, n] = c[i]
+    kept = np.stack([np.broadcast_to(c, loss.shape).ravel()[index] for c in counts], axis=1)
+    return Points(thresholds, loss.ravel()[index], np.broadcast_to(us, loss.shape).ravel()[index], kept)
+
+
+def _leaving(cell: Ints, weights: Floats | None, shape: tuple[int, ...]) -> Floats:
+    """Sum of `weights` (or the count) over the samples that pass all axes but the last and leave at the last."""
+    total = np.bincount(cell, weights, minlength=int(np.prod(shape))).reshape(shape)
+    total = np.cumsum(total, axis=-1)[..., :-1]
+    for axis in range(len(shape) - 1):
+        total = np.flip(np.cumsum(np.flip(total, axis), axis=axis), axis)
+        total = total[(slice(None),) * axis + (slice(1, None),)]
+    return total
+
+
+def _not_dominated(loss: Floats) -> np.ndarray:
+    """Which combinations lose less than all looser ones, which with the same exits are never dearer."""
+    if not loss.ndim:
+        return np.ones((), bool)
+    best = np.pad(loss, [(0, 1)] * loss.ndim, constant_values=np.inf)
+    for axis in range(loss.ndim):
+        best = np.flip(np.minimum.accumulate(np.flip(best, axis), axis=axis), axis)
+    keep = np.ones(loss.shape, bool)
+    for axis in range(loss.ndim):
+        keep &= loss < best[tuple(slice(1, None) if a == axis else slice(None, -1) for a in range(loss.ndim))]
+    return keep
+
+
+def leaving(scores: Floats, thresholds: Floats) -> Ints:
+    """The exit `(S,)`, from 0, at which each sample leaves, for thresholds `(N-1,)` with NaN for never."""
+    leaves = np.ones(scores.shape, bool)
+    leaves[:, :-1] = scores[:, :-1] < thresholds  # false for NaN on either side
+    return leaves.argmax(axis=1)
+
+
+def sweep(problem: Problem, thresholds: Floats, n: int) -> Points:
+    """Every threshold of the early exit n (from 0), never included and first, with the other thresholds as given."""
+    samples, exits = problem.scores.shape
+    never = thresholds.copy()
+    never[n] = np.nan
+    answering = leaving(problem.scores, never)
+    order = problem.order[n]
+    order = order[answering[order] > n]  # those that reach exit n
+    scores = problem.scores[order, n]
+    edge = np.nonzero(np.append(scores[:-1] < scores[1:], True))[0] if len(order) else np.empty(0, np.int64)
+    moved = (answering[order][:, None] == np.arange(exits)).astype(np.float64)
+    counts = np.bincount(answering, minlength=exits).astype(np.float64) - np.cumsum(moved, axis=0)[edge]
+    counts[:, n] += edge + 1
+    gain = problem.losses[order, n] - problem.losses[order, answering[order]]
+    base = problem.losses[np.arange(samples), answering].sum()
+
+    enabled = [*~np.isnan(never), True]
+    us = mean_cost(counts.T, problem.cost.latency_us([e or i == n for i, e in enumerate(enabled)]), samples)
+    first = np.bincount(answering, minlength=exits).astype(np.float64)
+    rows = np.tile(never, (len(edge) + 1, 1))
+    rows[1:, n] = np.append(between(scores[edge[:-1]], scores[edge[:-1] + 1]), beyond(scores[-1:]))
+    return Points(
+        thresholds=rows,
+        loss=np.append(base, base + np.cumsum(gain)[edge]),
+        us=np.append(mean_cost(first, problem.cost.latency_us(enabled), samples), us),
+        counts=np.vstack([first, counts]),
+    )
+
+
+def ascend(problem: Problem, prices: int = 24) -> Points:
+    """A Pareto set for any number of exits: coordinate ascent of loss + price x time, for many prices and starts.
+
+    Each step sets one threshold to its best value with the others held. All thresholds tried at the points where no step
+    helps enter the set, which fills the gaps between the prices. Not proven best: tests compare it with `grid`.
+    """
+    samples, exits = problem.scores.shape
+    latency = problem.cost.latency_us([True] * exits)
+    span = max(float(latency[-1] - latency[0]), 1e-9) / samples
+    never = np.full(exits - 1, np.nan, np.float32)
+    middle = np.array(
+        [c[len(c) // 2] if len(c := cuts(s, samples)) else np.nan for s in problem.scores[:, :-1].T], np.float32
+    )
+    found, seen, previous = [], set(), never
+    for price in np.geomspace(1e-4, 10, prices) / span:
+        for start in (previous, never, middle):
+            point = _climb(problem, start, float(price))
+            if point.tobytes() not in seen:
+                seen.add(point.tobytes())
+                found.append(join([sweep(problem, point, n) for n in range(exits - 1)]).pareto())
+            previous = point
+    return join(found).pareto()
+
+
+def _climb(problem: Problem, start: Floats, price: float) -> Floats:
+    """The thresholds where no single change lowers loss + price x time, reached from `start`."""
+    point, best = start, np.inf
+    while True:
+        before = best
+        for n in range(len(point)):
+            points = sweep(problem, point, n)
+            value = points.loss + price * points.us
+            i = int(value.argmin())
+            if value[i] < best:
+                point, best = points.thresholds[i], float(value[i])
+        if not best < before - 1e-9:
+            return point

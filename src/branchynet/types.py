@@ -1,0 +1,312 @@
+"""The frozen values that pass between the rooms: ExitRecord, ExitCost, Policy, Outcome, Choice, Prediction.
+
+Shape letters: S samples recorded, B samples in a batch, N exits, C classes. Exits are numbered from 1, as in the paper;
+position n - 1 of a tuple or axis belongs to exit n.
+"""
+
+import hashlib
+import math
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .errors import FileError, InputError
+from .files import read_json, replacing, write_json
+
+Floats = NDArray[np.floating[Any]]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class ExitRecord:
+    """Every exit's answer for every sample of a data set, with what the right answers were.
+
+    Made by `record` from a network, or by `from_scores` for tasks whose outputs are not class logits.
+
+    Attributes:
+        outputs: `(S, N, C)` float32 logits, or None where only scores and losses were kept.
+        labels: `(S,)` int64 class indices, or None likewise.
+        scores: `(S, N)` float32, smaller = surer; None where they are to be computed from `outputs`.
+        losses: `(S, N)` float32 in [0, 1]; for classification 1 where an exit is wrong.
+
+    Raises:
+        InputError: shapes disagree, no samples, a label outside 0..C-1, or an infinite or NaN output.
+    """
+
+    outputs: Floats | None
+    labels: Ints | None
+    scores: Floats | None = None
+    losses: Floats = None  # type: ignore[assignment]  # derived from outputs and labels where not given
+
+    def __post_init__(self) -> None:
+        if self.outputs is not None:
+            outputs = _array("outputs", self.outputs, 3, "(S, N, C)")
+            labels = np.asarray(self.labels)
+            if labels.dtype.kind not in "iu" or labels.shape != outputs.shape[:1]:
+                raise InputError(
+                    f"labels must be integers of shape ({outputs.shape[0]},), one a sample of outputs; "
+                    f"got {labels.dtype} of shape {labels.shape}"
+                )
+            if labels.min() < 0 or labels.max() >= outputs.shape[2]:
+                raise InputError(
+                    f"labels lie in {labels.min()}..{labels.max()}, but outputs have {outputs.shape[2]} classes (0.."
+                    f"{outputs.shape[2] - 1})"
+                )
+            losses = (outputs.argmax(axis=2) != labels[:, None]).astype(np.float32)
+            _set(self, outputs=outputs, labels=labels.astype(np.int64), losses=losses)
+        elif self.scores is None or self.losses is None:
+            raise InputError("an ExitRecord needs outputs and labels, or scores and losses (ExitRecord.from_scores)")
+        if self.scores is not None:
+            scores = _array("scores", self.scores, 2, "(S, N)", finite=False)
+            losses = _array("losses", self.losses, 2, "(S, N)")
+            if scores.shape != losses.shape:
+                raise InputError(f"scores {scores.shape} and losses {losses.shape} must have one shape (S, N)")
+            if losses.min() < 0 or losses.max() > 1:
+                raise InputError(f"losses must lie in [0, 1]; got {losses.min():.4g}..{losses.max():.4g}: rescale them")
+            _set(self, scores=scores, losses=losses)
+
+    @classmethod
+    def from_scores(cls, scores: ArrayLike, losses: ArrayLike) -> "ExitRecord":
+        """A record of scores `(S, N)` (smaller = surer) and losses `(S, N)` in [0, 1], for any task."""
+        return cls(outputs=None, labels=None, scores=np.asarray(scores), losses=np.asarray(losses))
+
+    @property
+    def samples(self) -> int:
+        """S, the number of samples."""
+        return int(self.losses.shape[0])
+
+    @property
+    def exits(self) -> int:
+        """N, the number of exits."""
+        return int(self.losses.shape[1])
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the arrays, to tell whether two records are the same data."""
+        arrays = (self.outputs, self.labels) if self.outputs is not None else (self.scores, self.losses)
+        return hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).hexdigest()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write an ``.npz`` file, whole or not at all. Raises `FileError`."""
+        names = ("outputs", "labels") if self.outputs is not None else ("scores", "losses")
+        with replacing(path) as temporary, temporary.open("wb") as stream:
+            np.savez_compressed(stream, **{name: getattr(self, name) for name in names})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "ExitRecord":
+        """Read a file that `save` wrote; nothing in it is ever unpickled. Raises `FileError`."""
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                arrays = {name: stored[name] for name in stored.files}
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            raise FileError(f"cannot read the record {path}: {error}; make it again with record(...)") from error
+        if set(arrays) == {"outputs", "labels"}:
+            return cls(**arrays)
+        if set(arrays) == {"scores", "losses"}:
+            return cls.from_scores(**arrays)
+        raise FileError(f"{path} holds {sorted(arrays)}, which is no ExitRecord; make it with record(...)")
+
+
+@dataclass(frozen=True)
+class ExitCost:
+    """What each stage costs, a sample: the trunk segment up to each exit's tap, and each branch by itself.
+
+    Trunk and branches stand apart, so that removing an exit removes its cost. Every tuple has one figure an exit; the
+    last exit's "branch" is only the work that is not the backbone's own (computing its score).
+
+    Attributes:
+        trunk_us, branch_us: microseconds a sample, measured in the deployment engine.
+        trunk_macs, branch_macs: multiply-accumulates a sample.
+        batch_size, threads: how the times were taken.
+    """
+
+    trunk_us: tuple[float, ...]
+    branch_us: tuple[float, ...]
+    trunk_macs: tuple[float, ...] = ()
+    branch_macs: tuple[float, ...] = ()
+    batch_size: int = 1
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("trunk_us", "branch_us", "trunk_macs", "branch_macs"):
+            values = tuple(float(v) for v in getattr(self, name))
+            if name.endswith("_macs") and not values:
+                values = (0.0,) * len(self.trunk_us)
+            if len(values) != len(self.trunk_us) or not values:
+                raise InputError(f"ExitCost.{name} has {len(values)} figures but trunk_us has {len(self.trunk_us)}")
+            if not all(math.isfinite(v) and v >= 0 for v in values):
+                raise InputError(f"ExitCost.{name} must be finite and not negative; got {values}")
+            _set(self, **{name: values})
+
+    @property
+    def exits(self) -> int:
+        """N, the number of exits."""
+        return len(self.trunk_us)
+
+    def latency_us(self, enabled: Sequence[bool]) -> Floats:
+        """`(N,)` microseconds to answer at each exit, with the branches marked in `enabled` (N,) computed on the way."""
+        return _cumulative(self.trunk_us, self.branch_us, enabled)
+
+    def macs(self, enabled: Sequence[bool]) -> Floats:
+        """`(N,)` multiply-accumulates to answer at each exit, likewise."""
+        return _cumulative(self.trunk_macs, self.branch_macs, enabled)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write as JSON. Raises `FileError`."""
+        write_json(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "ExitCost":
+        """Read what `save` wrote. Raises `FileError`."""
+        return _from_json(cls, path, read_json(path))
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Which score is compared with which thresholds: all that the deployed network needs to know.
+
+    Attributes:
+        score: the name of a score (see `branchynet.scores`), or a callable ``score(outputs_so_far) -> (B,)``.
+        thresholds: one an exit but the last (N-1); a sample leaves at the first exit whose score is strictly below it.
+            None means *never*: the branch is left out of the graph, and its cost with it.
+    """
+
+    score: Any = "entropy"
+    thresholds: tuple[float | None, ...] = ()
+
+    def __post_init__(self) -> None:
+        values = tuple(None if t is None else float(t) for t in self.thresholds)
+        if any(t is not None and math.isnan(t) for t in values):
+            raise InputError(f"thresholds must be numbers, or None for never; got {values}")
+        if not (callable(self.score) or isinstance(self.score, str)):
+            raise InputError(f"score must be a name or a callable; got {self.score!r}")
+        _set(self, thresholds=values)
+
+    @property
+    def exits(self) -> int:
+        """N, the number of exits, the last one included."""
+        return len(self.thresholds) + 1
+
+    @property
+    def enabled(self) -> tuple[bool, ...]:
+        """`(N,)` whether each exit is in use; the last always is."""
+        return (*(t is not None for t in self.thresholds), True)
+
+    def to_json(self) -> dict[str, Any]:
+        """``{"score": name, "thresholds": [...]}`` with null for never."""
+        score = self.score if isinstance(self.score, str) else getattr(self.score, "__name__", "custom")
+        return {"score": score, "thresholds": list(self.thresholds)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Policy":
+        """The inverse of `to_json` for named scores."""
+        return cls(score=value["score"], thresholds=tuple(value["thresholds"]))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a policy does on a record: quality, who leaves where, and the mean cost.
+
+    Attributes:
+        samples: S.
+        accuracy: 1 - mean loss of the answers given; `accuracy_interval` is its 95 % interval.
+        last_accuracy: the same for the last exit alone.
+        exit_share: `(N,)` share of the samples that leave at each exit, summing to 1.
+        exit_accuracy: `(N,)` accuracy among those that leave there; None where nobody does.
+        mean_us, p95_us, worst_us, mean_macs: cost a sample, None where no ExitCost was given.
+    """
+
+    samples: int
+    accuracy: float
+    accuracy_interval: tuple[float, float]
+    last_accuracy: float
+    exit_share: tuple[float, ...]
+    exit_accuracy: tuple[float | None, ...]
+    mean_us: float | None = None
+    p95_us: float | None = None
+    worst_us: float | None = None
+    mean_macs: float | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The policy that `choose` found, on what grounds, and what it did on the data that chose it.
+
+    Attributes:
+        policy: score and thresholds.
+        constraint: the limit asked for, such as ``{"max_drop": 0.005}``.
+        outcome: on the record that chose (validation): optimistic, so report another record's.
+        record_digest: of the record that chose, so that judging on the same data can be noticed.
+    """
+
+    policy: Policy
+    constraint: dict[str, float]
+    outcome: Outcome
+    record_digest: str
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write as JSON. Raises `FileError`."""
+        write_json(path, {**asdict(self), "policy": self.policy.to_json()})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Choice":
+        """Read what `save` wrote. Raises `FileError`."""
+        stored = read_json(path)
+        try:
+            stored["policy"] = Policy.from_json(stored["policy"])
+            stored["outcome"] = _from_json(Outcome, path, stored["outcome"])
+        except (KeyError, TypeError) as error:
+            raise FileError(f"{path} is no Choice ({error}); make it with choose(...)") from error
+        return _from_json(cls, path, stored)
+
+
+class Prediction(NamedTuple):
+    """What an engine answers for a batch of B samples; numpy arrays.
+
+    Attributes:
+        label: `(B, ...)` int64, the index of the largest output.
+        exit: `(B,)` int64, the exit that answered, from 1.
+        score: `(B,)` float32, that exit's score; smaller = surer.
+        output: `(B, C, ...)` float32, that exit's output.
+    """
+
+    label: Ints
+    exit: Ints
+    score: Floats
+    output: Floats
+
+
+def _array(name: str, value: ArrayLike, ndim: int, shape: str, finite: bool = True) -> Floats:
+    array = np.asarray(value, dtype=np.float32)
+    if array.ndim != ndim or 0 in array.shape:
+        raise InputError(f"{name} must have shape {shape} with at least one sample; got {array.shape}")
+    if finite and not np.isfinite(array).all():
+        where = np.argwhere(~np.isfinite(array))[0]
+        raise InputError(
+            f"{name} holds {array[tuple(where)]} at sample {where[0]}, exit {where[1] + 1}; "
+            "a network that gives NaN or infinity cannot be judged: lower the learning rate or drop that sample"
+        )
+    return array
+
+
+def _cumulative(trunk: Sequence[float], branch: Sequence[float], enabled: Sequence[bool]) -> Floats:
+    if len(enabled) != len(trunk):
+        raise InputError(f"enabled has {len(enabled)} flags for {len(trunk)} exits")
+    return np.cumsum(trunk) + np.cumsum(np.where(enabled, branch, 0.0))
+
+
+def _from_json(cls: Any, path: str | os.PathLike[str], stored: Any) -> Any:
+    try:
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
+    except (TypeError, AttributeError, InputError) as error:
+        raise FileError(f"{path} is no {cls.__name__} ({error}); make it again") from error
+
+
+def _set(value: Any, **fields: Any) -> None:
+    for name, field in fields.items():
+        object.__setattr__(value, name, field)
