@@ -1,7 +1,7 @@
 """Weights and the state of a training on disk: safetensors and JSON, never pickle.
 
-A run folder holds ``training.safetensors`` (weights, optimizer and progress: the one truth for resuming) and, derived from
-it, ``checkpoint.safetensors`` (the weights alone, for users) and ``train.csv``.
+A run folder holds ``training.safetensors`` (weights, optimizer and progress: the one truth for resuming) and, derived
+from it, ``checkpoint.safetensors`` (the weights alone, for users) and ``train.csv``.
 """
 
 import json
@@ -109,7 +109,9 @@ class RunFolder:
             rows = [EpochRow.from_flat(row) for row in header["rows"]]
             stored, groups, numbers, progress = (header[k] for k in ("settings", "groups", "numbers", "progress"))
         except (KeyError, ValueError, TypeError) as error:
-            raise FileError(f"{self.training} is not the state of a BranchyNet training ({error!r}); {remedy}") from error
+            raise FileError(
+                f"{self.training} is not the state of a BranchyNet training ({error!r}); {remedy}"
+            ) from error
         weights = {name.removeprefix("weights."): t for name, t in tensors.items() if name.startswith("weights.")}
         checked = _mismatch(net, weights)
         if checked:
@@ -130,7 +132,9 @@ class RunFolder:
         History(tuple(rows)).save(self.path / "train.csv")
 
 
-def _restore(optimizer: Optimizer, groups: list[dict[str, Any]], numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def _restore(
+    optimizer: Optimizer, groups: list[dict[str, Any]], numbers: dict[str, Any], tensors: dict[str, Tensor]
+) -> None:
     state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in numbers.items()}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, value in tensors.items():

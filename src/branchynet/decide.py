@@ -1,7 +1,7 @@
 """Judging and choosing thresholds, on recorded outputs and measured costs alone: evaluate, frontier, choose.
 
-A threshold acts as the float32 number that the deployed network compares with, so a policy routes the recorded samples there
-as it does here. Shape letters: S samples, N exits, P policies.
+A threshold acts as the float32 number that the deployed network compares with, so a policy routes the recorded samples
+there as it does here. Shape letters: S samples, N exits, P policies.
 """
 
 import math
@@ -52,8 +52,8 @@ def evaluate(record: ExitRecord, policy: Policy, cost: ExitCost | None = None) -
     """What `policy` does on `record`: accuracy, who leaves where and, given `cost`, time and MACs.
 
     Leaving at exit n costs the trunk up to n and the branches in use up to n; a branch whose threshold is None costs
-    nothing. The accuracy's interval is Wilson's, at 95 %; for losses between 0 and 1 it is conservative, since none varies
-    more than a 0/1 loss of the same mean.
+    nothing. The accuracy's interval is Wilson's, at 95 %; for losses between 0 and 1 it is conservative, since none
+    varies more than a 0/1 loss of the same mean.
 
     Args:
         record: S samples, N exits.
@@ -77,7 +77,7 @@ def evaluate(record: ExitRecord, policy: Policy, cost: ExitCost | None = None) -
     position = route(of_record(record, policy.score), policy.thresholds) - 1
     losses = record.losses.astype(np.float64)
     loss = losses[np.arange(record.samples), position]
-    counts = np.bincount(position, minlength=record.exits)
+    counts = np.bincount(position, minlength=record.exits).astype(np.float64)
     wrong = np.bincount(position, loss, minlength=record.exits)
     accuracy = _accuracy(loss.sum(), record.samples)
     costs = {}
@@ -132,9 +132,10 @@ def frontier(
 ) -> Frontier:
     """The best accuracy for every mean time that thresholds can give on `record`.
 
-    Thresholds lie midway between neighbouring recorded scores, and *never*, which removes an exit and its cost, is one of
-    them. One threshold: exact. Two or three: exact while the combinations of all distinct scores are at most `vectors`,
-    else exact on a grid of the scores' quantiles of about that size. More: coordinate ascent from several starts.
+    Thresholds lie midway between neighbouring recorded scores, and *never*, which removes an exit and its cost, is one
+    of them. One threshold: exact. Two or three: exact while the combinations of all distinct scores are at most
+    `vectors`, else on a grid of the scores' quantiles of about that size, then exact along one threshold at a time.
+    More: coordinate ascent from several starts.
 
     Args:
         record: S samples, N exits.
@@ -170,8 +171,8 @@ def choose(
 ) -> Choice:
     """The best thresholds under exactly one limit, searched as in `frontier`.
 
-    The first two limits minimise the mean time, and of equals take the more accurate; the third maximises accuracy, and of
-    equals takes the cheaper. Choose on validation data and report on other data.
+    The first two limits minimise the mean time, and of equals take the more accurate; the third maximises accuracy,
+    and of equals takes the cheaper. Choose on validation data and report on other data.
 
     Args:
         record: S samples, N exits.
@@ -186,7 +187,7 @@ def choose(
         The choice, with its outcome on `record`.
 
     Raises:
-        InputError: not exactly one limit, a limit out of range, no cost for `max_latency_us`, or unequal numbers of exits.
+        InputError: not exactly one limit, a limit out of range, no cost for `max_latency_us`, unequal numbers of exits.
         InfeasibleError: no thresholds meet the limit; the message names the best that can be reached.
 
     Source: Teerapittayanon et al. 2016, section V-B (screening under an accuracy or a time constraint).
@@ -248,7 +249,7 @@ def _refine(problem: Problem, best: Points, most_loss: float, most_us: float) ->
 
 
 def _centred(problem: Problem, thresholds: Floats) -> Floats:
-    """The thresholds moved midway between the scores of the samples that reach each exit: the same routes, more room."""
+    """The thresholds moved midway between the scores of those samples that reach each exit: same routes, more room."""
     position = leaving(problem.scores, thresholds)
     centred = thresholds.copy()
     for n in np.nonzero(~np.isnan(thresholds))[0]:
@@ -269,7 +270,7 @@ def _problem(record: ExitRecord, cost: ExitCost, score: str | Score) -> Problem:
 def _same_exits(record: ExitRecord, cost: ExitCost | None) -> None:
     if cost is not None and cost.exits != record.exits:
         raise InputError(
-            f"the cost is of {cost.exits} exits, but the record has {record.exits}: measure the network that was recorded"
+            f"the cost has {cost.exits} exits, but the record has {record.exits}: measure the network that was recorded"
         )
 
 

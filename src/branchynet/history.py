@@ -19,7 +19,8 @@ class EpochRow:
         seconds: wall time of the epoch, validation included.
         lr: learning rate of the first parameter group in its last step.
         train_loss: mean joint loss a sample, while training.
-        train_accuracy: `(N,)` share of right answers of each exit, while training; empty where targets are no class indices.
+        train_accuracy: `(N,)` share of right answers of each exit, while training; empty where targets are no class
+            indices.
         val_loss: mean joint loss on the validation data, or None without them.
         val_accuracy: `(N,)` share of right answers on them; empty without them.
     """
@@ -50,7 +51,9 @@ class EpochRow:
         }
         return cls(
             epoch=int(row["epoch"]),
-            **{name: float(row[name]) for name in ("seconds", "lr", "train_loss")},
+            seconds=float(row["seconds"]),
+            lr=float(row["lr"]),
+            train_loss=float(row["train_loss"]),
             val_loss=None if row["val_loss"] in ("", None) else float(row["val_loss"]),
             **accuracy,
         )

@@ -63,7 +63,7 @@ class BranchyNet(nn.Module):
                 raise GraphError(f"the tap {tap!r} runs twice in one forward; tap a submodule that runs once")
             passed.append(tap)
             features = tensor_of(value, tap)
-            if torch.is_grad_enabled() and features.requires_grad and self._modifies_in_place():
+            if torch.is_grad_enabled() and self._modifies_in_place():
                 features = features.clone()
             elif torch.is_grad_enabled():
                 tapped.append((tap, features, features._version))

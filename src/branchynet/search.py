@@ -1,16 +1,19 @@
 """The accuracy and cost of very many threshold vectors at once, by counting instead of by trying.
 
-Shape letters: S samples, N exits, P threshold vectors, K candidate thresholds of one exit. A threshold of NaN means *never*
-here (None in a `Policy`): that exit's branch is left out, and its cost with it.
+Shape letters: S samples, N exits, P threshold vectors, K candidate thresholds of one exit. A threshold of NaN means
+*never* here (None in a `Policy`): that exit's branch is left out, and its cost with it.
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from .types import ExitCost, Floats, Ints
+
+_FILLS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +26,7 @@ class Problem:
 
     @cached_property
     def order(self) -> list[Ints]:
-        """For each early exit, the samples from surest to least sure, without those that can never leave (NaN, infinity)."""
+        """For each early exit, the samples from surest to least sure; NaN and infinity never leave and are left out."""
         orders = []
         for column in self.scores[:, :-1].T:
             order = np.argsort(column, kind="stable")
@@ -62,19 +65,18 @@ class Points:
 
 def join(points: list[Points]) -> Points:
     """All points in one."""
-    return Points(
-        *(np.concatenate([getattr(p, name) for p in points]) for name in ("thresholds", "loss", "us", "counts"))
-    )
+    names = ("thresholds", "loss", "us", "counts")
+    return Points(*(np.concatenate([getattr(p, name) for p in points]) for name in names))
 
 
-def mean_cost(counts: Floats | list[Floats], latency: Floats, samples: int) -> Floats:
-    """Mean cost of leaving `counts` (N, ...) at each exit.
+def mean_cost(counts: Floats | Sequence[Floats], each: Floats, samples: int) -> Floats:
+    """Mean cost of so many `counts` (N, ...) of samples that leave at exits of cost `each` (N,).
 
     Summed exit by exit, so that one vector and a million give the same bits, and a limit met here is met in `evaluate`.
     """
     total = np.zeros(())
-    for count, us in zip(counts, latency, strict=True):
-        total = total + count * us
+    for count, cost in zip(counts, each, strict=True):
+        total = total + count * cost
     return total / samples
 
 
@@ -109,18 +111,23 @@ def cuts(scores: Floats, most: int) -> Floats:
 def grid(problem: Problem, vectors: int) -> Points:
     """The Pareto set over all combinations of candidate thresholds, for every set of exits in use.
 
-    Exact where the combinations of all distinct scores are at most `vectors`; else on a grid of quantiles of about that
-    many vectors for each set of exits. One histogram and its cumulative sums an exit give every vector at once.
+    Exact where the combinations of all distinct scores are at most `vectors`. Else on a grid of quantiles of about that
+    many for each set of exits, with the gaps filled by sweeps over all distinct scores from points along the set.
     """
     early = problem.scores.shape[1] - 1
-    found = []
+    found, exact = [], True
     for size in range(early + 1):  # fewest exits first: of equals the simplest stays
         for used in itertools.combinations(range(early), size):
-            most = max(2, int(vectors ** (1 / size) + 1e-9)) if size > 1 else vectors
+            most = max(2, int(vectors ** (1 / size) + 1e-9)) if size else 0
             candidates = [cuts(problem.scores[:, n], most) for n in used]
+            exact &= all(len(c) < most for c in candidates)
             if all(len(c) for c in candidates):
                 found.append(_combinations(problem, used, candidates))
-    return join(found).pareto()
+    points = join(found).pareto()
+    if exact:
+        return points
+    spread = np.unique(np.linspace(0, len(points.loss) - 1, _FILLS).astype(int))
+    return join([points, *(_around(problem, points.thresholds[i]) for i in spread)]).pareto()
 
 
 def _combinations(problem: Problem, used: tuple[int, ...], candidates: list[Floats]) -> Points:
@@ -137,9 +144,7 @@ def _combinations(problem: Problem, used: tuple[int, ...], candidates: list[Floa
         right = (slice(None),) * (i + 1) + (None,) * (len(used) - i - 1)
         counts[n] = _leaving(cell, None, shape)[right]
         loss = loss + _leaving(cell, problem.losses[:, n] - last, shape)[right]
-    counts[-1] = (
-        samples - np.add.reduce([np.broadcast_to(c, loss.shape) for c in counts[:-1]]) if used else np.array(samples)
-    )
+    counts[-1] = samples - sum(counts[:-1], np.zeros(loss.shape))
     enabled = [n in used for n in range(exits - 1)]
     us = mean_cost(counts, problem.cost.latency_us([*enabled, True]), samples)
     index = np.nonzero(_not_dominated(loss).ravel())[0]
@@ -158,7 +163,7 @@ def _leaving(cell: Ints, weights: Floats | None, shape: tuple[int, ...]) -> Floa
     for axis in range(len(shape) - 1):
         total = np.flip(np.cumsum(np.flip(total, axis), axis=axis), axis)
         total = total[(slice(None),) * axis + (slice(1, None),)]
-    return total
+    return total.astype(np.float64, copy=False)
 
 
 def _not_dominated(loss: Floats) -> np.ndarray:
@@ -213,25 +218,29 @@ def sweep(problem: Problem, thresholds: Floats, n: int) -> Points:
 def ascend(problem: Problem, prices: int = 24) -> Points:
     """A Pareto set for any number of exits: coordinate ascent of loss + price x time, for many prices and starts.
 
-    Each step sets one threshold to its best value with the others held. All thresholds tried at the points where no step
-    helps enter the set, which fills the gaps between the prices. Not proven best: tests compare it with `grid`.
+    Each step sets one threshold to its best value with the others held. All thresholds tried where no step helps
+    enter the set, which fills the gaps between the prices. Not proven best: tests compare it with `grid`.
     """
     samples, exits = problem.scores.shape
     latency = problem.cost.latency_us([True] * exits)
     span = max(float(latency[-1] - latency[0]), 1e-9) / samples
     never = np.full(exits - 1, np.nan, np.float32)
-    middle = np.array(
-        [c[len(c) // 2] if len(c := cuts(s, samples)) else np.nan for s in problem.scores[:, :-1].T], np.float32
-    )
+    halves = [cuts(scores, 2) for scores in problem.scores[:, :-1].T]
+    middle = np.array([half[0] if len(half) else np.nan for half in halves], np.float32)
     found, seen, previous = [], set(), never
     for price in np.geomspace(1e-4, 10, prices) / span:
         for start in (previous, never, middle):
             point = _climb(problem, start, float(price))
             if point.tobytes() not in seen:
                 seen.add(point.tobytes())
-                found.append(join([sweep(problem, point, n) for n in range(exits - 1)]).pareto())
+                found.append(_around(problem, point))
             previous = point
     return join(found).pareto()
+
+
+def _around(problem: Problem, point: Floats) -> Points:
+    """The Pareto set of all vectors that differ from `point` in one threshold."""
+    return join([sweep(problem, point, n) for n in range(len(point))]).pareto()
 
 
 def _climb(problem: Problem, start: Floats, price: float) -> Floats:

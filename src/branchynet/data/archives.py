@@ -1,7 +1,7 @@
 """MNIST, Fashion-MNIST and CIFAR-10 as their authors publish them: finding, downloading and reading the files.
 
-Files that a user placed are checked for structure, so that re-compressed copies and subsets do; a download must have the
-published SHA-256 as well. Nothing is unpickled, and no archive is unpacked onto the disk.
+Files that a user placed are checked for structure, so that re-compressed copies and subsets will do; a download must
+have the published SHA-256 as well. Nothing is unpickled, and no archive is unpacked onto the disk.
 """
 
 import gzip
@@ -109,7 +109,7 @@ def read_archive(
         DataError: no files and no download, a failed download, or malformed files.
     """
     archive = ARCHIVES[name]
-    paths = _find(name, root) or (_download(name) if download else _cached(name))
+    paths = _find(name, root) or (_download(name) if download else _downloaded(name, root))
     if name == "cifar10":
         batches = _cifar_batches(paths)
         train, test = tuple(map(np.concatenate, zip(*batches[:-1], strict=True))), batches[-1]
@@ -139,7 +139,9 @@ def _find(name: str, root: str | os.PathLike[str] | None) -> list[Path] | None:
         return None
     base = Path(place).expanduser()
     if not base.is_dir():
-        raise DataError(f"{origin}={os.fspath(place)!r} is no folder; name a folder that holds the data sets, or leave it out")
+        raise DataError(
+            f"{origin}={os.fspath(place)!r} is no folder; name the one that holds the data sets, or leave it out"
+        )
     partial = None
     for folder in (base / sub for sub in ARCHIVES[name].folders):
         for form in ARCHIVES[name].forms:
@@ -149,7 +151,7 @@ def _find(name: str, root: str | os.PathLike[str] | None) -> list[Path] | None:
             if len(missing) < len(form):
                 partial = partial or (folder, missing)
     if partial:
-        raise DataError(f"{name}: {partial[0]} lacks {', '.join(partial[1])}; add what is missing, or move the rest away")
+        raise DataError(f"{name}: {partial[0]} lacks {', '.join(partial[1])}; add them, or move the rest away")
     return None
 
 
@@ -159,11 +161,15 @@ def _cache(name: str) -> Path:
     return Path(pooch.os_cache("branchynet")) / name
 
 
-def _cached(name: str) -> list[Path]:
+def _downloaded(name: str, root: str | os.PathLike[str] | None) -> list[Path]:
     """The files of an earlier download."""
     paths = [_cache(name) / file for file in ARCHIVES[name].sha256]
     if not all(path.is_file() for path in paths):
-        raise DataError(f"{name} is not on this machine; {_remedy(name)}, or allow the download")
+        place = root or os.environ.get(VARIABLE)
+        where = f"in {os.fspath(place)}" if place else f"given (neither {VARIABLE} nor root is set)"
+        raise DataError(
+            f"{name} is not {where} and was not downloaded to {_cache(name)}; {_remedy(name)}, or allow the download"
+        )
     return paths
 
 
@@ -178,7 +184,8 @@ def _download(name: str) -> list[Path]:
 
     archive, paths = ARCHIVES[name], []
     # tqdm, which pooch draws its bar with, is not among pooch's own requirements
-    downloader = pooch.HTTPDownloader(progressbar=importlib.util.find_spec("tqdm") is not None, chunk_size=1 << 16)
+    progress = importlib.util.find_spec("tqdm") is not None
+    downloader: Any = pooch.HTTPDownloader(progressbar=progress, chunk_size=1 << 16)
     for file, sha256 in archive.sha256.items():
         failures = []
         for url in archive.urls:
@@ -209,22 +216,22 @@ def read_idx(path: Path, shape: tuple[int, ...]) -> Bytes:
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
             header = stream.read(4 + 4 * ndim)
-            magic, *dims = struct.unpack(f">{1 + ndim}I", header.ljust(4 + 4 * ndim, b"\0"))
+            if len(header) < 4 + 4 * ndim:
+                raise EOFError(f"it ends after {len(header)} bytes, within its header")
+            magic, *dims = struct.unpack(f">{1 + ndim}I", header)
             if magic != 0x800 + ndim:
                 raise DataError(f"{path} starts with {magic:#010x}, not {0x800 + ndim:#010x}: it is no such IDX file")
-            if len(header) == 4 + 4 * ndim and (dims[0] == 0 or tuple(dims[1:]) != shape):
+            if dims[0] == 0 or tuple(dims[1:]) != shape:
                 wanted = " x ".join(map(str, ("S", *shape)))
                 raise DataError(f"{path} holds {' x '.join(map(str, dims))} bytes; it must hold {wanted}, S at least 1")
             # Chunks, and no more than announced: a lying header must not take all memory.
             while len(body) <= math.prod(dims) and (chunk := stream.read(1 << 20)):
                 body += chunk
+        if len(body) != math.prod(dims):
+            few = "fewer" if len(body) < math.prod(dims) else "more"
+            raise EOFError(f"it announces {math.prod(dims)} bytes and holds {few}")
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot read {path}: {error}; the file is damaged or not complete: get it again") from error
-    if len(header) < 4 + 4 * ndim or len(body) != math.prod(dims):
-        raise DataError(
-            f"{path} should hold {math.prod(dims)} bytes after its header but holds "
-            f"{'fewer' if len(body) < math.prod(dims) else 'more'}: the file is damaged or not complete, get it again"
-        )
     return np.frombuffer(body, dtype=np.uint8).reshape(dims)
 
 
@@ -233,25 +240,26 @@ def _cifar_batches(paths: Sequence[Path]) -> list[tuple[Bytes, Bytes]]:
     try:
         contents = {path.name: path.read_bytes() for path in paths} if len(paths) > 1 else dict(_tar_batches(paths[0]))
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-        raise DataError(f"cannot read {paths[0]}: {error}; the file is damaged or not complete: get it again") from error
+        raise DataError(f"cannot read {paths[0]}: {error}; it is damaged or not complete: get it again") from error
     batches = []
     for file in CIFAR_BATCHES:
         content = contents.get(file)
         if not content or len(content) % CIFAR_RECORD:
             what = "no such file" if content is None else f"{len(content)} bytes"
             raise DataError(
-                f"{paths[0].parent}: {file} must hold records of {CIFAR_RECORD} bytes, but there is {what}: get it again"
+                f"{paths[0].parent}: {file} must hold records of {CIFAR_RECORD} bytes but there is {what}: get it again"
             )
-        records = np.frombuffer(bytearray(content), dtype=np.uint8).reshape(-1, CIFAR_RECORD)
+        records = np.frombuffer(content, dtype=np.uint8).reshape(-1, CIFAR_RECORD)
         batches.append((records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]))
     return batches
 
 
 def _tar_batches(path: Path) -> Iterator[tuple[str, Any]]:
-    with tarfile.open(path, "r:gz") as tar:
-        for member in tar:  # in the archive's order: going back in a gzip stream means reading it all again
-            file = PurePosixPath(member.name).name
-            if file in CIFAR_BATCHES and member.isfile():
-                stream = tar.extractfile(member)
-                assert stream is not None
-                yield file, stream.read()
+    with gzip.open(path) as stream:
+        with tarfile.open(fileobj=stream) as tar:
+            for member in tar:  # in the archive's order: going back in a gzip stream means reading it all again
+                file = PurePosixPath(member.name).name
+                if file in CIFAR_BATCHES and member.isfile() and (content := tar.extractfile(member)):
+                    yield file, content.read()
+        while stream.read(1 << 20):  # up to the checksum at the stream's end, which tells damage
+            pass

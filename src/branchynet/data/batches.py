@@ -1,7 +1,7 @@
 """Batches for training and recording, and random changes to them.
 
-Everything random here is drawn from torch's global generator on the CPU, so that whoever seeds it (the trainer, every epoch)
-gets the same batches again.
+Everything random here is drawn from torch's global generator on the CPU, so that whoever seeds it (the trainer, every
+epoch) gets the same batches again.
 """
 
 import math

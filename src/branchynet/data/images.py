@@ -29,7 +29,7 @@ def read_image(path: str | os.PathLike[str], shape: tuple[int, int, int]) -> NDA
     channels, height, width = shape
     if channels not in (1, 3) or min(height, width) < 1:
         raise InputError(f"shape must be (1, H, W) or (3, H, W); got {tuple(shape)}")
-    return decode(path, (height, width), channels)[None].astype(np.float32) / np.float32(255)
+    return np.divide(decode(path, (height, width), channels)[None], 255, dtype=np.float32)
 
 
 def save_image(image: ArrayLike, path: str | os.PathLike[str]) -> None:

@@ -37,9 +37,9 @@ class Split:
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
         if images.dtype != torch.uint8 or images.ndim != 4 or not images.numel():
-            raise InputError(f"images must be uint8 (S, C, H, W), S at least 1; got {images.dtype} {tuple(images.shape)}")
+            raise InputError(f"images must be uint8 (S, C, H, W), not empty; got {images.dtype} {tuple(images.shape)}")
         if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-            raise InputError(f"labels must be int64 ({len(images)},), one an image; got {labels.dtype} {tuple(labels.shape)}")
+            raise InputError(f"labels must be int64 ({len(images)},); got {labels.dtype} {tuple(labels.shape)}")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -68,8 +68,9 @@ class ImageData:
 
     def __post_init__(self) -> None:
         for part, split in (("train", self.train), ("val", self.val), ("test", self.test)):
-            if tuple(split.images.shape[1:]) != self.shape:
-                raise InputError(f"{part} images are {tuple(split.images.shape[1:])}, train images {self.shape}: resize them")
+            shape = tuple(split.images.shape[1:])
+            if shape != self.shape:
+                raise InputError(f"{part} images are {shape} but train images are {self.shape}: resize them")
             low, high = int(split.labels.min()), int(split.labels.max())
             if low < 0 or high >= len(self.classes):
                 raise InputError(f"{part} labels lie in {low}..{high}, but there are {len(self.classes)} classes")
@@ -103,8 +104,8 @@ def load_data(
     Args:
         name: one of the names above.
         root: the folder where MNIST, Fashion-MNIST and CIFAR-10 files lie, as published or unpacked, in folders
-            ``mnist``, ``fashion-mnist``, ``cifar-10-batches-bin``, or as torchvision arranges them; by default the one that
-            the environment variable BRANCHYNET_DATA names.
+            ``mnist``, ``fashion-mnist``, ``cifar-10-batches-bin``, or as torchvision arranges them; by default the one
+            that the environment variable BRANCHYNET_DATA names.
         download: whether to download what is not there, once, into the user's cache folder.
         size: `(H, W)` that the images of a folder are resized to; by default the size of the first.
 
@@ -131,12 +132,12 @@ def load_data(
 
 
 def _order(count: int) -> NDArray[np.int64]:
-    # RandomState's stream is frozen for good (NEP 19), torch's may change with a release: a network trained by one release
-    # and tested by another must not meet its training images.
+    # RandomState's stream is frozen for good (NEP 19), torch's may change with a release: a network trained under one
+    # and tested under another must not meet its training images.
     return np.random.RandomState(0).permutation(count).astype(np.int64)
 
 
-def _take(images: NDArray[np.uint8], labels: NDArray[np.uint8], indices: NDArray[np.int64]) -> Split:
+def _take(images: NDArray[np.uint8], labels: NDArray[np.integer], indices: NDArray[np.int64]) -> Split:
     return Split(torch.from_numpy(images[indices]), torch.from_numpy(labels[indices].astype(np.int64)))
 
 
@@ -159,15 +160,16 @@ def _folder(name: str, size: tuple[int, int] | None) -> ImageData:
     if len(classes) < 2:
         raise DataError(f"{base} holds {len(classes)} folders {classes}; it must hold one for each class, two at least")
     files = [_image_files(base / each) for each in classes]
-    if size is None:
-        _, *size_ = decode(files[0][0]).shape
-        size = (size_[0], size_[1])
-    if sum(map(len, files)) * 3 * size[0] * size[1] > MOST_BYTES:
-        raise DataError(f"{base}: {sum(map(len, files))} images of {size[0]} x {size[1]} do not fit in memory; give a size")
-    decoded = [decode(file, size) for group in files for file in group]
+    height, width = decode(files[0][0]).shape[1:] if size is None else size
+    if height < 1 or width < 1:
+        raise InputError(f"size must be (H, W), both at least 1; got {size}")
+    count = sum(map(len, files))
+    if count * 3 * height * width > MOST_BYTES:
+        raise DataError(f"{base}: {count} images of {height} x {width} do not fit in memory; give a size=(H, W)")
+    decoded = [decode(file, (height, width)) for group in files for file in group]
     channels = max(len(image) for image in decoded)  # one colour image makes them all RGB
-    images = np.stack([np.broadcast_to(image, (channels, *size)) for image in decoded])
-    labels = np.repeat(np.arange(len(classes), dtype=np.uint8 if len(classes) < 256 else np.int64), [len(g) for g in files])
+    images = np.stack([np.broadcast_to(image, (channels, height, width)) for image in decoded])
+    labels = np.repeat(np.arange(len(classes)), [len(group) for group in files])
     return ImageData(name, tuple(classes), *(_take(images, labels, part) for part in _stratified(labels)))
 
 

@@ -1,0 +1,1 @@
+"""Engines: run an exported network and say where each sample left."""

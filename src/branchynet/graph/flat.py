@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..errors import GraphError, InputError
 from ..net import BranchyNet, evaluating, tensor_of
 from ..scores import Score
+from .section import RESERVED
 
 OPSET = 18  # old enough for every runtime in use, new enough for the exporter
 IR_VERSION = 8
@@ -55,6 +56,15 @@ def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}
 
 
+def tensors_of(example: Any) -> tuple[Tensor, ...]:
+    """The tensors of an example, positional ones first. Raises `InputError` where they are not batches of tensors."""
+    args, kwargs = arguments(example)
+    tensors = (*args, *kwargs.values())
+    if not tensors or not all(isinstance(t, Tensor) and t.dim() > 0 and len(t) for t in tensors):
+        raise InputError("example must be a tensor, or a tuple or dict of tensors, each with a leading batch dimension")
+    return tensors
+
+
 def flatten(net: nn.Module, example: Any, *, score: Score | None = None, dynamic: bool = True) -> FlatGraph:
     """Export a network to a flat graph: all exits' outputs and, with `score`, their scores.
 
@@ -69,9 +79,7 @@ def flatten(net: nn.Module, example: Any, *, score: Score | None = None, dynamic
         GraphError: the network cannot be exported (its own message is kept), or draws random numbers.
     """
     args, kwargs = arguments(example)
-    tensors = (*args, *kwargs.values())
-    if not tensors or not all(isinstance(t, Tensor) and t.dim() > 0 for t in tensors):
-        raise InputError("example must be a tensor, or a tuple or dict of tensors, each with a leading batch dimension")
+    tensors = tensors_of(example)
     rows = 2 if dynamic else 1  # a batch of 1 in the example would be taken as a constant
     tensors = tuple(_rows(t, rows) for t in tensors)
     with evaluating(net), torch.no_grad(), _quiet():
@@ -106,7 +114,8 @@ def input_names(net: nn.Module, count: int) -> list[str]:
     """Names of the first `count` positional arguments of the network's own forward."""
     forward = (net.backbone if isinstance(net, BranchyNet) else net).forward
     names = [p.name for p in inspect.signature(forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    return [names[i] if i < len(names) else f"input_{i + 1}" for i in range(count)]
+    names = [names[i] if i < len(names) else f"input_{i + 1}" for i in range(count)]
+    return [f"{name}_" if name in RESERVED or name.startswith("threshold_") else name for name in names]
 
 
 class _AllExits(nn.Module):

@@ -42,7 +42,7 @@ def flat_model(flat: FlatGraph, outputs: Sequence[str], label: str) -> ir.Model:
     A graph that has a single output calls it ``output``.
     """
     needed = [flat.value(name) for name in outputs]
-    stage = cut([[v] for v in needed], lambda v: _parents(v))
+    stage = cut([[v] for v in needed], parents)
     section = Section(1)
     inputs = _copy_inputs(flat, section)
     for node in flat.model.graph:
@@ -66,7 +66,7 @@ class _Nest:
         self.policy = policy
         self.exits = [n for n, enabled in enumerate(policy.enabled, 1) if enabled]
         self.needs = [(flat.value(f"output_{n}"), flat.value(f"score_{n}")) for n in self.exits]
-        self.stage = cut(self.needs, _parents)
+        self.stage = cut(self.needs, parents)
         self.sections = [Section(i + 1) for i in range(len(self.exits))]
         self.thresholds: list[ir.Value] = []
         self.index: dict[tuple[int, int], ir.Value] = {}  # (i, j): rows of level i's batch that are level j's batch
@@ -138,9 +138,9 @@ class _Nest:
             "then_branch": deeper.graph([], then, f"stage_{self.exits[i + 1]}"),
             "else_branch": leave.graph([], stay_as, f"leave_{self.exits[i]}"),
         }
-        node = ir.node("If", [condition], branches, num_outputs=len(results), name=here._named("exit_gate"))
+        node = ir.node("If", [condition], branches, num_outputs=len(results), name=here.own("gate"))
         for k, (new, old) in enumerate(zip(node.outputs, results, strict=True)):
-            new.name, new.type, new.shape = here._named(f"answer_{k}"), old.type, old.shape
+            new.name, new.type, new.shape = here.own(f"answer_{k}"), old.type, old.shape
         here.nodes.append(node)
         return list(node.outputs)
 
@@ -223,7 +223,8 @@ class _Nest:
         return here.op("Concat", [rows, rest], {"axis": 0}, name=node.outputs[0].name or "shape", type=INT64)
 
 
-def _parents(value: ir.Value) -> list[ir.Value]:
+def parents(value: ir.Value) -> list[ir.Value]:
+    """The values that the node which makes `value` reads."""
     node = value.producer()
     return [] if node is None else [v for v in node.inputs if v is not None]
 

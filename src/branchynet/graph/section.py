@@ -8,6 +8,8 @@ import onnx_ir as ir
 
 BOOL, INT64, FLOAT = ir.TensorType(ir.DataType.BOOL), ir.TensorType(ir.DataType.INT64), ir.TensorType(ir.DataType.FLOAT)
 
+RESERVED = ("label", "exit", "score", "output")  # what the finished graph calls its outputs
+
 
 class Section:
     """Nodes and initializers of one graph, with the names of its level, so that names stay unique when graphs nest."""
@@ -28,17 +30,18 @@ class Section:
         type: ir.TypeProtocol | None = None,
         shape: Sequence[int | str] | ir.Shape | None = None,
     ) -> ir.Value:
-        """Append a node with one output and return that output."""
-        node = ir.node(op_type, inputs, attributes or {}, num_outputs=1, name=self._named(name))
+        """Append a node of our own with one output and return that output."""
+        name = self.own(name)
+        node = ir.node(op_type, inputs, attributes or {}, num_outputs=1, name=name)
         output = node.outputs[0]
-        output.name, output.type = self._named(name), type
+        output.name, output.type = name, type
         output.shape = shape if shape is None or isinstance(shape, ir.Shape) else ir.Shape(shape)
         self.nodes.append(node)
         return output
 
     def constant(self, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
-        """An initializer of this graph."""
-        name = self._named(name)
+        """An initializer of our own in this graph."""
+        name = self.own(name)
         if name not in self.initializers:
             self.initializers[name] = ir.val(name, const_value=ir.tensor(array, name=name))
         return self.initializers[name]
@@ -72,5 +75,9 @@ class Section:
             inputs, outputs, nodes=self.nodes, initializers=tuple(self.initializers.values()), name=name, **more
         )
 
+    def own(self, name: str) -> str:
+        """A name that no value of the network has, since the exporter writes no slashes."""
+        return f"exits/{name}/{self.level}"
+
     def _named(self, name: str) -> str:
-        return name if self.level == 1 else f"{name}/{self.level}"
+        return name if self.level == 1 and name not in RESERVED else f"{name}/{self.level}"

@@ -41,7 +41,8 @@ def exits_of(net: nn.Module, inputs: Any) -> tuple[Tensor, ...]:
     """Every exit's output for one batch, earliest first; a network with a single output has one exit.
 
     Args:
-        net: a `BranchyNet`, or any module that gives a tensor, a tuple of tensors (its exits), or an object with ``.logits``.
+        net: a `BranchyNet`, or any module that gives a tensor, a tuple of tensors (its exits) or an object with
+            ``.logits``.
         inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
     """
     if isinstance(inputs, Mapping):

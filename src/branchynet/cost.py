@@ -1,0 +1,115 @@
+"""What each stage costs, measured in the deployment engine with everything inside the clock."""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from torch import nn
+
+from . import scores
+from .engine.onnx import Engine, load
+from .errors import InputError
+from .export import assemble
+from .graph.flat import FlatGraph, flatten, tensors_of
+from .graph.macs import exit_macs
+from .scores import Score
+from .types import ExitCost
+
+
+def measure(
+    net: nn.Module,
+    example: Any,
+    *,
+    batch_size: int = 1,
+    threads: int = 1,
+    score: str | Score = "entropy",
+    seconds: float = 3.0,
+) -> ExitCost:
+    """Time every stage of a network in ONNX Runtime, and count its multiply-accumulates.
+
+    Static graphs are timed, interleaved: for every exit, one that computes this exit alone and one that computes all
+    exits up to it, scores included. Their differences give trunk and branches apart; medians are taken.
+
+    Args:
+        net: a `BranchyNet`, or any network.
+        example: inputs, real ones if possible; repeated or cut to `batch_size` rows.
+        batch_size: rows a call.
+        threads: threads within an operator.
+        score: counted with each branch.
+        seconds: about how long to measure.
+
+    Returns:
+        An `ExitCost` with microseconds and multiply-accumulates a sample.
+
+    Raises:
+        InputError: batch_size or threads below 1.
+        GraphError: the network cannot be exported.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1; got {batch_size}")
+    flat = flatten(net, example, score=scores.resolve(score))
+    batch = [np.resize(t.numpy(), (batch_size, *t.shape[1:])) for t in tensors_of(example)]
+    with tempfile.TemporaryDirectory() as folder:
+        engines = static_engines(flat, Path(folder), threads)
+        times = interleaved([lambda e=e: e.outputs(*batch) for e in engines.values()], seconds)
+    us = {name: t / batch_size for name, t in zip(engines, times, strict=True)}
+    trunk, branch = _apart(us, flat.exits)
+    trunk_macs, branch_macs = exit_macs(flat)
+    return ExitCost(trunk, branch, trunk_macs, branch_macs, batch_size, threads)
+
+
+def static_engines(
+    flat: FlatGraph, folder: Path, threads: int, *, enabled: Sequence[int] | None = None, alone: bool = True
+) -> dict[str, Engine]:
+    """Engines of static graphs, by name.
+
+    ``plain`` is the backbone; ``upto_n`` all enabled exits up to n with their scores; ``alone_n`` exit n with its score.
+    """
+    exits = enabled or range(1, flat.exits + 1)
+    wanted = {"plain": [f"output_{flat.exits}"]}
+    for n in exits:
+        wanted[f"upto_{n}"] = [f"output_{n}", *(f"score_{k}" for k in exits if k <= n)]
+        if alone and n > 1:
+            wanted[f"alone_{n}"] = [f"output_{n}", f"score_{n}"]
+    engines = {}
+    for name, outputs in wanted.items():
+        ir.save(assemble(flat, None, outputs=outputs), folder / f"{name}.onnx")
+        engines[name] = load(folder / f"{name}.onnx", threads=threads)
+    return engines
+
+
+def interleaved(calls: Sequence[Callable[[], Any]], seconds: float, *, rounds: int = 400) -> list[float]:
+    """Median microseconds of each call, taken in turns, so that a slow moment of the machine hits them all alike."""
+    for call in calls:
+        call()
+    times: list[list[float]] = [[] for _ in calls]
+    end = time.perf_counter() + seconds
+    while len(times[0]) < 5 or (time.perf_counter() < end and len(times[0]) < rounds):
+        for call, taken in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            taken.append((time.perf_counter() - start) * 1e6)
+    return [statistics.median(taken) for taken in times]
+
+
+def _apart(us: dict[str, float], exits: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Trunk segments and branches from the times of the static graphs.
+
+    With C(n) = time of all exits up to n and A(n) = time of exit n alone, C(n) - A(n) is what the branches before n cost;
+    the trunk up to n is what is left of C(n), so that the sum over all branches gives C(n) back.
+    """
+    upto = [us[f"upto_{n}"] for n in range(1, exits + 1)]
+    alone = [upto[0], *(us[f"alone_{n}"] for n in range(2, exits + 1))]
+    earlier = np.maximum.accumulate([max(0.0, c - a) for c, a in zip(upto, alone, strict=True)])
+    branch = [*np.diff(earlier), max(0.0, alone[-1] - us["plain"])]
+    reached = np.maximum.accumulate(np.maximum(0.0, np.array(upto) - np.cumsum(branch)))
+    trunk = np.diff(reached, prepend=0.0)
+    return tuple(float(t) for t in trunk), tuple(float(b) for b in branch)
+
+

@@ -1,0 +1,189 @@
+"""One epoch after the other: forward, backward, step, count, show."""
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from .checkpoint import RunFolder
+from .errors import BranchyNetError, InputError
+from .feed import batches, exits_of
+from .history import EpochRow
+from .net import evaluating
+
+REFRESH_S = 0.5  # between looks at the running loss: each look waits for the device
+
+
+class Trainer:
+    """What stays the same from epoch to epoch."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        schedule: LRScheduler,
+        objective: Callable[[Sequence[Tensor], Tensor], Tensor],
+        accelerator: Accelerator,
+        channels_last: bool,
+    ) -> None:
+        self.model, self.optimizer, self.schedule, self.objective = model, optimizer, schedule, objective
+        self.accelerator, self.channels_last = accelerator, channels_last
+        self.stepper = accelerator.prepare_optimizer(optimizer)  # steps through the fp16 gradient scaler
+        self.steps = 0
+
+    def progress(self) -> dict[str, Any]:
+        """What the next epoch needs to know besides weights and optimizer, as JSON values."""
+        scaler = self.accelerator.scaler
+        return {"steps": self.steps, "scaler": scaler.state_dict() if scaler else None}
+
+    def resume(self, folder: RunFolder, net: nn.Module, resume: bool) -> list[EpochRow]:
+        """Go on with what `folder` holds, or start it; the epochs that are done. Raises as `RunFolder.load`."""
+        stored = folder.load(net, self.optimizer) if resume else None
+        self.accelerator.wait_for_everyone()
+        if stored is None:
+            if self.accelerator.is_main_process:
+                # The state before the first epoch too: a resume must not depend on how the caller draws new weights.
+                folder.save(net, self.optimizer, [], self.progress())
+            return []
+        rows, progress = stored
+        groups = [dict(group) for group in self.optimizer.param_groups]
+        with warnings.catch_warnings():  # torch expects a step of the optimizer before each of these
+            warnings.simplefilter("ignore", UserWarning)
+            # Replayed rather than stored: some schedulers' own state does not survive JSON.
+            for _ in range(progress["steps"]):
+                self.schedule.step()
+        for group, restored in zip(self.optimizer.param_groups, groups, strict=True):
+            group.update(restored)
+        self.steps = progress["steps"]
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(progress["scaler"])
+        return rows
+
+    def epoch(self, epoch: int, train_loader: Any, val_loader: Any, bar: "Bar") -> EpochRow:
+        """Train on every batch once, then validate. Raises `BranchyNetError` where the loss is not finite."""
+        start = time.perf_counter()
+        tally = Tally(f"in epoch {epoch}")
+        lr = 0.0
+        for inputs, target in batches(train_loader, self.accelerator.device, self.channels_last):
+            outputs, value = self._forward(inputs, target)
+            self.stepper.zero_grad()
+            self.accelerator.backward(value)
+            self.stepper.step()
+            lr = float(self.optimizer.param_groups[0]["lr"])
+            if not self.accelerator.optimizer_step_was_skipped:
+                self.schedule.step()
+                self.steps += 1
+            tally.add(value.detach(), outputs, target)
+            bar.advance(tally)
+        train_loss, train_accuracy = tally.read(self.accelerator)
+        bar.show(train_loss, train_accuracy)
+        val_loss, val_accuracy = self._validate(epoch, val_loader) if val_loader is not None else (None, ())
+        return EpochRow(epoch, time.perf_counter() - start, lr, train_loss, train_accuracy, val_loss, val_accuracy)
+
+    def _validate(self, epoch: int, loader: Any) -> tuple[float, tuple[float, ...]]:
+        tally = Tally(f"on the validation data after epoch {epoch}")
+        with torch.no_grad(), evaluating(self.model):
+            for inputs, target in batches(loader, self.accelerator.device, self.channels_last):
+                outputs, value = self._forward(inputs, target)
+                tally.add(value, outputs, target)
+        return tally.read(self.accelerator)
+
+    def _forward(self, inputs: Any, target: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        with self.accelerator.autocast():
+            outputs = exits_of(self.model, inputs)
+        outputs = tuple(o.float() if o.dtype in (torch.float16, torch.bfloat16) else o for o in outputs)
+        return outputs, self.objective(outputs, target)
+
+
+class Tally:
+    """Running loss and right answers of every exit, kept on the device because reading them waits for it."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.losses: list[Tensor] = []
+        self.sizes: list[int] = []
+        self.right: Tensor | None = None
+        self.answers = 0
+
+    def add(self, loss: Tensor, outputs: tuple[Tensor, ...], target: Tensor) -> None:
+        """Count one batch; nothing here waits for the device."""
+        self.losses.append(loss)
+        self.sizes.append(len(target))
+        # Without class indices as targets there is no accuracy to speak of.
+        if not target.is_floating_point() and _answers(outputs[-1]) == target.shape:
+            right = (torch.stack([o.detach() for o in outputs]).argmax(dim=2) == target).flatten(1).sum(dim=1)
+            self.right = right if self.right is None else self.right + right
+            self.answers += target.numel()
+
+    def read(self, accelerator: Accelerator | None = None) -> tuple[float, tuple[float, ...]]:
+        """Mean loss a sample and accuracies `(N,)`, over all processes where `accelerator` is given.
+
+        Raises:
+            BranchyNetError: a loss is not finite; the first such batch is named.
+            InputError: there was no batch.
+        """
+        if not self.losses:
+            raise InputError(f"the loader gave no batch {self.where}; give it data, or drop_last=False")
+        losses = torch.stack(self.losses).double().cpu()
+        wrong = (~losses.isfinite()).nonzero()
+        if len(wrong):
+            first = int(wrong[0])
+            raise BranchyNetError(
+                f"the loss is {losses[first].item()} {self.where}, batch {first + 1}; lower the learning rate, clip "
+                "or check the data, and train in another run folder (or resume=False)"
+            )
+        sizes = torch.tensor(self.sizes, dtype=torch.float64)
+        right = [] if self.right is None else self.right.tolist()
+        sums = torch.tensor([float(losses @ sizes), float(sizes.sum()), self.answers, *right], dtype=torch.float64)
+        if accelerator is not None and accelerator.num_processes > 1:
+            sums = accelerator.reduce(sums.to(accelerator.device), "sum").cpu()  # type: ignore[union-attr]
+        loss_sum, samples, answers, *right = sums.tolist()
+        return loss_sum / samples, tuple(r / answers for r in right)
+
+
+class Bar:
+    """A progress bar over one epoch's batches, or nothing; it stays on the screen as the epoch's line."""
+
+    def __init__(self, title: str, total: int, visible: bool) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        # Drawn by hand: rich's own thread would compete with the training.
+        self.bar = Progress(
+            *columns,
+            TextColumn("{task.fields[told]}"),
+            console=Console(stderr=True),
+            auto_refresh=False,
+            disable=not visible,
+        )
+        self.task = self.bar.add_task(title, total=total, told="")
+        self.done, self.shown = 0, time.monotonic()
+
+    def __enter__(self) -> None:
+        self.bar.start()
+
+    def __exit__(self, *_: Any) -> None:
+        self.bar.stop()
+
+    def advance(self, tally: Tally) -> None:
+        """One batch more; twice a second the running figures are read, which also finds a loss that is not finite."""
+        self.done += 1
+        if time.monotonic() - self.shown > REFRESH_S:
+            self.show(*tally.read())
+
+    def show(self, loss: float, accuracies: tuple[float, ...]) -> None:
+        """Draw these figures."""
+        right = "  ".join(f"{a:.2%}" for a in accuracies)
+        self.bar.update(self.task, completed=self.done, told=f"loss {loss:.4f}  right {right}", refresh=True)
+        self.shown = time.monotonic()
+
+
+def _answers(output: Tensor) -> torch.Size | None:
+    """The shape of class indices that would go with `output`: `(B, C, ...)` -> `(B, ...)`."""
+    return output.shape[:1] + output.shape[2:] if output.dim() > 1 else None

@@ -1,0 +1,98 @@
+"""What holds while a training runs and is put back after it: device, random number generators, modes."""
+
+import contextlib
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from torch import nn
+
+from .errors import InputError
+from .net import BranchyNet
+
+
+@contextlib.contextmanager
+def accelerating(mixed_precision: str, device: str | torch.device | None) -> Iterator[Accelerator]:
+    """An accelerator with just these settings, which leaves the caller's own one alone."""
+    try:
+        wanted = None if device is None else torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device={device!r} is no device: {error}") from error
+    # accelerate keeps precision and device in process-wide dicts and refuses a second opinion.
+    shared = [AcceleratorState._shared_state]
+    if not torch.distributed.is_initialized():
+        shared.append(PartialState._shared_state)
+    before = [dict(state) for state in shared]
+    for state in shared:
+        state.clear()
+    try:
+        try:
+            accelerator = Accelerator(mixed_precision=mixed_precision, cpu=wanted is not None and wanted.type == "cpu")
+        except (ValueError, ImportError, RuntimeError) as error:
+            raise InputError(f"mixed_precision={mixed_precision!r} does not work on this machine: {error}") from error
+        found = accelerator.device
+        if wanted is not None and (wanted.type != found.type or (wanted.index or 0) != (found.index or 0)):
+            raise InputError(
+                f"device={str(device)!r} is not to be had: accelerate offers {str(found)!r}; choose among GPUs with "
+                "CUDA_VISIBLE_DEVICES"
+            )
+        yield accelerator
+    finally:
+        for state, content in zip(shared, before, strict=True):
+            state.clear()
+            state.update(content)
+
+
+@contextlib.contextmanager
+def own_generators(device: torch.device) -> Iterator[None]:
+    """Give the caller's random number generators back as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextlib.contextmanager
+def prepared(net: nn.Module, train: str, channels_last: bool) -> Iterator[None]:
+    """Put modes, gradient flags and memory order as the training needs them; back again after it."""
+    modes = [(module, module.training) for module in net.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in net.parameters()]
+    net.train()
+    if train == "branches" and isinstance(net, BranchyNet):
+        net.backbone.requires_grad_(False).eval()
+    if channels_last:
+        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag).grad = None
+        if channels_last:
+            net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+
+
+def seed_all(seed: int, epoch: int, process: int, loaders: Sequence[Any]) -> None:
+    """Seed every generator from (seed, epoch), so that an epoch can be run again and nothing of them need be stored."""
+    shared, own = (
+        int(np.random.SeedSequence(key).generate_state(1)[0]) for key in ((seed, epoch), (seed, epoch, process))
+    )
+    random.seed(own)
+    np.random.seed(own)
+    torch.manual_seed(own)
+    for loader in loaders:
+        inner = getattr(loader, "batch_sampler", None)
+        for holder in (loader, getattr(loader, "sampler", None), inner, getattr(inner, "sampler", None)):
+            generator, set_epoch = getattr(holder, "generator", None), getattr(holder, "set_epoch", None)
+            if isinstance(generator, torch.Generator):
+                generator.manual_seed(shared)
+            if callable(set_epoch):
+                set_epoch(epoch)

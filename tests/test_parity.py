@@ -1,0 +1,106 @@
+"""The spine: the paper's Figure 2 as a naive loop = evaluate = the exported file, on random networks."""
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from networks import FAMILIES, build, chain, draw, residual, tree, two_inputs
+from oracle import every_exit, figure_2, safe_thresholds
+
+from branchynet import ExitRecord, Policy, evaluate, export, load
+from branchynet.export import assemble
+from branchynet.graph.flat import flatten
+from branchynet.scores import entropy
+
+BATCHES = (0, 1, 2, 7, 64)
+QUANTILES = ((0.0, 0.0, 0.0), (0.3, 0.5, 0.5), (0.75, 0.4, 0.1), (1.0, 1.0, 1.0), (0.0, 0.6, 0.9))
+
+
+@pytest.fixture(scope="module", params=[(f, s) for f in FAMILIES for s in (0, 1)], ids=lambda p: f"{p[0].__name__}-{p[1]}")
+def case(request, tmp_path_factory):
+    """A random network, its file, 64 samples, and what every exit says of each."""
+    family, seed = request.param
+    net, example = build(family, seed)
+    inputs = draw(example, 64, seed)
+    outputs = every_exit(net, inputs)
+    path = tmp_path_factory.mktemp("parity") / "model.onnx"
+    thresholds = safe_thresholds(outputs, QUANTILES[1][: net.exits - 1])
+    export(net, path, policy=Policy(thresholds=thresholds), example=inputs)
+    return net, path, inputs, outputs, thresholds
+
+
+def agree(answer, outputs, thresholds):
+    expected = [figure_2(sample, thresholds) for sample in outputs]
+    assert answer.exit.tolist() == [n for n, _ in expected]
+    if expected:
+        logits = np.stack([z for _, z in expected])
+        np.testing.assert_allclose(answer.output, logits, atol=1e-4)
+        top = np.sort(logits, axis=1)
+        clear = top[:, -1] - top[:, -2] > 1e-4
+        assert (answer.label == logits.argmax(axis=1))[clear].all()
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_file_agrees_with_the_loop_at_its_own_thresholds(case, batch):
+    _, path, inputs, outputs, thresholds = case
+    agree(load(path, threads=1)(*(i[:batch].numpy() for i in inputs)), outputs[:batch], thresholds)
+
+
+def test_file_agrees_with_the_loop_at_any_thresholds_and_batch(case):
+    net, path, inputs, outputs, _ = case
+    engine = load(path, threads=1)
+    seen = set()
+    for quantiles in QUANTILES:
+        thresholds = safe_thresholds(outputs, quantiles[: net.exits - 1])
+        for batch in BATCHES:
+            for start in range(0, 64 - batch + 1, max(batch, 16)):
+                rows = slice(start, start + batch)
+                answer = engine(*(i[rows].numpy() for i in inputs), thresholds=thresholds)
+                agree(answer, outputs[rows], thresholds)
+                seen.update(answer.exit.tolist())
+    assert seen == set(range(1, net.exits + 1)), "the thresholds must let every exit answer some sample"
+
+
+def test_evaluate_agrees_with_the_loop(case):
+    net, _, _, outputs, _ = case
+    labels = np.random.default_rng(0).integers(outputs.shape[2], size=len(outputs))
+    record = ExitRecord(outputs=outputs, labels=labels)
+    for quantiles in QUANTILES:
+        thresholds = safe_thresholds(outputs, quantiles[: net.exits - 1])
+        expected = [figure_2(sample, thresholds) for sample in outputs]
+        outcome = evaluate(record, Policy(thresholds=thresholds))
+        share = [np.mean([n == k for n, _ in expected]) for k in range(1, net.exits + 1)]
+        np.testing.assert_allclose(outcome.exit_share, share)
+        right = [z.argmax() == label for (_, z), label in zip(expected, labels, strict=True)]
+        assert outcome.accuracy == pytest.approx(np.mean(right))
+
+
+def test_each_exit_can_be_left_out_and_thresholds_can_be_required(case, tmp_path):
+    net, _, inputs, outputs, thresholds = case
+    flat = flatten(net, inputs, score=entropy)
+    for never in range(net.exits - 1):
+        fewer = tuple(None if n == never else t for n, t in enumerate(thresholds))
+        ir.save(assemble(flat, Policy(thresholds=fewer)), tmp_path / "fewer.onnx")
+        agree(load(tmp_path / "fewer.onnx", threads=1)(*(i.numpy() for i in inputs)), outputs, fewer)
+    ir.save(assemble(flat, Policy(thresholds=thresholds), thresholds="input"), tmp_path / "required.onnx")
+    agree(load(tmp_path / "required.onnx", threads=1)(*(i.numpy() for i in inputs)), outputs, thresholds)
+
+
+def test_a_file_for_one_sample_at_a_time(case, tmp_path):
+    _, _, inputs, outputs, thresholds = case
+    path = export(case[0], tmp_path / "one.onnx", policy=Policy(thresholds=thresholds), example=inputs, batch=1)
+    engine = load(path, threads=1)
+    for row in range(16):
+        agree(engine(*(i[row : row + 1].numpy() for i in inputs)), outputs[row : row + 1], thresholds)
+
+
+@pytest.mark.parametrize("family", [chain, residual, two_inputs, tree])
+def test_nan_never_leaves_early(family, tmp_path):
+    net, example = build(family, 2)
+    inputs = draw(example, 8, 2)
+    always = (1e30,) * (net.exits - 1)
+    path = export(net, tmp_path / "model.onnx", policy=Policy(thresholds=always), example=inputs)
+    poisoned = [i.numpy().copy() for i in inputs]
+    poisoned[0][3] = np.nan
+    answer = load(path, threads=1)(*poisoned)
+    assert answer.exit[3] == net.exits
+    assert (np.delete(answer.exit, 3) == 1).all()
