@@ -1,4 +1,6 @@
+import contextlib
 import functools
+import json
 import math
 import os
 import random
@@ -20,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from branchynet import checkpoint
+from branchynet import checkpoint, train
 from branchynet.checkpoint import load_weights, save_weights
 from branchynet.errors import BranchyNetError, FileError, InputError
 from branchynet.history import EpochRow, History
@@ -35,8 +37,8 @@ class Pictures(TensorDataset):
 
     def __init__(self, samples=60, interrupt=None, at=-1):
         generator = torch.Generator().manual_seed(1)
-        labels = torch.randint(CLASSES, (samples,), generator=generator)
         patterns = torch.rand(CLASSES, 2, 8, 8, generator=generator)
+        labels = torch.randint(CLASSES, (samples,), generator=generator)
         super().__init__(patterns[labels] + 0.3 * torch.randn(samples, 2, 8, 8, generator=generator), labels)
         self.interrupt, self.at, self.drawn = interrupt, at, 0
 
@@ -80,6 +82,16 @@ def equal(a, b):
 
 
 quiet = functools.partial(fit, progress=False, device="cpu")
+brisk = functools.partial(torch.optim.Adam, lr=5e-3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Sums are taken in another order by another number of threads; a child process has one as well."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 # The joint loss
@@ -104,7 +116,7 @@ def test_joint_loss_is_the_weighted_sum_of_the_exits(rng, exits, batch, classes,
     parts[:-1] += distill * (np.exp(log_p[-1]) * (log_p[-1] - log_p[:-1])).sum(axis=2).mean(axis=1)
     tensors = tuple(torch.tensor(o, requires_grad=True) for o in outputs)
     joint = joint_loss(tensors, torch.tensor(target), weights, distill=distill)
-    assert float(joint) == pytest.approx(float(weights @ parts), rel=1e-9)
+    assert joint.item() == pytest.approx(float(weights @ parts), rel=1e-9)
     joint.backward()
     # The last exit learns from the labels alone, whatever it teaches the others.
     onehot = np.eye(classes)[target]
@@ -147,7 +159,7 @@ def test_joint_loss_names_a_target_that_does_not_fit(target):
 
 def test_every_exit_learns_and_the_history_says_so():
     net = make()
-    history = quiet(net, loader(samples=200), loader(samples=100), epochs=5)
+    history = quiet(net, loader(samples=200), loader(samples=100), epochs=5, optimizer=brisk)
     assert [row.epoch for row in history.rows] == [1, 2, 3, 4, 5]
     assert history.last.train_loss < history.rows[0].train_loss / 2
     assert len(history.last.val_accuracy) == 2 and min(history.last.val_accuracy) > 0.9
@@ -171,7 +183,7 @@ def test_the_history_counts_as_a_plain_loop_does():
 
 def test_a_plain_network_trains_as_one_exit():
     backbone = make().backbone
-    history = quiet(backbone, loader(samples=200), loader(samples=100), epochs=5)
+    history = quiet(backbone, loader(samples=200), loader(samples=100), epochs=5, optimizer=brisk)
     assert len(history.last.val_accuracy) == 1 and history.last.val_accuracy[0] > 0.9
 
 
@@ -305,8 +317,9 @@ def test_the_callers_generators_and_accelerator_are_left_alone():
 def test_the_seed_decides_shuffling_dropout_and_augmentation():
     def weights(seed, generator):
         net = make()
-        data = DataLoader(Pictures(), batch_size=10, shuffle=True, generator=generator and torch.Generator())
-        torch.rand(7)  # where the global generator stands must not matter
+        own = torch.Generator().manual_seed(random.getrandbits(32)) if generator else None
+        data = DataLoader(Pictures(), batch_size=10, shuffle=True, generator=own)
+        torch.rand(7)  # where the generators stand must not matter
         quiet(net, data, epochs=2, seed=seed)
         return state(net)
 
@@ -318,10 +331,12 @@ def test_the_seed_decides_shuffling_dropout_and_augmentation():
 def test_channels_last_changes_only_the_order_of_sums():
     nets = [make(), make()]
     for net, channels_last in zip(nets, (False, True), strict=True):
-        quiet(net, loader(), loader(), epochs=1, channels_last=channels_last)
+        # Not Adam: its first steps turn the rounding of a vanishing gradient into whole steps.
+        sgd = functools.partial(torch.optim.SGD, lr=0.05)
+        quiet(net, loader(), loader(), epochs=1, channels_last=channels_last, optimizer=sgd)
     for name, value in state(nets[0]).items():
         other = nets[1].state_dict()[name]
-        torch.testing.assert_close(value, other, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-5)
         assert other.stride() == value.stride()
 
 
@@ -336,7 +351,7 @@ def test_channels_last_reaches_the_network():
 def test_bf16_trains_and_keeps_float32_weights():
     net, dtypes = make(), []
     net.backbone[0].register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
-    history = quiet(net, loader(samples=200), loader(samples=100), epochs=5, mixed_precision="bf16")
+    history = quiet(net, loader(samples=200), loader(samples=100), epochs=5, optimizer=brisk, mixed_precision="bf16")
     assert set(dtypes) == {torch.bfloat16}
     assert min(history.last.val_accuracy) > 0.9
     assert {p.dtype for p in net.parameters()} == {torch.float32}
@@ -436,13 +451,13 @@ def test_an_epoch_costs_little_more_than_a_bare_loop():
             optimizer.step()
 
     def took(function):
-        start = time.perf_counter()
+        start = time.process_time()
         function()
-        return time.perf_counter() - start
+        return time.process_time() - start
 
-    # 0.5 ms a batch is a hundredth of the smallest LeNet's time for 512 pictures.
+    # 1 ms a batch is a hundredth of what LeNet takes for 512 pictures.
     spent = min(took(lambda: quiet(net, batches, epochs=1)) for _ in range(3)) - min(took(bare) for _ in range(3))
-    assert spent / len(batches) < 5e-4
+    assert spent < 1e-3 * len(batches)
 
 
 # Runs that are killed and go on
@@ -460,12 +475,9 @@ def killed_run(folder, at):
 @pytest.fixture(scope="module")
 def whole():
     """Weights and history of a training that nothing disturbed."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     net = make()
     history = quiet(net, loader(), epochs=EPOCHS)
-    yield state(net), history
-    torch.set_num_threads(before)
+    return state(net), history
 
 
 @pytest.mark.parametrize("at", [25, 60 + 44])  # amid the third batch of epoch 1, amid the fifth of epoch 2
@@ -485,8 +497,8 @@ def test_a_run_that_was_killed_goes_on_to_the_same_weights(whole, tmp_path, at):
     assert equal(stored, whole[0])
 
 
-def resumed(folder, net, **changes):
-    return net, quiet(net, loader(), **{"epochs": EPOCHS, "run": folder} | changes)
+def resumed(folder, net, interrupt=-1, **changes):
+    return net, quiet(net, loader(interrupt=stop, at=interrupt), **{"epochs": EPOCHS, "run": folder} | changes)
 
 
 def figures(row):
@@ -501,10 +513,23 @@ def stop():
     raise Stop
 
 
+class Counting(torch.optim.SGD):
+    """An optimizer whose state is a plain number, which changes its steps."""
+
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["count"] = self.state[p].get("count", 0) + 1
+            p.grad.div_(self.state[p]["count"])
+        return super().step(closure)
+
+
 RECIPES = {
+    "numbers": {"optimizer": functools.partial(Counting, lr=0.1)},
     "adam": {},
     "sgd": {"optimizer": functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True)},
     "adamw": {"optimizer": functools.partial(torch.optim.AdamW, lr=0.01, amsgrad=True), "train": "branches"},
+    # A fused step walks memory, so the state must come back in the weights' own memory order.
+    "fused": {"optimizer": functools.partial(torch.optim.Adam, lr=0.01, fused=True), "channels_last": True},
     "groups": {
         "optimizer": lambda p: torch.optim.Adam([{"params": p[:2], "lr": 0.1}, {"params": p[2:]}], lr=0.01),
         "schedule": lambda o, n: torch.optim.lr_scheduler.MultiStepLR(o, [4, 9], 0.3),
@@ -521,9 +546,36 @@ def test_any_optimizer_and_schedule_goes_on_to_the_same_weights(tmp_path, recipe
     net = make()
     quiet(net, loader(), epochs=EPOCHS, **RECIPES[recipe])
     with pytest.raises(Stop):
-        quiet(make(), loader(interrupt=stop, at=at), epochs=EPOCHS, run=tmp_path, **RECIPES[recipe])
+        resumed(tmp_path, make(), interrupt=at, **RECIPES[recipe])
     again, _ = resumed(tmp_path, make(seed=9), **RECIPES[recipe])
     assert equal(state(net), state(again))
+
+
+def test_overflowing_fp16_steps_are_left_out_and_the_scale_goes_on(tmp_path, monkeypatch):
+    """A CPU has no fp16 training, but torch's gradient scaler runs there; it halves its scale after an overflow."""
+    accelerating, skipped = train.accelerating, []
+
+    @contextlib.contextmanager
+    def scaling(mixed_precision, device):
+        with accelerating(mixed_precision, device) as accelerator:
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=2)
+            yield accelerator
+            skipped.append(EPOCHS * 6 - json.loads(header(tmp_path)["branchynet"])["progress"]["steps"])
+
+    def header(folder):
+        with safetensors.safe_open(folder / "training.safetensors", framework="pt") as stored:
+            return stored.metadata()
+
+    monkeypatch.setattr(train, "accelerating", scaling)
+    loud = {"weights": [30, 30]}
+    net, _ = resumed(tmp_path, make(), **loud)
+    with pytest.raises(Stop):
+        resumed(tmp_path, make(), resume=False, interrupt=133, **loud)
+    again, history = resumed(tmp_path, make(seed=9), **loud)
+    assert equal(state(net), state(again)) and all(value.isfinite().all() for value in state(net).values())
+    assert skipped[0] == skipped[1] > 0
+    # The schedule waits with the optimizer, so it has not come to its end.
+    assert history.last.lr > Cosine()(torch.optim.SGD(net.parameters(), lr=1e-3), 18).lr_lambdas[0](17) * 1e-3
 
 
 @pytest.mark.parametrize("name", ["training.safetensors", "checkpoint.safetensors", "train.csv"])
@@ -559,7 +611,7 @@ def finished(tmp_path, whole):
 def test_a_finished_run_returns_at_once(finished, whole):
     (finished / "train.csv").write_text("epoch\n")  # derived, so made again
     net = make(seed=9)
-    history = quiet(net, loader(interrupt=stop, at=0), epochs=EPOCHS, run=finished)
+    _, history = resumed(finished, net, interrupt=0)
     assert equal(state(net), whole[0])
     assert [figures(row) for row in history.rows] == [figures(row) for row in whole[1].rows]
     assert len(History.load(finished / "train.csv").rows) == EPOCHS
@@ -610,10 +662,10 @@ def test_a_truncated_or_foreign_state_is_refused(finished):
         b"PK\x03\x04" * 9,
     ):
         path.write_bytes(foreign)
-        with pytest.raises(FileError, match="training.safetensors"):
+        with pytest.raises(FileError, match=r"training\.safetensors"):
             resumed(finished, make())
     path.write_bytes((finished / "checkpoint.safetensors").read_bytes())  # sound, but no state of a training
-    with pytest.raises(FileError, match="not the state.*resume=False"):
+    with pytest.raises(FileError, match=r"not the state.*resume=False"):
         resumed(finished, make())
     assert resumed(finished, make(), resume=False)[1].last.epoch == EPOCHS
 
@@ -631,7 +683,7 @@ def test_a_full_disk_leaves_the_last_good_state(tmp_path, whole):
         full_disk(2000)
 
     try:
-        with pytest.raises(FileError, match="cannot write .*training.safetensors.*space"):
+        with pytest.raises(FileError, match=r"cannot write .*training.safetensors.*space"):
             quiet(make(), loader(interrupt=fill, at=70), epochs=EPOCHS, run=tmp_path)
     finally:
         full_disk(resource.RLIM_INFINITY)
@@ -696,7 +748,7 @@ def test_weights_of_another_architecture_name_the_first_tensor_that_differs(tmp_
     ):
         load_weights(net, path)
     save_weights(nn.Sequential(*make().backbone, nn.Linear(4, 4)), path)
-    with pytest.raises(FileError, match=r"'6.weight' is of shape \(4, 4\) in the file and missing in the network"):
+    with pytest.raises(FileError, match=r"'6.(weight|bias)' is of shape \(4,.* in the file and missing in the network"):
         load_weights(net.backbone, path)
     assert equal(before, state(net))
 
@@ -710,7 +762,7 @@ def test_a_truncated_file_is_never_read(tmp_path_factory, data):
     path.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
     net = make(seed=9)
     before = state(net)
-    with pytest.raises(FileError, match="w.safetensors"):
+    with pytest.raises(FileError, match=r"w\.safetensors"):
         load_weights(net, path)
     assert equal(before, state(net))
 

@@ -1,37 +1,67 @@
 """BranchyNet: deep networks that answer early when they are sure."""
 
-from . import zoo
-from .bench import bench
-from .cost import measure
-from .decide import choose, evaluate
-from .engine.onnx import load
-from .errors import BranchyNetError
-from .export import export
-from .net import BranchyNet, attach
-from .record import record
-from .train import fit, joint_loss
-from .types import Choice, ExitCost, ExitRecord, Outcome, Policy, Prediction
-from .version import __version__
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "BranchyNet",
-    "BranchyNetError",
-    "Choice",
-    "ExitCost",
-    "ExitRecord",
-    "Outcome",
-    "Policy",
-    "Prediction",
-    "__version__",
-    "attach",
-    "bench",
-    "choose",
-    "evaluate",
-    "export",
-    "fit",
-    "joint_loss",
-    "load",
-    "measure",
-    "record",
-    "zoo",
-]
+if TYPE_CHECKING:
+    from . import zoo as zoo
+    from .bench import bench as bench
+    from .cost import measure as measure
+    from .decide import choose as choose
+    from .decide import evaluate as evaluate
+    from .decide import frontier as frontier
+    from .engine.onnx import load as load
+    from .errors import BranchyNetError as BranchyNetError
+    from .export import export as export
+    from .net import BranchyNet as BranchyNet
+    from .net import attach as attach
+    from .record import record as record
+    from .train import fit as fit
+    from .train import joint_loss as joint_loss
+    from .types import Choice as Choice
+    from .types import ExitCost as ExitCost
+    from .types import ExitRecord as ExitRecord
+    from .types import Outcome as Outcome
+    from .types import Policy as Policy
+    from .types import Prediction as Prediction
+    from .version import __version__ as __version__
+
+# Imported when first used, so that `load` and its engine work where only ONNX Runtime is wanted, and start at once.
+_ROOMS = {
+    "BranchyNet": "net",
+    "BranchyNetError": "errors",
+    "Choice": "types",
+    "ExitCost": "types",
+    "ExitRecord": "types",
+    "Outcome": "types",
+    "Policy": "types",
+    "Prediction": "types",
+    "__version__": "version",
+    "attach": "net",
+    "bench": "bench",
+    "choose": "decide",
+    "evaluate": "decide",
+    "export": "export",
+    "fit": "train",
+    "frontier": "decide",
+    "joint_loss": "train",
+    "load": "engine.onnx",
+    "measure": "cost",
+    "record": "record",
+    "zoo": "zoo",
+}
+
+__all__ = sorted(_ROOMS)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'branchynet' has no attribute {name!r}")
+    room = importlib.import_module(f".{_ROOMS[name]}", __name__)
+    value = room if name == _ROOMS[name] and name == "zoo" else getattr(room, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ROOMS})

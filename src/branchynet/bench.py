@@ -17,6 +17,7 @@ from .cost import static_engines
 from .engine.onnx import Engine, load
 from .errors import InputError
 from .graph.flat import flatten
+from .net import BranchyNet
 
 Progress = Callable[[str], None]
 
@@ -58,22 +59,31 @@ def bench(
         progress: called with a message now and then.
 
     Returns:
-        Rows with ``network, engine, batch, threads, static_us, branchy_us, limit_us, speedup, overhead, accuracy_static,
-        accuracy_branchy, exit_share, thresholds``; times are microseconds a sample.
+        Rows with ``network, engine, batch, threads, static_us, branchy_us, limit_us, speedup, overhead,
+        accuracy_static, accuracy_branchy, exit_share, thresholds``; times are microseconds a sample.
 
     Raises:
-        InputError: a flat file, a batch size below 1 or beyond the number of images.
+        InputError: a flat file, one of another network, a batch size below 1 or beyond the number of images.
         FileError: no such file, or a foreign one.
     """
     engine = load(path, threads=threads)
     if engine.policy is None:
-        raise InputError(f"{path} was exported with policy=None and has no early exits to time; export it with a policy")
+        raise InputError(
+            f"{path} was exported with policy=None and has no early exits to time; export it with a policy"
+        )
     if any(not 1 <= b <= len(images) for b in batches):
         raise InputError(f"batch sizes must lie in 1..{len(images)} (the test images); got {list(batches)}")
+    if len(labels) != len(images):
+        raise InputError(f"{len(images)} images need as many labels; got {len(labels)}")
+    if repeats < 1:
+        raise InputError(f"repeats must be at least 1; got {repeats}")
+    exits = net.exits if isinstance(net, BranchyNet) else 1
+    if exits != engine.exits:
+        raise InputError(f"{path} has {engine.exits} exits and the network {exits}; give the network that was exported")
     order = np.random.default_rng(seed).permutation(len(images))
     inputs, answers = images.numpy()[order], labels.numpy()[order]
     predicted = [engine(inputs[i : i + 500]) for i in range(0, len(inputs), 500)]
-    exits = np.concatenate([p.exit for p in predicted])
+    left = np.concatenate([p.exit for p in predicted])
     accuracy = float((np.concatenate([p.label for p in predicted]) == answers).mean())
     enabled = [n for n, on in enumerate(engine.policy.enabled, 1) if on]
     flat = flatten(net, images[:2], score=scores.resolve(engine.policy.score))
@@ -84,7 +94,7 @@ def bench(
             progress(f"batch {batch}, {threads} thread(s)")
             timed = inputs[: max(1, min(samples, len(inputs)) // batch) * batch]
             us = _time(engine, static, timed, batch, repeats)
-            share = {n: float((exits[: len(timed)] == n).mean()) for n in enabled}
+            share = {n: float((left[: len(timed)] == n).mean()) for n in enabled}
             limit = sum(share[n] * us[f"upto_{n}"] for n in enabled)
             rows.append(
                 {
@@ -99,7 +109,7 @@ def bench(
                     "overhead": us["branchy"] / limit,
                     "accuracy_static": accuracy_static,
                     "accuracy_branchy": accuracy,
-                    "exit_share": [float((exits == n).mean()) for n in range(1, engine.exits + 1)],
+                    "exit_share": [float((left == n).mean()) for n in range(1, engine.exits + 1)],
                     "thresholds": list(engine.policy.thresholds),
                 }
             )

@@ -13,7 +13,7 @@ from .errors import InputError
 
 
 class ConvBranch(nn.Sequential):
-    """Convolutions with ReLU, max-pooling between, average over positions, linear: `(B, C, H, W)` -> `(B, num_classes)`.
+    """Convolutions, ReLU and max-pooling, average over positions, linear: `(B, C, H, W)` -> `(B, num_classes)`.
 
     Args:
         in_channels: C of the feature map.

@@ -143,13 +143,9 @@ def _restore(
             index, _, entry = rest.partition(".")
             parameter = parameters[int(index)]
             if value.shape == parameter.shape:
-                # The same strides as in the uninterrupted run, so that every later sum is taken in the same order.
+                # In the weights' own memory order: a fused optimizer takes for granted that the two agree.
                 value = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
             state.setdefault(int(index), {})[entry] = value
-    for group, current in zip(groups, optimizer.param_groups, strict=True):
-        for key, value in current.items():
-            if isinstance(value, tuple):  # JSON knows only lists
-                group[key] = tuple(group[key])
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 from torch import nn
 
 from . import scores
@@ -69,7 +68,8 @@ def static_engines(
 ) -> dict[str, Engine]:
     """Engines of static graphs, by name.
 
-    ``plain`` is the backbone; ``upto_n`` all enabled exits up to n with their scores; ``alone_n`` exit n with its score.
+    ``plain`` is the backbone; ``upto_n`` all enabled exits up to n with their scores; ``alone_n`` exit n with its
+    score.
     """
     exits = enabled or range(1, flat.exits + 1)
     wanted = {"plain": [f"output_{flat.exits}"]}
@@ -101,8 +101,8 @@ def interleaved(calls: Sequence[Callable[[], Any]], seconds: float, *, rounds: i
 def _apart(us: dict[str, float], exits: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Trunk segments and branches from the times of the static graphs.
 
-    With C(n) = time of all exits up to n and A(n) = time of exit n alone, C(n) - A(n) is what the branches before n cost;
-    the trunk up to n is what is left of C(n), so that the sum over all branches gives C(n) back.
+    With C(n) = time of all exits up to n and A(n) = time of exit n alone, C(n) - A(n) is what the branches before n
+    cost; the trunk up to n is what is left of C(n), so that the sum over all branches gives C(n) back.
     """
     upto = [us[f"upto_{n}"] for n in range(1, exits + 1)]
     alone = [upto[0], *(us[f"alone_{n}"] for n in range(2, exits + 1))]
@@ -111,5 +111,3 @@ def _apart(us: dict[str, float], exits: int) -> tuple[tuple[float, ...], tuple[f
     reached = np.maximum.accumulate(np.maximum(0.0, np.array(upto) - np.cumsum(branch)))
     trunk = np.diff(reached, prepend=0.0)
     return tuple(float(t) for t in trunk), tuple(float(b) for b in branch)
-
-

@@ -281,7 +281,9 @@ def _constraint(**limits: float | None) -> dict[str, float]:
         shown = " and ".join(f"{name}={limit:g}" for name, limit in given.items()) or "none"
         raise InputError(f"give exactly one of {', '.join(limits)}; got {shown}")
     name, limit = next(iter(given.items()))
-    if math.isnan(limit) or (name != "max_latency_us" and not -1 <= limit <= 1):
+    if not math.isfinite(limit):
+        raise InputError(f"{name}={limit:g} is not a finite number")
+    if name != "max_latency_us" and not -1 <= limit <= 1:
         raise InputError(f"{name}={limit:g} is out of range: it is a fraction, such as 0.01 for one point")
     return given
 

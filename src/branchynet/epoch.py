@@ -36,7 +36,6 @@ class Trainer:
     ) -> None:
         self.model, self.optimizer, self.schedule, self.objective = model, optimizer, schedule, objective
         self.accelerator, self.channels_last = accelerator, channels_last
-        self.stepper = accelerator.prepare_optimizer(optimizer)  # steps through the fp16 gradient scaler
         self.steps = 0
 
     def progress(self) -> dict[str, Any]:
@@ -74,19 +73,30 @@ class Trainer:
         lr = 0.0
         for inputs, target in batches(train_loader, self.accelerator.device, self.channels_last):
             outputs, value = self._forward(inputs, target)
-            self.stepper.zero_grad()
-            self.accelerator.backward(value)
-            self.stepper.step()
             lr = float(self.optimizer.param_groups[0]["lr"])
-            if not self.accelerator.optimizer_step_was_skipped:
-                self.schedule.step()
-                self.steps += 1
+            self._step(value)
             tally.add(value.detach(), outputs, target)
             bar.advance(tally)
         train_loss, train_accuracy = tally.read(self.accelerator)
         bar.show(train_loss, train_accuracy)
         val_loss, val_accuracy = self._validate(epoch, val_loader) if val_loader is not None else (None, ())
         return EpochRow(epoch, time.perf_counter() - start, lr, train_loss, train_accuracy, val_loss, val_accuracy)
+
+    def _step(self, value: Tensor) -> None:
+        self.optimizer.zero_grad()
+        scaler = self.accelerator.scaler
+        if scaler is None:
+            value.backward()
+            self.optimizer.step()
+        else:
+            before = scaler.get_scale()
+            scaler.scale(value).backward()
+            scaler.step(self.optimizer)
+            scaler.update()
+            if scaler.get_scale() < before:  # the gradients overflowed and the step was left out
+                return
+        self.schedule.step()
+        self.steps += 1
 
     def _validate(self, epoch: int, loader: Any) -> tuple[float, tuple[float, ...]]:
         tally = Tally(f"on the validation data after epoch {epoch}")

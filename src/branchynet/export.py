@@ -38,20 +38,22 @@ def export(
     """Write a network with its early exits inside one ONNX file.
 
     The file's inputs are the network's own and one ``threshold_n`` (1,) float32 for each enabled exit but the last; its
-    outputs are ``label``, ``exit`` (from 1), ``score`` and ``output``, as in `Prediction`. It is compared with the PyTorch
-    network on `example`, exit by exit, before it is renamed into place.
+    outputs are ``label``, ``exit`` (from 1), ``score`` and ``output``, as in `Prediction`. It is compared with the
+    PyTorch network on `example`, exit by exit, before it is renamed into place.
 
     Args:
         net: a `BranchyNet`; with ``policy=None`` any network.
         path: where to write.
         policy: score and thresholds. None writes the network flat: every exit's output, none of them early
             (``label``, then ``output``, or ``output_1..N`` where there are several), with the same graph treatment.
-        example: one batch of inputs: a tensor, a tuple of tensors, or a dict of keyword arguments.
-        thresholds: ``"default"`` makes thresholds inputs with default values, which a caller may omit; ``"input"`` makes
-            them required inputs, for runtimes that drop inputs with defaults.
+        example: one batch of inputs: a tensor, a tuple of tensors, or a dict of keyword arguments. With two rows or
+            more, a network whose answer to one sample depends on the others is refused.
+        thresholds: ``"default"`` makes thresholds inputs with default values, which a caller may omit; ``"input"``
+            makes them required inputs, for runtimes that drop inputs with defaults.
         batch: leave the batch size free, or fix it at 1 for the smallest overhead a sample.
         labels: class names, kept in the file's metadata.
-        preprocessing: how to make the input, kept likewise, such as ``{"size": [28, 28], "mode": "L", "scale": 1 / 255}``.
+        preprocessing: how to make the input, kept likewise, such as ``{"size": [28, 28], "mode": "L", "scale": 1 /
+            255}``.
         promise: a sentence on what the thresholds promise, kept likewise.
 
     Raises:
@@ -60,7 +62,9 @@ def export(
         FileError: the file cannot be written; nothing is left half-written under `path`.
     """
     if thresholds not in ("default", "input") or batch not in ("dynamic", 1):
-        raise InputError(f"thresholds must be 'default' or 'input' and batch 'dynamic' or 1; got {thresholds!r}, {batch!r}")
+        raise InputError(
+            f"thresholds must be 'default' or 'input' and batch 'dynamic' or 1; got {thresholds!r}, {batch!r}"
+        )
     exits = net.exits if isinstance(net, BranchyNet) else 1
     if policy is not None and policy.exits != exits:
         raise InputError(f"the policy has {len(policy.thresholds)} thresholds; {exits} exits need {exits - 1}")
@@ -116,23 +120,29 @@ def assemble(
 
 
 def _compare(net: nn.Module, path: Path, policy: Policy | None, example: Any) -> None:
-    """Each exit in turn, then a batch in which samples part, against the PyTorch network. Raises `GraphError`."""
+    """Each exit in turn, by samples alone and by batches, then samples that part, against the PyTorch network.
+
+    Raises:
+        GraphError: they disagree.
+    """
     engine = load(path, threads=1)
     expected = _row_by_row(net, example, limit=8)
     inputs = [t[: len(expected[0])].numpy() for t in tensors_of(example)]
+    alone = [slice(row, row + 1) for row in range(len(expected[0]))]
     if policy is None:
         for n, want in enumerate(expected, 1):
-            for row in range(len(want)):
-                _check(engine.outputs(*(i[row : row + 1] for i in inputs))[n], want[row : row + 1], n)
+            for rows in alone:
+                _check(engine.outputs(*(i[rows] for i in inputs))[n], want[rows], n)
         return
+    dynamic = engine.metadata["batch"] == "dynamic"
     for n in (n for n, enabled in enumerate(policy.enabled, 1) if enabled):
         forced = [None if t is None or k < n else 3e38 for k, t in enumerate(policy.thresholds, 1)]
-        for row in range(len(expected[0])):
-            answer = engine(*(i[row : row + 1] for i in inputs), thresholds=forced)
-            if answer.exit[0] != n:
-                raise GraphError(f"the exported graph leaves at exit {answer.exit[0]} where exit {n} was asked for")
-            _check(answer.output, expected[n - 1][row : row + 1], n)
-    if engine.metadata["batch"] == "dynamic":
+        for rows in [*alone, slice(None)] if dynamic else alone:
+            answer = engine(*(i[rows] for i in inputs), thresholds=forced)
+            if (answer.exit != n).any():
+                raise GraphError(f"the exported graph leaves at exits {answer.exit} where exit {n} was asked for")
+            _check(answer.output, expected[n - 1][rows], n)
+    if dynamic:
         score = scores.resolve(policy.score)
         halves = [float(score(expected[:n]).median()) for n in range(1, policy.exits)]
         mixed = [None if t is None else half for t, half in zip(policy.thresholds, halves, strict=True)]
@@ -150,7 +160,7 @@ def _row_by_row(net: nn.Module, example: Any, limit: int) -> tuple[Tensor, ...]:
         for i in range(min(len(tensors_of(example)[0]), limit)):
             outputs = net(*(t[i : i + 1] for t in args), **{k: t[i : i + 1] for k, t in kwargs.items()})
             rows.append(outputs if isinstance(net, BranchyNet) else (tensor_of(outputs, "the network's output"),))
-    return tuple(torch.cat(exit) for exit in zip(*rows, strict=True))
+    return tuple(torch.cat(exit).float() for exit in zip(*rows, strict=True))
 
 
 def _check(got: NDArray[Any], want: Tensor, exit: int) -> None:
@@ -159,6 +169,7 @@ def _check(got: NDArray[Any], want: Tensor, exit: int) -> None:
     difference = float(np.abs(got - expected).max())
     if not difference <= tolerance:
         raise GraphError(
-            f"the exported graph differs from the network by {difference:.3g} at exit {exit} (allowed {tolerance:.3g}); "
+            f"the exported graph differs from the network by {difference:.3g} at exit {exit} "
+            f"(allowed {tolerance:.3g}); "
             "does its forward depend on values, on random numbers, or on other samples of the batch?"
         )

@@ -29,10 +29,11 @@ def batches(loader: Any, device: torch.device, channels_last: bool = False) -> I
 
     for batch in loader:
         if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor)):
-            got = f"{type(batch).__name__} of {[type(entry).__name__ for entry in batch]}" if batch else repr(batch)
+            entries = [type(entry).__name__ for entry in batch] if isinstance(batch, (tuple, list)) else ""
             raise InputError(
-                f"every batch must be (inputs, target) with a tensor as target; got a {got}: "
-                "wrap the loader, or give the data set a collate_fn, so that it yields such pairs"
+                "every batch must be (inputs, target) with a tensor as target; got a "
+                f"{type(batch).__name__} {entries}: wrap the loader, or give the data set a collate_fn, so that it "
+                "yields such pairs"
             )
         yield place(batch[0]), batch[1].to(device, non_blocking=True)
 

@@ -34,7 +34,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     except FileError:
         raise
     except OSError as error:
-        raise FileError(f"cannot write {final}: {error.strerror or error}; free some space or choose another folder") from error
+        raise FileError(
+            f"cannot write {final}: {error.strerror or error}; free some space or choose another folder"
+        ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

@@ -24,10 +24,11 @@ class BranchyNet(nn.Module):
     The backbone is not changed: it keeps its parameters' names, and its own checkpoints load into ``net.backbone``.
 
     Args:
-        backbone: any module whose output is a tensor (or a tuple, dict or dataclass whose first entry or ``.logits`` is).
-        branches: for each tap, the module fed by it, in the order in which the taps run. A tap is the name of a submodule
-            as in ``backbone.named_modules()``, or ``"input"`` for the network's first argument. A branch may be a
-            `BranchyNet` itself (the paper's tree): its exits take its place in the tuple.
+        backbone: any module whose output is a tensor (or a tuple, dict or dataclass whose first entry or ``.logits``
+            is).
+        branches: for each tap, the module fed by it, in the order in which the taps run. A tap is the name of a
+            submodule as in ``backbone.named_modules()``, or ``"input"`` for the network's first argument. A branch may
+            be a `BranchyNet` itself (the paper's tree): its exits take its place in the tuple.
 
     Raises:
         InputError: a tap that is no submodule (the nearest name is suggested), or a branch that is no module.
@@ -63,7 +64,7 @@ class BranchyNet(nn.Module):
                 raise GraphError(f"the tap {tap!r} runs twice in one forward; tap a submodule that runs once")
             passed.append(tap)
             features = tensor_of(value, tap)
-            if torch.is_grad_enabled() and self._modifies_in_place():
+            if self._modifies_in_place():
                 features = features.clone()
             elif torch.is_grad_enabled():
                 tapped.append((tap, features, features._version))
@@ -77,12 +78,17 @@ class BranchyNet(nn.Module):
         if tuple(passed) != self.taps:
             missing = [tap for tap in self.taps if tap not in passed]
             if missing:
-                raise GraphError(f"the tap {missing[0]!r} never ran before the output; tap a submodule that forward calls")
-            raise OrderError(f"exits are given as {self.taps} but run in the order {tuple(passed)}; give them in that order")
+                raise GraphError(
+                    f"the tap {missing[0]!r} never ran before the output; tap a submodule that forward calls"
+                )
+            raise OrderError(
+                f"exits are given as {self.taps} but run in the order {tuple(passed)}; give them in that order"
+            )
         for tap, features, version in tapped:
             if features._version != version:
                 raise GraphError(
-                    f"the output of {tap!r} is overwritten in place after the branch has read it, which breaks backward; "
+                    f"the output of {tap!r} is overwritten in place after the branch has read it, "
+                    "which breaks backward; "
                     "tap the submodule that overwrites it, or make that operation not in-place"
                 )
         return (*exits, last)
@@ -103,7 +109,8 @@ def attach(
 
     Args:
         backbone: the network; it is not changed.
-        at: names of submodules (as in ``named_modules()``) or ``"input"``, in any order: exits are numbered as they run.
+        at: names of submodules (as in ``named_modules()``) or ``"input"``, in any order: exits are numbered as they
+            run.
         example: one batch of inputs, a tensor or a tuple of arguments.
         num_classes: outputs of every branch; by default as many as the backbone's own output has.
         branch: ``branch(features, num_classes) -> nn.Module``, told the example's features at the tap.
@@ -148,7 +155,7 @@ def evaluating(net: nn.Module) -> Iterator[None]:
 
 
 def tensor_of(value: Any, where: str) -> Tensor:
-    """The tensor in a module's output: itself, ``.logits``, or the first entry. Raises `GraphError` where there is none."""
+    """The tensor in a module's output: itself, ``.logits``, or the first entry. Raises `GraphError` for none."""
     if isinstance(value, Tensor):
         return value
     if isinstance(getattr(value, "logits", None), Tensor):

@@ -1,8 +1,8 @@
 """Scores: how sure an exit is, as one number a sample; smaller = surer.
 
-A score is a function ``score(outputs: tuple[Tensor, ...]) -> Tensor`` of the outputs of the exits passed so far, earliest
-first, each `(B, C)`; it returns `(B,)`. Wherever a score is asked for, one of the names below or such a callable will do. The
-same torch code scores records and is exported into the graph.
+A score is a function ``score(outputs: tuple[Tensor, ...]) -> Tensor`` of the outputs of the exits passed so far,
+earliest first, each `(B, C)`; it returns `(B,)`. Wherever a score is asked for, one of the names below or such a
+callable will do. The same torch code scores records and is exported into the graph.
 """
 
 from collections.abc import Callable
@@ -60,5 +60,7 @@ def of_record(record: ExitRecord, score: str | Score = "entropy") -> Floats:
     scores = [function(outputs[: n + 1]) for n in range(record.exits)]
     for n, values in enumerate(scores, 1):
         if tuple(values.shape) != (record.samples,):
-            raise InputError(f"score {score!r} gave shape {tuple(values.shape)} at exit {n}; it must be ({record.samples},)")
+            raise InputError(
+                f"score {score!r} gave shape {tuple(values.shape)} at exit {n}; it must be ({record.samples},)"
+            )
     return torch.stack(scores, dim=1).float().numpy()

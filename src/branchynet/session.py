@@ -34,6 +34,8 @@ def accelerating(mixed_precision: str, device: str | torch.device | None) -> Ite
             accelerator = Accelerator(mixed_precision=mixed_precision, cpu=wanted is not None and wanted.type == "cpu")
         except (ValueError, ImportError, RuntimeError) as error:
             raise InputError(f"mixed_precision={mixed_precision!r} does not work on this machine: {error}") from error
+        if mixed_precision == "fp16" and accelerator.scaler is None:
+            raise InputError(f"mixed_precision='fp16' needs a GPU, not {str(accelerator.device)!r}; use 'bf16' or 'no'")
         found = accelerator.device
         if wanted is not None and (wanted.type != found.type or (wanted.index or 0) != (found.index or 0)):
             raise InputError(

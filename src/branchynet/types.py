@@ -8,8 +8,10 @@ import hashlib
 import math
 import os
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +22,9 @@ from .files import read_json, replacing, write_json
 
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
+
+# What numpy and zipfile raise for a file that is missing, damaged, or something else altogether.
+_UNREADABLE = (OSError, ValueError, TypeError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +93,8 @@ class ExitRecord:
     @property
     def digest(self) -> str:
         """SHA-256 of the arrays, to tell whether two records are the same data."""
-        arrays = (self.outputs, self.labels) if self.outputs is not None else (self.scores, self.losses)
-        return hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).hexdigest()
+        arrays: Any = (self.outputs, self.labels) if self.outputs is not None else (self.scores, self.losses)
+        return hashlib.sha256(b"".join(f"{a.shape}".encode() + a.tobytes() for a in arrays)).hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an ``.npz`` file, whole or not at all. Raises `FileError`."""
@@ -101,14 +106,15 @@ class ExitRecord:
     def load(cls, path: str | os.PathLike[str]) -> "ExitRecord":
         """Read a file that `save` wrote; nothing in it is ever unpickled. Raises `FileError`."""
         try:
-            with np.load(path, allow_pickle=False) as stored:
+            # numpy forgets to close a damaged file that it opened itself
+            with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
                 arrays = {name: stored[name] for name in stored.files}
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            if set(arrays) == {"outputs", "labels"}:
+                return cls(**arrays)
+            if set(arrays) == {"scores", "losses"}:
+                return cls.from_scores(**arrays)
+        except _UNREADABLE as error:
             raise FileError(f"cannot read the record {path}: {error}; make it again with record(...)") from error
-        if set(arrays) == {"outputs", "labels"}:
-            return cls(**arrays)
-        if set(arrays) == {"scores", "losses"}:
-            return cls.from_scores(**arrays)
         raise FileError(f"{path} holds {sorted(arrays)}, which is no ExitRecord; make it with record(...)")
 
 
@@ -149,7 +155,7 @@ class ExitCost:
         return len(self.trunk_us)
 
     def latency_us(self, enabled: Sequence[bool]) -> Floats:
-        """`(N,)` microseconds to answer at each exit, with the branches marked in `enabled` (N,) computed on the way."""
+        """`(N,)` microseconds to answer at each exit; only the branches marked in `enabled` (N,) are computed."""
         return _cumulative(self.trunk_us, self.branch_us, enabled)
 
     def macs(self, enabled: Sequence[bool]) -> Floats:
@@ -181,8 +187,8 @@ class Policy:
 
     def __post_init__(self) -> None:
         values = tuple(None if t is None else float(t) for t in self.thresholds)
-        if any(t is not None and math.isnan(t) for t in values):
-            raise InputError(f"thresholds must be numbers, or None for never; got {values}")
+        if any(t is not None and not math.isfinite(t) for t in values):
+            raise InputError(f"thresholds must be finite numbers, or None for never; got {values}")
         if not (callable(self.score) or isinstance(self.score, str)):
             raise InputError(f"score must be a name or a callable; got {self.score!r}")
         _set(self, thresholds=values)
@@ -260,7 +266,7 @@ class Choice:
         try:
             stored["policy"] = Policy.from_json(stored["policy"])
             stored["outcome"] = _from_json(Outcome, path, stored["outcome"])
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise FileError(f"{path} is no Choice ({error}); make it with choose(...)") from error
         return _from_json(cls, path, stored)
 
@@ -282,7 +288,8 @@ class Prediction(NamedTuple):
 
 
 def _array(name: str, value: ArrayLike, ndim: int, shape: str, finite: bool = True) -> Floats:
-    array = np.asarray(value, dtype=np.float32)
+    with np.errstate(over="ignore"):  # what is infinite in float32 is refused below
+        array = np.asarray(value, dtype=np.float32)
     if array.ndim != ndim or 0 in array.shape:
         raise InputError(f"{name} must have shape {shape} with at least one sample; got {array.shape}")
     if finite and not np.isfinite(array).all():
@@ -303,7 +310,7 @@ def _cumulative(trunk: Sequence[float], branch: Sequence[float], enabled: Sequen
 def _from_json(cls: Any, path: str | os.PathLike[str], stored: Any) -> Any:
     try:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
-    except (TypeError, AttributeError, InputError) as error:
+    except (TypeError, AttributeError, ValueError) as error:
         raise FileError(f"{path} is no {cls.__name__} ({error}); make it again") from error
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,8 @@ class Input:
 
     def __str__(self) -> str:
         """Such as ``x: float32 (B, 1, 28, 28)``."""
-        return f"{self.name}: {np.dtype(self.dtype).name} ({', '.join(['B', *('?' if d is None else str(d) for d in self.shape)])})"
+        dims = ", ".join(["B", *("?" if d is None else str(d) for d in self.shape)])
+        return f"{self.name}: {np.dtype(self.dtype).name} ({dims})"
 
 
 class Engine:
@@ -63,7 +65,7 @@ class Engine:
     """
 
     def __init__(self, session: onnxruntime.InferenceSession, metadata: dict[str, Any]) -> None:
-        self._session = session
+        self._run: Any = session.run  # typed as sparse tensors and maps too, which our files never hold
         self.metadata = metadata
         self.policy = None if metadata["policy"] is None else Policy.from_json(metadata["policy"])
         self.exits: int = metadata["exits"]
@@ -73,7 +75,7 @@ class Engine:
         self.inputs = tuple(
             Input(i.name, _DTYPES.get(i.type, i.type), tuple(d if isinstance(d, int) else None for d in i.shape[1:]))
             for i in session.get_inputs()
-            if not i.name.startswith("threshold_")
+            if not re.fullmatch(r"threshold_\d+", i.name)
         )
         thresholds = self.policy.thresholds if self.policy else ()
         required = metadata["thresholds"] == "input"
@@ -84,12 +86,15 @@ class Engine:
 
         Args:
             inputs: arrays as `inputs` says, all with the same leading batch size B.
-            thresholds: N-1 figures to use in this call instead of the file's own; None at an exit means never leave there.
+            thresholds: N-1 figures to use in this call instead of the file's own; None at an exit means never leave
+                there.
 
         Raises:
             InputError: wrong number, shape or dtype of inputs, or wrong number of thresholds.
         """
         if self.policy is None:
+            if thresholds is not None:
+                raise InputError("this file was exported with policy=None and has no thresholds; export it with a policy")
             results = self.outputs(*inputs)
             rows = len(results[0])
             return Prediction(results[0], np.full(rows, self.exits), np.full(rows, np.nan, np.float32), results[-1])
@@ -97,15 +102,15 @@ class Engine:
         feeds.update(self._defaults if thresholds is None else self._override(thresholds))
         if not len(inputs[0]):
             return Prediction(*self._empty())
-        return Prediction(*self._session.run(self._names, feeds))
+        return Prediction(*self._run(self._names, feeds))
 
     def outputs(self, *inputs: NDArray[Any]) -> tuple[NDArray[Any], ...]:
-        """The graph's outputs as they are, in the order of the file: for a flat file ``(label, output_1, ..., output_N)``."""
+        """The graph's outputs in the order of the file: for a flat file ``(label, output_1, ..., output_N)``."""
         feeds = self._feeds(inputs)
         feeds.update(self._defaults)
         if not len(inputs[0]):
             return self._empty()
-        return tuple(self._session.run(self._names, feeds))
+        return tuple(self._run(self._names, feeds))
 
     def _feeds(self, inputs: tuple[NDArray[Any], ...]) -> dict[str, NDArray[Any]]:
         if len(inputs) != len(self.inputs):
@@ -128,8 +133,14 @@ class Engine:
 
     def _override(self, thresholds: Sequence[float | None]) -> dict[str, NDArray[Any]]:
         assert self.policy is not None
+        try:
+            thresholds = [None if t is None else float(t) for t in thresholds]
+        except (TypeError, ValueError):
+            raise InputError(f"thresholds must be a list of numbers, or None for never; got {thresholds!r}") from None
         if len(thresholds) != self.exits - 1:
             raise InputError(f"{len(thresholds)} thresholds given for {self.exits} exits; give {self.exits - 1}")
+        if any(t is not None and math.isnan(t) for t in thresholds):
+            raise InputError(f"thresholds must be numbers, or None for never; got {thresholds}")
         for n, (given, own) in enumerate(zip(thresholds, self.policy.thresholds, strict=True), 1):
             if own is None and given is not None:
                 raise InputError(
@@ -137,7 +148,7 @@ class Engine:
                 )
         return _threshold_feeds(
             tuple(
-                None if own is None else (-math.inf if given is None else float(given))
+                None if own is None else (-math.inf if given is None else given)
                 for given, own in zip(thresholds, self.policy.thresholds, strict=True)
             )
         )
@@ -150,9 +161,7 @@ class Engine:
         return label, np.empty(0, np.int64), np.empty(0, np.float32), np.empty((0, *tail), np.float32)
 
 
-def load(
-    path: str | os.PathLike[str], threads: int | None = None, providers: Sequence[str] | None = None
-) -> Engine:
+def load(path: str | os.PathLike[str], threads: int | None = None, providers: Sequence[str] | None = None) -> Engine:
     """Open a file that `export` wrote.
 
     Args:
@@ -166,7 +175,7 @@ def load(
     """
     if threads is not None and threads < 1:
         raise InputError(f"threads must be at least 1; got {threads}")
-    providers = list(providers or ["CPUExecutionProvider"])
+    providers = [providers] if isinstance(providers, str) else list(providers or ["CPUExecutionProvider"])
     missing = [p for p in providers if p not in onnxruntime.get_available_providers()]
     if missing:
         raise InputError(f"ONNX Runtime here has no {missing[0]!r}; it has {onnxruntime.get_available_providers()}")
@@ -179,7 +188,9 @@ def load(
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # ONNX Runtime's errors share no base class of their own
-        raise FileError(f"{path} is no ONNX file that ONNX Runtime can open ({_brief(error)}); export it again") from error
+        raise FileError(
+            f"{path} is no ONNX file that ONNX Runtime can open ({_brief(error)}); export it again"
+        ) from error
     return Engine(session, read_metadata(session.get_modelmeta().custom_metadata_map, path))
 
 
@@ -187,14 +198,23 @@ def read_metadata(properties: dict[str, str], path: str | os.PathLike[str]) -> d
     """What `export` wrote into the file. Raises `FileError` for a foreign file or one of a later format."""
     if METADATA_KEY not in properties:
         raise FileError(f"{path} was not written by BranchyNet (it has no {METADATA_KEY!r} metadata); use export(...)")
-    metadata = json.loads(properties[METADATA_KEY])
-    if metadata["format"] > FORMAT:
+    try:
+        metadata = json.loads(properties[METADATA_KEY])
+        newer = metadata["format"] > FORMAT
+    except (ValueError, TypeError, KeyError) as error:
+        raise FileError(f"the metadata of {path} cannot be read ({error!r}); export it again") from error
+    if newer:
         raise FileError(f"{path} has format {metadata['format']}, newer than {FORMAT}; upgrade branchynet")
     return metadata
 
 
 def _threshold_feeds(thresholds: Sequence[float | None]) -> dict[str, NDArray[Any]]:
-    return {f"threshold_{n}": np.array([t], np.float32) for n, t in enumerate(thresholds, 1) if t is not None}
+    with np.errstate(over="ignore"):  # beyond float32 is infinite
+        return {
+            f"threshold_{n}": np.array([t], np.float64).astype(np.float32)
+            for n, t in enumerate(thresholds, 1)
+            if t is not None
+        }
 
 
 def _brief(error: Exception) -> str:

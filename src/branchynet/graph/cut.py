@@ -1,7 +1,8 @@
 """The cut: which stage of the computation a node belongs to.
 
-One rule serves every graph, of whatever origin and shape: ``stage(node) = min{n : node is an ancestor of exit n}``. Running
-stage after stage then computes exactly what each exit needs, for chains, residual networks, several inputs and trees alike.
+One rule serves every graph, of whatever origin and shape: ``stage(node) = min{n : node is an ancestor of exit n}``.
+Running stage after stage then computes exactly what each exit needs, for chains, residual networks, several inputs and
+trees alike.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Sequence

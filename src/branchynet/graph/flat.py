@@ -7,8 +7,9 @@ import contextlib
 import inspect
 import io
 import logging
+import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +23,10 @@ from torch import Tensor, nn
 from ..errors import GraphError, InputError
 from ..net import BranchyNet, evaluating, tensor_of
 from ..scores import Score
-from .section import RESERVED
+from .section import BATCH, reserved
 
 OPSET = 18  # old enough for every runtime in use, new enough for the exporter
 IR_VERSION = 8
-BATCH = "batch"
 _RANDOM = {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
 
 
@@ -57,12 +57,14 @@ def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def tensors_of(example: Any) -> tuple[Tensor, ...]:
-    """The tensors of an example, positional ones first. Raises `InputError` where they are not batches of tensors."""
+    """The tensors of an example, positional ones first. Raises `InputError` where they are not one batch of tensors."""
     args, kwargs = arguments(example)
     tensors = (*args, *kwargs.values())
     if not tensors or not all(isinstance(t, Tensor) and t.dim() > 0 and len(t) for t in tensors):
         raise InputError("example must be a tensor, or a tuple or dict of tensors, each with a leading batch dimension")
-    return tensors
+    if len({len(t) for t in tensors}) > 1:
+        raise InputError(f"the tensors of the example have batch sizes {[len(t) for t in tensors]}; they must agree")
+    return tuple(t.detach() for t in tensors)
 
 
 def flatten(net: nn.Module, example: Any, *, score: Score | None = None, dynamic: bool = True) -> FlatGraph:
@@ -75,7 +77,8 @@ def flatten(net: nn.Module, example: Any, *, score: Score | None = None, dynamic
         dynamic: leave the batch size free; else it is fixed at 1.
 
     Raises:
-        InputError: the example holds no tensors with a leading batch dimension.
+        InputError: the example holds no tensors with a leading batch dimension, or `score` does not give one number a
+            sample.
         GraphError: the network cannot be exported (its own message is kept), or draws random numbers.
     """
     args, kwargs = arguments(example)
@@ -84,16 +87,15 @@ def flatten(net: nn.Module, example: Any, *, score: Score | None = None, dynamic
     tensors = tuple(_rows(t, rows) for t in tensors)
     with evaluating(net), torch.no_grad(), _quiet():
         exits = _AllExits(net, score, tuple(kwargs)).eval()
-        outputs = len(exits.outputs(*tensors))
-        names = [f"output_{n}" for n in range(1, outputs + 1)]
-        if score is not None:
-            names += [f"score_{n}" for n in range(1, outputs + 1)]
+        kinds = ("output",) if score is None else ("output", "score")
+        outputs = len(exits(*tensors)) // len(kinds)
+        names = [f"{kind}_{n}" for kind in kinds for n in range(1, outputs + 1)]
         free = {0: torch.export.Dim(BATCH)} if dynamic else None
         try:
             program = torch.onnx.export(
                 exits,
                 tensors,
-                input_names=[*input_names(net, len(args)), *kwargs],
+                input_names=input_names(net, len(args), tuple(kwargs)),
                 output_names=names,
                 dynamic_shapes=(tuple(free for _ in tensors),),
                 opset_version=OPSET,
@@ -103,19 +105,28 @@ def flatten(net: nn.Module, example: Any, *, score: Score | None = None, dynamic
         except (RuntimeError, ValueError, TypeError, NotImplementedError, torch.onnx.errors.OnnxExporterError) as error:
             raise GraphError(f"{type(net).__name__} cannot be exported to ONNX: {_first_cause(error)}") from error
     assert program is not None
-    model = _tidy(program.model)
-    random = sorted({node.op_type for node in model.graph if node.op_type in _RANDOM})
+    model = _tidy(program.model, names)
+    random = sorted({node.op_type for node in model.graph if _is_random(node)})
     if random:
-        raise GraphError(f"the network draws random numbers when it answers ({', '.join(random)}); make eval mode deterministic")
+        raise GraphError(
+            f"the network draws random numbers when it answers ({', '.join(random)}); make eval mode deterministic"
+        )
     return FlatGraph(model, outputs, dynamic)
 
 
-def input_names(net: nn.Module, count: int) -> list[str]:
-    """Names of the first `count` positional arguments of the network's own forward."""
+def input_names(net: nn.Module, count: int, keywords: Sequence[str] = ()) -> list[str]:
+    """Names of the first `count` positional arguments of the network's own forward, then `keywords`.
+
+    A name that the graph needs for itself gets an underscore behind it.
+    """
     forward = (net.backbone if isinstance(net, BranchyNet) else net).forward
-    names = [p.name for p in inspect.signature(forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    names = [names[i] if i < len(names) else f"input_{i + 1}" for i in range(count)]
-    return [f"{name}_" if name in RESERVED or name.startswith("threshold_") else name for name in names]
+    own = [p.name for p in inspect.signature(forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    names: list[str] = []
+    for name in (*(own[i] if i < len(own) else f"input_{i + 1}" for i in range(count)), *keywords):
+        while reserved(name) or re.fullmatch(r"(output|score)_\d+", name) or name in names:
+            name += "_"
+        names.append(name)
+    return names
 
 
 class _AllExits(nn.Module):
@@ -127,7 +138,21 @@ class _AllExits(nn.Module):
         self.score = score
         self.keywords = keywords
 
-    def outputs(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        outputs = self._outputs(inputs)
+        if self.score is None:
+            return outputs
+        scores = [self.score(outputs[: n + 1]) for n in range(len(outputs))]
+        for n, (score, output) in enumerate(zip(scores, outputs, strict=True), 1):
+            if not isinstance(score, Tensor) or score.shape != output.shape[:1]:
+                given = f"shape {tuple(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
+                raise InputError(
+                    f"the score gives {given} for output {tuple(output.shape)} at exit {n}; it must give one number a "
+                    "sample, (B,): reduce the other dimensions in a callable"
+                )
+        return (*outputs, *(score.float() for score in scores))
+
+    def _outputs(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         positional = len(inputs) - len(self.keywords)
         outputs = self.net(*inputs[:positional], **dict(zip(self.keywords, inputs[positional:], strict=True)))
         outputs = outputs if isinstance(self.net, BranchyNet) else (tensor_of(outputs, "the network's output"),)
@@ -137,20 +162,14 @@ class _AllExits(nn.Module):
                     f"exit {n} gives shape {tuple(output.shape)} and the last exit {tuple(outputs[-1].shape)}; "
                     "all exits must give (B, C, ...) of one shape: give every branch as many outputs as the backbone"
                 )
-        return outputs
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        outputs = self.outputs(*inputs)
-        if self.score is None:
-            return outputs
-        return (*outputs, *(self.score(outputs[: n + 1]) for n in range(len(outputs))))
+        return tuple(output.float() for output in outputs)
 
 
 def _rows(tensor: Tensor, rows: int) -> Tensor:
     return torch.cat([tensor] * rows)[:rows] if tensor.shape[0] < rows else tensor[:rows]
 
 
-def _tidy(model: ir.Model) -> ir.Model:
+def _tidy(model: ir.Model, names: Sequence[str]) -> ir.Model:
     """Fold, fuse and merge, so that what trunk and branches share is computed and carried across the cut once."""
     passes.InlinePass()(model)
     rewriter.rewrite(model, pattern_rewrite_rules=[fuse_batchnorm_into_conv_rule, fuse_batchnorm_into_gemm_rule])
@@ -167,17 +186,29 @@ def _tidy(model: ir.Model) -> ir.Model:
         passes.TopologicalSortPass(),
     ):
         tidy(model)
+    for value, name in zip(model.graph.outputs, names, strict=True):  # some passes name an output anew
+        value.name = name
+    passes.NameFixPass()(model)  # an input may be called like a value that the exporter has named
     model.ir_version = IR_VERSION
     return model
 
 
+def _is_random(node: ir.Node) -> bool:
+    if node.op_type == "Dropout" and len(node.inputs) > 2 and node.inputs[2] is not None:
+        training = node.inputs[2].const_value
+        return training is None or bool(training.numpy())
+    return node.op_type in _RANDOM
+
+
 def _relu_before_pool(graph: ir.Graph) -> None:
-    """ReLU(MaxPool(x)) becomes MaxPool(ReLU(x)), which is equal and lets the runtime fuse the ReLU into a convolution."""
+    """ReLU(MaxPool(x)) becomes MaxPool(ReLU(x)): equal, and the runtime can fuse the ReLU into a convolution."""
     for relu in list(graph):
         pool = relu.inputs[0].producer() if relu.op_type == "Relu" and relu.inputs[0] is not None else None
-        if pool is None or pool.op_type != "MaxPool" or len(pool.outputs) != 1 or len(pool.outputs[0].uses()) != 1:
+        if pool is None or pool.op_type != "MaxPool" or len(pool.outputs) != 1:
             continue
         pooled, source = pool.outputs[0], pool.inputs[0]
+        if len(pooled.uses()) != 1 or pooled.is_graph_output():
+            continue
         assert source is not None
         before = ir.node("Relu", [source])
         before.outputs[0].shape, before.outputs[0].type = source.shape, source.type
@@ -192,7 +223,10 @@ def _first_cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    told = lines[0] if lines else type(error).__name__
+    if "data-dependent" in told:
+        told += "; its forward decides by a tensor's values: write that with torch.where"
+    return told
 
 
 @contextlib.contextmanager

@@ -5,12 +5,13 @@ import math
 import onnx_ir as ir
 
 from .cut import cut
-from .flat import BATCH, FlatGraph
+from .flat import FlatGraph
 from .onnx_exits import parents
+from .section import BATCH
 
 
 def exit_macs(flat: FlatGraph) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """`(trunk, branch)`, each with one figure an exit: multiply-accumulates a sample of convolutions and matrix products.
+    """`(trunk, branch)`, one figure an exit each: multiply-accumulates a sample of convolutions and matrix products.
 
     What only exit n needs is its branch; what a later exit needs as well is the trunk's segment up to exit n.
     """
@@ -28,7 +29,9 @@ def exit_macs(flat: FlatGraph) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def _node_macs(node: ir.Node) -> float:
-    shapes = [None if v is None or v.shape is None else [_dim(d) for d in v.shape] for v in (*node.inputs, node.outputs[0])]
+    shapes = [
+        None if v is None or v.shape is None else [_dim(d) for d in v.shape] for v in (*node.inputs, node.outputs[0])
+    ]
     first, second, output = shapes[0] if shapes else None, shapes[1] if len(shapes) > 2 else None, shapes[-1]
     if node.op_type == "Conv" and second and output:
         return math.prod(output) * math.prod(second[1:])

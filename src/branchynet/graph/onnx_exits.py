@@ -1,7 +1,7 @@
 """Early exits inside one ONNX graph: stage n+1 sits in the ``then`` branch of an ``If`` after exit n.
 
-For a batch, the samples that stay are picked by NonZero and Gather on every value that crosses the cut, and their answers are
-put back by ScatterND; so one file with a free batch size skips work per sample.
+For a batch, the samples that stay are picked by NonZero and Gather on every value that crosses the cut, and their
+answers are put back by ScatterND; so one file with a free batch size skips work per sample.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ import onnx_ir as ir
 from ..errors import GraphError
 from ..types import Policy
 from .cut import cut
-from .flat import BATCH, IR_VERSION, OPSET, FlatGraph
-from .section import BOOL, FLOAT, INT64, Section
+from .flat import IR_VERSION, OPSET, FlatGraph
+from .section import BATCH, BOOL, FLOAT, INT64, Section
 
 _SHARED_BYTES = 1 << 16  # a larger initializer that several stages use is stored once, in the outermost of them
 _HEAVY = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN"}
@@ -22,8 +22,9 @@ _HEAVY = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "R
 def nest(flat: FlatGraph, policy: Policy, *, thresholds: str = "default") -> ir.Model:
     """Nest the exits that `policy` enables.
 
-    The model's inputs are the network's and one ``threshold_n`` (1,) float32 an enabled exit but the last; its outputs are
-    ``label`` int64, ``exit`` int64 (from 1), ``score`` float32 and ``output`` float32, each with a leading batch dimension.
+    The model's inputs are the network's and one ``threshold_n`` (1,) float32 an enabled exit but the last; its outputs
+    are ``label`` int64, ``exit`` int64 (from 1), ``score`` float32 and ``output`` float32, each with a leading batch
+    dimension.
 
     Args:
         flat: with scores.
@@ -31,7 +32,7 @@ def nest(flat: FlatGraph, policy: Policy, *, thresholds: str = "default") -> ir.
         thresholds: ``"default"``: thresholds are inputs with default values; ``"input"``: required inputs.
 
     Raises:
-        GraphError: a value that must cross a cut has no leading batch dimension and is too costly to compute again.
+        GraphError: a value that must cross a cut has no batch dimension and is too costly to compute again.
     """
     return _Nest(flat, policy).model(required_thresholds=thresholds == "input")
 
@@ -80,7 +81,8 @@ class _Nest:
             name = f"threshold_{n}"
             value = ir.val(name, ir.DataType.FLOAT, [1])
             if not required_thresholds:
-                value.const_value = ir.tensor(np.array([threshold], np.float32), name=name)
+                with np.errstate(over="ignore"):  # beyond float32 is infinite
+                    value.const_value = ir.tensor(np.array([threshold], np.float64).astype(np.float32), name=name)
                 outermost.initializers[name] = value
             self.thresholds.append(value)
         output, score, exit = self._level(0)
@@ -91,13 +93,13 @@ class _Nest:
         return _finish(graph)
 
     def _level(self, i: int) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """Emit level i and, nested in it, all later ones; return its (output, score, exit) for the whole of its batch."""
+        """Emit level i and, nested in it, all later ones; return its (output, score, exit) for its whole batch."""
         here = self.sections[i]
         for node in self.flat.model.graph:
-            if any(self.stage.get(v) == i + 1 for v in node.outputs):
+            if min((self.stage[v] for v in node.outputs if v in self.stage), default=None) == i + 1:
                 here.copy_node(node, [None if v is None else self._localise(v, i) for v in node.inputs])
         output, score = (self._localise(v, i) for v in self.needs[i])
-        batch: list[int | str] = [BATCH if i == 0 else f"stay_{i}"] if self.flat.dynamic else [1]
+        batch: list[int | str] = [here.batch if self.flat.dynamic else 1]
         if i + 1 == len(self.exits):
             rows = here.op("Shape", [score], name="rows", type=INT64, shape=[1])
             number = ir.tensor(np.array([self.exits[i]], np.int64))
@@ -114,15 +116,15 @@ class _Nest:
     def _if(self, i: int, stays: ir.Value, results: list[ir.Value]) -> list[ir.Value]:
         here, deeper = self.sections[i], self.sections[i + 1]
         if self.flat.dynamic:
-            found = here.op("NonZero", [stays], name="found", type=INT64, shape=[1, f"stay_{i + 1}"])
+            found = here.op("NonZero", [stays], name="found", type=INT64, shape=[1, deeper.batch])
             count = here.op("Size", [found], name="count", type=INT64, shape=[])
             condition = here.op("Cast", [count], {"to": ir.DataType.BOOL}, name="any_stays", type=BOOL, shape=[])
             flat_shape = deeper.constant("flat", np.array([-1], np.int64))
-            rows = deeper.op("Reshape", [found, flat_shape], name="stay", type=INT64, shape=[f"stay_{i + 1}"])
+            rows = deeper.op("Reshape", [found, flat_shape], name="stay", type=INT64, shape=[deeper.batch])
             self.index[i, i + 1] = rows
             answers = self._level(i + 1)[: len(results)]
             column = deeper.constant("column", np.array([-1, 1], np.int64))
-            places = deeper.op("Reshape", [rows, column], name="places", type=INT64, shape=[f"stay_{i + 1}", 1])
+            places = deeper.op("Reshape", [rows, column], name="places", type=INT64, shape=[deeper.batch, 1])
             then = [
                 deeper.op("ScatterND", [v, places, a], name=f"merged_{k}", type=v.type, shape=v.shape)
                 for k, (v, a) in enumerate(zip(results, answers, strict=True))
@@ -157,11 +159,12 @@ class _Nest:
                 local = self._again(value, i)
             elif not self.flat.dynamic or value not in self.varies:
                 local = self.sections[home].values[value]
-            elif _batch_leading(value):
-                source = self.sections[home].values[value]
-                shape = ir.Shape([f"stay_{i}", *list(value.shape or ())[1:]])
-                rows = self._rows(home, i)
-                local = here.op("Gather", [source, rows], {"axis": 0}, name=f"{value.name}/stay", type=value.type, shape=shape)
+            elif (axis := _batch_axis(value)) is not None:
+                source, rows = self.sections[home].values[value], self._rows(home, i)
+                shape = [here.dim(d) for d in value.shape or ()]
+                local = here.op(
+                    "Gather", [source, rows], {"axis": axis}, name=f"{value.name}/stay", type=value.type, shape=shape
+                )
             else:
                 local = self._again(value, i)
         here.values[value] = local
@@ -173,7 +176,7 @@ class _Nest:
             before, here = self._rows(home, i - 1), self.sections[i]
             self.index[home, i] = here.op(
                 "Gather", [before, self.index[i - 1, i]], {"axis": 0}, name=f"stay_of_{home + 1}", type=INT64,
-                shape=[f"stay_{i}"],
+                shape=[here.batch],
             )  # fmt: skip
         return self.index[home, i]
 
@@ -192,8 +195,8 @@ class _Nest:
         assert node is not None
         if node.op_type in _HEAVY:
             raise GraphError(
-                f"the value {value.name!r} {value.shape} crosses from one stage to the next, but its leading dimension is not "
-                "the batch, so the samples that stay cannot be picked from it; tap where the batch comes first"
+                f"the value {value.name!r} {value.shape} crosses from one stage to the next, but none of its dimensions "
+                "is the batch, so the samples that stay cannot be picked from it; tap where the batch stands alone"
             )
         here = self.sections[i]
         if node.op_type == "Shape":
@@ -207,7 +210,7 @@ class _Nest:
         """The shape of a value on the smaller batch, without picking the value's rows only to measure them."""
         here, source = self.sections[i], node.inputs[0]
         assert source is not None
-        if not _batch_leading(source) or source in here.values:
+        if _batch_axis(source) != 0 or source in here.values:
             return None
         start, end = (node.attributes[k].as_int() if k in node.attributes else None for k in ("start", "end"))
         home = next((j for j in range(i - 1, -1, -1) if source in self.sections[j].values), None)
@@ -229,11 +232,9 @@ def parents(value: ir.Value) -> list[ir.Value]:
     return [] if node is None else [v for v in node.inputs if v is not None]
 
 
-def _batch_leading(value: ir.Value) -> bool:
-    if value.shape is None or len(value.shape) == 0:
-        return False
-    leading = value.shape[0]
-    return isinstance(leading, ir.SymbolicDim) and leading.value == BATCH
+def _batch_axis(value: ir.Value) -> int | None:
+    """Which dimension of a value is the batch; None where none is, or only a multiple of it."""
+    return next((axis for axis, dim in enumerate(value.shape or ()) if dim == BATCH), None)
 
 
 def _varying(flat: FlatGraph) -> set[ir.Value]:
@@ -241,7 +242,7 @@ def _varying(flat: FlatGraph) -> set[ir.Value]:
     varying = set(flat.model.graph.inputs)
     for node in flat.model.graph:
         source = node.inputs[0] if node.inputs else None
-        if node.op_type == "Shape" and source is not None and _batch_leading(source):
+        if node.op_type == "Shape" and source is not None and _batch_axis(source) == 0:
             start = node.attributes["start"].as_int() if "start" in node.attributes else 0
             if start >= 1:
                 continue

@@ -1,21 +1,30 @@
 """A graph under construction, into which parts of a flat graph are copied."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+BATCH = "batch"  # the symbol for how many samples the network is given
 BOOL, INT64, FLOAT = ir.TensorType(ir.DataType.BOOL), ir.TensorType(ir.DataType.INT64), ir.TensorType(ir.DataType.FLOAT)
 
-RESERVED = ("label", "exit", "score", "output")  # what the finished graph calls its outputs
+
+def reserved(name: str) -> bool:
+    """Whether the finished graph calls one of its own inputs or outputs so."""
+    return re.fullmatch(r"label|exit|score|output|threshold_\d+", name) is not None
 
 
 class Section:
-    """Nodes and initializers of one graph, with the names of its level, so that names stay unique when graphs nest."""
+    """Nodes and initializers of one graph, with the names of its level, so that names stay unique when graphs nest.
+
+    Level 1 sees the whole `BATCH`; level n + 1 the samples that stay at the n-th exit, as many as its own symbol `batch`.
+    """
 
     def __init__(self, level: int) -> None:
         self.level = level
+        self.batch = BATCH if level == 1 else f"stay_{level - 1}"
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
         self.values: dict[ir.Value, ir.Value] = {}  # value of the flat graph -> its value at this level
@@ -65,7 +74,8 @@ class Section:
             name=self._named(node.name or node.op_type),
         )
         for old, new in zip(node.outputs, copy.outputs, strict=True):
-            new.name, new.shape, new.type = self._named(old.name or copy.name or ""), old.shape, old.type
+            new.name, new.type = self._named(old.name or copy.name or ""), old.type
+            new.shape = None if old.shape is None else ir.Shape([self.dim(d) for d in old.shape])
             self.values[old] = new
         self.nodes.append(copy)
 
@@ -75,9 +85,14 @@ class Section:
             inputs, outputs, nodes=self.nodes, initializers=tuple(self.initializers.values()), name=name, **more
         )
 
+    def dim(self, dim: int | ir.SymbolicDim) -> int | str | None:
+        """A dimension of the flat graph as this level sees it."""
+        value = dim.value if isinstance(dim, ir.SymbolicDim) else dim
+        return re.sub(rf"\b{BATCH}\b", self.batch, value) if isinstance(value, str) else value
+
     def own(self, name: str) -> str:
         """A name that no value of the network has, since the exporter writes no slashes."""
         return f"exits/{name}/{self.level}"
 
     def _named(self, name: str) -> str:
-        return name if self.level == 1 and name not in RESERVED else f"{name}/{self.level}"
+        return name if self.level == 1 and not reserved(name) else f"{name}/{self.level}"

@@ -6,6 +6,7 @@ Both take pixels in [0, 1], `(B, 1, 28, 28)` float32, and give logits `(B, 10)`.
 from torch import Tensor, nn
 
 from ..net import BranchyNet
+from .weights import ship
 
 
 def _pool() -> nn.Sequential:
@@ -14,18 +15,24 @@ def _pool() -> nn.Sequential:
 
 
 class LeNet(nn.Module):
-    """The paper's LeNet: three 5x5 convolutions and two linear layers; 1.14 M multiply-accumulates."""
+    """The paper's LeNet: three 5x5 convolutions and two linear layers; 1.14 M multiply-accumulates.
 
-    def __init__(self, num_classes: int = 10) -> None:
+    Args:
+        num_classes: outputs.
+        channels: of the three convolutions; fewer make the smaller static networks that early exits compete with.
+    """
+
+    def __init__(self, num_classes: int = 10, channels: tuple[int, int, int] = (5, 10, 20)) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(1, 5, 5, padding=3)
+        first, second, third = channels
+        self.conv1 = nn.Conv2d(1, first, 5, padding=3)
         self.pool1 = _pool()
-        self.conv2 = nn.Conv2d(5, 10, 5, padding=3)
+        self.conv2 = nn.Conv2d(first, second, 5, padding=3)
         self.pool2 = _pool()
-        self.conv3 = nn.Conv2d(10, 20, 5, padding=3)
+        self.conv3 = nn.Conv2d(second, third, 5, padding=3)
         self.pool3 = _pool()
         # No non-linearity between the linear layers, as published.
-        self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(720, 84), nn.Linear(84, num_classes))
+        self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(36 * third, 84), nn.Linear(84, num_classes))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits `(B, num_classes)`."""
@@ -35,13 +42,21 @@ class LeNet(nn.Module):
         return self.classifier(x)
 
 
-def lenet(num_classes: int = 10) -> LeNet:
-    """LeNet, untrained."""
-    return LeNet(num_classes)
+def lenet(num_classes: int = 10, *, pretrained: bool = False) -> LeNet:
+    """LeNet, untrained or with the weights shipped for MNIST.
+
+    Raises:
+        InputError: pretrained weights for other than 10 classes.
+    """
+    net = LeNet(num_classes)
+    return ship(net, "lenet-mnist", num_classes, 10) if pretrained else net
 
 
-def b_lenet(num_classes: int = 10) -> BranchyNet:
-    """B-LeNet, untrained: LeNet with the paper's branch on the first convolution's raw output; 2 exits."""
+def b_lenet(num_classes: int = 10, *, pretrained: bool = False) -> BranchyNet:
+    """B-LeNet: LeNet with the paper's branch on the first convolution's raw output; 2 exits.
+
+    Untrained or, as `lenet`, with the weights shipped for MNIST. Raises `InputError` likewise.
+    """
     branch = nn.Sequential(
         _pool(),
         nn.Conv2d(5, 10, 3, padding=1),
@@ -49,4 +64,5 @@ def b_lenet(num_classes: int = 10) -> BranchyNet:
         nn.Flatten(),
         nn.Linear(640, num_classes),
     )
-    return BranchyNet(LeNet(num_classes), {"conv1": branch})
+    net = BranchyNet(LeNet(num_classes), {"conv1": branch})
+    return ship(net, "b_lenet-mnist", num_classes, 10) if pretrained else net

@@ -1,0 +1,46 @@
+# `make demo` and `make test` build their own environment from nothing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint types imports unit wheel format clean
+
+demo: $(VENV)/.ready
+	$(BIN)/branchynet demo
+
+test: lint types imports unit wheel
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.ready
+	$(BIN)/pyright
+
+imports: $(VENV)/.ready
+	$(BIN)/lint-imports
+
+unit: $(VENV)/.ready
+	$(BIN)/pytest -n auto --dist loadfile
+
+# A wheel is built, installed elsewhere, and imported from there with its shipped weights.
+wheel: $(VENV)/.ready
+	rm -rf build dist
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist .
+	$(BIN)/pip install --quiet --no-deps --target build/elsewhere dist/*.whl
+	cd build && PYTHONPATH=elsewhere ../$(BIN)/python -P -c "import branchynet, pathlib; \
+	assert pathlib.Path(branchynet.__file__).is_relative_to(pathlib.Path('elsewhere').resolve()), branchynet.__file__; \
+	branchynet.zoo.b_lenet(pretrained=True); print('the wheel of', branchynet.__version__, 'imports')"
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist

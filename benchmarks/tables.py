@@ -1,0 +1,81 @@
+"""Write the generated tables into README.md from benchmarks/results/*.json; numbers in prose are never typed.
+
+python benchmarks/tables.py            # rewrites the blocks between <!-- generated: NAME --> and <!-- end -->
+"""
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md",)
+
+
+def results(name):
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def speed():
+    found = results("mnist_speed")
+    lines = [
+        "| batch | static | B-LeNet | limit | speed-up | overhead | accuracy static | accuracy B-LeNet | exit 1 |",
+        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {r['batch']} | {r['static_us']:.1f} us | {r['branchy_us']:.1f} us | {r['limit_us']:.1f} us "
+        f"| **{r['speedup']:.2f}x** | {r['overhead']:.2f} | {r['accuracy_static']:.2%} | {r['accuracy_branchy']:.2%} "
+        f"| {r['exit_share'][0]:.1%} |"
+        for r in found["rows"]
+    ]
+    where = found["environment"]
+    return [
+        *lines,
+        "",
+        f"Microseconds a sample, one thread, medians of {len(found['trials']) // len(found['rows'])} trials; "
+        f"{where['processor']}, ONNX Runtime {where['onnxruntime']}. Made by `{found['command']}`.",
+    ]
+
+
+def training():
+    found = results("mnist_training")
+    rows = found["rows"]
+    mean = {k: sum(r[k] for r in rows) / len(rows) for k in ("lenet_test", "last_exit_test", "b_lenet_test")}
+    share = sum(r["exit_share_test"][0] for r in rows) / len(rows)
+    lift, whole = found["last_exit_minus_lenet"], found["b_lenet_minus_lenet"]
+    return [
+        f"Does joint training lift the final exit? Over {len(rows)} seeds, each side trained for the same total "
+        f"epochs with the same augmentation: LeNet {mean['lenet_test']:.2%}, "
+        f"B-LeNet's last exit alone {mean['last_exit_test']:.2%}: "
+        f"{_verdict(lift)} B-LeNet with early exits: {mean['b_lenet_test']:.2%} with {share:.1%} leaving at exit 1: "
+        f"{_verdict(whole)} Made by `{found['command']}`.",
+    ]
+
+
+def _verdict(difference):
+    low, high = difference["interval_points"]
+    told = f"{difference['mean_points']:+.3f} points, 95 % interval {low:+.3f} to {high:+.3f}"
+    if low > 0:
+        return f"{told}, a gain."
+    return f"{told}, a loss." if high < 0 else f"{told}, no difference that five seeds can show."
+
+
+TABLES = {"speed": speed, "training": training}
+
+
+def filled(text):
+    """The page with every generated block made anew."""
+
+    def block(match):
+        return "\n".join([match[1], *TABLES[match[2]](), "<!-- end -->"])
+
+    return re.sub(r"(<!-- generated: (\w+) -->)\n.*?<!-- end -->", block, text, flags=re.DOTALL)
+
+
+def main():
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(filled(path.read_text()))
+
+
+if __name__ == "__main__":
+    main()

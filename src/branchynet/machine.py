@@ -1,0 +1,24 @@
+"""What a number was measured on: versions and hardware, to stand beside it."""
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+_PACKAGES = ("branchynet", "torch", "onnxruntime", "onnx", "numpy")
+
+
+def environment() -> dict[str, str | int]:
+    """Versions of Python and the packages that matter, the processor's name and the number of its cores."""
+    found: dict[str, str | int] = {"python": platform.python_version()}
+    found |= {name: version(name) for name in _PACKAGES}
+    return found | {"processor": _processor(), "cores": os.cpu_count() or 1, "system": platform.system()}
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,222 @@
+"""The report's figures, as matplotlib Figures that save as PNG, SVG or PDF.
+
+Shape letters: S samples, N exits, P threshold vectors. Colours are of one palette, which `svg.inline` turns into the
+page's own, light or dark. A name (gid) beginning with ``tip:`` is shown there when the pointer rests on the shape.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from numpy.typing import ArrayLike, NDArray
+
+from ..errors import InputError
+
+INK, MUTED, RULE, PAPER = "#1f2328", "#5c6670", "#dde2e7", "#ffffff"
+RIGHT, WRONG, CHOSEN = "#0b62c4", "#c2410c", "#8a3ffc"
+
+_STYLE: Any = {
+    "font.size": 10.5,
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.labelsize": 10.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.facecolor": "none",
+    "figure.facecolor": PAPER,
+    "grid.color": RULE,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "legend.frameon": False,
+}
+
+
+def figure_tradeoff(
+    mean_us: ArrayLike,
+    accuracy: ArrayLike,
+    *,
+    baseline: tuple[float, float] | None = None,
+    chosen: tuple[float, float] | None = None,
+    judged: tuple[float, float] | None = None,
+    interval: tuple[float, float] | None = None,
+    most: int = 300,
+) -> Figure:
+    """Accuracy against mean time a sample, as in the paper's Figure 3.
+
+    Args:
+        mean_us: `(P,)` microseconds a sample of each threshold vector, on the data that chose.
+        accuracy: `(P,)` fractions.
+        baseline: microseconds and accuracy of the static network, drawn as a diamond.
+        chosen: those of the chosen thresholds on the data that chose, a star.
+        judged: those of the same thresholds on other data, a ring, with the 95 % `interval` of its accuracy.
+        interval: lower and upper accuracy.
+        most: draw at most so many points of the curve.
+
+    Raises:
+        InputError: `mean_us` and `accuracy` are not of one length, or empty.
+
+    Source: Teerapittayanon et al. 2016, Figure 3.
+    """
+    us, percent = np.asarray(mean_us, np.float64), 100 * np.asarray(accuracy, np.float64)
+    if us.ndim != 1 or us.shape != percent.shape or not len(us):
+        raise InputError(f"mean_us {us.shape} and accuracy {percent.shape} must be of one shape (P,), not empty")
+    points = [point for point in (baseline, chosen, judged) if point is not None]
+    top = max(percent.max(), *(100 * point[1] for point in points), -math.inf)
+    low = min(top - 2, *(100 * point[1] for point in points), math.inf)
+    keep = np.argsort(us, kind="stable")
+    keep = keep[percent[keep] >= min(percent.max(), 2 * low - top)]  # the knee matters: what lies far below is left out
+    keep = keep[_spread(len(keep), most)]
+    us, percent = us[keep], percent[keep]
+
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _new(7.4, 4.3)
+        axes.plot(us, percent, color=RIGHT, lw=1.4, drawstyle="steps-post", alpha=0.6, zorder=2)
+        dots = axes.scatter(us, percent, s=11, color=RIGHT, lw=0, zorder=3, label="the best of all thresholds")
+        dots.set_gid("tip:" + "|".join(f"{microseconds(u)}, {p:.2f} %" for u, p in zip(us, percent, strict=True)))
+        marks = (
+            (baseline, "D", 62, MUTED, MUTED, "static network"),
+            (chosen, "*", 230, CHOSEN, CHOSEN, "chosen, on the data that chose"),
+            (judged, "o", 80, "none", CHOSEN, "the same thresholds on test data, 95 %"),
+        )
+        for point, marker, size, face, edge, label in marks:
+            if point is not None:
+                x, y = point[0], 100 * point[1]
+                spot = axes.scatter(x, y, marker=marker, s=size, color=face, edgecolors=edge, lw=1.8, zorder=5)
+                spot.set_gid(f"tip:{label}: {microseconds(x)}, {y:.2f} %")
+                spot.set_label(label)
+        if judged and interval:
+            axes.vlines(judged[0], 100 * interval[0], 100 * interval[1], color=CHOSEN, lw=1.6, zorder=4)
+        axes.set_xlabel("mean time per sample (µs)")
+        axes.set_ylabel("accuracy (%)")
+        axes.set_xlim(left=0)
+        axes.legend(loc="lower right", handletextpad=0.4)
+    return figure
+
+
+def figure_shares(share: Sequence[float], accuracy: Sequence[float | None]) -> Figure:
+    """How many samples leave at each exit, and how many of those answers are right.
+
+    Args:
+        share: `(N,)` shares, summing to 1.
+        accuracy: `(N,)` accuracy among those that leave there; None where nobody does.
+
+    Raises:
+        InputError: the lengths differ.
+    """
+    if len(share) != len(accuracy) or not len(share):
+        raise InputError(f"{len(share)} shares and {len(accuracy)} accuracies; there must be one of each an exit")
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _new(7.4, 0.5 + 0.5 * len(share))
+        for n, (part, right) in enumerate(zip(share, accuracy, strict=True), 1):
+            told = f"{100 * part:.1f} %" + (f", {100 * right:.2f} % of them right" if right is not None else "")
+            known = right or 0.0
+            for left, width, colour in ((0, part * known, RIGHT), (part * known, part * (1 - known), WRONG)):
+                bar = axes.barh(n, 100 * width, left=100 * left, height=0.62, color=colour)[0]
+                bar.set_gid(f"tip:exit {n}: {told}")
+            axes.text(100 * part + 1, n, told, va="center")
+        axes.set_yticks(range(1, len(share) + 1), [f"exit {n}" for n in range(1, len(share) + 1)], color=INK)
+        axes.set_xlim(0, 135)  # room for the words beside a full bar
+        axes.set_xticks([])
+        axes.spines["bottom"].set_visible(False)
+        axes.invert_yaxis()
+        axes.grid(visible=False)
+        axes.tick_params(axis="y", length=0)
+        handles = [Patch(color=RIGHT, label="right"), Patch(color=WRONG, label="wrong")]
+        figure.legend(handles=handles, loc="outside upper right", ncols=2)
+    return figure
+
+
+def figure_scores(
+    scores: ArrayLike,
+    losses: ArrayLike,
+    thresholds: Sequence[float | None] = (),
+    *,
+    name: str = "entropy (nats)",
+    bins: int = 40,
+) -> Figure:
+    """Histograms of the scores at each exit, right and wrong answers apart, with the thresholds.
+
+    Args:
+        scores: `(S, N)`, smaller = surer; NaN and infinity are left out.
+        losses: `(S, N)`; an answer counts as right where it is below one half.
+        thresholds: N-1 thresholds, None for never; or none at all.
+        name: what the score is, with its unit.
+        bins: bars a histogram.
+
+    Raises:
+        InputError: the shapes differ.
+    """
+    values, wrong = np.asarray(scores, np.float64), np.asarray(losses) >= 0.5
+    if values.ndim != 2 or values.shape != wrong.shape:
+        raise InputError(f"scores {values.shape} and losses {wrong.shape} must be of one shape (S, N)")
+    exits = values.shape[1]
+    columns = min(exits, 3)
+    rows = math.ceil(exits / columns)
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
+    edges = np.linspace(low, high if high > low else low + 1, bins + 1)
+    limits = [*thresholds, *[None] * (exits - len(thresholds))]
+    with matplotlib.rc_context(_STYLE):
+        figure, panels = _new(7.4, 0.6 + 2.3 * rows, rows, columns)
+        most = 1
+        for n, axes in enumerate(np.ravel(panels)):
+            if n >= exits:
+                axes.set_visible(False)
+                continue
+            most = max(most, _histogram(axes, values[:, n], wrong[:, n], edges))
+            limit = limits[n]
+            if limit is not None and edges[0] <= limit <= edges[-1]:
+                line = axes.axvline(limit, color=CHOSEN, lw=1.6, ls=(0, (4, 2)))
+                line.set_gid(f"tip:exit {n + 1} answers below {limit:.4g}")
+            axes.set_title(f"exit {n + 1}", fontsize=10.5, loc="left")
+            axes.set_xlim(edges[0], edges[-1])
+            axes.set_ylim(0.7, 1.6 * most)
+        figure.supxlabel(name, fontsize=10.5, parse_math=False)
+        figure.supylabel("samples", fontsize=10.5)
+        handles: list[Artist] = [Patch(color=RIGHT, label="right"), Patch(color=WRONG, label="wrong")]
+        if any(limit is not None for limit in limits):
+            handles.append(Line2D([], [], color=CHOSEN, lw=1.6, ls=(0, (4, 2)), label="threshold"))
+        figure.legend(handles=handles, loc="outside upper right", ncols=3)
+    return figure
+
+
+def _histogram(axes: Axes, values: NDArray[np.float64], wrong: NDArray[np.bool_], edges: NDArray[np.float64]) -> int:
+    """The largest count. Right and wrong are not stacked: on a logarithmic axis stacked lengths would mislead."""
+    finite = np.isfinite(values)
+    right, wrong = (np.histogram(values[finite & those], edges)[0] for those in (~wrong, wrong))
+    for counts, colour in ((right, RIGHT), (wrong, WRONG)):
+        axes.stairs(counts, edges, fill=True, color=colour, alpha=0.22, lw=0)
+        axes.stairs(counts, edges, color=colour, lw=1.3, baseline=None)
+    # Nothing to see, only for the pointer to rest on.
+    hover = axes.bar(edges[:-1], np.maximum(right, wrong), np.diff(edges), align="edge", alpha=0)
+    for bar, yes, no, start, stop in zip(hover, right, wrong, edges[:-1], edges[1:], strict=True):
+        bar.set_gid(f"tip:{yes} right, {no} wrong at {start:.3g} to {stop:.3g}")
+    axes.set_yscale("log")
+    axes.grid(visible=False, axis="x")
+    return max(right.max(), wrong.max())
+
+
+def _new(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    return figure, figure.subplots(rows, columns, sharex=True, sharey=True)
+
+
+def _spread(count: int, most: int) -> NDArray[np.intp]:
+    """At most `most` of `count` positions, evenly, with both ends."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.intp))
+
+
+def microseconds(us: float) -> str:
+    """A time in words, such as 41.2 µs."""
+    return f"{us / 1000:.4g} ms" if us >= 10_000 else f"{us:.4g} µs"

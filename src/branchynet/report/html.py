@@ -1,0 +1,304 @@
+"""The report: one HTML file that opens anywhere, offline, and asks nothing of any other machine."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..errors import InputError
+from ..files import replacing
+from ..types import Choice, ExitCost, ExitRecord, Outcome
+from .figures import figure_scores, figure_shares, figure_tradeoff, microseconds
+from .pictures import Gallery, gallery_section
+from .svg import inline
+
+_UNITS = {"entropy": "entropy (nats)", "max_probability": "1 − largest probability", "margin": "1 − margin"}
+
+
+class Curve(Protocol):
+    """Accuracies `(P,)` and mean microseconds `(P,)` of threshold vectors, as `branchynet.frontier` gives them."""
+
+    @property
+    def accuracy(self) -> NDArray[Any]:
+        """Fractions."""
+        ...
+
+    @property
+    def mean_us(self) -> NDArray[Any]:
+        """Microseconds a sample."""
+        ...
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+    choice: Choice,
+    outcome: Outcome,
+    record: ExitRecord,
+    scores: ArrayLike,
+    curve: Curve | None = None,
+    cost: ExitCost | None = None,
+    baseline: tuple[float, float] | None = None,
+    bench: Sequence[Mapping[str, Any]] = (),
+    galleries: Sequence[Gallery] = (),
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Write one HTML file below 3 MB with the curve, the exits, the scores, the timings and the pictures of a run.
+
+    Args:
+        path: where to; its folder is made.
+        title: names the network and the data.
+        choice: what was chosen on validation data.
+        outcome: of ``choice.policy`` on the test data.
+        record: the test data's, S samples of N exits.
+        scores: `(S, N)` scores of `record`, as the policy's score gives them.
+        curve: all good thresholds on the validation data (`branchynet.frontier`).
+        cost: what each stage costs.
+        baseline: microseconds a sample and accuracy of the static network; else those of the row of `bench` that was
+            timed as `cost` was.
+        bench: rows of `branchynet.bench`.
+        galleries: images to show.
+        facts: machine, versions, seed, data: all that is needed to do it again.
+
+    Raises:
+        InputError: the values are not for one number of exits and samples.
+        FileError: the file cannot be written.
+    """
+    scores = np.asarray(scores)
+    _check(choice, outcome, record, scores, cost, bench)
+    alike = _timed_alike(bench, cost)
+    if baseline is None and alike is not None and alike["accuracy_static"] is not None:
+        baseline = float(alike["static_us"]), float(alike["accuracy_static"])
+    sections = [
+        _head(title, choice, outcome, record, alike or next(iter(bench), None)),
+        _tradeoff(choice, outcome, curve, baseline),
+        _exits(choice, outcome, cost),
+        _scores(choice, record, scores),
+        _bench(bench),
+        *(gallery_section(gallery) for gallery in galleries),
+        _facts(choice, record, facts or {}),
+    ]
+    style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
+    page = (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
+        'img-src data:">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(sections)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+    with replacing(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def _check(
+    choice: Choice,
+    outcome: Outcome,
+    record: ExitRecord,
+    scores: NDArray[Any],
+    cost: ExitCost | None,
+    bench: Sequence[Mapping[str, Any]],
+) -> None:
+    exits = {
+        "the policy": choice.policy.exits,
+        "the outcome": len(outcome.exit_share),
+        "the record": record.exits,
+        "the cost": record.exits if cost is None else cost.exits,
+    }
+    if len(set(exits.values())) > 1:
+        raise InputError("all must be of one network, but " + ", ".join(f"{k} has {n} exits" for k, n in exits.items()))
+    if scores.shape != record.losses.shape or outcome.samples != record.samples:
+        raise InputError(
+            f"scores of shape {scores.shape} and an outcome of {outcome.samples} samples are not of this record, "
+            f"which has {record.samples} samples of {record.exits} exits"
+        )
+    for row in bench:
+        if missing := _COLUMNS.keys() - row.keys():
+            raise InputError(f"a row of bench lacks {sorted(missing)}; give rows as bench(...) returns them")
+
+
+def _head(title: str, choice: Choice, outcome: Outcome, record: ExitRecord, timed: Mapping[str, Any] | None) -> str:
+    low, high = outcome.accuracy_interval
+    cards = [
+        ("Accuracy on test data", _percent(outcome.accuracy), f"95 % interval {_percent(low)} to {_percent(high)}"),
+        ("Last exit alone", _percent(outcome.last_accuracy), _points(outcome.accuracy - outcome.last_accuracy)),
+        ("Leave early", _percent(1 - outcome.exit_share[-1], 1), f"of {outcome.samples:,} test samples"),
+    ]
+    if outcome.mean_us is not None and outcome.p95_us is not None and outcome.worst_us is not None:
+        most = f"95 % within {microseconds(outcome.p95_us)}, worst {microseconds(outcome.worst_us)}"
+        cards.append(("Mean time, from costs", microseconds(outcome.mean_us), most))
+    if timed is not None:
+        times = f"{microseconds(timed['static_us'])} static, {microseconds(timed['branchy_us'])} with early exits"
+        cards.append((f"Speed-up at batch {timed['batch']}", f"{timed['speedup']:.2f}×", f"measured: {times}"))
+    limit = " and ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in choice.constraint.items())
+    warning = ""
+    if choice.record_digest == record.digest:
+        warning = (
+            '<p class="warning" role="note">The thresholds were chosen on the very data that they are reported on: '
+            "these figures are optimistic.</p>"
+        )
+    shown = "".join(
+        f'<div><dt>{escape(name)}</dt><dd class="value">{value}</dd><dd class="note">{note}</dd></div>'
+        for name, value, note in cards
+    )
+    return (
+        f'<header>\n<h1>{escape(title)}</h1>\n<p class="lead">Samples leave at the first exit that is sure enough. '
+        f"The thresholds were chosen on {choice.outcome.samples:,} validation samples under "
+        f"<strong>{escape(limit)}</strong>; the figures here are of {outcome.samples:,} test samples.</p>\n{warning}"
+        f'<dl class="cards">{shown}</dl>\n</header>'
+    )
+
+
+def _tradeoff(choice: Choice, outcome: Outcome, curve: Curve | None, baseline: tuple[float, float] | None) -> str:
+    if curve is None:
+        return ""
+    before, after = choice.outcome, outcome
+    figure = figure_tradeoff(
+        curve.mean_us,
+        curve.accuracy,
+        baseline=baseline,
+        chosen=None if before.mean_us is None else (before.mean_us, before.accuracy),
+        judged=None if after.mean_us is None else (after.mean_us, after.accuracy),
+        interval=after.accuracy_interval,
+    )
+    return _figure(
+        "tradeoff",
+        "Accuracy against time",
+        figure,
+        f"Accuracy against mean time per sample for {len(curve.accuracy)} threshold settings; the chosen one reaches "
+        f"{_percent(after.accuracy)} on test data.",
+        "Each point is a setting of the thresholds that no other beats on the validation data, at the measured cost of "
+        "the stages; settings far below the chosen accuracy are left out. The bar is the 95 % interval on test data.",
+    )
+
+
+def _exits(choice: Choice, outcome: Outcome, cost: ExitCost | None) -> str:
+    name = _score(choice)
+    rules = ["never (left out)" if t is None else f"{name} < {t:.4g}" for t in choice.policy.thresholds]
+    rows = []
+    for n, (rule, share, right) in enumerate(
+        zip([*rules, "always"], outcome.exit_share, outcome.exit_accuracy, strict=True)
+    ):
+        row = [str(n + 1), rule, _percent(share, 1), "" if right is None else _percent(right)]
+        if cost is not None:
+            row += [f"{cost.trunk_us[n]:.4g}", f"{cost.branch_us[n]:.4g}"]
+            row += [f"{cost.trunk_macs[n]:,.0f}", f"{cost.branch_macs[n]:,.0f}"]
+        rows.append(row)
+    head = ["exit", "leaves when", "share", "accuracy there"]
+    caption = "Exits on test data"
+    if cost is not None:
+        head += ["trunk µs", "branch µs", "trunk MACs", "branch MACs"]
+        caption += f"; stage costs a sample at batch {cost.batch_size}, {cost.threads} thread(s)"
+    told = "; ".join(f"exit {row[0]}: {row[2]} of the samples" for row in rows)
+    figure = figure_shares(outcome.exit_share, outcome.exit_accuracy)
+    return _figure("shares", "Who leaves where", figure, f"Shares of the test samples. {told}.", "") + _table(
+        caption, head, rows, words=(1,)
+    )
+
+
+def _scores(choice: Choice, record: ExitRecord, scores: NDArray[Any]) -> str:
+    name = _score(choice)
+    figure = figure_scores(scores, record.losses, choice.policy.thresholds, name=_UNITS.get(name, name))
+    return _figure(
+        "scores",
+        "How sure each exit is",
+        figure,
+        f"Histograms of the {name} at each of {record.exits} exits, for right and wrong answers.",
+        "All test samples at every exit, whether they would have arrived there or not; smaller is surer. A good exit "
+        "keeps its wrong answers to the right of its threshold. The vertical axis is logarithmic.",
+    )
+
+
+def _bench(rows: Sequence[Mapping[str, Any]]) -> str:
+    if not rows:
+        return ""
+    body = [["" if row[key] is None else show(row[key]) for key, (_, show) in _COLUMNS.items()] for row in rows]
+    head = [title for title, _ in _COLUMNS.values()]
+    table = _table("Microseconds a sample, everything inside the clock", head, body, words=(1,))
+    return (
+        '<section class="dense" aria-labelledby="bench">\n<h2 id="bench">Measured speed</h2>\n<p class="quiet">'
+        "Limit: the time of the static graphs up to each exit, weighted by who leaves there. "
+        f"Overhead: branchy ÷ limit. Speed-up: static ÷ branchy.</p>\n{table}\n</section>"
+    )
+
+
+def _facts(choice: Choice, record: ExitRecord, facts: Mapping[str, Any]) -> str:
+    rows = {
+        **facts,
+        "chosen on": f"record {choice.record_digest[:12]}, {choice.outcome.samples:,} samples",
+        "reported on": f"record {record.digest[:12]}, {record.samples:,} samples",
+    }
+    items = "".join(f"<dt>{escape(str(name))}</dt><dd>{escape(str(value))}</dd>" for name, value in rows.items())
+    return f'<section>\n<h2>Made with</h2>\n<dl class="facts">{items}</dl>\n</section>'
+
+
+def _figure(name: str, heading: str, figure: Any, description: str, caption: str) -> str:
+    return (
+        f'<section aria-labelledby="{name}">\n<h2 id="{name}">{heading}</h2>\n<figure>'
+        f'<div class="drawing">{inline(figure, f"figure-{name}", description)}</div>'
+        + (f"<figcaption>{escape(caption)}</figcaption>" if caption else "")
+        + "</figure>\n</section>\n"
+    )
+
+
+def _table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int]) -> str:
+    def cell(tag: str, i: int, text: str) -> str:
+        return f"<{tag}{' class=words' if i in words else ''}>{escape(text)}</{tag.split()[0]}>"
+
+    top = "".join(cell('th scope="col"', i, text) for i, text in enumerate(head))
+    body = "".join(
+        "<tr>" + "".join(cell('th scope="row"' if i == 0 else "td", i, text) for i, text in enumerate(row)) + "</tr>\n"
+        for row in rows
+    )
+    return (
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}"><table>\n'
+        f"<caption>{escape(caption)}</caption>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{body}</tbody></table></div>"
+    )
+
+
+def _score(choice: Choice) -> str:
+    score = choice.policy.score
+    return score if isinstance(score, str) else getattr(score, "__name__", "score")
+
+
+def _timed_alike(bench: Sequence[Mapping[str, Any]], cost: ExitCost | None) -> Mapping[str, Any] | None:
+    """The row of the batch size and threads that `cost` was measured at."""
+    for row in bench:
+        if cost is not None and (row["batch"], row["threads"]) == (cost.batch_size, cost.threads):
+            return row
+    return None
+
+
+def _percent(share: float, digits: int = 2) -> str:
+    return f"{100 * share:.{digits}f}\u202f%"
+
+
+def _points(difference: float) -> str:
+    return f"{100 * difference:+.2f} points with early exits".replace("-", "−")
+
+
+def _number(value: float) -> str:
+    return f"{value:,.1f}" if value >= 100 else f"{value:.3g}"
+
+
+_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "network": ("network", str),
+    "engine": ("engine", str),
+    "batch": ("batch", str),
+    "threads": ("threads", str),
+    "static_us": ("static µs", _number),
+    "branchy_us": ("branchy µs", _number),
+    "limit_us": ("limit µs", _number),
+    "speedup": ("speed-up", lambda v: f"{v:.2f}×"),
+    "overhead": ("overhead", lambda v: f"{v:.3f}"),
+    "accuracy_static": ("static accuracy", _percent),
+    "accuracy_branchy": ("branchy accuracy", _percent),
+    "exit_share": ("leave at exit, %", lambda v: ", ".join(f"{100 * share:.1f}" for share in v)),
+    "thresholds": ("thresholds", lambda v: ", ".join("never" if t is None else f"{t:.4g}" for t in v)),
+}

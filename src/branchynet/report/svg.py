@@ -1,0 +1,68 @@
+"""A matplotlib figure as SVG that lives inside a page: the page's colours, tooltips, and no address anywhere."""
+
+import io
+from xml.etree import ElementTree
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from . import figures
+
+_COLOURS = {
+    figures.INK: "var(--ink)",
+    figures.MUTED: "var(--muted)",
+    figures.RULE: "var(--rule)",
+    figures.RIGHT: "var(--right)",
+    figures.WRONG: "var(--wrong)",
+    figures.CHOSEN: "var(--chosen)",
+}
+
+
+def inline(figure: Figure, name: str, description: str) -> str:
+    """The ``<svg>`` element of a figure.
+
+    Args:
+        figure: one of `figures`.
+        name: goes before every id, so that several figures can share a page.
+        description: what the figure shows, for those who cannot see it.
+    """
+    stream = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    root = ElementTree.fromstring(stream.getvalue())
+    for element in list(root.iter()):
+        element.tag = _local(element.tag)
+        for child in list(element):
+            # The metadata hold addresses, and the style would leak out of the picture into the page.
+            if _local(child.tag) in ("metadata", "style"):
+                element.remove(child)
+        tip = element.attrib.get("id", "")
+        if tip.startswith("tip:"):
+            del element.attrib["id"]
+            _add_tips(element, tip.removeprefix("tip:").split("|"))
+        element.attrib = {_local(key): _rewritten(_local(key), value, name) for key, value in element.attrib.items()}
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": description}
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _add_tips(group: ElementTree.Element, tips: list[str]) -> None:
+    """One tooltip for the group, or one for each of the points drawn in it."""
+    points = [element for element in group.iter() if _local(element.tag) == "use"]
+    for element, tip in zip(points if len(tips) > 1 else [group], tips, strict=True):
+        ElementTree.SubElement(element, "title").text = tip
+
+
+def _rewritten(key: str, value: str, name: str) -> str:
+    if key == "id":
+        return f"{name}-{value}"
+    if key == "href":
+        return value.replace("#", f"#{name}-", 1)
+    value = value.replace("url(#", f"url(#{name}-")
+    if key == "style":
+        for colour, own in _COLOURS.items():
+            value = value.replace(colour, own)
+    return value
+
+
+def _local(tag: str) -> str:
+    return tag.rpartition("}")[2]

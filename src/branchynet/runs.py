@@ -1,0 +1,256 @@
+"""A run folder and the steps that fill it: train, choose, export, bench, report.
+
+Every file is readable by hand or by a standard tool; each is written whole or not at all::
+
+    config.json           what was asked for, and on what machine
+    baseline/             the plain network, trained first: the warm start
+    static/               the plain network, trained on for as many epochs as the branches: what we are compared with
+    checkpoint.safetensors, training.safetensors, train.csv
+    record-val.npz, record-test.npz, record-static.npz
+    cost.json, choice.json, model.onnx, bench.json, report.html
+"""
+
+import copy
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import zoo
+from .bench import bench
+from .checkpoint import load_weights
+from .cost import measure
+from .data import ImageData, affine, flip_crop, load_data, loader, shift
+from .decide import choose, evaluate
+from .errors import FileError, InputError, nearest
+from .export import export
+from .files import read_json, write_json
+from .machine import environment
+from .net import BranchyNet
+from .record import record
+from .train import fit
+from .types import Choice, ExitCost, ExitRecord, Policy
+
+NETWORKS: dict[str, Callable[..., BranchyNet]] = {"b_lenet": zoo.b_lenet}
+AUGMENTS = {
+    "none": None,
+    "shift": shift(2),
+    "affine": affine(degrees=10, translate=2 / 28, scale=0.1),
+    "flip-crop": flip_crop(4),
+}
+EVAL_BATCH = 500
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `train_run` is to do.
+
+    Attributes:
+        network: a zoo network, or ``"package.module:function"`` for a function that returns a `BranchyNet`.
+        data: a name that `load_data` knows.
+        baseline_epochs: of the plain network, before the branches: the warm start; 0 for none.
+        epochs: of joint training.
+        static: also train the plain network on for `epochs`, to compare with; else the warm start is compared with.
+        train: ``"all"`` or ``"branches"``.
+        weights: one loss weight an exit; empty for all 1.
+        augment: one of `AUGMENTS`.
+    """
+
+    network: str = "b_lenet"
+    data: str = "digits"
+    baseline_epochs: int = 10
+    epochs: int = 25
+    static: bool = True
+    train: str = "all"
+    weights: tuple[float, ...] = ()
+    distill: float = 0.0
+    augment: str = "affine"
+    batch_size: int = 128
+    rate: float = 3e-3
+    seed: int = 0
+    mixed_precision: str = "no"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and the settings that made it."""
+
+    path: Path
+    settings: Settings
+
+    def file(self, name: str, made_by: str) -> Path:
+        """The path of one of its files. Raises `FileError`, naming the command that makes it, where it is not there."""
+        path = self.path / name
+        if not path.is_file():
+            raise FileError(f"{self.path} has no {name} yet; run `branchynet {made_by} {self.path}` first")
+        return path
+
+
+def open_run(path: str | os.PathLike[str]) -> Run:
+    """The run in a folder. Raises `FileError` where the folder holds none."""
+    if not (Path(path) / "config.json").is_file():
+        raise FileError(f"{path} is no run folder (it has no config.json); make one with `branchynet train {path}`")
+    stored = read_json(Path(path) / "config.json")
+    try:
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored["settings"].items()}
+        return Run(Path(path), Settings(**values))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise FileError(
+            f"{path}/config.json is no BranchyNet configuration ({error}); train into a new folder"
+        ) from error
+
+
+def create_run(path: str | os.PathLike[str], settings: Settings) -> Run:
+    """Make a run folder, or open it where it was made with the same settings.
+
+    Raises:
+        InputError: the folder holds a run with other settings, or a setting is unknown.
+    """
+    run = Run(Path(path), settings)
+    if settings.augment not in AUGMENTS:
+        raise InputError(f"unknown augment {settings.augment!r}{nearest(settings.augment, AUGMENTS)}")
+    if (run.path / "config.json").exists():
+        made = asdict(open_run(path).settings)
+        other = [f"{k} {made[k]!r}, not {v!r}" for k, v in asdict(settings).items() if made[k] != v]
+        if other:
+            raise InputError(f"{path} was made with {'; '.join(other)}: use these settings, or another folder")
+    else:
+        write_json(run.path / "config.json", {"settings": asdict(settings), "environment": environment()})
+    return run
+
+
+def build_network(name: str, num_classes: int) -> BranchyNet:
+    """An untrained network by the name in `Settings`. Raises `InputError` for one that cannot be had."""
+    if name in NETWORKS:
+        return NETWORKS[name](num_classes=num_classes)
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise InputError(
+            f"unknown network {name!r}{nearest(name, NETWORKS)}; for your own, give 'package.module:function'"
+        )
+    try:
+        net = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"cannot take the network from {name!r}: {error}; is the package installed?") from error
+    if not isinstance(net, BranchyNet):
+        raise InputError(f"{name} returned a {type(net).__name__}; it must return a BranchyNet (see attach)")
+    return net
+
+
+def train_run(run: Run, *, progress: bool = True) -> BranchyNet:
+    """Train the baseline, the static network and all exits together, then record; goes on where it was stopped."""
+    settings = run.settings
+    data = load_data(settings.data)
+    torch.manual_seed(settings.seed)
+    net = build_network(settings.network, len(data.classes))
+
+    def go(network: nn.Module, epochs: int, seed: int, folder: str, **more: Any) -> None:
+        if progress:
+            print(f"{folder}: {epochs} epochs of {len(data.train)} images", flush=True)
+        fit(
+            network,
+            loader(data.train, settings.batch_size, shuffle=True, augment=AUGMENTS[settings.augment]),
+            loader(data.val, EVAL_BATCH),
+            epochs=epochs,
+            optimizer=lambda parameters: torch.optim.Adam(parameters, lr=settings.rate),
+            seed=seed,
+            mixed_precision=settings.mixed_precision,
+            run=run.path / folder,
+            progress=progress,
+            **more,
+        )
+
+    if settings.baseline_epochs:
+        go(net.backbone, settings.baseline_epochs, settings.seed, "baseline")
+    static = copy.deepcopy(net.backbone)
+    if settings.static:
+        go(static, settings.epochs, settings.seed + 1, "static")
+    weights = settings.weights or None
+    more = {"weights": weights, "train": settings.train, "distill": settings.distill}
+    go(net, settings.epochs, settings.seed + 1, ".", **more)
+    for name, network, split in (
+        ("val", net, data.val),
+        ("test", net, data.test),
+        ("static", static, data.test),
+    ):
+        record(network, loader(split, EVAL_BATCH), progress=False).save(run.path / f"record-{name}.npz")
+    return net
+
+
+def load_run(run: Run) -> tuple[BranchyNet, ImageData]:
+    """The trained network of a run, and its data."""
+    weights = run.file("checkpoint.safetensors", "train")
+    data = load_data(run.settings.data)
+    net = build_network(run.settings.network, len(data.classes))
+    load_weights(net, weights)
+    return net.eval(), data
+
+
+def measure_run(run: Run) -> ExitCost:
+    """The cost of every stage at batch 1 and one thread, measured once and kept in ``cost.json``."""
+    path = run.path / "cost.json"
+    if path.exists():
+        return ExitCost.load(path)
+    net, data = load_run(run)
+    cost = measure(net, _example(data))
+    cost.save(path)
+    return cost
+
+
+def choose_run(run: Run, **constraint: Any) -> Choice:
+    """Choose thresholds on the validation record; writes ``choice.json``. Arguments as in `choose`."""
+    found = ExitRecord.load(run.file("record-val.npz", "train"))
+    choice = choose(found, measure_run(run), **constraint)
+    choice.save(run.path / "choice.json")
+    return choice
+
+
+def export_run(run: Run, path: Path | None = None, **options: Any) -> Path:
+    """Write ``model.onnx`` with the chosen thresholds; `options` as in `export`."""
+    choice = Choice.load(run.file("choice.json", "choose"))
+    net, data = load_run(run)
+    limit, value = next(iter(choice.constraint.items()))
+    return export(
+        net,
+        path or run.path / "model.onnx",
+        policy=choice.policy,
+        example=_example(data),
+        labels=data.classes,
+        preprocessing={"shape": list(data.shape), "scale": "pixels / 255", "resize": "bilinear"},
+        promise=f"chosen for {limit} {value:g} on {choice.outcome.samples} validation samples",
+        **options,
+    )
+
+
+def bench_run(
+    run: Run, *, batches: Sequence[int], threads: Sequence[int], progress: bool = True
+) -> list[dict[str, Any]]:
+    """Time ``model.onnx`` beside the static network on the test images; writes ``bench.json``."""
+    model = run.file("model.onnx", "export")
+    net, data = load_run(run)
+    images, labels = data.test.images.float() / 255, data.test.labels
+    accuracy = evaluate(ExitRecord.load(run.file("record-static.npz", "train")), Policy()).accuracy
+    rows = []
+    for count in threads:
+        rows += bench(
+            model,
+            net,
+            images,
+            labels,
+            network=run.settings.network,
+            accuracy_static=accuracy,
+            batches=batches,
+            threads=count,
+            progress=print if progress else lambda message: None,
+        )
+    write_json(run.path / "bench.json", {"environment": environment(), "rows": rows})
+    return rows
+
+
+def _example(data: ImageData) -> torch.Tensor:
+    return data.val.images[:8].float() / 255

@@ -1,0 +1,90 @@
+"""What people look at: answers to image files, and the report of a run."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .data import ImageData, load_data, read_image
+from .decide import evaluate, frontier
+from .engine.onnx import Engine, load
+from .errors import InputError
+from .files import read_json
+from .report import Gallery, write_report
+from .runs import Run, measure_run
+from .scores import of_record
+from .types import Choice, ExitRecord, Prediction
+
+SHOWN = 24  # pictures a gallery
+BATCH = 64
+
+
+def predict_files(engine: Engine, images: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    """Answer image files, prepared as the training images were.
+
+    Yields:
+        ``{"image", "label", "exit", "score"}`` for each file, in order.
+
+    Raises:
+        InputError: the network does not read one image of fixed size.
+        DataError: a file is missing or is no image.
+    """
+    shape = engine.inputs[0].shape
+    if len(engine.inputs) != 1 or len(shape) != 3 or None in shape:
+        raise InputError(f"this network reads {'; '.join(map(str, engine.inputs))}, not one image; call it from Python")
+    size = (int(shape[0] or 0), int(shape[1] or 0), int(shape[2] or 0))
+    for start in range(0, len(images), BATCH):
+        files = images[start : start + BATCH]
+        answer = engine(np.concatenate([read_image(file, size) for file in files]))
+        for file, label, exit, score in zip(files, answer.label, answer.exit, answer.score, strict=True):
+            name = engine.labels[label] if engine.labels else str(label)
+            yield {"image": str(file), "label": name, "exit": int(exit), "score": float(score)}
+
+
+def report_run(run: Run) -> Path:
+    """Write ``report.html`` from what the run holds. Raises `FileError` where a step before it is missing."""
+    choice = Choice.load(run.file("choice.json", "choose"))
+    val, test = (ExitRecord.load(run.file(f"record-{part}.npz", "train")) for part in ("val", "test"))
+    cost = measure_run(run)
+    data = load_data(run.settings.data)
+    images = data.test.images.numpy()
+    answer = load(run.file("model.onnx", "export"))(images.astype(np.float32) / 255)
+    timed = run.path / "bench.json"
+    rows = read_json(timed)["rows"] if timed.exists() else []
+    path = run.path / "report.html"
+    order = np.lexsort((answer.score, answer.exit))  # by exit, then the surest first
+    write_report(
+        path,
+        title=f"{run.settings.network} on {run.settings.data}",
+        choice=choice,
+        outcome=evaluate(test, choice.policy, cost),
+        record=test,
+        scores=of_record(test, choice.policy.score),
+        curve=frontier(val, cost, score=choice.policy.score),
+        cost=cost,
+        bench=rows,
+        galleries=[
+            _gallery("Left first: the surest answers", order[:SHOWN], data, answer),
+            _gallery("Left last: the least sure answers", order[::-1][:SHOWN], data, answer),
+        ],
+        facts={
+            **read_json(run.path / "config.json")["environment"],
+            "data": run.settings.data,
+            "seed": run.settings.seed,
+        },
+    )
+    return path
+
+
+def _gallery(title: str, rows: Any, data: ImageData, answer: Prediction) -> Gallery:
+    images = data.test.images.numpy()[rows].transpose(0, 2, 3, 1)
+    return Gallery(
+        title=title,
+        images=images[..., 0] if images.shape[3] == 1 else images,
+        label=data.test.labels.numpy()[rows],
+        predicted=answer.label[rows],
+        exit=answer.exit[rows],
+        score=answer.score[rows],
+        names=data.classes,
+    )

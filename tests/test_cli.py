@@ -1,0 +1,168 @@
+"""The command line as a person uses it: a run from training to report, and every way to get it wrong."""
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from branchynet import ExitRecord, Policy, cli, evaluate, load
+from branchynet.data import load_data, save_image
+
+
+def call(monkeypatch, *arguments):
+    """Run the command line in this process and return its exit status."""
+    monkeypatch.setattr(sys, "argv", ["branchynet", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+        raise SystemExit(0)
+    return stop.value.code or 0
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with everything in it, made by the verbs in turn."""
+    path = tmp_path_factory.mktemp("cli") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        train = ("train", path, "--baseline-epochs", 2, "--epochs", 3, "--batch-size", 64, "--quiet")
+        assert call(patch, *train) == 0
+        assert call(patch, "choose", path, "--max-drop", 0.02) == 0
+        assert call(patch, "export", path) == 0
+        assert call(patch, "bench", path, "--batch", "1,7", "--json", path / "rows.json", "--quiet") == 0
+        assert call(patch, "report", path) == 0
+    return path
+
+
+def test_a_run_holds_what_the_design_says(run):
+    files = {p.name for p in run.iterdir()}
+    assert files >= {
+        "config.json", "baseline", "static", "checkpoint.safetensors", "training.safetensors", "train.csv",
+        "record-val.npz", "record-test.npz", "cost.json", "choice.json", "model.onnx", "bench.json", "report.html",
+    }  # fmt: skip
+    assert not [name for name in files if "partial" in name]
+    config = json.loads((run / "config.json").read_text())
+    assert config["settings"]["epochs"] == 3 and config["environment"]["torch"]
+
+
+def test_the_file_does_on_test_images_what_the_record_says(run):
+    engine = load(run / "model.onnx", threads=1)
+    test = load_data("digits").test
+    answer = engine(test.images.numpy().astype(np.float32) / 255)
+    outcome = evaluate(ExitRecord.load(run / "record-test.npz"), Policy.from_json(engine.metadata["policy"]))
+    share = [(answer.exit == n).mean() for n in (1, 2)]
+    np.testing.assert_allclose(share, outcome.exit_share, atol=1.5 / len(test))
+    assert (answer.label == test.labels.numpy()).mean() == pytest.approx(outcome.accuracy, abs=1.5 / len(test))
+
+
+def test_bench_rows_are_complete_and_consistent(run):
+    rows = json.loads((run / "rows.json").read_text())
+    assert [row["batch"] for row in rows] == [1, 7]
+    for row in rows:
+        assert list(row) == [
+            "network", "engine", "batch", "threads", "static_us", "branchy_us", "limit_us", "speedup", "overhead",
+            "accuracy_static", "accuracy_branchy", "exit_share", "thresholds",
+        ]  # fmt: skip
+        assert row["speedup"] == pytest.approx(row["static_us"] / row["branchy_us"])
+        assert row["overhead"] == pytest.approx(row["branchy_us"] / row["limit_us"])
+        assert sum(row["exit_share"]) == pytest.approx(1)
+
+
+def test_the_report_is_one_offline_page(run):
+    page = (run / "report.html").read_text()
+    assert len(page) < 3_000_000
+    assert not re.search(r"(src|href)=[\"']?(https?:)?//", page)
+    HTMLParser().feed(page)
+
+
+def test_training_again_with_the_same_settings_changes_nothing(run, monkeypatch):
+    before = (run / "checkpoint.safetensors").read_bytes()
+    train = ("train", run, "--baseline-epochs", 2, "--epochs", 3, "--batch-size", 64, "--quiet")
+    assert call(monkeypatch, *train) == 0
+    assert (run / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_predict_answers_image_files(run, monkeypatch, tmp_path, capsys):
+    test = load_data("digits").test
+    files = [tmp_path / f"{i}.png" for i in range(5)]
+    for file, image in zip(files, test.images, strict=False):
+        save_image(image.numpy(), file)
+    assert call(monkeypatch, "predict", run, *files, "--json") == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    direct = load(run / "model.onnx")(test.images[:5].numpy().astype(np.float32) / 255)
+    assert [a["label"] for a in answers] == [str(n) for n in direct.label]
+    assert [a["exit"] for a in answers] == direct.exit.tolist()
+    np.testing.assert_allclose([a["score"] for a in answers], direct.score, atol=1e-6)
+    assert call(monkeypatch, "predict", run / "model.onnx", files[0]) == 0
+    assert "0.png" in capsys.readouterr().out
+
+
+def test_inspect_tells_exits_thresholds_and_preprocessing(run, monkeypatch, capsys):
+    assert call(monkeypatch, "inspect", run / "model.onnx") == 0
+    told = capsys.readouterr().out
+    threshold = load(run / "model.onnx").policy.thresholds[0]
+    assert f"entropy < {threshold:.6g}" in told and "pixels / 255" in told and "(B, 1, 28, 28)" in told
+    assert call(monkeypatch, "inspect", run / "model.onnx", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["policy"]["thresholds"] == [threshold]
+
+
+def foreign(path):
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["a"], ["b"])],
+        "g",
+        [helper.make_tensor_value_info("a", TensorProto.FLOAT, [1])],
+        [helper.make_tensor_value_info("b", TensorProto.FLOAT, [1])],
+    )
+    onnx.save(helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 18)]), path)
+
+
+MISTAKES = {
+    "no run": (["choose", "{tmp}/nowhere"], "branchynet train"),
+    "not trained": (["choose", "{tmp}/empty"], "branchynet train"),
+    "unknown network": (["train", "{tmp}/new", "--network", "b_lenett"], "b_lenet"),
+    "unknown data": (["train", "{tmp}/new", "--data", "mnits"], "mnist"),
+    "missing data": (["train", "{tmp}/new", "--data", "folder:{tmp}/none"], "none"),
+    "unknown augment": (["train", "{tmp}/new", "--augment", "afine"], "affine"),
+    "too many weights": (["train", "{tmp}/new", "--weights", "1,2,3", "--quiet"], "3"),
+    "not numbers": (["bench", "{run}", "--batch", "one"], "one"),
+    "batch too large": (["bench", "{run}", "--batch", "100000", "--quiet"], "100000"),
+    "other settings": (["train", "{run}", "--epochs", "4"], "epochs"),
+    "infeasible": (["choose", "{run}", "--min-accuracy", "1.5"], "1.5"),
+    "two limits": (["choose", "{run}", "--min-accuracy", "0.5", "--max-drop", "0"], "max_drop"),
+    "foreign onnx": (["inspect", "{tmp}/foreign.onnx"], "BranchyNet"),
+    "truncated onnx": (["inspect", "{tmp}/truncated.onnx"], "truncated.onnx"),
+    "no onnx": (["inspect", "{tmp}/none.onnx"], "none.onnx"),
+    "no image": (["predict", "{run}", "{tmp}/none.png"], "none.png"),
+    "text as image": (["predict", "{run}", "{tmp}/text.png"], "text.png"),
+    "truncated record": (["choose", "{tmp}/broken"], "record-val.npz"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_clear_line(mistake, run, monkeypatch, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    for folder in ("empty", "broken"):
+        (tmp_path / folder / "config.json").write_bytes((run / "config.json").read_bytes())
+    (tmp_path / "broken" / "record-val.npz").write_bytes((run / "record-val.npz").read_bytes()[:2000])
+    foreign(tmp_path / "foreign.onnx")
+    (tmp_path / "truncated.onnx").write_bytes((run / "model.onnx").read_bytes()[:5000])
+    (tmp_path / "text.png").write_text("no image")
+    arguments, expected = MISTAKES[mistake]
+    status = call(monkeypatch, *(a.format(tmp=tmp_path, run=run) for a in arguments))
+    told = capsys.readouterr().err
+    assert status == 1
+    assert told.startswith("error: ") and expected in told and "Traceback" not in told
+    assert len(told.strip().splitlines()) == 1
+
+
+def test_wrong_usage_is_status_2_and_a_real_process_says_the_same(run):
+    command = [sys.executable, "-m", "branchynet.cli"]
+    wrong = subprocess.run([*command, "chose"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "No such command" in wrong.stderr
+    missing = subprocess.run([*command, "inspect", str(run / "none.onnx")], capture_output=True, text=True)
+    assert missing.returncode == 1 and missing.stderr.startswith("error: ")

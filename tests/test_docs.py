@@ -1,0 +1,40 @@
+"""Numbers in the pages are those of the result files, and what the pages name exists."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import branchynet
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def tables():
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_generated_blocks_are_up_to_date():
+    for page in tables().PAGES:
+        text = (ROOT / page).read_text()
+        assert "<!-- generated: " in text
+        assert tables().filled(text) == text, f"{page} is stale; run python benchmarks/tables.py"
+
+
+def test_every_public_name_exists_and_every_imported_one_is_public():
+    assert [name for name in branchynet.__all__ if not hasattr(branchynet, name)] == []
+    for page in PAGES:
+        for names in re.findall(r"from branchynet import ([\w, ]+)", page.read_text()):
+            assert {n.strip() for n in names.split(",")} <= set(branchynet.__all__), page
+
+
+def test_python_blocks_are_python_and_links_lead_somewhere():
+    for page in PAGES:
+        text = page.read_text()
+        for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+            compile(block, str(page), "exec")
+        for link in re.findall(r"\]\(((?!https?:)[^)#]+)", text):
+            assert (page.parent / link).exists(), f"{page.name} links to {link}"
