@@ -21,11 +21,11 @@ import numpy as np
 import torch
 
 from branchynet import Policy, evaluate, fit, record, zoo
-from branchynet.checkpoint import load_weights, save_weights
 from branchynet.data import affine, load_data, loader
 from branchynet.files import write_json
 from branchynet.machine import environment
 from branchynet.scores import of_record
+from branchynet.training.checkpoint import load_weights, save_weights
 
 SEEDS = (0, 1, 2, 3, 4)
 WARM, JOINT = 10, 25

@@ -32,7 +32,7 @@ def every_exit(net, inputs):
 
 
 def safe_thresholds(outputs, quantiles, gap=1e-4):
-    """Thresholds near the quantiles of the recorded entropies, each midway in a gap wider than `gap`; None where none is."""
+    """Thresholds near the quantiles of the recorded entropies, each midway in a gap wider than `gap`."""
     thresholds = []
     for n, quantile in enumerate(quantiles):
         scores = np.sort([entropy(sample[n]) for sample in outputs])

@@ -3,19 +3,22 @@
 import numpy as np
 import onnx_ir as ir
 import pytest
-from networks import FAMILIES, build, chain, draw, residual, tree, two_inputs
-from oracle import every_exit, figure_2, safe_thresholds
 
 from branchynet import ExitRecord, Policy, evaluate, export, load
 from branchynet.export import assemble
 from branchynet.graph.flat import flatten
 from branchynet.scores import entropy
+from networks import FAMILIES, build, chain, draw, residual, tree, two_inputs
+from oracle import every_exit, figure_2, safe_thresholds
 
 BATCHES = (0, 1, 2, 7, 64)
 QUANTILES = ((0.0, 0.0, 0.0), (0.3, 0.5, 0.5), (0.75, 0.4, 0.1), (1.0, 1.0, 1.0), (0.0, 0.6, 0.9))
 
 
-@pytest.fixture(scope="module", params=[(f, s) for f in FAMILIES for s in (0, 1)], ids=lambda p: f"{p[0].__name__}-{p[1]}")
+CASES = [(family, seed) for family in FAMILIES for seed in (0, 1)]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda p: f"{p[0].__name__}-{p[1]}")
 def case(request, tmp_path_factory):
     """A random network, its file, 64 samples, and what every exit says of each."""
     family, seed = request.param

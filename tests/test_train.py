@@ -22,12 +22,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from branchynet import checkpoint, train
-from branchynet.checkpoint import load_weights, save_weights
 from branchynet.errors import BranchyNetError, FileError, InputError
-from branchynet.history import EpochRow, History
 from branchynet.net import BranchyNet
-from branchynet.train import Constant, Cosine, fit, joint_loss
+from branchynet.training import checkpoint, train
+from branchynet.training.checkpoint import load_weights, save_weights
+from branchynet.training.history import EpochRow, History
+from branchynet.training.train import Constant, Cosine, fit, joint_loss
 
 CLASSES = 4
 
@@ -483,7 +483,7 @@ def whole():
 @pytest.mark.parametrize("at", [25, 60 + 44])  # amid the third batch of epoch 1, amid the fifth of epoch 2
 def test_a_run_that_was_killed_goes_on_to_the_same_weights(whole, tmp_path, at):
     command = f"import test_train; test_train.killed_run({str(tmp_path)!r}, {at})"
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(checkpoint.__file__).parents[1])])
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(checkpoint.__file__).parents[2])])
     child = subprocess.run([sys.executable, "-c", command], env={**os.environ, "PYTHONPATH": paths}, timeout=60)
     assert child.returncode == -signal.SIGKILL
     assert len(History.load(tmp_path / "train.csv").rows) == at // 60

@@ -49,6 +49,11 @@ def npz(**arrays):
 
 
 class TestExitRecord:
+    def test_outputs_and_scores_are_not_both_taken(self):
+        record = a_record()
+        with pytest.raises(InputError, match="not both"):
+            ExitRecord(record.outputs, record.labels, scores=np.zeros((6, 3)))
+
     def test_losses_are_wrong_answers(self):
         record = ExitRecord([[[0, 1], [1, 0]], [[5, 4], [1, 2]]], [1, 1])
         assert record.losses.tolist() == [[0, 1], [1, 0]]
@@ -113,9 +118,10 @@ class TestExitRecord:
             ExitRecord(record.outputs, (record.labels + 1) % 4),
             ExitRecord(record.outputs[:5], record.labels[:5]),
             zeros,
+            ExitRecord.from_scores(np.zeros((2, 3)), np.ones((2, 3))),
             ExitRecord.from_scores(np.zeros((3, 2)), np.zeros((3, 2))),
         ]
-        assert len({record.digest, *(o.digest for o in others)}) == 6
+        assert len({record.digest, *(o.digest for o in others)}) == 7
         assert ExitRecord(np.asfortranarray(record.outputs), record.labels).digest == record.digest
 
     @settings(max_examples=25, deadline=None)
@@ -367,6 +373,14 @@ class TestReplacing:
             raise error
         assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
+    def test_the_old_file_is_replaced_and_not_written_over(self, tmp_path):
+        path, link = tmp_path / "x.json", tmp_path / "link"
+        path.write_text("old")
+        link.hardlink_to(path)  # as one who is reading it
+        with replacing(path) as temporary:
+            temporary.write_text("new")
+        assert (path.read_text(), link.read_text()) == ("new", "old")
+
     def test_makes_folders_keeps_the_suffix_and_usual_permissions(self, tmp_path):
         usual = tmp_path / "usual"
         usual.touch()
@@ -386,3 +400,9 @@ class TestReplacing:
         value = {"a": [1, None, "é"], "b": 0.1}
         write_json(tmp_path / "x.json", value)
         assert read_json(tmp_path / "x.json") == value
+
+
+@pytest.mark.parametrize("thresholds", [("x",), ([0.1],), (math.nan,)])
+def test_a_policy_names_thresholds_that_are_no_numbers(thresholds):
+    with pytest.raises(InputError, match="thresholds must be"):
+        Policy(thresholds=thresholds)

@@ -1,6 +1,8 @@
 """BranchyNet: deep networks that answer early when they are sure."""
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,8 +18,8 @@ if TYPE_CHECKING:
     from .net import BranchyNet as BranchyNet
     from .net import attach as attach
     from .record import record as record
-    from .train import fit as fit
-    from .train import joint_loss as joint_loss
+    from .training.train import fit as fit
+    from .training.train import joint_loss as joint_loss
     from .types import Choice as Choice
     from .types import ExitCost as ExitCost
     from .types import ExitRecord as ExitRecord
@@ -42,9 +44,9 @@ _ROOMS = {
     "choose": "decide",
     "evaluate": "decide",
     "export": "export",
-    "fit": "train",
+    "fit": "training.train",
     "frontier": "decide",
-    "joint_loss": "train",
+    "joint_loss": "training.train",
     "load": "engine.onnx",
     "measure": "cost",
     "record": "record",
@@ -65,3 +67,14 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_ROOMS})
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keep a public function where importing the room of its name would put that room: export, bench, record."""
+        if isinstance(value, ModuleType) and name in _ROOMS and name != "zoo":
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

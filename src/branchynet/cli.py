@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from .errors import BranchyNetError, InputError
 
@@ -146,7 +146,7 @@ def predict(
     from .workbook import predict_files
 
     engine = load(model / "model.onnx" if model.is_dir() else model)
-    table = Table("image", "label", "exit", "score")
+    table = Table(Column("image", overflow="fold"), "label", "exit", "score")
     for answer in predict_files(engine, images):
         if as_json:
             print(json.dumps(answer))

@@ -141,7 +141,7 @@ def frontier(
         record: S samples, N exits.
         cost: N stages.
         score: a name in `branchynet.scores`, or a callable.
-        vectors: how many combinations to search for each set of exits in use; 1,000,000 take about 0.1 s and 100 MB.
+        vectors: how many combinations to search for each set of exits in use; 1,000,000 take about 0.1 s and 50 MB.
 
     Returns:
         The Pareto set on this record: optimistic for other data, the more so the smaller the record.

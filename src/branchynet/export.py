@@ -16,9 +16,9 @@ from . import scores
 from .engine.onnx import FORMAT, METADATA_KEY, load
 from .errors import GraphError, InputError
 from .files import replacing
-from .graph.flat import FlatGraph, arguments, flatten, tensors_of
+from .graph.flat import FlatGraph, flatten, tensors_of
 from .graph.onnx_exits import flat_model, nest
-from .net import BranchyNet, evaluating, tensor_of
+from .net import BranchyNet, arguments, evaluating, tensor_of
 from .types import Policy
 from .version import __version__
 

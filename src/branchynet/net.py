@@ -111,7 +111,7 @@ def attach(
         backbone: the network; it is not changed.
         at: names of submodules (as in ``named_modules()``) or ``"input"``, in any order: exits are numbered as they
             run.
-        example: one batch of inputs, a tensor or a tuple of arguments.
+        example: one batch of inputs: a tensor, a tuple of arguments, or a dict of keyword arguments.
         num_classes: outputs of every branch; by default as many as the backbone's own output has.
         branch: ``branch(features, num_classes) -> nn.Module``, told the example's features at the tap.
 
@@ -121,7 +121,7 @@ def attach(
     """
     if isinstance(at, str) or not at or len(set(at)) != len(at):
         raise InputError(f"at must be a list of one or more different tap names; got {at!r}")
-    args = example if isinstance(example, tuple) else (example,)
+    args, kwargs = arguments(example)
     features: dict[str, Tensor] = {}
 
     class Probe(nn.Module):
@@ -135,11 +135,18 @@ def attach(
 
     probe = BranchyNet(backbone, {tap: Probe(tap) for tap in at})
     with torch.no_grad(), evaluating(probe), contextlib.suppress(OrderError):
-        probe(*args)
+        probe(*args, **kwargs)
     with torch.no_grad(), evaluating(backbone):
-        output = tensor_of(backbone(*args), "the backbone's output")
+        output = tensor_of(backbone(*args, **kwargs), "the backbone's output")
     classes = output.shape[1] if num_classes is None else num_classes
     return BranchyNet(backbone, {tap: branch(value, classes) for tap, value in features.items()})
+
+
+def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """`(args, kwargs)` of a forward call from a tensor, a tuple of arguments, or a dict of keyword arguments."""
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}
 
 
 @contextlib.contextmanager

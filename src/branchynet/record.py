@@ -9,8 +9,8 @@ from rich.progress import track
 from torch import nn
 
 from .errors import InputError
-from .feed import batches, exits_of
 from .net import evaluating
+from .training.feed import batches, exits_of
 from .types import ExitRecord
 
 

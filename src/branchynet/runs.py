@@ -23,7 +23,6 @@ from torch import nn
 
 from . import zoo
 from .bench import bench
-from .checkpoint import load_weights
 from .cost import measure
 from .data import ImageData, affine, flip_crop, load_data, loader, shift
 from .decide import choose, evaluate
@@ -33,7 +32,8 @@ from .files import read_json, write_json
 from .machine import environment
 from .net import BranchyNet
 from .record import record
-from .train import fit
+from .training.checkpoint import load_weights
+from .training.train import fit
 from .types import Choice, ExitCost, ExitRecord, Policy
 
 NETWORKS: dict[str, Callable[..., BranchyNet]] = {"b_lenet": zoo.b_lenet}
@@ -160,6 +160,7 @@ def train_run(run: Run, *, progress: bool = True) -> BranchyNet:
             optimizer=lambda parameters: torch.optim.Adam(parameters, lr=settings.rate),
             seed=seed,
             mixed_precision=settings.mixed_precision,
+            channels_last=settings.network in NETWORKS,  # a network of the user's may not bear it
             run=run.path / folder,
             progress=progress,
             **more,

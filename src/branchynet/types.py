@@ -50,6 +50,8 @@ class ExitRecord:
 
     def __post_init__(self) -> None:
         if self.outputs is not None:
+            if self.scores is not None or self.losses is not None:
+                raise InputError("give outputs and labels, or scores and losses (ExitRecord.from_scores), not both")
             outputs = _array("outputs", self.outputs, 3, "(S, N, C)")
             labels = np.asarray(self.labels)
             if labels.dtype.kind not in "iu" or labels.shape != outputs.shape[:1]:
@@ -186,7 +188,10 @@ class Policy:
     thresholds: tuple[float | None, ...] = ()
 
     def __post_init__(self) -> None:
-        values = tuple(None if t is None else float(t) for t in self.thresholds)
+        try:
+            values = tuple(None if t is None else float(t) for t in self.thresholds)
+        except (TypeError, ValueError):
+            raise InputError(f"thresholds must be numbers, or None for never; got {self.thresholds!r}") from None
         if any(t is not None and not math.isfinite(t) for t in values):
             raise InputError(f"thresholds must be finite numbers, or None for never; got {values}")
         if not (callable(self.score) or isinstance(self.score, str)):

@@ -9,7 +9,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from onnxscript.rewriter.rules.common import fuse_batchnorm_into_conv_rule, fuse
 from torch import Tensor, nn
 
 from ..errors import GraphError, InputError
-from ..net import BranchyNet, evaluating, tensor_of
+from ..net import BranchyNet, arguments, evaluating, tensor_of
 from ..scores import Score
 from .section import BATCH, reserved
 
@@ -47,13 +47,6 @@ class FlatGraph:
     def value(self, name: str) -> ir.Value:
         """The graph output of that name."""
         return next(v for v in self.model.graph.outputs if v.name == name)
-
-
-def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """`(args, kwargs)` of a forward call from a tensor, a tuple of arguments, or a dict of keyword arguments."""
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    return (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}
 
 
 def tensors_of(example: Any) -> tuple[Tensor, ...]:

@@ -53,10 +53,11 @@ def flat_model(flat: FlatGraph, outputs: Sequence[str], label: str) -> ir.Model:
                     section.values[v] = section.copy_initializer(v)
             section.copy_node(node, [None if v is None else section.values[v] for v in node.inputs])
     results = [section.values[v] for v in needed]
-    labelled = section.values[flat.value(label)]
+    labels = _label(section, section.values[flat.value(label)])
+    labels.name = "label"
     if len(results) == 1:
         results[0].name = "output"
-    return _finish(section.graph(inputs, [_label(section, labelled), *results], "flat", opset_imports={"": OPSET}))
+    return _finish(section.graph(inputs, [labels, *results], "flat", opset_imports={"": OPSET}))
 
 
 class _Nest:
@@ -131,7 +132,12 @@ class _Nest:
             ]
         else:
             condition = stays
-            then = list(self._level(i + 1)[: len(results)])
+            then = self._level(i + 1)[: len(results)]
+            made = {v for node in deeper.nodes for v in node.outputs}
+            then = [  # a graph may give out only what its own nodes make
+                v if v in made else deeper.op("Identity", [v], name=f"same_{k}", type=v.type, shape=v.shape)
+                for k, v in enumerate(then)
+            ]
         leave = Section(i + 2)
         stay_as = [
             leave.op("Identity", [v], name=f"kept_{k}", type=v.type, shape=v.shape) for k, v in enumerate(results)

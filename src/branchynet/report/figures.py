@@ -199,9 +199,10 @@ def _histogram(axes: Axes, values: NDArray[np.float64], wrong: NDArray[np.bool_]
         axes.stairs(counts, edges, fill=True, color=colour, alpha=0.22, lw=0)
         axes.stairs(counts, edges, color=colour, lw=1.3, baseline=None)
     # Nothing to see, only for the pointer to rest on.
-    hover = axes.bar(edges[:-1], np.maximum(right, wrong), np.diff(edges), align="edge", alpha=0)
+    hover = axes.bar(edges[:-1], np.maximum(right, wrong), np.diff(edges), align="edge", color=RIGHT, alpha=0)
     for bar, yes, no, start, stop in zip(hover, right, wrong, edges[:-1], edges[1:], strict=True):
         bar.set_gid(f"tip:{yes} right, {no} wrong at {start:.3g} to {stop:.3g}")
+    axes.set_ylim(0.7, 1.6)  # before the scale, which warns of a panel without samples
     axes.set_yscale("log")
     axes.grid(visible=False, axis="x")
     return max(right.max(), wrong.max())

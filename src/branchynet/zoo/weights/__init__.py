@@ -5,8 +5,8 @@ from typing import TypeVar
 
 from torch import nn
 
-from ...checkpoint import load_weights
 from ...errors import InputError
+from ...training.checkpoint import load_weights
 
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -14,6 +14,8 @@ Net = TypeVar("Net", bound=nn.Module)
 def ship(net: Net, name: str, num_classes: int, trained_classes: int) -> Net:
     """Load shipped weights into `net`, in eval mode. Raises `InputError` for another number of classes."""
     if num_classes != trained_classes:
-        raise InputError(f"the weights {name!r} have {trained_classes} classes, not {num_classes}; use pretrained=False")
+        raise InputError(
+            f"the weights {name!r} have {trained_classes} classes, not {num_classes}; use pretrained=False"
+        )
     load_weights(net, Path(__file__).parent / f"{name}.safetensors")
     return net.eval()

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import InputError
-from .net import tensor_of
+from ..errors import InputError
+from ..net import tensor_of
 
 
 def batches(loader: Any, device: torch.device, channels_last: bool = False) -> Iterator[tuple[Any, Tensor]]:

@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from ..errors import InputError
+from ..net import BranchyNet
 from .checkpoint import RunFolder
 from .epoch import Bar, Trainer
-from .errors import InputError
 from .history import History
-from .net import BranchyNet
 from .session import accelerating, own_generators, prepared, seed_all
 
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from torch import nn
 
-from .errors import InputError
-from .net import BranchyNet
+from ..errors import InputError
+from ..net import BranchyNet
 
 
 @contextlib.contextmanager

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .errors import FileError, InputError
-from .files import replacing
+from ..errors import FileError, InputError
+from ..files import replacing
 from .history import EpochRow, History
 
 _KEY = "branchynet"  # the metadata entry that marks a training.safetensors

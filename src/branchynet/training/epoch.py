@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ..errors import BranchyNetError, InputError
+from ..net import evaluating
 from .checkpoint import RunFolder
-from .errors import BranchyNetError, InputError
 from .feed import batches, exits_of
 from .history import EpochRow
-from .net import evaluating
 
 REFRESH_S = 0.5  # between looks at the running loss: each look waits for the device
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import FileError
-from .files import replacing
+from ..errors import FileError
+from ..files import replacing
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Training all exits together, and the state of a training on disk."""

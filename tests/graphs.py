@@ -1,0 +1,188 @@
+"""Flat graphs to nest, made by hand or from the random networks, and what ONNX Runtime does with the nested file."""
+
+import functools
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+
+from branchynet import scores, zoo
+from branchynet.graph.flat import FlatGraph, flatten
+from networks import build
+
+BATCH = "batch"
+PLAIN = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+FULL = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+
+
+@functools.cache
+def flat_of(family, seed=0):
+    """(net, example, flat graph with entropies) of one of the random networks; exported once a test run."""
+    net, example = build(family, seed)
+    return net, example, flatten(net, example, score=scores.entropy)
+
+
+@functools.cache
+def flat_lenet():
+    """(B-LeNet, flat graph with entropies); exported once a test run."""
+    net = zoo.b_lenet()
+    return net, flatten(net, np_image(2), score=scores.entropy)
+
+
+def np_image(rows):
+    import torch
+
+    return torch.rand(rows, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+
+
+class Sketch:
+    """A flat graph written by hand, node by node; shapes may name the batch as `self.batch`."""
+
+    def __init__(self, dynamic=True):
+        self.dynamic = dynamic
+        self.batch = BATCH if dynamic else 1
+        self.inputs, self.initializers, self.nodes = [], [], []
+
+    def input(self, name, *tail):
+        value = ir.val(name, ir.DataType.FLOAT, [self.batch, *tail])
+        self.inputs.append(value)
+        return value
+
+    def constant(self, array, name=None):
+        name = name or f"constant_{len(self.initializers)}"
+        tensor = ir.tensor(np.asarray(array), name=name)
+        value = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+        self.initializers.append(value)
+        return value
+
+    def op(self, op_type, *inputs, shape, dtype=ir.DataType.FLOAT, name=None, **attributes):
+        """The output of a new node; a tuple of them where `shape` is a list of shapes."""
+        several = bool(shape) and isinstance(shape[0], (list, tuple))
+        shapes = shape if several else [shape]
+        node = ir.node(op_type, inputs, attributes, num_outputs=len(shapes), name=f"node_{len(self.nodes)}")
+        for i, (output, dims) in enumerate(zip(node.outputs, shapes, strict=True)):
+            output.name = f"{name or f'value_{len(self.nodes)}'}{f'_{i}' if several else ''}"
+            output.shape, output.type = ir.Shape(dims), ir.TensorType(dtype)
+        self.nodes.append(node)
+        return tuple(node.outputs) if several else node.outputs[0]
+
+    def total(self, value, name=None):
+        """The sum of each row of `value` (B, C), for a score."""
+        axes = self.constant(np.array([1], np.int64))
+        return self.op("ReduceSum", value, axes, shape=[self.batch], keepdims=0, name=name)
+
+    def flat(self, exits, scores):
+        """The finished flat graph; exits and scores are values of this sketch."""
+        for n, (output, score) in enumerate(zip(exits, scores, strict=True), 1):
+            output.name, score.name = f"output_{n}", f"score_{n}"
+        outputs = [*exits, *scores]
+        graph = ir.Graph(
+            self.inputs, outputs, nodes=self.nodes, initializers=self.initializers, name="sketch",
+            opset_imports={"": 18},
+        )  # fmt: skip
+        return FlatGraph(ir.Model(graph, ir_version=8), len(exits), self.dynamic)
+
+
+def stage_of(flat, enabled):
+    """{node name: stage} by the definition, worked out slowly: the first enabled exit that the node is an ancestor of."""
+    produced = {v.name: node for node in flat.model.graph for v in node.outputs}
+
+    @functools.cache
+    def ancestors(name):
+        node = produced.get(name)
+        if node is None:
+            return frozenset()
+        return frozenset([node.name]).union(*(ancestors(v.name) for v in node.inputs if v is not None))
+
+    stages = {}
+    for level, n in reversed(list(enumerate(enabled, 1))):
+        for name in ancestors(f"output_{n}") | ancestors(f"score_{n}"):
+            stages[name] = level
+    return stages
+
+
+def level_of(name):
+    """(name in the flat graph, level) of a name in the nested file."""
+    match = re.fullmatch(r"(.*)/(\d+)", name)
+    return (match[1], int(match[2])) if match else (name, 1)
+
+
+def graphs(graph, level=1):
+    """(level, graph) of every graph in a nested one; the ``else`` side counts as part of the level it is left from."""
+    yield level, graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from graphs(attribute.g, level + (attribute.name == "then_branch"))
+
+
+def profile(path, feeds, folder, optimization=PLAIN):
+    """(outputs by name, one dict an executed node: name, op, inputs and outputs as lists of shapes)."""
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling, options.graph_optimization_level = True, optimization
+    options.profile_file_prefix = str(Path(folder) / "profile")
+    options.log_severity_level, options.intra_op_num_threads = 3, 1
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    results = dict(zip([o.name for o in session.get_outputs()], session.run(None, feeds), strict=True))
+    events = json.loads(Path(session.end_profiling()).read_text())
+    return results, [
+        {
+            "name": event["name"].removesuffix("_kernel_time"),
+            "op": event["args"]["op_name"],
+            "inputs": [list(*s.values()) for s in event["args"]["input_type_shape"]],
+            "outputs": [list(*s.values()) for s in event["args"]["output_type_shape"]],
+        }
+        for event in events
+        if event["cat"] == "Node" and event["name"].endswith("_kernel_time")
+    ]
+
+
+def shapes_at(values, rows):
+    """The shapes of values of a flat graph where the batch has so many rows."""
+    return [
+        [d if isinstance(d, int) else d.evaluate({BATCH: rows}) for d in v.shape]
+        for v in values
+        if v is not None and v.shape is not None
+    ]
+
+
+def check_work(flat, events, enabled, exits):
+    """Every node of the network ran once, on just the rows that stayed, and not at all where none did.
+
+    Args:
+        flat: the flat graph that was nested.
+        events: from `profile`, not optimised.
+        enabled: the exits in use, by their numbers.
+        exits: (B,) the exit that each sample left at.
+    """
+    rows = [int((exits >= n).sum()) for n in enabled]  # that each level sees
+    stages = stage_of(flat, enabled)
+    nodes = {node.name: node for node in flat.model.graph}
+    ran = Counter()
+    for event in events:
+        name, level = level_of(event["name"])
+        if name not in nodes:
+            assert name.startswith("exits/")
+            assert rows[level - 1] or re.fullmatch(r"exits/kept_\d", name), f"{event['name']} ran for nobody"
+            continue
+        node = nodes[name]
+        assert rows[level - 1], f"{event['name']} ran for nobody"
+        assert event["outputs"] == shapes_at(node.outputs, rows[level - 1])
+        allowed = iter(shapes_at(node.inputs, rows[level - 1]))
+        assert all(shape in allowed for shape in event["inputs"]), "constants may be missing, nothing else may differ"
+        if level != stages[name]:
+            assert is_recomputed(node), f"{name} of stage {stages[name]} ran again at level {level}"
+        else:
+            ran[name] += 1
+    assert ran == Counter(name for name, stage in stages.items() if rows[stage - 1])
+
+
+def is_recomputed(node):
+    """Whether a node may appear in a later stage again: it computes a shape, or what has no dimension for the batch."""
+    integers = all(v.dtype == ir.DataType.INT64 for v in node.outputs)
+    return integers or not any(d == BATCH for v in node.outputs for d in v.shape)

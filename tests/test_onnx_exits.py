@@ -1,0 +1,451 @@
+"""Nesting: structure of the file, and by ONNX Runtime's own profile that it does no work that the samples do not need."""
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from branchynet.engine.onnx import load
+from branchynet.errors import GraphError
+from branchynet.export import assemble
+from branchynet.graph.onnx_exits import nest
+from branchynet.types import Policy
+from graphs import FULL, Sketch, check_work, flat_lenet, flat_of, graphs, is_recomputed, level_of, profile, stage_of
+from networks import FAMILIES, draw
+from oracle import entropy, every_exit
+
+ALWAYS, NEVER = 3e38, None
+HEAVY = ("Conv", "Gemm", "MatMul")
+
+
+def save(flat, policy, path, **options):
+    ir.save(assemble(flat, policy, **options), path)
+    return path
+
+
+def enabled_of(policy):
+    return [n for n, on in enumerate(policy.enabled, 1) if on]
+
+
+# Any graph: random ones in small whole numbers, for which floating point is exact
+
+
+@st.composite
+def sketches(draw):
+    """A random flat graph of chains, sums, splits, transposes, computed shapes and merged batches, with 1 to 4 exits."""
+    sketch = Sketch(dynamic=draw(st.integers(0, 3)) > 0)
+    b = sketch.batch
+    double = "2*batch" if sketch.dynamic else 2
+    wide = [sketch.input("x", 4), sketch.input("y", 4)]
+    tall, merged, rows = [], [], []
+    numbers = np.random.default_rng(draw(st.integers(0, 99)))
+    shared = sketch.constant(numbers.integers(-1, 2, (4, 4)).astype(np.float32))
+
+    def pick(pool):
+        return pool[draw(st.integers(0, len(pool) - 1))]
+
+    def shape_like(tail):
+        """(?, *tail) with the batch size computed in the graph from some value."""
+        if not rows or draw(st.booleans()):
+            shape = sketch.op("Shape", pick(wide), shape=[1], dtype=ir.DataType.INT64, start=0, end=1)
+            rows.append(shape)
+        behind = sketch.constant(np.array(tail, np.int64))
+        return sketch.op("Concat", pick(rows), behind, shape=[1 + len(tail)], dtype=ir.DataType.INT64, axis=0)
+
+    def add(kind):
+        a = pick(wide)
+        if kind == "relu":
+            wide.append(sketch.op("Relu", a, shape=[b, 4]))
+        elif kind == "add":
+            wide.append(sketch.op("Add", a, pick(wide), shape=[b, 4]))
+        elif kind == "matmul":
+            own = sketch.constant(numbers.integers(-1, 2, (4, 4)).astype(np.float32))
+            wide.append(sketch.op("MatMul", a, draw(st.sampled_from([own, shared])), shape=[b, 4]))
+        elif kind == "split":
+            halves = sketch.op("Split", a, shape=[[b, 2], [b, 2]], axis=1, num_outputs=2)
+            wide.extend(sketch.op("Concat", half, half, shape=[b, 4], axis=1) for half in halves)
+        elif kind == "transpose":
+            tall.append(sketch.op("Transpose", a, shape=[4, b], perm=[1, 0]))
+        elif kind == "tall" and tall:
+            tall.append(sketch.op("MatMul", shared, pick(tall), shape=[4, b]))
+            wide.append(sketch.op("Transpose", pick(tall), shape=[b, 4], perm=[1, 0]))
+        elif kind == "reshape":
+            square = sketch.op("Reshape", a, shape_like([2, 2]), shape=[b, 2, 2])
+            back = sketch.constant(np.array([-1, 4], np.int64))
+            wide.append(sketch.op("Reshape", square, back, shape=[b, 4]))
+        elif kind == "expand":
+            token = sketch.constant(numbers.integers(-2, 3, (1, 4)).astype(np.float32))
+            if draw(st.booleans()):
+                shape = sketch.op("Shape", a, shape=[2], dtype=ir.DataType.INT64)
+            else:
+                shape = shape_like([4])
+            wide.append(sketch.op("Expand", token, shape, shape=[b, 4]))
+        elif kind == "tail":
+            length = sketch.op("Shape", a, shape=[1], dtype=ir.DataType.INT64, start=1)
+            first = sketch.constant(np.array([-1], np.int64))
+            shape = sketch.op("Concat", first, length, shape=[2], dtype=ir.DataType.INT64, axis=0)
+            wide.append(sketch.op("Reshape", a, shape, shape=[b, 4]))
+        elif kind == "merge":
+            pairs = sketch.op("Reshape", a, sketch.constant(np.array([-1, 2], np.int64)), shape=[double, 2])
+            merged.append(sketch.op("Neg", pairs, shape=[double, 2]))
+        elif kind == "apart" and merged:
+            back = sketch.constant(np.array([-1, 4], np.int64))
+            wide.append(sketch.op("Reshape", pick(merged), back, shape=[b, 4]))
+
+    kinds = ["relu", "add", "matmul", "split", "transpose", "tall", "reshape", "expand", "tail", "merge", "apart"]
+    for kind in draw(st.lists(st.sampled_from(kinds), min_size=2, max_size=10)):
+        add(kind)
+    made = wide[2:]
+    assume(made)
+    exits = draw(st.lists(st.sampled_from(made), min_size=1, max_size=4, unique_by=id))
+    scores = []
+    for n in range(len(exits)):
+        earlier = exits[draw(st.integers(0, n))]
+        both = sketch.op("Add", sketch.total(exits[n]), sketch.total(earlier), shape=[b])
+        scores.append(sketch.op("Abs", both, shape=[b]))
+    return sketch.flat(exits, scores)
+
+
+@settings(max_examples=80, deadline=None)
+@given(sketches(), st.data())
+def test_any_graph_answers_as_the_rule_says_and_does_no_other_work(tmp_path_factory, flat, data):
+    folder = tmp_path_factory.mktemp("any")
+    threshold = st.one_of(st.none(), st.just(ALWAYS), st.integers(0, 12).map(float))
+    policy = Policy(thresholds=tuple(data.draw(threshold) for _ in range(flat.exits - 1)))
+    samples = data.draw(st.integers(1, 7)) if flat.dynamic else 1
+    drawn = st.lists(st.integers(-3, 3), min_size=8 * samples, max_size=8 * samples)
+    x, y = np.array(data.draw(drawn), np.float32).reshape(2, samples, 4)
+
+    ir.save(flat.model, folder / "flat.onnx")
+    every, _ = profile(folder / "flat.onnx", {"x": x, "y": y}, folder)
+    enabled = enabled_of(policy)
+    expected = np.array(
+        [
+            next(n for n in enabled if n == flat.exits or every[f"score_{n}"][row] < policy.thresholds[n - 1])
+            for row in range(samples)
+        ]
+    )
+
+    path = save(flat, policy, folder / "nested.onnx")
+    onnx.checker.check_model(path, full_check=True)
+    results, events = profile(path, {"x": x, "y": y}, folder)
+    assert results["exit"].tolist() == expected.tolist()  # scores that equal their threshold stay
+    for name, kind in (("output", "output"), ("score", "score")):
+        want = np.stack([every[f"{kind}_{n}"][row] for row, n in enumerate(expected)])
+        np.testing.assert_array_equal(results[name], want)
+    np.testing.assert_array_equal(results["label"], results["output"].argmax(axis=1))
+    check_work(flat, events, enabled, expected)
+    optimised = load(path, threads=1)(x, y)
+    assert optimised.exit.tolist() == expected.tolist()
+    np.testing.assert_array_equal(optimised.output, results["output"])
+
+
+# Networks from PyTorch
+
+
+def outputs_of(net, example, samples):
+    inputs = draw(example, samples, seed=3)
+    return inputs, every_exit(net, inputs)
+
+
+def leaving(outputs, leave):
+    """Thresholds at which exactly `leave[n]` samples leave at each exit but the last, and the exit of each sample."""
+    exits = np.full(len(outputs), len(leave) + 1)
+    thresholds = []
+    for n, count in enumerate(leave):
+        left = np.flatnonzero(exits > n)
+        scores = np.array([entropy(outputs[s][n]) for s in left])
+        order = scores.argsort()
+        thresholds.append(float(scores[order[count - 1 : count + 1]].mean()))
+        exits[left[order[:count]]] = n + 1
+    return tuple(thresholds), exits
+
+
+@pytest.fixture(params=FAMILIES, ids=lambda f: f.__name__)
+def family(request):
+    return request.param
+
+
+def feeds_of(flat, inputs):
+    return {v.name: t.numpy() for v, t in zip(flat.model.graph.inputs, inputs, strict=True)}
+
+
+def test_nothing_runs_behind_an_exit_where_all_leave(family, tmp_path):
+    net, example, flat = flat_of(family)
+    inputs = draw(example, 9, seed=3)
+    for enabled in range(1, flat.exits):  # the first exit in use is each of them in turn
+        policy = Policy(thresholds=(NEVER,) * (enabled - 1) + (ALWAYS,) * (flat.exits - enabled))
+        path = save(flat, policy, tmp_path / "all.onnx")
+        results, events = profile(path, feeds_of(flat, inputs), tmp_path)
+        assert (results["exit"] == enabled).all()
+        check_work(flat, events, enabled_of(policy), results["exit"])
+        last = max(level for level, _ in graphs(onnx.load(path).graph))
+        later = {n.name for level, g in graphs(onnx.load(path).graph) if level > 1 for n in g.node}
+        assert last == flat.exits - enabled + 1
+        assert later and not later & {e["name"] for e in events}
+
+
+def test_later_nodes_see_just_the_rows_that_stayed(family, tmp_path):
+    net, example, flat = flat_of(family)
+    # 89, 71, 53 and 31 rows are lengths that no other dimension of these networks has, so none is taken for another
+    inputs, outputs = outputs_of(net, example, 89)
+    thresholds, exits = leaving(outputs, (18, 18, 22)[: flat.exits - 1])
+    path = save(flat, Policy(thresholds=thresholds), tmp_path / "mixed.onnx")
+    results, events = profile(path, feeds_of(flat, inputs), tmp_path)
+    assert results["exit"].tolist() == exits.tolist()
+    check_work(flat, events, range(1, flat.exits + 1), exits)
+    for event in events:
+        name, level = level_of(event["name"])
+        if not name.startswith("exits/"):
+            seen = {d for shape in event["outputs"] + event["inputs"] for d in shape}
+            assert not seen & ({89, 71, 53, 31} - {(89, 71, 53, 31)[level - 1]})
+
+
+def test_optimised_sessions_skip_the_heavy_work_too(family, tmp_path):
+    net, example, flat = flat_of(family)
+    inputs, outputs = outputs_of(net, example, 89)
+    thresholds, exits = leaving(outputs, (18, 18, 22)[: flat.exits - 1])
+    stages = stage_of(flat, range(1, flat.exits + 1))
+    heavy = Counter(stages[node.name] for node in flat.model.graph if node.op_type in HEAVY)
+    path = save(flat, Policy(thresholds=thresholds), tmp_path / "mixed.onnx")
+    feeds = feeds_of(flat, inputs)
+    always = {f"threshold_{n}": np.array([ALWAYS], np.float32) for n in range(1, flat.exits)}
+    for more, levels in ((always, 1), ({}, flat.exits)):
+        results, events = profile(path, feeds | more, tmp_path, FULL)
+        assert results["exit"].tolist() == (exits.tolist() if levels > 1 else [1] * 89)
+        ran = [e for e in events if any(kind in e["op"] for kind in HEAVY)]
+        assert len(ran) == sum(heavy[level] for level in range(1, levels + 1))
+        for rows in (71, 53, 31)[: flat.exits - 1]:
+            assert any(rows in shape for e in ran for shape in e["outputs"]) == (levels > 1)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_every_node_in_use_is_in_the_file_once_and_no_other(family, dynamic, tmp_path):
+    flat = flat_of(family)[2]
+    if not dynamic:
+        flat = fixed(flat)
+    for never in range(2 ** (flat.exits - 1)):
+        policy = Policy(thresholds=tuple(NEVER if never >> n & 1 else 0.5 for n in range(flat.exits - 1)))
+        stages = stage_of(flat, enabled_of(policy))
+        nodes = {node.name: node for node in flat.model.graph}
+        path = save(flat, policy, tmp_path / "model.onnx")
+        onnx.checker.check_model(path, full_check=True)
+        found = Counter()
+        for level, graph in graphs(onnx.load(path).graph):
+            for node in graph.node:
+                name, own = level_of(node.name)
+                if name in nodes:
+                    assert own == level and nodes[name].op_type == node.op_type
+                    if stages.get(name) == level:
+                        found[name] += 1
+                    else:
+                        assert name in stages and is_recomputed(nodes[name]) and flat.dynamic
+                else:
+                    assert name.startswith("exits/")
+        assert found == Counter(list(stages))
+
+
+def fixed(flat):
+    """The same flat graph for one sample at a time, as far as the structure goes."""
+    from branchynet.graph.flat import FlatGraph
+
+    return FlatGraph(flat.model, flat.exits, dynamic=False)
+
+
+def test_symbols_name_one_length_only(family):
+    """In the graph of each level the symbol of the samples that stay stands where the flat graph has the batch."""
+    flat = flat_of(family)[2]
+    values = {v.name: v for node in flat.model.graph for v in node.outputs}
+    model = onnx.load_from_string(ir.to_proto(nest(flat, Policy(thresholds=(0.5,) * (flat.exits - 1)))).SerializeToString())
+    checked = 0
+    for level, graph in graphs(model.graph):
+        symbol = "batch" if level == 1 else f"stay_{level - 1}"
+        for info in graph.value_info:
+            name, own = level_of(info.name)
+            if name in values and own == level:
+                dims = [d.dim_param or d.dim_value for d in info.type.tensor_type.shape.dim]
+                want = [d if isinstance(d, int) else d.value.replace("batch", symbol) for d in values[name].shape]
+                assert dims == want, info.name
+                checked += 1
+    assert checked > len(values) / 2
+
+
+# The file
+
+
+@pytest.fixture(scope="module")
+def lenet_file(tmp_path_factory):
+    return save(flat_lenet()[1], Policy(thresholds=(0.1,)), tmp_path_factory.mktemp("lenet") / "lenet.onnx")
+
+
+def types(values):
+    return {
+        v.name: (v.type.tensor_type.elem_type, [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim])
+        for v in values
+    }
+
+
+INT64, FLOAT = onnx.TensorProto.INT64, onnx.TensorProto.FLOAT
+
+
+def test_inputs_and_outputs_are_named_and_typed(lenet_file):
+    graph = onnx.load(lenet_file).graph
+    assert types(graph.output) == {
+        "label": (INT64, ["batch"]),
+        "exit": (INT64, ["batch"]),
+        "score": (FLOAT, ["batch"]),
+        "output": (FLOAT, ["batch", 10]),
+    }
+    assert types(graph.input) == {"x": (FLOAT, ["batch", 1, 28, 28]), "threshold_1": (FLOAT, [1])}
+    assert list(types(graph.output)) == ["label", "exit", "score", "output"]
+    defaults = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+    assert defaults["threshold_1"] == np.float32(0.1)
+
+
+def test_required_thresholds_have_no_default(tmp_path):
+    path = save(flat_lenet()[1], Policy(thresholds=(0.1,)), tmp_path / "required.onnx", thresholds="input")
+    graph = onnx.load(path).graph
+    assert "threshold_1" in types(graph.input) and "threshold_1" not in {t.name for t in graph.initializer}
+
+
+def test_a_removed_exit_takes_its_threshold_and_its_gate_away(tmp_path):
+    path = save(flat_lenet()[1], Policy(thresholds=(None,)), tmp_path / "never.onnx")
+    graph = onnx.load(path).graph
+    assert list(types(graph.input)) == ["x"] and list(types(graph.output)) == ["label", "exit", "score", "output"]
+    assert not any(node.op_type == "If" for node in graph.node)
+
+
+def test_versions_are_pinned_and_no_other_operators_are_used(lenet_file):
+    model = onnx.load(lenet_file)
+    assert model.ir_version == 8
+    assert [(o.domain, o.version) for o in model.opset_import] == [("", 18)]
+    assert {node.domain for _, graph in graphs(model.graph) for node in graph.node} == {""}
+    assert not model.functions
+
+
+def test_both_sides_of_an_if_have_one_rank_and_type(family):
+    flat = flat_of(family)[2]
+    model = ir.to_proto(nest(flat, Policy(thresholds=(0.5,) * (flat.exits - 1))))
+    gates = [node for _, graph in graphs(model.graph) for node in graph.node if node.op_type == "If"]
+    assert len(gates) == flat.exits - 1
+    for gate in gates:
+        sides = [types(a.g.output) for a in gate.attribute]
+        assert len(sides) == 2 and all(len(side) == len(gate.output) for side in sides)
+        for ours, theirs in zip(*(side.values() for side in sides), strict=True):
+            assert ours[0] == theirs[0] != 0 and len(ours[1]) == len(theirs[1]) > 0
+
+
+def test_initializers_live_beside_the_nodes_that_use_them(family):
+    flat = flat_of(family)[2]
+    model = ir.to_proto(nest(flat, Policy(thresholds=(0.5,) * (flat.exits - 1))))
+    names = [t.name for _, graph in graphs(model.graph) for t in graph.initializer]
+    assert len(names) == len(set(names))
+    for _, graph in graphs(model.graph):
+        own = {t.name for t in graph.initializer}
+        used = {name for node in graph.node for name in node.input}
+        assert {name for name in own - used if not name.startswith("threshold_")} == set()
+        assert {name for name in used & set(names) - own if not name.startswith("threshold_")} == set()
+
+
+def weights(count=200):
+    return np.random.default_rng(0).integers(-1, 2, (count, count)).astype(np.float32)
+
+
+def twins(shared, own):
+    """Two exits; a matrix `shared` is used in both stages, and `own` in the second alone."""
+    sketch = Sketch()
+    width = len(shared)
+    x, matrix = sketch.input("x", width), sketch.constant(shared)
+    first = sketch.op("MatMul", x, matrix, shape=["batch", width])
+    more = sketch.op("MatMul", sketch.op("Relu", first, shape=["batch", width]), matrix, shape=["batch", width])
+    last = sketch.op("MatMul", more, sketch.constant(own), shape=["batch", width])
+    return sketch.flat([first, last], [sketch.total(first), sketch.total(last)])
+
+
+@pytest.mark.parametrize(("width", "copies"), [(200, 1), (16, 2)])  # 160 kB and 1 kB
+def test_a_large_shared_initializer_is_stored_once(width, copies, tmp_path):
+    shared = weights(width)
+    path = save(twins(shared, -shared), Policy(thresholds=(0.0,)), tmp_path / "model.onnx")
+    assert path.read_bytes().count(shared.tobytes()) == copies
+    levels = [
+        level
+        for level, graph in graphs(onnx.load(path).graph)
+        for t in graph.initializer
+        if list(t.dims) == [width, width]
+    ]
+    assert levels == [1, 2] if copies == 1 else [1, 2, 2]  # what only the second stage uses is never in the outer graph
+    x = np.random.default_rng(1).integers(-2, 3, (5, width)).astype(np.float32)
+    answer = load(path, threads=1)(x)
+    first = x @ shared
+    last = np.maximum(first, 0) @ shared @ -shared
+    early = first.sum(1) < 0
+    assert 0 < early.sum() < 5
+    np.testing.assert_array_equal(answer.output, np.where(early[:, None], first, last))
+
+
+def test_the_file_is_little_larger_than_the_static_one_with_its_heads(tmp_path):
+    flat = twins(weights(), -weights())
+    flat_size = save(flat, None, tmp_path / "flat.onnx").stat().st_size
+    nested_size = save(flat, Policy(thresholds=(0.5,)), tmp_path / "nested.onnx").stat().st_size
+    assert nested_size <= 1.02 * flat_size
+
+
+def test_values_may_have_the_names_that_the_file_gives_out(tmp_path):
+    sketch = Sketch()
+    taken = ["label", "exit", "score", "output", "threshold_1", "threshold_2", "stay_1", "exits", "batch"]
+    value = sketch.input("x", 4)
+    for name in taken:
+        bias = sketch.constant(np.ones((1, 4), np.float32), name=f"bias_{name}")
+        value = sketch.op("Add", value, bias, shape=["batch", 4], name=name)
+    first = sketch.op("Identity", value, shape=["batch", 4])
+    matrix = sketch.constant(2 * np.eye(4, dtype=np.float32), name="threshold_3")
+    last = sketch.op("MatMul", value, matrix, shape=["batch", 4])
+    flat = sketch.flat([first, last], [sketch.total(first), sketch.total(last)])
+    x = np.arange(12, dtype=np.float32).reshape(3, 4)
+    for policy in (Policy(thresholds=(60.0,)), Policy(thresholds=(None,))):
+        path = save(flat, policy, tmp_path / "model.onnx")
+        onnx.checker.check_model(path, full_check=True)
+        answer = load(path, threads=1)(x)
+        early = (x + 9).sum(1) < 60 if policy.thresholds[0] else np.zeros(3, bool)
+        np.testing.assert_array_equal(answer.output, np.where(early[:, None], x + 9, 2 * (x + 9)))
+        assert answer.exit.tolist() == [1 if e else 2 for e in early]
+    flat_path = save(flat, None, tmp_path / "flat.onnx")
+    onnx.checker.check_model(flat_path, full_check=True)
+    assert [o.name for o in onnx.load(flat_path).graph.output] == ["label", "output_1", "output_2"]
+
+
+def test_a_costly_value_without_a_batch_dimension_cannot_cross_a_cut():
+    sketch = Sketch()
+    shape, back = (sketch.constant(np.array(s, np.int64)) for s in ([-1, 2], [-1, 4]))
+    pairs = sketch.op("Reshape", sketch.input("x", 4), shape, shape=["2*batch", 2])
+    matrix = sketch.constant(np.eye(2, dtype=np.float32))
+    product = sketch.op("MatMul", pairs, matrix, shape=["2*batch", 2], name="product")
+    first = sketch.op("Reshape", product, back, shape=["batch", 4])
+    last = sketch.op("Reshape", sketch.op("Relu", product, shape=["2*batch", 2]), back, shape=["batch", 4])
+    flat = sketch.flat([first, last], [sketch.total(first), sketch.total(last)])
+    with pytest.raises(GraphError, match=r"'product' \[2\*batch,2\] crosses .* tap"):
+        nest(flat, Policy(thresholds=(0.5,)))
+    nest(flat, Policy(thresholds=(None,)))  # nothing crosses where the exit is not used
+
+
+def test_a_flat_file_holds_only_what_its_outputs_need(family, tmp_path):
+    flat = flat_of(family)[2]
+    for n in range(1, flat.exits + 1):
+        path = save(flat, None, tmp_path / "one.onnx", outputs=[f"output_{n}"])
+        onnx.checker.check_model(path, full_check=True)
+        graph = onnx.load(path).graph
+        alone = {v.name: v for v in flat.model.graph.outputs}[f"output_{n}"]
+        needed, waiting = set(), [alone]
+        while waiting:
+            node = waiting.pop().producer()
+            if node is not None and node.name not in needed:
+                needed.add(node.name)
+                waiting.extend(v for v in node.inputs if v is not None)
+        assert {node.name for node in graph.node} == needed | {"exits/label/1"}
+        used = {name for node in graph.node for name in node.input}
+        assert {t.name for t in graph.initializer} <= used
+        assert [o.name for o in graph.output] == ["label", "output"]
