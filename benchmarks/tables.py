@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md",)
+PAGES = ("README.md", "docs/speed.md")
 
 
 def results(name):
@@ -59,7 +59,57 @@ def _verdict(difference):
     return f"{told}, a loss." if high < 0 else f"{told}, no difference that five seeds can show."
 
 
-TABLES = {"speed": speed, "training": training}
+def overhead():
+    found = results("overhead_profile")
+    lines = [
+        "| batch | branchy, a call | static up to exit 1, a call | difference | overhead |",
+        "|--:|--:|--:|--:|--:|",
+    ]
+    for r in found["rows"]:
+        ours, limit = r["branchy_us_a_call"], r["static_upto_exit_1_us_a_call"]
+        lines.append(f"| {r['batch']} | {ours:.1f} us | {limit:.1f} us | {ours - limit:.1f} us | {ours / limit:.2f} |")
+    kinds = sorted(found["rows"][0]["profiled_share"], key=lambda k: -found["rows"][0]["profiled_share"][k])
+    lines += [
+        "",
+        "| share of a profiled run, all leaving at exit 1 |" + "".join(f" batch {r['batch']} |" for r in found["rows"]),
+    ]
+    lines += ["|---|" + "--:|" * len(found["rows"])]
+    lines += [
+        f"| {kind} |" + "".join(f" {r['profiled_share'].get(kind, 0):.1%} |" for r in found["rows"]) for kind in kinds
+    ]
+    return [*lines, "", f"Made by `{found['command']}`."]
+
+
+def smaller():
+    found = results("mnist_smaller")
+    lines = ["| network | test accuracy | batch 1 | batch 64 |", "|---|--:|--:|--:|"]
+    lines += [
+        f"| {r['network']} | {r['accuracy']:.2%} | {r['us_batch_1']:.1f} us | {r['us_batch_64']:.1f} us |"
+        for r in found["rows"]
+    ]
+    return [
+        *lines,
+        "",
+        "Static LeNets with the channels named, trained by the same recipe for as many epochs in all, one seed; "
+        f"microseconds a sample, all taking turns in one process. Made by `{found['command']}`.",
+    ]
+
+
+def training_cost():
+    found = results("training_cost")
+    return [
+        f"An epoch of joint training of B-LeNet takes {found['ratio']:.2f} times an epoch of LeNet; its work, "
+        f"counted in multiply-accumulates, is {found['work_ratio']:.2f} times as much. Made by `{found['command']}`.",
+    ]
+
+
+TABLES = {
+    "overhead": overhead,
+    "smaller": smaller,
+    "speed": speed,
+    "training": training,
+    "training_cost": training_cost,
+}
 
 
 def filled(text):
