@@ -24,7 +24,7 @@ from branchynet.files import write_json
 from branchynet.machine import environment
 from branchynet.zoo.lenet import LeNet
 
-CHANNELS = ((2, 4, 8), (3, 6, 12), (4, 8, 16), (5, 10, 20))
+CHANNELS = ((2, 4, 8), (3, 6, 12), (5, 10, 20))
 BATCHES = (1, 64)
 PASSES = 15
 SAMPLES = 2048

@@ -7,14 +7,14 @@ the same recipe: once LeNet alone (the baseline), once with its branch (B-LeNet)
     python benchmarks/mnist_training.py            # about 10 minutes a seed on one core; resumes where it was stopped
     python benchmarks/mnist_training.py --ship     # also writes the weights that the package ships
 
-Writes benchmarks/results/mnist_training.json.
+Writes benchmarks/results/mnist_training.json and, with the weights, how each epoch of the shipped seed went (CSV).
 """
 
 import argparse
 import copy
 import json
+import shutil
 import statistics
-import time
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from branchynet.files import write_json
 from branchynet.machine import environment
 from branchynet.scores import of_record
 from branchynet.training.checkpoint import load_weights, save_weights
+from branchynet.training.history import History
 
 SEEDS = (0, 1, 2, 3, 4)
 WARM, JOINT = 10, 25
@@ -115,7 +116,6 @@ def main():
     )
     options = parser.parse_args()
     torch.set_num_threads(1)
-    start = time.time()
     data = load_data("mnist")
     rows = [row(seed, one_seed(data, seed)) for seed in map(int, options.seeds.split(","))]
     if len(rows) < len(SEEDS):
@@ -132,7 +132,7 @@ def main():
             "rate": RATE,
             "augment": "affine: 10 degrees, 2 pixels, 10 % scale",
         },
-        "seconds": time.time() - start,
+        "training_seconds": sum(History.load(path).seconds for path in RUNS.glob("seed-*/*/train.csv")),
         "rows": rows,
         "last_exit_minus_lenet": paired(rows, "last_exit_test", "lenet_test"),
         "b_lenet_minus_lenet": paired(rows, "b_lenet_test", "lenet_test"),
@@ -144,6 +144,8 @@ def main():
         for name, run, net in (("b_lenet", "joint", zoo.b_lenet()), ("lenet", "baseline", zoo.lenet())):
             load_weights(net, RUNS / f"seed-{best}" / run / "checkpoint.safetensors")
             save_weights(net, SHIPPED / f"{name}-mnist.safetensors")
+        for run in ("warm", "joint", "baseline"):
+            shutil.copy(RUNS / f"seed-{best}" / run / "train.csv", RESULTS.with_name(f"mnist_training-{run}.csv"))
     print(json.dumps(result, indent=2))
 
 
