@@ -80,21 +80,6 @@ def overhead():
     return [*lines, "", f"Made by `{found['command']}`."]
 
 
-def smaller():
-    found = results("mnist_smaller")
-    lines = ["| network | test accuracy | batch 1 | batch 64 |", "|---|--:|--:|--:|"]
-    lines += [
-        f"| {r['network']} | {r['accuracy']:.2%} | {r['us_batch_1']:.1f} us | {r['us_batch_64']:.1f} us |"
-        for r in found["rows"]
-    ]
-    return [
-        *lines,
-        "",
-        "Static LeNets with the channels named, trained by the same recipe for as many epochs in all, one seed; "
-        f"microseconds a sample, all taking turns in one process. Made by `{found['command']}`.",
-    ]
-
-
 def training_cost():
     found = results("training_cost")
     return [
@@ -105,7 +90,6 @@ def training_cost():
 
 TABLES = {
     "overhead": overhead,
-    "smaller": smaller,
     "speed": speed,
     "training": training,
     "training_cost": training_cost,

@@ -1,8 +1,10 @@
 """Flat graphs to nest, made by hand or from the random networks, and what ONNX Runtime does with the nested file."""
 
+import contextlib
 import functools
 import json
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime
+import torch
 
 from branchynet import scores, zoo
 from branchynet.graph.flat import FlatGraph, flatten
@@ -31,13 +34,23 @@ def flat_of(family, seed=0):
 def flat_lenet():
     """(B-LeNet, flat graph with entropies); exported once a test run."""
     net = zoo.b_lenet()
-    return net, flatten(net, np_image(2), score=scores.entropy)
+    return net, flatten(net, grey_images(2), score=scores.entropy)
 
 
-def np_image(rows):
-    import torch
-
+def grey_images(rows):
+    """Grey images (rows, 1, 28, 28)."""
     return torch.rand(rows, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+
+
+@contextlib.contextmanager
+def hasty_threads():
+    """Threads take turns a thousand times as often as they do by default, so that what they share shows."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(5e-6)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 class Sketch:
@@ -89,7 +102,7 @@ class Sketch:
 
 
 def stage_of(flat, enabled):
-    """{node name: stage} by the definition, worked out slowly: the first enabled exit that the node is an ancestor of."""
+    """{node name: stage} by the definition, worked out slowly: the first enabled exit that it is an ancestor of."""
     produced = {v.name: node for node in flat.model.graph for v in node.outputs}
 
     @functools.cache
@@ -151,6 +164,11 @@ def shapes_at(values, rows):
     ]
 
 
+def same(shape, wanted):
+    """Whether a shape is the one wanted, where that is known: the exporter does not say it of every value."""
+    return len(shape) == len(wanted) and all(b in (a, None) for a, b in zip(shape, wanted, strict=True))
+
+
 def check_work(flat, events, enabled, exits):
     """Every node of the network ran once, on just the rows that stayed, and not at all where none did.
 
@@ -166,20 +184,25 @@ def check_work(flat, events, enabled, exits):
     ran = Counter()
     for event in events:
         name, level = level_of(event["name"])
+        if name not in nodes and not name.startswith("exits/"):
+            assert event["op"] in ("HardSigmoid", "Mul")  # of which ONNX Runtime makes a HardSwish
+            continue
         if name not in nodes:
-            assert name.startswith("exits/")
             assert rows[level - 1] or re.fullmatch(r"exits/kept_\d", name), f"{event['name']} ran for nobody"
             continue
         node = nodes[name]
         assert rows[level - 1], f"{event['name']} ran for nobody"
-        assert event["outputs"] == shapes_at(node.outputs, rows[level - 1])
-        allowed = iter(shapes_at(node.inputs, rows[level - 1]))
-        assert all(shape in allowed for shape in event["inputs"]), "constants may be missing, nothing else may differ"
+        wanted = shapes_at(node.outputs, rows[level - 1])
+        assert len(event["outputs"]) == len(wanted) and all(map(same, event["outputs"], wanted))
+        allowed = iter(shapes_at(node.inputs, rows[level - 1]))  # constants may be missing, nothing else may differ
+        assert all(any(same(shape, other) for other in allowed) for shape in event["inputs"])
         if level != stages[name]:
             assert is_recomputed(node), f"{name} of stage {stages[name]} ran again at level {level}"
         else:
             ran[name] += 1
-    assert ran == Counter(name for name, stage in stages.items() if rows[stage - 1])
+    assert ran == Counter(
+        name for name, stage in stages.items() if rows[stage - 1] and nodes[name].op_type != "HardSwish"
+    )
 
 
 def is_recomputed(node):

@@ -5,8 +5,9 @@ import random
 import torch
 from torch import nn
 
+from branchynet.attaching import attach
 from branchynet.branches import InputMLP, TokenLinear
-from branchynet.net import BranchyNet, attach
+from branchynet.net import BranchyNet
 
 
 class Residual(nn.Module):
@@ -140,29 +141,36 @@ def build(family, seed):
     torch.manual_seed(seed)
     net, example = family(random.Random(seed), classes=4)
     net.eval()
-    inputs = draw(example, 64, seed)
-    with torch.no_grad():
-        for module in net.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.running_mean.normal_(0, 0.1)
-                module.running_var.uniform_(0.5, 1.5)
-        outputs = net(*inputs)
-        for head, output in zip(heads(net), outputs, strict=True):
-            gain = 1.5 / output.std(0).mean().clamp_min(1e-6)
-            head.weight *= gain
-            head.bias.copy_((head.bias - output.mean(0)) * gain)
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    spread_out(net, draw(example, 64, seed))
     return net, example
 
 
+@torch.no_grad()
+def spread_out(net, inputs):
+    """Make every exit's outputs differ from sample to sample of `inputs`, a tuple or a dict."""
+    outputs = net(**inputs) if isinstance(inputs, dict) else net(*inputs)
+    for head, output in zip(heads(net), outputs, strict=True):
+        gain = 1.5 / output.std(0).mean().clamp_min(1e-6)
+        head.weight *= gain
+        if head.bias is not None:
+            mean = output.transpose(0, 1).flatten(1).mean(1)
+            head.bias.copy_((head.bias - mean) * gain)
+
+
 def heads(net):
-    """The last linear layer of every exit, in the order of the exits."""
+    """The last linear or 1x1 layer of every exit, in the order of the exits."""
     for branch in net.branches:
         yield from heads(branch) if isinstance(branch, BranchyNet) else [last_linear(branch)]
-    yield last_linear(net.backbone)
+    yield last_linear(net.output if isinstance(net.output, nn.Module) else net.backbone)
 
 
 def last_linear(module):
-    return [m for m in module.modules() if isinstance(m, nn.Linear)][-1]
+    pointwise = (m for m in module.modules() if isinstance(m, nn.Linear) or getattr(m, "kernel_size", 0) == (1, 1))
+    return list(pointwise)[-1]
 
 
 def draw(example, samples, seed):

@@ -5,6 +5,10 @@ import torch
 
 
 def entropy(logits):
+    """Of (C,) logits in nats; of (C, H, W) the mean over all positions."""
+    if np.ndim(logits) > 1:
+        positions = np.reshape(logits, (len(logits), -1)).T
+        return float(np.mean([entropy(z) for z in positions]))
     z = np.asarray(logits, np.float64)
     p = np.exp(z - z.max())
     p /= p.sum()
@@ -23,11 +27,15 @@ def figure_2(outputs, thresholds):
 
 @torch.no_grad()
 def every_exit(net, inputs):
-    """Every exit's logits (S, N, C) from the PyTorch network, each sample run by itself."""
+    """Every exit's logits (S, N, C) from the PyTorch network, each sample run by itself; inputs a tuple or a dict."""
     net.eval()
-    rows = [
-        np.stack([o.numpy()[0] for o in net(*(i[s : s + 1] for i in inputs))]) for s in range(len(inputs[0]))
-    ]
+    named = inputs if isinstance(inputs, dict) else {}
+    listed = () if named else inputs
+    samples = len(next(iter((*listed, *named.values()))))
+    rows = []
+    for s in range(samples):
+        exits = net(*(i[s : s + 1] for i in listed), **{k: i[s : s + 1] for k, i in named.items()})
+        rows.append(np.stack([o.numpy()[0] for o in exits]))
     return np.stack(rows) if rows else np.empty((0, net.exits, 0), np.float32)
 
 

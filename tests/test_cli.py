@@ -33,7 +33,8 @@ def run(tmp_path_factory):
         assert call(patch, *train) == 0
         assert call(patch, "choose", path, "--max-drop", 0.02) == 0
         assert call(patch, "export", path) == 0
-        assert call(patch, "bench", path, "--batch", "1,7", "--json", path / "rows.json", "--quiet") == 0
+        bench = ("bench", path, "--batch", "1,7", "--engine", "onnxruntime,openvino", "--json", path / "rows.json")
+        assert call(patch, *bench, "--quiet") == 0
         assert call(patch, "report", path) == 0
     return path
 
@@ -61,7 +62,9 @@ def test_the_file_does_on_test_images_what_the_record_says(run):
 
 def test_bench_rows_are_complete_and_consistent(run):
     rows = json.loads((run / "rows.json").read_text())
-    assert [row["batch"] for row in rows] == [1, 7]
+    assert [(row["engine"], row["batch"]) for row in rows] == [
+        (engine, batch) for engine in ("onnxruntime", "openvino") for batch in (1, 7)
+    ]
     for row in rows:
         assert list(row) == [
             "network", "engine", "batch", "threads", "static_us", "branchy_us", "limit_us", "speedup", "overhead",
@@ -131,6 +134,7 @@ MISTAKES = {
     "too many weights": (["train", "{tmp}/new", "--weights", "1,2,3", "--quiet"], "3"),
     "not numbers": (["bench", "{run}", "--batch", "one"], "one"),
     "batch too large": (["bench", "{run}", "--batch", "100000", "--quiet"], "100000"),
+    "unknown engine": (["bench", "{run}", "--engine", "tvm", "--quiet"], "openvino"),
     "other settings": (["train", "{run}", "--epochs", "4"], "epochs"),
     "infeasible": (["choose", "{run}", "--min-accuracy", "1.5"], "1.5"),
     "two limits": (["choose", "{run}", "--min-accuracy", "0.5", "--max-drop", "0"], "max_drop"),

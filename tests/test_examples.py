@@ -4,6 +4,8 @@ import importlib.util
 import re
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -23,6 +25,20 @@ def test_own_network(capsys):
 def test_own_loop(capsys):
     example("own_loop").main(epochs=3)
     assert float(re.findall(r"([\d.]+)%", capsys.readouterr().out)[-1]) > 80
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "least", "most"),
+    [
+        ("segmentation", {"epochs": 2, "samples": 640}, 0.8, 1),  # pixels right; three of four are background
+        ("multi_label", {"epochs": 3, "samples": 1000}, 0.75, 1),  # labels right; a coin would be at half
+        ("regression", {"epochs": 4, "samples": 3000}, 0, 0.3),  # mean error; always answering the mean has 0.37
+    ],
+)
+def test_other_tasks(name, size, least, most, capsys):
+    example(name).main(**size, progress=False)
+    share, reached = re.search(r"exit 1: ([\d.]+) [a-z ]+: ([\d.]+)", capsys.readouterr().out).groups()
+    assert 0 <= float(share) <= 1 and least <= float(reached) <= most
 
 
 def test_examples_are_short():

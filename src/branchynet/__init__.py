@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import zoo as zoo
+    from .attaching import attach as attach
+    from .attaching import detach as detach
     from .bench import bench as bench
     from .cost import measure as measure
     from .decide import choose as choose
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
     from .errors import BranchyNetError as BranchyNetError
     from .export import export as export
     from .net import BranchyNet as BranchyNet
-    from .net import attach as attach
     from .record import record as record
     from .training.train import fit as fit
     from .training.train import joint_loss as joint_loss
@@ -39,9 +40,10 @@ _ROOMS = {
     "Policy": "types",
     "Prediction": "types",
     "__version__": "version",
-    "attach": "net",
+    "attach": "attaching",
     "bench": "bench",
     "choose": "decide",
+    "detach": "attaching",
     "evaluate": "decide",
     "export": "export",
     "fit": "training.train",

@@ -4,9 +4,10 @@ import os
 import statistics
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 
 from . import scores
 from .cost import static_engines
-from .engine.onnx import Engine, load
+from .engine.exported import Engine
+from .engine.onnx import load
 from .errors import InputError
 from .graph.flat import flatten
-from .net import BranchyNet
+from .graph.quantize import calibration_batches, quantized
+from .net import count_exits
 
 Progress = Callable[[str], None]
 
@@ -35,6 +38,8 @@ def bench(
     samples: int = 2048,
     repeats: int = 15,
     seed: int = 0,
+    runtime: Literal["onnxruntime", "openvino"] = "onnxruntime",
+    calibration: Any = None,
     progress: Progress = lambda message: None,
 ) -> list[dict[str, Any]]:
     """Time one exported file at several batch sizes.
@@ -56,6 +61,8 @@ def bench(
         samples: how many of the images are timed (all of them count for accuracy).
         repeats: passes over those samples.
         seed: of the random order.
+        runtime: as for `load`: what runs the file and the static graphs.
+        calibration: for an int8 file, the samples that it was quantised with, so that the static graphs are int8 too.
         progress: called with a message now and then.
 
     Returns:
@@ -63,10 +70,11 @@ def bench(
         accuracy_static, accuracy_branchy, exit_share, thresholds``; times are microseconds a sample.
 
     Raises:
-        InputError: a flat file, one of another network, a batch size below 1 or beyond the number of images.
+        InputError: a flat file, one of another network, an int8 file without `calibration`, a batch size below 1 or
+            beyond the number of images.
         FileError: no such file, or a foreign one.
     """
-    engine = load(path, threads=threads)
+    engine = load(path, threads=threads, runtime=runtime)
     if engine.policy is None:
         raise InputError(
             f"{path} was exported with policy=None and has no early exits to time; export it with a policy"
@@ -77,9 +85,13 @@ def bench(
         raise InputError(f"{len(images)} images need as many labels; got {len(labels)}")
     if repeats < 1:
         raise InputError(f"repeats must be at least 1; got {repeats}")
-    exits = net.exits if isinstance(net, BranchyNet) else 1
+    exits = count_exits(net, images)
     if exits != engine.exits:
         raise InputError(f"{path} has {engine.exits} exits and the network {exits}; give the network that was exported")
+    int8 = engine.metadata.get("quantize") is not None
+    if int8 != (calibration is not None):
+        told = "int8: give calibration=, the samples it was quantised with" if int8 else "float: leave calibration= out"
+        raise InputError(f"{path} is {told}, so that the static graphs are what it is")
     order = np.random.default_rng(seed).permutation(len(images))
     inputs, answers = images.numpy()[order], labels.numpy()[order]
     predicted = [engine(inputs[i : i + 500]) for i in range(0, len(inputs), 500)]
@@ -87,9 +99,11 @@ def bench(
     accuracy = float((np.concatenate([p.label for p in predicted]) == answers).mean())
     enabled = [n for n, on in enumerate(engine.policy.enabled, 1) if on]
     flat = flatten(net, images[:2], score=scores.resolve(engine.policy.score))
+    if int8:
+        flat = quantized(flat, calibration_batches(calibration, flat))
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        static = static_engines(flat, Path(folder), threads, enabled=enabled, alone=False)
+        static = static_engines(flat, Path(folder), threads, enabled=enabled, alone=False, runtime=runtime)
         for batch in batches:
             progress(f"batch {batch}, {threads} thread(s)")
             timed = inputs[: max(1, min(samples, len(inputs)) // batch) * batch]
@@ -99,7 +113,7 @@ def bench(
             rows.append(
                 {
                     "network": network,
-                    "engine": "onnxruntime",
+                    "engine": runtime,
                     "batch": batch,
                     "threads": threads,
                     "static_us": us["plain"],
@@ -119,16 +133,22 @@ def bench(
 def _time(
     engine: Engine, static: dict[str, Engine], inputs: NDArray[Any], batch: int, repeats: int
 ) -> dict[str, float]:
-    """Median microseconds a sample over `repeats` passes; engines take turns every few calls."""
+    """Median microseconds a sample over `repeats` passes; engines take turns every few calls.
+
+    Who goes first finds the images cold in the cache and what it computes with evicted, so that turn goes round too.
+    """
     calls: dict[str, Callable[[NDArray[Any]], Any]] = {"branchy": engine, **{n: e.outputs for n, e in static.items()}}
     batches = [np.ascontiguousarray(inputs[i : i + batch]) for i in range(0, len(inputs), batch)]
     turn = max(1, 64 // batch)
     passes: dict[str, list[float]] = {name: [] for name in calls}
+    order = deque(calls)
     for repeat in range(repeats + 1):
         total = dict.fromkeys(calls, 0.0)
         for start in range(0, len(batches), turn):
             block = batches[start : start + turn]
-            for name, call in calls.items():
+            order.rotate(1)
+            for name in order:
+                call = calls[name]
                 begin = time.perf_counter()
                 for rows in block:
                     call(rows)

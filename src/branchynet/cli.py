@@ -121,6 +121,7 @@ def bench(
     run: RunArgument,
     batch: Annotated[str, typer.Option(help="Batch sizes.")] = "1,64",
     threads: Annotated[str, typer.Option(help="Threads within an operator.")] = "1",
+    engine: Annotated[str, typer.Option(help="onnxruntime, openvino, or both with a comma.")] = "onnxruntime",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows here.")] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -129,7 +130,8 @@ def bench(
     from .runs import bench_run, open_run
 
     batches, counts = _numbers(batch, int), _numbers(threads, int)
-    rows = bench_run(open_run(run), batches=batches, threads=counts, progress=not quiet)
+    engines = [name.strip() for name in engine.split(",") if name.strip()]
+    rows = bench_run(open_run(run), batches=batches, threads=counts, engines=engines, progress=not quiet)
     if json_file:
         write_json(json_file, rows)
     print_bench(rows)
@@ -209,8 +211,8 @@ def print_choice(choice: Any) -> None:
 def print_bench(rows: list[dict[str, Any]]) -> None:
     """Static, branchy and limit, one below the other, for each batch size."""
     table = Table(title="microseconds a sample, everything timed; accuracy on test images")
-    for name in ("batch", "threads", "network", "us", "speed-up", "accuracy", "leave at exit 1, 2, …"):
-        table.add_column(name, justify="left" if name == "network" else "right")
+    for name in ("engine", "batch", "threads", "network", "us", "speed-up", "accuracy", "leave at exit 1, 2, …"):
+        table.add_column(name, justify="left" if name in ("engine", "network") else "right")
     for row in rows:
         shares = ", ".join(f"{share:.1%}" for share in row["exit_share"])
         lines = [
@@ -220,7 +222,8 @@ def print_bench(rows: list[dict[str, Any]]) -> None:
         ]
         for name, us, accuracy, note in lines:
             speedup = f"{row['static_us'] / us:.2f}x"
-            table.add_row(str(row["batch"]), str(row["threads"]), name, f"{us:.1f}", speedup, f"{accuracy:.2%}", note)
+            where = (row["engine"], str(row["batch"]), str(row["threads"]))
+            table.add_row(*where, name, f"{us:.1f}", speedup, f"{accuracy:.2%}", note)
         table.add_section()
     out.print(table)
 

@@ -5,18 +5,20 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
 from torch import nn
 
 from . import scores
-from .engine.onnx import Engine, load
+from .engine.exported import Engine
+from .engine.onnx import load
 from .errors import InputError
 from .export import assemble
 from .graph.flat import FlatGraph, flatten, tensors_of
 from .graph.macs import exit_macs
+from .graph.quantize import calibration_batches, check_quantize, quantized
 from .scores import Score
 from .types import ExitCost
 
@@ -29,8 +31,11 @@ def measure(
     threads: int = 1,
     score: str | Score = "entropy",
     seconds: float = 3.0,
+    runtime: Literal["onnxruntime", "openvino"] = "onnxruntime",
+    quantize: Literal["int8"] | None = None,
+    calibration: Any = None,
 ) -> ExitCost:
-    """Time every stage of a network in ONNX Runtime, and count its multiply-accumulates.
+    """Time every stage of a network in the runtime that will run it, and count its multiply-accumulates.
 
     Static graphs are timed, interleaved: for every exit, one that computes this exit alone and one that computes all
     exits up to it, scores included. Their differences give trunk and branches apart; medians are taken.
@@ -42,29 +47,42 @@ def measure(
         threads: threads within an operator.
         score: counted with each branch.
         seconds: about how long to measure.
+        runtime: as for `load`.
+        quantize: as for `export`: time the int8 network.
+        calibration: as for `export`.
 
     Returns:
         An `ExitCost` with microseconds and multiply-accumulates a sample.
 
     Raises:
-        InputError: batch_size or threads below 1.
-        GraphError: the network cannot be exported.
+        InputError: batch_size or threads below 1, an unknown runtime, or calibration batches that do not fit.
+        GraphError: the network cannot be exported or quantised.
+        MissingExtraError: OpenVINO is not installed.
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1; got {batch_size}")
+    check_quantize(quantize, calibration)
     flat = flatten(net, example, score=scores.resolve(score))
+    trunk_macs, branch_macs = exit_macs(flat)
+    if quantize:
+        flat = quantized(flat, calibration_batches(calibration, flat))
     batch = [np.resize(t.numpy(), (batch_size, *t.shape[1:])) for t in tensors_of(example)]
     with tempfile.TemporaryDirectory() as folder:
-        engines = static_engines(flat, Path(folder), threads)
+        engines = static_engines(flat, Path(folder), threads, runtime=runtime)
         times = interleaved([lambda e=e: e.outputs(*batch) for e in engines.values()], seconds)
     us = {name: t / batch_size for name, t in zip(engines, times, strict=True)}
     trunk, branch = _apart(us, flat.exits)
-    trunk_macs, branch_macs = exit_macs(flat)
     return ExitCost(trunk, branch, trunk_macs, branch_macs, batch_size, threads)
 
 
 def static_engines(
-    flat: FlatGraph, folder: Path, threads: int, *, enabled: Sequence[int] | None = None, alone: bool = True
+    flat: FlatGraph,
+    folder: Path,
+    threads: int,
+    *,
+    enabled: Sequence[int] | None = None,
+    alone: bool = True,
+    runtime: Literal["onnxruntime", "openvino"] = "onnxruntime",
 ) -> dict[str, Engine]:
     """Engines of static graphs, by name.
 
@@ -80,7 +98,7 @@ def static_engines(
     engines = {}
     for name, outputs in wanted.items():
         ir.save(assemble(flat, None, outputs=outputs), folder / f"{name}.onnx")
-        engines[name] = load(folder / f"{name}.onnx", threads=threads)
+        engines[name] = load(folder / f"{name}.onnx", threads=threads, runtime=runtime)
     return engines
 
 

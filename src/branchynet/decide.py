@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .errors import InfeasibleError, InputError
-from .scores import Score, of_record
+from .scores import Score, of_choice, of_record
 from .search import Points, Problem, ascend, between, beyond, grid, join, leaving, mean_cost, sweep
 from .types import Choice, ExitCost, ExitRecord, Floats, Ints, Outcome, Policy
 
@@ -128,7 +128,7 @@ class Frontier:
 
 
 def frontier(
-    record: ExitRecord, cost: ExitCost, score: str | Score = "entropy", *, vectors: int = 1_000_000
+    record: ExitRecord, cost: ExitCost, score: str | Score | None = None, *, vectors: int = 1_000_000
 ) -> Frontier:
     """The best accuracy for every mean time that thresholds can give on `record`.
 
@@ -140,15 +140,16 @@ def frontier(
     Args:
         record: S samples, N exits.
         cost: N stages.
-        score: a name in `branchynet.scores`, or a callable.
+        score: a name in `branchynet.scores`, or a callable; by default the one that `record` holds, or else entropy.
         vectors: how many combinations to search for each set of exits in use; 1,000,000 take about 0.1 s and 50 MB.
 
     Returns:
         The Pareto set on this record: optimistic for other data, the more so the smaller the record.
 
     Raises:
-        InputError: record and cost are not for one number of exits, or the score is unknown.
+        InputError: record and cost are not for one number of exits, or the score is unknown or not the record's.
     """
+    score = of_choice(record, score)
     points = _search(_problem(record, cost, score), vectors)
     return Frontier(
         thresholds=points.thresholds,
@@ -166,7 +167,7 @@ def choose(
     max_drop: float | None = None,
     min_accuracy: float | None = None,
     max_latency_us: float | None = None,
-    score: str | Score = "entropy",
+    score: str | Score | None = None,
     vectors: int = 1_000_000,
 ) -> Choice:
     """The best thresholds under exactly one limit, searched as in `frontier`.
@@ -180,7 +181,7 @@ def choose(
         max_drop: accuracy at most this far below the last exit's, as a fraction (0.01 is one point).
         min_accuracy: accuracy at least this, between 0 and 1.
         max_latency_us: mean microseconds a sample at most this; needs `cost`.
-        score: a name in `branchynet.scores`, or a callable.
+        score: a name in `branchynet.scores`, or a callable; by default the one that `record` holds, or else entropy.
         vectors: how many combinations to search, as in `frontier`.
 
     Returns:
@@ -195,6 +196,7 @@ def choose(
     constraint = _constraint(max_drop=max_drop, min_accuracy=min_accuracy, max_latency_us=max_latency_us)
     if max_latency_us is not None and cost is None:
         raise InputError("max_latency_us needs a cost: measure one with measure(...), or give max_drop or min_accuracy")
+    score = of_choice(record, score)
     problem = _problem(record, cost or ExitCost((1.0,) * record.exits, (0.0,) * record.exits), score)
     most_loss, most_us = math.inf, math.inf
     if max_latency_us is not None:

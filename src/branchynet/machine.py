@@ -1,17 +1,20 @@
 """What a number was measured on: versions and hardware, to stand beside it."""
 
+import contextlib
 import os
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-_PACKAGES = ("branchynet", "torch", "onnxruntime", "onnx", "numpy")
+_PACKAGES = ("branchynet", "torch", "onnxruntime", "openvino", "onnx", "numpy")
 
 
 def environment() -> dict[str, str | int]:
     """Versions of Python and the packages that matter, the processor's name and the number of its cores."""
     found: dict[str, str | int] = {"python": platform.python_version()}
-    found |= {name: version(name) for name in _PACKAGES}
+    for name in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):  # OpenVINO need not be there
+            found[name] = version(name)
     return found | {"processor": _processor(), "cores": os.cpu_count() or 1, "system": platform.system()}
 
 

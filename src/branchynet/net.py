@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .branches import default_branch
 from .errors import GraphError, InputError, nearest
 
 INPUT = "input"  # the tap name that stands for the network's first argument
+
+Reader = Callable[[Any], Tensor]
 
 
 class OrderError(GraphError):
@@ -29,23 +30,40 @@ class BranchyNet(nn.Module):
         branches: for each tap, the module fed by it, in the order in which the taps run. A tap is the name of a
             submodule as in ``backbone.named_modules()``, or ``"input"`` for the network's first argument. A branch may
             be a `BranchyNet` itself (the paper's tree): its exits take its place in the tuple.
+        output: ``output(what the backbone returns) -> Tensor`` where the rule above does not find the last exit. A
+            module, such as a head on a headless backbone, is trained and saved with the branches.
+        tap: for some taps, ``tap[name](what the submodule returns) -> Tensor`` where the rule above does not find the
+            features.
 
     Raises:
         InputError: a tap that is no submodule (the nearest name is suggested), or a branch that is no module.
-        GraphError: from `forward`, where a tap never runs, runs twice, or runs out of order.
+        GraphError: from `forward`, where a tap never runs, runs twice, or runs out of order, or where the backbone has
+            several exits of its own.
     """
 
-    def __init__(self, backbone: nn.Module, branches: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        branches: Mapping[str, nn.Module],
+        *,
+        output: Reader | None = None,
+        tap: Mapping[str, Reader] | None = None,
+    ) -> None:
         super().__init__()
         modules = dict(backbone.named_modules())
-        for tap, branch in branches.items():
-            if tap != INPUT and (not tap or tap not in modules):
-                raise InputError(f"the backbone has no submodule {tap!r}{nearest(tap, [INPUT, *modules])}")
+        for name, branch in branches.items():
+            if name != INPUT and (not name or name not in modules):
+                raise InputError(f"the backbone has no submodule {name!r}{nearest(name, [INPUT, *modules])}")
             if not isinstance(branch, nn.Module):
-                raise InputError(f"the branch at {tap!r} must be an nn.Module; got {type(branch).__name__}")
+                raise InputError(f"the branch at {name!r} must be an nn.Module; got {type(branch).__name__}")
+        for name in tap or ():
+            if name not in branches:
+                raise InputError(f"tap= reads {name!r}, where there is no branch{nearest(name, branches)}")
         self.backbone = backbone
         self.taps = tuple(branches)
         self.branches = nn.ModuleList(branches.values())  # ModuleDict refuses the dots in submodule names
+        self.output = output
+        self.readers = dict(tap or {})
 
     @property
     def exits(self) -> int:
@@ -61,29 +79,29 @@ class BranchyNet(nn.Module):
 
         def leave(tap: str, value: Any) -> None:
             if tap in passed:
-                raise GraphError(f"the tap {tap!r} runs twice in one forward; tap a submodule that runs once")
+                raise GraphError(runs_twice(tap))
             passed.append(tap)
-            features = tensor_of(value, tap)
+            features = read_tensor(self.readers.get(tap), value, tap)
             if self._modifies_in_place():
                 features = features.clone()
             elif torch.is_grad_enabled():
                 tapped.append((tap, features, features._version))
-            output = by_tap[tap](features)
-            exits.extend(output if isinstance(output, tuple) else (output,))
+            branch = by_tap[tap]
+            output = branch(features)
+            exits.extend(output if isinstance(branch, BranchyNet) else (one_output(output, f"the branch at {tap!r}"),))
 
         with _hooks(self.backbone, [tap for tap in self.taps if tap != INPUT], leave):
             if INPUT in by_tap:
                 leave(INPUT, first_input(args, kwargs))
-            last = tensor_of(self.backbone(*args, **kwargs), "the backbone's output")
+            returned = self.backbone(*args, **kwargs)
         if tuple(passed) != self.taps:
             missing = [tap for tap in self.taps if tap not in passed]
             if missing:
-                raise GraphError(
-                    f"the tap {missing[0]!r} never ran before the output; tap a submodule that forward calls"
-                )
+                raise GraphError(never_ran(missing[0]))
             raise OrderError(
                 f"exits are given as {self.taps} but run in the order {tuple(passed)}; give them in that order"
             )
+        last = read_tensor(self.output or one_output, returned, "the backbone's output")
         for tap, features, version in tapped:
             if features._version != version:
                 raise GraphError(
@@ -97,56 +115,20 @@ class BranchyNet(nn.Module):
         return any(getattr(module, "inplace", False) for module in self.backbone.modules())
 
 
-def attach(
-    backbone: nn.Module,
-    at: Sequence[str],
-    *,
-    example: Any,
-    num_classes: int | None = None,
-    branch: Callable[[Tensor, int], nn.Module] = default_branch,
-) -> BranchyNet:
-    """Add a branch at each of the named taps, sized from an example.
-
-    Args:
-        backbone: the network; it is not changed.
-        at: names of submodules (as in ``named_modules()``) or ``"input"``, in any order: exits are numbered as they
-            run.
-        example: one batch of inputs: a tensor, a tuple of arguments, or a dict of keyword arguments.
-        num_classes: outputs of every branch; by default as many as the backbone's own output has.
-        branch: ``branch(features, num_classes) -> nn.Module``, told the example's features at the tap.
-
-    Raises:
-        InputError: no taps, a name twice, or an unknown submodule (the nearest is suggested).
-        GraphError: a tap that never runs or runs twice.
-    """
-    if isinstance(at, str) or not at or len(set(at)) != len(at):
-        raise InputError(f"at must be a list of one or more different tap names; got {at!r}")
-    args, kwargs = arguments(example)
-    features: dict[str, Tensor] = {}
-
-    class Probe(nn.Module):
-        def __init__(self, tap: str) -> None:
-            super().__init__()
-            self.tap = tap
-
-        def forward(self, x: Tensor) -> Tensor:
-            features[self.tap] = x
-            return x
-
-    probe = BranchyNet(backbone, {tap: Probe(tap) for tap in at})
-    with torch.no_grad(), evaluating(probe), contextlib.suppress(OrderError):
-        probe(*args, **kwargs)
-    with torch.no_grad(), evaluating(backbone):
-        output = tensor_of(backbone(*args, **kwargs), "the backbone's output")
-    classes = output.shape[1] if num_classes is None else num_classes
-    return BranchyNet(backbone, {tap: branch(value, classes) for tap, value in features.items()})
-
-
 def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """`(args, kwargs)` of a forward call from a tensor, a tuple of arguments, or a dict of keyword arguments."""
     if isinstance(example, Mapping):
         return (), dict(example)
     return (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}
+
+
+def few(example: Any, rows: int = 2) -> Any:
+    """The first rows of an example whose tensors all have one leading batch dimension; any other as it is."""
+    args, kwargs = arguments(example)
+    values = (*args, *kwargs.values())
+    if not all(isinstance(v, Tensor) and v.dim() for v in values) or len({len(v) for v in values}) != 1:
+        return example
+    return {k: v[:rows] for k, v in kwargs.items()} if kwargs else tuple(v[:rows] for v in args)
 
 
 @contextlib.contextmanager
@@ -161,16 +143,71 @@ def evaluating(net: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def exits_in(net: nn.Module, returned: Any) -> tuple[Tensor, ...]:
+    """Every exit's output in what `net` returned, earliest first.
+
+    They are a `BranchyNet`'s whole tuple, or from any other network a tuple or list of two or more tensors of one shape
+    `(B, C, ...)`: a network with exits of its own. All else is one exit, see `tensor_of`.
+    """
+    if isinstance(getattr(net, "module", net), BranchyNet):  # DistributedDataParallel keeps the network as its module
+        return returned
+    return _several(returned) or (tensor_of(returned, "the network's output"),)
+
+
+def count_exits(net: nn.Module, example: Any) -> int:
+    """N, how many exits a network has, from a forward of two rows where its type does not say."""
+    if isinstance(net, BranchyNet):
+        return net.exits
+    args, kwargs = arguments(few(example))
+    with torch.no_grad(), evaluating(net):
+        return len(exits_in(net, net(*args, **kwargs)))
+
+
+def one_output(returned: Any, where: str = "the backbone's output") -> Tensor:
+    """The one tensor of a network with a single exit. Raises `GraphError` where there are several exits, or none."""
+    if several := _several(returned):
+        raise GraphError(
+            f"{where} is {len(several)} tensors of one shape {tuple(several[0].shape)}, which are exits of its own: "
+            "use such a network as it is, without attaching branches, or say which tensor is meant with output="
+        )
+    return tensor_of(returned, where)
+
+
 def tensor_of(value: Any, where: str) -> Tensor:
     """The tensor in a module's output: itself, ``.logits``, or the first entry. Raises `GraphError` for none."""
+    tensor = tensor_in(value)
+    if tensor is None:
+        raise GraphError(
+            f"{where!r} gives a {type(value).__name__}, which holds no tensor to use; tap another submodule"
+        )
+    return tensor
+
+
+def tensor_in(value: Any) -> Tensor | None:
+    """As `tensor_of`, or None."""
     if isinstance(value, Tensor):
         return value
     if isinstance(getattr(value, "logits", None), Tensor):
         return value.logits
     entries = list(value.values()) if isinstance(value, Mapping) else value
-    if isinstance(entries, (tuple, list)) and entries and isinstance(entries[0], Tensor):
-        return entries[0]
-    raise GraphError(f"{where!r} gives a {type(value).__name__}, which holds no tensor to use; tap another submodule")
+    return entries[0] if isinstance(entries, (tuple, list)) and entries and isinstance(entries[0], Tensor) else None
+
+
+def _several(value: Any) -> tuple[Tensor, ...]:
+    """The exits of a network that has several, else nothing."""
+    if not isinstance(value, (tuple, list)) or isinstance(getattr(value, "logits", None), Tensor) or len(value) < 2:
+        return ()
+    # Compared one by one: the shapes of an export hold symbols, which cannot be hashed.
+    exits = all(isinstance(v, Tensor) and v.dim() > 1 and v.shape == value[0].shape for v in value)
+    return tuple(value) if exits else ()
+
+
+def read_tensor(reader: Reader | None, value: Any, where: str) -> Tensor:
+    """The tensor that `reader`, or else `tensor_of`, finds. Raises `GraphError` where it is none."""
+    tensor = tensor_of(value, where) if reader is None else reader(value)
+    if not isinstance(tensor, Tensor):
+        raise GraphError(f"what reads {where!r} gives a {type(tensor).__name__}; output= and tap= must give a tensor")
+    return tensor
 
 
 def first_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -180,6 +217,16 @@ def first_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     if kwargs:
         return next(iter(kwargs.values()))
     raise InputError("the network was called without inputs")
+
+
+def never_ran(tap: str) -> str:
+    """What to say of a tap that `forward` does not reach."""
+    return f"the tap {tap!r} never ran before the output; tap a submodule that forward calls"
+
+
+def runs_twice(tap: str) -> str:
+    """What to say of a tap that `forward` reaches more than once."""
+    return f"the tap {tap!r} runs twice in one forward; tap a submodule that runs once"
 
 
 @contextlib.contextmanager

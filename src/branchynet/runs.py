@@ -12,6 +12,7 @@ Every file is readable by hand or by a standard tool; each is written whole or n
 
 import copy
 import importlib
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -229,15 +230,20 @@ def export_run(run: Run, path: Path | None = None, **options: Any) -> Path:
 
 
 def bench_run(
-    run: Run, *, batches: Sequence[int], threads: Sequence[int], progress: bool = True
+    run: Run,
+    *,
+    batches: Sequence[int],
+    threads: Sequence[int],
+    engines: Sequence[Any] = ("onnxruntime",),
+    progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Time ``model.onnx`` beside the static network on the test images; writes ``bench.json``."""
+    """Time ``model.onnx`` beside the static network, in each engine; writes ``bench.json``."""
     model = run.file("model.onnx", "export")
     net, data = load_run(run)
     images, labels = data.test.images.float() / 255, data.test.labels
     accuracy = evaluate(ExitRecord.load(run.file("record-static.npz", "train")), Policy()).accuracy
     rows = []
-    for count in threads:
+    for runtime, count in itertools.product(engines, threads):
         rows += bench(
             model,
             net,
@@ -247,6 +253,7 @@ def bench_run(
             accuracy_static=accuracy,
             batches=batches,
             threads=count,
+            runtime=runtime,
             progress=print if progress else lambda message: None,
         )
     write_json(run.path / "bench.json", {"environment": environment(), "rows": rows})

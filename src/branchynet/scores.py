@@ -1,8 +1,11 @@
 """Scores: how sure an exit is, as one number a sample; smaller = surer.
 
 A score is a function ``score(outputs: tuple[Tensor, ...]) -> Tensor`` of the outputs of the exits passed so far,
-earliest first, each `(B, C)`; it returns `(B,)`. Wherever a score is asked for, one of the names below or such a
-callable will do. The same torch code scores records and is exported into the graph.
+earliest first, each `(B, C)` or `(B, C, ...)`; it returns `(B,)`. Wherever a score is asked for, one of the names below
+or such a callable will do. The same torch code scores records and is exported into the graph.
+
+The named ones are for classes that exclude each other, and need two or more; of dense outputs `(B, C, ...)`, such as
+segmentations, they are the mean over all positions. For several labels a sample and for regression bring a callable.
 """
 
 from collections.abc import Callable
@@ -12,26 +15,44 @@ import torch
 from torch import Tensor
 
 from .errors import InputError, nearest
-from .types import ExitRecord, Floats
+from .types import ExitRecord, Floats, score_name
 
 Score = Callable[[tuple[Tensor, ...]], Tensor]
 
 
 def entropy(outputs: tuple[Tensor, ...]) -> Tensor:
-    """Entropy of the softmax of the latest logits, in nats (Teerapittayanon et al. 2016, section III-C)."""
-    log_p = torch.log_softmax(outputs[-1], dim=1)
-    return -(log_p.exp() * log_p).sum(dim=1)
+    """Entropy of the softmax of the latest logits, in nats (Teerapittayanon et al. 2016, section III-C).
+
+    An entropy to leave by in segmentation: Gilbert et al. 2025, doi:10.1109/icmlcn64995.2025.11140234.
+    """
+    log_p = torch.log_softmax(_logits(outputs), dim=1)
+    return _mean(-(log_p.exp() * log_p).sum(dim=1))
 
 
 def max_probability(outputs: tuple[Tensor, ...]) -> Tensor:
     """1 - the largest softmax probability of the latest logits."""
-    return 1 - torch.softmax(outputs[-1], dim=1).amax(dim=1)
+    return _mean(1 - torch.softmax(_logits(outputs), dim=1).amax(dim=1))
 
 
 def margin(outputs: tuple[Tensor, ...]) -> Tensor:
     """1 - (largest - second largest softmax probability) of the latest logits."""
-    top = torch.softmax(outputs[-1], dim=1).topk(2, dim=1).values
-    return 1 - (top[:, 0] - top[:, 1])
+    top = torch.softmax(_logits(outputs), dim=1).topk(2, dim=1).values
+    return _mean(1 - (top[:, 0] - top[:, 1]))
+
+
+def _logits(outputs: tuple[Tensor, ...]) -> Tensor:
+    latest = outputs[-1]
+    if latest.dim() < 2 or latest.shape[1] < 2:
+        raise InputError(
+            f"outputs of shape {tuple(latest.shape)} have not two classes in dimension 1, so entropy, max_probability "
+            "and margin say nothing of how sure they are; pass a callable: score(outputs_so_far) -> (B,)"
+        )
+    return latest
+
+
+def _mean(values: Tensor) -> Tensor:
+    """Over all positions of every sample: `(B, ...)` -> `(B,)`."""
+    return values.mean(dim=list(range(1, values.dim()))) if values.dim() > 1 else values
 
 
 SCORES: dict[str, Score] = {"entropy": entropy, "max_probability": max_probability, "margin": margin}
@@ -46,12 +67,39 @@ def resolve(score: str | Score) -> Score:
     return SCORES[score]
 
 
+def of_choice(record: ExitRecord, score: str | Score | None) -> str | Score:
+    """`score`, or where that is None the one that `record` was made with, or else entropy.
+
+    Raises:
+        InputError: `record` holds the values of another score.
+    """
+    own = record.score
+    if score is None:
+        return "entropy" if own is None else own
+    if own is not None and not _same(own, score):
+        raise InputError(
+            f"the record holds the score {score_name(own)!r}, not {score_name(score)!r}; leave score= out, or record "
+            "again with that one"
+        )
+    return score
+
+
+def _same(a: str | Score, b: str | Score) -> bool:
+    a, b = (SCORES.get(s, s) if isinstance(s, str) else s for s in (a, b))
+    # A callable that a file names can be told by its name alone.
+    return score_name(a) == score_name(b) if isinstance(a, str) or isinstance(b, str) else a == b
+
+
 @torch.no_grad()
 def of_record(record: ExitRecord, score: str | Score = "entropy") -> Floats:
     """The scores `(S, N)` float32 of every exit for every sample of `record`.
 
-    A record made by `ExitRecord.from_scores` carries its own, and they are returned.
+    A record of scores and losses carries its own, and they are returned.
+
+    Raises:
+        InputError: the record holds another score, or `score` does not give one number a sample.
     """
+    score = of_choice(record, score)
     if record.outputs is None:
         assert record.scores is not None
         return record.scores

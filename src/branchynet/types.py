@@ -31,13 +31,15 @@ _UNREADABLE = (OSError, ValueError, TypeError, EOFError, KeyError, NotImplemente
 class ExitRecord:
     """Every exit's answer for every sample of a data set, with what the right answers were.
 
-    Made by `record` from a network, or by `from_scores` for tasks whose outputs are not class logits.
+    Made by `record` from a network. For tasks whose outputs are not class logits, or are too large to keep, it holds
+    scores and losses instead.
 
     Attributes:
         outputs: `(S, N, C)` float32 logits, or None where only scores and losses were kept.
         labels: `(S,)` int64 class indices, or None likewise.
         scores: `(S, N)` float32, smaller = surer; None where they are to be computed from `outputs`.
         losses: `(S, N)` float32 in [0, 1]; for classification 1 where an exit is wrong.
+        score: what `scores` are of: a score's name, or the callable; None where that is not known.
 
     Raises:
         InputError: shapes disagree, no samples, a label outside 0..C-1, or an infinite or NaN output.
@@ -47,10 +49,11 @@ class ExitRecord:
     labels: Ints | None
     scores: Floats | None = None
     losses: Floats = None  # type: ignore[assignment]  # derived from outputs and labels where not given
+    score: Any = None
 
     def __post_init__(self) -> None:
         if self.outputs is not None:
-            if self.scores is not None or self.losses is not None:
+            if self.scores is not None or self.losses is not None or self.score is not None:
                 raise InputError("give outputs and labels, or scores and losses (ExitRecord.from_scores), not both")
             outputs = _array("outputs", self.outputs, 3, "(S, N, C)")
             labels = np.asarray(self.labels)
@@ -78,9 +81,12 @@ class ExitRecord:
             _set(self, scores=scores, losses=losses)
 
     @classmethod
-    def from_scores(cls, scores: ArrayLike, losses: ArrayLike) -> "ExitRecord":
-        """A record of scores `(S, N)` (smaller = surer) and losses `(S, N)` in [0, 1], for any task."""
-        return cls(outputs=None, labels=None, scores=np.asarray(scores), losses=np.asarray(losses))
+    def from_scores(cls, scores: ArrayLike, losses: ArrayLike, score: Any = None) -> "ExitRecord":
+        """A record of scores `(S, N)` (smaller = surer) and losses `(S, N)` in [0, 1], for any task.
+
+        `score` says of what: a score's name or the callable, which `choose` then puts into its policy.
+        """
+        return cls(outputs=None, labels=None, scores=np.asarray(scores), losses=np.asarray(losses), score=score)
 
     @property
     def samples(self) -> int:
@@ -99,10 +105,13 @@ class ExitRecord:
         return hashlib.sha256(b"".join(f"{a.shape}".encode() + a.tobytes() for a in arrays)).hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write an ``.npz`` file, whole or not at all. Raises `FileError`."""
+        """Write an ``.npz`` file, whole or not at all; of a callable score the name is kept. Raises `FileError`."""
         names = ("outputs", "labels") if self.outputs is not None else ("scores", "losses")
+        arrays = {name: getattr(self, name) for name in names}
+        if self.score is not None:
+            arrays["score"] = np.array(score_name(self.score))
         with replacing(path) as temporary, temporary.open("wb") as stream:
-            np.savez_compressed(stream, **{name: getattr(self, name) for name in names})
+            np.savez_compressed(stream, **arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "ExitRecord":
@@ -113,8 +122,9 @@ class ExitRecord:
                 arrays = {name: stored[name] for name in stored.files}
             if set(arrays) == {"outputs", "labels"}:
                 return cls(**arrays)
-            if set(arrays) == {"scores", "losses"}:
-                return cls.from_scores(**arrays)
+            if set(arrays) - {"score"} == {"scores", "losses"}:
+                score = str(arrays["score"]) if "score" in arrays else None
+                return cls.from_scores(arrays["scores"], arrays["losses"], score)
         except _UNREADABLE as error:
             raise FileError(f"cannot read the record {path}: {error}; make it again with record(...)") from error
         raise FileError(f"{path} holds {sorted(arrays)}, which is no ExitRecord; make it with record(...)")
@@ -210,8 +220,7 @@ class Policy:
 
     def to_json(self) -> dict[str, Any]:
         """``{"score": name, "thresholds": [...]}`` with null for never."""
-        score = self.score if isinstance(self.score, str) else getattr(self.score, "__name__", "custom")
-        return {"score": score, "thresholds": list(self.thresholds)}
+        return {"score": score_name(self.score), "thresholds": list(self.thresholds)}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Policy":
@@ -225,7 +234,8 @@ class Outcome:
 
     Attributes:
         samples: S.
-        accuracy: 1 - mean loss of the answers given; `accuracy_interval` is its 95 % interval.
+        accuracy: 1 - mean loss of the answers given, which for losses other than 0 or 1 is what those make it, such as
+            a pixel accuracy; `accuracy_interval` is its 95 % interval.
         last_accuracy: the same for the last exit alone.
         exit_share: `(N,)` share of the samples that leave at each exit, summing to 1.
         exit_accuracy: `(N,)` accuracy among those that leave there; None where nobody does.
@@ -280,7 +290,8 @@ class Prediction(NamedTuple):
     """What an engine answers for a batch of B samples; numpy arrays.
 
     Attributes:
-        label: `(B, ...)` int64, the index of the largest output.
+        label: `(B, ...)` int64, the index of the largest output along dimension 1; it means nothing for regression and
+            for several labels a sample, where `output` is the answer.
         exit: `(B,)` int64, the exit that answered, from 1.
         score: `(B,)` float32, that exit's score; smaller = surer.
         output: `(B, C, ...)` float32, that exit's output.
@@ -290,6 +301,11 @@ class Prediction(NamedTuple):
     exit: Ints
     score: Floats
     output: Floats
+
+
+def score_name(score: Any) -> str:
+    """The name of a score that is given by name or as a callable."""
+    return score if isinstance(score, str) else getattr(score, "__name__", "custom")
 
 
 def _array(name: str, value: ArrayLike, ndim: int, shape: str, finite: bool = True) -> Floats:

@@ -73,6 +73,7 @@ class _Nest:
         self.thresholds: list[ir.Value] = []
         self.index: dict[tuple[int, int], ir.Value] = {}  # (i, j): rows of level i's batch that are level j's batch
         self.varies = _varying(flat)
+        self.numbered = _numbered(flat)
 
     def model(self, required_thresholds: bool) -> ir.Model:
         outermost = self.sections[0]
@@ -165,7 +166,7 @@ class _Nest:
                 local = self._again(value, i)
             elif not self.flat.dynamic or value not in self.varies:
                 local = self.sections[home].values[value]
-            elif (axis := _batch_axis(value)) is not None:
+            elif (axis := _batch_axis(value)) is not None and value not in self.numbered:
                 source, rows = self.sections[home].values[value], self._rows(home, i)
                 shape = [here.dim(d) for d in value.shape or ()]
                 local = here.op(
@@ -201,8 +202,9 @@ class _Nest:
         assert node is not None
         if node.op_type in _HEAVY:
             raise GraphError(
-                f"the value {value.name!r} {value.shape} crosses from one stage to the next, but none of its dimensions "
-                "is the batch, so the samples that stay cannot be picked from it; tap where the batch stands alone"
+                f"the value {value.name!r} {value.shape} crosses from one stage to the next, but none of its "
+                "dimensions is the batch, so the samples that stay cannot be picked from it; tap where the batch "
+                "stands alone"
             )
         here = self.sections[i]
         if node.op_type == "Shape":
@@ -255,6 +257,18 @@ def _varying(flat: FlatGraph) -> set[ir.Value]:
         if any(v in varying for v in node.inputs):
             varying.update(node.outputs)
     return varying
+
+
+def _numbered(flat: FlatGraph) -> set[ir.Value]:
+    """Values that hold places in the batch, from a Range over it: a smaller batch has others, so none may be picked."""
+    numbered: set[ir.Value] = set()
+    for node in flat.model.graph:
+        # What is looked up by such places is a row's own again; what they are looked up in may hold places itself.
+        read = node.inputs[:1] if node.op_type.startswith(("Gather", "Scatter")) else node.inputs
+        counts = node.op_type == "Range" and not all(isinstance(d, int) for d in node.outputs[0].shape or ())
+        if counts or any(v in numbered for v in read):
+            numbered.update(node.outputs)
+    return numbered
 
 
 def _copy_inputs(flat: FlatGraph, section: Section) -> list[ir.Value]:

@@ -19,7 +19,7 @@ def reserved(name: str) -> bool:
 class Section:
     """Nodes and initializers of one graph, with the names of its level, so that names stay unique when graphs nest.
 
-    Level 1 sees the whole `BATCH`; level n + 1 the samples that stay at the n-th exit, as many as its own symbol `batch`.
+    Level 1 sees the whole batch; level n + 1 the samples that stay at the n-th exit. Its symbol for how many: `batch`.
     """
 
     def __init__(self, level: int) -> None:
@@ -37,7 +37,7 @@ class Section:
         *,
         name: str,
         type: ir.TypeProtocol | None = None,
-        shape: Sequence[int | str] | ir.Shape | None = None,
+        shape: Sequence[int | str | None] | ir.Shape | None = None,
     ) -> ir.Value:
         """Append a node of our own with one output and return that output."""
         name = self.own(name)

@@ -121,17 +121,18 @@ class Tally:
         self.losses: list[Tensor] = []
         self.sizes: list[int] = []
         self.right: Tensor | None = None
-        self.answers = 0
+        self.answers: Tensor | int = 0
 
     def add(self, loss: Tensor, outputs: tuple[Tensor, ...], target: Tensor) -> None:
         """Count one batch; nothing here waits for the device."""
         self.losses.append(loss)
         self.sizes.append(len(target))
-        # Without class indices as targets there is no accuracy to speak of.
-        if not target.is_floating_point() and _answers(outputs[-1]) == target.shape:
-            right = (torch.stack([o.detach() for o in outputs]).argmax(dim=2) == target).flatten(1).sum(dim=1)
-            self.right = right if self.right is None else self.right + right
-            self.answers += target.numel()
+        if not _are_classes(outputs[-1], target):
+            return
+        right = torch.stack([(o.detach().argmax(dim=1) == target).sum() for o in outputs])
+        self.right = right if self.right is None else self.right + right
+        # Other targets are those that the loss ignores, such as the -100 of cross_entropy.
+        self.answers = self.answers + ((target >= 0) & (target < outputs[-1].shape[1])).sum()
 
     def read(self, accelerator: Accelerator | None = None) -> tuple[float, tuple[float, ...]]:
         """Mean loss a sample and accuracies `(N,)`, over all processes where `accelerator` is given.
@@ -152,11 +153,12 @@ class Tally:
             )
         sizes = torch.tensor(self.sizes, dtype=torch.float64)
         right = [] if self.right is None else self.right.tolist()
-        sums = torch.tensor([float(losses @ sizes), float(sizes.sum()), self.answers, *right], dtype=torch.float64)
+        totals = [float(losses @ sizes), float(sizes.sum()), float(self.answers), *right]
+        sums = torch.tensor(totals, dtype=torch.float64)
         if accelerator is not None and accelerator.num_processes > 1:
             sums = accelerator.reduce(sums.to(accelerator.device), "sum").cpu()  # type: ignore[union-attr]
         loss_sum, samples, answers, *right = sums.tolist()
-        return loss_sum / samples, tuple(r / answers for r in right)
+        return loss_sum / samples, tuple(r / answers for r in right if answers)
 
 
 class Bar:
@@ -189,11 +191,13 @@ class Bar:
 
     def show(self, loss: float, accuracies: tuple[float, ...]) -> None:
         """Draw these figures."""
-        right = "  ".join(f"{a:.2%}" for a in accuracies)
-        self.bar.update(self.task, completed=self.done, told=f"loss {loss:.4f}  right {right}", refresh=True)
+        right = "  ".join(["  right", *(f"{a:.2%}" for a in accuracies)]) if accuracies else ""
+        self.bar.update(self.task, completed=self.done, told=f"loss {loss:.4f}{right}", refresh=True)
         self.shown = time.monotonic()
 
 
-def _answers(output: Tensor) -> torch.Size | None:
-    """The shape of class indices that would go with `output`: `(B, C, ...)` -> `(B, ...)`."""
-    return output.shape[:1] + output.shape[2:] if output.dim() > 1 else None
+def _are_classes(output: Tensor, target: Tensor) -> bool:
+    """Whether targets are class indices `(B, ...)` for `(B, C, ...)`; of others there is no accuracy to speak of."""
+    if target.is_floating_point() or output.dim() < 2 or output.shape[1] < 2:
+        return False
+    return target.shape == output.shape[:1] + output.shape[2:]

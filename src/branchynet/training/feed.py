@@ -1,13 +1,13 @@
 """One way to feed a batch to a network, shared by training and recording."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..net import tensor_of
+from ..net import exits_in
 
 
 def batches(loader: Any, device: torch.device, channels_last: bool = False) -> Iterator[tuple[Any, Tensor]]:
@@ -38,12 +38,35 @@ def batches(loader: Any, device: torch.device, channels_last: bool = False) -> I
         yield place(batch[0]), batch[1].to(device, non_blocking=True)
 
 
+def in_order(keywords: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
+    """The entries of a batch by keyword, in the order of an exported graph's inputs.
+
+    Args:
+        keywords: inputs by the names that forward gives them.
+        names: of the graph's inputs, which may have underscores behind those (see `branchynet.graph.flat.input_names`).
+
+    Raises:
+        InputError: other names than the graph's.
+    """
+    left = dict(keywords)
+    found = []
+    for name in names:
+        key = name
+        while key not in left and key.endswith("_"):
+            key = key[:-1]
+        if key not in left:
+            raise InputError(f"the batch has no input {name!r}, only {sorted(keywords)}; it needs {list(names)}")
+        found.append(left.pop(key))
+    if left:
+        raise InputError(f"the batch has inputs {sorted(left)} that the network does not read; it reads {list(names)}")
+    return found
+
+
 def exits_of(net: nn.Module, inputs: Any) -> tuple[Tensor, ...]:
     """Every exit's output for one batch, earliest first; a network with a single output has one exit.
 
     Args:
-        net: a `BranchyNet`, or any module that gives a tensor, a tuple of tensors (its exits) or an object with
-            ``.logits``.
+        net: a `BranchyNet`, or any module; see `branchynet.net.exits_in` for which of its outputs are exits.
         inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
     """
     if isinstance(inputs, Mapping):
@@ -52,6 +75,4 @@ def exits_of(net: nn.Module, inputs: Any) -> tuple[Tensor, ...]:
         value = net(*inputs)
     else:
         value = net(inputs)
-    if isinstance(value, (tuple, list)) and value and all(isinstance(entry, Tensor) for entry in value):
-        return tuple(value)
-    return (tensor_of(value, "the network"),)
+    return exits_in(net, value)

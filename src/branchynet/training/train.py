@@ -58,7 +58,7 @@ def joint_loss(
         if output.shape != last.shape:
             raise InputError(
                 f"exit {n} gives outputs of shape {tuple(output.shape)}, but the last exit {tuple(last.shape)}; "
-                "give every branch as many classes as the backbone has"
+                "give every branch the shape of the backbone's output"
             )
         try:
             part = loss(output, target)
@@ -150,7 +150,7 @@ def fit(
         train: ``"all"``, or ``"branches"`` to leave the backbone exactly as it is: frozen and in eval mode.
         loss: ``loss(output, target) -> scalar``; for label smoothing
             ``functools.partial(F.cross_entropy, label_smoothing=0.1)``.
-        distill: weight of self-distillation from the last exit, see `joint_loss`.
+        distill: weight of self-distillation from the last exit, see `joint_loss`; for classes that exclude each other.
         optimizer: ``optimizer(parameters) -> Optimizer``.
         schedule: ``schedule(optimizer, total_steps) -> LRScheduler``, stepped after every batch: `Cosine()`,
             `Constant()` or your own.

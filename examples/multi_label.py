@@ -1,0 +1,71 @@
+"""Early exits where a sample may have several labels: which of six tones are in a sound."""
+
+import math
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from branchynet import attach, choose, evaluate, export, fit, load, measure, record
+
+TONES = 6
+
+
+def sounds(samples, seed):
+    """Sounds (S, 1, 128), some clear, some noisy, and which tones are in them (S, 6), 0.0 or 1.0."""
+    random = torch.Generator().manual_seed(seed)
+    there = torch.randint(0, 2, (samples, TONES), generator=random).float()
+    phase = 2 * math.pi * torch.rand(samples, TONES, 1, generator=random)
+    turns = torch.arange(6, 30, 4).view(1, TONES, 1) * torch.linspace(0, 2 * math.pi, 128)
+    clear = (there.unsqueeze(2) * torch.sin(turns + phase)).sum(dim=1)
+    noise = 3 * torch.rand(samples, 1, generator=random) ** 2 * torch.randn(samples, 128, generator=random)
+    return TensorDataset((clear + noise).unsqueeze(1), there)
+
+
+def backbone(width=32):
+    layers, before = [], 1
+    for stride in (2, 1, 1, 1, 1, 1):
+        layers += [nn.Conv1d(before, width, 9, stride, 4), nn.BatchNorm1d(width), nn.ReLU()]
+        before = width
+    return nn.Sequential(*layers, nn.AdaptiveMaxPool1d(4), nn.Flatten(), nn.Linear(4 * width, TONES))
+
+
+def unsure(outputs):
+    """Score: the entropy of the label that the latest exit is least sure of, in nats."""
+    logits = outputs[-1]
+    return F.binary_cross_entropy_with_logits(logits, logits.sigmoid(), reduction="none").amax(dim=1)
+
+
+def hamming(output, target):
+    """Loss: the share of a sample's labels that are wrong. For exact match: ``.any(dim=1)`` instead of the mean."""
+    return ((output > 0) != (target > 0.5)).float().mean(dim=1)
+
+
+def main(epochs=6, samples=2000, progress=True):
+    torch.manual_seed(0)
+    train, val, test = (sounds(n, seed) for seed, n in enumerate((samples, 1000, 1000)))
+    val_loader, test_loader = DataLoader(val, 250), DataLoader(test, 250)
+    example = val.tensors[0][:8]
+
+    net = attach(backbone(), at=["5"], example=example)
+    loss = F.binary_cross_entropy_with_logits
+    fit(net, DataLoader(train, 64, shuffle=True), val_loader, epochs=epochs, loss=loss, progress=progress)
+    cost = measure(net, example, score=unsure)
+    judge = {"loss": hamming, "score": unsure, "progress": progress}
+    choice = choose(record(net, val_loader, **judge), cost, max_drop=0.002)  # the policy's score is the record's
+    print("threshold:", choice.policy.thresholds)
+    print("test:", evaluate(record(net, test_loader, **judge), choice.policy, cost))
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = export(net, Path(folder) / "model.onnx", policy=choice.policy, example=example)
+        heard, there = test.tensors
+        answer = load(path, threads=1)(heard.numpy())
+    right = (answer.output > 0) == (there.numpy() > 0.5)  # answer.label, the largest output, means nothing here
+    print("left at exit 1:", (answer.exit == 1).mean(), "labels right:", right.mean())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The same file in OpenVINO, on the CPU."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+
+from ..errors import FileError, MissingExtraError
+from .checks import Input
+from .exported import Engine, Feeds, read_metadata
+
+
+def open_in_openvino(path: str | os.PathLike[str], threads: int | None) -> Engine:
+    """Open a file that `export` wrote; see `branchynet.load`, which calls this. Raises as it does."""
+    try:
+        import openvino
+    except ImportError as error:
+        raise MissingExtraError(
+            "runtime='openvino' needs OpenVINO, which is not installed: pip install 'branchynet[openvino]'"
+        ) from error
+    try:
+        model = onnx.load(path)
+    except DecodeError as error:
+        raise FileError(f"{path} is no ONNX file ({error}); export it again") from error
+    metadata = read_metadata({p.key: p.value for p in model.metadata_props}, path)
+    # OpenVINO takes an input with a default value for a constant: without the default it stays an input, which we feed.
+    weights = [t for t in model.graph.initializer if t.name not in {i.name for i in model.graph.input}]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(weights)
+    options: dict[str, Any] = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",  # it may choose bfloat16, which moves scores across thresholds
+    }
+    if threads is not None:
+        options["INFERENCE_NUM_THREADS"] = threads
+    try:
+        core = openvino.Core()
+        compiled = core.compile_model(core.read_model(model.SerializeToString()), "CPU", options)
+    except RuntimeError as error:
+        version = openvino.__version__.split("-")[0]
+        raise FileError(
+            f"OpenVINO {version} cannot run {path} ({_brief(error)}); load it with runtime='onnxruntime'"
+        ) from error
+    inputs = [_input(i) for i in model.graph.input]
+    return Engine("openvino", _Requests(compiled), inputs, len(compiled.outputs), metadata, feeds_thresholds=True)
+
+
+class _Requests:
+    """Runs a compiled model; calls at the same time each take a request of their own."""
+
+    def __init__(self, compiled: Any) -> None:
+        self.compiled = compiled
+        self.free: list[Any] = []
+
+    def __call__(self, feeds: Feeds) -> Sequence[NDArray[Any]]:
+        try:
+            request = self.free.pop()
+        except IndexError:
+            request = self.compiled.create_infer_request()
+        try:
+            results = request.infer({name: np.ascontiguousarray(array) for name, array in feeds.items()})
+            return [results[i] for i in range(len(results))]
+        finally:
+            self.free.append(request)
+
+
+def _brief(error: Exception) -> str:
+    """OpenVINO tells at length how it went; its summary says why it failed."""
+    told = str(error)
+    return " ".join(told[max(0, told.find("Summary:")) :].split())[:300]
+
+
+def _input(value: onnx.ValueInfoProto) -> Input:
+    kind = value.type.tensor_type
+    dims = [d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim]
+    return Input(value.name, onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).type, tuple(dims[1:]))

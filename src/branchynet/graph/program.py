@@ -1,0 +1,222 @@
+"""From a PyTorch network to one exported torch program with every exit's output and score, or the reason why not."""
+
+import contextlib
+import io
+import logging
+import traceback
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..errors import GraphError, InputError
+from ..net import arguments, evaluating, exits_in
+from ..scores import Score
+from ..survey import Survey
+from .section import BATCH
+
+_OURS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))  # code that is not the network's own
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """An exported program.
+
+    Attributes:
+        exported: functional; its outputs are every exit's output, then with scores every exit's score.
+        exits: N.
+        kinds: ``("output",)``, or ``("output", "score")``.
+        dynamic_shapes: of the inputs, as `torch.export` takes them.
+        whole: the module that was exported.
+    """
+
+    exported: torch.export.ExportedProgram
+    exits: int
+    kinds: tuple[str, ...]
+    dynamic_shapes: Any
+    whole: nn.Module
+
+
+def tensors_of(example: Any) -> tuple[Tensor, ...]:
+    """The tensors of an example, positional ones first. Raises `InputError` where they are not one batch of tensors."""
+    args, kwargs = arguments(example)
+    tensors = (*args, *kwargs.values())
+    if not tensors or not all(isinstance(t, Tensor) and t.dim() > 0 and len(t) for t in tensors):
+        raise InputError("example must be a tensor, or a tuple or dict of tensors, each with a leading batch dimension")
+    if len({len(t) for t in tensors}) > 1:
+        raise InputError(f"the tensors of the example have batch sizes {[len(t) for t in tensors]}; they must agree")
+    return tuple(t.detach() for t in tensors)
+
+
+def program_of(net: nn.Module, example: Any, *, score: Score | None, dynamic: bool = True) -> Program:
+    """Export a network in eval mode, after one plain forward, in which most mistakes show at once.
+
+    Args:
+        net: a `BranchyNet`, or any network; see `branchynet.net.exits_in` for which of its outputs are exits.
+        example: one batch of inputs: a tensor, a tuple of tensors, or a dict of keyword arguments.
+        score: computed for every exit.
+        dynamic: leave the batch size free; else it is fixed at 1.
+
+    Raises:
+        InputError: the example holds no tensors with a leading batch dimension, or `score` does not give one number a
+            sample.
+        GraphError: the network cannot be exported (module and line are named where known), does not keep the batch size
+            free, has an exit that needs the last one, or is in training mode whatever one does.
+    """
+    rows = 2 if dynamic else 1  # a batch of 1 in the example would be taken as a constant
+    tensors = tuple(_rows(t, rows) for t in tensors_of(example))
+    free = {0: torch.export.Dim(BATCH)} if dynamic else None
+    shapes = (tuple(free for _ in tensors),)
+    kinds = ("output",) if score is None else ("output", "score")
+    with evaluating(net), torch.no_grad(), _quiet():
+        whole = _AllExits(net, score, tuple(arguments(example)[1])).eval()
+        exits = _rehearse(whole, tensors, len(kinds))
+        try:
+            exported = torch.export.export(whole, tensors, dynamic_shapes=shapes if dynamic else None, strict=False)
+        except (GraphError, InputError):
+            raise
+        except Exception as error:  # torch passes on whatever the network's own code raises
+            raise GraphError(_why(error, whole, net)) from error
+    _check_mode(exported)
+    return Program(exported, exits, kinds, shapes if dynamic else None, whole)
+
+
+class _AllExits(nn.Module):
+    """Outputs, then scores, as one tuple; the last of its positional inputs go to the network by keyword."""
+
+    def __init__(self, net: nn.Module, score: Score | None, keywords: tuple[str, ...]) -> None:
+        super().__init__()
+        self.net = net
+        self.score = score
+        self.keywords = keywords
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        outputs = self._outputs(inputs)
+        if self.score is None:
+            return outputs
+        scores = [self.score(outputs[: n + 1]) for n in range(len(outputs))]
+        for n, (score, output) in enumerate(zip(scores, outputs, strict=True), 1):
+            if not isinstance(score, Tensor) or score.shape != output.shape[:1]:
+                given = f"shape {tuple(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
+                raise InputError(
+                    f"the score gives {given} for output {tuple(output.shape)} at exit {n}; it must give one number a "
+                    "sample, (B,): reduce the other dimensions in a callable"
+                )
+        return (*outputs, *(score.float() for score in scores))
+
+    def _outputs(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        positional = len(inputs) - len(self.keywords)
+        returned = self.net(*inputs[:positional], **dict(zip(self.keywords, inputs[positional:], strict=True)))
+        outputs = exits_in(self.net, returned)
+        for n, output in enumerate(outputs, 1):
+            if output.dim() < 2 or output.shape[1:] != outputs[-1].shape[1:]:
+                raise GraphError(
+                    f"exit {n} gives shape {tuple(output.shape)} and the last exit {tuple(outputs[-1].shape)}; "
+                    "all exits must give (B, C, ...) of one shape: give every branch the shape of the backbone's "
+                    "output, and one number a sample as (B, 1)"
+                )
+        return tuple(output.float() for output in outputs)
+
+
+def _rehearse(whole: nn.Module, tensors: tuple[Tensor, ...], kinds: int) -> int:
+    """The number of exits, from a plain forward. Raises `GraphError` for an exit that is made of the last one."""
+    survey = Survey((), tensors)
+    with survey:
+        results = whole(*tensors)
+    exits = len(results) // kinds
+    last = survey.node(results[exits - 1])
+    for n, output in enumerate(results[: exits - 1], 1):
+        if survey.node(output) != last and last in survey.needed_until(survey.node(output)):
+            raise GraphError(
+                f"exit {n} is computed from the last exit's output, so leaving there could save nothing; tap a "
+                "submodule that runs before the output"
+            )
+    return exits
+
+
+def _rows(tensor: Tensor, rows: int) -> Tensor:
+    return torch.cat([tensor] * rows)[:rows] if tensor.shape[0] < rows else tensor[:rows]
+
+
+def _why(error: Exception, whole: nn.Module, net: nn.Module) -> str:
+    """What went wrong, in which module and at which line of the network's own code."""
+    names = {id(module): (name, module) for name, module in whole.named_modules()}
+    place = line = ""
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        name, module = names.get(id(frame.f_locals.get("self")), ("", whole))
+        if _told(name):
+            place = f"{_told(name)!r} ({type(module).__name__})"
+        if not frame.f_code.co_filename.startswith((*_OURS, "<")):
+            line = f"{frame.f_code.co_filename}:{number}"
+    told = [text.strip(" -") for text in str(error).splitlines() if text.strip()] or [type(error).__name__]
+    cause = told[0]
+    if cause.startswith("Constraints violated"):
+        cause = (
+            f"the batch size, dimension 0 of every input, cannot stay free ({told[1]}); write the batch as x.shape[0] "
+            "or -1 in shapes and do not compare it, or export with batch=1"
+        )
+        place = line = ""
+    elif "data-dependent" in cause:
+        cause += "; its forward decides by a tensor's values: write that with torch.where"
+    at = f" (in {place} at {line})" if place and line else f" (at {line})" if line else ""
+    return f"{type(net).__name__} cannot be exported{at}: {cause}"
+
+
+def _told(path: str) -> str:
+    """A path in the exported wrapper as the user knows it."""
+    return path.removeprefix("net").removeprefix(".").removeprefix("backbone.")
+
+
+def _check_mode(exported: torch.export.ExportedProgram) -> None:
+    """Refuse what answers as in training. Raises `GraphError`."""
+    changed = exported.graph_signature.buffers_to_mutate
+    if changed:
+        raise GraphError(
+            f"the network changes its buffer {_told(min(changed.values()))!r} when it answers, so that answers would "
+            "depend on those before: is a batch norm in training mode? make eval mode leave it alone"
+        )
+    for node in exported.graph.nodes:
+        trains = _name(node) == "_native_batch_norm_legit" or (
+            _name(node) == "batch_norm" and _argument(node, "training")
+        )
+        if trains and any(isinstance(d, torch.SymInt) for d in node.args[0].meta["val"].shape):  # weights may well be
+            modules = [_told(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
+            place = next((name for name in reversed(modules) if name), "the network")
+            raise GraphError(
+                f"a batch norm in {place!r} averages over the samples of a batch, as in training; use running "
+                "statistics in eval mode"
+            )
+
+
+def _name(node: fx.Node) -> str:
+    target = node.target
+    return target._schema.name.removeprefix("aten::") if isinstance(target, torch._ops.OpOverload) else node.name
+
+
+def _argument(node: fx.Node, name: str) -> Any:
+    """The value that a node gives to an operator's argument of that name."""
+    for place, argument in enumerate(getattr(node.target, "_schema").arguments):  # noqa: B009  # not typed
+        if argument.name == name:
+            return node.args[place] if place < len(node.args) else node.kwargs.get(name, argument.default_value)
+    return None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence torch's notices of packages that are not there, deprecations and retries; errors still raise."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx.experimental.symbolic_shapes")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        aside = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stdout(aside), contextlib.redirect_stderr(aside):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,233 @@
+"""From a float flat graph to an int8 one, before it is cut: what crosses the cut afterwards is int8 as well.
+
+A value computed in int8 stands in the graph as QuantizeLinear -> DequantizeLinear, which a runtime fuses with the
+operators around them. Every reader gets a DequantizeLinear of its own: by the rule of the cut this lands in the
+reader's stage, where the runtime finds it beside the operator it belongs to, and the tensor that crosses is the int8
+one, a quarter of the size.
+"""
+
+import logging
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+from numpy.typing import NDArray
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from torch import Tensor
+
+from ..errors import GraphError, InputError
+from ..training.feed import in_order
+from .cut import cut
+from .flat import FlatGraph
+from .onnx_exits import parents
+
+Batch = tuple[NDArray[Any], ...]  # one array an input of the graph
+
+_WEIGHED = ("Conv", "Gemm", "MatMul")
+# What stands between convolutions; int8 where what it reads is int8 already.
+_BETWEEN = ("Add", "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "Concat", "Reshape", "Flatten",
+            "Transpose", "Squeeze", "Unsqueeze")  # fmt: skip
+
+
+def check_quantize(quantize: str | None, calibration: Any) -> None:
+    """Refuse what cannot be meant, before any long work. Raises `InputError`."""
+    if quantize not in (None, "int8"):
+        raise InputError(f"quantize must be 'int8', or None for float; got {quantize!r}")
+    if quantize and calibration is None:
+        raise InputError("quantize='int8' needs calibration=, a loader of some hundreds of training samples")
+    if calibration is not None and not quantize:
+        raise InputError("calibration= is for quantize='int8'; give both, or neither")
+    if isinstance(calibration, (Tensor, str, Mapping)) or not isinstance(calibration, Iterable | None):
+        raise InputError(
+            f"calibration must be a loader or a list of batches; got a {type(calibration).__name__}: for one batch, "
+            "give [batch]"
+        )
+
+
+def calibration_batches(loader: Iterable[Any], flat: FlatGraph) -> list[Batch]:
+    """The inputs in a loader, ready to feed to a flat graph: row by row where its batch is fixed at 1.
+
+    Args:
+        loader: yields inputs, or `(inputs, target)`; inputs are a tensor, a tuple of tensors, or a dict by keyword.
+        flat: whose inputs they are.
+
+    Raises:
+        InputError: no samples, or what the graph does not read.
+    """
+    found = [batch for batch in (_arrays(batch, flat) for batch in loader) if len(batch[0])]
+    if not found:
+        raise InputError("the calibration loader gave no samples; give it some hundreds of the training data")
+    if flat.dynamic:
+        return found
+    return [tuple(a[i : i + 1] for a in batch) for batch in found for i in range(len(batch[0]))]
+
+
+def quantized(flat: FlatGraph, batches: Sequence[Batch]) -> FlatGraph:
+    """The graph with convolutions and matrix products in int8, one scale a channel of weights, ranges as in `batches`.
+
+    The exits' outputs and scores stay float32: thresholds are compared with numbers finer than a step of int8.
+
+    Raises:
+        GraphError: there is nothing to quantise, or ONNX Runtime cannot.
+    """
+    tail = _tail(flat)
+    proto = ir.to_proto(flat.model)
+    onnx.helper.set_model_props(proto, {"onnx.quant.pre_process": "onnxruntime.quant"})  # or it advises what is done
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        path = Path(folder) / "int8.onnx"
+        try:
+            quantize_static(
+                proto,
+                path,
+                _Reader(flat, batches),
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=[*_WEIGHED, *_BETWEEN],
+                nodes_to_exclude=[*tail, *_other_sums(flat)],
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul"]},
+            )
+        except Exception as error:  # it raises what its many steps happen to raise
+            raise GraphError(f"ONNX Runtime cannot quantise this network ({error}); export it in float") from error
+        model = ir.load(path)
+    if not any(node.op_type == "DequantizeLinear" for node in model.graph):
+        raise GraphError("the network has no float32 convolution or matrix product to make int8; export it in float")
+    model.metadata_props.clear()
+    _keep_tail_float(model.graph, tail, flat)
+    _own_dequantizers(model.graph)
+    _describe(model.graph, flat)
+    passes.TopologicalSortPass()(model)
+    return replace(flat, model=model)
+
+
+class _Reader(CalibrationDataReader):
+    """Batches as ONNX Runtime asks for them: None ends them."""
+
+    def __init__(self, flat: FlatGraph, batches: Sequence[Batch]) -> None:
+        names = [v.name for v in flat.model.graph.inputs]
+        self.feeds = iter([dict(zip(names, batch, strict=True)) for batch in batches])
+
+    def get_next(self) -> Any:
+        """The next batch by the inputs' names, or None."""
+        return next(self.feeds, None)
+
+
+def _tail(flat: FlatGraph) -> list[str]:
+    """Names of the nodes behind the last product of every exit: what makes its output of that, and the scores."""
+    exits = cut([[flat.value(f"output_{n}") for n in range(1, flat.exits + 1)]], parents)
+    weighed = {n for n in flat.model.graph if n.op_type in _WEIGHED and n.outputs[0] in exits}
+    before = cut([[v for node in weighed for v in node.inputs if v is not None]], parents)
+    return [
+        node.name or ""
+        for node in flat.model.graph
+        if node not in weighed and not any(v in before for v in node.outputs)
+    ]
+
+
+def _other_sums(flat: FlatGraph) -> list[str]:
+    """Names of the sums that add nothing made by a convolution, as in transformers: int8 is too coarse there."""
+
+    def convolved(value: ir.Value | None) -> bool:
+        node = None if value is None else value.producer()
+        while node is not None and node.op_type in ("Relu", "Clip", "BatchNormalization"):
+            node = node.inputs[0].producer() if node.inputs[0] is not None else None
+        return node is not None and node.op_type == "Conv"
+
+    return [
+        node.name or ""
+        for node in flat.model.graph
+        if node.op_type == "Add" and not any(convolved(v) for v in node.inputs)
+    ]
+
+
+def _keep_tail_float(graph: ir.Graph, tail: Sequence[str], flat: FlatGraph) -> None:
+    """Undo the int8 step between an exit's last product and what reads it."""
+    names = set(tail)
+    for node in list(graph):
+        pairs = [use.node for use in node.outputs[0].uses()] if node.op_type == "QuantizeLinear" else []
+        if any(use.node.name not in names for pair in pairs for use in pair.outputs[0].uses()) or not pairs:
+            continue
+        source = node.inputs[0]
+        assert source is not None
+        for pair in pairs:
+            if pair.outputs[0].is_graph_output():
+                source.name = pair.outputs[0].name
+            ir.convenience.replace_all_uses_with(pair.outputs[0], source, replace_graph_outputs=True)
+            graph.remove(pair, safe=True)
+        graph.remove(node, safe=True)
+
+
+def _own_dequantizers(graph: ir.Graph) -> None:
+    for node in list(graph):
+        if node.op_type != "DequantizeLinear":
+            continue
+        for number, use in enumerate(list(node.outputs[0].uses())[1:], 2):
+            own = ir.node("DequantizeLinear", node.inputs, node.attributes, num_outputs=1, name=f"{node.name}_{number}")
+            own.outputs[0].name = f"{node.outputs[0].name}_{number}"
+            graph.insert_before(use.node, own)
+            use.node.replace_input_with(use.idx, own.outputs[0])
+
+
+def _describe(graph: ir.Graph, flat: FlatGraph) -> None:
+    """Shapes and types: those of the float graph, by which the cut finds the batch."""
+    known = {v.name: v for node in flat.model.graph for v in node.outputs}
+    for node in graph:
+        for value in node.outputs:
+            if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+                source = node.inputs[0]
+                assert source is not None
+                value.shape = source.shape
+                value.type = ir.TensorType(ir.DataType.UINT8 if node.op_type == "QuantizeLinear" else ir.DataType.FLOAT)
+            elif value.name in known:
+                value.shape, value.type = known[value.name].shape, known[value.name].type
+
+
+def _arrays(batch: Any, flat: FlatGraph) -> Batch:
+    """One batch of a loader as arrays in the order of the graph's inputs."""
+    inputs = flat.model.graph.inputs
+    alone = isinstance(batch, (tuple, list)) and len(batch) == len(inputs) and all(isinstance(t, Tensor) for t in batch)
+    if isinstance(batch, (tuple, list)) and len(batch) == 2 and not alone:
+        batch = batch[0]  # what stands beside it is the target
+    if isinstance(batch, Mapping):
+        batch = in_order(batch, [v.name or "" for v in inputs])
+    given = list(batch) if isinstance(batch, (tuple, list)) else [batch]
+    arrays = [t.detach().cpu().numpy() if isinstance(t, Tensor) else np.asarray(t) for t in given]
+    if len(arrays) != len(inputs) or not all(_fits(a, v, arrays[0]) for a, v in zip(arrays, inputs, strict=True)):
+        reads = ", ".join(f"{v.name}: {v.dtype} {v.shape}".lower() for v in inputs)
+        raise InputError(
+            f"calibration gives {', '.join(f'{a.dtype} {a.shape}' for a in arrays) or 'nothing'}; the network reads "
+            f"{reads}"
+        )
+    return tuple(arrays)
+
+
+def _fits(array: NDArray[Any], value: ir.Value, first: NDArray[Any]) -> bool:
+    assert value.dtype is not None and value.shape is not None
+    dims = list(value.shape)[1:]
+    return (
+        array.dtype == value.dtype.numpy()
+        and array.ndim == len(dims) + 1
+        and len(array) == len(first)
+        and all(not isinstance(want, int) or want == have for want, have in zip(dims, array.shape[1:], strict=True))
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep ONNX Runtime's advice out of the root logger, and the root logger as the caller has set it up."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)

@@ -1,0 +1,155 @@
+"""From a PyTorch network to one flat torch.fx graph that computes every exit, tidied before it is cut.
+
+The graph is functional and keeps PyTorch's own operators (`linear`, `conv2d`). The parameters and buffers that it reads
+are the network's own, not copies.
+"""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import SymBool, SymFloat, SymInt, Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils._pytree import tree_leaves
+
+from ..errors import GraphError
+from ..scores import Score
+from .program import _OURS, _argument, _check_mode, _quiet, _told, program_of
+
+_aten = torch.ops.aten
+_ANY_LAYOUT = {_aten.view.default: _aten.reshape.default, _aten._unsafe_view.default: _aten.reshape.default}
+_SWITCHES = ("dropout_p", "p", "train", "training")  # arguments that are 0 or False where nothing is random
+
+
+@dataclass(frozen=True, eq=False)
+class TorchGraph:
+    """A functional graph with every exit's output and score.
+
+    Attributes:
+        nodes: all of them, sources first.
+        inputs: the network's inputs.
+        outputs, scores: one an exit.
+        constants: the parameters, buffers, constants and submodules that nodes stand for.
+        batch: the symbol of the batch size.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+    scores: tuple[fx.Node, ...]
+    constants: dict[fx.Node, Any]
+    batch: Any
+
+
+def torch_flatten(net: nn.Module, example: Any, score: Score) -> TorchGraph:
+    """Export a network with a free batch size, in eval mode, to one graph.
+
+    Args:
+        net: a `BranchyNet`, or any network; see `branchynet.net.exits_in` for which of its outputs are exits.
+        example: one batch of inputs: a tensor, a tuple of tensors, or a dict of keyword arguments.
+        score: computed in the graph for every exit.
+
+    Raises:
+        InputError, GraphError: as `program_of`.
+    """
+    program = program_of(net, example, score=score)
+    with torch.no_grad(), _quiet():
+        exported = program.exported.run_decompositions({})  # takes no operator apart, but nothing is overwritten now
+    _check_mode(exported)  # that a buffer is overwritten shows only now
+    signature, graph = exported.graph_signature, exported.graph
+    constants = _constants(exported, program.whole)
+    inputs = tuple(node for node in graph.nodes if node.name in signature.user_inputs)
+    _tidy(graph)
+    returned: Any = graph.output_node().args[0]
+    results = returned[-len(signature.user_outputs) :]  # behind them stand inputs that the network overwrites
+    batch = inputs[0].meta["val"].shape[0].node.expr
+    outputs, scores = results[: program.exits], results[program.exits :]
+    return TorchGraph(tuple(graph.nodes), inputs, outputs, scores, constants, batch)
+
+
+def check(node: fx.Node, graph: TorchGraph) -> None:
+    """Refuse a node that cannot answer sample by sample.
+
+    Raises:
+        GraphError: it draws random numbers, makes Python numbers of a tensor's values, or decides for a whole batch.
+    """
+    inner = graph.constants.get(node)
+    for one in (node, *(inner.graph.nodes if isinstance(inner, fx.GraphModule) else ())):
+        what = f"{name_of(one)!r}{place_of(one)}"
+        values = [v for v in tree_leaves(one.meta.get("val")) if isinstance(v, (Tensor, SymInt, SymFloat, SymBool))]
+        if any(free_unbacked_symbols(v) for v in values):
+            raise GraphError(
+                f"{what} makes a shape or a Python number of a tensor's values, which differ from sample to sample; "
+                "write that with torch.where"
+            )
+        if _is_random(one):
+            raise GraphError(f"{what} draws random numbers when the network answers; make eval mode deterministic")
+        if isinstance(one.target, torch._ops.HigherOrderOperator) and not name_of(one).startswith("wrap_"):
+            raise GraphError(f"{what} decides for a whole batch at once; write that with torch.where")
+
+
+def name_of(node: fx.Node) -> str:
+    """The operator that a node calls, such as ``conv2d``; its own name where it calls none."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.removeprefix("aten::")
+    return getattr(target, "__name__", node.name)
+
+
+def place_of(node: fx.Node) -> str:
+    """Such as `` in 'layers.0' at net.py:12``: the module and line that made a node, as far as torch tells."""
+    modules = [_told(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    frames = [text for text in node.meta.get("stack_trace", "").splitlines() if text.startswith('  File "')]
+    lines = [text.split('"')[1] + ":" + text.split("line ")[1].split(",")[0] for text in frames]
+    lines = [text for text in lines if not text.startswith(_OURS)]
+    return (f" in {modules[-1]!r}" if modules and modules[-1] else "") + (f" at {lines[-1]}" if lines else "")
+
+
+def _constants(exported: torch.export.ExportedProgram, whole: nn.Module) -> dict[fx.Node, Any]:
+    signature = exported.graph_signature
+    own = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    lifted = signature.inputs_to_lifted_tensor_constants
+    constants: dict[fx.Node, Any] = {}
+    for node in exported.graph.nodes:
+        if node.op == "get_attr":
+            constants[node] = operator.attrgetter(str(node.target))(exported.graph_module)
+        elif node.name in own:
+            path, _, attribute = own[node.name].rpartition(".")
+            constants[node] = getattr(whole.get_submodule(path), attribute)
+        elif node.name in lifted:
+            constants[node] = exported.constants[lifted[node.name]]
+    return constants
+
+
+def _tidy(graph: fx.Graph) -> None:
+    """Drop copies and merge common subexpressions, so that what trunk and branch share crosses the cut once."""
+    seen: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        # Rows picked from a transposed value lie in memory in another way, so that a view may have to copy.
+        node.target = _ANY_LAYOUT.get(node.target, node.target)
+        twin: Any = seen.setdefault((node.target, _key(node.args), _key(node.kwargs)), node)
+        if node.target is _aten.clone.default and "memory_format" not in node.kwargs:
+            twin = node.args[0]  # which nothing overwrites
+        if twin is not node:
+            node.replace_all_uses_with(twin)
+            graph.erase_node(node)
+
+
+def _key(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return tuple(_key(v) for v in value)
+    if isinstance(value, dict):
+        return tuple((name, _key(v)) for name, v in value.items())
+    return type(value), value  # 1, 1.0 and True are equal, but make different dtypes
+
+
+def _is_random(node: fx.Node) -> bool:
+    tags: Sequence[Any] = getattr(node.target, "tags", ())
+    if torch.Tag.nondeterministic_seeded not in tags:
+        return False
+    switches = [_argument(node, name) for name in _SWITCHES]
+    return all(value is None or value for value in switches)

@@ -1,0 +1,198 @@
+"""Bench: its arithmetic on given times, and that what it counts is what the file does."""
+
+import importlib
+from collections import Counter
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+
+from branchynet import zoo
+from branchynet.bench import _time, bench
+from branchynet.decide import evaluate
+from branchynet.errors import FileError, InputError
+from branchynet.export import assemble
+from branchynet.graph.flat import FlatGraph
+from branchynet.scores import entropy, of_record
+from branchynet.types import ExitRecord, Policy
+from graphs import flat_lenet
+
+module = importlib.import_module("branchynet.bench")
+KEYS = {
+    "network", "engine", "batch", "threads", "static_us", "branchy_us", "limit_us", "speedup", "overhead",
+    "accuracy_static", "accuracy_branchy", "exit_share", "thresholds",
+}  # fmt: skip
+SAMPLES = 70
+
+
+@pytest.fixture(scope="module")
+def data():
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(SAMPLES, 1, 28, 28, generator=generator) * torch.rand(SAMPLES, 1, 1, 1, generator=generator) * 9
+    return images, torch.randint(10, (SAMPLES,), generator=generator)
+
+
+@pytest.fixture(scope="module")
+def record(data):
+    net, _ = flat_lenet()
+    with torch.no_grad():
+        outputs = torch.stack(net.eval()(data[0]), dim=1).numpy()
+    return ExitRecord(outputs=outputs, labels=data[1].numpy())
+
+
+@pytest.fixture(scope="module")
+def policy(record):
+    """Half of the samples leave early, and none so near to the threshold that engines might disagree."""
+    scores = np.sort(of_record(record)[:, 0])
+    gaps = np.diff(scores[20:50])
+    widest = 20 + int(gaps.argmax())
+    assert gaps.max() > 1e-4
+    return Policy(thresholds=(float(scores[widest : widest + 2].mean()),))
+
+
+@pytest.fixture(autouse=True)
+def cached(monkeypatch):
+    """The export of B-LeNet is at hand."""
+    net, flat = flat_lenet()
+
+    def flatten(given, example, *, score):
+        assert given is net and score is entropy and example.shape == (2, 1, 28, 28)
+        return flat
+
+    monkeypatch.setattr(module, "flatten", flatten)
+
+
+def write(folder, policy, name="model", flat=None, **options):
+    path = folder / f"{name}.onnx"
+    ir.save(assemble(flat or flat_lenet()[1], policy, **options), path)
+    return path
+
+
+@pytest.fixture
+def file(tmp_path, policy):
+    return write(tmp_path, policy)
+
+
+def rows_of(path, data, **options):
+    return bench(path, flat_lenet()[0], *data, network="B-LeNet", accuracy_static=0.5, **options)
+
+
+def test_rows_are_whole_and_their_figures_agree(file, data, record, policy):
+    rows = rows_of(file, data, batches=(1, 8, 64), repeats=1, samples=64)
+    outcome = evaluate(record, policy)
+    assert [(r["batch"], r["threads"]) for r in rows] == [(1, 1), (8, 1), (64, 1)]
+    for row in rows:
+        assert row.keys() == KEYS
+        assert (row["network"], row["engine"], row["accuracy_static"]) == ("B-LeNet", "onnxruntime", 0.5)
+        assert row["thresholds"] == list(policy.thresholds)
+        assert min(row["static_us"], row["branchy_us"], row["limit_us"]) > 0
+        assert row["overhead"] == row["branchy_us"] / row["limit_us"]
+        assert row["speedup"] == row["static_us"] / row["branchy_us"]
+        assert row["exit_share"] == pytest.approx(outcome.exit_share) and sum(row["exit_share"]) == pytest.approx(1)
+        assert row["accuracy_branchy"] == pytest.approx(outcome.accuracy)
+    assert 0.25 < outcome.exit_share[0] < 0.75
+
+
+@pytest.mark.parametrize(("batch", "samples", "timed"), [(1, 20, 20), (8, 20, 16), (64, 20, 64), (7, 10_000, 70)])
+def test_the_limit_weighs_static_times_with_the_share_among_those_timed(file, data, monkeypatch, batch, samples, timed):
+    def fake(engine, static, inputs, size, repeats):
+        exits = engine(inputs).exit
+        seen.append((inputs, exits))
+        assert static.keys() == {"plain", "upto_1", "upto_2"} and (size, repeats) == (batch, 4)
+        return {"branchy": 60.0, "plain": 90.0, "upto_1": 20.0, "upto_2": 110.0}
+
+    seen = []
+    monkeypatch.setattr(module, "_time", fake)
+    (row,) = rows_of(file, data, batches=(batch,), samples=samples, repeats=4)
+    inputs, exits = seen[0]
+    early = float((exits == 1).mean())
+    assert len(inputs) == timed and 0 < early < 1
+    assert row["limit_us"] == pytest.approx(early * 20 + (1 - early) * 110)
+    assert row["speedup"] == 1.5 and row["overhead"] == pytest.approx(60 / row["limit_us"])
+    given = {image.tobytes() for image in data[0].numpy()}
+    assert {image.tobytes() for image in inputs} <= given and len({image.tobytes() for image in inputs}) == timed
+
+
+def test_the_order_is_random_and_the_seeds(file, data, monkeypatch):
+    orders = []
+    times = {"branchy": 1.0, "plain": 1.0, "upto_1": 1.0, "upto_2": 1.0}
+    monkeypatch.setattr(module, "_time", lambda engine, static, inputs, *rest: orders.append(inputs) or times)
+    for seed in (0, 0, 1):
+        rows_of(file, data, batches=(1,), seed=seed)
+    assert np.array_equal(orders[0], orders[1]) and not np.array_equal(orders[0], orders[2])
+    assert not np.array_equal(orders[0], data[0].numpy())
+
+
+def test_an_exit_left_out_is_in_no_figure(tmp_path, data, record):
+    path = write(tmp_path, Policy(thresholds=(None,)))
+    (row,) = rows_of(path, data, batches=(16,), repeats=1)
+    assert row["exit_share"] == [0.0, 1.0] and row["thresholds"] == [None]
+    assert row["accuracy_branchy"] == pytest.approx(evaluate(record, Policy(thresholds=(None,))).accuracy)
+
+
+def test_every_engine_runs_the_same_batches_in_turns():
+    log = []
+
+    class Fake:
+        def __init__(self, name):
+            self.name = name
+
+        def __call__(self, rows):
+            log.append((self.name, rows.tolist()))
+
+        outputs = __call__
+
+    inputs = np.arange(300)
+    times = _time(Fake("branchy"), {name: Fake(name) for name in ("plain", "upto_1")}, inputs, batch=3, repeats=2)
+    assert times.keys() == {"branchy", "plain", "upto_1"} and all(t > 0 for t in times.values())
+    calls = Counter((name, tuple(rows)) for name, rows in log)
+    batches = [tuple(range(i, i + 3)) for i in range(0, 300, 3)]
+    assert calls == Counter({(name, rows): 3 for name in times for rows in batches})  # two repeats and one to warm up
+    turn = 64 // 3  # calls of one engine before the next has its turn
+    for start in (0, 3 * turn, 6 * turn):
+        names = [name for name, _ in log[start : start + 3 * turn : turn]]
+        assert sorted(names) == ["branchy", "plain", "upto_1"]
+        assert [name for name, _ in log[start : start + 3 * turn]] == [name for name in names for _ in range(turn)]
+    assert len({log[start][0] for start in (0, 3 * turn, 6 * turn)}) == 3  # who goes first goes round too
+
+
+def test_progress_is_told(file, data):
+    told = []
+    rows_of(file, data, batches=(1, 64), repeats=1, samples=8, progress=told.append)
+    assert [message.split(",")[0] for message in told] == ["batch 1", "batch 64"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"batches": (0,)}, r"1\.\.70.*\[0\]"),
+        ({"batches": (1, 71)}, r"1\.\.70.*\[1, 71\]"),
+        ({"repeats": 0}, "repeats must be at least 1; got 0"),
+        ({"threads": 0}, "threads must be at least 1"),
+    ],
+)
+def test_wrong_options_are_named(file, data, changes, told):
+    with pytest.raises(InputError, match=told):
+        rows_of(file, data, **changes)
+
+
+def test_wrong_data_files_and_networks_are_named(tmp_path, file, data, policy):
+    images, labels = data
+    with pytest.raises(InputError, match="70 images need as many labels; got 69"):
+        rows_of(file, (images, labels[:-1]))
+    with pytest.raises(InputError, match="float32"):
+        rows_of(file, (images.double(), labels))
+    with pytest.raises(InputError, match=r"flat\.onnx.*policy=None"):
+        rows_of(write(tmp_path, None, "flat"), data)
+    with pytest.raises(InputError, match=r"model\.onnx has 2 exits and the network 1"):
+        bench(file, zoo.lenet(), *data, network="LeNet", accuracy_static=0.5)
+    flat = flat_lenet()[1]
+    one = write(tmp_path, policy, "one", FlatGraph(flat.model, flat.exits, dynamic=False))
+    with pytest.raises(InputError, match="one sample at a time"):
+        rows_of(one, data)
+    with pytest.raises(FileError, match=r"none\.onnx"):
+        rows_of(tmp_path / "none.onnx", data)
+    ir.save(flat.model, tmp_path / "foreign.onnx")
+    with pytest.raises(FileError, match=r"foreign\.onnx was not written by BranchyNet"):
+        rows_of(tmp_path / "foreign.onnx", data)

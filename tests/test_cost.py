@@ -1,0 +1,243 @@
+"""Costs: the arithmetic on exact and on noisy times, and multiply-accumulates counted by hand."""
+
+import importlib
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from branchynet.cost import _apart, interleaved, measure, static_engines
+from branchynet.engine.onnx import Engine
+from branchynet.errors import InputError
+from branchynet.graph.flat import flatten
+from branchynet.graph.macs import exit_macs
+from branchynet.types import ExitCost
+from graphs import Sketch, flat_lenet, flat_of, grey_images
+from networks import tokens
+
+module = importlib.import_module("branchynet.cost")
+microseconds = st.floats(0, 1e6)
+
+
+# Trunk and branches apart
+
+
+def times_of(trunk, branch):
+    """What the static graphs of a network with these true costs would take."""
+    upto = {f"upto_{n}": sum(trunk[:n]) + sum(branch[:n]) for n in range(1, len(trunk) + 1)}
+    alone = {f"alone_{n}": sum(trunk[:n]) + branch[n - 1] for n in range(2, len(trunk) + 1)}
+    return {"plain": sum(trunk), **upto, **alone}
+
+
+@given(st.lists(st.tuples(microseconds, microseconds), min_size=1, max_size=6))
+def test_exact_times_are_taken_apart_exactly(stages):
+    trunk, branch = zip(*stages, strict=True)
+    found = _apart(times_of(trunk, branch), len(stages))
+    np.testing.assert_allclose(found, (trunk, branch), atol=1e-6 * (1 + sum(trunk) + sum(branch)))
+
+
+@given(st.integers(1, 6), st.data())
+def test_noisy_times_give_costs_whose_sum_is_the_time_up_to_each_exit(exits, data):
+    times = data.draw(st.lists(microseconds, min_size=2 * exits, max_size=2 * exits))
+    names = ["plain", *(f"upto_{n}" for n in range(1, exits + 1)), *(f"alone_{n}" for n in range(2, exits + 1))]
+    us = dict(zip(names, times, strict=True))
+    cost = ExitCost(*_apart(us, exits))  # which refuses what is negative or not finite
+    upto = np.array([us[f"upto_{n}"] for n in range(1, exits + 1)])
+    reached = upto - np.cumsum(cost.branch_us)
+    sums = cost.latency_us([True] * exits)
+    assert (sums >= upto - 1e-6 * upto.max()).all()
+    if (np.diff(reached, prepend=0.0) >= 0).all():  # no trunk segment came out below nothing
+        np.testing.assert_allclose(sums, upto, rtol=1e-9, atol=1e-6)
+
+
+# Measuring
+
+
+@pytest.fixture
+def lenet(monkeypatch):
+    """B-LeNet, whose export is at hand."""
+    net, flat = flat_lenet()
+
+    def cached(given_net, example, *, score):
+        assert given_net is net and callable(score)
+        return flat
+
+    monkeypatch.setattr(module, "flatten", cached)
+    return net
+
+
+def test_measure_turns_batch_times_into_costs_a_sample(lenet, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Engine, "outputs", lambda self, *inputs: seen.append([i.copy() for i in inputs]))
+    names = ["plain", "upto_1", "upto_2", "alone_2"]
+    us = times_of((10.0, 100.0), (5.0, 1.0))
+
+    def fake(calls, seconds):
+        assert len(calls) == len(names) and seconds == 7.0
+        for call in calls:
+            call()
+        return [3 * us[name] for name in names]
+
+    monkeypatch.setattr(module, "interleaved", fake)
+    example = grey_images(2)
+    cost = measure(lenet, example, batch_size=3, threads=2, seconds=7.0)
+    trunk, branch = exit_macs(flat_lenet()[1])
+    want = ExitCost((10, 100), (5, 1), trunk, branch, batch_size=3, threads=2)
+    assert [cost.trunk_macs, cost.branch_macs, cost.batch_size, cost.threads] == [trunk, branch, 3, 2]
+    np.testing.assert_allclose([cost.trunk_us, cost.branch_us], [want.trunk_us, want.branch_us])
+    rows = example.numpy()
+    assert all(len(x) == 1 and np.array_equal(x[0], rows[[0, 1, 0]]) for x in seen) and len(seen) == 4
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_real_measurement_has_its_shape(lenet, batch):
+    cost = measure(lenet, grey_images(2), batch_size=batch, seconds=0.0)
+    assert cost.exits == 2 and (cost.batch_size, cost.threads) == (batch, 1)
+    assert (cost.latency_us([True, True]) > 0).all() and sum(cost.trunk_us) > 0
+    assert cost.macs([False, True])[-1] == pytest.approx(1_140_070)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ({"batch_size": -3}, "-3"),
+        ({"threads": 0}, "threads must be at least 1; got 0"),
+        ({"score": "entropi"}, "'entropi'.*'entropy'"),
+    ],
+)
+def test_wrong_arguments_are_named(lenet, changes, told):
+    with pytest.raises(InputError, match=told):
+        measure(lenet, grey_images(2), **changes)
+
+
+def test_a_network_without_branches_has_one_exit():
+    net, x = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)), torch.randn(2, 6).requires_grad_()
+    cost = measure(net, x, batch_size=2, seconds=0.0)
+    assert cost.exits == 1 and cost.trunk_macs == (45.0,) and cost.branch_macs == (0.0,)
+    assert cost.trunk_us[0] > 0
+
+
+def test_static_engines_compute_what_their_names_say(tmp_path):
+    net, flat = flat_lenet()
+    x = grey_images(2)
+    with torch.no_grad():
+        outputs = [o.numpy() for o in net(x)]
+    engines = static_engines(flat, tmp_path, 1)
+    last = {"plain": 2, "upto_1": 1, "upto_2": 2, "alone_2": 2}
+    scores = {"plain": 0, "upto_1": 1, "upto_2": 2, "alone_2": 1}
+    assert engines.keys() == last.keys()
+    for name, engine in engines.items():
+        label, output, *rest = engine.outputs(x.numpy())
+        np.testing.assert_allclose(output, outputs[last[name] - 1], atol=1e-5)
+        np.testing.assert_array_equal(label, output.argmax(1))
+        assert [r.shape for r in rest] == [(2,)] * scores[name]
+    assert static_engines(flat, tmp_path, 1, enabled=[2], alone=False).keys() == {"plain", "upto_2"}
+
+
+# The clock
+
+
+class Clock:
+    """Time that passes only in calls."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def call(self, name, durations, log):
+        durations = itertools.cycle(durations)
+
+        def run():
+            log.append(name)
+            self.now += next(durations)
+
+        return run
+
+
+def test_calls_take_turns_and_medians_are_taken(monkeypatch):
+    clock, log = Clock(), []
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock.now)
+    calls = [clock.call("a", [0.2, 0.2, 9.0], log), clock.call("b", [0.1], log)]
+    assert interleaved(calls, seconds=100.0, rounds=30) == pytest.approx([0.2e6, 0.1e6])
+    assert log == ["a", "b"] * 31  # one to warm up, then as many rounds as asked for
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 5), (3.0, 10)])
+def test_measuring_ends_in_time_but_not_before_five_rounds(monkeypatch, seconds, rounds):
+    clock, log = Clock(), []
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock.now)
+    calls = [clock.call("a", [0.25], log), clock.call("b", [0.0625], log)]
+    interleaved(calls, seconds)
+    assert log == ["a", "b"] * (rounds + 1)
+
+
+# Multiply-accumulates
+
+
+def test_macs_of_every_operator_by_hand():
+    net = nn.Sequential(
+        nn.Conv2d(4, 8, 3, padding=1, groups=2, bias=False),  # 6 x 7 pixels: 42 * 8 * 2 * 9
+        nn.ReLU(),
+        nn.ConvTranspose2d(8, 6, 2, stride=2, groups=2),  # 42 pixels read: 42 * 8 * 3 * 4
+        nn.AvgPool2d(2),
+        nn.Flatten(2),
+        nn.Linear(42, 5),  # for each of 6 channels: 6 * 42 * 5
+        nn.Flatten(),
+        nn.Linear(30, 3),  # 30 * 3
+    )
+    trunk, branch = exit_macs(flatten(net, torch.randn(2, 4, 6, 7)))
+    assert trunk == (42 * 8 * 2 * 9 + 42 * 8 * 3 * 4 + 6 * 42 * 5 + 30 * 3,) and branch == (0.0,)
+
+
+def test_macs_of_attention_by_hand():
+    net, example, flat = flat_of(tokens)
+    length, width, classes = example[0].shape[1] + 1, 8, 4
+    layer = length * (width * 3 * width + width * width) + 2 * length * length * width  # projections; both products
+    at = [int(tap.removeprefix("layers.")) + 1 for tap in net.taps]
+    trunk, branch = exit_macs(flat)
+    assert trunk == (at[0] * layer, (at[1] - at[0]) * layer, (4 - at[1]) * layer + width * classes)
+    assert branch == (width * classes, width * classes, 0)
+
+
+def matrix(*shape):
+    return np.ones(shape, np.float32)
+
+
+def test_macs_of_products_with_transposed_factors():
+    sketch = Sketch()
+    x = sketch.input("x", 3, 4)
+    first = sketch.op("MatMul", x, sketch.constant(matrix(4, 5)), shape=["batch", 3, 5])  # 3 * 4 * 5
+    rows = sketch.op("Reshape", first, sketch.constant(np.array([-1, 5])), shape=["3*batch", 5])
+    second = sketch.op("Gemm", rows, sketch.constant(matrix(2, 5)), shape=["3*batch", 2], transB=1)  # 3 * 5 * 2
+    wide = sketch.op("Reshape", second, sketch.constant(np.array([-1, 6])), shape=["batch", 6])
+    tall = sketch.op("Transpose", wide, shape=[6, "batch"], perm=[1, 0])
+    last = sketch.op("Gemm", tall, sketch.constant(matrix(6, 7)), shape=["batch", 7], transA=1)  # 6 * 7
+    early = sketch.op("Relu", wide, shape=["batch", 6])
+    trunk, branch = exit_macs(sketch.flat([early, last], [sketch.total(early), sketch.total(last)]))
+    assert trunk == (60 + 30, 42) and branch == (0, 0)
+
+
+def test_what_only_one_exit_needs_is_its_branch():
+    """Work shared by two branches but not by the last exit is still on the way to the later of them."""
+    sketch = Sketch()
+    x = sketch.input("x", 4)
+
+    def product(value, width):
+        weights = sketch.constant(matrix(value.shape[1], width))
+        return sketch.op("MatMul", value, weights, shape=["batch", width])
+
+    trunk = product(x, 5)  # 20, needed by all
+    shared = product(trunk, 2)  # 10, needed by exits 1 and 2
+    one, two, three = product(shared, 3), product(shared, 3), product(trunk, 3)  # 6, 6, 15
+    found = exit_macs(sketch.flat([one, two, three], [sketch.total(v) for v in (one, two, three)]))
+    assert found == ((20 + 10, 0, 15), (6, 6, 0))
+
+
+def test_bias_and_elementwise_work_count_nothing():
+    sketch = Sketch()
+    value = sketch.op("Relu", sketch.input("x", 4), shape=["batch", 4])
+    assert exit_macs(sketch.flat([value], [sketch.total(value)])) == ((0.0,), (0.0,))

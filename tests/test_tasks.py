@@ -1,0 +1,610 @@
+"""Segmentation, several labels a sample, regression: every step takes them as it takes classification.
+
+The oracle is a loop over samples and exits in float64, with scores and losses written out in numpy.
+"""
+
+import dataclasses
+import math
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from branchynet import (
+    BranchyNet,
+    ExitCost,
+    ExitRecord,
+    Policy,
+    attach,
+    choose,
+    evaluate,
+    export,
+    fit,
+    frontier,
+    joint_loss,
+    load,
+    measure,
+    record,
+)
+from branchynet.engine.torch import TorchEngine
+from branchynet.errors import GraphError, InputError
+from branchynet.losses import iou_error, pixel_error
+from branchynet.scores import SCORES, of_record
+from branchynet.training.epoch import Bar, Tally
+
+SAMPLES = 48
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A task as a user brings it, and its score and loss once more for one sample, in numpy float64."""
+
+    net: Callable[[Any], BranchyNet]
+    data: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    train: Callable[..., torch.Tensor]
+    score: Any
+    loss: Callable[..., torch.Tensor]
+    slow_score: Callable[[list[np.ndarray]], float]
+    slow_loss: Callable[[np.ndarray, np.ndarray], float]
+
+
+def softmax_entropy(z):
+    """Of one vector, in nats."""
+    p = np.exp(np.float64(z) - z.max())
+    p /= p.sum()
+    return -sum(q * math.log(q) for q in p if q > 0)
+
+
+def mean_entropy(outputs):
+    """Over all positions of the latest output (C, ...), one after the other."""
+    columns = outputs[-1].reshape(len(outputs[-1]), -1).T
+    return sum(softmax_entropy(column) for column in columns) / len(columns)
+
+
+def share_wrong(output, target):
+    pairs = list(zip(output.reshape(len(output), -1).T, target.reshape(-1), strict=True))
+    return sum(int(column.argmax() != label) for column, label in pairs) / len(pairs)
+
+
+# Segmentation (B, C, H, W), with a branch for maps at each tap
+
+
+def maps(example):
+    layers = [nn.Conv2d(2, 6, 3, 2, 1), nn.ReLU(), nn.Conv2d(6, 6, 3, 1, 1), nn.BatchNorm2d(6), nn.ReLU()]
+    upsample = nn.Upsample(size=(9, 12), mode="bilinear")
+    return attach(nn.Sequential(*layers, nn.Conv2d(6, 3, 1), upsample), ["1", "4"], example=example)
+
+
+def pictures():
+    x = torch.randn(SAMPLES, 2, 9, 12) * torch.rand(SAMPLES, 1, 1, 1) * 2
+    return x, x.sum(dim=1).gt(0.3).long() + x[:, 0].gt(1)
+
+
+# Every word of a sentence has a class (B, C, L); the user brings the branch
+
+
+def words(example):
+    backbone = nn.Sequential(
+        nn.Conv1d(4, 8, 3, 1, 1), nn.ReLU(), nn.Conv1d(8, 8, 3, 1, 1), nn.ReLU(), nn.Conv1d(8, 3, 1)
+    )
+    return BranchyNet(backbone, {"1": nn.Conv1d(8, 3, 1)})
+
+
+def sentences():
+    x = torch.randn(SAMPLES, 4, 7)
+    return x, x[:, :3].argmax(dim=1)
+
+
+# Several labels a sample (B, K)
+
+
+def several(example):
+    return attach(
+        nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)),
+        ["1"],
+        example=example,
+    )
+
+
+def tags():
+    x = torch.randn(SAMPLES, 5)
+    return x, (x[:, :4] > 0.2).float()
+
+
+def binary_entropies(outputs):
+    z = outputs[-1]
+    return F.binary_cross_entropy_with_logits(z, z.sigmoid(), reduction="none").sum(dim=1)
+
+
+def slow_binary_entropies(outputs):
+    return sum(softmax_entropy(np.array([z, 0.0])) for z in np.float64(outputs[-1]))
+
+
+def hamming(output, target):
+    return ((output > 0) != (target > 0.5)).float().mean(dim=1)
+
+
+# Regression: one number (B, 1) by how far two exits differ, or a number and its expected error (B, 2)
+
+
+def one_number(example):
+    layers = [nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 1)]
+    return attach(nn.Sequential(*layers), ["1", "3"], example=example)
+
+
+def two_numbers(example):
+    layers = [nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 2)]
+    return attach(nn.Sequential(*layers), ["1"], example=example)
+
+
+def points():
+    x = torch.randn(SAMPLES, 5)
+    return x, (x[:, :1] * x[:, 1:2]).sin()
+
+
+def disagreement(outputs):
+    if len(outputs) == 1:
+        return torch.full_like(outputs[0][:, 0], math.inf)
+    return (outputs[-1] - outputs[-2]).abs().amax(dim=1)
+
+
+def log_variance(outputs):
+    return outputs[-1][:, 1]
+
+
+def likelihood(output, target):
+    return F.gaussian_nll_loss(output[:, :1], target, output[:, 1:].exp())
+
+
+def squashed(output, target):
+    error = (output[:, 0] - target[:, 0]).abs()
+    return error / (error + 0.5)
+
+
+def slow_squashed(output, target):
+    error = abs(float(output[0]) - float(target[0]))
+    return error / (error + 0.5)
+
+
+TASKS = {
+    "segmentation": Task(maps, pictures, F.cross_entropy, "entropy", pixel_error, mean_entropy, share_wrong),
+    "words": Task(words, sentences, F.cross_entropy, "entropy", pixel_error, mean_entropy, share_wrong),
+    "labels": Task(
+        several,
+        tags,
+        F.binary_cross_entropy_with_logits,
+        binary_entropies,
+        hamming,
+        slow_binary_entropies,
+        lambda output, target: (
+            sum(int((z > 0) != (t > 0.5)) for z, t in zip(output, target, strict=True)) / len(target)
+        ),
+    ),
+    "disagreement": Task(
+        one_number,
+        points,
+        F.mse_loss,
+        disagreement,
+        squashed,
+        lambda o: math.inf if len(o) == 1 else abs(float(o[-1][0]) - float(o[-2][0])),
+        slow_squashed,
+    ),
+    "variance": Task(two_numbers, points, likelihood, log_variance, squashed, lambda o: float(o[-1][1]), slow_squashed),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A task after attach, fit and record, beside what the loop says of every sample."""
+
+    task: Task
+    net: BranchyNet
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    made: ExitRecord
+    history: Any
+    outputs: list[list[np.ndarray]]
+    scores: np.ndarray
+    losses: np.ndarray
+
+
+@pytest.fixture(scope="module", params=TASKS)
+def trained(request):
+    task = TASKS[request.param]
+    torch.manual_seed(1)
+    inputs, targets = task.data()
+    net = task.net(inputs[:4])
+    batches = DataLoader(TensorDataset(inputs, targets), 7)
+    history = fit(net, batches, batches, epochs=6, loss=task.train, optimizer=adam, progress=False, device="cpu")
+    made = record(net, batches, loss=task.loss, score=task.score, progress=False)
+    net.eval()
+    with torch.no_grad():
+        outputs = [[o.numpy()[0] for o in net(inputs[i : i + 1])] for i in range(SAMPLES)]
+    exits = range(1, net.exits + 1)
+    scores = np.array([[task.slow_score(sample[:n]) for n in exits] for sample in outputs])
+    labels = targets.numpy()
+    losses = np.array([[task.slow_loss(o, labels[i]) for o in sample] for i, sample in enumerate(outputs)])
+    return Trained(task, net, inputs, targets, made, history, outputs, scores, losses)
+
+
+def adam(parameters):
+    return torch.optim.Adam(parameters, lr=0.01)
+
+
+def in_gaps(scores, share):
+    """Thresholds near this quantile of each early exit's scores, midway in the widest of the gaps around it."""
+    thresholds = []
+    for column in scores[:, :-1].T:
+        values = np.sort(column)
+        if np.isinf(values[0]):
+            thresholds.append(None)
+            continue
+        middle = round(share * len(values))
+        window = range(max(1, middle - 4), min(len(values), middle + 5))
+        after = max(window, key=lambda i: values[i] - values[i - 1])
+        assert values[after] - values[after - 1] > 1e-4
+        thresholds.append(float((values[after] + values[after - 1]) / 2))
+    return tuple(thresholds)
+
+
+def leave(scores, thresholds):
+    """Figure 2 of the paper for one sample."""
+    for n, threshold in enumerate(thresholds, 1):
+        if threshold is not None and scores[n - 1] < threshold:
+            return n
+    return len(scores)
+
+
+def test_a_record_is_what_the_loop_says(trained):
+    assert trained.made.outputs is None and trained.made.score == trained.task.score
+    np.testing.assert_allclose(trained.made.scores, trained.scores, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(trained.made.losses, trained.losses, rtol=1e-4, atol=1e-5)
+    assert np.ptp(trained.made.losses) > 0.1 and np.ptp(trained.made.scores[:, -1]) > 0.01
+
+
+def test_evaluate_is_what_the_loop_does(trained):
+    for share in (0.2, 0.5, 0.8):
+        thresholds = in_gaps(trained.scores, share)
+        exits = np.array([leave(row, thresholds) for row in trained.scores])
+        outcome = evaluate(trained.made, Policy(trained.task.score, thresholds))
+        np.testing.assert_allclose(outcome.exit_share, [(exits == n).mean() for n in range(1, trained.net.exits + 1)])
+        assert outcome.accuracy == pytest.approx(1 - trained.losses[range(SAMPLES), exits - 1].mean(), abs=1e-5)
+
+
+def test_choose_keeps_its_promise_with_the_score_of_the_record(trained):
+    cost = ExitCost((1.0,) * trained.net.exits, (0.1,) * trained.net.exits)
+    chosen = choose(trained.made, cost, max_drop=0.02)
+    assert chosen.policy.score == trained.task.score
+    assert frontier(trained.made, cost).score == trained.task.score
+    exits = np.array([leave(row, chosen.policy.thresholds) for row in trained.made.scores])
+    lost = trained.losses[range(SAMPLES), exits - 1].mean() - trained.losses[:, -1].mean()
+    assert lost <= 0.02 + 1e-5
+    everyone = choose(trained.made, cost, max_drop=1.0).outcome
+    assert everyone.exit_share[0] == 1 or np.isinf(trained.scores[:, 0]).all()
+
+
+def test_engines_are_what_the_loop_does(trained, tmp_path):
+    thresholds = in_gaps(trained.scores, 0.5)
+    policy = Policy(trained.task.score, thresholds)
+    path = export(trained.net, tmp_path / "model.onnx", policy=policy, example=trained.inputs[:4])
+    for engine in (load(path, threads=1), TorchEngine(trained.net, policy, trained.inputs[:4])):
+        seen = set()
+        for share in (0.5, 0.2, 0.8):
+            given = None if share == 0.5 else in_gaps(trained.scores, share)
+            used = thresholds if given is None else given
+            for batch in (1, 7, SAMPLES):
+                for start in range(0, SAMPLES, max(batch, 12)):
+                    rows = range(start, min(start + batch, SAMPLES))
+                    answer = engine(trained.inputs[start : start + batch].numpy(), thresholds=given)
+                    exits = [leave(trained.scores[i], used) for i in rows]
+                    assert answer.exit.tolist() == exits
+                    expected = np.stack([trained.outputs[i][n - 1] for i, n in zip(rows, exits, strict=True)])
+                    np.testing.assert_allclose(answer.output, expected, rtol=1e-4, atol=1e-4)
+                    at_exit = [trained.scores[i, n - 1] for i, n in zip(rows, exits, strict=True)]
+                    np.testing.assert_allclose(answer.score, at_exit, rtol=1e-3, atol=1e-4)
+                    assert answer.label.shape == expected.shape[:1] + expected.shape[2:]
+                    np.testing.assert_array_equal(answer.label, answer.output.argmax(axis=1))
+                    seen.update(exits)
+        assert seen >= {n for n, t in enumerate((*thresholds, 0.0), 1) if t is not None}
+        none = engine(trained.inputs[:0].numpy())
+        assert none.output.shape == (0, *trained.outputs[0][0].shape) and none.label.shape == (
+            0,
+            *none.output.shape[2:],
+        )
+
+
+def test_training_tells_accuracies_of_classes_alone(trained):
+    row = trained.history.last
+    if trained.task.train is F.cross_entropy:
+        np.testing.assert_allclose(row.val_accuracy, 1 - trained.losses.mean(axis=0), atol=1e-4)
+    else:
+        assert row.train_accuracy == row.val_accuracy == ()
+    assert math.isfinite(row.val_loss) and row.val_loss < trained.history.rows[0].val_loss
+
+
+def test_measure_takes_the_score(trained):
+    cost = measure(trained.net, trained.inputs[:4], score=trained.task.score, seconds=0.05)
+    assert cost.exits == trained.net.exits and sum(cost.trunk_us) > 0
+
+
+# Recording
+
+
+def test_a_record_lets_go_of_every_batch_of_outputs():
+    seen = []
+
+    def loss(output, target):
+        assert all(reference() is None for reference in seen[:-1]), "outputs of an earlier batch are kept"
+        seen.append(weakref.ref(output))
+        return output.new_zeros(len(output))
+
+    net = nn.Conv2d(1, 3, 1)
+    made = record(net, [(torch.rand(2, 1, 4, 4), torch.zeros(2))] * 5, loss=loss, progress=False)
+    assert made.outputs is None and made.scores.shape == made.losses.shape == (10, 1) and len(seen) == 5
+
+
+@settings(max_examples=15, deadline=None)
+@given(samples=st.integers(1, 12), batch=st.integers(1, 5), name=st.sampled_from(sorted(SCORES)))
+def test_batches_do_not_matter(samples, batch, name):
+    net = BranchyNet(nn.Sequential(nn.Conv2d(1, 4, 1), nn.Conv2d(4, 3, 1)), {"0": nn.Conv2d(4, 3, 1)})
+    data = TensorDataset(torch.randn(samples, 1, 2, 3), torch.randint(3, (samples, 2, 3)))
+    whole, parts = (
+        record(net, DataLoader(data, size), loss=pixel_error, score=name, progress=False) for size in (samples, batch)
+    )
+    np.testing.assert_allclose(whole.scores, parts.scores, atol=1e-6)
+    np.testing.assert_array_equal(whole.losses, parts.losses)
+
+
+def linear(outputs=2):
+    return BranchyNet(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, outputs)), {"0": nn.Linear(3, outputs)})
+
+
+RECORDED = [(torch.rand(4, 3), torch.rand(4, 2))]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({}, r"labels must be integers.*float32 of shape \(4, 2\).*loss="),
+        ({"score": "margin"}, r"score='margin' is for records with loss="),
+        ({"loss": F.mse_loss}, r"loss= gives \(\) for outputs \(4, 2\) at exit 1.*\(4,\)"),
+        ({"loss": lambda o, t: (o - t).abs()}, r"loss= gives \(4, 2\)"),
+        ({"loss": lambda o, t: 0.5}, r"loss= gives float"),
+        ({"loss": lambda o, t: o.new_full((4,), 1.5)}, r"loss= gives 1.5 at exit 1; losses must lie in \[0, 1\]"),
+        ({"loss": lambda o, t: o.new_full((4,), -0.1)}, r"gives -0.1"),
+        ({"loss": lambda o, t: o.new_full((4,), math.nan)}, r"gives nan"),
+        ({"loss": hamming, "score": lambda outputs: outputs[-1]}, r"score= gives \(4, 2\)"),
+        ({"loss": hamming, "score": "entrpy"}, r"did you mean 'entropy'"),
+    ],
+)
+def test_what_cannot_be_recorded_is_told_at_the_first_batch(given, told):
+    def endless():
+        yield RECORDED[0]
+        raise AssertionError("a second batch was asked for")
+
+    with pytest.raises(InputError, match=told):
+        record(linear(), endless(), progress=False, **given)
+
+
+def test_nan_outputs_and_shapes_that_differ_are_told():
+    with pytest.raises(InputError, match="exit 1 gives NaN"):
+        record(linear(), [(torch.full((4, 3), math.nan), torch.rand(4, 2))], loss=hamming, progress=False)
+    net = BranchyNet(nn.Conv2d(1, 2, 1), {"input": nn.AvgPool2d(2)})
+    with pytest.raises(
+        InputError, match=r"exit 1: \(1, 1, 2, 2\), exit 2: \(1, 2, 4, 4\); give every branch the shape"
+    ):
+        record(net, [(torch.rand(1, 1, 4, 4), torch.zeros(1))], loss=hamming, progress=False)
+
+
+class TestWhichScore:
+    """A policy compares thresholds with the score that they were chosen on, and with no other."""
+
+    made = ExitRecord.from_scores([[0.1, 0], [0.2, 0]], [[0, 0], [1, 0]], score=log_variance)
+
+    def test_another_score_is_refused(self):
+        for score in ("entropy", hamming):
+            with pytest.raises(InputError, match=r"holds the score 'log_variance', not '(entropy|hamming)'"):
+                choose(self.made, max_drop=0.0, score=score)
+            with pytest.raises(InputError, match="leave score= out"):
+                evaluate(self.made, Policy(score, (0.15,)))
+        assert choose(self.made, max_drop=0.0, score=log_variance).policy.score is log_variance
+
+    def test_a_name_and_its_function_are_one(self):
+        made = dataclasses.replace(self.made, score="entropy")
+        assert choose(made, max_drop=0.0, score=SCORES["entropy"]).policy.score is SCORES["entropy"]
+        assert choose(made, max_drop=0.0).policy.score == "entropy"
+
+    def test_the_disk_keeps_the_name(self, tmp_path):
+        self.made.save(tmp_path / "record.npz")
+        again = ExitRecord.load(tmp_path / "record.npz")
+        assert again.score == "log_variance" and again.digest == self.made.digest
+        assert choose(again, max_drop=0.0, score=log_variance).policy.score is log_variance
+        with pytest.raises(InputError, match="holds the score 'log_variance'"):
+            choose(again, max_drop=0.0, score="margin")
+        with pytest.raises(InputError, match=r"unknown score 'log_variance'.*pass a callable"):
+            policy = choose(again, max_drop=0.0).policy
+            export(linear(), tmp_path / "model.onnx", policy=policy, example=torch.rand(2, 3))
+
+    def test_where_it_is_not_known_any_will_do(self, tmp_path):
+        made = ExitRecord.from_scores(self.made.scores, self.made.losses)
+        made.save(tmp_path / "record.npz")
+        for known in (made, ExitRecord.load(tmp_path / "record.npz")):
+            assert known.score is None and choose(known, max_drop=0.0).policy.score == "entropy"
+            assert of_record(known, "margin") is known.scores
+
+    def test_logits_have_no_score_of_their_own(self):
+        with pytest.raises(InputError, match="not both"):
+            ExitRecord(outputs=np.zeros((2, 1, 3)), labels=np.zeros(2, np.int64), score="entropy")
+
+
+# Scores of dense outputs
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from(sorted(SCORES)),
+    shape=st.tuples(st.integers(1, 3), st.integers(2, 5), st.integers(1, 4), st.integers(1, 4)),
+    flat=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_a_dense_score_is_the_mean_over_positions(name, shape, flat, seed):
+    z = 3 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    z = z.flatten(2) if flat else z
+    positions = z.flatten(2).permute(0, 2, 1)
+    expected = [float(sum(SCORES[name]((p.unsqueeze(0),)) for p in sample) / len(sample)) for sample in positions]
+    assert SCORES[name]((z,)).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("shape", [(4, 1), (4, 1, 3, 3), (4,)])
+def test_named_scores_refuse_what_has_no_classes(name, shape):
+    """Entropy of one output is 0 whatever it says: every sample would leave at exit 1."""
+    with pytest.raises(InputError, match=r"have not two classes in dimension 1.*callable"):
+        SCORES[name]((torch.zeros(shape),))
+
+
+def test_the_default_score_is_refused_for_one_number_at_every_step(tmp_path):
+    net, x = linear(1), torch.rand(4, 3)
+    with pytest.raises(InputError, match="callable"):
+        record(net, [(x, torch.rand(4, 1))], loss=squashed, progress=False)
+    with pytest.raises(InputError, match="callable"):
+        measure(net, x, seconds=0.01)
+    with pytest.raises(InputError, match="callable"):
+        export(net, tmp_path / "model.onnx", policy=Policy(thresholds=(0.5,)), example=x)
+
+
+# Losses for dense outputs
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    classes=st.integers(1, 20),  # beyond 16 pairs of classes outgrow uint8
+    positions=st.integers(1, 9),
+    ignore=st.sampled_from([-100, 255, 0]),
+    dtype=st.sampled_from([torch.int64, torch.int32, torch.uint8]),
+    seed=st.integers(0, 999),
+)
+def test_dense_losses_against_counting(batch, classes, positions, ignore, dtype, seed):
+    rng = np.random.default_rng(seed)
+    ignore = 255 if dtype is torch.uint8 and ignore < 0 else ignore
+    output = rng.normal(size=(batch, classes, positions, 2))
+    target = rng.integers(classes, size=(batch, positions, 2))
+    target[rng.random(target.shape) < 0.3] = ignore
+    wrong, without = [], []
+    for answer, label in zip(output.argmax(axis=1), target, strict=True):
+        counted = label != ignore
+        answer, label = answer[counted], label[counted]
+        wrong.append((answer != label).mean() if counted.any() else 0)
+        ious = [
+            ((answer == c) & (label == c)).sum() / ((answer == c) | (label == c)).sum()
+            for c in range(classes)
+            if ((answer == c) | (label == c)).any()
+        ]
+        without.append(1 - np.mean(ious) if ious else 0)
+    given = torch.tensor(output), torch.tensor(target).to(dtype), ignore
+    assert pixel_error(*given).tolist() == pytest.approx(wrong, abs=1e-6)
+    assert iou_error(*given).tolist() == pytest.approx(without, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", [pixel_error, iou_error])
+def test_dense_losses_refuse_what_does_not_fit(loss):
+    output = torch.zeros(2, 3, 4, 4)
+    for target in (torch.zeros(2, 4, 4), torch.zeros(2, 3, 4, 4, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)):
+        with pytest.raises(InputError, match=r"outputs \(2, 3, 4, 4\) need integer targets"):
+            loss(output, target)
+
+
+def test_iou_refuses_a_class_that_is_none():
+    with pytest.raises(InputError, match=r"0\.\.2 .*ignore_index=-100"):
+        iou_error(torch.zeros(1, 3, 2, 2), torch.full((1, 2, 2), 255))
+
+
+# Training
+
+
+def tallied(output, target):
+    tally = Tally("here")
+    tally.add(torch.tensor(1.0), (output, output), target)
+    return tally.read()[1]
+
+
+@pytest.mark.parametrize(
+    ("output", "target"),
+    [
+        ((6, 1), torch.zeros(6, dtype=torch.int64)),  # one number, told as whole ones: argmax is 0 whatever it says
+        ((6, 1, 2, 2), torch.zeros(6, 2, 2, dtype=torch.int64)),  # a mask from one logit
+        ((6, 1), torch.zeros(6, dtype=torch.bool)),
+        ((6, 4), torch.zeros(6, 4, dtype=torch.int64)),  # several labels, as whole numbers
+        ((6, 4), torch.zeros(6)),
+        ((6,), torch.zeros(6, dtype=torch.int64)),
+        ((6, 3), torch.full((6,), -100)),  # nothing to be right about
+    ],
+)
+def test_there_is_no_accuracy_without_classes(output, target):
+    assert tallied(torch.zeros(output), target) == ()
+
+
+def test_positions_that_the_loss_ignores_do_not_count():
+    target = torch.tensor([[0, 0, -100, -100], [1, -100, 0, -100]])
+    assert tallied(torch.tensor([1.0, 0.0]).view(1, 2, 1).expand(2, 2, 4), target) == (0.75, 0.75)
+
+
+def test_the_bar_speaks_of_right_answers_only_where_there_are_any(capsys):
+    for accuracies in ((), (0.5, 0.75)):
+        bar = Bar("epoch", 1, visible=True)
+        with bar:
+            bar.show(0.25, accuracies)
+        told = capsys.readouterr().err
+        assert "0.25" in told and ("right" in told) == bool(accuracies)
+
+
+def test_dense_branches_of_another_size_are_told():
+    with pytest.raises(InputError, match=r"exit 1 .*\(2, 3, 2, 2\).*\(2, 3, 4, 4\); give every branch the shape"):
+        joint_loss((torch.zeros(2, 3, 2, 2), torch.zeros(2, 3, 4, 4)), torch.zeros(2, 4, 4, dtype=torch.int64))
+
+
+# One number a sample without a dimension for it: (B,)
+
+
+class Bare(nn.Module):
+    """A regression network as many are written."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.head = nn.Linear(3, 8), nn.Linear(8, 1)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.hidden(x))).squeeze(1)
+
+
+def test_outputs_without_a_dimension_of_their_own_are_refused_with_the_remedy(tmp_path):
+    x, y = torch.rand(4, 3), torch.rand(4, 1)
+    with pytest.raises(InputError, match=r"output has shape \(2,\).*output=lambda y: y.unsqueeze\(1\)"):
+        attach(Bare(), ["hidden"], example=x)
+    net = BranchyNet(Bare(), {"hidden": nn.Linear(8, 1)})
+    with pytest.raises(InputError, match=r"\(4, 1\), but the last exit \(4,\)"):
+        joint_loss(net(x), y, loss=F.mse_loss)
+    with pytest.raises(InputError, match=r"exit 2: \(4,\).*unsqueeze\(1\)"):
+        record(net, [(x, y)], loss=squashed, score=disagreement, progress=False)
+    with pytest.raises(GraphError, match=r"one number a sample as \(B, 1\)"):
+        export(net, tmp_path / "model.onnx", policy=Policy(disagreement, (0.5,)), example=x)
+
+
+def test_the_remedy_helps():
+    x, y = torch.rand(4, 3), torch.rand(4, 1)
+    backbone = Bare()
+    net = attach(backbone, ["hidden"], example=x, output=lambda y: y.unsqueeze(1))
+    fit(net, [(x, y)], epochs=1, loss=F.mse_loss, progress=False, device="cpu")
+    made = record(net, [(x, y)], loss=squashed, score=disagreement, progress=False)
+    expected = [[squashed(o[i : i + 1], y[i : i + 1]).item() for o in net(x)] for i in range(4)]
+    np.testing.assert_allclose(made.losses, expected, atol=1e-6)
+    torch.testing.assert_close(net(x)[-1].squeeze(1), backbone(x))
