@@ -2,7 +2,9 @@
 
 For each seed a plain LeNet is trained for WARM epochs. From these same weights go on, for JOINT epochs more and with
 the same recipe: once LeNet alone (the baseline), once with its branch (B-LeNet). The threshold is the one below which
-95 % of the validation images leave (the published point: 94.3 %); test images are looked at once, at the end.
+95 % of the validation images leave (the published point: 94.3 %). Recipe and rule were settled after trial runs on
+another split, whose test figures had been seen, and after a first look at seed 0; the rule does not depend on them, but
+only seeds 1 to 4 are untouched. The shipped seed is picked by validation accuracy.
 
     python benchmarks/mnist_training.py            # about 10 minutes a seed on one core; resumes where it was stopped
     python benchmarks/mnist_training.py --ship     # also writes the weights that the package ships
