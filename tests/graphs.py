@@ -131,7 +131,7 @@ def graphs(graph, level=1):
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from graphs(attribute.g, level + (attribute.name == "then_branch"))
+                yield from graphs(attribute.g, level + (attribute.name == "else_branch"))
 
 
 def profile(path, feeds, folder, optimization=PLAIN):

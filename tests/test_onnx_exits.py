@@ -44,7 +44,7 @@ def any_flat(random):
     b = sketch.batch
     double = "2*batch" if sketch.dynamic else 2
     wide = [sketch.input("x", 4), sketch.input("y", 4)]
-    tall, merged, rows = [], [], []
+    tall, tall_shapes, merged, rows = [], [], [], []
 
     def numbers(*shape):
         return np.array(random.choices((-1, 0, 1), k=int(np.prod(shape))), np.float32).reshape(shape)
@@ -77,8 +77,9 @@ def any_flat(random):
             tall.append(sketch.op("MatMul", shared, random.choice(tall), shape=[4, b]))
             wide.append(sketch.op("Transpose", random.choice(tall), shape=[b, 4], perm=[1, 0]))
         elif kind == "like" and tall:
-            shape = sketch.op("Shape", random.choice(tall), shape=[2], dtype=ir.DataType.INT64)
-            tall.append(sketch.op("Reshape", random.choice(tall), shape, shape=[4, b]))
+            if not tall_shapes or random.random() < 0.3:
+                tall_shapes.append(sketch.op("Shape", random.choice(tall), shape=[2], dtype=ir.DataType.INT64))
+            tall.append(sketch.op("Reshape", random.choice(tall), random.choice(tall_shapes), shape=[4, b]))
             wide.append(sketch.op("Transpose", tall[-1], shape=[b, 4], perm=[1, 0]))
         elif kind == "reshape":
             square = sketch.op("Reshape", a, shape_like([2, 2]), shape=[b, 2, 2])
@@ -328,8 +329,8 @@ def test_a_removed_exit_takes_its_threshold_and_its_gate_away(tmp_path):
 
 def test_versions_are_pinned_and_no_other_operators_are_used(lenet_file):
     model = onnx.load(lenet_file)
-    assert model.ir_version == 8
-    assert [(o.domain, o.version) for o in model.opset_import] == [("", 18)]
+    assert model.ir_version == 9
+    assert [(o.domain, o.version) for o in model.opset_import] == [("", 20)]
     assert {node.domain for _, graph in graphs(model.graph) for node in graph.node} == {""}
     assert not model.functions
 
@@ -423,6 +424,33 @@ def test_values_may_have_the_names_that_the_file_gives_out(tmp_path):
     flat_path = save(flat, None, tmp_path / "flat.onnx")
     onnx.checker.check_model(flat_path, full_check=True)
     assert [o.name for o in onnx.load(flat_path).graph.output] == ["label", "output_1", "output_2"]
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["batch first", "batch second"])
+def test_a_shape_used_on_both_sides_of_a_cut_is_that_of_the_smaller_batch_behind_it(first, tmp_path):
+    sketch = Sketch()
+    dims = ["batch", 4] if first else [4, "batch"]
+    x = sketch.input("x", 4)
+
+    def turned(value, shape):
+        return value if first else sketch.op("Transpose", value, shape=shape, perm=[1, 0])
+
+    measured = sketch.op("Relu", turned(x, dims), shape=dims)
+    shape = sketch.op("Shape", measured, shape=[2], dtype=ir.DataType.INT64)
+
+    def more(number):
+        filled = sketch.op("Expand", sketch.constant(np.full((1, 1), number, np.float32)), shape, shape=dims)
+        return sketch.op("Add", turned(filled, ["batch", 4]), x, shape=["batch", 4])
+
+    early, late = more(1), more(2)
+    flat = sketch.flat([early, late], [sketch.total(early), sketch.total(late)])
+    path = save(flat, Policy(thresholds=(0.0,)), tmp_path / "model.onnx")
+    rows = np.array([[-3, 0, 0, 0], [1, 0, 0, 0], [-9, 1, 1, 0], [2, 2, 2, 2], [0, 1, 0, 0]], np.float32)
+    results, events = profile(path, {"x": rows}, tmp_path)
+    left = (rows + 1).sum(1) < 0
+    assert results["exit"].tolist() == [1 if e else 2 for e in left] and 0 < left.sum() < 4
+    np.testing.assert_array_equal(results["output"], np.where(left[:, None], rows + 1, rows + 2))
+    check_work(flat, events, [1, 2], results["exit"])
 
 
 def test_a_costly_value_without_a_batch_dimension_cannot_cross_a_cut():

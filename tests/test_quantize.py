@@ -122,7 +122,7 @@ def test_weights_are_int8_and_exits_and_scores_float(case):
     int8, path, _, _ = case
     onnx.checker.check_model(path, full_check=True)
     model = onnx.load(path)
-    assert model.ir_version == 8 and [(o.domain, o.version) for o in model.opset_import] == [("", 18)]
+    assert model.ir_version == 9 and [(o.domain, o.version) for o in model.opset_import] == [("", 20)]
     dtypes = {name: i.dtype for name, i in int8.model.graph.initializers.items()}
     made = {v.name: node for node in int8.model.graph for v in node.outputs}
     weights = [made[n.inputs[1].name] for n in int8.model.graph if n.op_type in PRODUCTS and n.inputs[1].name in made]

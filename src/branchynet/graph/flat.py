@@ -25,8 +25,8 @@ from .program import _rows as _rows
 from .program import tensors_of as tensors_of
 from .section import reserved
 
-OPSET = 18  # old enough for every runtime in use, new enough for the exporter
-IR_VERSION = 8
+OPSET = 20  # the first whose ReduceMin takes booleans; ONNX Runtime 1.17 and later read it
+IR_VERSION = 9
 _RANDOM = {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
 
 

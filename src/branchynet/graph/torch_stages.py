@@ -115,7 +115,9 @@ class _Cut:
                 self.varies.add(node)
             # What is looked up by such places is a row's own again; what they are looked up in may hold places itself.
             read = node.all_input_nodes[:1] if name_of(node) in _LOOKUPS else node.all_input_nodes
-            if not self.numbered.isdisjoint(read) or (name_of(node) == "arange" and self._axis(node) is not None):
+            counts = name_of(node) == "arange" and self._axis(node) is not None
+            # A sample's answer does not depend on its place, so what is no integer (a mask, a feature) holds none.
+            if self._is_integer(node) and (counts or not self.numbered.isdisjoint(read)):
                 self.numbered.add(node)
         for n, (output, _) in zip(exits, self.needs, strict=True):
             if self._axis(output) != 0:
@@ -179,6 +181,10 @@ class _Cut:
         shape = node.meta["val"].shape if isinstance(node.meta["val"], Tensor) else ()
         axes = [axis for axis, dim in enumerate(shape) if self._is_batch(dim)]
         return axes[0] if len(axes) == 1 else None
+
+    def _is_integer(self, node: fx.Node) -> bool:
+        dtype = getattr(node.meta["val"], "dtype", None)
+        return dtype is not torch.bool and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
 
     def _is_batch(self, size: Any) -> bool:
         return isinstance(size, SymInt) and size.node.expr == self.flat.batch
