@@ -6,7 +6,6 @@ The oracle is a loop over samples and exits in float64, with scores and losses w
 import dataclasses
 import math
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -36,169 +35,10 @@ from branchynet import (
 )
 from branchynet.engine.torch import TorchEngine
 from branchynet.errors import GraphError, InputError
-from branchynet.losses import iou_error, pixel_error
+from branchynet.losses import pixel_error
 from branchynet.scores import SCORES, of_record
 from branchynet.training.epoch import Bar, Tally
-
-SAMPLES = 48
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """A task as a user brings it, and its score and loss once more for one sample, in numpy float64."""
-
-    net: Callable[[Any], BranchyNet]
-    data: Callable[[], tuple[torch.Tensor, torch.Tensor]]
-    train: Callable[..., torch.Tensor]
-    score: Any
-    loss: Callable[..., torch.Tensor]
-    slow_score: Callable[[list[np.ndarray]], float]
-    slow_loss: Callable[[np.ndarray, np.ndarray], float]
-
-
-def softmax_entropy(z):
-    """Of one vector, in nats."""
-    p = np.exp(np.float64(z) - z.max())
-    p /= p.sum()
-    return -sum(q * math.log(q) for q in p if q > 0)
-
-
-def mean_entropy(outputs):
-    """Over all positions of the latest output (C, ...), one after the other."""
-    columns = outputs[-1].reshape(len(outputs[-1]), -1).T
-    return sum(softmax_entropy(column) for column in columns) / len(columns)
-
-
-def share_wrong(output, target):
-    pairs = list(zip(output.reshape(len(output), -1).T, target.reshape(-1), strict=True))
-    return sum(int(column.argmax() != label) for column, label in pairs) / len(pairs)
-
-
-# Segmentation (B, C, H, W), with a branch for maps at each tap
-
-
-def maps(example):
-    layers = [nn.Conv2d(2, 6, 3, 2, 1), nn.ReLU(), nn.Conv2d(6, 6, 3, 1, 1), nn.BatchNorm2d(6), nn.ReLU()]
-    upsample = nn.Upsample(size=(9, 12), mode="bilinear")
-    return attach(nn.Sequential(*layers, nn.Conv2d(6, 3, 1), upsample), ["1", "4"], example=example)
-
-
-def pictures():
-    x = torch.randn(SAMPLES, 2, 9, 12) * torch.rand(SAMPLES, 1, 1, 1) * 2
-    return x, x.sum(dim=1).gt(0.3).long() + x[:, 0].gt(1)
-
-
-# Every word of a sentence has a class (B, C, L); the user brings the branch
-
-
-def words(example):
-    backbone = nn.Sequential(
-        nn.Conv1d(4, 8, 3, 1, 1), nn.ReLU(), nn.Conv1d(8, 8, 3, 1, 1), nn.ReLU(), nn.Conv1d(8, 3, 1)
-    )
-    return BranchyNet(backbone, {"1": nn.Conv1d(8, 3, 1)})
-
-
-def sentences():
-    x = torch.randn(SAMPLES, 4, 7)
-    return x, x[:, :3].argmax(dim=1)
-
-
-# Several labels a sample (B, K)
-
-
-def several(example):
-    return attach(
-        nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)),
-        ["1"],
-        example=example,
-    )
-
-
-def tags():
-    x = torch.randn(SAMPLES, 5)
-    return x, (x[:, :4] > 0.2).float()
-
-
-def binary_entropies(outputs):
-    z = outputs[-1]
-    return F.binary_cross_entropy_with_logits(z, z.sigmoid(), reduction="none").sum(dim=1)
-
-
-def slow_binary_entropies(outputs):
-    return sum(softmax_entropy(np.array([z, 0.0])) for z in np.float64(outputs[-1]))
-
-
-def hamming(output, target):
-    return ((output > 0) != (target > 0.5)).float().mean(dim=1)
-
-
-# Regression: one number (B, 1) by how far two exits differ, or a number and its expected error (B, 2)
-
-
-def one_number(example):
-    layers = [nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 1)]
-    return attach(nn.Sequential(*layers), ["1", "3"], example=example)
-
-
-def two_numbers(example):
-    layers = [nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 2)]
-    return attach(nn.Sequential(*layers), ["1"], example=example)
-
-
-def points():
-    x = torch.randn(SAMPLES, 5)
-    return x, (x[:, :1] * x[:, 1:2]).sin()
-
-
-def disagreement(outputs):
-    if len(outputs) == 1:
-        return torch.full_like(outputs[0][:, 0], math.inf)
-    return (outputs[-1] - outputs[-2]).abs().amax(dim=1)
-
-
-def log_variance(outputs):
-    return outputs[-1][:, 1]
-
-
-def likelihood(output, target):
-    return F.gaussian_nll_loss(output[:, :1], target, output[:, 1:].exp())
-
-
-def squashed(output, target):
-    error = (output[:, 0] - target[:, 0]).abs()
-    return error / (error + 0.5)
-
-
-def slow_squashed(output, target):
-    error = abs(float(output[0]) - float(target[0]))
-    return error / (error + 0.5)
-
-
-TASKS = {
-    "segmentation": Task(maps, pictures, F.cross_entropy, "entropy", pixel_error, mean_entropy, share_wrong),
-    "words": Task(words, sentences, F.cross_entropy, "entropy", pixel_error, mean_entropy, share_wrong),
-    "labels": Task(
-        several,
-        tags,
-        F.binary_cross_entropy_with_logits,
-        binary_entropies,
-        hamming,
-        slow_binary_entropies,
-        lambda output, target: (
-            sum(int((z > 0) != (t > 0.5)) for z, t in zip(output, target, strict=True)) / len(target)
-        ),
-    ),
-    "disagreement": Task(
-        one_number,
-        points,
-        F.mse_loss,
-        disagreement,
-        squashed,
-        lambda o: math.inf if len(o) == 1 else abs(float(o[-1][0]) - float(o[-2][0])),
-        slow_squashed,
-    ),
-    "variance": Task(two_numbers, points, likelihood, log_variance, squashed, lambda o: float(o[-1][1]), slow_squashed),
-}
+from tasks import SAMPLES, TASKS, Task, disagreement, hamming, log_variance, squashed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -479,53 +319,6 @@ def test_the_default_score_is_refused_for_one_number_at_every_step(tmp_path):
         measure(net, x, seconds=0.01)
     with pytest.raises(InputError, match="callable"):
         export(net, tmp_path / "model.onnx", policy=Policy(thresholds=(0.5,)), example=x)
-
-
-# Losses for dense outputs
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    batch=st.integers(1, 3),
-    classes=st.integers(1, 20),  # beyond 16 pairs of classes outgrow uint8
-    positions=st.integers(1, 9),
-    ignore=st.sampled_from([-100, 255, 0]),
-    dtype=st.sampled_from([torch.int64, torch.int32, torch.uint8]),
-    seed=st.integers(0, 999),
-)
-def test_dense_losses_against_counting(batch, classes, positions, ignore, dtype, seed):
-    rng = np.random.default_rng(seed)
-    ignore = 255 if dtype is torch.uint8 and ignore < 0 else ignore
-    output = rng.normal(size=(batch, classes, positions, 2))
-    target = rng.integers(classes, size=(batch, positions, 2))
-    target[rng.random(target.shape) < 0.3] = ignore
-    wrong, without = [], []
-    for answer, label in zip(output.argmax(axis=1), target, strict=True):
-        counted = label != ignore
-        answer, label = answer[counted], label[counted]
-        wrong.append((answer != label).mean() if counted.any() else 0)
-        ious = [
-            ((answer == c) & (label == c)).sum() / ((answer == c) | (label == c)).sum()
-            for c in range(classes)
-            if ((answer == c) | (label == c)).any()
-        ]
-        without.append(1 - np.mean(ious) if ious else 0)
-    given = torch.tensor(output), torch.tensor(target).to(dtype), ignore
-    assert pixel_error(*given).tolist() == pytest.approx(wrong, abs=1e-6)
-    assert iou_error(*given).tolist() == pytest.approx(without, abs=1e-6)
-
-
-@pytest.mark.parametrize("loss", [pixel_error, iou_error])
-def test_dense_losses_refuse_what_does_not_fit(loss):
-    output = torch.zeros(2, 3, 4, 4)
-    for target in (torch.zeros(2, 4, 4), torch.zeros(2, 3, 4, 4, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)):
-        with pytest.raises(InputError, match=r"outputs \(2, 3, 4, 4\) need integer targets"):
-            loss(output, target)
-
-
-def test_iou_refuses_a_class_that_is_none():
-    with pytest.raises(InputError, match=r"0\.\.2 .*ignore_index=-100"):
-        iou_error(torch.zeros(1, 3, 2, 2), torch.full((1, 2, 2), 255))
 
 
 # Training

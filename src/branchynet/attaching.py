@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .branches import DenseBranch, default_branch
 from .errors import GraphError, InputError
@@ -77,6 +78,9 @@ def attach(
             return read_tensor((tap or {}).get(name), value, name)
         return tensor_in(value)
 
+    if any(is_lazy(p) for p in backbone.parameters()):
+        with torch.no_grad(), evaluating(backbone):
+            backbone(*args, **kwargs)  # gives them their sizes
     with torch.no_grad(), evaluating(backbone), surveying(backbone, (args, kwargs), tensor) as survey:
         last = read_tensor(output or one_output, backbone(*args, **kwargs), "the backbone's output")
     if at == "auto":
