@@ -1,0 +1,100 @@
+"""What would a user pick instead? Smaller static LeNets, same recipe and total epochs, beside B-LeNet on MNIST.
+
+Each has the channels below in its three convolutions (LeNet has 5, 10, 20). Accuracy on test images, and time in the
+same engine as B-LeNet's, interleaved with it; LeNet and B-LeNet have the shipped weights, B-LeNet the threshold of
+mnist_speed.py.
+
+    python benchmarks/mnist_smaller.py     # about 5 minutes a network on one core; resumes where it was stopped
+
+Writes benchmarks/results/mnist_smaller.json.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from mnist_training import BATCH, JOINT, WARM, train
+
+from branchynet import Policy, evaluate, export, load, record, zoo
+from branchynet.data import load_data, loader
+from branchynet.files import write_json
+from branchynet.machine import environment
+from branchynet.zoo.lenet import LeNet
+
+CHANNELS = ((2, 4, 8), (3, 6, 12), (4, 8, 16))
+BATCHES = (1, 64)
+PASSES = 15
+SAMPLES = 2048
+ROOT = Path(__file__).parent
+RUNS = ROOT.parent / "runs" / "mnist_smaller"
+RESULTS = ROOT / "results" / "mnist_smaller.json"
+SPEED = ROOT / "results" / "mnist_speed.json"
+
+
+def time_all(engines, images, batch):
+    """Median microseconds a sample of each engine, all taking turns on the same images."""
+    rows = [images[i : i + batch] for i in range(0, SAMPLES, batch)]
+    passes = {name: [] for name in engines}
+    for _ in range(PASSES + 1):
+        total = dict.fromkeys(engines, 0.0)
+        for inputs in rows:
+            for name, engine in engines.items():
+                start = time.perf_counter()
+                engine(inputs)
+                total[name] += time.perf_counter() - start
+        for name, seconds in total.items():
+            passes[name].append(seconds * 1e6 / SAMPLES)
+    return {name: statistics.median(times[1:]) for name, times in passes.items()}
+
+
+def smaller(data):
+    """The narrower LeNets, trained, by name."""
+    nets = {}
+    for channels in CHANNELS:
+        name = "LeNet " + "-".join(map(str, channels))
+        torch.manual_seed(0)
+        nets[name] = LeNet(channels=channels)
+        train(nets[name], data, WARM, 0, RUNS / name.replace(" ", "-") / "warm")
+        train(nets[name], data, JOINT, 100, RUNS / name.replace(" ", "-") / "joint")
+    return nets
+
+
+def main():
+    torch.set_num_threads(1)
+    data = load_data("mnist")
+    images = data.test.images.float() / 255
+    order = np.random.default_rng(0).permutation(len(images))
+    policy = Policy(thresholds=tuple(json.loads(SPEED.read_text())["rows"][0]["thresholds"]))
+    b_lenet = zoo.b_lenet(pretrained=True)
+    accuracy = {"B-LeNet": evaluate(record(b_lenet, loader(data.test, 1000)), policy).accuracy}
+    with tempfile.TemporaryDirectory() as folder:
+        path = export(b_lenet, Path(folder) / "b_lenet.onnx", policy=policy, example=images[:8])
+        engines = {"B-LeNet": load(path, threads=1)}
+        for name, net in {"LeNet": zoo.lenet(pretrained=True), **smaller(data)}.items():
+            accuracy[name] = evaluate(record(net, loader(data.test, 1000)), Policy()).accuracy
+            path = export(net, Path(folder) / f"{name}.onnx", policy=None, example=images[:8])
+            engines[name] = load(path, threads=1)
+        times = {batch: time_all(engines, images.numpy()[order], batch) for batch in BATCHES}
+    rows = [
+        {"network": name, "accuracy": accuracy[name], **{f"us_batch_{b}": times[b][name] for b in BATCHES}}
+        for name in engines
+    ]
+    write_json(
+        RESULTS,
+        {
+            "command": "python benchmarks/mnist_smaller.py",
+            "environment": environment(),
+            "recipe": {"epochs": WARM + JOINT, "batch": BATCH, "seed": 0},
+            "rows": rows,
+        },
+    )
+    for row in rows:
+        print(row)
+
+
+if __name__ == "__main__":
+    main()
