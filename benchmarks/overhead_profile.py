@@ -31,9 +31,9 @@ RESULTS = Path(__file__).parent / "results" / "overhead_profile.json"
 KINDS = {
     "score": ("LogSoftmax", "Exp", "Mul", "ReduceSum", "Neg"),
     "compare": ("Less", "Not"),
-    "does anybody stay": ("NonZero", "Size", "Cast"),
+    "do all leave": ("ReduceMin",),
     "If and keeping the answer": ("If", "Identity"),
-    "exit number": ("Where",),
+    "exit number": ("Cast", "Sub"),
     "label": ("ArgMax",),
 }
 
