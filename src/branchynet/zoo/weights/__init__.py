@@ -1,4 +1,4 @@
-"""The weights that ship with the package; how they were made is in ``benchmarks/results/mnist_training.json``."""
+"""The weights that ship with the package; how they were made is in ``benchmarks/results/*_training.json``."""
 
 from pathlib import Path
 from typing import TypeVar
@@ -12,10 +12,14 @@ Net = TypeVar("Net", bound=nn.Module)
 
 
 def ship(net: Net, name: str, num_classes: int, trained_classes: int) -> Net:
-    """Load shipped weights into `net`, in eval mode. Raises `InputError` for another number of classes."""
+    """Load shipped weights into `net`, in eval mode. Raises `InputError` where none ship, or for other classes."""
     if num_classes != trained_classes:
         raise InputError(
             f"the weights {name!r} have {trained_classes} classes, not {num_classes}; use pretrained=False"
         )
-    load_weights(net, Path(__file__).parent / f"{name}.safetensors")
+    path = Path(__file__).parent / f"{name}.safetensors"
+    if not path.exists():
+        shipped = ", ".join(sorted(repr(p.stem) for p in path.parent.glob("*.safetensors")))
+        raise InputError(f"no weights {name!r} ship with this version, only {shipped}; use pretrained=False and train")
+    load_weights(net, path)
     return net.eval()

@@ -1,0 +1,121 @@
+"""AlexNet and B-AlexNet for 32 x 32 colour images, layer for layer as in the paper and its released code.
+
+Both take pixels in [0, 1], `(B, 3, 32, 32)` float32, normalize them inside, and give logits `(B, 10)`.
+"""
+
+from torch import Tensor, nn
+
+from ..errors import InputError, nearest
+from ..net import BranchyNet
+from .layers import LocalResponseNorm, Normalize
+from .weights import ship
+
+
+def _pool() -> nn.MaxPool2d:
+    return nn.MaxPool2d(3, 2, ceil_mode=True)  # rounds up, as in Chainer
+
+
+def _block(channels: int) -> nn.Sequential:
+    # Published is ReLU before max-pooling. The two commute and this order trains faster; `export` turns it back.
+    return nn.Sequential(_pool(), nn.ReLU(), LocalResponseNorm(channels))
+
+
+class AlexNet(nn.Module):
+    """The paper's AlexNet: five convolutions and three linear layers; 28 M multiply-accumulates.
+
+    Args:
+        num_classes: outputs.
+        channels: of the five convolutions; fewer make the smaller static networks that early exits compete with.
+        hidden: widths of the two linear layers before the last.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        channels: tuple[int, int, int, int, int] = (32, 64, 96, 96, 64),
+        hidden: tuple[int, int] = (256, 128),
+    ) -> None:
+        super().__init__()
+        first, second, third, fourth, fifth = channels
+        self.normalize = Normalize()
+        self.conv1 = nn.Conv2d(3, first, 5, padding=2)
+        self.block1 = _block(first)
+        self.conv2 = nn.Conv2d(first, second, 5, padding=2)
+        self.block2 = _block(second)
+        self.conv3 = nn.Conv2d(second, third, 3, padding=1)
+        self.relu3 = nn.ReLU()
+        self.conv4 = nn.Conv2d(third, fourth, 3, padding=1)
+        self.relu4 = nn.ReLU()
+        self.conv5 = nn.Conv2d(fourth, fifth, 3, padding=1)
+        self.block5 = nn.Sequential(_pool(), nn.ReLU(), nn.Flatten())
+        self.classifier = nn.Sequential(
+            nn.Linear(16 * fifth, hidden[0]),
+            nn.ReLU(),
+            nn.Dropout(0.5),
+            nn.Linear(hidden[0], hidden[1]),
+            nn.ReLU(),
+            nn.Dropout(0.5),
+            nn.Linear(hidden[1], num_classes),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits `(B, num_classes)`."""
+        x = self.block1(self.conv1(self.normalize(x)))
+        x = self.block2(self.conv2(x))
+        x = self.relu4(self.conv4(self.relu3(self.conv3(x))))
+        return self.classifier(self.block5(self.conv5(x)))
+
+
+def alexnet(num_classes: int = 10, *, pretrained: bool = False) -> AlexNet:
+    """AlexNet, untrained or with the weights shipped for CIFAR-10.
+
+    Raises:
+        InputError: pretrained weights for other than 10 classes, or none ship.
+    """
+    net = AlexNet(num_classes)
+    return ship(net, "alexnet-cifar10", num_classes, 10) if pretrained else net
+
+
+# Behind which convolutions the three sources put the two branches.
+_PLACES = {"text": (1, 2), "figure": (1, 3), "code": (2, 3)}
+# A tap behind the convolution's ReLU, pooling and LRN, which the branch then shares with the trunk; the third
+# convolution has only a ReLU in the trunk, so the branch brings the rest.
+_TAPS = {1: ("block1", 32, 16), 2: ("block2", 64, 8), 3: ("relu3", 96, 8)}
+
+
+def b_alexnet(num_classes: int = 10, *, branches: str = "text", pretrained: bool = False) -> BranchyNet:
+    """B-AlexNet: AlexNet with two branches, the first of two convolutions and the second of one; 3 exits.
+
+    The released code taps the convolutions' raw output and repeats ReLU, pooling and LRN in the branch; here the branch
+    takes the trunk's own, which is the same function.
+
+    Args:
+        num_classes: outputs.
+        branches: where they sit, on which the sources disagree: ``"text"`` after convolutions 1 and 2, ``"figure"``
+            (Figure 1) after 1 and 3, ``"code"`` after 2 and 3.
+        pretrained: with the weights shipped for CIFAR-10.
+
+    Raises:
+        InputError: other `branches`, pretrained weights for other than 10 classes, or none ship.
+    """
+    if branches not in _PLACES:
+        raise InputError(f"branches={branches!r} is none of {', '.join(_PLACES)}{nearest(branches, _PLACES)}")
+    early, late = _PLACES[branches]
+    net = BranchyNet(
+        AlexNet(num_classes),
+        {_TAPS[early][0]: _branch(early, 2, num_classes), _TAPS[late][0]: _branch(late, 1, num_classes)},
+    )
+    return ship(net, f"b_alexnet-{branches}-cifar10", num_classes, 10) if pretrained else net
+
+
+def _branch(place: int, convolutions: int, num_classes: int) -> nn.Sequential:
+    """The branch behind convolution `place`: `convolutions` of 3x3 to 32 channels, pooling, linear."""
+    _, channels, side = _TAPS[place]
+    layers: list[nn.Module] = []
+    if place == 3:
+        layers += [_pool(), LocalResponseNorm(channels)]
+        side //= 2
+    layers.append(nn.Conv2d(channels, 32, 3, padding=1))
+    for _ in range(convolutions - 1):
+        layers += [nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1)]
+    return nn.Sequential(*layers, _pool(), nn.ReLU(), nn.Flatten(), nn.Linear(32 * (side // 2) ** 2, num_classes))
