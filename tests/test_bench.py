@@ -7,8 +7,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from torch import nn
 
-from branchynet import zoo
+from branchynet import BranchyNet, export, zoo
 from branchynet.bench import _time, bench
 from branchynet.decide import evaluate
 from branchynet.errors import FileError, InputError
@@ -55,9 +56,12 @@ def policy(record):
 def cached(monkeypatch):
     """The export of B-LeNet is at hand."""
     net, flat = flat_lenet()
+    real = module.flatten
 
     def flatten(given, example, *, score):
-        assert given is net and score is entropy and example.shape == (2, 1, 28, 28)
+        if given is not net:
+            return real(given, example, score=score)
+        assert score is entropy and example[0].shape == (2, 1, 28, 28)
         return flat
 
     monkeypatch.setattr(module, "flatten", flatten)
@@ -97,6 +101,7 @@ def test_rows_are_whole_and_their_figures_agree(file, data, record, policy):
 @pytest.mark.parametrize(("batch", "samples", "timed"), [(1, 20, 20), (8, 20, 16), (64, 20, 64), (7, 10_000, 70)])
 def test_the_limit_weighs_static_times_with_the_share_among_those_timed(file, data, monkeypatch, batch, samples, timed):
     def fake(engine, static, inputs, size, repeats):
+        (inputs,) = inputs
         exits = engine(inputs).exit
         seen.append((inputs, exits))
         assert static.keys() == {"plain", "upto_1", "upto_2"} and (size, repeats) == (batch, 4)
@@ -117,7 +122,7 @@ def test_the_limit_weighs_static_times_with_the_share_among_those_timed(file, da
 def test_the_order_is_random_and_the_seeds(file, data, monkeypatch):
     orders = []
     times = {"branchy": 1.0, "plain": 1.0, "upto_1": 1.0, "upto_2": 1.0}
-    monkeypatch.setattr(module, "_time", lambda engine, static, inputs, *rest: orders.append(inputs) or times)
+    monkeypatch.setattr(module, "_time", lambda engine, static, inputs, *rest: orders.append(inputs[0]) or times)
     for seed in (0, 0, 1):
         rows_of(file, data, batches=(1,), seed=seed)
     assert np.array_equal(orders[0], orders[1]) and not np.array_equal(orders[0], orders[2])
@@ -144,7 +149,7 @@ def test_every_engine_runs_the_same_batches_in_turns():
         outputs = __call__
 
     inputs = np.arange(300)
-    times = _time(Fake("branchy"), {name: Fake(name) for name in ("plain", "upto_1")}, inputs, batch=3, repeats=2)
+    times = _time(Fake("branchy"), {name: Fake(name) for name in ("plain", "upto_1")}, (inputs,), batch=3, repeats=2)
     assert times.keys() == {"branchy", "plain", "upto_1"} and all(t > 0 for t in times.values())
     calls = Counter((name, tuple(rows)) for name, rows in log)
     batches = [tuple(range(i, i + 3)) for i in range(0, 300, 3)]
@@ -155,6 +160,46 @@ def test_every_engine_runs_the_same_batches_in_turns():
         assert sorted(names) == ["branchy", "plain", "upto_1"]
         assert [name for name, _ in log[start : start + 3 * turn]] == [name for name in names for _ in range(turn)]
     assert len({log[start][0] for start in (0, 3 * turn, 6 * turn)}) == 3  # who goes first goes round too
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x, weight):
+        return self.head(torch.tanh(self.b(torch.tanh(self.a(x)) * weight)))
+
+
+def spread(outputs):
+    return outputs[-1].abs().sum(dim=1)
+
+
+def test_several_inputs_a_score_and_a_loss_of_ones_own(tmp_path):
+    torch.manual_seed(0)
+    net = BranchyNet(Pair(), {"a": nn.Linear(6, 3)}).eval()
+    inputs = {"x": torch.randn(30, 6), "weight": torch.rand(30, 6) + 0.5}
+    target = torch.rand(30, 3)
+
+    def loss(output, target):
+        return (output - target).abs().mean(dim=1).clamp(max=1)
+
+    with torch.no_grad():
+        outputs = net(**inputs)
+    early = spread(outputs[:1]) < (threshold := float(spread(outputs[:1]).median()) + 1e-3)
+    path = export(net, tmp_path / "pair.onnx", policy=Policy(spread, (threshold,)), example=inputs)
+    told = {"network": "pair", "accuracy_static": 0.5, "repeats": 1, "batches": (1, 7)}
+    rows = bench(path, net, inputs, target, loss=loss, score=spread, **told)
+    answers = torch.where(early[:, None], outputs[0], outputs[1])
+    for row in rows:
+        assert row["accuracy_branchy"] == pytest.approx(1 - float(loss(answers, target).mean()), abs=1e-5)
+        assert row["exit_share"] == pytest.approx([float(early.float().mean()), 1 - float(early.float().mean())])
+    with pytest.raises(InputError, match=r"leaves by 'spread'.*score="):
+        bench(path, net, inputs, target, loss=loss, **told)
+    with pytest.raises(InputError, match=r"leaves by 'spread', not 'entropy'"):
+        bench(path, net, inputs, target, loss=loss, score=entropy, **told)
+    with pytest.raises(InputError, match=r"targets must be class indices.*float32 of shape \(30, 3\).*loss="):
+        bench(path, net, inputs, target, score=spread, **told)
 
 
 def test_progress_is_told(file, data):
@@ -179,7 +224,7 @@ def test_wrong_options_are_named(file, data, changes, told):
 
 def test_wrong_data_files_and_networks_are_named(tmp_path, file, data, policy):
     images, labels = data
-    with pytest.raises(InputError, match="70 images need as many labels; got 69"):
+    with pytest.raises(InputError, match="70 inputs need as many targets; got 69"):
         rows_of(file, (images, labels[:-1]))
     with pytest.raises(InputError, match="float32"):
         rows_of(file, (images.double(), labels))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -18,21 +19,28 @@ from .cost import static_engines
 from .engine.exported import Engine
 from .engine.onnx import load
 from .errors import InputError
-from .graph.flat import flatten
+from .graph.flat import flatten, tensors_of
 from .graph.quantize import calibration_batches, quantized
-from .net import count_exits
+from .net import count_exits, few
+from .record import Loss
+from .scores import SCORES, Score
+from .types import score_name
 
 Progress = Callable[[str], None]
+Arrays = tuple[NDArray[Any], ...]
+_JUDGED = 500  # samples a call where only the answers count
 
 
 def bench(
     path: str | os.PathLike[str],
     net: nn.Module,
-    images: Tensor,
-    labels: Tensor,
+    inputs: Any,
+    target: Tensor,
     *,
     network: str,
     accuracy_static: float,
+    loss: Loss | None = None,
+    score: Score | None = None,
     batches: Sequence[int] = (1, 64),
     threads: int = 1,
     samples: int = 2048,
@@ -44,7 +52,7 @@ def bench(
 ) -> list[dict[str, Any]]:
     """Time one exported file at several batch sizes.
 
-    For each batch size, the same real images in random order go through the branchy file, the plain backbone, and the
+    For each batch size, the same real inputs in random order go through the branchy file, the plain backbone, and the
     static graphs of every exit; engines take turns after every few calls, and medians over repeats are reported.
     ``limit_us`` is the sum over exits n of share_n x time of the static graph that computes the trunk and all enabled
     branches up to exit n, scores included; ``overhead = branchy / limit``; ``speedup = static / branchy``.
@@ -52,13 +60,16 @@ def bench(
     Args:
         path: a file that `export` wrote from `net` with a policy and a dynamic batch.
         net: the network in it.
-        images: `(S, C, H, W)` float32 test inputs.
-        labels: `(S,)` int64.
+        inputs: test inputs of S samples, as the network takes them: a tensor, or a tuple or dict of tensors.
+        target: `(S,)` int64 class indices, or what `loss` takes, one a sample.
         network: a name for the rows.
         accuracy_static: test accuracy of the static network, for the rows.
+        loss: as for `record`, ``loss(output, target) -> (B,)`` in [0, 1]; accuracy is then 1 - mean loss.
+        score: the callable that the file was exported with, where its score is no name in `branchynet.scores`: it is
+            part of the static graphs.
         batches: batch sizes.
         threads: threads within an operator, for every engine.
-        samples: how many of the images are timed (all of them count for accuracy).
+        samples: how many of the inputs are timed (all of them count for accuracy).
         repeats: passes over those samples.
         seed: of the random order.
         runtime: as for `load`: what runs the file and the static graphs.
@@ -70,8 +81,8 @@ def bench(
         accuracy_static, accuracy_branchy, exit_share, thresholds``; times are microseconds a sample.
 
     Raises:
-        InputError: a flat file, one of another network, an int8 file without `calibration`, a batch size below 1 or
-            beyond the number of images.
+        InputError: a flat file, one of another network, an int8 file without `calibration`, a score of your own without
+            `score`, a batch size below 1 or beyond the number of inputs, targets that do not fit.
         FileError: no such file, or a foreign one.
     """
     engine = load(path, threads=threads, runtime=runtime)
@@ -79,26 +90,27 @@ def bench(
         raise InputError(
             f"{path} was exported with policy=None and has no early exits to time; export it with a policy"
         )
-    if any(not 1 <= b <= len(images) for b in batches):
-        raise InputError(f"batch sizes must lie in 1..{len(images)} (the test images); got {list(batches)}")
-    if len(labels) != len(images):
-        raise InputError(f"{len(images)} images need as many labels; got {len(labels)}")
+    function = _score(engine, score, path)
+    arrays = tuple(t.numpy() for t in tensors_of(inputs))
+    rows_given = len(arrays[0])
+    if any(not 1 <= b <= rows_given for b in batches):
+        raise InputError(f"batch sizes must lie in 1..{rows_given} (the test inputs); got {list(batches)}")
+    if len(target) != rows_given:
+        raise InputError(f"{rows_given} inputs need as many targets; got {len(target)}")
     if repeats < 1:
         raise InputError(f"repeats must be at least 1; got {repeats}")
-    exits = count_exits(net, images)
+    exits = count_exits(net, inputs)
     if exits != engine.exits:
         raise InputError(f"{path} has {engine.exits} exits and the network {exits}; give the network that was exported")
     int8 = engine.metadata.get("quantize") is not None
     if int8 != (calibration is not None):
         told = "int8: give calibration=, the samples it was quantised with" if int8 else "float: leave calibration= out"
         raise InputError(f"{path} is {told}, so that the static graphs are what it is")
-    order = np.random.default_rng(seed).permutation(len(images))
-    inputs, answers = images.numpy()[order], labels.numpy()[order]
-    predicted = [engine(inputs[i : i + 500]) for i in range(0, len(inputs), 500)]
-    left = np.concatenate([p.exit for p in predicted])
-    accuracy = float((np.concatenate([p.label for p in predicted]) == answers).mean())
+    order = np.random.default_rng(seed).permutation(rows_given)
+    arrays = tuple(array[order] for array in arrays)
+    left, accuracy = _judge(engine, arrays, target[torch.from_numpy(order)], loss)
     enabled = [n for n, on in enumerate(engine.policy.enabled, 1) if on]
-    flat = flatten(net, images[:2], score=scores.resolve(engine.policy.score))
+    flat = flatten(net, few(inputs), score=function)
     if int8:
         flat = quantized(flat, calibration_batches(calibration, flat))
     rows = []
@@ -106,9 +118,10 @@ def bench(
         static = static_engines(flat, Path(folder), threads, enabled=enabled, alone=False, runtime=runtime)
         for batch in batches:
             progress(f"batch {batch}, {threads} thread(s)")
-            timed = inputs[: max(1, min(samples, len(inputs)) // batch) * batch]
+            count = max(1, min(samples, rows_given) // batch) * batch
+            timed = tuple(array[:count] for array in arrays)
             us = _time(engine, static, timed, batch, repeats)
-            share = {n: float((left[: len(timed)] == n).mean()) for n in enabled}
+            share = {n: float((left[:count] == n).mean()) for n in enabled}
             limit = sum(share[n] * us[f"upto_{n}"] for n in enabled)
             rows.append(
                 {
@@ -130,15 +143,47 @@ def bench(
     return rows
 
 
-def _time(
-    engine: Engine, static: dict[str, Engine], inputs: NDArray[Any], batch: int, repeats: int
-) -> dict[str, float]:
+def _score(engine: Engine, score: Score | None, path: str | os.PathLike[str]) -> Score:
+    """The function behind the file's score, checked against what was given."""
+    assert engine.policy is not None
+    name = score_name(engine.policy.score)
+    if score is None and name not in SCORES:
+        raise InputError(
+            f"{path} leaves by {name!r}, a score of your own; give that callable as score=, since the static graphs "
+            "compute it too"
+        )
+    if score is not None and score_name(score) != name:
+        raise InputError(f"{path} leaves by {name!r}, not {score_name(score)!r}; give the score it has")
+    return scores.resolve(name if score is None else score)
+
+
+def _judge(engine: Engine, arrays: Arrays, target: Tensor, loss: Loss | None) -> tuple[NDArray[Any], float]:
+    """The exit `(S,)` at which each sample leaves, and 1 - mean loss of the answers."""
+    exits, lost = [], 0.0
+    for start in range(0, len(target), _JUDGED):
+        answer, wanted = engine(*(a[start : start + _JUDGED] for a in arrays)), target[start : start + _JUDGED]
+        exits.append(answer.exit)
+        label = torch.from_numpy(answer.label)
+        if loss is not None:
+            lost += float(loss(torch.from_numpy(answer.output), wanted).sum())
+        elif wanted.is_floating_point() or wanted.shape != label.shape[:1] or label.dim() > 1:
+            raise InputError(
+                f"targets must be class indices, one a sample, for labels {tuple(label.shape)}; got {wanted.dtype} of "
+                f"shape {tuple(wanted.shape)}: for other tasks give loss="
+            )
+        else:
+            lost += int((label != wanted).sum())
+    return np.concatenate(exits), 1 - lost / len(target)
+
+
+def _time(engine: Engine, static: dict[str, Engine], arrays: Arrays, batch: int, repeats: int) -> dict[str, float]:
     """Median microseconds a sample over `repeats` passes; engines take turns every few calls.
 
-    Who goes first finds the images cold in the cache and what it computes with evicted, so that turn goes round too.
+    Who goes first finds the inputs cold in the cache and what it computes with evicted, so that turn goes round too.
     """
-    calls: dict[str, Callable[[NDArray[Any]], Any]] = {"branchy": engine, **{n: e.outputs for n, e in static.items()}}
-    batches = [np.ascontiguousarray(inputs[i : i + batch]) for i in range(0, len(inputs), batch)]
+    calls: dict[str, Callable[..., Any]] = {"branchy": engine, **{n: e.outputs for n, e in static.items()}}
+    samples = len(arrays[0])
+    batches = [tuple(np.ascontiguousarray(a[i : i + batch]) for a in arrays) for i in range(0, samples, batch)]
     turn = max(1, 64 // batch)
     passes: dict[str, list[float]] = {name: [] for name in calls}
     order = deque(calls)
@@ -151,9 +196,9 @@ def _time(
                 call = calls[name]
                 begin = time.perf_counter()
                 for rows in block:
-                    call(rows)
+                    call(*rows)
                 total[name] += time.perf_counter() - begin
         if repeat:  # the first pass warms caches up
             for name, seconds in total.items():
-                passes[name].append(seconds * 1e6 / len(inputs))
+                passes[name].append(seconds * 1e6 / samples)
     return {name: statistics.median(times) for name, times in passes.items()}
