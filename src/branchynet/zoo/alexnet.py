@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, nearest
 from ..net import BranchyNet
-from .layers import LocalResponseNorm, Normalize
+from .layers import LocalResponseNorm, Normalize, initialize
 from .weights import ship
 
 
@@ -57,6 +57,7 @@ class AlexNet(nn.Module):
             nn.Dropout(0.5),
             nn.Linear(hidden[1], num_classes),
         )
+        initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits `(B, num_classes)`."""
@@ -118,4 +119,5 @@ def _branch(place: int, convolutions: int, num_classes: int) -> nn.Sequential:
     layers.append(nn.Conv2d(channels, 32, 3, padding=1))
     for _ in range(convolutions - 1):
         layers += [nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1)]
-    return nn.Sequential(*layers, _pool(), nn.ReLU(), nn.Flatten(), nn.Linear(32 * (side // 2) ** 2, num_classes))
+    layers += [_pool(), nn.ReLU(), nn.Flatten(), nn.Linear(32 * (side // 2) ** 2, num_classes)]
+    return initialize(nn.Sequential(*layers))

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..errors import InputError
 from ..net import BranchyNet
-from .layers import LocalResponseNorm, Normalize
+from .layers import LocalResponseNorm, Normalize, initialize
 from .weights import ship
 
 
@@ -61,7 +61,7 @@ class ResNet(nn.Module):
         self.stage2 = _stage(blocks, 16, 32, stride=2)
         self.stage3 = _stage(blocks, 32, 64, stride=2)
         self.classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, num_classes))
-        _initialize(self)
+        initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits `(B, num_classes)`."""
@@ -72,12 +72,6 @@ class ResNet(nn.Module):
 def _stage(blocks: int, channels_in: int, channels_out: int, stride: int = 1) -> nn.Sequential:
     first = BasicBlock(channels_in, channels_out, stride)
     return nn.Sequential(first, *(BasicBlock(channels_out, channels_out) for _ in range(blocks - 1)))
-
-
-def _initialize(net: nn.Module) -> None:
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 def resnet(n: int, num_classes: int = 10, *, pretrained: bool = False) -> ResNet:
@@ -115,8 +109,7 @@ def b_resnet(n: int, num_classes: int = 10, *, pretrained: bool = False) -> Bran
         nn.Linear(32 * 32 * 32, num_classes),
     )
     second = nn.Sequential(BasicBlock(16, 16), nn.Flatten(), nn.Linear(16 * 32 * 32, num_classes))
-    _initialize(second)
-    net = BranchyNet(trunk, {"stem": first, "stage1": second})
+    net = BranchyNet(trunk, {"stem": initialize(first), "stage1": initialize(second)})
     return ship(net, f"b_resnet{n}-cifar10", num_classes, 10) if pretrained else net
 
 
