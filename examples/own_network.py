@@ -27,7 +27,7 @@ def main(epochs=8, progress=True):
     net = attach(backbone(), at=["3"], example=example)
     fit(net, train, val, epochs=epochs, progress=progress)
     cost = measure(net, example)
-    choice = choose(record(net, val, progress=progress), cost, max_drop=0.01)
+    choice = choose(record(net, val, progress=progress), cost, max_drop=0.01, confidence=None)
     print("threshold:", choice.policy.thresholds)
     print("test:", evaluate(record(net, loader(data.test, 100), progress=progress), choice.policy, cost))
 

@@ -50,7 +50,7 @@ def main(epochs=5, samples=1600, progress=True):
     fit(net, DataLoader(train, 32, shuffle=True), val_loader, epochs=epochs, progress=progress)
     cost = measure(net, example)
     # Of each picture two numbers an exit are kept: the share of wrong pixels, and the mean entropy of a pixel.
-    choice = choose(record(net, val_loader, loss=pixel_error, progress=progress), cost, max_drop=0.01)
+    choice = choose(record(net, val_loader, loss=pixel_error, progress=progress), cost, max_drop=0.01, confidence=None)
     print("threshold:", choice.policy.thresholds)
     print("test:", evaluate(record(net, test_loader, loss=pixel_error, progress=progress), choice.policy, cost))
 

@@ -309,7 +309,7 @@ def test_token_ids_and_masks_go_the_whole_way(tmp_path):
     assert len(history.rows) == 1
     made = record(net, batches, progress=False)
     assert made.outputs.shape == (48, 3, CLASSES)
-    choice = choose(made, measure(net, sentences(2), seconds=0.01), max_drop=0.5)
+    choice = choose(made, measure(net, sentences(2), seconds=0.01), max_drop=0.5, confidence=None)
     assert choice.policy.exits == 3
     inputs = sentences(40)
     engine, thresholds = exported(net, inputs, tmp_path)

@@ -31,7 +31,7 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         train = ("train", path, "--baseline-epochs", 2, "--epochs", 3, "--batch-size", 64, "--quiet")
         assert call(patch, *train) == 0
-        assert call(patch, "choose", path, "--max-drop", 0.02) == 0
+        assert call(patch, "choose", path, "--max-drop", 0.02, "--no-promise") == 0
         assert call(patch, "export", path) == 0
         bench = ("bench", path, "--batch", "1,7", "--engine", "onnxruntime,openvino", "--json", path / "rows.json")
         assert call(patch, *bench, "--quiet") == 0

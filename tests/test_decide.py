@@ -1,3 +1,4 @@
+import functools
 import itertools
 import json
 import math
@@ -10,11 +11,13 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from branchynet.decide import choose, evaluate, frontier, route, wilson
+from branchynet import choosing
+from branchynet.decide import evaluate, frontier, route, wilson
 from branchynet.errors import InfeasibleError, InputError
 from branchynet.search import Problem, ascend, grid
 from branchynet.types import Choice, ExitCost, ExitRecord, Policy
 
+choose = functools.partial(choosing.choose, confidence=None)  # test_guarantee.py is about promises
 quick = settings(max_examples=60, deadline=None)
 
 
@@ -445,7 +448,7 @@ class TestChoose:
     @pytest.mark.parametrize(
         ("limits", "message"),
         [
-            ({}, r"exactly one of max_drop, min_accuracy, max_latency_us; got none"),
+            ({}, r"exactly one of max_drop, min_accuracy, max_disagreement, max_latency_us, max_macs; got none"),
             ({"max_drop": 0.1, "max_latency_us": 3}, r"got max_drop=0.1 and max_latency_us=3"),
             ({"min_accuracy": 99}, r"min_accuracy=99 is out of range.*fraction"),
             ({"max_drop": 2}, r"max_drop=2 is out of range"),

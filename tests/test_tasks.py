@@ -121,13 +121,13 @@ def test_evaluate_is_what_the_loop_does(trained):
 
 def test_choose_keeps_its_promise_with_the_score_of_the_record(trained):
     cost = ExitCost((1.0,) * trained.net.exits, (0.1,) * trained.net.exits)
-    chosen = choose(trained.made, cost, max_drop=0.02)
+    chosen = choose(trained.made, cost, max_drop=0.02, confidence=None)
     assert chosen.policy.score == trained.task.score
     assert frontier(trained.made, cost).score == trained.task.score
     exits = np.array([leave(row, chosen.policy.thresholds) for row in trained.made.scores])
     lost = trained.losses[range(SAMPLES), exits - 1].mean() - trained.losses[:, -1].mean()
     assert lost <= 0.02 + 1e-5
-    everyone = choose(trained.made, cost, max_drop=1.0).outcome
+    everyone = choose(trained.made, cost, max_drop=1.0, confidence=None).outcome
     assert everyone.exit_share[0] == 1 or np.isinf(trained.scores[:, 0]).all()
 
 
@@ -252,32 +252,32 @@ class TestWhichScore:
     def test_another_score_is_refused(self):
         for score in ("entropy", hamming):
             with pytest.raises(InputError, match=r"holds the score 'log_variance', not '(entropy|hamming)'"):
-                choose(self.made, max_drop=0.0, score=score)
+                choose(self.made, max_drop=0.0, confidence=None, score=score)
             with pytest.raises(InputError, match="leave score= out"):
                 evaluate(self.made, Policy(score, (0.15,)))
-        assert choose(self.made, max_drop=0.0, score=log_variance).policy.score is log_variance
+        assert choose(self.made, max_drop=0.0, confidence=None, score=log_variance).policy.score is log_variance
 
     def test_a_name_and_its_function_are_one(self):
         made = dataclasses.replace(self.made, score="entropy")
-        assert choose(made, max_drop=0.0, score=SCORES["entropy"]).policy.score is SCORES["entropy"]
-        assert choose(made, max_drop=0.0).policy.score == "entropy"
+        assert choose(made, max_drop=0.0, confidence=None, score=SCORES["entropy"]).policy.score is SCORES["entropy"]
+        assert choose(made, max_drop=0.0, confidence=None).policy.score == "entropy"
 
     def test_the_disk_keeps_the_name(self, tmp_path):
         self.made.save(tmp_path / "record.npz")
         again = ExitRecord.load(tmp_path / "record.npz")
         assert again.score == "log_variance" and again.digest == self.made.digest
-        assert choose(again, max_drop=0.0, score=log_variance).policy.score is log_variance
+        assert choose(again, max_drop=0.0, confidence=None, score=log_variance).policy.score is log_variance
         with pytest.raises(InputError, match="holds the score 'log_variance'"):
-            choose(again, max_drop=0.0, score="margin")
+            choose(again, max_drop=0.0, confidence=None, score="margin")
         with pytest.raises(InputError, match=r"unknown score 'log_variance'.*pass a callable"):
-            policy = choose(again, max_drop=0.0).policy
+            policy = choose(again, max_drop=0.0, confidence=None).policy
             export(linear(), tmp_path / "model.onnx", policy=policy, example=torch.rand(2, 3))
 
     def test_where_it_is_not_known_any_will_do(self, tmp_path):
         made = ExitRecord.from_scores(self.made.scores, self.made.losses)
         made.save(tmp_path / "record.npz")
         for known in (made, ExitRecord.load(tmp_path / "record.npz")):
-            assert known.score is None and choose(known, max_drop=0.0).policy.score == "entropy"
+            assert known.score is None and choose(known, max_drop=0.0, confidence=None).policy.score == "entropy"
             assert of_record(known, "margin") is known.scores
 
     def test_logits_have_no_score_of_their_own(self):

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from .attaching import attach as attach
     from .attaching import detach as detach
     from .bench import bench as bench
+    from .choosing import choose as choose
     from .cost import measure as measure
-    from .decide import choose as choose
     from .decide import evaluate as evaluate
     from .decide import frontier as frontier
     from .engine.onnx import load as load
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .types import Outcome as Outcome
     from .types import Policy as Policy
     from .types import Prediction as Prediction
+    from .types import Promise as Promise
     from .version import __version__ as __version__
 
 # Imported when first used, so that `load` and its engine work where only ONNX Runtime is wanted, and start at once.
@@ -39,10 +40,11 @@ _ROOMS = {
     "Outcome": "types",
     "Policy": "types",
     "Prediction": "types",
+    "Promise": "types",
     "__version__": "version",
     "attach": "attaching",
     "bench": "bench",
-    "choose": "decide",
+    "choose": "choosing",
     "detach": "attaching",
     "evaluate": "decide",
     "export": "export",

@@ -31,13 +31,13 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Train, choose, export, time and report, on real digits, in a minute."""
-    from .runs import Settings, bench_run, choose_run, create_run, export_run, train_run
+    from .runs import Settings, bench_run, choose_run, create_run, export_run, measure_run, train_run
     from .workbook import report_run
 
     settings = Settings(data=data, baseline_epochs=15, epochs=25, batch_size=64)
     made = create_run(run, settings)
     train_run(made, progress=not quiet)
-    print_choice(choose_run(made, max_drop=0.005))
+    print_choice(choose_run(made, max_drop=0.005, confidence=None), measure_run(made))
     model = export_run(made)
     rows = bench_run(made, batches=(1, 64), threads=(1,), progress=not quiet)
     report = report_run(made)
@@ -91,15 +91,28 @@ def choose(
     run: RunArgument,
     max_drop: Annotated[float | None, typer.Option(help="Accuracy at most this far below the last exit's.")] = None,
     min_accuracy: Annotated[float | None, typer.Option(help="Accuracy at least this.")] = None,
+    max_disagreement: Annotated[
+        float | None, typer.Option(help="Another class than the last exit's for at most this share.")
+    ] = None,
     max_latency_us: Annotated[float | None, typer.Option(help="Mean microseconds a sample at most this.")] = None,
+    max_macs: Annotated[float | None, typer.Option(help="Mean multiply-accumulates a sample at most this.")] = None,
+    confidence: Annotated[float, typer.Option(help="That a limit on accuracy holds for samples not seen.")] = 0.95,
+    promise: Annotated[bool, typer.Option(help="Without one, the limit holds on the validation data alone.")] = True,
 ) -> None:
     """Choose the thresholds on the validation data; by default at most 0.005 below the last exit."""
-    from .runs import choose_run, open_run
+    from .runs import choose_run, measure_run, open_run
 
-    limits = {"max_drop": max_drop, "min_accuracy": min_accuracy, "max_latency_us": max_latency_us}
+    limits = {
+        "max_drop": max_drop,
+        "min_accuracy": min_accuracy,
+        "max_disagreement": max_disagreement,
+        "max_latency_us": max_latency_us,
+        "max_macs": max_macs,
+    }
     if all(limit is None for limit in limits.values()):
         limits["max_drop"] = 0.005
-    print_choice(choose_run(open_run(run), **limits))
+    found = open_run(run)
+    print_choice(choose_run(found, **limits, confidence=confidence if promise else None), measure_run(found))
 
 
 @app.command()
@@ -195,17 +208,22 @@ def report(run: RunArgument) -> None:
     out.print(f"wrote {report_run(open_run(run))}")
 
 
-def print_choice(choice: Any) -> None:
-    """The chosen thresholds and what they do on the validation data."""
+def print_choice(choice: Any, cost: Any) -> None:
+    """The chosen thresholds, what they do on the validation data and cost, and what is promised of other data."""
     outcome = choice.outcome
-    table = Table("exit", "leaves when", "share", "accuracy there", title="chosen on validation")
+    table = Table("exit", "leaves when", "share", "accuracy there", "us", title="chosen on validation")
     rules = ["never" if t is None else f"{choice.policy.score} < {t:.4g}" for t in choice.policy.thresholds]
-    for n, (rule, share, accuracy) in enumerate(
-        zip([*rules, "always"], outcome.exit_share, outcome.exit_accuracy, strict=True), 1
-    ):
-        table.add_row(str(n), rule, f"{share:.1%}", "" if accuracy is None else f"{accuracy:.2%}")
+    each = cost.latency_us(choice.policy.enabled)
+    rows = zip([*rules, "always"], outcome.exit_share, outcome.exit_accuracy, each, strict=True)
+    for n, (rule, share, accuracy, us) in enumerate(rows, 1):
+        table.add_row(str(n), rule, f"{share:.1%}", "" if accuracy is None else f"{accuracy:.2%}", f"{us:.1f}")
     out.print(table)
     out.print(f"accuracy {outcome.accuracy:.2%}, last exit alone {outcome.last_accuracy:.2%}")
+    out.print(f"a sample costs {outcome.mean_us:.1f} us in the mean, {outcome.p95_us:.1f} us at the 95th percentile")
+    if choice.promise is not None:
+        out.print(str(choice.promise))
+    elif {"max_drop", "min_accuracy", "max_disagreement"} & choice.constraint.keys():
+        out.print(f"no promise for other data: chosen on {outcome.samples} samples as they are")
 
 
 def print_bench(rows: list[dict[str, Any]]) -> None:

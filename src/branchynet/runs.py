@@ -24,9 +24,10 @@ from torch import nn
 
 from . import zoo
 from .bench import bench
+from .choosing import choose
 from .cost import measure
 from .data import ImageData, affine, flip_crop, load_data, loader, shift
-from .decide import choose, evaluate
+from .decide import evaluate
 from .errors import FileError, InputError, nearest
 from .export import export
 from .files import read_json, write_json
@@ -217,6 +218,7 @@ def export_run(run: Run, path: Path | None = None, **options: Any) -> Path:
     choice = Choice.load(run.file("choice.json", "choose"))
     net, data = load_run(run)
     limit, value = next(iter(choice.constraint.items()))
+    told = f"none; chosen for {limit} {value:g} on {choice.outcome.samples} validation samples"
     return export(
         net,
         path or run.path / "model.onnx",
@@ -224,7 +226,7 @@ def export_run(run: Run, path: Path | None = None, **options: Any) -> Path:
         example=_example(data),
         labels=data.classes,
         preprocessing={"shape": list(data.shape), "scale": "pixels / 255", "resize": "bilinear"},
-        promise=f"chosen for {limit} {value:g} on {choice.outcome.samples} validation samples",
+        promise=told if choice.promise is None else str(choice.promise),
         **options,
     )
 

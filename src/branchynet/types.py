@@ -255,6 +255,40 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Promise:
+    """What `choose` stands for on samples that it has not seen. `str()` says it in one sentence.
+
+    Attributes:
+        limit: ``"max_drop"``, ``"min_accuracy"`` or ``"max_disagreement"``.
+        value: of the limit, a fraction.
+        confidence: probability, over the draw of the record, that the limit holds for its distribution.
+        bound: ``"betting"`` or ``"binomial"``: how it was tested.
+        tuning: how many samples found the candidates.
+        calibration: how many others tested them.
+    """
+
+    limit: str
+    value: float
+    confidence: float
+    bound: str
+    tuning: int
+    calibration: int
+
+    def __str__(self) -> str:
+        """Such as: With 95 % confidence, accuracy is at most 0.50 points below the last exit's, on data like these."""
+        points = f"{100 * self.value:.2f}"
+        what = {
+            "max_drop": f"accuracy is at most {points} points below the last exit's",
+            "min_accuracy": f"accuracy is at least {points} %",
+            "max_disagreement": f"at most {points} % of the answers differ from the last exit's",
+        }[self.limit]
+        return (
+            f"With {100 * self.confidence:g} % confidence, {what}, on data like the {self.tuning + self.calibration:,} "
+            f"samples that chose ({self.calibration:,} of them tested it, {self.bound} bound)."
+        )
+
+
+@dataclass(frozen=True)
 class Choice:
     """The policy that `choose` found, on what grounds, and what it did on the data that chose it.
 
@@ -263,12 +297,14 @@ class Choice:
         constraint: the limit asked for, such as ``{"max_drop": 0.005}``.
         outcome: on the record that chose (validation): optimistic, so report another record's.
         record_digest: of the record that chose, so that judging on the same data can be noticed.
+        promise: what holds for other samples, or None where no promise was asked for.
     """
 
     policy: Policy
     constraint: dict[str, float]
     outcome: Outcome
     record_digest: str
+    promise: Promise | None = None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON. Raises `FileError`."""
@@ -281,6 +317,8 @@ class Choice:
         try:
             stored["policy"] = Policy.from_json(stored["policy"])
             stored["outcome"] = _from_json(Outcome, path, stored["outcome"])
+            if stored.get("promise") is not None:
+                stored["promise"] = _from_json(Promise, path, stored["promise"])
         except (KeyError, TypeError, ValueError) as error:
             raise FileError(f"{path} is no Choice ({error}); make it with choose(...)") from error
         return _from_json(cls, path, stored)

@@ -1,0 +1,182 @@
+"""What do exits cost, and what do they save, on networks that no one here wrote?
+
+Networks of Hugging Face `transformers` with random weights, of such sizes that one forward takes over a millisecond.
+Thresholds are quantiles of the recorded entropies, so that given shares of the samples leave where the question wants
+them; what the weights answer does not matter to what they cost.
+
+1. Three exits placed by ``attach(at="auto")``: overhead beside the limit with 25/25/50 and 75/15/10 % of the samples
+   leaving, at batches 1 and 64.
+2. Two exits, the first of six evenly spread ones and the last, half of each batch of 64 leaving at the first: speed-up
+   beside the static network.
+3. A network of 110 layers: how long export takes, and how much larger the file is than the static one plus the heads.
+
+    python benchmarks/architectures.py                 # goes on with the networks that are not yet in the results
+    python benchmarks/architectures.py --again NAME    # measures one anew
+
+Writes benchmarks/results/architectures.json. Needs the extra `dev` (transformers).
+"""
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+import transformers
+
+from branchynet import Policy, attach, bench, export, record, zoo
+from branchynet.cost import interleaved, static_engines
+from branchynet.export import assemble
+from branchynet.files import write_json
+from branchynet.graph.flat import flatten, tensors_of
+from branchynet.machine import environment
+from branchynet.net import few
+from branchynet.scores import entropy, of_record
+
+SAMPLES, REPEATS, CLASSES = 128, 5, 10
+SHARES = ((0.25, 0.25, 0.5), (0.75, 0.15, 0.1))
+RESULTS = Path(__file__).parent / "results" / "architectures.json"
+
+
+def images(rows, size=64):
+    return {"pixel_values": torch.randn(rows, 3, size, size) * torch.rand(rows, 1, 1, 1) * 3}
+
+
+def words(rows, length=32):
+    return {
+        "input_ids": torch.randint(5, 2000, (rows, length)),
+        "attention_mask": torch.ones(rows, length, dtype=torch.int64),
+    }
+
+
+def spectrograms(rows):
+    return {"input_values": torch.randn(rows, 128, 64) * torch.rand(rows, 1, 1) * 3}
+
+
+TOKENS = {"hidden_size": 192, "num_hidden_layers": 8, "num_attention_heads": 3, "intermediate_size": 768}
+NETWORKS = {
+    "ResNet": ("ResNetForImageClassification", {"embedding_size": 32, "hidden_sizes": [32, 64, 128, 256],
+               "depths": [2, 2, 2, 2], "layer_type": "basic"}, images),
+    "RegNet": ("RegNetForImageClassification", {"embedding_size": 32, "hidden_sizes": [32, 64, 128, 256],
+               "depths": [1, 2, 4, 2], "groups_width": 16}, images),
+    "ConvNeXt": ("ConvNextForImageClassification", {"hidden_sizes": [48, 96, 192, 384], "depths": [2, 2, 6, 2]},
+                 images),
+    "MobileNetV2": ("MobileNetV2ForImageClassification", {"image_size": 64}, images),
+    "EfficientNet": ("EfficientNetForImageClassification", {"width_coefficient": 1.0, "depth_coefficient": 1.0,
+                     "image_size": 64, "hidden_dim": 1280}, images),
+    "ViT": ("ViTForImageClassification", {**TOKENS, "image_size": 64, "patch_size": 8}, images),
+    "Swin": ("SwinForImageClassification", {"image_size": 64, "patch_size": 4, "embed_dim": 48, "depths": [2, 4],
+             "num_heads": [3, 6], "window_size": 4}, images),
+    "SegFormer": ("SegformerForImageClassification", {}, images),
+    "BERT": ("BertForSequenceClassification", {**TOKENS, "vocab_size": 2000}, words),
+    "DistilBERT": ("DistilBertForSequenceClassification", {"dim": 192, "n_layers": 6, "n_heads": 3, "hidden_dim": 768,
+                   "vocab_size": 2000}, words),
+    "AST": ("ASTForAudioClassification", {**TOKENS, "patch_size": 16, "frequency_stride": 16, "time_stride": 16,
+            "max_length": 128, "num_mel_bins": 64}, spectrograms),
+}  # fmt: skip
+
+
+def backbone(name):
+    """The network, with weights and batch norms with which inputs do not all look the same."""
+    kind, settings, _ = NETWORKS[name]
+    model = getattr(transformers, kind)
+    torch.manual_seed(0)
+    return model(model.config_class(num_labels=CLASSES, **settings)).eval()
+
+
+def thresholds_for(net, inputs, shares):
+    """Thresholds at which `shares` of the samples leave: quantiles of the entropies of those that are still there."""
+    rows = len(next(iter(inputs.values())))
+    blocks = [({k: v[i : i + 64] for k, v in inputs.items()}, torch.zeros(64, dtype=torch.int64))
+              for i in range(0, rows, 64)]  # fmt: skip
+    scores = of_record(record(net, blocks, progress=False))
+    thresholds, here = [], np.ones(rows, bool)
+    for n, share in enumerate(shares[:-1]):
+        among = np.sort(scores[here, n])
+        cut = round(share * rows)
+        thresholds.append(float(among[cut - 1 : cut + 1].mean()))
+        here &= scores[:, n] >= thresholds[-1]
+    return tuple(thresholds)
+
+
+def timed(net, inputs, thresholds, batches, name):
+    """Rows of `bench`; the labels are of no matter."""
+    nothing = torch.zeros(SAMPLES, dtype=torch.int64)
+    with tempfile.TemporaryDirectory() as folder:
+        path = export(net, Path(folder) / "model.onnx", policy=Policy(thresholds=thresholds), example=few(inputs, 8))
+        rows = bench(path, net, inputs, nothing, network=name, accuracy_static=0.0, batches=batches,
+                     samples=SAMPLES, repeats=REPEATS)  # fmt: skip
+    keep = ("batch", "static_us", "branchy_us", "limit_us", "speedup", "overhead", "exit_share")
+    return [{key: row[key] for key in keep} for row in rows]
+
+
+def first_share(net, inputs):
+    """What the first exit costs of the whole, at batch 64."""
+    flat = flatten(net, few(inputs), score=entropy)
+    arrays = [t.numpy()[:64] for t in tensors_of(inputs)]
+    with tempfile.TemporaryDirectory() as folder:
+        engines = static_engines(flat, Path(folder), 1, alone=False)
+        calls = [lambda e=engines[k]: e.outputs(*arrays) for k in ("upto_1", "plain")]
+        first, whole = interleaved(calls, 10, rounds=20)
+    return first / whole
+
+
+def measured(name):
+    torch.manual_seed(1)
+    inputs = NETWORKS[name][2](SAMPLES)
+    example = few(inputs, 8)
+    net = attach(backbone(name), "auto", exits=3, example=example).eval()
+    shares = [
+        {"shares": shares, "rows": timed(net, inputs, thresholds_for(net, inputs, shares), (1, 64), name)}
+        for shares in SHARES
+    ]
+    first = attach(backbone(name), "auto", exits=6, example=example).taps[0]
+    two = attach(backbone(name), [first], example=example).eval()
+    (half,) = timed(two, inputs, thresholds_for(two, inputs, (0.5, 0.5)), (64,), name)
+    return {"network": name, "three": shares, "half": {"tap": first, "cost_share": first_share(two, inputs), **half}}
+
+
+def deep():
+    """Export of ResNet-110 with two branches: seconds, and bytes beside the static file plus the branches' weights."""
+    torch.manual_seed(0)
+    example = torch.rand(8, 3, 32, 32)
+    net = attach(zoo.resnet(110), "auto", exits=3, example=example).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        path = export(net, Path(folder) / "model.onnx", policy=Policy(thresholds=(0.1, 0.1)), example=example)
+        seconds, nested = time.perf_counter() - start, path.stat().st_size
+        plain = Path(folder) / "plain.onnx"
+        ir.save(assemble(flatten(net.backbone, example), None, outputs=["output_1"]), plain)
+        heads = sum(t.numel() * t.element_size() for t in net.branches.state_dict().values())
+        static = plain.stat().st_size + heads
+    return {"network": "ResNet-110", "export_seconds": seconds, "bytes": nested, "static_plus_heads_bytes": static}
+
+
+def main():
+    torch.set_num_threads(1)
+    again = sys.argv[2:] if sys.argv[1:2] == ["--again"] else []
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"networks": []}
+    done = {n["network"]: n for n in found["networks"] if n["network"] not in again}
+    deepest = found.get("deep") if "deep" not in again else None
+    for name in NETWORKS:
+        if name not in done:
+            done[name] = measured(name)
+            print(json.dumps(done[name]), flush=True)
+        result = {
+            "command": "python benchmarks/architectures.py",
+            "environment": environment(),
+            "samples": SAMPLES,
+            "networks": [done[n] for n in NETWORKS if n in done],
+            "deep": deepest,
+        }
+        write_json(RESULTS, result)
+    result["deep"] = deepest or deep()
+    print(result["deep"])
+    write_json(RESULTS, result)
+
+
+if __name__ == "__main__":
+    main()

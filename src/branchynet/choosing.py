@@ -1,0 +1,260 @@
+"""Choosing thresholds under one limit, with a promise that holds for other samples: choose.
+
+Shape letters: S samples, N exits, P threshold vectors.
+"""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from .decide import SLACK, best_points, evaluate, optional, problem_of
+from .errors import InfeasibleError, InputError
+from .guarantee import BOUNDS, fewest, halves, verdict
+from .scores import Score, of_choice
+from .search import Points, Problem, between, beyond, join, leaving, sweep
+from .types import Choice, ExitCost, ExitRecord, Floats, Policy, Promise
+
+_CANDIDATES = 128
+"""At most so many policies are put to the test for a promise."""
+
+
+def choose(
+    record: ExitRecord,
+    cost: ExitCost | None = None,
+    *,
+    max_drop: float | None = None,
+    min_accuracy: float | None = None,
+    max_disagreement: float | None = None,
+    max_latency_us: float | None = None,
+    max_macs: float | None = None,
+    confidence: float | None = 0.95,
+    bound: str | None = None,
+    score: str | Score | None = None,
+    vectors: int = 1_000_000,
+) -> Choice:
+    """The best thresholds under exactly one limit, searched as in `frontier`.
+
+    The first three limits bound what leaving early may cost in accuracy, and the mean time is minimised; the other two
+    bound the mean cost, and accuracy is maximised. Of equals the cheaper or the more accurate is taken.
+
+    A limit on accuracy comes with a promise: with probability `confidence` over the draw of the record, the limit holds
+    for the distribution that it was drawn from. Half of the record finds candidates and the other half tests them, in
+    an order fixed beforehand, until one fails. Never leaving early always keeps ``max_drop`` and ``max_disagreement``,
+    and is the answer where no candidate is sure enough. ``confidence=None`` asks for no promise: the limit then holds
+    on the record itself, and on other data about half the time not.
+
+    Choose on validation data, and report on other data.
+
+    Args:
+        record: S samples, N exits.
+        cost: N stages. Without one, each trunk segment counts as 1 and branches as nothing: the mean exit is minimised.
+        max_drop: accuracy at most this far below the last exit's, as a fraction (0.01 is one point).
+        min_accuracy: accuracy at least this, between 0 and 1: that of a static network, say.
+        max_disagreement: another class than the last exit's for at most this share of the samples; needs outputs, and
+            looks at no labels.
+        max_latency_us: mean microseconds a sample at most this; needs `cost`.
+        max_macs: mean multiply-accumulates a sample at most this; needs `cost`.
+        confidence: of the promise, between 0 and 1, or None.
+        bound: ``"betting"`` on the signed loss, which credits answers that leaving early put right, or ``"binomial"``,
+            exact on the answers that it made wrong. By default the one that accepts the more on the tuning half.
+        score: a name in `branchynet.scores`, or a callable; by default the one that `record` holds, or else entropy.
+        vectors: how many combinations to search, as in `frontier`.
+
+    Returns:
+        The choice, with its promise, and its outcome on all of `record`.
+
+    Raises:
+        InputError: not exactly one limit, a limit or confidence out of range, no cost for a limit on cost, unequal
+            numbers of exits, too few samples for the promise (the message says how many it needs), or labels that are
+            all of one class.
+        InfeasibleError: no thresholds meet the limit; the message names the best that can be reached.
+
+    Source: Teerapittayanon et al. 2016, section V-B (screening under an accuracy or a time constraint); the promise as
+    in `branchynet.guarantee`.
+    """
+    constraint = _constraint(
+        max_drop=max_drop,
+        min_accuracy=min_accuracy,
+        max_disagreement=max_disagreement,
+        max_latency_us=max_latency_us,
+        max_macs=max_macs,
+    )
+    ((name, limit),) = constraint.items()
+    if confidence is not None and not 0 < confidence < 1:
+        raise InputError(f"confidence={confidence:g} must lie between 0 and 1, such as 0.95; or None for no promise")
+    if bound not in (None, *BOUNDS):
+        raise InputError(f"unknown bound {bound!r}; take one of {', '.join(BOUNDS)}, or None for the sharper")
+    score = of_choice(record, score)
+    problem = _what_is_searched(record, cost, score, name)
+    if name in ("max_latency_us", "max_macs"):
+        best = _within(problem, math.inf, limit * (1 + SLACK), vectors, constraint)
+        promise = None
+    elif confidence is None:
+        best = _within(problem, _most_loss(problem, name, limit), math.inf, vectors, constraint)
+        promise = None
+    else:
+        best, used, sizes = _promised(problem, name, limit, 1 - confidence, bound, vectors)
+        promise = Promise(name, limit, confidence, used, *sizes)
+    policy = Policy(score, optional(best))
+    return Choice(policy, constraint, evaluate(record, policy, cost), record.digest, promise)
+
+
+def _what_is_searched(record: ExitRecord, cost: ExitCost | None, score: str | Score, name: str) -> Problem:
+    """The record's scores, the losses and the costs that the limit is about."""
+    if cost is None and name in ("max_latency_us", "max_macs"):
+        raise InputError(
+            f"{name} needs a cost: measure one with measure(...), or give max_drop, min_accuracy or max_disagreement"
+        )
+    if record.labels is not None and name != "max_disagreement" and record.samples > 1:
+        if (record.labels == record.labels[0]).all():
+            raise InputError(
+                f"all {record.samples} labels of the record are class {record.labels[0]}: choose on samples of all "
+                "classes, in the proportions that the network will meet"
+            )
+    if name == "max_disagreement":
+        if record.outputs is None:
+            raise InputError("max_disagreement needs a record of outputs; this one holds scores and losses only")
+        record = replace(record, labels=record.outputs[:, -1].argmax(axis=1), losses=None)
+    cost = cost or ExitCost((1.0,) * record.exits, (0.0,) * record.exits)
+    if name == "max_macs":
+        if not any(cost.trunk_macs):
+            raise InputError("max_macs needs a cost with multiply-accumulates (trunk_macs, branch_macs); measure one")
+        cost = ExitCost(cost.trunk_macs, cost.branch_macs)
+    return problem_of(record, cost, score)
+
+
+def _most_loss(problem: Problem, name: str, limit: float) -> float:
+    """The summed loss that a limit on accuracy allows."""
+    samples = len(problem.losses)
+    if name == "min_accuracy":
+        return (1 - limit + SLACK) * samples
+    return float(problem.losses[:, -1].sum()) + (limit + SLACK) * samples
+
+
+def _within(problem: Problem, most_loss: float, most_us: float, vectors: int, constraint: dict[str, float]) -> Floats:
+    """The best thresholds `(N-1,)` on the record itself."""
+    points = best_points(problem, vectors)
+    best = _pick(points, most_loss, most_us)
+    if best is None:
+        raise InfeasibleError(_unreachable(constraint, points, len(problem.losses)))
+    best = _refine(problem, best, most_loss, most_us)
+    return _centred(problem, best.thresholds[0])
+
+
+def _promised(
+    problem: Problem, name: str, limit: float, delta: float, bound: str | None, vectors: int
+) -> tuple[Floats, str, tuple[int, int]]:
+    """Thresholds `(N-1,)` that keep the limit with probability 1 - delta, the bound, and the sizes of both halves."""
+    risk = 1 - limit if name == "min_accuracy" else limit
+    tuning_rows, calibration_rows = halves(problem.scores, problem.losses)
+    sizes = len(tuning_rows), len(calibration_rows)
+    needed = fewest(risk, delta)
+    if sizes[1] < needed:
+        raise InputError(
+            f"a promise of {name}={limit:g} at {1 - delta:.0%} confidence needs at least {2 * needed} samples, half of "
+            f"them to find candidates and half to test them; the record has {len(problem.scores)}: record more, take "
+            "another limit, or ask for no promise with confidence=None"
+        )
+    tuning = Problem(problem.scores[tuning_rows], problem.losses[tuning_rows], problem.cost)
+    calibration = Problem(problem.scores[calibration_rows], problem.losses[calibration_rows], problem.cost)
+    points = best_points(tuning, vectors)
+    kept = np.nonzero(points.loss <= _most_loss(tuning, name, limit))[0][::-1]  # dearest and surest first
+    kept = kept[np.unique(np.linspace(0, len(kept) - 1, min(len(kept), _CANDIDATES)).astype(int))]
+    candidates = [_centred(tuning, points.thresholds[i]) for i in kept]
+    never = np.full(problem.scores.shape[1] - 1, np.nan, np.float32)
+    absolute = name == "min_accuracy"
+    safe = not absolute and limit >= 0  # never leaving early keeps the limit by itself
+    found = verdict(
+        [_differences(tuning, c, absolute) for c in candidates],
+        [_differences(calibration, c, absolute) for c in candidates],
+        risk,
+        delta,
+        bound,
+    )
+    accepted = candidates[: found.accepted]
+    if not (safe or accepted):
+        reached = 1 - points.loss.min() / sizes[0]
+        raise InfeasibleError(
+            f"no thresholds keep {name}={limit:g} at {1 - delta:.0%} confidence on {sizes[1]} calibration "
+            f"samples; the most accurate reached {reached:.4f} on the {sizes[0]} others: record more samples, or lower "
+            "the limit"
+        )
+    if safe:
+        accepted = [never, *accepted]
+    return min(accepted, key=lambda thresholds: _mean_us(problem, thresholds)), found.bound, sizes
+
+
+def _differences(problem: Problem, thresholds: Floats, absolute: bool) -> Floats:
+    """`(S,)` loss of the answer, less that of the last exit unless `absolute`."""
+    answer = problem.losses[np.arange(len(problem.losses)), leaving(problem.scores, thresholds)]
+    return answer if absolute else answer - problem.losses[:, -1]
+
+
+def _mean_us(problem: Problem, thresholds: Floats) -> float:
+    position = leaving(problem.scores, thresholds)
+    return float(problem.cost.latency_us([*~np.isnan(thresholds), True])[position].mean())
+
+
+def _pick(points: Points, most_loss: float, most_us: float) -> Points | None:
+    """The best point within both limits, one of which is infinite: that one's figure is then minimised last."""
+    within = np.nonzero((points.loss <= most_loss) & (points.us <= most_us))[0]
+    if not len(within):
+        return None
+    loss, us = points.loss[within], points.us[within]
+    order = np.lexsort((us, loss) if most_loss == math.inf else (loss, us))
+    return points.take(within[order[:1]])
+
+
+def _refine(problem: Problem, best: Points, most_loss: float, most_us: float) -> Points:
+    """Move one threshold at a time among all distinct scores, since the search may have seen only some of them."""
+    moved = True
+    while moved:
+        moved = False
+        for n in range(problem.scores.shape[1] - 1):
+            found = _pick(join([best, sweep(problem, best.thresholds[0], n)]), most_loss, most_us)
+            assert found is not None  # `best` is within the limits
+            if not np.array_equal(found.thresholds, best.thresholds, equal_nan=True):
+                best, moved = found, True
+    return best
+
+
+def _centred(problem: Problem, thresholds: Floats) -> Floats:
+    """The thresholds moved midway between the scores of those samples that reach each exit: same routes, more room."""
+    position = leaving(problem.scores, thresholds)
+    centred = thresholds.copy()
+    for n in np.nonzero(~np.isnan(thresholds))[0]:
+        leaves, stays = problem.scores[position == n, n], problem.scores[position > n, n]
+        stays = stays[stays < np.inf]
+        if len(leaves) and len(stays):
+            centred[n] = between(leaves.max(keepdims=True), stays.min(keepdims=True))[0]
+        elif len(leaves):
+            centred[n] = beyond(leaves.max(keepdims=True))[0]
+    return centred
+
+
+def _constraint(**limits: float | None) -> dict[str, float]:
+    """The one limit that was given, checked."""
+    given = {name: float(limit) for name, limit in limits.items() if limit is not None}
+    if len(given) != 1:
+        shown = " and ".join(f"{name}={limit:g}" for name, limit in given.items()) or "none"
+        raise InputError(f"give exactly one of {', '.join(limits)}; got {shown}")
+    name, limit = next(iter(given.items()))
+    if not math.isfinite(limit):
+        raise InputError(f"{name}={limit:g} is not a finite number")
+    if name not in ("max_latency_us", "max_macs") and not -1 <= limit <= 1:
+        raise InputError(f"{name}={limit:g} is out of range: it is a fraction, such as 0.01 for one point")
+    return given
+
+
+def _unreachable(constraint: dict[str, float], points: Points, samples: int) -> str:
+    name, limit = next(iter(constraint.items()))
+    by_cost = name in ("max_latency_us", "max_macs")
+    best = int((points.us if by_cost else points.loss).argmin())
+    what = "the cheapest" if by_cost else "the most accurate"
+    unit = "multiply-accumulates" if name == "max_macs" else "us"
+    return (
+        f"no thresholds meet {name}={limit:g} on this record of {samples} samples; {what} are "
+        f"{optional(points.thresholds[best])}, with accuracy {1 - points.loss[best] / samples:.4f} at a mean cost of "
+        f"{points.us[best]:.4g} {unit} a sample"
+    )
