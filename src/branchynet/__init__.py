@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from . import zoo as zoo
     from .attaching import attach as attach
     from .attaching import detach as detach
+    from .averaging import averaged as averaged
     from .bench import bench as bench
     from .choosing import choose as choose
     from .cost import measure as measure
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from .engine.onnx import load as load
     from .errors import BranchyNetError as BranchyNetError
     from .export import export as export
+    from .fitting import fit_score as fit_score
+    from .fitting import fit_temperature as fit_temperature
+    from .meta import LearnedScore as LearnedScore
+    from .meta import TemperedScore as TemperedScore
     from .net import BranchyNet as BranchyNet
     from .record import record as record
     from .training.train import fit as fit
@@ -37,18 +42,23 @@ _ROOMS = {
     "Choice": "types",
     "ExitCost": "types",
     "ExitRecord": "types",
+    "LearnedScore": "meta",
     "Outcome": "types",
     "Policy": "types",
     "Prediction": "types",
     "Promise": "types",
+    "TemperedScore": "meta",
     "__version__": "version",
     "attach": "attaching",
+    "averaged": "averaging",
     "bench": "bench",
     "choose": "choosing",
     "detach": "attaching",
     "evaluate": "decide",
     "export": "export",
     "fit": "training.train",
+    "fit_score": "fitting",
+    "fit_temperature": "fitting",
     "frontier": "decide",
     "joint_loss": "training.train",
     "load": "engine.onnx",

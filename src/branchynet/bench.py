@@ -21,6 +21,7 @@ from .engine.onnx import load
 from .errors import InputError
 from .graph.flat import flatten, tensors_of
 from .graph.quantize import calibration_batches, quantized
+from .meta import FittedScore
 from .net import count_exits, few
 from .record import Loss
 from .scores import SCORES, Score
@@ -146,6 +147,8 @@ def bench(
 def _score(engine: Engine, score: Score | None, path: str | os.PathLike[str]) -> Score:
     """The function behind the file's score, checked against what was given."""
     assert engine.policy is not None
+    if isinstance(engine.policy.score, FittedScore):
+        return engine.policy.score
     name = score_name(engine.policy.score)
     if score is None and name not in SCORES:
         raise InputError(

@@ -6,56 +6,21 @@ or such a callable will do. The same torch code scores records and is exported i
 
 The named ones are for classes that exclude each other, and need two or more; of dense outputs `(B, C, ...)`, such as
 segmentations, they are the mean over all positions. For several labels a sample and for regression bring a callable.
+`fit_temperature` and `fit_score` make callables of a record, which policies store whole.
 """
-
-from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from .errors import InputError, nearest
+from .meta import check_fitted
+from .sureness import SCORES as SCORES
+from .sureness import Score as Score
+from .sureness import entropy as entropy
+from .sureness import margin as margin
+from .sureness import max_probability as max_probability
+from .sureness import patience as patience
 from .types import ExitRecord, Floats, score_name
-
-Score = Callable[[tuple[Tensor, ...]], Tensor]
-
-
-def entropy(outputs: tuple[Tensor, ...]) -> Tensor:
-    """Entropy of the softmax of the latest logits, in nats (Teerapittayanon et al. 2016, section III-C).
-
-    An entropy to leave by in segmentation: Gilbert et al. 2025, doi:10.1109/icmlcn64995.2025.11140234.
-    """
-    log_p = torch.log_softmax(_logits(outputs), dim=1)
-    return _mean(-(log_p.exp() * log_p).sum(dim=1))
-
-
-def max_probability(outputs: tuple[Tensor, ...]) -> Tensor:
-    """1 - the largest softmax probability of the latest logits."""
-    return _mean(1 - torch.softmax(_logits(outputs), dim=1).amax(dim=1))
-
-
-def margin(outputs: tuple[Tensor, ...]) -> Tensor:
-    """1 - (largest - second largest softmax probability) of the latest logits."""
-    top = torch.softmax(_logits(outputs), dim=1).topk(2, dim=1).values
-    return _mean(1 - (top[:, 0] - top[:, 1]))
-
-
-def _logits(outputs: tuple[Tensor, ...]) -> Tensor:
-    latest = outputs[-1]
-    if latest.dim() < 2 or latest.shape[1] < 2:
-        raise InputError(
-            f"outputs of shape {tuple(latest.shape)} have not two classes in dimension 1, so entropy, max_probability "
-            "and margin say nothing of how sure they are; pass a callable: score(outputs_so_far) -> (B,)"
-        )
-    return latest
-
-
-def _mean(values: Tensor) -> Tensor:
-    """Over all positions of every sample: `(B, ...)` -> `(B,)`."""
-    return values.mean(dim=list(range(1, values.dim()))) if values.dim() > 1 else values
-
-
-SCORES: dict[str, Score] = {"entropy": entropy, "max_probability": max_probability, "margin": margin}
 
 
 def resolve(score: str | Score) -> Score:
@@ -103,6 +68,7 @@ def of_record(record: ExitRecord, score: str | Score = "entropy") -> Floats:
     if record.outputs is None:
         assert record.scores is not None
         return record.scores
+    check_fitted(score, record.exits)
     function = resolve(score)
     outputs = tuple(torch.from_numpy(np.ascontiguousarray(record.outputs[:, n])) for n in range(record.exits))
     scores = [function(outputs[: n + 1]) for n in range(record.exits)]

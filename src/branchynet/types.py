@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .errors import FileError, InputError
 from .files import read_json, replacing, write_json
+from .meta import FittedScore, check_fitted, from_json
 
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
@@ -189,7 +190,8 @@ class Policy:
     """Which score is compared with which thresholds: all that the deployed network needs to know.
 
     Attributes:
-        score: the name of a score (see `branchynet.scores`), or a callable ``score(outputs_so_far) -> (B,)``.
+        score: the name of a score (see `branchynet.scores`), a fitted one, or a callable
+            ``score(outputs_so_far) -> (B,)``.
         thresholds: one an exit but the last (N-1); a sample leaves at the first exit whose score is strictly below it.
             None means *never*: the branch is left out of the graph, and its cost with it.
     """
@@ -206,6 +208,7 @@ class Policy:
             raise InputError(f"thresholds must be finite numbers, or None for never; got {values}")
         if not (callable(self.score) or isinstance(self.score, str)):
             raise InputError(f"score must be a name or a callable; got {self.score!r}")
+        check_fitted(self.score, len(values) + 1)
         _set(self, thresholds=values)
 
     @property
@@ -219,13 +222,15 @@ class Policy:
         return (*(t is not None for t in self.thresholds), True)
 
     def to_json(self) -> dict[str, Any]:
-        """``{"score": name, "thresholds": [...]}`` with null for never."""
-        return {"score": score_name(self.score), "thresholds": list(self.thresholds)}
+        """``{"score": name, "thresholds": [...]}`` with null for never; a fitted score is stored whole."""
+        score = self.score.to_json() if isinstance(self.score, FittedScore) else score_name(self.score)
+        return {"score": score, "thresholds": list(self.thresholds)}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Policy":
-        """The inverse of `to_json` for named scores."""
-        return cls(score=value["score"], thresholds=tuple(value["thresholds"]))
+        """The inverse of `to_json` for named and fitted scores. Raises `InputError` for a broken fitted one."""
+        score = value["score"]
+        return cls(from_json(score) if isinstance(score, dict) else score, tuple(value["thresholds"]))
 
 
 @dataclass(frozen=True)

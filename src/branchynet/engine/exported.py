@@ -118,6 +118,11 @@ def read_metadata(properties: dict[str, str], path: str | os.PathLike[str]) -> d
         raise FileError(f"{path} has format {metadata['format']}, newer than {FORMAT}; upgrade branchynet")
     if not metadata.keys() >= _FIELDS:
         raise FileError(f"the metadata of {path} lacks {sorted(_FIELDS - metadata.keys())}; export it again")
+    try:
+        if metadata["policy"] is not None:
+            Policy.from_json(metadata["policy"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileError(f"the policy in {path} cannot be read ({error}); export it again") from error
     return metadata
 
 

@@ -1,0 +1,141 @@
+"""Answers that are means over the exits passed so far, which may be more accurate for next to no work."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import InputError
+from .net import BranchyNet
+from .types import ExitRecord
+
+Weights = Sequence[Sequence[float]]
+Of = Literal["softmax", "logits"]
+
+
+def averaged(net: BranchyNet, weights: Weights | None = None, *, of: Of = "softmax") -> BranchyNet:
+    """The network whose exit n answers with the mean of exits 1..n of `net`.
+
+    It shares `net`'s modules and names of parameters; record, choose, export and engines take it like any other. A
+    branch whose threshold is *never* stays in its graph, since later answers read it: give `measure` this network, so
+    that costs know.
+
+    Args:
+        net: trained; it is not changed.
+        weights: `(N, n)` a row an exit, as `fit_weights` gives them; row n holds n weights, not negative and not all 0,
+            which are scaled to sum to 1. By default all equal.
+        of: ``"softmax"``: probabilities are averaged, and an exit's outputs are their logarithms; ``"logits"``.
+
+    Raises:
+        InputError: no `BranchyNet`, or weights that are not one row of n weights for each exit n.
+    """
+    if not isinstance(net, BranchyNet) or isinstance(net, _Averaged):
+        raise InputError(f"averaged(net) takes a BranchyNet that is not averaged yet; got {type(net).__name__}")
+    return _Averaged(net, _rows(weights, net.exits), _known(of))
+
+
+def average(outputs: Sequence[Tensor], weights: Weights | None = None, *, of: Of = "softmax") -> tuple[Tensor, ...]:
+    """What `averaged` answers where the exits answer `outputs`, earliest first, each `(B, C, ...)`; shapes stay."""
+    rows = _rows(weights, len(outputs))
+    if _known(of) == "logits":
+        parts = list(outputs)
+    else:
+        parts = [torch.softmax(output, dim=1) for output in outputs]
+    means = [_mean(parts[: len(row)], row) for row in rows]
+    return tuple(mean.clamp_min(_LEAST).log() for mean in means) if of == "softmax" else tuple(means)
+
+
+def averaged_record(record: ExitRecord, weights: Weights | None = None, *, of: Of = "softmax") -> ExitRecord:
+    """The record of `averaged(net)` from the record of `net`, without running it again.
+
+    Raises:
+        InputError: a record without outputs, or wrong weights.
+    """
+    if record.outputs is None or record.labels is None:
+        raise InputError("this record holds scores and losses; averaging reads outputs: record without loss=")
+    exits = [torch.from_numpy(np.ascontiguousarray(record.outputs[:, n])) for n in range(record.exits)]
+    return ExitRecord(torch.stack(average(exits, weights, of=of), dim=1).numpy(), record.labels)
+
+
+def fit_weights(record: ExitRecord, *, steps: int = 200) -> tuple[tuple[float, ...], ...]:
+    """Weights for `averaged(net, weights, of="softmax")` that make the answers of a record the most likely.
+
+    They are those of a mixture, found by expectation-maximisation from equal ones; deterministic.
+
+    Args:
+        record: of `net`, not averaged, with outputs; other samples than those that thresholds are chosen on.
+        steps: at most so many.
+
+    Returns:
+        A row an exit; row n holds n weights that sum to 1.
+
+    Raises:
+        InputError: a record without outputs.
+
+    Source: Dempster, Laird and Rubin 1977, doi:10.1111/j.2517-6161.1977.tb01600.x.
+    """
+    if record.outputs is None or record.labels is None:
+        raise InputError("this record holds scores and losses; fitting reads outputs: record without loss=")
+    logits = torch.from_numpy(record.outputs).double()
+    answered = logits.softmax(dim=2)[torch.arange(record.samples), :, torch.from_numpy(record.labels)].numpy()
+    answered = np.maximum(answered, _LEAST)
+    rows = []
+    for n in range(1, record.exits + 1):
+        weights = np.full(n, 1 / n)
+        for _ in range(steps):
+            parts = weights * answered[:, :n]
+            after = (parts / parts.sum(axis=1, keepdims=True)).mean(axis=0)
+            done, weights = np.abs(after - weights).max() < 1e-9, after
+            if done:
+                break
+        rows.append(tuple(weights.tolist()))
+    return tuple(rows)
+
+
+_LEAST = 1e-30  # a probability whose logarithm float32 still holds
+
+
+class _Averaged(BranchyNet):
+    def __init__(self, net: BranchyNet, weights: Weights, of: Of) -> None:
+        branches = dict(zip(net.taps, net.branches, strict=True))
+        super().__init__(net.backbone, branches, output=net.output, tap=net.readers)
+        self.weights = weights
+        self.of: Of = of
+        self.training = net.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        return average(super().forward(*args, **kwargs), self.weights, of=self.of)
+
+
+def _mean(parts: Sequence[Tensor], row: Sequence[float]) -> Tensor:
+    total = parts[0] * row[0]
+    for part, weight in zip(parts[1:], row[1:], strict=True):
+        total = total + part * weight
+    return total
+
+
+def _known(of: Of) -> Of:
+    if of not in ("softmax", "logits"):
+        raise InputError(f"of must be 'softmax' or 'logits'; got {of!r}")
+    return of
+
+
+def _rows(weights: Weights | None, exits: int) -> tuple[tuple[float, ...], ...]:
+    """The weights, each row summing to 1."""
+    if weights is None:
+        return tuple((1 / n,) * n for n in range(1, exits + 1))
+    try:
+        rows = [np.asarray(row, np.float64) for row in weights]
+    except (TypeError, ValueError):
+        rows = []
+    fits = [
+        row.shape == (n,) and np.isfinite(row).all() and row.min() >= 0 and row.sum() for n, row in enumerate(rows, 1)
+    ]
+    if len(rows) != exits or not all(fits):
+        raise InputError(
+            f"weights for {exits} exits must be {exits} rows, row n of n numbers that are not negative and not all 0; "
+            f"got {weights!r}"
+        )
+    return tuple(tuple((row / row.sum()).tolist()) for row in rows)

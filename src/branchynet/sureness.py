@@ -1,0 +1,99 @@
+"""How sure an exit is, in torch operations alone: the named scores, and what fitted scores are computed of.
+
+Everything here reads `outputs`, those of the exits passed so far, earliest first, each `(B, C)` or `(B, C, ...)`, and
+gives `(B,)` unless it says otherwise. The same code scores records and is exported into the graph.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+
+Score = Callable[[tuple[Tensor, ...]], Tensor]
+
+_NOWHERE = -1e30  # a logit whose exponential is 0, without the infinities that runtimes treat in their own ways
+
+
+def entropy(outputs: tuple[Tensor, ...]) -> Tensor:
+    """Entropy of the softmax of the latest logits, in nats (Teerapittayanon et al. 2016, section III-C).
+
+    An entropy to leave by in segmentation: Gilbert et al. 2025, doi:10.1109/icmlcn64995.2025.11140234.
+    """
+    log_p = torch.log_softmax(_logits(outputs), dim=1)
+    return _mean(-(log_p.exp() * log_p).sum(dim=1))
+
+
+def max_probability(outputs: tuple[Tensor, ...]) -> Tensor:
+    """1 - the largest softmax probability of the latest logits."""
+    return _mean(1 - torch.softmax(_logits(outputs), dim=1).amax(dim=1))
+
+
+def margin(outputs: tuple[Tensor, ...]) -> Tensor:
+    """1 - (largest - second largest softmax probability) of the latest logits."""
+    top = torch.softmax(_logits(outputs), dim=1).topk(2, dim=1).values
+    return _mean(1 - (top[:, 0] - top[:, 1]))
+
+
+def patience(outputs: tuple[Tensor, ...]) -> Tensor:
+    """1 / the number of consecutive exits, the latest included, that give the latest label (Zhou et al. 2020).
+
+    It is 1 at exit 1, and leaving after p agreeing exits (PABEE's patience p - 1) is a threshold between 1/p and
+    1/(p - 1). Source: arXiv 2006.04152, section 3.2.
+    """
+    label = _logits(outputs).argmax(dim=1)
+    agrees, count = torch.ones_like(label, dtype=torch.bool), torch.ones_like(label, dtype=outputs[-1].dtype)
+    for earlier in reversed(outputs[:-1]):
+        agrees = agrees & (earlier.argmax(dim=1) == label)
+        count = count + agrees.to(count.dtype)
+    return _mean(1 / count)
+
+
+SCORES: dict[str, Score] = {
+    "entropy": entropy,
+    "max_probability": max_probability,
+    "margin": margin,
+    "patience": patience,
+}
+
+
+def cooled(outputs: tuple[Tensor, ...], temperatures: Sequence[float]) -> tuple[Tensor, ...]:
+    """Every exit's logits divided by its temperature, which no argmax notices (Guo et al. 2017, arXiv 1706.04599)."""
+    return tuple(output / temperature for output, temperature in zip(outputs, temperatures, strict=False))
+
+
+def features(outputs: tuple[Tensor, ...], earlier: bool) -> Tensor:
+    """What a learned score looks at, `(B, F)`, of outputs `(B, C)`.
+
+    Of the latest exit: the log-odds that its answer is wrong by its own softmax, and its logits, which tell for which
+    classes that is not to be trusted. With `earlier`, also the probability that each earlier exit gave to that answer.
+    """
+    latest = _logits(outputs)
+    label = latest.argmax(dim=1, keepdim=True)
+    classes = torch.arange(latest.shape[1], device=latest.device)
+    others = latest.masked_fill(classes == label, _NOWHERE).logsumexp(dim=1, keepdim=True)
+    columns = [others - latest.amax(dim=1, keepdim=True), latest]
+    if earlier:
+        columns += [torch.softmax(output, dim=1).gather(1, label) for output in outputs[:-1]]
+    return torch.cat(columns, dim=1)
+
+
+def _logits(outputs: tuple[Tensor, ...]) -> Tensor:
+    latest = outputs[-1]
+    if latest.dim() < 2 or latest.shape[1] < 2:
+        raise InputError(
+            f"outputs of shape {tuple(latest.shape)} have not two classes in dimension 1, so {_names()} "
+            "say nothing of how sure they are; pass a callable: score(outputs_so_far) -> (B,)"
+        )
+    return latest
+
+
+def _names() -> str:
+    *most, last = SCORES
+    return f"{', '.join(most)} and {last}"
+
+
+def _mean(values: Tensor) -> Tensor:
+    """Over all positions of every sample: `(B, ...)` -> `(B,)`."""
+    return values.mean(dim=list(range(1, values.dim()))) if values.dim() > 1 else values
