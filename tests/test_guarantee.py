@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from branchynet.choosing import choose
 from branchynet.decide import evaluate, frontier
 from branchynet.errors import InfeasibleError, InputError
-from branchynet.guarantee import best_bet, betting_p, binomial_p, fewest, halves, verdict
+from branchynet.guarantee import accepted, best_bet, betting_p, binomial_p, fewest, halves
 from branchynet.types import Choice, ExitCost, ExitRecord, Policy, Promise
 
 COST = ExitCost((10.0, 20.0, 30.0), (1.0, 1.0, 0.0), (100.0, 200.0, 300.0), (5.0, 5.0, 0.0))
@@ -96,9 +96,21 @@ def test_betting_sees_what_leaving_early_puts_right():
 
 def test_testing_stops_at_the_first_that_fails():
     good, bad = np.zeros(500), np.ones(500)
-    assert verdict([good] * 3, [good, bad, good], 0.02, 0.05, "binomial").accepted == 1
-    assert verdict([good] * 3, [good, good, good], 0.02, 0.05, "betting").accepted == 3
-    assert verdict([good], [bad * 0.5], 0.02, 0.05, None).bound == "betting"  # the only one for such losses
+    for bound in ("binomial", "betting"):
+        assert accepted([good] * 3, [good, bad, good], 0.02, 0.05, bound) == 1
+        assert accepted([good] * 3, [good, good, good], 0.02, 0.05, bound) == 3
+        assert accepted([good], [good], 1.0, 0.05, bound) == 1
+
+
+def test_the_bound_fits_the_loss():
+    record = logits()
+    used = {limit: choose(record, COST, **{limit: value}).promise.bound
+            for limit, value in (("max_drop", 0.05), ("max_disagreement", 0.05), ("min_accuracy", 0.5))}  # fmt: skip
+    assert used == {"max_drop": "betting", "max_disagreement": "binomial", "min_accuracy": "binomial"}
+    soft = ExitRecord.from_scores(population(1500).scores, population(1500).losses * 0.3)
+    assert choose(soft, COST, min_accuracy=0.5).promise.bound == "betting"
+    with pytest.raises(InputError, match=r"binomial bound needs losses of 0 and 1.*bound='betting'"):
+        choose(soft, COST, min_accuracy=0.5, bound="binomial")
 
 
 def test_the_promise_is_broken_no_more_often_than_stated():
@@ -171,7 +183,7 @@ def test_disagreement_needs_no_labels():
     agreed = ExitRecord(record.outputs, record.outputs[:, -1].argmax(1))
     for confidence in (None, 0.9):
         first, second = (choose(r, COST, max_disagreement=0.02, confidence=confidence) for r in (record, other))
-        same = choose(agreed, COST, max_drop=0.02, confidence=confidence)
+        same = choose(agreed, COST, max_drop=0.02, confidence=confidence, bound="binomial")
         assert first.policy == second.policy == same.policy
     assert 0 <= drop(agreed, first.policy) <= 0.02 and first.outcome.exit_share[0] > 0
     with pytest.raises(InputError, match="max_disagreement needs a record of outputs"):

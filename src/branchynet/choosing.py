@@ -10,7 +10,7 @@ import numpy as np
 
 from .decide import SLACK, best_points, evaluate, optional, problem_of
 from .errors import InfeasibleError, InputError
-from .guarantee import BOUNDS, fewest, halves, verdict
+from .guarantee import BOUNDS, accepted, fewest, halves
 from .scores import Score, of_choice
 from .search import Points, Problem, between, beyond, join, leaving, sweep
 from .types import Choice, ExitCost, ExitRecord, Floats, Policy, Promise
@@ -57,7 +57,8 @@ def choose(
         max_macs: mean multiply-accumulates a sample at most this; needs `cost`.
         confidence: of the promise, between 0 and 1, or None.
         bound: ``"betting"`` on the signed loss, which credits answers that leaving early put right, or ``"binomial"``,
-            exact on the answers that it made wrong. By default the one that accepts the more on the tuning half.
+            exact on the answers that it made wrong, for losses of 0 and 1. By default betting for ``max_drop``, and
+            binomial for the other two, whose loss has no sign: each is the sharper there.
         score: a name in `branchynet.scores`, or a callable; by default the one that `record` holds, or else entropy.
         vectors: how many combinations to search, as in `frontier`.
 
@@ -94,8 +95,9 @@ def choose(
         best = _within(problem, _most_loss(problem, name, limit), math.inf, vectors, constraint)
         promise = None
     else:
-        best, used, sizes = _promised(problem, name, limit, 1 - confidence, bound, vectors)
-        promise = Promise(name, limit, confidence, used, *sizes)
+        bound = _bound(problem, name, bound)
+        best, sizes = _promised(problem, name, limit, 1 - confidence, bound, vectors)
+        promise = Promise(name, limit, confidence, bound, *sizes)
     policy = Policy(score, optional(best))
     return Choice(policy, constraint, evaluate(record, policy, cost), record.digest, promise)
 
@@ -142,10 +144,17 @@ def _within(problem: Problem, most_loss: float, most_us: float, vectors: int, co
     return _centred(problem, best.thresholds[0])
 
 
+def _bound(problem: Problem, name: str, bound: str | None) -> str:
+    whole = bool(((problem.losses == 0) | (problem.losses == 1)).all())
+    if bound == "binomial" and not whole:
+        raise InputError("the binomial bound needs losses of 0 and 1; the record has others: take bound='betting'")
+    return bound or ("binomial" if whole and name != "max_drop" else "betting")
+
+
 def _promised(
-    problem: Problem, name: str, limit: float, delta: float, bound: str | None, vectors: int
-) -> tuple[Floats, str, tuple[int, int]]:
-    """Thresholds `(N-1,)` that keep the limit with probability 1 - delta, the bound, and the sizes of both halves."""
+    problem: Problem, name: str, limit: float, delta: float, bound: str, vectors: int
+) -> tuple[Floats, tuple[int, int]]:
+    """Thresholds `(N-1,)` that keep the limit with probability 1 - delta, and the sizes of both halves."""
     risk = 1 - limit if name == "min_accuracy" else limit
     tuning_rows, calibration_rows = halves(problem.scores, problem.losses)
     sizes = len(tuning_rows), len(calibration_rows)
@@ -165,15 +174,9 @@ def _promised(
     never = np.full(problem.scores.shape[1] - 1, np.nan, np.float32)
     absolute = name == "min_accuracy"
     safe = not absolute and limit >= 0  # never leaving early keeps the limit by itself
-    found = verdict(
-        [_differences(tuning, c, absolute) for c in candidates],
-        [_differences(calibration, c, absolute) for c in candidates],
-        risk,
-        delta,
-        bound,
-    )
-    accepted = candidates[: found.accepted]
-    if not (safe or accepted):
+    before, after = ([_differences(half, c, absolute) for c in candidates] for half in (tuning, calibration))
+    standing = candidates[: accepted(before, after, risk, delta, bound)]
+    if not (safe or standing):
         reached = 1 - points.loss.min() / sizes[0]
         raise InfeasibleError(
             f"no thresholds keep {name}={limit:g} at {1 - delta:.0%} confidence on {sizes[1]} calibration "
@@ -181,8 +184,8 @@ def _promised(
             "the limit"
         )
     if safe:
-        accepted = [never, *accepted]
-    return min(accepted, key=lambda thresholds: _mean_us(problem, thresholds)), found.bound, sizes
+        standing = [never, *standing]
+    return min(standing, key=lambda thresholds: _mean_us(problem, thresholds)), sizes
 
 
 def _differences(problem: Problem, thresholds: Floats, absolute: bool) -> Floats:

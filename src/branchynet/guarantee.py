@@ -15,7 +15,6 @@ Estimating means of bounded random variables by betting, arXiv 2010.09686; Jazbe
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import binom
@@ -24,19 +23,6 @@ from .types import Floats, Ints
 
 BOUNDS = ("betting", "binomial")
 _FRACTIONS = (0.05, 0.1, 0.2, 0.4, 0.7, 0.95)  # of the largest bet
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Which of a sequence of candidates stand.
-
-    Attributes:
-        accepted: how many of them, from the first on.
-        bound: ``"betting"`` or ``"binomial"``.
-    """
-
-    accepted: int
-    bound: str
 
 
 def halves(scores: Floats, losses: Floats) -> tuple[Ints, Ints]:
@@ -96,31 +82,22 @@ def best_bet(differences: Floats, limit: float) -> float:
     return float(bets[(np.log1p(bets[:, None] * (limit - values[None, :])) @ counts).argmax()])
 
 
-def verdict(
-    tuning: Sequence[Floats], calibration: Sequence[Floats], limit: float, delta: float, bound: str | None
-) -> Verdict:
-    """How many candidates hold, tested in the order given until one fails.
+def accepted(tuning: Sequence[Floats], calibration: Sequence[Floats], limit: float, delta: float, bound: str) -> int:
+    """How many candidates hold, from the first on, tested in the order given until one fails.
 
     Args:
-        tuning: each candidate's differences on the tuning half, which set the bets and, without `bound`, decide which
-            bound to use: the one that accepts more candidates there.
+        tuning: each candidate's differences `(S,)` on the tuning half, which set the bets.
         calibration: those on the calibration half.
         limit: of the risk.
         delta: 1 - confidence.
-        bound: one of `BOUNDS`; the binomial one needs differences of -1, 0 and 1. None: the sharper of those that fit.
+        bound: one of `BOUNDS`; the binomial one needs differences of -1, 0 and 1.
     """
     limit = min(limit, 1 - 1e-9)
-    bets = [best_bet(differences, limit) for differences in tuning]
-    if bound is None:
-        whole = all((d == np.rint(d)).all() for d in tuning) and all((d == np.rint(d)).all() for d in calibration)
-        fit = BOUNDS if whole else BOUNDS[:1]
-        bound = max(fit, key=lambda name: _accepted(tuning, bets, limit, delta, name))
-    return Verdict(_accepted(calibration, bets, limit, delta, bound), bound)
-
-
-def _accepted(candidates: Sequence[Floats], bets: Sequence[float], limit: float, delta: float, bound: str) -> int:
-    for count, (differences, bet) in enumerate(zip(candidates, bets, strict=True)):
-        p = betting_p(differences, limit, bet) if bound == "betting" else binomial_p(differences, limit)
+    for count, (before, differences) in enumerate(zip(tuning, calibration, strict=True)):
+        if bound == "binomial":
+            p = binomial_p(differences, limit)
+        else:
+            p = betting_p(differences, limit, best_bet(before, limit))
         if p > delta:
             return count
-    return len(candidates)
+    return len(calibration)
