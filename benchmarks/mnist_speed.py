@@ -20,7 +20,7 @@ from branchynet.data import load_data, loader
 from branchynet.files import write_json
 from branchynet.machine import environment
 
-TRIALS = 5
+TRIALS = 9
 BATCHES = (1, 64)
 RESULTS = Path(__file__).parent / "results" / "mnist_speed.json"
 

@@ -168,7 +168,8 @@ def _promised(
     tuning = Problem(problem.scores[tuning_rows], problem.losses[tuning_rows], problem.cost)
     calibration = Problem(problem.scores[calibration_rows], problem.losses[calibration_rows], problem.cost)
     points = best_points(tuning, vectors)
-    kept = np.nonzero(points.loss <= _most_loss(tuning, name, limit))[0][::-1]  # dearest and surest first
+    room = 2 * math.sqrt(sizes[0] * max(risk, 0))  # the tuning half may be the unlucky one: two standard errors
+    kept = np.nonzero(points.loss <= _most_loss(tuning, name, limit) + room)[0][::-1]  # dearest and surest first
     kept = kept[np.unique(np.linspace(0, len(kept) - 1, min(len(kept), _CANDIDATES)).astype(int))]
     candidates = [_centred(tuning, points.thresholds[i]) for i in kept]
     never = np.full(problem.scores.shape[1] - 1, np.nan, np.float32)
