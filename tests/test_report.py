@@ -1,6 +1,7 @@
 import base64
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from PIL import Image
 from branchynet.errors import FileError, InputError
 from branchynet.report import Gallery, figure_scores, figure_shares, figure_tradeoff, write_report
 from branchynet.report.svg import inline
-from branchynet.types import Choice, ExitCost, ExitRecord, Outcome, Policy
+from branchynet.types import Choice, ExitCost, ExitRecord, Outcome, Policy, Promise
 
 VOID = {"meta", "img", "br"}
 
@@ -217,6 +218,11 @@ class TestPage:
         choice = Choice(parts["choice"].policy, {"max_drop": 0}, parts["outcome"], parts["record"].digest)
         assert "chosen on the very data" in Page(written(tmp_path, choice=choice)).text
         assert "chosen on the very data" not in Page(written(tmp_path)).text
+
+    def test_says_what_is_promised(self, tmp_path):
+        promise = Promise("max_drop", 0.005, 0.95, "betting", 500, 500)
+        page = Page(written(tmp_path, choice=replace(run()["choice"], promise=promise)))
+        assert str(promise) in page.text and "confidence" not in Page(written(tmp_path)).text
 
     def test_is_the_same_again(self, tmp_path):
         assert written(tmp_path) == written(tmp_path)
