@@ -117,3 +117,22 @@ class TestOfRecord:
     def test_recorded_scores_are_returned(self):
         record = ExitRecord.from_scores([[0.5, math.nan]], [[0, 1]])
         assert of_record(record, "entropy") is record.scores
+
+
+class TestPatience:
+    @settings(max_examples=100, deadline=None)
+    @given(hnp.arrays(np.int64, st.tuples(st.integers(1, 5), st.integers(1, 6)), elements=st.integers(0, 2)))
+    def test_against_a_loop(self, labels):
+        outputs = tuple(torch.eye(3)[torch.from_numpy(row)] for row in labels)
+        for n in range(1, len(labels) + 1):
+            found = resolve("patience")(outputs[:n])
+            for sample, score in enumerate(found.tolist()):
+                count = 1
+                while count < n and labels[n - 1 - count, sample] == labels[n - 1, sample]:
+                    count += 1
+                assert score == pytest.approx(1 / count)
+
+    def test_of_maps_it_is_the_mean(self):
+        first, second = torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 2, 2)
+        first[0, 1, 0] = second[0, 1] = 1
+        assert resolve("patience")((first, second)).tolist() == [0.75]

@@ -20,6 +20,7 @@ FEW = 5
 """So many right and so many wrong answers an exit must have given, the last excepted, for a fit to mean anything."""
 
 _COOLEST, _HOTTEST = 0.05, 20.0
+_FREE = 1e-3  # in place of no penalty, so that a fit exists where wrong and right answers part completely
 
 
 def fit_temperature(record: ExitRecord, score: str = "entropy") -> TemperedScore:
@@ -45,14 +46,15 @@ def fit_temperature(record: ExitRecord, score: str = "entropy") -> TemperedScore
     return TemperedScore(score, tuple(_temperature(logits[:, n], labels) if fit else 1.0 for n, fit in enumerate(fits)))
 
 
-def fit_score(record: ExitRecord, *, earlier: bool = True, strength: float = 1.0) -> LearnedScore:
+def fit_score(record: ExitRecord, *, earlier: bool = True, strength: float = 10.0) -> LearnedScore:
     """A score that has learned, exit by exit, how outputs look when the answer is wrong: logistic regressions.
 
     Args:
         record: with outputs `(S, N, C)`.
         earlier: let each exit also see how far earlier exits agree with it. Their branches then stay in the graph even
             where their threshold is *never*: give `measure` the score, so that costs know.
-        strength: of the squared penalty on the weights of standardised features.
+        strength: of the squared penalty on the weights of standardised features, all but the odds that the softmax
+            itself gives: the fewer wrong answers there are, the more is left to those.
 
     Returns:
         The score: log-odds that the answer is wrong. At a last exit that is right, or wrong, too often to tell, which
@@ -117,11 +119,12 @@ def _temperature(logits: Array, labels: NDArray[np.int64]) -> float:
 
 
 def _logistic(seen: Array, wrong: Array, strength: float) -> tuple[Array, float]:
-    """Weights `(F,)` and bias of the penalised logistic regression, for features as they come."""
+    """Weights `(F,)` and bias of the logistic regression, for features as they come; the first is not penalised."""
     mean, spread = seen.mean(axis=0), seen.std(axis=0)
     spread[spread < 1e-9] = np.inf  # what never changes tells nothing
     design = np.column_stack([(seen - mean) / spread, np.ones(len(seen))])
     penalty = np.append(np.full(seen.shape[1], strength), 0.0)
+    penalty[0] = _FREE
 
     def objective(weights: Array) -> float:
         odds = design @ weights

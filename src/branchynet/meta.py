@@ -162,10 +162,10 @@ _KINDS: dict[str, type[FittedScore]] = {c.kind: c for c in (TemperedScore, Learn
 
 def from_json(value: Any) -> FittedScore:
     """The inverse of `to_json`. Raises `InputError` for another kind, a later version, or broken numbers."""
-    if not isinstance(value, dict) or value.get("kind") not in _KINDS:
-        kind = value.get("kind") if isinstance(value, dict) else value
+    kind = value.get("kind") if isinstance(value, dict) else value
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise InputError(f"a stored score must have a kind in {sorted(_KINDS)}; got {kind!r}: fit it again")
-    kind, version = value["kind"], value.get("version")
+    version = value.get("version")
     if version != VERSION:
         raise InputError(f"the {kind} score has version {version!r}, and {VERSION} is known; upgrade, or fit it again")
     fields = {k: v for k, v in value.items() if k not in ("kind", "version")}
