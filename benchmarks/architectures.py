@@ -109,7 +109,7 @@ def timed(net, inputs, thresholds, batches, name):
         path = export(net, Path(folder) / "model.onnx", policy=Policy(thresholds=thresholds), example=few(inputs, 8))
         rows = bench(path, net, inputs, nothing, network=name, accuracy_static=0.0, batches=batches,
                      samples=SAMPLES, repeats=REPEATS)  # fmt: skip
-    keep = ("batch", "static_us", "branchy_us", "limit_us", "speedup", "overhead", "exit_share")
+    keep = ("batch", "static_us", "branchy_us", "limit_us", "limit_alone_us", "speedup", "overhead", "exit_share")
     return [{key: row[key] for key in keep} for row in rows]
 
 

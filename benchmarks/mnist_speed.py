@@ -47,7 +47,7 @@ def main():
                 seed=seed,
                 progress=print,
             )
-    times = ("static_us", "branchy_us", "limit_us", "speedup", "overhead")
+    times = ("static_us", "branchy_us", "limit_us", "limit_alone_us", "speedup", "overhead")
     rows = []
     for batch in BATCHES:
         same = [row for row in trials if row["batch"] == batch]

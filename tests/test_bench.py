@@ -21,7 +21,7 @@ from graphs import flat_lenet
 
 module = importlib.import_module("branchynet.bench")
 KEYS = {
-    "network", "engine", "batch", "threads", "static_us", "branchy_us", "limit_us", "speedup", "overhead",
+    "network", "engine", "batch", "threads", "static_us", "branchy_us", "limit_us", "limit_alone_us", "speedup", "overhead",
     "accuracy_static", "accuracy_branchy", "exit_share", "thresholds",
 }  # fmt: skip
 SAMPLES = 70
@@ -100,12 +100,14 @@ def test_rows_are_whole_and_their_figures_agree(file, data, record, policy):
 
 @pytest.mark.parametrize(("batch", "samples", "timed"), [(1, 20, 20), (8, 20, 16), (64, 20, 64), (7, 10_000, 70)])
 def test_the_limit_weighs_static_times_with_the_share_among_those_timed(file, data, monkeypatch, batch, samples, timed):
-    def fake(engine, static, inputs, size, repeats):
+    def fake(engine, static, inputs, left, size, repeats):
         (inputs,) = inputs
         exits = engine(inputs).exit
+        assert left.tolist() == exits.tolist()
         seen.append((inputs, exits))
         assert static.keys() == {"plain", "upto_1", "upto_2"} and (size, repeats) == (batch, 4)
-        return {"branchy": 60.0, "plain": 90.0, "upto_1": 20.0, "upto_2": 110.0}
+        in_order = {"in_order": 50.0} if batch == 1 else {}
+        return {"branchy": 60.0, "plain": 90.0, "upto_1": 20.0, "upto_2": 110.0, **in_order}
 
     seen = []
     monkeypatch.setattr(module, "_time", fake)
@@ -113,7 +115,8 @@ def test_the_limit_weighs_static_times_with_the_share_among_those_timed(file, da
     inputs, exits = seen[0]
     early = float((exits == 1).mean())
     assert len(inputs) == timed and 0 < early < 1
-    assert row["limit_us"] == pytest.approx(early * 20 + (1 - early) * 110)
+    assert row["limit_alone_us"] == pytest.approx(early * 20 + (1 - early) * 110)
+    assert row["limit_us"] == (50 if batch == 1 else row["limit_alone_us"])
     assert row["speedup"] == 1.5 and row["overhead"] == pytest.approx(60 / row["limit_us"])
     given = {image.tobytes() for image in data[0].numpy()}
     assert {image.tobytes() for image in inputs} <= given and len({image.tobytes() for image in inputs}) == timed
@@ -121,7 +124,7 @@ def test_the_limit_weighs_static_times_with_the_share_among_those_timed(file, da
 
 def test_the_order_is_random_and_the_seeds(file, data, monkeypatch):
     orders = []
-    times = {"branchy": 1.0, "plain": 1.0, "upto_1": 1.0, "upto_2": 1.0}
+    times = {"branchy": 1.0, "plain": 1.0, "upto_1": 1.0, "upto_2": 1.0, "in_order": 1.0}
     monkeypatch.setattr(module, "_time", lambda engine, static, inputs, *rest: orders.append(inputs[0]) or times)
     for seed in (0, 0, 1):
         rows_of(file, data, batches=(1,), seed=seed)
@@ -149,7 +152,7 @@ def test_every_engine_runs_the_same_batches_in_turns():
         outputs = __call__
 
     inputs = np.arange(300)
-    times = _time(Fake("branchy"), {name: Fake(name) for name in ("plain", "upto_1")}, (inputs,), batch=3, repeats=2)
+    times = _time(Fake("branchy"), {n: Fake(n) for n in ("plain", "upto_1")}, (inputs,), inputs, batch=3, repeats=2)
     assert times.keys() == {"branchy", "plain", "upto_1"} and all(t > 0 for t in times.values())
     calls = Counter((name, tuple(rows)) for name, rows in log)
     batches = [tuple(range(i, i + 3)) for i in range(0, 300, 3)]
@@ -200,6 +203,27 @@ def test_several_inputs_a_score_and_a_loss_of_ones_own(tmp_path):
         bench(path, net, inputs, target, loss=loss, score=entropy, **told)
     with pytest.raises(InputError, match=r"targets must be class indices.*float32 of shape \(30, 3\).*loss="):
         bench(path, net, inputs, target, score=spread, **told)
+
+
+def test_one_sample_a_call_goes_through_the_graph_of_its_exit():
+    log = Counter()
+
+    class Fake:
+        def __init__(self, name):
+            self.name = name
+
+        def __call__(self, row):
+            log[self.name, int(row[0])] += 1
+
+        outputs = __call__
+
+    inputs, left = np.arange(100), np.where(np.arange(100) % 3, 1, 3)
+    static = {name: Fake(name) for name in ("plain", "upto_1", "upto_3")}
+    times = _time(Fake("branchy"), static, (inputs,), left, batch=1, repeats=1)
+    assert times.keys() == {"branchy", "in_order", *static}
+    for i in inputs:
+        ran = {name: log[name, i] for name in ("branchy", *static)}
+        assert ran == {"branchy": 2, "plain": 2, "upto_1": 2, "upto_3": 2, f"upto_{left[i]}": 4}
 
 
 def test_progress_is_told(file, data):

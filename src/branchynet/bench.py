@@ -56,7 +56,9 @@ def bench(
     For each batch size, the same real inputs in random order go through the branchy file, the plain backbone, and the
     static graphs of every exit; engines take turns after every few calls, and medians over repeats are reported.
     ``limit_us`` is the sum over exits n of share_n x time of the static graph that computes the trunk and all enabled
-    branches up to exit n, scores included; ``overhead = branchy / limit``; ``speedup = static / branchy``.
+    branches up to exit n, scores included; ``overhead = branchy / limit``; ``speedup = static / branchy``. For one sample a
+    call these graphs run in the samples' own order, each sample in that of its exit, so that caches are as cold as they
+    are for the file; ``limit_alone_us`` is the same sum with every graph timed by itself, over and over.
 
     Args:
         path: a file that `export` wrote from `net` with a policy and a dynamic batch.
@@ -78,7 +80,7 @@ def bench(
         progress: called with a message now and then.
 
     Returns:
-        Rows with ``network, engine, batch, threads, static_us, branchy_us, limit_us, speedup, overhead,
+        Rows with ``network, engine, batch, threads, static_us, branchy_us, limit_us, limit_alone_us, speedup, overhead,
         accuracy_static, accuracy_branchy, exit_share, thresholds``; times are microseconds a sample.
 
     Raises:
@@ -121,9 +123,9 @@ def bench(
             progress(f"batch {batch}, {threads} thread(s)")
             count = max(1, min(samples, rows_given) // batch) * batch
             timed = tuple(array[:count] for array in arrays)
-            us = _time(engine, static, timed, batch, repeats)
-            share = {n: float((left[:count] == n).mean()) for n in enabled}
-            limit = sum(share[n] * us[f"upto_{n}"] for n in enabled)
+            us = _time(engine, static, timed, left[:count], batch, repeats)
+            alone = sum(float((left[:count] == n).mean()) * us[f"upto_{n}"] for n in enabled)
+            limit = us.get("in_order", alone)
             rows.append(
                 {
                     "network": network,
@@ -133,6 +135,7 @@ def bench(
                     "static_us": us["plain"],
                     "branchy_us": us["branchy"],
                     "limit_us": limit,
+                    "limit_alone_us": alone,
                     "speedup": us["plain"] / us["branchy"],
                     "overhead": us["branchy"] / limit,
                     "accuracy_static": accuracy_static,
@@ -179,26 +182,33 @@ def _judge(engine: Engine, arrays: Arrays, target: Tensor, loss: Loss | None) ->
     return np.concatenate(exits), 1 - lost / len(target)
 
 
-def _time(engine: Engine, static: dict[str, Engine], arrays: Arrays, batch: int, repeats: int) -> dict[str, float]:
+def _time(
+    engine: Engine, static: dict[str, Engine], arrays: Arrays, left: NDArray[Any], batch: int, repeats: int
+) -> dict[str, float]:
     """Median microseconds a sample over `repeats` passes; engines take turns every few calls.
+
+    For one sample a call, ``in_order`` runs for each the static graph of the exit at which it `left`.
 
     Who goes first finds the inputs cold in the cache and what it computes with evicted, so that turn goes round too.
     """
-    calls: dict[str, Callable[..., Any]] = {"branchy": engine, **{n: e.outputs for n, e in static.items()}}
     samples = len(arrays[0])
     batches = [tuple(np.ascontiguousarray(a[i : i + batch]) for a in arrays) for i in range(0, samples, batch)]
+    calls: dict[str, list[Callable[..., Any]]] = {"branchy": [engine] * len(batches)}
+    calls |= {name: [graph.outputs] * len(batches) for name, graph in static.items()}
+    if batch == 1:
+        calls["in_order"] = [static[f"upto_{n}"].outputs for n in left]
     turn = max(1, 64 // batch)
     passes: dict[str, list[float]] = {name: [] for name in calls}
     order = deque(calls)
     for repeat in range(repeats + 1):
         total = dict.fromkeys(calls, 0.0)
         for start in range(0, len(batches), turn):
-            block = batches[start : start + turn]
+            block = slice(start, start + turn)
             order.rotate(1)
             for name in order:
-                call = calls[name]
+                turns = list(zip(calls[name][block], batches[block], strict=True))
                 begin = time.perf_counter()
-                for rows in block:
+                for call, rows in turns:
                     call(*rows)
                 total[name] += time.perf_counter() - begin
         if repeat:  # the first pass warms caches up
