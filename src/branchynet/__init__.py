@@ -11,10 +11,12 @@ if TYPE_CHECKING:
     from .attaching import detach as detach
     from .averaging import averaged as averaged
     from .bench import bench as bench
+    from .budget import BudgetController as BudgetController
     from .choosing import choose as choose
     from .cost import measure as measure
     from .decide import evaluate as evaluate
     from .decide import frontier as frontier
+    from .drift import Monitor as Monitor
     from .engine.onnx import load as load
     from .errors import BranchyNetError as BranchyNetError
     from .export import export as export
@@ -39,10 +41,12 @@ if TYPE_CHECKING:
 _ROOMS = {
     "BranchyNet": "net",
     "BranchyNetError": "errors",
+    "BudgetController": "budget",
     "Choice": "types",
     "ExitCost": "types",
     "ExitRecord": "types",
     "LearnedScore": "meta",
+    "Monitor": "drift",
     "Outcome": "types",
     "Policy": "types",
     "Prediction": "types",
