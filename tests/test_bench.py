@@ -21,8 +21,8 @@ from graphs import flat_lenet
 
 module = importlib.import_module("branchynet.bench")
 KEYS = {
-    "network", "engine", "batch", "threads", "static_us", "branchy_us", "limit_us", "limit_alone_us", "speedup", "overhead",
-    "accuracy_static", "accuracy_branchy", "exit_share", "thresholds",
+    "network", "engine", "batch", "threads", "static_us", "branchy_us", "limit_us", "limit_alone_us", "speedup",
+    "overhead", "accuracy_static", "accuracy_branchy", "exit_share", "thresholds",
 }  # fmt: skip
 SAMPLES = 70
 

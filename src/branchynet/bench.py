@@ -56,9 +56,9 @@ def bench(
     For each batch size, the same real inputs in random order go through the branchy file, the plain backbone, and the
     static graphs of every exit; engines take turns after every few calls, and medians over repeats are reported.
     ``limit_us`` is the sum over exits n of share_n x time of the static graph that computes the trunk and all enabled
-    branches up to exit n, scores included; ``overhead = branchy / limit``; ``speedup = static / branchy``. For one sample a
-    call these graphs run in the samples' own order, each sample in that of its exit, so that caches are as cold as they
-    are for the file; ``limit_alone_us`` is the same sum with every graph timed by itself, over and over.
+    branches up to exit n, scores included; ``overhead = branchy / limit``; ``speedup = static / branchy``. For one
+    sample a call these graphs run in the samples' own order, each sample in that of its exit, so that caches are as
+    cold as they are for the file; ``limit_alone_us`` is the same sum with every graph timed by itself.
 
     Args:
         path: a file that `export` wrote from `net` with a policy and a dynamic batch.

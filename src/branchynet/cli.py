@@ -229,7 +229,7 @@ def print_choice(choice: Any, cost: Any) -> None:
 def print_bench(rows: list[dict[str, Any]]) -> None:
     """Static, branchy and limit, one below the other, for each batch size."""
     table = Table(title="microseconds a sample, everything timed; accuracy on test images")
-    for name in ("engine", "batch", "threads", "network", "us", "speed-up", "accuracy", "leave at exit 1, 2, …"):
+    for name in ("engine", "network", "us", "speed-up", "accuracy", "leave at exit 1, 2, …"):
         table.add_column(name, justify="left" if name in ("engine", "network") else "right")
     for row in rows:
         shares = ", ".join(f"{share:.1%}" for share in row["exit_share"])
@@ -238,10 +238,11 @@ def print_bench(rows: list[dict[str, Any]]) -> None:
             (row["network"], row["branchy_us"], row["accuracy_branchy"], shares),
             ("limit", row["limit_us"], row["accuracy_branchy"], f"overhead {row['overhead']:.2f}"),
         ]
-        for name, us, accuracy, note in lines:
-            speedup = f"{row['static_us'] / us:.2f}x"
-            where = (row["engine"], str(row["batch"]), str(row["threads"]))
-            table.add_row(*where, name, f"{us:.1f}", speedup, f"{accuracy:.2%}", note)
+        threads = f"{row['threads']} thread{'s' * (row['threads'] > 1)}"
+        for where, (name, us, accuracy, note) in zip(
+            (row["engine"], f"batch {row['batch']}", threads), lines, strict=True
+        ):
+            table.add_row(where, name, f"{us:.1f}", f"{row['static_us'] / us:.2f}x", f"{accuracy:.2%}", note)
         table.add_section()
     out.print(table)
 
