@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import hugging
-from branchynet import BranchyNet, Policy, load, scores
+from branchynet import BranchyNet, Policy, attach, load, scores
 from branchynet.engine.torch import TorchEngine
 from branchynet.errors import GraphError
 from branchynet.export import assemble
@@ -79,6 +79,20 @@ def test_the_reason_and_the_place_are_named(act, told):
     with pytest.raises(GraphError) as raised:
         flatten(branchy(act), torch.randn(5, 6), score=scores.entropy)
     assert re.search(told, str(raised.value), re.DOTALL), raised.value
+
+
+def test_torchs_own_control_flow_is_refused_before_any_long_work():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, x):
+            x = self.a(x)
+            return self.b(torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,)))
+
+    with pytest.raises(GraphError, match=r"torch's 'cond'.*torch\.where"):
+        attach(Branches(), ["a"], example=torch.randn(3, 6))
 
 
 def test_the_line_is_the_networks_own():

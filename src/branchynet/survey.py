@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+from .errors import GraphError
 
 aten = torch.ops.aten
 # Operations that tell which dimension of what they read holds the features: the second, or the last.
@@ -67,6 +70,8 @@ class Survey(TorchDispatchMode):
         moments: each return of a submodule, in order.
     """
 
+    supports_higher_order_operators = True  # that is, they come here, to be refused by name
+
     def __init__(self, parameters: Iterable[Tensor], inputs: Iterable[Tensor]) -> None:
         super().__init__()
         self.operations: list[Operation] = []
@@ -81,6 +86,11 @@ class Survey(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and note it."""
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            raise GraphError(
+                f"the network holds torch's {func.name()!r}, control flow that a tensor's values decide or an operator "
+                "that takes functions; its graph must be one course of action for all samples: use torch.where"
+            )
         out = func(*args, **kwargs)
         read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]

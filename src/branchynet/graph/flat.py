@@ -20,8 +20,8 @@ from ..errors import GraphError
 from ..net import BranchyNet, arguments
 from ..scores import Score
 from .program import _AllExits as _AllExits
-from .program import _quiet, program_of
 from .program import _rows as _rows
+from .program import program_of, quiet
 from .program import tensors_of as tensors_of
 from .section import reserved
 
@@ -68,7 +68,7 @@ def flatten(net: nn.Module, example: Any, *, score: Score | None = None, dynamic
     _promote(program.exported)
     names = [f"{kind}_{n}" for kind in program.kinds for n in range(1, program.exits + 1)]
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), quiet():
             converted = torch.onnx.export(
                 program.exported,
                 (),

@@ -19,7 +19,8 @@ from ..scores import Score
 from ..survey import Survey
 from .section import BATCH
 
-_OURS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))  # code that is not the network's own
+# Code that is not the network's own.
+NOT_THE_NETWORKS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +73,7 @@ def program_of(net: nn.Module, example: Any, *, score: Score | None, dynamic: bo
     free = {0: torch.export.Dim(BATCH)} if dynamic else None
     shapes = (tuple(free for _ in tensors),)
     kinds = ("output",) if score is None else ("output", "score")
-    with evaluating(net), torch.no_grad(), _quiet():
+    with evaluating(net), torch.no_grad(), quiet():
         whole = _AllExits(net, score, tuple(arguments(example)[1])).eval()
         exits = _rehearse(whole, tensors, len(kinds))
         try:
@@ -81,7 +82,7 @@ def program_of(net: nn.Module, example: Any, *, score: Score | None, dynamic: bo
             raise
         except Exception as error:  # torch passes on whatever the network's own code raises
             raise GraphError(_why(error, whole, net)) from error
-    _check_mode(exported)
+    check_mode(exported)
     return Program(exported, exits, kinds, shapes if dynamic else None, whole)
 
 
@@ -148,9 +149,9 @@ def _why(error: Exception, whole: nn.Module, net: nn.Module) -> str:
     place = line = ""
     for frame, number in traceback.walk_tb(error.__traceback__):
         name, module = names.get(id(frame.f_locals.get("self")), ("", whole))
-        if _told(name):
-            place = f"{_told(name)!r} ({type(module).__name__})"
-        if not frame.f_code.co_filename.startswith((*_OURS, "<")):
+        if told_path(name):
+            place = f"{told_path(name)!r} ({type(module).__name__})"
+        if not frame.f_code.co_filename.startswith((*NOT_THE_NETWORKS, "<")):
             line = f"{frame.f_code.co_filename}:{number}"
     told = [text.strip(" -") for text in str(error).splitlines() if text.strip()] or [type(error).__name__]
     cause = told[0]
@@ -166,25 +167,25 @@ def _why(error: Exception, whole: nn.Module, net: nn.Module) -> str:
     return f"{type(net).__name__} cannot be exported{at}: {cause}"
 
 
-def _told(path: str) -> str:
+def told_path(path: str) -> str:
     """A path in the exported wrapper as the user knows it."""
     return path.removeprefix("net").removeprefix(".").removeprefix("backbone.")
 
 
-def _check_mode(exported: torch.export.ExportedProgram) -> None:
+def check_mode(exported: torch.export.ExportedProgram) -> None:
     """Refuse what answers as in training. Raises `GraphError`."""
     changed = exported.graph_signature.buffers_to_mutate
     if changed:
         raise GraphError(
-            f"the network changes its buffer {_told(min(changed.values()))!r} when it answers, so that answers would "
-            "depend on those before: is a batch norm in training mode? make eval mode leave it alone"
+            f"the network changes its buffer {told_path(min(changed.values()))!r} when it answers, so that answers "
+            "would depend on those before: is a batch norm in training mode? make eval mode leave it alone"
         )
     for node in exported.graph.nodes:
         trains = _name(node) == "_native_batch_norm_legit" or (
-            _name(node) == "batch_norm" and _argument(node, "training")
+            _name(node) == "batch_norm" and argument_of(node, "training")
         )
         if trains and any(isinstance(d, torch.SymInt) for d in node.args[0].meta["val"].shape):  # weights may well be
-            modules = [_told(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
+            modules = [told_path(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
             place = next((name for name in reversed(modules) if name), "the network")
             raise GraphError(
                 f"a batch norm in {place!r} averages over the samples of a batch, as in training; use running "
@@ -197,7 +198,7 @@ def _name(node: fx.Node) -> str:
     return target._schema.name.removeprefix("aten::") if isinstance(target, torch._ops.OpOverload) else node.name
 
 
-def _argument(node: fx.Node, name: str) -> Any:
+def argument_of(node: fx.Node, name: str) -> Any:
     """The value that a node gives to an operator's argument of that name."""
     for place, argument in enumerate(getattr(node.target, "_schema").arguments):  # noqa: B009  # not typed
         if argument.name == name:
@@ -206,7 +207,7 @@ def _argument(node: fx.Node, name: str) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence torch's notices of packages that are not there, deprecations and retries; errors still raise."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx.experimental.symbolic_shapes")]
     levels = [logger.level for logger in loggers]

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import GraphError
 from ..scores import Score
-from .program import _OURS, _argument, _check_mode, _quiet, _told, program_of
+from .program import NOT_THE_NETWORKS, argument_of, check_mode, program_of, quiet, told_path
 
 _aten = torch.ops.aten
 _ANY_LAYOUT = {_aten.view.default: _aten.reshape.default, _aten._unsafe_view.default: _aten.reshape.default}
@@ -55,9 +55,9 @@ def torch_flatten(net: nn.Module, example: Any, score: Score) -> TorchGraph:
         InputError, GraphError: as `program_of`.
     """
     program = program_of(net, example, score=score)
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         exported = program.exported.run_decompositions({})  # takes no operator apart, but nothing is overwritten now
-    _check_mode(exported)  # that a buffer is overwritten shows only now
+    check_mode(exported)  # that a buffer is overwritten shows only now
     signature, graph = exported.graph_signature, exported.graph
     constants = _constants(exported, program.whole)
     inputs = tuple(node for node in graph.nodes if node.name in signature.user_inputs)
@@ -100,10 +100,10 @@ def name_of(node: fx.Node) -> str:
 
 def place_of(node: fx.Node) -> str:
     """Such as `` in 'layers.0' at net.py:12``: the module and line that made a node, as far as torch tells."""
-    modules = [_told(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    modules = [told_path(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
     frames = [text for text in node.meta.get("stack_trace", "").splitlines() if text.startswith('  File "')]
     lines = [text.split('"')[1] + ":" + text.split("line ")[1].split(",")[0] for text in frames]
-    lines = [text for text in lines if not text.startswith(_OURS)]
+    lines = [text for text in lines if not text.startswith(NOT_THE_NETWORKS)]
     return (f" in {modules[-1]!r}" if modules and modules[-1] else "") + (f" at {lines[-1]}" if lines else "")
 
 
@@ -151,5 +151,5 @@ def _is_random(node: fx.Node) -> bool:
     tags: Sequence[Any] = getattr(node.target, "tags", ())
     if torch.Tag.nondeterministic_seeded not in tags:
         return False
-    switches = [_argument(node, name) for name in _SWITCHES]
+    switches = [argument_of(node, name) for name in _SWITCHES]
     return all(value is None or value for value in switches)

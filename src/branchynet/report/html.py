@@ -151,7 +151,8 @@ def _head(title: str, choice: Choice, outcome: Outcome, record: ExitRecord, time
     return (
         f'<header>\n<h1>{escape(title)}</h1>\n<p class="lead">Samples leave at the first exit that is sure enough. '
         f"The thresholds were chosen on {choice.outcome.samples:,} validation samples under "
-        f"<strong>{escape(limit)}</strong>; the figures here are of {outcome.samples:,} test samples.</p>\n{promise}{warning}"
+        f"<strong>{escape(limit)}</strong>; the figures here are of {outcome.samples:,} test samples.</p>\n"
+        f"{promise}{warning}"
         f'<dl class="cards">{shown}</dl>\n</header>'
     )
 
