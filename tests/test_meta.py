@@ -216,6 +216,13 @@ def test_records_files_and_torch_agree(name, average, tmp_path):
             np.testing.assert_allclose(answer.output, found.outputs[rows, answer.exit - 1], atol=1e-4)
 
 
+@pytest.mark.parametrize(("score", "removable"), [("entropy", True), ("patience", False)])
+def test_branches_that_a_score_reads_count_as_trunk(score, removable):
+    cost = measure(network(), inputs(1), score=score, seconds=0.01)
+    assert cost.branch_macs == ((32, 32, 0) if removable else (0, 0, 0))
+    assert sum(cost.trunk_macs) == (144 if removable else 208)
+
+
 def test_a_choice_from_disk_is_exported_evaluated_and_benched_again(tmp_path):
     net, found = network(), record()
     score = fit_score(found)

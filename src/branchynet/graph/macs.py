@@ -13,11 +13,13 @@ from .section import BATCH
 def exit_macs(flat: FlatGraph) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """`(trunk, branch)`, one figure an exit each: multiply-accumulates a sample of convolutions and matrix products.
 
-    What only exit n needs is its branch; what a later exit needs as well is the trunk's segment up to exit n.
+    What only exit n needs is its branch; what a later exit, or its score, needs as well is the trunk's segment up to
+    exit n.
     """
-    exits = [flat.value(f"output_{n}") for n in range(1, flat.exits + 1)]
-    first = cut([[v] for v in exits], parents)
-    last = cut([[v] for v in reversed(exits)], parents)  # the last exit that needs it, counted from the end
+    named = {value.name: value for value in flat.model.graph.outputs}
+    exits = [[named[name] for name in (f"output_{n}", f"score_{n}") if name in named] for n in range(1, flat.exits + 1)]
+    first = cut(exits, parents)
+    last = cut(exits[::-1], parents)  # the last exit that needs it, counted from the end
     trunk, branch = [0.0] * flat.exits, [0.0] * flat.exits
     for node in flat.model.graph:
         value = node.outputs[0]
