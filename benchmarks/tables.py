@@ -5,10 +5,11 @@ python benchmarks/tables.py            # rewrites the blocks between <!-- genera
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/speed.md")
+PAGES = ("README.md", "docs/speed.md", "docs/scores.md")
 
 
 def results(name):
@@ -112,8 +113,70 @@ def training_cost():
     ]
 
 
+def scores():
+    found = results("scores")
+    networks = {}
+    for network in found["networks"]:
+        rows = {row["score"]: row for row in network["rows"]}
+        networks.setdefault(network["network"], []).append((network["last_accuracy"], rows))
+    names = [row["score"] for row in found["networks"][-1]["rows"]]
+    titles = "".join(f" {name}{f', {len(n)} seeds' if len(n) > 1 else ''} |" for name, n in networks.items())
+    lines = [f"| work, % of the plain network's |{titles} the score's time |", "|---|" + "--:|" * (len(networks) + 1)]
+    for name in names:
+        told = "".join(f" {_work([rows[name] for _, rows in n if name in rows])} |" for n in networks.values())
+        us = found["score_us"].get(name)
+        lines.append(f"| {name} |{told} {'' if us is None else f'{us:.1f} us'} |")
+    lines += ["", f"| AUROC, early exits |{titles}", "|---|" + "--:|" * len(networks)]
+    for name in names:
+        told = "".join(f" {_auroc([rows[name] for _, rows in n if name in rows])} |" for n in networks.values())
+        lines.append(f"| {name} |{told}")
+    lines += ["", f"| accuracy, last exit |{titles}", "|---|" + "--:|" * len(networks)]
+    lines.append("| alone |" + "".join(f" {_mean([last for last, _ in n]):.2%} |" for n in networks.values()))
+    for name in ("equal", "logits", "fitted"):
+        at = f"average ({name}), max_probability"
+        told = "".join(f" {_mean([rows[at]['last_accuracy'] for _, rows in n]):.2%} |" for n in networks.values())
+        lines.append(f"| average ({name}) |{told}")
+    return [
+        *lines,
+        "",
+        f"Means over {len(found['splits'])} random halvings of the validation images, and over seeds of training, on "
+        "test. Work is multiply-accumulates to reach the plain last exit's accuracy, then "
+        f"{100 * found['targets'][1]:g} points below it; bold where it is below entropy's by more than chance explains "
+        "(paired, 95 %; over seeds where there are several, else over halvings alone). All scores choose on one half, "
+        "though named ones could choose on both. The score's time is what it adds to an exit at batch 1, in a network "
+        f"whose first two exits take {found['score_us']['network']:.0f} us without. Made by `{found['command']}`.",
+    ]
+
+
+T_HALVINGS, T_SEEDS = 2.093, {2: 12.706, 3: 4.303, 4: 3.182}  # Student's t, 97.5 %
+
+
+def _mean(values):
+    return sum(values) / len(values)
+
+
+def _work(rows):
+    """Means over seeds, bold where surely below entropy."""
+    told = []
+    for i in range(len(rows[0]["cost"]) if rows else 0):
+        cost, less = (_mean([row[key][i] for row in rows]) for key in ("cost", "minus_entropy"))
+        if len(rows) == 1:
+            allowed = T_HALVINGS * rows[0]["minus_entropy_error"][i]
+        else:
+            spread = statistics.stdev(row["minus_entropy"][i] for row in rows)
+            allowed = T_SEEDS[len(rows)] * spread / len(rows) ** 0.5
+        told.append(f"**{cost:.1f}**" if less < -allowed else f"{cost:.1f}")
+    return " / ".join(told)
+
+
+def _auroc(rows):
+    exits = zip(*(row["auroc"][:-1] for row in rows), strict=True)
+    return " / ".join(f"{_mean(exit):.3f}" for exit in exits)
+
+
 TABLES = {
     "overhead": overhead,
+    "scores": scores,
     "smaller": smaller,
     "speed": speed,
     "training": training,
