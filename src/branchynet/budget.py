@@ -50,7 +50,7 @@ class BudgetController:
     between the costs of "all leave at the first exit in use" and "none leave early" can be held on any inputs.
     Looseness follows the error (mean cost - goal) and the sum of all errors so far, which is paid back: the mean since
     the start, and not just the latest cost, comes to the goal. What it answers is not looked at: where inputs get
-    harder, holding the cost may lose accuracy, and a `Monitor` beside it, on an engine with fixed thresholds, tells when.
+    harder, holding the cost may lose accuracy; a `Monitor` beside it, on an engine with fixed thresholds, tells when.
 
     Args:
         record: calibration samples: where the scores of every exit lie.
