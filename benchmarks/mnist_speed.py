@@ -47,11 +47,11 @@ def main():
                 seed=seed,
                 progress=print,
             )
-    times = ("static_us", "branchy_us", "limit_us", "limit_alone_us", "speedup", "overhead")
+    times = ("static_us", "branchy_us", "limit_us", "limit_in_order_us", "speedup", "overhead")
     rows = []
     for batch in BATCHES:
         same = [row for row in trials if row["batch"] == batch]
-        rows.append({**same[0], **{k: statistics.median(row[k] for row in same) for k in times}})
+        rows.append({**same[0], **{k: statistics.median(row[k] for row in same) for k in times if same[0][k]}})
     result = {
         "command": "python benchmarks/mnist_speed.py",
         "environment": environment(),

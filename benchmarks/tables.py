@@ -1,4 +1,4 @@
-"""Write the generated tables into README.md from benchmarks/results/*.json; numbers in prose are never typed.
+"""Write the generated tables into README.md and docs/ from benchmarks/results/*.json; numbers in prose are never typed.
 
 python benchmarks/tables.py            # rewrites the blocks between <!-- generated: NAME --> and <!-- end -->
 """
@@ -8,8 +8,18 @@ import re
 import statistics
 from pathlib import Path
 
+from blocks import BLOCKS
+
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/speed.md", "docs/drift.md", "docs/scores.md")
+PAGES = (
+    "README.md",
+    "docs/choosing.md",
+    "docs/drift.md",
+    "docs/int8.md",
+    "docs/networks.md",
+    "docs/scores.md",
+    "docs/speed.md",
+)
 
 
 def results(name):
@@ -254,6 +264,7 @@ def _auroc(rows):
 
 
 TABLES = {
+    **BLOCKS,
     "drift_budget": drift_budget,
     "drift_deployed": drift_deployed,
     "drift_false": drift_false,

@@ -1,0 +1,138 @@
+"""More generated blocks for `tables.py`: third-party networks, int8, choosing. Each returns the lines of one block."""
+
+import json
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def results(name):
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def _shares(row):
+    return "/".join(f"{share:.0%}".rstrip("%") for share in row["exit_share"])
+
+
+def architectures():
+    found = results("architectures")
+    lines = [
+        "| network | static, batch 1 | leave at, % | overhead, batch 1 | graphs in order | overhead, batch 64 |",
+        "|---|--:|---|--:|--:|--:|",
+    ]
+    for network in found["networks"]:
+        for three in network["three"]:
+            one, many = three["rows"]
+            lines.append(
+                f"| {network['network']} | {one['static_us'] / 1000:.1f} ms | {_shares(one)} | {one['overhead']:.2f} "
+                f"| {one['branchy_us'] / one['limit_in_order_us']:.2f} | {many['overhead']:.2f} |"
+            )
+    where = found["environment"]
+    return [
+        *lines,
+        "",
+        f'Three exits by `attach(at="auto")`, one thread, {found["samples"]} samples in random order; '
+        f"{where['processor']}, ONNX Runtime {where['onnxruntime']}. Made by `{found['command']}`.",
+    ]
+
+
+def halves():
+    found = results("architectures")
+    lines = ["| network | first exit's cost of the whole | speed-up |", "|---|--:|--:|"]
+    for network in sorted(found["networks"], key=lambda n: n["half"]["cost_share"]):
+        half = network["half"]
+        lines.append(f"| {network['network']} | {half['cost_share']:.0%} | **{half['speedup']:.2f}x** |")
+    deep = found["deep"]
+    return [
+        *lines,
+        "",
+        f"Batches of 64, half of them leaving at the first of two exits. {deep['network']} with two branches is "
+        f"exported in {deep['export_seconds']:.0f} s; its file is "
+        f"{deep['bytes'] / deep['static_plus_heads_bytes'] - 1:+.1%} beside the static file plus the "
+        f"weights of the branches. Made by `{found['command']}`.",
+    ]
+
+
+def int8():
+    found = results("int8")
+    lines = [
+        "| engine | network | accuracy | last exit | leave at exit 1 | file |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {q['engine']} | {q['network']} | {q['accuracy']:.2%} | {_percent(q.get('accuracy_last_exit'))} "
+        f"| {q['exit_share'][0]:.1%} | {_kilobytes(q.get('bytes'))} |"
+        for q in found["quality"]
+    ]
+    lines += [
+        "",
+        "| engine | batch | exits | int8 | both | exits, in int8 |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {r['engine']} | {r['batch']} | {r['speedup_exits']:.2f}x | {r['speedup_int8']:.2f}x "
+        f"| **{r['speedup_both']:.2f}x** | {r['speedup_exits_in_int8']:.2f}x |"
+        for r in found["rows"]
+    ]
+    return [
+        *lines,
+        "",
+        "Speed-up over the plain float network in the same engine; the last column over the plain int8 one. *Stale*: "
+        f"the int8 file with the thresholds of the float network. {found['environment']['processor']}, one thread. "
+        f"Made by `{found['command']}`.",
+    ]
+
+
+def _percent(value):
+    return "" if value is None else f"{value:.2%}"
+
+
+def _kilobytes(size):
+    return "" if size is None else f"{size / 1024:.0f} KiB"
+
+
+def searching():
+    found = results("choosing")
+    lines = ["| search | seconds | memory |", "|---|--:|--:|"]
+    lines += [
+        f"| {s['exits']} exits, {s['samples']:,} samples | {s['seconds']:.2f} | {s['megabytes']:.0f} MB |"
+        for s in found["search"]
+    ]
+    lines += ["", "| record | rival | its points | our cost at its accuracy, worst | median |", "|---|---|--:|--:|--:|"]
+    lines += [
+        f"| {n['network']} | {r['rival']} | {r['points']:,} | {r['worst']:.3f} | {r['median']:.3f} |"
+        for n in found["rivals"]
+        for r in n["rows"]
+    ]
+    return [*lines, "", f"Made by `{found['command']}`."]
+
+
+def promises():
+    found = results("choosing")
+    lines = [
+        "| record | limit | bound | broken | mean cost | without a promise | never early |",
+        "|---|---|---|--:|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {c['network']} | {c['limit']} {c['value']:g} | {c['bound']} | {c['broken']:.1%} | {c['mean_us']:.1f} us "
+        f"| {c['mean_us_without_promise']:.1f} us | {c['never_us']:.1f} us |"
+        for c in found["coverage"]
+    ]
+    first = found["coverage"][0]
+    price = "; ".join(f"{p['network']} {p['ratio_on_validation']:.3f}" for p in found["price"])
+    return [
+        *lines,
+        "",
+        f"{first['draws']:,} redraws a row, 95 % confidence: at most 5 % may be broken. Cost of the promised choice "
+        f"over that of the one without, one point of drop, 5,000 samples calibrating: {price}. "
+        f"Made by `{found['command']}`.",
+    ]
+
+
+BLOCKS = {
+    "architectures": architectures,
+    "halves": halves,
+    "int8": int8,
+    "promises": promises,
+    "searching": searching,
+}
