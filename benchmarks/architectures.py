@@ -97,6 +97,16 @@ def backbone(name):
     return net.eval()
 
 
+@torch.no_grad()
+def calmed(net, inputs):
+    """The network with logits of its branches of about unit size, so that no two entropies are alike."""
+    for branch, logits in zip(net.branches, net(**few(inputs, 64)), strict=False):
+        last = [m for m in branch.modules() if isinstance(m, nn.Linear)][-1]
+        last.weight /= logits.std()
+        last.bias /= logits.std()
+    return net
+
+
 def thresholds_for(net, inputs, shares):
     """Thresholds at which `shares` of the samples leave: quantiles of the entropies of those that are still there."""
     rows = len(next(iter(inputs.values())))
@@ -138,13 +148,13 @@ def measured(name):
     torch.manual_seed(1)
     inputs = NETWORKS[name][2](SAMPLES)
     example = few(inputs, 8)
-    net = attach(backbone(name), "auto", exits=3, example=example).eval()
+    net = calmed(attach(backbone(name), "auto", exits=3, example=example).eval(), inputs)
     shares = [
         {"shares": shares, "rows": timed(net, inputs, thresholds_for(net, inputs, shares), (1, 64), name)}
         for shares in SHARES
     ]
     first = attach(backbone(name), "auto", exits=6, example=example).taps[0]
-    two = attach(backbone(name), [first], example=example).eval()
+    two = calmed(attach(backbone(name), [first], example=example).eval(), inputs)
     (half,) = timed(two, inputs, thresholds_for(two, inputs, (0.5, 0.5)), (64,), name)
     return {"network": name, "three": shares, "half": {"tap": first, "cost_share": first_share(two, inputs), **half}}
 

@@ -219,7 +219,10 @@ def print_choice(choice: Any, cost: Any) -> None:
         table.add_row(str(n), rule, f"{share:.1%}", "" if accuracy is None else f"{accuracy:.2%}", f"{us:.1f}")
     out.print(table)
     out.print(f"accuracy {outcome.accuracy:.2%}, last exit alone {outcome.last_accuracy:.2%}")
-    out.print(f"a sample costs {outcome.mean_us:.1f} us in the mean, {outcome.p95_us:.1f} us at the 95th percentile")
+    out.print(
+        f"a sample costs {outcome.mean_us:.1f} us in the mean, {outcome.p95_us:.1f} us at the 95th percentile, "
+        f"{outcome.worst_us:.1f} us at worst"
+    )
     if choice.promise is not None:
         out.print(str(choice.promise))
     elif {"max_drop", "min_accuracy", "max_disagreement"} & choice.constraint.keys():
