@@ -55,9 +55,7 @@ def main(epochs=6, samples=2000, progress=True):
     fit(net, DataLoader(train, 64, shuffle=True), val_loader, epochs=epochs, loss=loss, progress=progress)
     cost = measure(net, example, score=unsure)
     judge = {"loss": hamming, "score": unsure, "progress": progress}
-    choice = choose(
-        record(net, val_loader, **judge), cost, max_drop=0.002, confidence=None
-    )
+    choice = choose(record(net, val_loader, **judge), cost, max_drop=0.002, confidence=None)
     print("threshold:", choice.policy.thresholds)
     print("test:", evaluate(record(net, test_loader, **judge), choice.policy, cost))
 

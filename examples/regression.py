@@ -56,9 +56,7 @@ def main(epochs=12, samples=6000, progress=True):
     fit(net, DataLoader(train, 64, shuffle=True), val_loader, epochs=epochs, loss=likelihood, progress=progress)
     cost = measure(net, example, batch_size=64, score=variance)
     judge = {"loss": squashed, "score": variance, "progress": progress}
-    choice = choose(
-        record(net, val_loader, **judge), cost, max_drop=0.02, confidence=None
-    )
+    choice = choose(record(net, val_loader, **judge), cost, max_drop=0.02, confidence=None)
     print("threshold:", choice.policy.thresholds)
     print("test:", evaluate(record(net, test_loader, **judge), choice.policy, cost))
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -11,7 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from branchynet import ExitRecord, Policy, cli, evaluate, load
+from branchynet import Choice, ExitRecord, Policy, cli, evaluate, load
 from branchynet.data import load_data, save_image
 
 
@@ -103,6 +104,19 @@ def test_predict_answers_image_files(run, monkeypatch, tmp_path, capsys):
     assert call(monkeypatch, "predict", run / "model.onnx", files[0]) == 0
     told = re.sub(r"[^\w./-]", "", capsys.readouterr().out)
     assert "image" in told and "0.png" in told
+
+
+def test_choose_promises_and_takes_a_score(run, tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    assert call(monkeypatch, "choose", copy, "--max-drop", 0.05, "--confidence", 0.9, "--score", "margin") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "With 90 % confidence, accuracy is at most 5.00 points below the last exit's" in told
+    choice = Choice.load(copy / "choice.json")
+    assert choice.policy.score == "margin" and str(choice.promise) in told
+    assert call(monkeypatch, "choose", copy, "--max-drop", 0.001) == 1
+    assert "needs at least 5990 samples" in " ".join(capsys.readouterr().err.split())
+    assert Choice.load(copy / "choice.json") == choice
 
 
 def test_inspect_tells_exits_thresholds_and_preprocessing(run, monkeypatch, capsys):

@@ -96,6 +96,7 @@ def choose(
     ] = None,
     max_latency_us: Annotated[float | None, typer.Option(help="Mean microseconds a sample at most this.")] = None,
     max_macs: Annotated[float | None, typer.Option(help="Mean multiply-accumulates a sample at most this.")] = None,
+    score: Annotated[str | None, typer.Option(help="entropy, max_probability, margin or patience.")] = None,
     confidence: Annotated[float, typer.Option(help="That a limit on accuracy holds for samples not seen.")] = 0.95,
     promise: Annotated[bool, typer.Option(help="Without one, the limit holds on the validation data alone.")] = True,
 ) -> None:
@@ -112,7 +113,8 @@ def choose(
     if all(limit is None for limit in limits.values()):
         limits["max_drop"] = 0.005
     found = open_run(run)
-    print_choice(choose_run(found, **limits, confidence=confidence if promise else None), measure_run(found))
+    choice = choose_run(found, **limits, score=score, confidence=confidence if promise else None)
+    print_choice(choice, measure_run(found))
 
 
 @app.command()
