@@ -33,6 +33,7 @@ from branchynet.branches import InputMLP
 from branchynet.cost import interleaved
 from branchynet.data import load_data, loader
 from branchynet.decide import route
+from branchynet.exit_record import ExitRecord
 from branchynet.export import assemble
 from branchynet.files import read_json, write_json
 from branchynet.graph.flat import flatten
@@ -40,7 +41,7 @@ from branchynet.graph.macs import exit_macs
 from branchynet.machine import environment
 from branchynet.scores import of_record, resolve
 from branchynet.sureness import features
-from branchynet.types import ExitCost, ExitRecord
+from branchynet.types import ExitCost
 
 BATCH, RATE = 256, 3e-3
 BRANCH_EPOCHS, JOINT_EPOCHS = 6, 10

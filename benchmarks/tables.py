@@ -3,12 +3,11 @@
 python benchmarks/tables.py            # rewrites the blocks between <!-- generated: NAME --> and <!-- end -->
 """
 
-import json
 import re
 import statistics
 from pathlib import Path
 
-from blocks import BLOCKS
+from blocks import BLOCKS, results
 
 ROOT = Path(__file__).parent.parent
 PAGES = (
@@ -20,10 +19,6 @@ PAGES = (
     "docs/scores.md",
     "docs/speed.md",
 )
-
-
-def results(name):
-    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
 
 
 def speed():

@@ -13,10 +13,11 @@ from branchynet import BranchyNet, export, zoo
 from branchynet.bench import _time, bench
 from branchynet.decide import evaluate
 from branchynet.errors import FileError, InputError
+from branchynet.exit_record import ExitRecord
 from branchynet.export import assemble
 from branchynet.graph.flat import FlatGraph
 from branchynet.scores import entropy, of_record
-from branchynet.types import ExitRecord, Policy
+from branchynet.types import Policy
 from graphs import flat_lenet
 
 module = importlib.import_module("branchynet.bench")

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from branchynet import choosing
 from branchynet.decide import evaluate, frontier, route, wilson
 from branchynet.errors import InfeasibleError, InputError
+from branchynet.exit_record import ExitRecord
 from branchynet.search import Problem, ascend, grid
-from branchynet.types import Choice, ExitCost, ExitRecord, Policy
+from branchynet.types import Choice, ExitCost, Policy
 
 choose = functools.partial(choosing.choose, confidence=None)  # test_guarantee.py is about promises
 quick = settings(max_examples=60, deadline=None)

@@ -9,8 +9,9 @@ from branchynet.budget import BudgetController
 from branchynet.conformal import CHUNK, Capital, Ranks, _returns
 from branchynet.drift import Monitor
 from branchynet.errors import InfeasibleError, InputError
+from branchynet.exit_record import ExitRecord
 from branchynet.reading import predicted
-from branchynet.types import ExitCost, ExitRecord, Policy, Prediction
+from branchynet.types import ExitCost, Policy, Prediction
 
 POLICY = Policy(thresholds=(0.1, 0.3))
 COST = ExitCost((20, 30, 50), (5, 5, 0))

@@ -10,9 +10,9 @@ from sklearn.metrics import roc_auc_score
 from branchynet import fit_score, fit_temperature
 from branchynet.averaging import average, averaged_record, fit_weights
 from branchynet.errors import InputError
+from branchynet.exit_record import ExitRecord
 from branchynet.scores import SCORES, of_record
 from branchynet.sureness import cooled, features
-from branchynet.types import ExitRecord
 
 
 def drawn(samples=2000, exits=3, classes=4, heat=(1.0, 1.0, 1.0), seed=0):

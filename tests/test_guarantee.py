@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from branchynet.choosing import choose
 from branchynet.decide import evaluate, frontier
 from branchynet.errors import InfeasibleError, InputError
+from branchynet.exit_record import ExitRecord
 from branchynet.guarantee import accepted, best_bet, betting_p, binomial_p, fewest, halves
-from branchynet.types import Choice, ExitCost, ExitRecord, Policy, Promise
+from branchynet.types import Choice, ExitCost, Policy, Promise
 
 COST = ExitCost((10.0, 20.0, 30.0), (1.0, 1.0, 0.0), (100.0, 200.0, 300.0), (5.0, 5.0, 0.0))
 

@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from branchynet.errors import InputError
+from branchynet.exit_record import ExitRecord
 from branchynet.net import BranchyNet
 from branchynet.record import record
-from branchynet.types import ExitRecord
 
 
 def make(classes=3):

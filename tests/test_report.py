@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from branchynet.errors import FileError, InputError
+from branchynet.exit_record import ExitRecord
 from branchynet.report import Gallery, figure_scores, figure_shares, figure_tradeoff, write_report
 from branchynet.report.svg import inline
-from branchynet.types import Choice, ExitCost, ExitRecord, Outcome, Policy, Promise
+from branchynet.types import Choice, ExitCost, Outcome, Policy, Promise
 
 VOID = {"meta", "img", "br"}
 

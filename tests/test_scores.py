@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from branchynet.errors import InputError
+from branchynet.exit_record import ExitRecord
 from branchynet.scores import SCORES, entropy, margin, max_probability, of_record, resolve
-from branchynet.types import ExitRecord
 
 logits = hnp.arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(2, 8)), elements=st.floats(-40, 40, width=32))
 

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from branchynet.errors import BranchyNetError, FileError, InputError
+from branchynet.exit_record import ExitRecord
 from branchynet.files import read_json, replacing, write_json
-from branchynet.types import Choice, ExitCost, ExitRecord, Outcome, Policy
+from branchynet.types import Choice, ExitCost, Outcome, Policy
 
 
 def a_record(samples=6, exits=3, classes=4):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .drift import Monitor as Monitor
     from .engine.onnx import load as load
     from .errors import BranchyNetError as BranchyNetError
+    from .exit_record import ExitRecord as ExitRecord
     from .export import export as export
     from .fitting import fit_score as fit_score
     from .fitting import fit_temperature as fit_temperature
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from .training.train import joint_loss as joint_loss
     from .types import Choice as Choice
     from .types import ExitCost as ExitCost
-    from .types import ExitRecord as ExitRecord
     from .types import Outcome as Outcome
     from .types import Policy as Policy
     from .types import Prediction as Prediction
@@ -44,7 +44,7 @@ _ROOMS = {
     "BudgetController": "budget",
     "Choice": "types",
     "ExitCost": "types",
-    "ExitRecord": "types",
+    "ExitRecord": "exit_record",
     "LearnedScore": "meta",
     "Monitor": "drift",
     "Outcome": "types",

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
+from .exit_record import ExitRecord
 from .net import BranchyNet
-from .types import ExitRecord
 
 Weights = Sequence[Sequence[float]]
 Of = Literal["softmax", "logits"]

@@ -7,10 +7,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .errors import InfeasibleError, InputError
+from .exit_record import ExitRecord
 from .reading import answered, check_exits
 from .scores import of_record
 from .search import leaving, mean_cost
-from .types import ExitCost, ExitRecord, Floats, Policy, Prediction
+from .types import ExitCost, Floats, Policy, Prediction
 
 _MOST_GAIN = 0.5  # of the way to the goal in one batch, however large: half is stable even if the slope is taken wrong
 _LEAST_SPREAD = 0.02  # goals close to an end: a rare sample must not throw the thresholds about

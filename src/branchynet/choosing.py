@@ -10,10 +10,11 @@ import numpy as np
 
 from .decide import SLACK, best_points, evaluate, optional, problem_of
 from .errors import InfeasibleError, InputError
+from .exit_record import ExitRecord
 from .guarantee import BOUNDS, accepted, fewest, halves
 from .scores import Score, of_choice
-from .search import Points, Problem, between, beyond, join, leaving, sweep
-from .types import Choice, ExitCost, ExitRecord, Floats, Policy, Promise
+from .search import Points, Problem, between, beyond, join, leaving, mean_cost, sweep
+from .types import Choice, ExitCost, Floats, Policy, Promise
 
 _CANDIDATES = 128
 """At most so many policies are put to the test for a promise."""
@@ -196,8 +197,9 @@ def _differences(problem: Problem, thresholds: Floats, absolute: bool) -> Floats
 
 
 def _mean_us(problem: Problem, thresholds: Floats) -> float:
-    position = leaving(problem.scores, thresholds)
-    return float(problem.cost.latency_us([*~np.isnan(thresholds), True])[position].mean())
+    counts = np.bincount(leaving(problem.scores, thresholds), minlength=problem.scores.shape[1])
+    each = problem.cost.latency_us([*~np.isnan(thresholds), True])
+    return float(mean_cost(counts.astype(np.float64), each, len(problem.scores)))
 
 
 def _pick(points: Points, most_loss: float, most_us: float) -> Points | None:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from .errors import InputError
+from .exit_record import ExitRecord
 from .scores import Score, of_choice, of_record
-from .search import Points, Problem, ascend, grid, leaving, mean_cost
-from .types import Choice, ExitCost, ExitRecord, Floats, Ints, Outcome, Policy
+from .search import Points, Problem, ascend, deployed, grid, leaving, mean_cost
+from .types import Choice, ExitCost, Floats, Ints, Outcome, Policy
 
 GRID_EXITS = 3
 """Up to so many thresholds all combinations are searched; beyond, coordinate ascent."""
@@ -46,7 +47,7 @@ def route(scores: Floats, thresholds: Sequence[float | None]) -> Ints:
             f"{len(thresholds)} thresholds need scores of shape (S, {len(thresholds) + 1}), one column an exit; "
             f"got {scores.shape}"
         )
-    return leaving(scores, _float32(thresholds)) + 1
+    return leaving(scores, deployed(thresholds)) + 1
 
 
 def evaluate(record: ExitRecord, policy: Policy | Choice, cost: ExitCost | None = None) -> Outcome:
@@ -205,11 +206,6 @@ def _same_exits(record: ExitRecord, cost: ExitCost | None) -> None:
 
 def _accuracy(loss: float, samples: int) -> float:
     return 1 - float(loss) / int(samples)
-
-
-def _float32(thresholds: Sequence[float | None]) -> Floats:
-    with np.errstate(over="ignore"):  # a threshold beyond float32 is infinite there too
-        return np.array([np.nan if t is None else t for t in thresholds], np.float64).astype(np.float32)
 
 
 def optional(thresholds: Floats) -> tuple[float | None, ...]:

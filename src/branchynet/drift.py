@@ -8,8 +8,9 @@ from numpy.typing import ArrayLike
 
 from .conformal import CHUNK, Capital, Ranks, suspect
 from .errors import InputError
+from .exit_record import ExitRecord
 from .reading import answered, answered_labels, answered_scores, predicted
-from .types import ExitRecord, Floats, Ints, Policy, Prediction
+from .types import Floats, Ints, Policy, Prediction
 
 RESOLUTION = 1e-5
 """Scores are read in steps of this size: engines may differ by less, which must not pass for drift."""

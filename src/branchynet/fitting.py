@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from .errors import InputError, nearest
+from .exit_record import ExitRecord
 from .meta import LearnedScore, TemperedScore
 from .sureness import SCORES, features
-from .types import ExitRecord
 
 Array = NDArray[np.float64]
 

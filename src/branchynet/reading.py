@@ -6,9 +6,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .errors import InputError
+from .exit_record import ExitRecord
 from .scores import of_record
-from .search import leaving
-from .types import ExitRecord, Floats, Ints, Policy, Prediction
+from .search import deployed, leaving
+from .types import Floats, Ints, Policy, Prediction
 
 
 def check_exits(record: ExitRecord, policy: Policy) -> None:
@@ -35,9 +36,7 @@ def predicted(record: ExitRecord, policy: Policy) -> tuple[Ints, Floats, Ints | 
     """
     check_exits(record, policy)
     scores = of_record(record, policy.score)
-    with np.errstate(over="ignore"):  # a threshold beyond float32 is infinite there too
-        thresholds = np.array([np.nan if t is None else t for t in policy.thresholds], np.float64).astype(np.float32)
-    position = leaving(scores, thresholds)
+    position = leaving(scores, deployed(policy.thresholds))
     rows = np.arange(record.samples)
     left = scores[rows, position]
     if np.isnan(left).any():

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from .engine.exported import Engine
 from .errors import InputError
+from .exit_record import ExitRecord
 from .net import evaluating
 from .scores import Score, resolve
 from .training.feed import batches, exits_of, in_order
-from .types import ExitRecord, Floats, Ints, score_name
+from .types import Floats, Ints, score_name
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

@@ -29,6 +29,7 @@ from .cost import measure
 from .data import ImageData, affine, flip_crop, load_data, loader, shift
 from .decide import evaluate
 from .errors import FileError, InputError, nearest
+from .exit_record import ExitRecord
 from .export import export
 from .files import read_json, write_json
 from .machine import environment
@@ -36,7 +37,7 @@ from .net import BranchyNet
 from .record import record
 from .training.checkpoint import load_weights
 from .training.train import fit
-from .types import Choice, ExitCost, ExitRecord, Policy
+from .types import Choice, ExitCost, Policy
 
 NETWORKS: dict[str, Callable[..., BranchyNet]] = {"b_lenet": zoo.b_lenet}
 AUGMENTS = {

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from .errors import InputError, nearest
+from .exit_record import ExitRecord
 from .meta import check_fitted
 from .sureness import SCORES as SCORES
 from .sureness import Score as Score
@@ -20,7 +21,7 @@ from .sureness import entropy as entropy
 from .sureness import margin as margin
 from .sureness import max_probability as max_probability
 from .sureness import patience as patience
-from .types import ExitRecord, Floats, score_name
+from .types import Floats, score_name
 
 
 def resolve(score: str | Score) -> Score:

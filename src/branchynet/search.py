@@ -179,6 +179,12 @@ def _not_dominated(loss: Floats) -> np.ndarray:
     return keep
 
 
+def deployed(thresholds: Sequence[float | None]) -> Floats:
+    """Thresholds of a `Policy` as the float32 numbers that the deployed network compares with; NaN for never."""
+    with np.errstate(over="ignore"):  # a threshold beyond float32 is infinite there too
+        return np.array([np.nan if t is None else t for t in thresholds], np.float64).astype(np.float32)
+
+
 def leaving(scores: Floats, thresholds: Floats) -> Ints:
     """The exit `(S,)`, from 0, at which each sample leaves, for thresholds `(N-1,)` with NaN for never."""
     leaves = np.ones(scores.shape, bool)

@@ -1,134 +1,24 @@
-"""The frozen values that pass between the rooms: ExitRecord, ExitCost, Policy, Outcome, Choice, Prediction.
+"""The frozen values that pass between the rooms: ExitCost, Policy, Outcome, Promise, Choice, Prediction.
 
 Shape letters: S samples recorded, B samples in a batch, N exits, C classes. Exits are numbered from 1, as in the paper;
 position n - 1 of a tuple or axis belongs to exit n.
 """
 
-import hashlib
 import math
 import os
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from .errors import FileError, InputError
-from .files import read_json, replacing, write_json
+from .files import read_json, write_json
 from .meta import FittedScore, check_fitted, from_json
 
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
-
-# What numpy and zipfile raise for a file that is missing, damaged, or something else altogether.
-_UNREADABLE = (OSError, ValueError, TypeError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error)
-
-
-@dataclass(frozen=True, eq=False)
-class ExitRecord:
-    """Every exit's answer for every sample of a data set, with what the right answers were.
-
-    Made by `record` from a network. For tasks whose outputs are not class logits, or are too large to keep, it holds
-    scores and losses instead.
-
-    Attributes:
-        outputs: `(S, N, C)` float32 logits, or None where only scores and losses were kept.
-        labels: `(S,)` int64 class indices, or None likewise.
-        scores: `(S, N)` float32, smaller = surer; None where they are to be computed from `outputs`.
-        losses: `(S, N)` float32 in [0, 1]; for classification 1 where an exit is wrong.
-        score: what `scores` are of: a score's name, or the callable; None where that is not known.
-
-    Raises:
-        InputError: shapes disagree, no samples, a label outside 0..C-1, or an infinite or NaN output.
-    """
-
-    outputs: Floats | None
-    labels: Ints | None
-    scores: Floats | None = None
-    losses: Floats = None  # type: ignore[assignment]  # derived from outputs and labels where not given
-    score: Any = None
-
-    def __post_init__(self) -> None:
-        if self.outputs is not None:
-            if self.scores is not None or self.losses is not None or self.score is not None:
-                raise InputError("give outputs and labels, or scores and losses (ExitRecord.from_scores), not both")
-            outputs = _array("outputs", self.outputs, 3, "(S, N, C)")
-            labels = np.asarray(self.labels)
-            if labels.dtype.kind not in "iu" or labels.shape != outputs.shape[:1]:
-                raise InputError(
-                    f"labels must be integers of shape ({outputs.shape[0]},), one a sample of outputs; "
-                    f"got {labels.dtype} of shape {labels.shape}"
-                )
-            if labels.min() < 0 or labels.max() >= outputs.shape[2]:
-                raise InputError(
-                    f"labels lie in {labels.min()}..{labels.max()}, but outputs have {outputs.shape[2]} classes (0.."
-                    f"{outputs.shape[2] - 1})"
-                )
-            losses = (outputs.argmax(axis=2) != labels[:, None]).astype(np.float32)
-            _set(self, outputs=outputs, labels=labels.astype(np.int64), losses=losses)
-        elif self.scores is None or self.losses is None:
-            raise InputError("an ExitRecord needs outputs and labels, or scores and losses (ExitRecord.from_scores)")
-        if self.scores is not None:
-            scores = _array("scores", self.scores, 2, "(S, N)", finite=False)
-            losses = _array("losses", self.losses, 2, "(S, N)")
-            if scores.shape != losses.shape:
-                raise InputError(f"scores {scores.shape} and losses {losses.shape} must have one shape (S, N)")
-            if losses.min() < 0 or losses.max() > 1:
-                raise InputError(f"losses must lie in [0, 1]; got {losses.min():.4g}..{losses.max():.4g}: rescale them")
-            _set(self, scores=scores, losses=losses)
-
-    @classmethod
-    def from_scores(cls, scores: ArrayLike, losses: ArrayLike, score: Any = None) -> "ExitRecord":
-        """A record of scores `(S, N)` (smaller = surer) and losses `(S, N)` in [0, 1], for any task.
-
-        `score` says of what: a score's name or the callable, which `choose` then puts into its policy.
-        """
-        return cls(outputs=None, labels=None, scores=np.asarray(scores), losses=np.asarray(losses), score=score)
-
-    @property
-    def samples(self) -> int:
-        """S, the number of samples."""
-        return int(self.losses.shape[0])
-
-    @property
-    def exits(self) -> int:
-        """N, the number of exits."""
-        return int(self.losses.shape[1])
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the arrays, to tell whether two records are the same data."""
-        arrays: Any = (self.outputs, self.labels) if self.outputs is not None else (self.scores, self.losses)
-        return hashlib.sha256(b"".join(f"{a.shape}".encode() + a.tobytes() for a in arrays)).hexdigest()
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write an ``.npz`` file, whole or not at all; of a callable score the name is kept. Raises `FileError`."""
-        names = ("outputs", "labels") if self.outputs is not None else ("scores", "losses")
-        arrays = {name: getattr(self, name) for name in names}
-        if self.score is not None:
-            arrays["score"] = np.array(score_name(self.score))
-        with replacing(path) as temporary, temporary.open("wb") as stream:
-            np.savez_compressed(stream, **arrays)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "ExitRecord":
-        """Read a file that `save` wrote; nothing in it is ever unpickled. Raises `FileError`."""
-        try:
-            # numpy forgets to close a damaged file that it opened itself
-            with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
-                arrays = {name: stored[name] for name in stored.files}
-            if set(arrays) == {"outputs", "labels"}:
-                return cls(**arrays)
-            if set(arrays) - {"score"} == {"scores", "losses"}:
-                score = str(arrays["score"]) if "score" in arrays else None
-                return cls.from_scores(arrays["scores"], arrays["losses"], score)
-        except _UNREADABLE as error:
-            raise FileError(f"cannot read the record {path}: {error}; make it again with record(...)") from error
-        raise FileError(f"{path} holds {sorted(arrays)}, which is no ExitRecord; make it with record(...)")
 
 
 @dataclass(frozen=True)
@@ -160,7 +50,7 @@ class ExitCost:
                 raise InputError(f"ExitCost.{name} has {len(values)} figures but trunk_us has {len(self.trunk_us)}")
             if not all(math.isfinite(v) and v >= 0 for v in values):
                 raise InputError(f"ExitCost.{name} must be finite and not negative; got {values}")
-            _set(self, **{name: values})
+            set_fields(self, **{name: values})
 
     @property
     def exits(self) -> int:
@@ -209,7 +99,7 @@ class Policy:
         if not (callable(self.score) or isinstance(self.score, str)):
             raise InputError(f"score must be a name or a callable; got {self.score!r}")
         check_fitted(self.score, len(values) + 1)
-        _set(self, thresholds=values)
+        set_fields(self, thresholds=values)
 
     @property
     def exits(self) -> int:
@@ -351,20 +241,6 @@ def score_name(score: Any) -> str:
     return score if isinstance(score, str) else getattr(score, "__name__", "custom")
 
 
-def _array(name: str, value: ArrayLike, ndim: int, shape: str, finite: bool = True) -> Floats:
-    with np.errstate(over="ignore"):  # what is infinite in float32 is refused below
-        array = np.asarray(value, dtype=np.float32)
-    if array.ndim != ndim or 0 in array.shape:
-        raise InputError(f"{name} must have shape {shape} with at least one sample; got {array.shape}")
-    if finite and not np.isfinite(array).all():
-        where = np.argwhere(~np.isfinite(array))[0]
-        raise InputError(
-            f"{name} holds {array[tuple(where)]} at sample {where[0]}, exit {where[1] + 1}; "
-            "a network that gives NaN or infinity cannot be judged: lower the learning rate or drop that sample"
-        )
-    return array
-
-
 def _cumulative(trunk: Sequence[float], branch: Sequence[float], enabled: Sequence[bool]) -> Floats:
     if len(enabled) != len(trunk):
         raise InputError(f"enabled has {len(enabled)} flags for {len(trunk)} exits")
@@ -378,6 +254,7 @@ def _from_json(cls: Any, path: str | os.PathLike[str], stored: Any) -> Any:
         raise FileError(f"{path} is no {cls.__name__} ({error}); make it again") from error
 
 
-def _set(value: Any, **fields: Any) -> None:
+def set_fields(value: Any, **fields: Any) -> None:
+    """Set fields of a frozen value that is being made."""
     for name, field in fields.items():
         object.__setattr__(value, name, field)

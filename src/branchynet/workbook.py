@@ -10,11 +10,12 @@ from .data import ImageData, load_data, read_image
 from .decide import evaluate, frontier
 from .engine.onnx import Engine, load
 from .errors import InputError
+from .exit_record import ExitRecord
 from .files import read_json
 from .report import Gallery, write_report
 from .runs import Run, measure_run
 from .scores import of_record
-from .types import Choice, ExitRecord, Prediction
+from .types import Choice, Prediction
 
 SHOWN = 24  # pictures a gallery
 BATCH = 64

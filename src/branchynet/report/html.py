@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import InputError
+from ..exit_record import ExitRecord
 from ..files import replacing
-from ..types import Choice, ExitCost, ExitRecord, Outcome
+from ..types import Choice, ExitCost, Outcome
 from .figures import figure_scores, figure_shares, figure_tradeoff, microseconds
 from .pictures import Gallery, gallery_section
 from .svg import inline
