@@ -3,6 +3,9 @@
 import numpy as np
 import torch
 
+BATCHES = (0, 1, 2, 7, 64)
+QUANTILES = ((0.0, 0.0, 0.0), (0.3, 0.5, 0.5), (0.75, 0.4, 0.1), (1.0, 1.0, 1.0), (0.0, 0.6, 0.9))
+
 
 def entropy(logits):
     """Of (C,) logits in nats; of (C, H, W) the mean over all positions."""
@@ -49,3 +52,31 @@ def safe_thresholds(outputs, quantiles, gap=1e-4):
         nearest = wide[np.abs(wide - quantile * len(scores)).argmin()]
         thresholds.append(float((edges[nearest] + edges[nearest + 1]) / 2))
     return tuple(thresholds)
+
+
+def agree(answer, outputs, thresholds, atol=1e-4):
+    """An engine's answer is that of Figure 2 on `outputs` (S, N, C): exits, outputs, scores and labels."""
+    expected = [figure_2(sample, thresholds) for sample in outputs]
+    assert answer.exit.tolist() == [n for n, _ in expected]
+    if expected:
+        logits = np.stack([z for _, z in expected])
+        np.testing.assert_allclose(answer.output, logits, atol=atol)
+        np.testing.assert_allclose(answer.score, [entropy(z) for z in logits], atol=atol)
+        np.testing.assert_array_equal(answer.label, answer.output.argmax(axis=1))
+        top = np.sort(logits, axis=1)
+        clear = top[:, -1] - top[:, -2] > 1e-4
+        assert (answer.label == logits.argmax(axis=1))[clear].all()
+
+
+def agree_everywhere(engine, inputs, outputs):
+    """The same at many thresholds and batch sizes; every exit must answer some sample."""
+    seen, exits = set(), outputs.shape[1]
+    for quantiles in QUANTILES:
+        thresholds = safe_thresholds(outputs, quantiles[: exits - 1])
+        for batch in BATCHES:
+            for start in range(0, len(outputs) - batch + 1, max(batch, 16)):
+                rows = slice(start, start + batch)
+                answer = engine(*(i[rows] for i in inputs), thresholds=thresholds)
+                agree(answer, outputs[rows], thresholds)
+                seen.update(answer.exit.tolist())
+    assert seen == set(range(1, exits + 1)), "the thresholds must let every exit answer some sample"

@@ -15,14 +15,12 @@ from branchynet.errors import FileError, InputError, MissingExtraError
 from branchynet.graph.quantize import calibration_batches, quantized
 from graphs import Sketch, flat_lenet, flat_of, grey_images
 from networks import FAMILIES, chain, draw, residual, tokens, two_inputs
-from oracle import every_exit, figure_2, safe_thresholds
+from oracle import BATCHES, QUANTILES, agree, agree_everywhere, every_exit, figure_2, safe_thresholds
 
 assemble = importlib.import_module(export.__module__).assemble
 openvino = pytest.importorskip("openvino")
 
 OWN = (0.9, 1.0)
-BATCHES = (0, 1, 2, 7, 64)
-QUANTILES = ((0.0, 0.0, 0.0), (0.3, 0.5, 0.5), (0.75, 0.4, 0.1), (1.0, 1.0, 1.0), (0.0, 0.6, 0.9))
 
 
 @pytest.fixture(scope="module")
@@ -63,30 +61,13 @@ def case(request):
     return flat, [i.numpy() for i in inputs], outputs, safe_thresholds(outputs, QUANTILES[1][: net.exits - 1])
 
 
-def agree(answer, outputs, thresholds):
-    expected = [figure_2(sample, thresholds) for sample in outputs]
-    assert answer.exit.tolist() == [n for n, _ in expected]
-    if expected:
-        np.testing.assert_allclose(answer.output, np.stack([z for _, z in expected]), atol=1e-4)
-        np.testing.assert_array_equal(answer.label, answer.output.argmax(axis=1))
-
-
 @pytest.mark.parametrize("how", ["default", "input"])
 def test_a_file_agrees_with_the_loop(case, folder, how):
     flat, inputs, outputs, own = case
     engine = open_engine(folder, Policy(thresholds=own), flat, thresholds=how)
     for batch in BATCHES:
         agree(engine(*(i[:batch] for i in inputs)), outputs[:batch], own)
-    seen = set()
-    for quantiles in QUANTILES:
-        thresholds = safe_thresholds(outputs, quantiles[: len(own)])
-        for batch in BATCHES:
-            for start in range(0, 64 - batch + 1, max(batch, 16)):
-                rows = slice(start, start + batch)
-                answer = engine(*(i[rows] for i in inputs), thresholds=thresholds)
-                agree(answer, outputs[rows], thresholds)
-                seen.update(answer.exit.tolist())
-    assert seen == set(range(1, len(own) + 2)), "the thresholds must let every exit answer some sample"
+    agree_everywhere(engine, inputs, outputs)
 
 
 def test_exits_left_out_and_flat_files(case, folder):

@@ -16,10 +16,7 @@ from branchynet.engine.torch import TorchEngine
 from branchynet.errors import GraphError, InputError
 from branchynet.scores import entropy
 from networks import FAMILIES, build, draw, residual, tokens, two_inputs
-from oracle import every_exit, figure_2, safe_thresholds
-
-BATCHES = (0, 1, 2, 7, 64)
-QUANTILES = ((0.0, 0.0, 0.0), (0.3, 0.5, 0.5), (0.75, 0.4, 0.1), (1.0, 1.0, 1.0), (0.0, 0.6, 0.9))
+from oracle import BATCHES, QUANTILES, agree, agree_everywhere, every_exit, safe_thresholds
 
 
 @functools.cache
@@ -33,18 +30,6 @@ def case(family):
 
 
 families = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.__name__)
-
-
-def agree(answer, outputs, thresholds):
-    expected = [figure_2(sample, thresholds) for sample in outputs]
-    assert answer.exit.tolist() == [n for n, _ in expected]
-    if expected:
-        logits = np.stack([z for _, z in expected])
-        np.testing.assert_allclose(answer.output, logits, atol=1e-4)
-        np.testing.assert_allclose(answer.score, entropy((torch.from_numpy(logits),)), atol=1e-4)
-        top = np.sort(logits, axis=1)
-        clear = top[:, -1] - top[:, -2] > 1e-4
-        assert (answer.label == logits.argmax(axis=1))[clear].all()
 
 
 def same(ours, theirs):
@@ -64,17 +49,8 @@ def test_it_agrees_with_the_loop_at_its_own_thresholds(family, batch):
 
 @families
 def test_it_agrees_with_the_loop_at_any_thresholds_and_batch(family):
-    net, inputs, outputs, _, engine = case(family)
-    seen = set()
-    for quantiles in QUANTILES:
-        thresholds = safe_thresholds(outputs, quantiles[: net.exits - 1])
-        for batch in BATCHES:
-            for start in range(0, 64 - batch + 1, max(batch, 16)):
-                rows = slice(start, start + batch)
-                answer = engine(*(i[rows] for i in inputs), thresholds=thresholds)
-                agree(answer, outputs[rows], thresholds)
-                seen.update(answer.exit.tolist())
-    assert seen == set(range(1, net.exits + 1)), "the thresholds must let every exit answer some sample"
+    _, inputs, outputs, _, engine = case(family)
+    agree_everywhere(engine, inputs, outputs)
 
 
 @families
