@@ -29,15 +29,16 @@ import transformers
 from torch import nn
 
 from branchynet import Policy, attach, bench, export, record, zoo
-from branchynet.cost import interleaved, static_engines
+from branchynet.cost import static_engines
 from branchynet.export import assemble
 from branchynet.files import write_json
 from branchynet.graph.flat import flatten, tensors_of
 from branchynet.machine import environment
 from branchynet.net import few
 from branchynet.scores import entropy, of_record
+from branchynet.timing import interleaved
 
-SAMPLES, REPEATS, CLASSES = 128, 4, 10
+SAMPLES, REPEATS, CLASSES = 128, 10, 10
 SHARES = ((0.25, 0.25, 0.5), (0.75, 0.15, 0.1))
 RESULTS = Path(__file__).parent / "results" / "architectures.json"
 

@@ -10,9 +10,7 @@ test images, one thread; medians over REPEATS passes. `stale` is the int8 file w
 Writes benchmarks/results/int8.json.
 """
 
-import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +22,7 @@ from branchynet.data import load_data, loader
 from branchynet.data.sets import Split
 from branchynet.files import write_json
 from branchynet.machine import environment
+from branchynet.timing import in_turns
 
 TRAIN, EPOCHS, CALIBRATION, TIMED, REPEATS = 20_000, 4, 512, 1024, 15
 BATCHES, RUNTIMES, MAX_DROP = (1, 64), ("onnxruntime", "openvino"), 0.002
@@ -60,22 +59,10 @@ def first(split, samples):
 
 
 def timed(calls, images, batch):
-    """Median microseconds an image of each call; they take turns every 64 images, each going first in turn."""
-    passes = {name: [] for name in calls}
-    for repeat in range(REPEATS + 1):
-        total = dict.fromkeys(calls, 0.0)
-        for start in range(0, len(images), 64):
-            block = [images[at : at + batch] for at in range(start, start + 64, batch)]
-            leads = (repeat + start // 64) % len(calls)
-            for name in [*calls, *calls][leads : leads + len(calls)]:
-                begin = time.perf_counter()
-                for rows in block:
-                    calls[name](rows)
-                total[name] += time.perf_counter() - begin
-        if repeat:  # the first pass warms up
-            for name, seconds in total.items():
-                passes[name].append(seconds * 1e6 / len(images))
-    return {name: statistics.median(times) for name, times in passes.items()}
+    """Median microseconds an image of each call; they take turns every 64 images."""
+    rows = [(images[at : at + batch],) for at in range(0, len(images), batch)]
+    each = {name: [call] * len(rows) for name, call in calls.items()}
+    return {k: s * 1e6 / len(images) for k, s in in_turns(each, rows, REPEATS, turn=max(1, 64 // batch)).items()}
 
 
 def judged(engine, images, labels, **thresholds):

@@ -4,25 +4,27 @@ Each has the channels below in its three convolutions (LeNet has 5, 10, 20). Acc
 same engine as B-LeNet's, interleaved with it; LeNet and B-LeNet have the shipped weights, B-LeNet the threshold of
 mnist_speed.py.
 
-    python benchmarks/mnist_smaller.py     # about 5 minutes a network on one core; resumes where it was stopped
+    python benchmarks/mnist_smaller.py            # about 5 minutes a network on one core; resumes where it was stopped
+    python benchmarks/mnist_smaller.py --ship     # also writes the weights that the package ships
 
 Writes benchmarks/results/mnist_smaller.json.
 """
 
 import json
-import statistics
+import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from mnist_training import BATCH, JOINT, WARM, train
+from mnist_training import BATCH, JOINT, SHIPPED, WARM, train
 
 from branchynet import Policy, evaluate, export, load, record, zoo
 from branchynet.data import load_data, loader
 from branchynet.files import write_json
 from branchynet.machine import environment
+from branchynet.timing import in_turns
+from branchynet.training.checkpoint import save_weights
 from branchynet.zoo.lenet import LeNet
 
 CHANNELS = ((2, 4, 8), (3, 6, 12), (4, 8, 16))
@@ -37,18 +39,9 @@ SPEED = ROOT / "results" / "mnist_speed.json"
 
 def time_all(engines, images, batch):
     """Median microseconds a sample of each engine, all taking turns on the same images."""
-    rows = [images[i : i + batch] for i in range(0, SAMPLES, batch)]
-    passes = {name: [] for name in engines}
-    for _ in range(PASSES + 1):
-        total = dict.fromkeys(engines, 0.0)
-        for inputs in rows:
-            for name, engine in engines.items():
-                start = time.perf_counter()
-                engine(inputs)
-                total[name] += time.perf_counter() - start
-        for name, seconds in total.items():
-            passes[name].append(seconds * 1e6 / SAMPLES)
-    return {name: statistics.median(times[1:]) for name, times in passes.items()}
+    rows = [(images[i : i + batch],) for i in range(0, SAMPLES, batch)]
+    calls = {name: [engine] * len(rows) for name, engine in engines.items()}
+    return {k: s * 1e6 / SAMPLES for k, s in in_turns(calls, rows, PASSES, turn=max(1, 64 // batch)).items()}
 
 
 def smaller(data):
@@ -60,6 +53,8 @@ def smaller(data):
         nets[name] = LeNet(channels=channels)
         train(nets[name], data, WARM, 0, RUNS / name.replace(" ", "-") / "warm")
         train(nets[name], data, JOINT, 100, RUNS / name.replace(" ", "-") / "joint")
+        if "--ship" in sys.argv[1:]:
+            save_weights(nets[name], SHIPPED / f"lenet_{'_'.join(map(str, channels))}-mnist.safetensors")
     return nets
 
 

@@ -18,12 +18,13 @@ import numpy as np
 import onnxruntime
 
 from branchynet import Policy, export, load, zoo
-from branchynet.cost import interleaved, static_engines
+from branchynet.cost import static_engines
 from branchynet.data import load_data
 from branchynet.files import write_json
 from branchynet.graph.flat import flatten
 from branchynet.machine import environment
 from branchynet.scores import entropy
+from branchynet.timing import interleaved
 
 RUNS = 500
 BATCHES = (1, 64)

@@ -30,7 +30,6 @@ from torch import nn
 from branchynet import BranchyNet, averaged, fit, fit_score, fit_temperature, frontier, load, record, zoo
 from branchynet.averaging import averaged_record, fit_weights
 from branchynet.branches import InputMLP
-from branchynet.cost import interleaved
 from branchynet.data import load_data, loader
 from branchynet.decide import route
 from branchynet.exit_record import ExitRecord
@@ -41,6 +40,7 @@ from branchynet.graph.macs import exit_macs
 from branchynet.machine import environment
 from branchynet.scores import of_record, resolve
 from branchynet.sureness import features
+from branchynet.timing import interleaved
 from branchynet.types import ExitCost
 
 BATCH, RATE = 256, 3e-3

@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from branchynet import Choice, ExitRecord, Policy, cli, evaluate, load
+from branchynet import Choice, ExitCost, ExitRecord, Policy, cli, evaluate, load
 from branchynet.data import load_data, save_image
 
 
@@ -117,6 +117,34 @@ def test_choose_promises_and_takes_a_score(run, tmp_path, monkeypatch, capsys):
     assert call(monkeypatch, "choose", copy, "--max-drop", 0.001) == 1
     assert "needs at least 5990 samples" in " ".join(capsys.readouterr().err.split())
     assert Choice.load(copy / "choice.json") == choice
+
+
+def test_a_learned_score_is_fitted_chosen_exported_and_reported(run, tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    assert call(monkeypatch, "choose", copy, "--max-drop", 0.05, "--no-promise", "--score", "learned") == 0
+    assert "learned < " in capsys.readouterr().out
+    choice = Choice.load(copy / "choice.json")
+    val = ExitRecord.load(copy / "record-val.npz")
+    others = val.take(np.arange(val.samples) % 3 > 0)
+    assert choice.record_digest == others.digest and choice.outcome == evaluate(
+        others, choice.policy, ExitCost.load(copy / "cost-learned.json")
+    )
+    for verb in ("export", "report"):
+        assert call(monkeypatch, verb, copy) == 0
+    test = ExitRecord.load(copy / "record-test.npz")
+    left = load(copy / "model.onnx")(load_data("digits").test.images.numpy().astype(np.float32) / 255).exit
+    share = evaluate(test, choice).exit_share[0]
+    assert abs(np.mean(left == 1) - share) <= 2 / test.samples  # ties may be decided otherwise
+
+
+def test_what_another_network_recorded_is_not_reported(run, tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    made = ExitRecord.load(copy / "record-test.npz")
+    ExitRecord(made.outputs, made.labels, network=made.network[:-1] + "x").save(copy / "record-test.npz")
+    assert call(monkeypatch, "report", copy) == 1
+    assert "of different networks" in " ".join(capsys.readouterr().err.split())
 
 
 def test_inspect_tells_exits_thresholds_and_preprocessing(run, monkeypatch, capsys):

@@ -1,7 +1,6 @@
 """Costs: the arithmetic on exact and on noisy times, and multiply-accumulates counted by hand."""
 
 import importlib
-import itertools
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from branchynet.cost import _apart, interleaved, measure, static_engines
+from branchynet.cost import _apart, measure, static_engines
 from branchynet.engine.onnx import Engine
 from branchynet.errors import InputError
 from branchynet.graph.flat import flatten
@@ -137,42 +136,6 @@ def test_static_engines_compute_what_their_names_say(tmp_path):
         np.testing.assert_array_equal(label, output.argmax(1))
         assert [r.shape for r in rest] == [(2,)] * scores[name]
     assert static_engines(flat, tmp_path, 1, enabled=[2], alone=False).keys() == {"plain", "upto_2"}
-
-
-# The clock
-
-
-class Clock:
-    """Time that passes only in calls."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def call(self, name, durations, log):
-        durations = itertools.cycle(durations)
-
-        def run():
-            log.append(name)
-            self.now += next(durations)
-
-        return run
-
-
-def test_calls_take_turns_and_medians_are_taken(monkeypatch):
-    clock, log = Clock(), []
-    monkeypatch.setattr(module.time, "perf_counter", lambda: clock.now)
-    calls = [clock.call("a", [0.2, 0.2, 9.0], log), clock.call("b", [0.1], log)]
-    assert interleaved(calls, seconds=100.0, rounds=30) == pytest.approx([0.2e6, 0.1e6])
-    assert log == ["a", "b"] * 31  # one to warm up, then as many rounds as asked for
-
-
-@pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 5), (3.0, 10)])
-def test_measuring_ends_in_time_but_not_before_five_rounds(monkeypatch, seconds, rounds):
-    clock, log = Clock(), []
-    monkeypatch.setattr(module.time, "perf_counter", lambda: clock.now)
-    calls = [clock.call("a", [0.25], log), clock.call("b", [0.0625], log)]
-    interleaved(calls, seconds)
-    assert log == ["a", "b"] * (rounds + 1)
 
 
 # Multiply-accumulates

@@ -266,6 +266,31 @@ class TestFrontier:
         assert min(gaps) >= -1e-9  # nothing beats the exact answer
         assert max(gaps) < 0.03 and np.mean(gaps) < 0.01
 
+    @pytest.mark.parametrize("kind", ["right and wrong", "fractions", "ties"])
+    def test_two_thresholds_are_exact_over_all_distinct_scores(self, kind):
+        """Beside every pair of thresholds, however few combinations are held in memory at once."""
+        rng = np.random.default_rng(7)
+        scores = rng.random((250, 3)).astype(np.float32)
+        losses = rng.random((250, 3)) < scores * [0.6, 0.4, 0.3]
+        if kind == "ties":
+            scores = (scores * 20).round() / 20
+        elif kind == "fractions":
+            losses = (rng.random((250, 3)) * (0.2 + scores)).clip(0, 1)
+        record, cost = ExitRecord.from_scores(scores, losses), a_cost(3)
+        ladders = [np.append(np.unique(c), np.inf).astype(np.float32) for c in record.scores[:, :2].T]
+        tried = {evaluate_fast(record, cost, (None, None))}
+        for n, ladder in enumerate(ladders):
+            tried |= {evaluate_fast(record, cost, (t, None) if n == 0 else (None, t)) for t in ladder}
+        tried |= {evaluate_fast(record, cost, (a, b)) for a in ladders[0] for b in ladders[1]}
+        best, least = [], math.inf
+        for us, loss in sorted(tried):
+            if loss < least - 1e-9:
+                best.append((us, loss))
+                least = loss
+        found = frontier(record, cost, vectors=1000)
+        np.testing.assert_allclose(found.mean_us, [us for us, _ in best], atol=1e-6)
+        np.testing.assert_allclose(1 - found.accuracy, [loss for _, loss in best], atol=1e-6)
+
     def test_a_million_vectors_take_little_memory(self):
         record, cost = logits_record(10_000, 3, classes=10), a_cost(3)
         problem = Problem(entropies(record), record.losses.astype(np.float64), cost)
@@ -278,6 +303,17 @@ class TestFrontier:
             policy = Policy("entropy", tuple(None if np.isnan(t) else t for t in found.thresholds[k]))
             scored = ExitRecord.from_scores(problem.scores, record.losses)
             assert evaluate(scored, policy, cost).mean_us == found.us[k]
+
+
+def evaluate_fast(record, cost, thresholds):
+    """(mean time, mean loss), each rounded a little."""
+    here, us, loss = np.ones(record.samples, bool), 0.0, 0.0
+    each = cost.latency_us([t is not None for t in thresholds] + [True])
+    for n, t in enumerate([*thresholds, np.inf]):
+        leaves = here & (t is not None) & (record.scores[:, n] < (np.inf if t is None else t))
+        us, loss = us + leaves.sum() * each[n], loss + record.losses[leaves, n].sum(dtype=np.float64)
+        here &= ~leaves
+    return round(float(us) / record.samples, 7), round(float(loss) / record.samples, 7)
 
 
 def entropies(record):
@@ -330,12 +366,12 @@ class TestChoose:
         """Never worse than the best of the frontier, sometimes better, and near the exact answer."""
         saved = []
         for seed in range(6):
-            record, cost = logits_record(300, 3, seed=seed), a_cost(3)
+            record, cost = logits_record(300, 4, seed=seed), a_cost(4)
             coarse = frontier(record, cost, vectors=4)
             enough = coarse.accuracy >= coarse.accuracy[-1] - 0.02
             chosen = choose(record, cost, min_accuracy=coarse.accuracy[-1] - 0.02, vectors=4).outcome.mean_us
             exact = choose(record, cost, min_accuracy=coarse.accuracy[-1] - 0.02).outcome.mean_us
-            assert exact <= chosen <= exact * 1.05
+            assert exact <= chosen <= exact * 1.1
             saved.append(coarse.mean_us[enough].min() - chosen)
         assert min(saved) >= 0 and max(saved) > 0
 

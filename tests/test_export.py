@@ -23,6 +23,7 @@ import branchynet
 from branchynet.engine.onnx import METADATA_KEY, load
 from branchynet.errors import FileError, GraphError, InputError
 from branchynet.export import export
+from branchynet.fingerprint import fingerprint
 from branchynet.graph.flat import flatten, input_names, tensors_of
 from branchynet.net import BranchyNet
 from branchynet.scores import entropy
@@ -92,6 +93,7 @@ def test_metadata_says_all_that_is_documented(exported):
         "labels": ["ant", "bee", "cat", "dog"],
         "preprocessing": {"size": [2, 3]},
         "promise": "at most 1 point",
+        "network": fingerprint(branchy()),
     }
     assert engine.labels == ("ant", "bee", "cat", "dog") and engine.policy == TWO and engine.exits == 3
     stored = {p.key: p.value for p in onnx.load(exported).metadata_props}

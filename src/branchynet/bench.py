@@ -1,10 +1,7 @@
 """Speed of an exported file beside the static network, in the same engine, with everything inside the clock."""
 
 import os
-import statistics
 import tempfile
-import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,12 +16,15 @@ from .cost import static_engines
 from .engine.exported import Engine
 from .engine.onnx import load
 from .errors import InputError
+from .exit_record import check_same_network
+from .fingerprint import fingerprint
 from .graph.flat import flatten, tensors_of
 from .graph.quantize import calibration_batches, quantized
 from .meta import FittedScore
 from .net import count_exits, few
 from .record import Loss
 from .scores import SCORES, Score
+from .timing import in_turns
 from .types import score_name
 
 Progress = Callable[[str], None]
@@ -110,6 +110,7 @@ def bench(
     if int8 != (calibration is not None):
         told = "int8: give calibration=, the samples it was quantised with" if int8 else "float: leave calibration= out"
         raise InputError(f"{path} is {told}, so that the static graphs are what it is")
+    check_same_network(f"{path} and net", engine.metadata.get("network"), fingerprint(net) + ("-int8" if int8 else ""))
     order = np.random.default_rng(seed).permutation(rows_given)
     arrays = tuple(array[order] for array in arrays)
     left, accuracy = _judge(engine, arrays, target[torch.from_numpy(order)], loss)
@@ -188,11 +189,9 @@ def _judge(engine: Engine, arrays: Arrays, target: Tensor, loss: Loss | None) ->
 def _time(
     engine: Engine, static: dict[str, Engine], arrays: Arrays, left: NDArray[Any], batch: int, repeats: int
 ) -> dict[str, float]:
-    """Median microseconds a sample over `repeats` passes; engines take turns every few calls.
+    """Median microseconds a sample over `repeats` passes.
 
     For one sample a call, ``in_order`` runs for each the static graph of the exit at which it `left`.
-
-    Who goes first finds the inputs cold in the cache and what it computes with evicted, so that turn goes round too.
     """
     samples = len(arrays[0])
     batches = [tuple(np.ascontiguousarray(a[i : i + batch]) for a in arrays) for i in range(0, samples, batch)]
@@ -200,21 +199,5 @@ def _time(
     calls |= {name: [graph.outputs] * len(batches) for name, graph in static.items()}
     if batch == 1:
         calls["in_order"] = [static[f"upto_{n}"].outputs for n in left]
-    turn = max(1, 64 // batch)
-    passes: dict[str, list[float]] = {name: [] for name in calls}
-    order = deque(calls)
-    for repeat in range(repeats + 1):
-        total = dict.fromkeys(calls, 0.0)
-        for start in range(0, len(batches), turn):
-            block = slice(start, start + turn)
-            order.rotate(1)
-            for name in order:
-                turns = list(zip(calls[name][block], batches[block], strict=True))
-                begin = time.perf_counter()
-                for call, rows in turns:
-                    call(*rows)
-                total[name] += time.perf_counter() - begin
-        if repeat:  # the first pass warms caches up
-            for name, seconds in total.items():
-                passes[name].append(seconds * 1e6 / samples)
-    return {name: statistics.median(times) for name, times in passes.items()}
+    seconds = in_turns(calls, batches, repeats, turn=max(1, 64 // batch))
+    return {name: taken * 1e6 / samples for name, taken in seconds.items()}

@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 
 from .errors import InfeasibleError, InputError
 from .exit_record import ExitRecord
-from .reading import answered, check_exits
+from .reading import answered, check_cost, check_exits
 from .scores import of_record
 from .search import leaving, mean_cost
 from .types import ExitCost, Floats, Policy, Prediction
@@ -62,8 +62,8 @@ class BudgetController:
         rate: how much of an error is followed a sample: the thresholds settle in about 2 / rate samples.
 
     Raises:
-        InputError: record, policy and cost are of different exits or scores, no early exit is in use, not one goal is
-            given, or a goal or rate that is no number above 0.
+        InputError: record, policy and cost are of different networks, exits or scores, no early exit is in use, not
+            one goal is given, or a goal or rate that is no number above 0.
         InfeasibleError: no thresholds reach the goal; the message names what can be reached.
 
     Sources: Teerapittayanon et al. 2016, section V-B (adapting T as future work); Gibbs and Candès 2021, *Adaptive
@@ -82,11 +82,7 @@ class BudgetController:
         rate: float = 0.01,
     ) -> None:
         check_exits(record, policy)
-        if cost.exits != record.exits:
-            raise InputError(
-                f"the cost has {cost.exits} exits, but the record has {record.exits}: measure the network that was "
-                "recorded"
-            )
+        check_cost(record, cost)
         if not 0 < rate <= _MOST_GAIN:
             raise InputError(f"rate={rate!r} must lie between 0 and {_MOST_GAIN}, such as 0.01")
         self.policy = policy

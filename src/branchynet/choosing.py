@@ -67,9 +67,9 @@ def choose(
         The choice, with its promise, and its outcome on all of `record`.
 
     Raises:
-        InputError: not exactly one limit, a limit or confidence out of range, no cost for a limit on cost, unequal
-            numbers of exits, too few samples for the promise (the message says how many it needs), or labels that are
-            all of one class.
+        InputError: not exactly one limit, a limit or confidence out of range, no cost for a limit on cost, record and
+            cost of different networks, too few samples for the promise (the message says how many it needs), or labels
+            that are all of one class.
         InfeasibleError: no thresholds meet the limit; the message names the best that can be reached.
 
     Source: Teerapittayanon et al. 2016, section V-B (screening under an accuracy or a time constraint); the promise as
@@ -100,7 +100,7 @@ def choose(
         best, sizes = _promised(problem, name, limit, 1 - confidence, bound, vectors)
         promise = Promise(name, limit, confidence, bound, *sizes)
     policy = Policy(score, optional(best))
-    return Choice(policy, constraint, evaluate(record, policy, cost), record.digest, promise)
+    return Choice(policy, constraint, evaluate(record, policy, cost), record.digest, promise, record.network)
 
 
 def _what_is_searched(record: ExitRecord, cost: ExitCost | None, score: str | Score, name: str) -> Problem:
@@ -123,7 +123,7 @@ def _what_is_searched(record: ExitRecord, cost: ExitCost | None, score: str | Sc
     if name == "max_macs":
         if not any(cost.trunk_macs):
             raise InputError("max_macs needs a cost with multiply-accumulates (trunk_macs, branch_macs); measure one")
-        cost = ExitCost(cost.trunk_macs, cost.branch_macs)
+        cost = ExitCost(cost.trunk_macs, cost.branch_macs, network=cost.network)
     return problem_of(record, cost, score)
 
 

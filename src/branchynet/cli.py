@@ -96,7 +96,7 @@ def choose(
     ] = None,
     max_latency_us: Annotated[float | None, typer.Option(help="Mean microseconds a sample at most this.")] = None,
     max_macs: Annotated[float | None, typer.Option(help="Mean multiply-accumulates a sample at most this.")] = None,
-    score: Annotated[str | None, typer.Option(help="entropy, max_probability, margin or patience.")] = None,
+    score: Annotated[str | None, typer.Option(help="entropy, max_probability, margin, patience or learned.")] = None,
     confidence: Annotated[float, typer.Option(help="That a limit on accuracy holds for samples not seen.")] = 0.95,
     promise: Annotated[bool, typer.Option(help="Without one, the limit holds on the validation data alone.")] = True,
 ) -> None:
@@ -114,7 +114,7 @@ def choose(
         limits["max_drop"] = 0.005
     found = open_run(run)
     choice = choose_run(found, **limits, score=score, confidence=confidence if promise else None)
-    print_choice(choice, measure_run(found))
+    print_choice(choice, measure_run(found, choice.policy.score))
 
 
 @app.command()
@@ -199,6 +199,21 @@ def inspect(
         if value not in (None, []):
             table.add_row(name, ", ".join(value) if name == "labels" else str(value))
     out.print(table)
+
+
+@app.command()
+def reproduce(
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="table1, fig3, fig4 or all.")],
+    output: Annotated[Path, typer.Option(help="The folder for tables and pictures.")] = Path("reproduced"),
+    networks: Annotated[str, typer.Option(help="Which, with commas between.")] = "b_lenet,b_alexnet,b_resnet110",
+    from_nothing: Annotated[bool, typer.Option(help="Train them first: hours. Goes on where it was stopped.")] = False,
+    precision: Annotated[str, typer.Option(help="Of that training: no, bf16, or fp16 on a GPU.")] = "no",
+) -> None:
+    """Make the paper's Table I, Figure 3 and Figure 4 again, from shipped weights or from nothing."""
+    from .reproduce import reproduce as make
+
+    lines = make(what, output, networks=networks, from_nothing=from_nothing, precision=precision)
+    out.print(*lines, f"the tables and pictures: [bold]{output}[/]", sep="\n")
 
 
 @app.command()

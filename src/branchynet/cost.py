@@ -1,9 +1,7 @@
 """What each stage costs, measured in the deployment engine with everything inside the clock."""
 
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +14,12 @@ from .engine.exported import Engine
 from .engine.onnx import load
 from .errors import InputError
 from .export import assemble
+from .fingerprint import fingerprint
 from .graph.flat import FlatGraph, flatten, tensors_of
 from .graph.macs import exit_macs
 from .graph.quantize import calibration_batches, check_quantize, quantized
 from .scores import Score
+from .timing import interleaved
 from .types import ExitCost
 
 
@@ -72,7 +72,7 @@ def measure(
         times = interleaved([lambda e=e: e.outputs(*batch) for e in engines.values()], seconds)
     us = {name: t / batch_size for name, t in zip(engines, times, strict=True)}
     trunk, branch = _apart(us, flat.exits)
-    return ExitCost(trunk, branch, trunk_macs, branch_macs, batch_size, threads)
+    return ExitCost(trunk, branch, trunk_macs, branch_macs, batch_size, threads, fingerprint(net))
 
 
 def static_engines(
@@ -100,20 +100,6 @@ def static_engines(
         ir.save(assemble(flat, None, outputs=outputs), folder / f"{name}.onnx")
         engines[name] = load(folder / f"{name}.onnx", threads=threads, runtime=runtime)
     return engines
-
-
-def interleaved(calls: Sequence[Callable[[], Any]], seconds: float, *, rounds: int = 400) -> list[float]:
-    """Median microseconds of each call, taken in turns, so that a slow moment of the machine hits them all alike."""
-    for call in calls:
-        call()
-    times: list[list[float]] = [[] for _ in calls]
-    end = time.perf_counter() + seconds
-    while len(times[0]) < 5 or (time.perf_counter() < end and len(times[0]) < rounds):
-        for call, taken in zip(calls, times, strict=True):
-            start = time.perf_counter()
-            call()
-            taken.append((time.perf_counter() - start) * 1e6)
-    return [statistics.median(taken) for taken in times]
 
 
 def _apart(us: dict[str, float], exits: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

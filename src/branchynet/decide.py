@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from .errors import InputError
-from .exit_record import ExitRecord
+from .exit_record import ExitRecord, check_same_network
+from .reading import check_cost
 from .scores import Score, of_choice, of_record
 from .search import Points, Problem, ascend, deployed, grid, leaving, mean_cost
 from .types import Choice, ExitCost, Floats, Ints, Outcome, Policy
@@ -67,16 +68,17 @@ def evaluate(record: ExitRecord, policy: Policy | Choice, cost: ExitCost | None 
         The outcome; `p95_us` and `worst_us` are over the samples of the record.
 
     Raises:
-        InputError: record, policy and cost are not for one number of exits.
+        InputError: record, policy and cost are not for one number of exits, or not of one network.
 
     Source: Teerapittayanon et al. 2016, Figure 2; interval: Wilson 1927, doi:10.1080/01621459.1927.10502953.
     """
-    _same_exits(record, cost)
+    check_cost(record, cost)
     if isinstance(policy, Choice):
         if policy.record_digest == record.digest:
             warnings.warn(
                 "this record chose these thresholds, so its figures flatter them: report another record's", stacklevel=2
             )
+        check_same_network("the record and the choice", record.network, policy.network)
         policy = policy.policy
     if policy.exits != record.exits:
         raise InputError(
@@ -151,9 +153,9 @@ def frontier(
     """The best accuracy for every mean time that thresholds can give on `record`.
 
     Thresholds lie midway between neighbouring recorded scores, and *never*, which removes an exit and its cost, is one
-    of them. One threshold: exact. Two or three: exact while the combinations of all distinct scores are at most
-    `vectors`, else on a grid of the scores' quantiles of about that size, then exact along one threshold at a time.
-    More: coordinate ascent from several starts.
+    of them. One threshold: exact. Two or three: exact over all distinct scores while the combinations that no looser
+    one beats for sure are at most `vectors`, for two a hundred times as many; else on a grid of about that size, then
+    exact along one threshold at a time. More: coordinate ascent from several starts.
 
     Args:
         record: S samples, N exits.
@@ -165,7 +167,7 @@ def frontier(
         The Pareto set on this record: optimistic for other data, the more so the smaller the record.
 
     Raises:
-        InputError: record and cost are not for one number of exits, or the score is unknown or not the record's.
+        InputError: record and cost are not of one network, or the score is unknown or not the record's.
     """
     score = of_choice(record, score)
     points = best_points(problem_of(record, cost, score), vectors)
@@ -192,16 +194,9 @@ def best_points(problem: Problem, vectors: int) -> Points:
 
 
 def problem_of(record: ExitRecord, cost: ExitCost, score: str | Score) -> Problem:
-    """What is searched. Raises `InputError` where record and cost are not for one number of exits."""
-    _same_exits(record, cost)
+    """What is searched. Raises `InputError` where record and cost are not of one network."""
+    check_cost(record, cost)
     return Problem(of_record(record, score), record.losses.astype(np.float64), cost)
-
-
-def _same_exits(record: ExitRecord, cost: ExitCost | None) -> None:
-    if cost is not None and cost.exits != record.exits:
-        raise InputError(
-            f"the cost has {cost.exits} exits, but the record has {record.exits}: measure the network that was recorded"
-        )
 
 
 def _accuracy(loss: float, samples: int) -> float:

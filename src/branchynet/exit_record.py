@@ -35,6 +35,8 @@ class ExitRecord:
         scores: `(S, N)` float32, smaller = surer; None where they are to be computed from `outputs`.
         losses: `(S, N)` float32 in [0, 1]; for classification 1 where an exit is wrong.
         score: what `scores` are of: a score's name, or the callable; None where that is not known.
+        network: the `fingerprint` of the network that answered, so that records of different networks are not mixed;
+            None where that is not known.
 
     Raises:
         InputError: shapes disagree, no samples, a label outside 0..C-1, or an infinite or NaN output.
@@ -45,6 +47,7 @@ class ExitRecord:
     scores: Floats | None = None
     losses: Floats = None  # type: ignore[assignment]  # derived from outputs and labels where not given
     score: Any = None
+    network: str | None = None
 
     def __post_init__(self) -> None:
         if self.outputs is not None:
@@ -76,12 +79,15 @@ class ExitRecord:
             set_fields(self, scores=scores, losses=losses)
 
     @classmethod
-    def from_scores(cls, scores: ArrayLike, losses: ArrayLike, score: Any = None) -> "ExitRecord":
+    def from_scores(
+        cls, scores: ArrayLike, losses: ArrayLike, score: Any = None, network: str | None = None
+    ) -> "ExitRecord":
         """A record of scores `(S, N)` (smaller = surer) and losses `(S, N)` in [0, 1], for any task.
 
         `score` says of what: a score's name or the callable, which `choose` then puts into its policy.
         """
-        return cls(outputs=None, labels=None, scores=np.asarray(scores), losses=np.asarray(losses), score=score)
+        scores, losses = np.asarray(scores), np.asarray(losses)
+        return cls(outputs=None, labels=None, scores=scores, losses=losses, score=score, network=network)
 
     @property
     def samples(self) -> int:
@@ -99,12 +105,21 @@ class ExitRecord:
         arrays: Any = (self.outputs, self.labels) if self.outputs is not None else (self.scores, self.losses)
         return hashlib.sha256(b"".join(f"{a.shape}".encode() + a.tobytes() for a in arrays)).hexdigest()
 
+    def take(self, rows: Any) -> "ExitRecord":
+        """The record of some of the samples: indices, a mask or a slice `rows`."""
+        if self.outputs is not None and self.labels is not None:
+            return ExitRecord(self.outputs[rows], self.labels[rows], network=self.network)
+        assert self.scores is not None
+        return ExitRecord.from_scores(self.scores[rows], self.losses[rows], self.score, self.network)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an ``.npz`` file, whole or not at all; of a callable score the name is kept. Raises `FileError`."""
         names = ("outputs", "labels") if self.outputs is not None else ("scores", "losses")
         arrays = {name: getattr(self, name) for name in names}
         if self.score is not None:
             arrays["score"] = np.array(score_name(self.score))
+        if self.network is not None:
+            arrays["network"] = np.array(self.network)
         with replacing(path) as temporary, temporary.open("wb") as stream:
             np.savez_compressed(stream, **arrays)
 
@@ -115,14 +130,25 @@ class ExitRecord:
             # numpy forgets to close a damaged file that it opened itself
             with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
                 arrays = {name: stored[name] for name in stored.files}
-            if set(arrays) == {"outputs", "labels"}:
-                return cls(**arrays)
-            if set(arrays) - {"score"} == {"scores", "losses"}:
-                score = str(arrays["score"]) if "score" in arrays else None
-                return cls.from_scores(arrays["scores"], arrays["losses"], score)
+            told: dict[str, Any] = {name: str(arrays.pop(name)) for name in ("score", "network") if name in arrays}
+            if set(arrays) == {"outputs", "labels"} and "score" not in told:
+                return cls(**arrays, **told)
+            if set(arrays) == {"scores", "losses"}:
+                return cls.from_scores(**arrays, **told)
         except _UNREADABLE as error:
             raise FileError(f"cannot read the record {path}: {error}; make it again with record(...)") from error
-        raise FileError(f"{path} holds {sorted(arrays)}, which is no ExitRecord; make it with record(...)")
+        raise FileError(f"{path} holds {sorted({**arrays, **told})}, which is no ExitRecord; make it with record(...)")
+
+
+def check_same_network(what: str, one: str | None, other: str | None, *, structure: bool = False) -> None:
+    """Both are of one network, as far as both say; with `structure`, of one architecture. Raises `InputError`."""
+    if one is None or other is None:
+        return
+    if structure:
+        one, other = one.split("-")[0], other.split("-")[0]
+    if one != other:
+        how = "architectures" if structure else "networks"
+        raise InputError(f"{what} are of different {how} ({one} and {other}): take both from the same one")
 
 
 def _array(name: str, value: ArrayLike, ndim: int, shape: str, finite: bool = True) -> Floats:

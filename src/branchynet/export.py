@@ -19,6 +19,7 @@ from .engine.exported import FORMAT, METADATA_KEY, Engine
 from .engine.onnx import load
 from .errors import GraphError, InputError
 from .files import replacing
+from .fingerprint import fingerprint
 from .graph.flat import FlatGraph, flatten, tensors_of
 from .graph.onnx_exits import flat_model, nest
 from .graph.quantize import Batch, calibration_batches, check_quantize, quantized
@@ -85,8 +86,10 @@ def export(
     score = None if policy is None else scores.resolve(policy.score)
     flat = flatten(net, example, score=score, dynamic=batch == "dynamic")
     notes: dict[str, Any] = {"labels": list(labels), "preprocessing": preprocessing, "promise": promise}
+    notes["network"] = fingerprint(net)
     expected = _from_network(net, example)
     if quantize:
+        notes["network"] += f"-{quantize}"
         flat, expected, notes["quantize"] = _in_int8(flat, calibration_batches(calibration, flat), example, expected)
     model = assemble(flat, policy, thresholds=thresholds, notes=notes)
     with replacing(path) as temporary:

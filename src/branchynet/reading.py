@@ -6,10 +6,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .errors import InputError
-from .exit_record import ExitRecord
+from .exit_record import ExitRecord, check_same_network
 from .scores import of_record
 from .search import deployed, leaving
-from .types import Floats, Ints, Policy, Prediction
+from .types import ExitCost, Floats, Ints, Policy, Prediction
 
 
 def check_exits(record: ExitRecord, policy: Policy) -> None:
@@ -24,6 +24,17 @@ def check_exits(record: ExitRecord, policy: Policy) -> None:
             "the policy uses no early exit (every threshold is never), so nothing can be watched or moved: choose one "
             "with at least one threshold"
         )
+
+
+def check_cost(record: ExitRecord, cost: ExitCost | None) -> None:
+    """Raises `InputError` where record and cost are of different architectures, or not for one number of exits."""
+    if cost is None:
+        return
+    if cost.exits != record.exits:
+        raise InputError(
+            f"the cost has {cost.exits} exits, but the record has {record.exits}: measure the network that was recorded"
+        )
+    check_same_network("the record and the cost", record.network, cost.network, structure=True)
 
 
 def predicted(record: ExitRecord, policy: Policy) -> tuple[Ints, Floats, Ints | None]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .engine.exported import Engine
 from .errors import InputError
 from .exit_record import ExitRecord
+from .fingerprint import fingerprint
 from .net import evaluating
 from .scores import Score, resolve
 from .training.feed import batches, exits_of, in_order
@@ -74,9 +75,10 @@ def record(
     if not kept:
         raise InputError("the loader gave no batch; there is nothing to record")
     first, second = (np.concatenate(parts) for parts in zip(*kept, strict=True))
+    network = net.engine.metadata.get("network") if isinstance(net, _EveryExit) else fingerprint(net)
     if loss is None:
-        return ExitRecord(outputs=first, labels=second)
-    return ExitRecord.from_scores(first, second, score)
+        return ExitRecord(outputs=first, labels=second, network=network)
+    return ExitRecord.from_scores(first, second, score, network)
 
 
 class _EveryExit(nn.Module):

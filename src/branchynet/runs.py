@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -32,12 +33,13 @@ from .errors import FileError, InputError, nearest
 from .exit_record import ExitRecord
 from .export import export
 from .files import read_json, write_json
+from .fitting import fit_score
 from .machine import environment
 from .net import BranchyNet
 from .record import record
 from .training.checkpoint import load_weights
 from .training.train import fit
-from .types import Choice, ExitCost, Policy
+from .types import Choice, ExitCost, Policy, score_name
 
 NETWORKS: dict[str, Callable[..., BranchyNet]] = {"b_lenet": zoo.b_lenet}
 AUGMENTS = {
@@ -195,21 +197,34 @@ def load_run(run: Run) -> tuple[BranchyNet, ImageData]:
     return net.eval(), data
 
 
-def measure_run(run: Run) -> ExitCost:
-    """The cost of every stage at batch 1 and one thread, measured once and kept in ``cost.json``."""
-    path = run.path / "cost.json"
+def measure_run(run: Run, score: Any = "entropy") -> ExitCost:
+    """The cost of every stage, with that score, at batch 1 and one thread: measured once, and kept.
+
+    In ``cost.json``, or for a score other than entropy in ``cost-NAME.json``.
+    """
+    name = score_name(score)
+    path = run.path / ("cost.json" if name == "entropy" else f"cost-{name}.json")
     if path.exists():
         return ExitCost.load(path)
     net, data = load_run(run)
-    cost = measure(net, _example(data))
+    cost = measure(net, _example(data), score=score)
     cost.save(path)
     return cost
 
 
-def choose_run(run: Run, **constraint: Any) -> Choice:
-    """Choose thresholds on the validation record; writes ``choice.json``. Arguments as in `choose`."""
+def choose_run(run: Run, *, score: str | None = None, **constraint: Any) -> Choice:
+    """Choose thresholds on the validation record; writes ``choice.json``. Arguments as in `choose`.
+
+    `score` may also be ``"learned"`` (see `fit_score`): it is fitted on every third sample, and the thresholds are
+    chosen on the others.
+    """
     found = ExitRecord.load(run.file("record-val.npz", "train"))
-    choice = choose(found, measure_run(run), **constraint)
+    wanted: Any = score or "entropy"
+    if wanted == "learned":
+        fitting = np.arange(found.samples) % 3 == 0
+        wanted = fit_score(found.take(fitting))
+        found = found.take(~fitting)
+    choice = choose(found, measure_run(run, wanted), score=wanted, **constraint)
     choice.save(run.path / "choice.json")
     return choice
 

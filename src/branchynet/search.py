@@ -5,6 +5,7 @@ Shape letters: S samples, N exits, P threshold vectors, K candidate thresholds o
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ import numpy as np
 from .types import ExitCost, Floats, Ints
 
 _FILLS = 16
+_ROUNDS = 100  # of so many combinations each, for the exact answer with two thresholds
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,41 +95,85 @@ def beyond(top: Floats) -> Floats:
     return np.minimum(top + 1e-3 * np.maximum(np.abs(top), 1), limit.max).astype(np.float32)
 
 
-def cuts(scores: Floats, most: int) -> Floats:
+def cuts(scores: Floats, harmed: np.ndarray | None = None) -> Floats:
     """Candidate thresholds `(K,)` for one exit: between all neighbouring distinct scores `(S,)`, and beyond the last.
 
-    Where these are more than `most`, those that cut the samples into equal parts.
+    Where samples that leaving there harms are marked in `harmed` `(S,)`, only those thresholds stay that a looser one
+    does not beat for sure: the last, and those right below a sample that is harmed.
     """
-    values, counts = np.unique(scores[scores < np.inf], return_counts=True)
+    finite = scores < np.inf
+    values = np.unique(scores[finite])
     if not len(values):
         return np.empty(0, np.float32)
     thresholds = np.append(between(values[:-1], values[1:]), beyond(values[-1:]))
-    if len(values) > most:
-        reached = np.cumsum(counts)
-        thresholds = thresholds[np.unique(np.searchsorted(reached, reached[-1] * np.arange(1, most + 1) / most))]
-    return thresholds
+    if harmed is None:
+        return thresholds
+    kept = np.zeros(len(values), bool)
+    kept[np.searchsorted(values, scores[finite & harmed])] = True
+    return thresholds[np.append(kept[1:], True)]
+
+
+def _thinned(scores: Floats, thresholds: Floats, most: int) -> Floats:
+    """At most so many of the candidates: such that both samples and candidates are cut into about equal parts."""
+    if len(thresholds) <= most:
+        return thresholds
+    samples = np.searchsorted(np.sort(scores), thresholds) / len(scores)
+    position = samples / max(samples[-1], 1e-9) + np.arange(1, len(thresholds) + 1) / len(thresholds)
+    return thresholds[np.unique(np.searchsorted(position / 2, np.arange(1, most + 1) / most - 1e-12))]
 
 
 def grid(problem: Problem, vectors: int) -> Points:
     """The Pareto set over all combinations of candidate thresholds, for every set of exits in use.
 
-    Exact where the combinations of all distinct scores are at most `vectors`. Else on a grid of quantiles of about that
-    many for each set of exits, with the gaps filled by sweeps over all distinct scores from points along the set.
+    Thresholds that a looser one beats for sure are passed over: those where no sample would lose by leaving too. Exact
+    where the rest have at most `vectors` combinations, for two thresholds at most a hundred times as many. Else on a
+    part of them of about that many for each set of exits, with the gaps filled by sweeps over all distinct scores from
+    points along the set.
     """
     early = problem.scores.shape[1] - 1
     found, exact = [], True
     for size in range(early + 1):  # fewest exits first: of equals the simplest stays
         for used in itertools.combinations(range(early), size):
-            most = max(2, int(vectors ** (1 / size) + 1e-9)) if size else 0
-            candidates = [cuts(problem.scores[:, n], most) for n in used]
-            exact &= all(len(c) < most for c in candidates)
-            if all(len(c) for c in candidates):
-                found.append(_combinations(problem, used, candidates))
+            candidates = _candidates(problem, used)
+            count = math.prod(map(len, candidates))
+            if count > vectors * (_ROUNDS if size <= 2 else 1):
+                exact, room = False, vectors
+                for k, i in enumerate(sorted(range(size), key=lambda i: len(candidates[i])), start=1):
+                    most = max(2, int(room ** (1 / (size + 1 - k)) + 1e-9))
+                    candidates[i] = _thinned(problem.scores[:, used[i]], candidates[i], most)
+                    room = max(1, room // len(candidates[i]))
+            if all(map(len, candidates)):
+                found.append(_in_parts(problem, used, candidates, vectors))
     points = join(found).pareto()
     if exact:
         return points
     spread = np.unique(np.linspace(0, len(points.loss) - 1, _FILLS).astype(int))
     return join([points, *(_around(problem, points.thresholds[i]) for i in spread)]).pareto()
+
+
+def _candidates(problem: Problem, used: tuple[int, ...]) -> list[Floats]:
+    """For each of the exits `used` (from 0) the thresholds that a looser one need not beat.
+
+    Leaving there is never dearer than leaving later, and no less accurate but for a sample that a later exit in use
+    answers better.
+    """
+    later, found = problem.losses[:, -1], []
+    for n in reversed(used):
+        found.append(cuts(problem.scores[:, n], problem.losses[:, n] > later))
+        later = np.minimum(later, problem.losses[:, n])
+    return found[::-1]
+
+
+def _in_parts(problem: Problem, used: tuple[int, ...], candidates: list[Floats], vectors: int) -> Points:
+    """The Pareto set of all combinations, at most about `vectors` of them in memory at once."""
+    if not used:
+        return _combinations(problem, used, candidates)
+    rows = max(1, vectors // math.prod(map(len, candidates[1:])))
+    points: list[Points] = []
+    for start in range(0, len(candidates[0]), rows):
+        part = _combinations(problem, used, [candidates[0][start : start + rows], *candidates[1:]])
+        points = [join([*points, part]).pareto()]
+    return points[0]
 
 
 def _combinations(problem: Problem, used: tuple[int, ...], candidates: list[Floats]) -> Points:
@@ -231,7 +277,7 @@ def ascend(problem: Problem, prices: int = 24) -> Points:
     latency = problem.cost.latency_us([True] * exits)
     span = max(float(latency[-1] - latency[0]), 1e-9) / samples
     never = np.full(exits - 1, np.nan, np.float32)
-    halves = [cuts(scores, 2) for scores in problem.scores[:, :-1].T]
+    halves = [_thinned(scores, cuts(scores), 2) for scores in problem.scores[:, :-1].T]
     middle = np.array([half[0] if len(half) else np.nan for half in halves], np.float32)
     found, seen, previous = [], set(), never
     for price in np.geomspace(1e-4, 10, prices) / span:

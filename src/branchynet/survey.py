@@ -187,28 +187,37 @@ def surveying(
             handle.remove()
 
 
-def spread(survey: Survey, output: Tensor, exits: int) -> tuple[str, ...]:
-    """Names of `exits` - 1 submodules that divide the forward into parts of about equal multiply-accumulates.
+def places(survey: Survey, output: Tensor) -> list[tuple[float, Moment]]:
+    """Where an exit may stand, in running order, each with the share of the multiply-accumulates that lie before it.
 
     Only a submodule will do that runs once and at whose return everything learned so far is in its own output, so that
-    no other such value is needed later: the end of a residual block, not its inside. Where several stand at about the
-    same place, the one with the smallest output is taken, and of these the outermost.
-
-    Returns:
-        The names in running order; fewer where there are not so many places.
+    no other such value is needed later: the end of a residual block, not its inside.
     """
     until = survey.needed_until(survey.node(output))
     total = survey.operations[-1].macs
     runs: Mapping[str, int] = _counted(moment.name for moment in survey.moments)
-    places = []
+    found = []
     for moment in survey.moments:
         share = survey.operations[moment.time - 1].macs / total if total and moment.time else 0.0
         if runs[moment.name] == 1 and 0 < share < 1 and _usable(moment, output) and _alone(survey, moment, until):
-            places.append((share, moment))
+            found.append((share, moment))
+    return found
+
+
+def spread(survey: Survey, output: Tensor, exits: int) -> tuple[str, ...]:
+    """Names of `exits` - 1 submodules that divide the forward into parts of about equal multiply-accumulates.
+
+    Of the `places` that stand at about the same share, the one with the smallest output is taken, and of these the
+    outermost.
+
+    Returns:
+        The names in running order; fewer where there are not so many places.
+    """
+    here = places(survey, output)
     chosen: list[tuple[float, Moment]] = []
     for k in range(1, exits):
         after = chosen[-1][0] if chosen else 0.0
-        free = [(share, moment) for share, moment in places if share > after]
+        free = [(share, moment) for share, moment in here if share > after]
         if not free:
             break
         nearest = min(abs(share - k / exits) for share, _ in free)

@@ -32,6 +32,7 @@ class ExitCost:
         trunk_us, branch_us: microseconds a sample, measured in the deployment engine.
         trunk_macs, branch_macs: multiply-accumulates a sample.
         batch_size, threads: how the times were taken.
+        network: the `fingerprint` of the network that was measured, where known.
     """
 
     trunk_us: tuple[float, ...]
@@ -40,6 +41,7 @@ class ExitCost:
     branch_macs: tuple[float, ...] = ()
     batch_size: int = 1
     threads: int = 1
+    network: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("trunk_us", "branch_us", "trunk_macs", "branch_macs"):
@@ -193,6 +195,7 @@ class Choice:
         outcome: on the record that chose (validation): optimistic, so report another record's.
         record_digest: of the record that chose, so that judging on the same data can be noticed.
         promise: what holds for other samples, or None where no promise was asked for.
+        network: the `fingerprint` of the network whose record chose, where known.
     """
 
     policy: Policy
@@ -200,6 +203,7 @@ class Choice:
     outcome: Outcome
     record_digest: str
     promise: Promise | None = None
+    network: str | None = None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON. Raises `FileError`."""

@@ -47,7 +47,7 @@ def report_run(run: Run) -> Path:
     """Write ``report.html`` from what the run holds. Raises `FileError` where a step before it is missing."""
     choice = Choice.load(run.file("choice.json", "choose"))
     val, test = (ExitRecord.load(run.file(f"record-{part}.npz", "train")) for part in ("val", "test"))
-    cost = measure_run(run)
+    cost = measure_run(run, choice.policy.score)
     data = load_data(run.settings.data)
     images = data.test.images.numpy()
     answer = load(run.file("model.onnx", "export"))(images.astype(np.float32) / 255)
@@ -59,7 +59,7 @@ def report_run(run: Run) -> Path:
         path,
         title=f"{run.settings.network} on {run.settings.data}",
         choice=choice,
-        outcome=evaluate(test, choice.policy, cost),
+        outcome=evaluate(test, choice, cost),
         record=test,
         scores=of_record(test, choice.policy.score),
         curve=frontier(val, cost, score=choice.policy.score),

@@ -1,7 +1,7 @@
 """One offline HTML page about a run, and its figures by themselves. Reads values only: no network, no search."""
 
-from .figures import figure_scores, figure_shares, figure_tradeoff
+from .figures import figure_leaving, figure_scores, figure_shares, figure_tradeoff
 from .html import write_report
 from .pictures import Gallery
 
-__all__ = ["Gallery", "figure_scores", "figure_shares", "figure_tradeoff", "write_report"]
+__all__ = ["Gallery", "figure_leaving", "figure_scores", "figure_shares", "figure_tradeoff", "write_report"]

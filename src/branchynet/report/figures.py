@@ -5,7 +5,7 @@ page's own, light or dark. A name (gid) beginning with ``tip:`` is shown there w
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -50,6 +50,8 @@ def figure_tradeoff(
     chosen: tuple[float, float] | None = None,
     judged: tuple[float, float] | None = None,
     interval: tuple[float, float] | None = None,
+    rivals: Mapping[str, tuple[float, float]] | None = None,
+    sweep: tuple[ArrayLike, ArrayLike] | None = None,
     most: int = 300,
 ) -> Figure:
     """Accuracy against mean time a sample, as in the paper's Figure 3.
@@ -61,6 +63,8 @@ def figure_tradeoff(
         chosen: those of the chosen thresholds on the data that chose, a star.
         judged: those of the same thresholds on other data, a ring, with the 95 % `interval` of its accuracy.
         interval: lower and upper accuracy.
+        rivals: microseconds and accuracy of other static networks by name, drawn as small diamonds.
+        sweep: microseconds and accuracy of other threshold vectors, drawn small under the curve.
         most: draw at most so many points of the curve.
 
     Raises:
@@ -71,7 +75,7 @@ def figure_tradeoff(
     us, percent = np.asarray(mean_us, np.float64), 100 * np.asarray(accuracy, np.float64)
     if us.ndim != 1 or us.shape != percent.shape or not len(us):
         raise InputError(f"mean_us {us.shape} and accuracy {percent.shape} must be of one shape (P,), not empty")
-    points = [point for point in (baseline, chosen, judged) if point is not None]
+    points = [point for point in (baseline, chosen, judged, *(rivals or {}).values()) if point is not None]
     top = max(percent.max(), *(100 * point[1] for point in points), -math.inf)
     low = min(top - 2, *(100 * point[1] for point in points), math.inf)
     keep = np.argsort(us, kind="stable")
@@ -95,6 +99,14 @@ def figure_tradeoff(
                 spot = axes.scatter(x, y, marker=marker, s=size, color=face, edgecolors=edge, lw=1.8, zorder=5)
                 spot.set_gid(f"tip:{label}: {microseconds(x)}, {y:.2f} %")
                 spot.set_label(label)
+        if sweep is not None:
+            tried_us, tried = np.asarray(sweep[0], np.float64), 100 * np.asarray(sweep[1], np.float64)
+            shown = tried >= percent.min()
+            axes.scatter(tried_us[shown], tried[shown], s=7, color=MUTED, alpha=0.5, lw=0, zorder=1, label="a sweep")
+        for name, (x, y) in (rivals or {}).items():
+            spot = axes.scatter(x, 100 * y, marker="D", s=26, color="none", edgecolors=MUTED, lw=1.3, zorder=4)
+            spot.set_gid(f"tip:{name}: {microseconds(x)}, {100 * y:.2f} %")
+            axes.annotate(name, (x, 100 * y), xytext=(6, -9), textcoords="offset points", fontsize=8, color=MUTED)
         if judged and interval:
             axes.vlines(judged[0], 100 * interval[0], 100 * interval[1], color=CHOSEN, lw=1.6, zorder=4)
         axes.set_xlabel("mean time per sample (µs)")
@@ -134,6 +146,35 @@ def figure_shares(share: Sequence[float], accuracy: Sequence[float | None]) -> F
         axes.tick_params(axis="y", length=0)
         handles = [Patch(color=RIGHT, label="right"), Patch(color=WRONG, label="wrong")]
         figure.legend(handles=handles, loc="outside upper right", ncols=2)
+    return figure
+
+
+def figure_leaving(share: ArrayLike, accuracy: ArrayLike, largest: ArrayLike, *, knee: int | None = None) -> Figure:
+    """Accuracy, and the largest entropy that leaves, against the share of samples that leave at the first exit.
+
+    Args:
+        share: `(P,)` fractions, rising.
+        accuracy: `(P,)` fractions.
+        largest: `(P,)` nats.
+        knee: the position to mark.
+
+    Raises:
+        InputError: not of one shape (P,), or empty.
+
+    Source: Teerapittayanon et al. 2016, Figure 4.
+    """
+    x, y, top = (np.asarray(values, np.float64) for values in (share, accuracy, largest))
+    if x.ndim != 1 or not x.shape == y.shape == top.shape or not len(x):
+        raise InputError(f"share {x.shape}, accuracy {y.shape} and largest {top.shape} must be of one shape (P,)")
+    with matplotlib.rc_context(_STYLE):
+        figure, (above, below) = _new(7.4, 4.6, rows=2, sharey=False)
+        for axes, values, label in ((above, 100 * y, "accuracy (%)"), (below, top, "largest entropy (nats)")):
+            axes.plot(100 * x, values, color=RIGHT, lw=1.6)
+            axes.set_ylabel(label)
+            if knee is not None:
+                spot = axes.scatter(100 * x[knee], values[knee], marker="*", s=180, color=CHOSEN, zorder=5)
+                spot.set_gid(f"tip:the knee of the entropy: {100 * x[knee]:.1f} % leave, {values[knee]:.4g}")
+        below.set_xlabel("samples that leave at exit 1 (%)")
     return figure
 
 
@@ -208,9 +249,9 @@ def _histogram(axes: Axes, values: NDArray[np.float64], wrong: NDArray[np.bool_]
     return max(right.max(), wrong.max())
 
 
-def _new(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
+def _new(width: float, height: float, rows: int = 1, columns: int = 1, sharey: bool = True) -> tuple[Figure, Any]:
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    return figure, figure.subplots(rows, columns, sharex=True, sharey=True)
+    return figure, figure.subplots(rows, columns, sharex=True, sharey=sharey)
 
 
 def _spread(count: int, most: int) -> NDArray[np.intp]:

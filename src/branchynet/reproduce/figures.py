@@ -1,0 +1,103 @@
+"""Figures 3 and 4 of the paper as data and pictures.
+
+Shape letters: S samples, P threshold vectors.
+"""
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from ..decide import evaluate, frontier
+from ..report import figure_leaving, figure_tradeoff
+from ..scores import of_record
+from ..search import between, beyond
+from ..types import Policy
+from .measured import Measured
+
+SWEEP = 17
+"""Values a threshold in the paper's sweep; ours are spaced geometrically up to the largest entropy."""
+
+_CURVE = 200  # points of a frontier that are kept
+
+
+def figure_3(found: Measured) -> tuple[dict[str, Any], Figure]:
+    """Accuracy against mean time: thresholds of the frontier on validation images, all judged on test images.
+
+    Under it a sweep of `SWEEP` values an exit, *never* included; beside it the plain network and smaller ones.
+    """
+    curve = frontier(found.val, found.cost)
+    places = np.unique(np.linspace(0, len(curve) - 1, min(len(curve), _CURVE)).astype(int))
+    best = [_judged(found, curve.policy(int(i))) for i in places]
+    ladder = np.geomspace(1e-4, 1.0, SWEEP) * _most(found)
+    combinations = itertools.product((None, *ladder), repeat=found.cost.exits - 1)
+    sweep = [_judged(found, Policy(thresholds=c)) for c in combinations]
+    point = found.points[0]
+    outcome = point.outcome
+    data = {
+        "network": found.recipe.title,
+        "frontier": best,
+        "sweep": sweep,
+        "knee": _judged(found, curve.policy(curve.knee)),
+        "chosen": {
+            "thresholds": list(point.policy.thresholds), "us": outcome.mean_us, "accuracy": outcome.accuracy,
+            "interval": list(outcome.accuracy_interval),
+        },
+        "plain": {"us": found.plain.us, "accuracy": found.plain.accuracy},
+        "smaller": [{"network": s.name, "us": s.us, "accuracy": s.accuracy} for s in found.smaller],
+    }  # fmt: skip
+    picture = figure_tradeoff(
+        [p["us"] for p in best],
+        [p["accuracy"] for p in best],
+        baseline=(found.plain.us, found.plain.accuracy),
+        judged=(outcome.mean_us or 0.0, outcome.accuracy),
+        interval=outcome.accuracy_interval,
+        rivals={s.name: (s.us, s.accuracy) for s in found.smaller},
+        sweep=([p["us"] for p in sweep], [p["accuracy"] for p in sweep]),
+    )
+    return data, picture
+
+
+def figure_4(found: Measured) -> tuple[dict[str, Any], Figure]:
+    """Accuracy and the largest entropy, against the share of test images that leave at exit 1; only it and the last.
+
+    The knee of the entropy, which rises slowly and then fast, is the farthest point below the chord between both ends.
+    """
+    entropy = of_record(found.test)[:, 0].astype(np.float64)
+    order = np.argsort(entropy, kind="stable")
+    gain = found.test.losses[order, 0].astype(np.float64) - found.test.losses[order, -1]
+    loss = found.test.losses[:, -1].sum(dtype=np.float64) + np.cumsum(gain)
+    samples = found.test.samples
+    places = np.unique(np.linspace(0, samples - 1, _CURVE).astype(int))
+    share, accuracy, largest = (places + 1) / samples, 1 - loss[places] / samples, entropy[order][places]
+    knee = int((share - (largest - largest[0]) / max(np.ptp(largest), 1e-12)).argmax())
+    ordered = entropy[order].astype(np.float32)
+    last = places[knee]
+    threshold = (
+        between(ordered[last : last + 1], ordered[last + 1 :][:1]) if last + 1 < samples else beyond(ordered[-1:])
+    )
+    data = {
+        "network": found.recipe.title,
+        "share": share.tolist(),
+        "accuracy": accuracy.tolist(),
+        "largest_entropy": largest.tolist(),
+        "knee": {
+            "share": float(share[knee]), "accuracy": float(accuracy[knee]), "entropy": float(largest[knee]),
+            "threshold": float(threshold[0]),
+        },
+        "last_exit_accuracy": 1 - float(found.test.losses[:, -1].mean(dtype=np.float64)),
+    }  # fmt: skip
+    return data, figure_leaving(share, accuracy, largest, knee=knee)
+
+
+def _judged(found: Measured, policy: Policy) -> dict[str, Any]:
+    outcome = evaluate(found.test, policy, found.cost)
+    return {"thresholds": list(policy.thresholds), "us": outcome.mean_us, "accuracy": outcome.accuracy}
+
+
+def _most(found: Measured) -> float:
+    """The largest entropy there is: of that many classes."""
+    assert found.test.outputs is not None
+    return math.log(found.test.outputs.shape[2])

@@ -1,0 +1,179 @@
+"""One network of the paper, judged: accuracy on test images, thresholds from validation, everything timed."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..bench import bench
+from ..choosing import choose
+from ..cost import measure
+from ..data import ImageData, Split, loader
+from ..decide import evaluate
+from ..engine.exported import Engine
+from ..engine.onnx import load
+from ..engine.torch import TorchEngine
+from ..errors import InfeasibleError
+from ..exit_record import ExitRecord
+from ..export import export
+from ..record import record
+from ..timing import in_turns
+from ..types import ExitCost, Outcome, Policy
+from .recipes import Recipe, Trained
+
+_RECORDED = 250  # images a call
+_WARM = 8
+
+
+@dataclass(frozen=True)
+class Static:
+    """A plain network beside ours: accuracy on test images, and microseconds a sample at batch 1."""
+
+    name: str
+    accuracy: float
+    us: float
+
+
+@dataclass(frozen=True)
+class Operating:
+    """A network at one choice of thresholds.
+
+    Attributes:
+        name: the network's.
+        asked: the accuracy on validation images that thresholds had to reach, such as the plain network's.
+        reached: whether any do; else they are the most accurate ones.
+        policy: score and thresholds.
+        outcome: on test images, with costs.
+        bench: the row of `bench` at batch 1, ONNX Runtime.
+        cuda: the row of `on_device`, where there is a GPU.
+    """
+
+    name: str
+    asked: float
+    reached: bool
+    policy: Policy
+    outcome: Outcome
+    bench: dict[str, Any]
+    cuda: dict[str, float] | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A recipe's networks, judged.
+
+    Attributes:
+        recipe: of which.
+        val, test: records of the network with branches.
+        cost: of its stages at batch 1 on one thread, ONNX Runtime.
+        plain: the plain network.
+        plain_val: its accuracy on validation images.
+        smaller: smaller plain networks.
+        points: at thresholds that keep the plain network's accuracy on validation images, then with each of the
+            recipe's slacks.
+    """
+
+    recipe: Recipe
+    val: ExitRecord
+    test: ExitRecord
+    cost: ExitCost
+    plain: Static
+    plain_val: float
+    smaller: tuple[Static, ...]
+    points: tuple[Operating, ...]
+
+
+def measured(
+    recipe: Recipe, nets: Trained, data: ImageData, *, samples: int, repeats: int, say: Callable[[str], None]
+) -> Measured:
+    """Record, choose, export and time the networks of one recipe, on one thread at batch 1.
+
+    Args:
+        recipe: whose.
+        nets: its networks, trained.
+        data: their images.
+        samples: how many test images are timed; all count for accuracy.
+        repeats: passes over these.
+        say: called with a line now and then.
+    """
+    say(f"{recipe.title}: recording {len(data.val) + len(data.test)} images")
+    val, test = (_recorded(nets.branchy, split) for split in (data.val, data.test))
+    plain_val, plain_test = (_accuracy(nets.plain, split) for split in (data.val, data.test))
+    images = data.test.images.float() / 255
+    say(f"{recipe.title}: measuring what each exit costs")
+    cost = measure(nets.branchy, images[:8], seconds=20.0)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        points = []
+        for slack in (0.0, *recipe.slack):
+            asked = plain_val - slack
+            policy, reached = thresholds_for(val, cost, asked)
+            say(f"{recipe.title}: timing thresholds {_told(policy)}")
+            path = export(nets.branchy, folder / "model.onnx", policy=policy, example=images[:8])
+            (row,) = bench(
+                path, nets.branchy, images, data.test.labels, network=recipe.name, accuracy_static=plain_test,
+                batches=(1,), samples=samples, repeats=repeats,
+            )  # fmt: skip
+            cuda = on_device(nets, policy, images[:samples], "cuda") if torch.cuda.is_available() else None
+            points.append(Operating(recipe.title, asked, reached, policy, evaluate(test, policy, cost), row, cuda))
+        say(f"{recipe.title}: timing {len(nets.smaller)} smaller networks")
+        statics = {recipe.plain_title: nets.plain, **nets.smaller}
+        us = _side_by_side(statics, images[:samples], repeats, folder)
+    # The plain network's time is that of the table's row, so that its neighbours are told by ratios taken in turns.
+    scale = points[0].bench["static_us"] / us[recipe.plain_title]
+    smaller = tuple(Static(n, _accuracy(net, data.test), us[n] * scale) for n, net in nets.smaller.items())
+    plain = Static(recipe.plain_title, plain_test, points[0].bench["static_us"])
+    return Measured(recipe, val, test, cost, plain, plain_val, smaller, tuple(points))
+
+
+def thresholds_for(val: ExitRecord, cost: ExitCost, accuracy: float) -> tuple[Policy, bool]:
+    """The cheapest thresholds of that accuracy on the record, and True; else the most accurate ones, and False."""
+    try:
+        return choose(val, cost, min_accuracy=accuracy, confidence=None).policy, True
+    except InfeasibleError:
+        return choose(val, cost, max_latency_us=float(cost.latency_us([True] * cost.exits)[-1])).policy, False
+
+
+def on_device(nets: Trained, policy: Policy, images: torch.Tensor, device: str) -> dict[str, float]:
+    """Milliseconds a sample at batch 1 of both networks in the PyTorch engine on a device, in turns.
+
+    Answers come back to the host each time, so that nothing is left running when the clock stops.
+    """
+    example = images[:_WARM]
+    engines = {
+        "plain": TorchEngine(nets.plain, Policy(), example, device=device),
+        "branchy": TorchEngine(nets.branchy, policy, example, device=device),
+    }
+    rows = [(image,) for image in images.to(device).split(1)]
+    seconds = in_turns({name: [engine] * len(rows) for name, engine in engines.items()}, rows, 5, turn=64)
+    for net in (nets.plain, nets.branchy):
+        net.cpu()
+    plain, branchy = (1e3 * seconds[name] / len(rows) for name in engines)
+    return {"plain_ms": plain, "branchy_ms": branchy, "gain": plain / branchy}
+
+
+def _recorded(net: nn.Module, split: Split) -> ExitRecord:
+    return record(net, loader(split, _RECORDED), progress=True)
+
+
+def _accuracy(net: nn.Module, split: Split) -> float:
+    return evaluate(_recorded(net, split), Policy()).accuracy
+
+
+def _side_by_side(nets: dict[str, nn.Module], images: torch.Tensor, repeats: int, folder: Path) -> dict[str, float]:
+    """Median microseconds a sample of each plain network."""
+    engines: dict[str, Engine] = {}
+    for n, (name, net) in enumerate(nets.items()):
+        path = export(net, folder / f"static-{n}.onnx", policy=None, example=images[:8])
+        engines[name] = load(path, threads=1)
+    rows: Sequence[tuple[Any]] = [(np.ascontiguousarray(image),) for image in images.split(1)]
+    seconds = in_turns({n: [e.outputs] * len(rows) for n, e in engines.items()}, rows, repeats, turn=64)
+    return {name: taken * 1e6 / len(rows) for name, taken in seconds.items()}
+
+
+def _told(policy: Policy) -> str:
+    return ", ".join("never" if t is None else f"{t:.4g}" for t in policy.thresholds)

@@ -1,0 +1,222 @@
+"""How each of the paper's networks is trained, and what stands beside it: one recipe a network.
+
+A plain network is trained from nothing. From its weights go on, for the same number of epochs and with the same
+augmentation, once the network with its branches (joint) and once the plain network alone (continued): the comparison
+that is fair to the baseline. The smaller plain networks, which a user might pick instead of early exits, get the same
+total epochs in the same two parts.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import zoo
+from ..data import Augment, ImageData, affine, flip_crop, loader
+from ..errors import InputError
+from ..net import BranchyNet
+from ..training.train import Cosine, fit
+from ..zoo.alexnet import AlexNet
+from ..zoo.lenet import LeNet
+from ..zoo.weights import ship
+
+Make = Callable[[], nn.Module]
+
+COSINE = Cosine()
+
+
+def adam(rate: float) -> Callable[[Any], torch.optim.Optimizer]:
+    """Adam, as in the paper; `rate` is the schedule's peak."""
+    return partial(torch.optim.Adam, lr=rate)
+
+
+def sgd(rate: float) -> Callable[[Any], torch.optim.Optimizer]:
+    """SGD with Nesterov momentum and weight decay; `rate` is the schedule's peak."""
+    return partial(torch.optim.SGD, lr=rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A network of the paper, and how it is trained.
+
+    Attributes:
+        name, title: of the network with branches, for files and for people.
+        data: a name that `load_data` knows.
+        plain, branchy: make the network without and with branches; given ``pretrained=True``, with shipped weights.
+        optimizer: makes what `fit` takes as its optimizer from a learning rate.
+        weights: names of the shipped weights of both, with branches and without.
+        epochs, rates: of the two parts, from nothing and from the baseline's weights on; the peak learning rates.
+        batch, augment, schedule: as `loader` and `fit` take them.
+        smaller: name, maker and shipped weights' name of smaller plain networks.
+        slack: points of accuracy below the plain network's at which thresholds are chosen as well.
+    """
+
+    name: str
+    title: str
+    data: str
+    plain: Callable[..., nn.Module]
+    branchy: Callable[..., BranchyNet]
+    optimizer: Callable[[float], Callable[[Any], torch.optim.Optimizer]]
+    weights: tuple[str, str]
+    epochs: tuple[int, int]
+    rates: tuple[float, float]
+    batch: int = 128
+    augment: Augment | None = None
+    schedule: Cosine = COSINE
+    smaller: tuple[tuple[str, Make, str], ...] = ()
+    slack: tuple[float, ...] = ()
+
+    @property
+    def plain_title(self) -> str:
+        """The plain network's name for people."""
+        return self.title.removeprefix("B-")
+
+
+_LENETS = tuple(
+    (f"LeNet {a}-{b}-{c}", partial(LeNet, channels=(a, b, c)), f"lenet_{a}_{b}_{c}-mnist")
+    for a, b, c in ((2, 4, 8), (3, 6, 12), (4, 8, 16))
+)
+# Channels of the five convolutions and widths of the two linear layers, in parts of AlexNet's.
+_WIDTHS = {
+    "1/4": ((8, 16, 24, 24, 16), (64, 32)),
+    "3/8": ((12, 24, 36, 36, 24), (96, 48)),
+    "1/2": ((16, 32, 48, 48, 32), (128, 64)),
+    "3/4": ((24, 48, 72, 72, 48), (192, 96)),
+}
+_ALEXNETS = tuple(
+    (f"AlexNet, {part} width", partial(AlexNet, 10, *widths), f"alexnet_{part.replace('/', '_')}-cifar10")
+    for part, widths in _WIDTHS.items()
+)
+_RESNETS = tuple((f"ResNet-{n}", partial(zoo.resnet, n), f"resnet{n}-cifar10") for n in (20, 32, 56))
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            "b_lenet", "B-LeNet", "mnist", zoo.lenet, zoo.b_lenet, adam,
+            ("b_lenet-mnist", "lenet-mnist"), epochs=(10, 25), rates=(5e-3, 5e-3), batch=256,
+            augment=affine(degrees=10, translate=2 / 28, scale=0.1), smaller=_LENETS,
+        ),
+        Recipe(
+            "b_alexnet", "B-AlexNet", "cifar10", zoo.alexnet, zoo.b_alexnet, adam,
+            ("b_alexnet-text-cifar10", "alexnet-cifar10"), epochs=(60, 30), rates=(1e-3, 1e-3),
+            augment=flip_crop(4), schedule=Cosine(warmup=0.15), smaller=_ALEXNETS,
+        ),
+        Recipe(
+            "b_resnet110", "B-ResNet-110", "cifar10", partial(zoo.resnet, 110), partial(zoo.b_resnet, 110), sgd,
+            ("b_resnet110-cifar10", "resnet110-cifar10"), epochs=(12, 4), rates=(0.1, 0.02),
+            augment=flip_crop(4), schedule=Cosine(warmup=0.15), smaller=_RESNETS, slack=(0.003,),
+        ),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The networks of one recipe, ready to be judged.
+
+    Attributes:
+        branchy: with branches.
+        plain: without, trained for as long.
+        smaller: smaller plain networks, trained for as long, by name.
+    """
+
+    branchy: BranchyNet
+    plain: nn.Module
+    smaller: dict[str, nn.Module]
+
+
+def shipped(recipe: Recipe) -> Trained:
+    """The networks with the weights that the package ships. Raises `InputError` where none ship."""
+    smaller = {name: ship(make(), weights, 10, 10) for name, make, weights in recipe.smaller}
+    return Trained(recipe.branchy(pretrained=True), recipe.plain(pretrained=True), smaller)
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of a recipe's networks: where it keeps its state, and what else is given.
+
+    Attributes:
+        recipe: what is trained.
+        data: on what.
+        folder: state and history of every part; what was trained before is read from there.
+        seed: of weights, order and augmentation.
+        precision: as `fit` takes it: ``"bf16"`` where the processor is fast at it.
+        progress: show bars.
+    """
+
+    recipe: Recipe
+    data: ImageData
+    folder: Path
+    seed: int = 0
+    precision: str = "no"
+    progress: bool = True
+
+    def baseline(self) -> nn.Module:
+        """The plain network after the first part."""
+        return self._begin(self.recipe.plain, "baseline")
+
+    def continued(self) -> nn.Module:
+        """The plain network after both parts."""
+        return self._go_on(self.baseline(), "continued")
+
+    def joint(self) -> BranchyNet:
+        """The network with branches, from the baseline's weights on."""
+        baseline = self.baseline()
+        torch.manual_seed(self.seed)
+        branchy = self.recipe.branchy()
+        branchy.backbone.load_state_dict(baseline.state_dict())
+        self._go_on(branchy, "joint")
+        return branchy
+
+    def smaller(self) -> Iterator[tuple[str, nn.Module]]:
+        """Each smaller network after both parts, by the name of its weights."""
+        for _, make, weights in self.recipe.smaller:
+            yield weights, self._go_on(self._begin(make, f"{weights}/baseline"), f"{weights}/continued")
+
+    def all(self) -> Trained:
+        """Everything; hours for AlexNet, a day for ResNet-110 on one core."""
+        titles = {weights: title for title, _, weights in self.recipe.smaller}
+        branchy, plain = self.joint(), self.continued()
+        return Trained(branchy.eval(), plain.eval(), {titles[w]: net.eval() for w, net in self.smaller()})
+
+    def _begin(self, make: Make, run: str) -> nn.Module:
+        torch.manual_seed(self.seed)
+        return self._fit(make(), 0, self.seed, run)
+
+    def _go_on(self, net: nn.Module, run: str) -> nn.Module:
+        return self._fit(net, 1, 100 + self.seed, run)
+
+    def _fit(self, net: nn.Module, part: int, seed: int, run: str) -> nn.Module:
+        recipe = self.recipe
+        if self.progress:
+            print(f"{recipe.title}, {run}: {recipe.epochs[part]} epochs", flush=True)
+        fit(
+            net,
+            loader(self.data.train, recipe.batch, shuffle=True, augment=recipe.augment),
+            loader(self.data.val, 500),
+            epochs=recipe.epochs[part],
+            optimizer=recipe.optimizer(recipe.rates[part]),
+            schedule=recipe.schedule,
+            seed=seed,
+            mixed_precision=self.precision,
+            channels_last=True,
+            run=self.folder / run,
+            progress=self.progress,
+        )
+        return net
+
+
+def recipes(names: str) -> list[Recipe]:
+    """The recipes of networks told as ``"b_lenet,b_alexnet"``. Raises `InputError` for an unknown one, or none."""
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    if not wanted:
+        raise InputError(f"no network is named; take some of {', '.join(RECIPES)}")
+    for name in wanted:
+        if name not in RECIPES:
+            raise InputError(f"unknown network {name!r}; take some of {', '.join(RECIPES)}")
+    return [RECIPES[name] for name in wanted]

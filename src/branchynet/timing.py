@@ -1,0 +1,67 @@
+"""Timing several things side by side, so that a slow moment of the machine hits them all alike."""
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+_LONG = 0.05  # seconds
+_CALLS = 4
+
+
+def interleaved(calls: Sequence[Callable[[], Any]], seconds: float, *, rounds: int = 400) -> list[float]:
+    """Median microseconds of each call, taken in turns: once to warm its weights up, then a few times by the clock."""
+    return [statistics.median(times) for times in samples_of(calls, seconds, rounds=rounds)]
+
+
+def samples_of(calls: Sequence[Callable[[], Any]], seconds: float, *, rounds: int = 400) -> list[list[float]]:
+    """Microseconds of each call, one figure a turn: at least 5, and as many as fit into `seconds`."""
+    times: list[list[float]] = [[] for _ in calls]
+    for call in calls:
+        call()
+    end = time.perf_counter() + seconds
+    while len(times[0]) < 5 or (time.perf_counter() < end and len(times[0]) < rounds):
+        for call, taken in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            once = time.perf_counter() - start
+            if once < _LONG:  # of long calls the cold start is no part worth telling
+                start = time.perf_counter()
+                for _ in range(_CALLS):
+                    call()
+                once = (time.perf_counter() - start) / _CALLS
+            taken.append(once * 1e6)
+    return times
+
+
+def in_turns(
+    calls: Mapping[str, Sequence[Callable[..., Any]]], batches: Sequence[Sequence[Any]], repeats: int, turn: int
+) -> dict[str, float]:
+    """Median seconds of a pass over all batches, for each name; names take turns every few calls.
+
+    Who goes first finds the inputs cold in the cache and what it computes with evicted, so that turn goes round too.
+
+    Args:
+        calls: for each name, what to call for every batch, one a batch.
+        batches: the arguments of each call.
+        repeats: passes that count; one before them warms up.
+        turn: calls in a turn. Who has its turn finds its weights cold, so turns of few calls would tell of that alone.
+    """
+    passes: dict[str, list[float]] = {name: [] for name in calls}
+    order = deque(calls)
+    for repeat in range(repeats + 1):
+        total = dict.fromkeys(calls, 0.0)
+        for start in range(0, len(batches), turn):
+            block = slice(start, start + turn)
+            order.rotate(1)
+            for name in order:
+                turns = list(zip(calls[name][block], batches[block], strict=True))
+                begin = time.perf_counter()
+                for call, arguments in turns:
+                    call(*arguments)
+                total[name] += time.perf_counter() - begin
+        if repeat:
+            for name, seconds in total.items():
+                passes[name].append(seconds)
+    return {name: statistics.median(times) for name, times in passes.items()}

@@ -1,0 +1,168 @@
+"""The paper's evaluation made again, on a small network and real digits, and beside naive loops."""
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+import branchynet.reproduce as room
+from branchynet import Policy, evaluate, record, zoo
+from branchynet.data import load_data, loader
+from branchynet.errors import InputError
+from branchynet.reproduce import reproduce, table1
+from branchynet.reproduce.figures import figure_3, figure_4
+from branchynet.reproduce.measured import Static, measured, on_device, thresholds_for
+from branchynet.reproduce.recipes import RECIPES, Training, adam, recipes
+from branchynet.scores import of_record
+from branchynet.zoo.lenet import LeNet
+from oracle import figure_2
+
+RECIPE = replace(
+    RECIPES["b_lenet"],
+    data="digits",
+    epochs=(2, 2),
+    smaller=(("LeNet 2-4-8", partial(LeNet, channels=(2, 4, 8)), "lenet_2_4_8-digits"),),
+    slack=(0.05,),
+)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_data("digits")
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory, digits):
+    return Training(RECIPE, digits, tmp_path_factory.mktemp("training"), progress=False)
+
+
+@pytest.fixture(scope="module")
+def found(training, digits):
+    return measured(RECIPE, training.all(), digits, samples=32, repeats=1, say=lambda line: None)
+
+
+def test_both_sides_start_from_one_baseline_and_train_as_long(training):
+    again = replace(training, recipe=replace(RECIPE, epochs=(2, 0)))
+    nets = training.all()
+    assert {p.name for p in training.folder.iterdir()} == {"baseline", "joint", "continued", "lenet_2_4_8-digits"}
+    rows = {p.parent.name: len(p.read_text().splitlines()) for p in training.folder.glob("*/train.csv")}
+    assert rows["joint"] == rows["continued"]
+    baseline = training.baseline().state_dict()
+    assert any(not torch.equal(v, baseline[k]) for k, v in nets.plain.state_dict().items())
+    stopped = again.baseline().state_dict()  # read, not trained again
+    assert all(torch.equal(v, stopped[k]) for k, v in baseline.items())
+
+
+def test_figures_of_merit_are_those_of_the_networks(found, training, digits):
+    nets = training.all()
+    test = record(nets.branchy, loader(digits.test, 100), progress=False)
+    assert found.test.digest == test.digest
+    plain = record(nets.plain, loader(digits.test, 100), progress=False)
+    assert found.plain.accuracy == evaluate(plain, Policy()).accuracy
+    assert [s.name for s in found.smaller] == ["LeNet 2-4-8"] and found.smaller[0].us > 0
+    assert [p.asked for p in found.points] == [found.plain_val, found.plain_val - 0.05]
+    for point in found.points:
+        on_val = evaluate(found.val, point.policy).accuracy
+        assert (on_val >= point.asked - 1e-9) == point.reached
+        loop = [figure_2(sample, point.policy.thresholds) for sample in test.outputs]
+        assert point.outcome.exit_share[0] == np.mean([n == 1 for n, _ in loop])
+        right = np.mean([z.argmax() == label for (_, z), label in zip(loop, test.labels, strict=True)])
+        assert point.outcome.accuracy == pytest.approx(right)
+
+
+def test_the_most_accurate_thresholds_where_none_reach(found):
+    policy, reached = thresholds_for(found.val, found.cost, 1.0 + 1e-6 if found.plain_val == 1 else 1.0)
+    if not reached:
+        tried = np.append(np.unique(of_record(found.val)[:, 0]) + 1e-7, 1e9)
+        best = max(evaluate(found.val, Policy(thresholds=(float(t),))).accuracy for t in tried)
+        assert evaluate(found.val, policy).accuracy >= best - 1e-9
+
+
+def test_figure_3(found):
+    data, picture = figure_3(found)
+    assert len(data["sweep"]) == 18 and len(picture.axes) == 1
+    for point in data["frontier"][:: max(1, len(data["frontier"]) // 5)] + data["sweep"][:3]:
+        outcome = evaluate(found.test, Policy(thresholds=tuple(point["thresholds"])), found.cost)
+        assert (outcome.mean_us, outcome.accuracy) == (point["us"], point["accuracy"])
+    assert data["chosen"]["accuracy"] == found.points[0].outcome.accuracy
+
+
+def test_figure_4_is_a_loop_over_the_sorted_samples(found):
+    data, _ = figure_4(found)
+    entropy = of_record(found.test)[:, 0]
+    order = np.argsort(entropy, kind="stable")
+    for k in (0, len(data["share"]) // 2, len(data["share"]) - 1):
+        leave = set(order[: round(data["share"][k] * len(order))].tolist())
+        loss = [found.test.losses[i, 0 if i in leave else 1] for i in range(len(order))]
+        assert data["accuracy"][k] == pytest.approx(1 - np.mean(loss))
+        assert data["largest_entropy"][k] == pytest.approx(max(entropy[i] for i in leave))
+    knee = data["knee"]
+    leaving = evaluate(found.test, Policy(thresholds=(knee["threshold"],))).exit_share[0]
+    assert leaving == pytest.approx(knee["share"], abs=2 / found.test.samples)
+
+
+def test_table_1(found):
+    rows = table1.rows(found)
+    text = table1.table([rows])
+    assert {line.count("|") for line in text.splitlines()} == {10}
+    assert "published" in text and "5.4x" in text and "LeNet 2-4-8" in text
+    assert json.loads(json.dumps(rows, allow_nan=False))["plain"]["macs"] == found.cost.macs([False, True])[-1]
+
+
+def test_a_smaller_network_that_does_better_is_named(found):
+    point = found.points[0]
+    us, accuracy = point.bench["branchy_us"], point.outcome.accuracy
+    best = Static("small", accuracy, us / 2)
+    slow, wrong = Static("slow", 1.0, us * 2), Static("wrong", accuracy - 0.01, us / 9)
+    assert table1.dominated(replace(found, smaller=(slow, wrong))) is None
+    assert table1.dominated(replace(found, smaller=(slow, best, wrong))) == best
+    assert "small does better" in table1.compared(replace(found, smaller=(best,)))
+    assert "does better" not in table1.compared(replace(found, smaller=(slow, wrong)))
+
+
+def test_rows_of_another_device(training, digits):
+    """The rows that a GPU gets, here of the processor."""
+    row = on_device(training.all(), Policy(thresholds=(0.5,)), digits.test.images[:16].float() / 255, "cpu")
+    assert row["gain"] == pytest.approx(row["plain_ms"] / row["branchy_ms"]) and row["plain_ms"] > 0
+
+
+def test_all_is_written_and_says_how_it_was_made(tmp_path, monkeypatch):
+    monkeypatch.setitem(RECIPES, "b_lenet", RECIPE)
+    monkeypatch.setattr(room, "FIG_4", "b_lenet")
+    lines = []
+    made = reproduce("all", tmp_path, networks="b_lenet", from_nothing=True, samples=16, repeats=1, say=lines.append)
+    assert len(made) == 1 and "Published: 99.25% at 5.4x" in made[0] and lines
+    names = {p.name for p in tmp_path.iterdir()}
+    pictures = {f"{fig}-b_lenet.{kind}" for fig in ("fig3", "fig4") for kind in ("png", "svg")}
+    assert names == {"training", "table1.md", "table1.json", "fig3.json", "fig4.json"} | pictures
+    stored = json.loads((tmp_path / "fig3.json").read_text())
+    assert stored["command"] == "branchynet reproduce fig3 --networks b_lenet" and stored["environment"]["torch"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("table2", {}), "unknown 'table2'; make one of table1, fig3, fig4 again, or all"),
+        (("table1", {"networks": "b_lenet,vgg"}), "unknown network 'vgg'; take some of b_lenet, b_alexnet"),
+        (("table1", {"networks": " , "}), "no network"),
+        (("fig4", {"networks": "b_lenet"}), "Figure 4 is about b_alexnet"),
+    ],
+)
+def test_wrong_requests(tmp_path, arguments, message):
+    what, more = arguments
+    with pytest.raises(InputError, match=message):
+        reproduce(what, tmp_path / "out", **more)
+    assert not (tmp_path / "out").exists()
+
+
+def test_recipes_are_fair():
+    for recipe in recipes(",".join(RECIPES)):
+        assert len(recipe.epochs) == len(recipe.rates) == 2
+        rates = [recipe.optimizer(r)(zoo.lenet().parameters()).param_groups[0]["lr"] for r in recipe.rates]
+        assert rates == list(recipe.rates)
+        title = recipe.plain_title
+        assert title in recipe.title and not title.startswith("B-")
+    assert adam(0.5)(zoo.lenet().parameters()).defaults["lr"] == 0.5

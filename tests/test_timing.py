@@ -1,0 +1,71 @@
+"""Clocks: calls take turns, weights are warm, and medians are taken."""
+
+import itertools
+
+import pytest
+
+from branchynet import timing
+from branchynet.timing import in_turns, interleaved
+
+
+class Clock:
+    """Time that passes only in calls."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.log = 0.0, []
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
+
+    def call(self, name, durations):
+        durations = itertools.cycle(durations)
+
+        def run(*arguments):
+            self.log.append((name, *arguments))
+            self.now += next(durations)
+
+        return run
+
+    @property
+    def names(self):
+        return [name for name, *_ in self.log]
+
+
+def test_long_calls_take_turns_and_medians_are_taken(monkeypatch):
+    clock = Clock(monkeypatch)
+    calls = [clock.call("a", [0.2, 0.2, 9.0]), clock.call("b", [0.1])]
+    assert interleaved(calls, seconds=100.0, rounds=30) == pytest.approx([0.2e6, 0.1e6])
+    assert clock.names == ["a", "b"] * 31  # one to warm up, then as many rounds as asked for
+
+
+def test_short_calls_are_timed_warm(monkeypatch):
+    """The first call of a turn, which finds its weights cold, does not count."""
+    clock = Clock(monkeypatch)
+    calls = [clock.call("a", [0.03, 0.01, 0.01, 0.02, 0.02]), clock.call("b", [0.002])]
+    clock.call("a", [0.0])
+    for call in calls:
+        call()
+    calls[0] = clock.call("a", [0.5, *[0.03, 0.01, 0.01, 0.02, 0.02] * 5])  # the warm-up, then five turns
+    clock.log.clear()
+    assert interleaved(calls, seconds=0.0) == pytest.approx([0.015e6, 0.002e6])
+    assert clock.names == ["a", "b", *(["a"] * 5 + ["b"] * 5) * 5]
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 5), (3.0, 10)])
+def test_measuring_ends_in_time_but_not_before_five_rounds(monkeypatch, seconds, rounds):
+    clock = Clock(monkeypatch)
+    interleaved([clock.call("a", [0.25]), clock.call("b", [0.0625])], seconds)
+    assert clock.names == ["a", "b"] * (rounds + 1)
+
+
+def test_passes_go_over_all_batches_in_turns_and_the_first_does_not_count(monkeypatch):
+    clock = Clock(monkeypatch)
+    slow, fast = clock.call("slow", [9.0] * 5 + [0.2] * 10), clock.call("fast", [0.1])
+    batches = [(n, -n) for n in range(5)]
+    found = in_turns({"slow": [slow] * 5, "fast": [fast] * 5}, batches, repeats=2, turn=2)
+    assert found == pytest.approx({"slow": 1.0, "fast": 0.5})
+    assert len(clock.log) == 2 * 5 * 3
+    for name in ("slow", "fast"):
+        assert [entry[1:] for entry in clock.log if entry[0] == name] == batches * 3
+    leaders = [turn[0] for turn in zip(clock.names[::4], clock.names[2::4], strict=False)]
+    assert {"slow", "fast"} <= set(leaders)  # who goes first changes
+    with pytest.raises(ValueError, match="zip"):
+        in_turns({"few": [fast] * 4}, batches, repeats=1, turn=5)
