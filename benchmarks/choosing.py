@@ -8,14 +8,17 @@
    threshold.
 4. Price: mean cost of the promised choice over that of the one without a promise.
 
-    python benchmarks/choosing.py       # about 30 minutes on one core; the networks are those of scores.py
+    python benchmarks/choosing.py                    # about 30 minutes on one core; the networks are those of scores.py
+    python benchmarks/choosing.py search networks    # the first alone, or the second and fourth: minutes
 
 Writes benchmarks/results/choosing.json.
 """
 
 import itertools
+import json
 import math
 import statistics
+import sys
 import time
 import tracemalloc
 from pathlib import Path
@@ -24,10 +27,9 @@ import numpy as np
 import torch
 from scores import networks
 
-from branchynet import ExitCost, ExitRecord, Policy, choose, evaluate, frontier, measure, record
-from branchynet.data import loader
+from branchynet import ExitCost, ExitRecord, Policy, choose, evaluate, frontier, measure, record, zoo
+from branchynet.data import load_data, loader
 from branchynet.decide import route
-from branchynet.errors import InfeasibleError
 from branchynet.files import write_json
 from branchynet.machine import environment
 from branchynet.scores import of_record
@@ -40,15 +42,22 @@ SWEEP = np.geomspace(1e-4, 1.0, 17)  # of the largest entropy, as are the nine
 RESULTS = Path(__file__).parent / "results" / "choosing.json"
 
 
-def evenly(exits, samples):
-    """Scores and losses at random, later exits better; what the search costs does not depend on more."""
+def evenly(exits, samples, steps):
+    """Scores of `steps` values at random, later exits better, and losses of which none is in vain: no short cuts."""
     rng = np.random.default_rng(SEED)
-    scores = rng.random((samples, exits))
-    return ExitRecord.from_scores(scores, rng.random((samples, exits)) < scores / (2 + np.arange(exits)))
+    scores = np.floor(rng.random((samples, exits)) * steps) / steps
+    return ExitRecord.from_scores(scores, rng.random((samples, exits)) * scores / (1 + np.arange(exits)))
 
 
-def search_cost(exits, samples=10_000, repeats=7):
-    made, cost = evenly(exits, samples), ExitCost((10.0,) * exits, (3.0,) * (exits - 1) + (0.0,))
+def distinct(samples):
+    """Two thresholds over all distinct scores of 10,000 samples, right and wrong answers: the exact answer."""
+    rng = np.random.default_rng(SEED)
+    scores = rng.random((samples, 3))
+    return ExitRecord.from_scores(scores, rng.random((samples, 3)) < scores * (0.3, 0.1, 0.05))
+
+
+def search_cost(name, made, vectors, repeats=7):
+    cost = ExitCost((10.0,) * made.exits, (3.0,) * (made.exits - 1) + (0.0,))
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -58,7 +67,21 @@ def search_cost(exits, samples=10_000, repeats=7):
     frontier(made, cost)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    return {"exits": exits, "samples": samples, "seconds": statistics.median(times), "megabytes": peak / 2**20}
+    return {
+        "search": name,
+        "exits": made.exits,
+        "samples": made.samples,
+        "vectors": vectors,
+        "seconds": statistics.median(times),
+        "megabytes": peak / 2**20,
+    }
+
+
+def searches(samples=10_000):
+    yield search_cost("every combination of 1,000 scores an exit", evenly(3, samples, 1000), 1000**2)
+    yield search_cost("every combination of 100 scores an exit", evenly(4, samples, 100), 100**3)
+    yield search_cost("all distinct scores, right and wrong answers", distinct(samples), samples**2)
+    yield search_cost("coordinate ascent", evenly(6, samples, samples), None)
 
 
 def outcome_of(scores, losses, cost, thresholds):
@@ -148,33 +171,26 @@ def coverage(truth, cost, limit, bound, samples=SAMPLES):
     }
 
 
-def main():
-    torch.set_num_threads(1)
-    result = {
-        "command": "python benchmarks/choosing.py",
-        "environment": environment(),
-        "seed": SEED,
-        "search": [search_cost(exits) for exits in (3, 4, 6)],
-        "rivals": [],
-        "coverage": [],
-        "price": [],
-    }
-    print(result["search"], flush=True)
-    made_up = ExitCost((10.0, 20.0), (2.0, 0.0))
-    cases = [("made up", synthetic(), made_up, ({"max_drop": 0.02},))]
+def judged():
+    """`(name, network, data)`: those of scores.py, and the paper's on CIFAR-10 with the shipped weights."""
     for name, _, net, data in itertools.islice(networks(), 3):
+        yield name, net, data
+    yield "B-AlexNet, CIFAR-10", zoo.b_alexnet(pretrained=True), load_data("cifar10")
+
+
+def on_networks():
+    """Rivals and price for each network, and the cases whose coverage is asked for."""
+    found, cases = {"rivals": [], "price": []}, []
+    for name, net, data in judged():
         val, test = (record(net, loader(part, 1000), progress=False) for part in (data.val, data.test))
         cost = measure(net, data.val.images[:8].float() / 255)
-        result["rivals"].append({"network": name, "rows": against(val, cost)})
+        found["rivals"].append({"network": name, "rows": against(val, cost)})
         if name == "4 exits, MNIST":
             three = against(*without_the_third(val, cost))
-            result["rivals"].append({"network": "B-LeNet and a branch on the input", "rows": three})
-        try:
-            kept = choose(val, cost, max_drop=0.01).policy
-            hope = choose(val, cost, max_drop=0.01, confidence=None).policy
-        except InfeasibleError as error:
-            raise SystemExit(f"{name}: {error}") from error
-        result["price"].append(
+            found["rivals"].append({"network": "B-LeNet and a branch on the input", "rows": three})
+        kept = choose(val, cost, max_drop=0.01).policy
+        hope = choose(val, cost, max_drop=0.01, confidence=None).policy
+        found["price"].append(
             {
                 "network": name,
                 "promised": vars(evaluate(test, kept, cost)),
@@ -183,21 +199,35 @@ def main():
                 "ratio_on_validation": evaluate(val, kept, cost).mean_us / evaluate(val, hope, cost).mean_us,
             }
         )
-        print(result["rivals"][-1], result["price"][-1]["ratio_on_validation"], flush=True)
+        print(found["rivals"][-1], found["price"][-1]["ratio_on_validation"], flush=True)
         both = ExitRecord(np.concatenate([val.outputs, test.outputs]), np.concatenate([val.labels, test.labels]))
-        more = ({"max_disagreement": 0.02},) if val.exits == 2 else ()
-        if name != "4 exits, MNIST":  # of both kinds one
+        more = ({"max_disagreement": 0.02},) if name.startswith("B-LeNet") else ()
+        if name in ("B-LeNet, MNIST", "4 exits, Fashion-MNIST"):  # of both kinds one
             cases.append((name, both, cost, ({"max_drop": 0.01}, *more)))
-    for name, truth, cost, limits in cases:
-        for limit, bound in itertools.product(limits, ("betting", "binomial")):
-            result["coverage"].append(
-                {
-                    "network": name,
-                    **coverage(truth, cost, limit, bound, MADE_UP_SAMPLES if cost is made_up else SAMPLES),
-                }
-            )
-            print(result["coverage"][-1], flush=True)
-            write_json(RESULTS, result)
+    return found, cases
+
+
+def main():
+    torch.set_num_threads(1)
+    parts = sys.argv[1:] or ["search", "networks", "coverage"]
+    result = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    result |= {"command": "python benchmarks/choosing.py", "environment": environment(), "seed": SEED}
+    if "search" in parts:
+        result["search"] = list(searches())
+        print(result["search"], flush=True)
+    if "networks" in parts or "coverage" in parts:
+        found, real = on_networks()
+        result |= found
+    if "coverage" in parts:
+        made_up = ExitCost((10.0, 20.0), (2.0, 0.0))
+        result["coverage"] = []
+        for name, truth, cost, limits in [("made up", synthetic(), made_up, ({"max_drop": 0.02},)), *real]:
+            for limit, bound in itertools.product(limits, ("betting", "binomial")):
+                samples = MADE_UP_SAMPLES if cost is made_up else SAMPLES
+                result["coverage"].append({"network": name, **coverage(truth, cost, limit, bound, samples)})
+                print(result["coverage"][-1], flush=True)
+                write_json(RESULTS, result)
+    write_json(RESULTS, result)
 
 
 if __name__ == "__main__":

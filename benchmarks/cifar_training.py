@@ -19,6 +19,7 @@ import argparse
 import copy
 import json
 import os
+import statistics
 from pathlib import Path
 
 import torch
@@ -56,7 +57,9 @@ def row(task, net, runs):
     """Every exit's accuracy over all validation and all test images, and what the training took."""
     history = [History.load(task.folder / run / "train.csv") for run in runs]
     accuracy = {f"{part}_accuracy": accuracies(net, getattr(task.data, part)) for part in ("val", "test")}
-    epochs, seconds = sum(len(h.rows) for h in history), sum(h.seconds for h in history)
+    epochs = sum(len(h.rows) for h in history)
+    # Medians, since the machine had other work at times, and stood still.
+    seconds = sum(len(h.rows) * statistics.median(r.seconds for r in h.rows) for h in history)
     return {**accuracy, "epochs": epochs, "seconds": seconds, "seed": task.seed, "precision": task.precision}
 
 
