@@ -10,8 +10,10 @@ them; what the weights answer does not matter to what they cost.
    beside the static network.
 3. A network of 110 layers: how long export takes, and how much larger the file is than the static one plus the heads.
 
-    python benchmarks/architectures.py                 # goes on with the networks that are not yet in the results
-    python benchmarks/architectures.py --again NAME    # measures one anew
+    python benchmarks/architectures.py               # one trial more of every network, of those with the fewest first
+    python benchmarks/architectures.py MobileNetV2   # of these alone
+
+All trials are kept and medians told, since how cold the caches of a shared machine are differs from hour to hour.
 
 Writes benchmarks/results/architectures.json. Needs the extra `dev` (transformers).
 """
@@ -100,11 +102,13 @@ def backbone(name):
 
 @torch.no_grad()
 def calmed(net, inputs):
-    """The network with logits of its branches of about unit size, so that no two entropies are alike."""
+    """The network with branches whose logits differ from sample to sample by about 1, so that entropies do too."""
     for branch, logits in zip(net.branches, net(**few(inputs, 64)), strict=False):
         last = [m for m in branch.modules() if isinstance(m, nn.Linear)][-1]
-        last.weight /= logits.std()
-        last.bias /= logits.std()
+        mean = logits.mean(dim=0)
+        spread = (logits - mean).std()
+        last.weight /= spread
+        last.bias.sub_(mean).div_(spread)
     return net
 
 
@@ -157,7 +161,7 @@ def measured(name):
     first = attach(backbone(name), "auto", exits=6, example=example).taps[0]
     two = calmed(attach(backbone(name), [first], example=example).eval(), inputs)
     (half,) = timed(two, inputs, thresholds_for(two, inputs, (0.5, 0.5)), (64,), name)
-    return {"network": name, "three": shares, "half": {"tap": first, "cost_share": first_share(two, inputs), **half}}
+    return {"three": shares, "half": {"tap": first, "cost_share": first_share(two, inputs), **half}}
 
 
 def deep():
@@ -178,25 +182,21 @@ def deep():
 
 def main():
     torch.set_num_threads(1)
-    again = sys.argv[2:] if sys.argv[1:2] == ["--again"] else []
-    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"networks": []}
-    done = {n["network"]: n for n in found["networks"] if n["network"] not in again}
-    deepest = found.get("deep") if "deep" not in again else None
-    for name in NETWORKS:
-        if name not in done:
-            done[name] = measured(name)
-            print(json.dumps(done[name]), flush=True)
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    trials = {name: [] for name in NETWORKS} | {n["network"]: n["trials"] for n in found.get("networks", ())}
+    for name in sorted(sys.argv[1:] or NETWORKS, key=lambda name: len(trials[name])):
+        trials[name].append(measured(name))
+        print(name, json.dumps(trials[name][-1]), flush=True)
         result = {
             "command": "python benchmarks/architectures.py",
             "environment": environment(),
             "samples": SAMPLES,
-            "networks": [done[n] for n in NETWORKS if n in done],
-            "deep": deepest,
+            "networks": [{"network": n, "trials": kept} for n, kept in trials.items()],
+            "deep": found.get("deep"),
         }
         write_json(RESULTS, result)
-    result["deep"] = deepest or deep()
-    print(result["deep"])
-    write_json(RESULTS, result)
+    if not found.get("deep"):
+        write_json(RESULTS, {**result, "deep": deep()})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """More generated blocks for `tables.py`: third-party networks, int8, choosing. Each returns the lines of one block."""
 
 import json
+import statistics
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -14,6 +15,13 @@ def _shares(row):
     return "/".join(f"{share:.0%}".rstrip("%") for share in row["exit_share"])
 
 
+def _middle(trials, ratio):
+    """The median over trials of a ratio, and how far the trials lie apart where there are several."""
+    values = [ratio(trial) for trial in trials]
+    apart = f" ({min(values):.2f}-{max(values):.2f})" if len(values) > 1 else ""
+    return f"{statistics.median(values):.2f}{apart}"
+
+
 def architectures():
     found = results("architectures")
     lines = [
@@ -21,30 +29,36 @@ def architectures():
         "|---|--:|---|--:|--:|--:|",
     ]
     for network in found["networks"]:
-        for three in network["three"]:
-            one, many = three["rows"]
+        for k in range(2):
+            ones, manys = zip(*(trial["three"][k]["rows"] for trial in network["trials"]), strict=True)
             lines.append(
-                f"| {network['network']} | {one['static_us'] / 1000:.1f} ms | {_shares(one)} | {one['overhead']:.2f} "
-                f"| {one['branchy_us'] / one['limit_in_order_us']:.2f} | {many['overhead']:.2f} |"
+                f"| {network['network']} | {statistics.median(o['static_us'] for o in ones) / 1000:.1f} ms "
+                f"| {_shares(ones[0])} | {_middle(ones, lambda o: o['overhead'])} "
+                f"| {_middle(ones, lambda o: o['branchy_us'] / o['limit_in_order_us'])} "
+                f"| {_middle(manys, lambda m: m['overhead'])} |"
             )
     where = found["environment"]
     return [
         *lines,
         "",
-        f'Three exits by `attach(at="auto")`, one thread, {found["samples"]} samples in random order; '
-        f"{where['processor']}, ONNX Runtime {where['onnxruntime']}. Made by `{found['command']}`.",
+        f'Three exits by `attach(at="auto")`, one thread, {found["samples"]} samples in random order; medians of all '
+        f"trials, and their range; {where['processor']}, ONNX Runtime {where['onnxruntime']}. Made by "
+        f"`{found['command']}`.",
     ]
 
 
 def halves():
     found = results("architectures")
     lines = ["| network | first exit's cost of the whole | speed-up |", "|---|--:|--:|"]
-    for network in sorted(found["networks"], key=lambda n: n["half"]["cost_share"]):
-        half = network["half"]
-        lines.append(f"| {network['network']} | {half['cost_share']:.0%} | **{half['speedup']:.2f}x** |")
+    rows = []
+    for network in found["networks"]:
+        all_halves = [trial["half"] for trial in network["trials"]]
+        share, speedup = (statistics.median(h[key] for h in all_halves) for key in ("cost_share", "speedup"))
+        rows.append((share, f"| {network['network']} | {share:.0%} | **{speedup:.2f}x** |"))
     deep = found["deep"]
     return [
         *lines,
+        *(line for _, line in sorted(rows)),
         "",
         f"Batches of 64, half of them leaving at the first of two exits. {deep['network']} with two branches is "
         f"exported in {deep['export_seconds']:.0f} s; its file is "
