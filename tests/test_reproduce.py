@@ -165,4 +165,5 @@ def test_recipes_are_fair():
         assert rates == list(recipe.rates)
         title = recipe.plain_title
         assert title in recipe.title and not title.startswith("B-")
+    assert recipes("all") == recipes("b_lenet,b_alexnet,b_resnet110")
     assert adam(0.5)(zoo.lenet().parameters()).defaults["lr"] == 0.5

@@ -205,7 +205,7 @@ def inspect(
 def reproduce(
     what: Annotated[str, typer.Argument(metavar="WHAT", help="table1, fig3, fig4 or all.")],
     output: Annotated[Path, typer.Option(help="The folder for tables and pictures.")] = Path("reproduced"),
-    networks: Annotated[str, typer.Option(help="Which, with commas between.")] = "b_lenet,b_alexnet,b_resnet110",
+    networks: Annotated[str, typer.Option(help="Which of the paper's, with commas between; or all.")] = "all",
     from_nothing: Annotated[bool, typer.Option(help="Train them first: hours. Goes on where it was stopped.")] = False,
     precision: Annotated[str, typer.Option(help="Of that training: no, bf16, or fp16 on a GPU.")] = "no",
 ) -> None:

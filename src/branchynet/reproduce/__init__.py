@@ -22,7 +22,7 @@ def reproduce(
     what: str,
     output: str | os.PathLike[str],
     *,
-    networks: str = "b_lenet,b_alexnet,b_resnet110",
+    networks: str = "all",
     from_nothing: bool = False,
     precision: str = "no",
     samples: int = 512,
@@ -37,7 +37,7 @@ def reproduce(
     Args:
         what: ``"table1"``, ``"fig3"``, ``"fig4"`` or ``"all"``.
         output: a folder for ``table1.md``, and for each of them ``.json``, with ``.png`` and ``.svg`` pictures.
-        networks: which, by name, with commas between.
+        networks: which, by name, with commas between, or ``"all"``.
         from_nothing: train them, in ``output/training``; stopped and called again, it goes on where it was.
         precision: of that training, as `fit` takes it.
         samples: how many test images are timed, in each of several passes.

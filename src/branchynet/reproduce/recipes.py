@@ -212,7 +212,9 @@ class Training:
 
 
 def recipes(names: str) -> list[Recipe]:
-    """The recipes of networks told as ``"b_lenet,b_alexnet"``. Raises `InputError` for an unknown one, or none."""
+    """The recipes of networks told as ``"b_lenet,b_alexnet"`` or ``"all"``. Raises `InputError` for an unknown one."""
+    if names.strip() == "all":
+        return list(RECIPES.values())
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if not wanted:
         raise InputError(f"no network is named; take some of {', '.join(RECIPES)}")
