@@ -59,10 +59,8 @@ def first(split, samples):
 
 
 def timed(calls, images, batch):
-    """Median microseconds an image of each call; they take turns every 64 images."""
-    rows = [(images[at : at + batch],) for at in range(0, len(images), batch)]
-    each = {name: [call] * len(rows) for name, call in calls.items()}
-    return {k: s * 1e6 / len(images) for k, s in in_turns(each, rows, REPEATS, turn=max(1, 64 // batch)).items()}
+    """Median microseconds an image of each call; they take turns."""
+    return in_turns(calls, [(images[at : at + batch],) for at in range(0, len(images), batch)], REPEATS)
 
 
 def judged(engine, images, labels, **thresholds):

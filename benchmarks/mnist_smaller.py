@@ -1,6 +1,6 @@
 """What would a user pick instead? Smaller static LeNets, same recipe and total epochs, beside B-LeNet on MNIST.
 
-Each has the channels below in its three convolutions (LeNet has 5, 10, 20). Accuracy on test images, and time in the
+Each is named by the channels of its three convolutions (LeNet has 5, 10, 20). Accuracy on test images, and time in the
 same engine as B-LeNet's, interleaved with it; LeNet and B-LeNet have the shipped weights, B-LeNet the threshold of
 mnist_speed.py.
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mnist_training import BATCH, JOINT, SHIPPED, WARM, train
+from mnist_training import RECIPE, SHIPPED, train
 
 from branchynet import Policy, evaluate, export, load, record, zoo
 from branchynet.data import load_data, loader
@@ -25,9 +25,7 @@ from branchynet.files import write_json
 from branchynet.machine import environment
 from branchynet.timing import in_turns
 from branchynet.training.checkpoint import save_weights
-from branchynet.zoo.lenet import LeNet
 
-CHANNELS = ((2, 4, 8), (3, 6, 12), (4, 8, 16))
 BATCHES = (1, 64)
 PASSES = 15
 SAMPLES = 2048
@@ -37,24 +35,16 @@ RESULTS = ROOT / "results" / "mnist_smaller.json"
 SPEED = ROOT / "results" / "mnist_speed.json"
 
 
-def time_all(engines, images, batch):
-    """Median microseconds a sample of each engine, all taking turns on the same images."""
-    rows = [(images[i : i + batch],) for i in range(0, SAMPLES, batch)]
-    calls = {name: [engine] * len(rows) for name, engine in engines.items()}
-    return {k: s * 1e6 / SAMPLES for k, s in in_turns(calls, rows, PASSES, turn=max(1, 64 // batch)).items()}
-
-
 def smaller(data):
     """The narrower LeNets, trained, by name."""
     nets = {}
-    for channels in CHANNELS:
-        name = "LeNet " + "-".join(map(str, channels))
+    for name, make, weights in RECIPE.smaller:
         torch.manual_seed(0)
-        nets[name] = LeNet(channels=channels)
-        train(nets[name], data, WARM, 0, RUNS / name.replace(" ", "-") / "warm")
-        train(nets[name], data, JOINT, 100, RUNS / name.replace(" ", "-") / "joint")
+        nets[name] = make()
+        train(nets[name], data, 0, 0, RUNS / weights / "warm")
+        train(nets[name], data, 1, 100, RUNS / weights / "joint")
         if "--ship" in sys.argv[1:]:
-            save_weights(nets[name], SHIPPED / f"lenet_{'_'.join(map(str, channels))}-mnist.safetensors")
+            save_weights(nets[name], SHIPPED / f"{weights}.safetensors")
     return nets
 
 
@@ -73,7 +63,8 @@ def main():
             accuracy[name] = evaluate(record(net, loader(data.test, 1000)), Policy()).accuracy
             path = export(net, Path(folder) / f"{name}.onnx", policy=None, example=images[:8])
             engines[name] = load(path, threads=1)
-        times = {batch: time_all(engines, images.numpy()[order], batch) for batch in BATCHES}
+        shuffled = images.numpy()[order][:SAMPLES]
+        times = {b: in_turns(engines, [(shuffled[i : i + b],) for i in range(0, SAMPLES, b)], PASSES) for b in BATCHES}
     rows = [
         {"network": name, "accuracy": accuracy[name], **{f"us_batch_{b}": times[b][name] for b in BATCHES}}
         for name in engines
@@ -83,7 +74,7 @@ def main():
         {
             "command": "python benchmarks/mnist_smaller.py",
             "environment": environment(),
-            "recipe": {"epochs": WARM + JOINT, "batch": BATCH, "seed": 0},
+            "recipe": {"epochs": sum(RECIPE.epochs), "batch": RECIPE.batch, "seed": 0},
             "rows": rows,
         },
     )

@@ -193,11 +193,9 @@ def _time(
 
     For one sample a call, ``in_order`` runs for each the static graph of the exit at which it `left`.
     """
-    samples = len(arrays[0])
-    batches = [tuple(np.ascontiguousarray(a[i : i + batch]) for a in arrays) for i in range(0, samples, batch)]
-    calls: dict[str, list[Callable[..., Any]]] = {"branchy": [engine] * len(batches)}
-    calls |= {name: [graph.outputs] * len(batches) for name, graph in static.items()}
+    starts = range(0, len(arrays[0]), batch)
+    batches = [tuple(np.ascontiguousarray(a[i : i + batch]) for a in arrays) for i in starts]
+    calls: dict[str, Any] = {"branchy": engine} | {name: graph.outputs for name, graph in static.items()}
     if batch == 1:
         calls["in_order"] = [static[f"upto_{n}"].outputs for n in left]
-    seconds = in_turns(calls, batches, repeats, turn=max(1, 64 // batch))
-    return {name: taken * 1e6 / samples for name, taken in seconds.items()}
+    return in_turns(calls, batches, repeats)

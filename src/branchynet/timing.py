@@ -36,32 +36,37 @@ def samples_of(calls: Sequence[Callable[[], Any]], seconds: float, *, rounds: in
 
 
 def in_turns(
-    calls: Mapping[str, Sequence[Callable[..., Any]]], batches: Sequence[Sequence[Any]], repeats: int, turn: int
+    calls: Mapping[str, Callable[..., Any] | Sequence[Callable[..., Any]]],
+    batches: Sequence[Sequence[Any]],
+    repeats: int,
 ) -> dict[str, float]:
-    """Median seconds of a pass over all batches, for each name; names take turns every few calls.
+    """Median microseconds a sample of passes over all batches, for each name; names take turns every 64 samples.
 
-    Who goes first finds the inputs cold in the cache and what it computes with evicted, so that turn goes round too.
+    Who has its turn finds its weights cold, so turns of few calls would tell of that alone. Who goes first finds the
+    inputs cold and what it computes with evicted, so that turn goes round too.
 
     Args:
-        calls: for each name, what to call for every batch, one a batch.
-        batches: the arguments of each call.
+        calls: for each name, what to call for every batch; or a sequence, one a batch.
+        batches: the arguments of each call, arrays of as many rows as samples.
         repeats: passes that count; one before them warms up.
-        turn: calls in a turn. Who has its turn finds its weights cold, so turns of few calls would tell of that alone.
     """
-    passes: dict[str, list[float]] = {name: [] for name in calls}
-    order = deque(calls)
+    each = {name: [call] * len(batches) if callable(call) else call for name, call in calls.items()}
+    samples = sum(len(batch[0]) for batch in batches)
+    turn = max(1, 64 * len(batches) // samples)
+    passes: dict[str, list[float]] = {name: [] for name in each}
+    order = deque(each)
     for repeat in range(repeats + 1):
-        total = dict.fromkeys(calls, 0.0)
+        total = dict.fromkeys(each, 0.0)
         for start in range(0, len(batches), turn):
             block = slice(start, start + turn)
             order.rotate(1)
             for name in order:
-                turns = list(zip(calls[name][block], batches[block], strict=True))
+                turns = list(zip(each[name][block], batches[block], strict=True))
                 begin = time.perf_counter()
                 for call, arguments in turns:
                     call(*arguments)
                 total[name] += time.perf_counter() - begin
         if repeat:
             for name, seconds in total.items():
-                passes[name].append(seconds)
+                passes[name].append(seconds * 1e6 / samples)
     return {name: statistics.median(times) for name, times in passes.items()}

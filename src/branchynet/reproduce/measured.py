@@ -28,6 +28,7 @@ from .recipes import Recipe, Trained
 
 _RECORDED = 250  # images a call
 _WARM = 8
+_PASSES = 5
 
 
 @dataclass(frozen=True)
@@ -149,10 +150,10 @@ def on_device(nets: Trained, policy: Policy, images: torch.Tensor, device: str) 
         "branchy": TorchEngine(nets.branchy, policy, example, device=device),
     }
     rows = [(image,) for image in images.to(device).split(1)]
-    seconds = in_turns({name: [engine] * len(rows) for name, engine in engines.items()}, rows, 5, turn=64)
+    us = in_turns(engines, rows, _PASSES)
     for net in (nets.plain, nets.branchy):
         net.cpu()
-    plain, branchy = (1e3 * seconds[name] / len(rows) for name in engines)
+    plain, branchy = us["plain"] / 1e3, us["branchy"] / 1e3
     return {"plain_ms": plain, "branchy_ms": branchy, "gain": plain / branchy}
 
 
@@ -171,8 +172,7 @@ def _side_by_side(nets: dict[str, nn.Module], images: torch.Tensor, repeats: int
         path = export(net, folder / f"static-{n}.onnx", policy=None, example=images[:8])
         engines[name] = load(path, threads=1)
     rows: Sequence[tuple[Any]] = [(np.ascontiguousarray(image),) for image in images.split(1)]
-    seconds = in_turns({n: [e.outputs] * len(rows) for n, e in engines.items()}, rows, repeats, turn=64)
-    return {name: taken * 1e6 / len(rows) for name, taken in seconds.items()}
+    return in_turns({name: engine.outputs for name, engine in engines.items()}, rows, repeats)
 
 
 def _told(policy: Policy) -> str:
