@@ -5,7 +5,7 @@ Thresholds are quantiles of the recorded entropies, so that given shares of the 
 them; what the weights answer does not matter to what they cost.
 
 1. Three exits placed by ``attach(at="auto")``: overhead beside the limit with 25/25/50 and 75/15/10 % of the samples
-   leaving, at batches 1 and 64.
+   leaving, at batches 1 (files and static graphs fixed at one sample a call) and 64.
 2. Two exits, the first of six evenly spread ones and the last, half of each batch of 64 leaving at the first: speed-up
    beside the static network.
 3. A network of 110 layers: how long export takes, and how much larger the file is than the static one plus the heads.
@@ -128,12 +128,14 @@ def thresholds_for(net, inputs, shares):
 
 
 def timed(net, inputs, thresholds, batches, name):
-    """Rows of `bench`; the labels are of no matter."""
-    nothing = torch.zeros(SAMPLES, dtype=torch.int64)
+    """Rows of `bench`, for one sample a call of a file made for that; the labels are of no matter."""
+    nothing, rows = torch.zeros(SAMPLES, dtype=torch.int64), []
     with tempfile.TemporaryDirectory() as folder:
-        path = export(net, Path(folder) / "model.onnx", policy=Policy(thresholds=thresholds), example=few(inputs, 8))
-        rows = bench(path, net, inputs, nothing, network=name, accuracy_static=0.0, batches=batches,
-                     samples=SAMPLES, repeats=REPEATS)  # fmt: skip
+        for batch in batches:
+            path = export(net, Path(folder) / "model.onnx", policy=Policy(thresholds=thresholds),
+                          example=few(inputs, 8), batch=1 if batch == 1 else "dynamic")  # fmt: skip
+            rows += bench(path, net, inputs, nothing, network=name, accuracy_static=0.0, batches=(batch,),
+                          samples=SAMPLES, repeats=REPEATS)  # fmt: skip
     keep = ("batch", "static_us", "branchy_us", "limit_us", "limit_in_order_us", "speedup", "overhead", "exit_share")
     return [{key: row[key] for key in keep} for row in rows]
 

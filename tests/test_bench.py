@@ -59,9 +59,9 @@ def cached(monkeypatch):
     net, flat = flat_lenet()
     real = module.flatten
 
-    def flatten(given, example, *, score):
-        if given is not net:
-            return real(given, example, score=score)
+    def flatten(given, example, *, score, dynamic):
+        if given is not net or not dynamic:
+            return real(given, example, score=score, dynamic=dynamic)
         assert score is entropy and example[0].shape == (2, 1, 28, 28)
         return flat
 
@@ -131,6 +131,24 @@ def test_the_order_is_random_and_the_seeds(file, data, monkeypatch):
         rows_of(file, data, batches=(1,), seed=seed)
     assert np.array_equal(orders[0], orders[1]) and not np.array_equal(orders[0], orders[2])
     assert not np.array_equal(orders[0], data[0].numpy())
+
+
+def test_a_file_of_one_sample_a_call_is_timed_beside_static_graphs_of_one_sample(
+    tmp_path, file, data, policy, monkeypatch
+):
+    def engines(flat, *rest, **options):
+        fixed.append(not flat.dynamic)
+        return real(flat, *rest, **options)
+
+    fixed, real = [], module.static_engines
+    monkeypatch.setattr(module, "static_engines", engines)
+    net, _ = flat_lenet()
+    one = export(net, tmp_path / "one.onnx", policy=policy, example=data[0][:4], batch=1)
+    (row,) = rows_of(one, data, samples=8, repeats=1)
+    (same,) = rows_of(file, data, samples=8, repeats=1, batches=(1,))
+    assert fixed == [True, False] and row["batch"] == 1
+    answers = ("accuracy_branchy", "exit_share", "thresholds")
+    assert [row[key] for key in answers] == [same[key] for key in answers]
 
 
 def test_an_exit_left_out_is_in_no_figure(tmp_path, data, record):
@@ -259,8 +277,8 @@ def test_wrong_data_files_and_networks_are_named(tmp_path, file, data, policy):
         bench(file, zoo.lenet(), *data, network="LeNet", accuracy_static=0.5)
     flat = flat_lenet()[1]
     one = write(tmp_path, policy, "one", FlatGraph(flat.model, flat.exits, dynamic=False))
-    with pytest.raises(InputError, match="one sample at a time"):
-        rows_of(one, data)
+    with pytest.raises(InputError, match=r"one\.onnx answers one sample at a time; got batches=\[1, 64\]"):
+        rows_of(one, data, batches=(1, 64))
     with pytest.raises(FileError, match=r"none\.onnx"):
         rows_of(tmp_path / "none.onnx", data)
     ir.save(flat.model, tmp_path / "foreign.onnx")

@@ -42,7 +42,7 @@ def bench(
     accuracy_static: float,
     loss: Loss | None = None,
     score: Score | None = None,
-    batches: Sequence[int] = (1, 64),
+    batches: Sequence[int] | None = None,
     threads: int = 1,
     samples: int = 2048,
     repeats: int = 15,
@@ -62,7 +62,8 @@ def bench(
     more so as each graph holds the first stages' weights again. Beyond one sample a call it is None.
 
     Args:
-        path: a file that `export` wrote from `net` with a policy and a dynamic batch.
+        path: a file that `export` wrote from `net` with a policy. Where its batch is fixed at 1, that of the static
+            graphs is too.
         net: the network in it.
         inputs: test inputs of S samples, as the network takes them: a tensor, or a tuple or dict of tensors.
         target: `(S,)` int64 class indices, or what `loss` takes, one a sample.
@@ -71,7 +72,7 @@ def bench(
         loss: as for `record`, ``loss(output, target) -> (B,)`` in [0, 1]; accuracy is then 1 - mean loss.
         score: the callable that the file was exported with, where its score is no name in `branchynet.scores`: it is
             part of the static graphs.
-        batches: batch sizes.
+        batches: batch sizes; by default 1, and 64 where the file's batch is dynamic.
         threads: threads within an operator, for every engine.
         samples: how many of the inputs are timed (all of them count for accuracy).
         repeats: passes over those samples.
@@ -86,7 +87,8 @@ def bench(
 
     Raises:
         InputError: a flat file, one of another network, an int8 file without `calibration`, a score of your own without
-            `score`, a batch size below 1 or beyond the number of inputs, targets that do not fit.
+            `score`, a batch size below 1, beyond the number of inputs or that the file cannot take, targets that do not
+            fit.
         FileError: no such file, or a foreign one.
     """
     engine = load(path, threads=threads, runtime=runtime)
@@ -97,6 +99,10 @@ def bench(
     function = _score(engine, score, path)
     arrays = tuple(t.numpy() for t in tensors_of(inputs))
     rows_given = len(arrays[0])
+    dynamic = engine.metadata["batch"] == "dynamic"
+    batches = ((1, 64) if dynamic else (1,)) if batches is None else batches
+    if not dynamic and set(batches) != {1}:
+        raise InputError(f"{path} answers one sample at a time; got batches={list(batches)}: give (1,)")
     if any(not 1 <= b <= rows_given for b in batches):
         raise InputError(f"batch sizes must lie in 1..{rows_given} (the test inputs); got {list(batches)}")
     if len(target) != rows_given:
@@ -113,9 +119,9 @@ def bench(
     check_same_network(f"{path} and net", engine.metadata.get("network"), fingerprint(net) + ("-int8" if int8 else ""))
     order = np.random.default_rng(seed).permutation(rows_given)
     arrays = tuple(array[order] for array in arrays)
-    left, accuracy = _judge(engine, arrays, target[torch.from_numpy(order)], loss)
+    left, accuracy = _judge(engine, arrays, target[torch.from_numpy(order)], loss, _JUDGED if dynamic else 1)
     enabled = [n for n, on in enumerate(engine.policy.enabled, 1) if on]
-    flat = flatten(net, few(inputs), score=function)
+    flat = flatten(net, few(inputs), score=function, dynamic=dynamic)
     if int8:
         flat = quantized(flat, calibration_batches(calibration, flat))
     rows = []
@@ -167,11 +173,11 @@ def _score(engine: Engine, score: Score | None, path: str | os.PathLike[str]) ->
     return scores.resolve(name if score is None else score)
 
 
-def _judge(engine: Engine, arrays: Arrays, target: Tensor, loss: Loss | None) -> tuple[NDArray[Any], float]:
-    """The exit `(S,)` at which each sample leaves, and 1 - mean loss of the answers."""
+def _judge(engine: Engine, arrays: Arrays, target: Tensor, loss: Loss | None, batch: int) -> tuple[NDArray[Any], float]:
+    """The exit `(S,)` at which each sample leaves, and 1 - mean loss of the answers; `batch` samples a call."""
     exits, lost = [], 0.0
-    for start in range(0, len(target), _JUDGED):
-        answer, wanted = engine(*(a[start : start + _JUDGED] for a in arrays)), target[start : start + _JUDGED]
+    for start in range(0, len(target), batch):
+        answer, wanted = engine(*(a[start : start + batch] for a in arrays)), target[start : start + batch]
         exits.append(answer.exit)
         label = torch.from_numpy(answer.label)
         if loss is not None:

@@ -114,10 +114,10 @@ def measured(
             asked = plain_val - slack
             policy, reached = thresholds_for(val, cost, asked)
             say(f"{recipe.title}: timing thresholds {_told(policy)}")
-            path = export(nets.branchy, folder / "model.onnx", policy=policy, example=images[:8])
+            path = export(nets.branchy, folder / "model.onnx", policy=policy, example=images[:8], batch=1)
             (row,) = bench(
                 path, nets.branchy, images, data.test.labels, network=recipe.name, accuracy_static=plain_test,
-                batches=(1,), samples=samples, repeats=repeats,
+                samples=samples, repeats=repeats,
             )  # fmt: skip
             cuda = on_device(nets, policy, images[:samples], "cuda") if torch.cuda.is_available() else None
             points.append(Operating(recipe.title, asked, reached, policy, evaluate(test, policy, cost), row, cuda))
@@ -169,7 +169,7 @@ def _side_by_side(nets: dict[str, nn.Module], images: torch.Tensor, repeats: int
     """Median microseconds a sample of each plain network."""
     engines: dict[str, Engine] = {}
     for n, (name, net) in enumerate(nets.items()):
-        path = export(net, folder / f"static-{n}.onnx", policy=None, example=images[:8])
+        path = export(net, folder / f"static-{n}.onnx", policy=None, example=images[:8], batch=1)
         engines[name] = load(path, threads=1)
     rows: Sequence[tuple[Any]] = [(np.ascontiguousarray(image),) for image in images.split(1)]
     return in_turns({name: engine.outputs for name, engine in engines.items()}, rows, repeats)
