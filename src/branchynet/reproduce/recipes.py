@@ -82,8 +82,6 @@ _LENETS = tuple(
 )
 # Channels of the five convolutions and widths of the two linear layers, in parts of AlexNet's.
 _WIDTHS = {
-    "1/4": ((8, 16, 24, 24, 16), (64, 32)),
-    "3/8": ((12, 24, 36, 36, 24), (96, 48)),
     "1/2": ((16, 32, 48, 48, 32), (128, 64)),
     "3/4": ((24, 48, 72, 72, 48), (192, 96)),
 }
@@ -165,12 +163,21 @@ class Training:
         return self._go_on(self.baseline(), "continued")
 
     def joint(self) -> BranchyNet:
-        """The network with branches, from the baseline's weights on."""
+        """The network with the paper's branches, from the baseline's weights on."""
+
+        def published(baseline: nn.Module) -> BranchyNet:
+            branchy = self.recipe.branchy()
+            branchy.backbone.load_state_dict(baseline.state_dict())
+            return branchy
+
+        return self.with_exits(published, "joint")
+
+    def with_exits(self, add: Callable[[nn.Module], BranchyNet], run: str) -> BranchyNet:
+        """The network with exits that `add` puts on the baseline, trained on with everything; `run` names its state."""
         baseline = self.baseline()
         torch.manual_seed(self.seed)
-        branchy = self.recipe.branchy()
-        branchy.backbone.load_state_dict(baseline.state_dict())
-        self._go_on(branchy, "joint")
+        branchy = add(baseline)
+        self._go_on(branchy, run)
         return branchy
 
     def smaller(self) -> Iterator[tuple[str, nn.Module]]:
