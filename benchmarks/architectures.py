@@ -94,6 +94,7 @@ def backbone(name):
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             nn.init.kaiming_normal_(module.weight)
         elif isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
             module.momentum = 1.0
             module.train()
     net(**inputs(16))
