@@ -2,7 +2,8 @@
 
 The recipes are those of `branchynet.reproduce`: a plain baseline is trained from nothing; from its weights go on, for
 the same number of epochs and with the same augmentation, once the network with its branches (joint) and once the plain
-network alone (continued). The smaller plain networks get the same total epochs in the same two parts.
+network alone (continued). B-ResNet-110's branches learn on the frozen baseline for half of these epochs: untrained ones
+undo what so short a training cannot mend. The smaller plain networks get the same total epochs in the same two parts.
 
     python benchmarks/cifar_training.py b_alexnet --phase baseline
     python benchmarks/cifar_training.py b_alexnet                   # all phases; resumes where it was stopped
@@ -45,7 +46,8 @@ def trained(task, phase):
         for name, net in task.smaller():
             yield name, net, (f"{name}/baseline", f"{name}/continued")
     else:
-        yield phase, getattr(task, phase)(), ("baseline",) if phase == "baseline" else ("baseline", phase)
+        warm = ("joint-warm",) if phase == "joint" and task.recipe.warm else ()
+        yield phase, getattr(task, phase)(), ("baseline",) if phase == "baseline" else ("baseline", *warm, phase)
 
 
 def accuracies(net, split):

@@ -53,6 +53,9 @@ class Recipe:
         batch, augment, schedule: as `loader` and `fit` take them.
         smaller: name, maker and shipped weights' name of smaller plain networks.
         slack: points of accuracy below the plain network's at which thresholds are chosen as well.
+        warm: epochs and peak rate at which branches learn alone on the frozen baseline first; these epochs are taken
+            from the second part's.
+        fine: peak rate at which everything then learns together, where it is not the second part's.
     """
 
     name: str
@@ -69,6 +72,8 @@ class Recipe:
     schedule: Cosine = COSINE
     smaller: tuple[tuple[str, Make, str], ...] = ()
     slack: tuple[float, ...] = ()
+    warm: tuple[int, float] | None = None
+    fine: float | None = None
 
     @property
     def plain_title(self) -> str:
@@ -108,6 +113,7 @@ RECIPES = {
             "b_resnet110", "B-ResNet-110", "cifar10", partial(zoo.resnet, 110), partial(zoo.b_resnet, 110), sgd,
             ("b_resnet110-cifar10", "resnet110-cifar10"), epochs=(12, 4), rates=(0.1, 0.02),
             augment=flip_crop(4), schedule=Cosine(warmup=0.15), smaller=_RESNETS, slack=(0.003,),
+            warm=(2, 0.1), fine=0.005,
         ),
     )
 }  # fmt: skip
@@ -177,7 +183,12 @@ class Training:
         baseline = self.baseline()
         torch.manual_seed(self.seed)
         branchy = add(baseline)
-        self._go_on(branchy, run)
+        recipe, (_, epochs) = self.recipe, self.recipe.epochs
+        if recipe.warm is not None:
+            alone, rate = recipe.warm
+            self._fit(branchy, alone, rate, self.seed, f"{run}-warm", train="branches")
+            epochs -= alone
+        self._fit(branchy, epochs, recipe.fine or recipe.rates[1], 100 + self.seed, run)
         return branchy
 
     def smaller(self) -> Iterator[tuple[str, nn.Module]]:
@@ -193,21 +204,22 @@ class Training:
 
     def _begin(self, make: Make, run: str) -> nn.Module:
         torch.manual_seed(self.seed)
-        return self._fit(make(), 0, self.seed, run)
+        return self._fit(make(), self.recipe.epochs[0], self.recipe.rates[0], self.seed, run)
 
     def _go_on(self, net: nn.Module, run: str) -> nn.Module:
-        return self._fit(net, 1, 100 + self.seed, run)
+        return self._fit(net, self.recipe.epochs[1], self.recipe.rates[1], 100 + self.seed, run)
 
-    def _fit(self, net: nn.Module, part: int, seed: int, run: str) -> nn.Module:
+    def _fit(self, net: nn.Module, epochs: int, rate: float, seed: int, run: str, train: str = "all") -> nn.Module:
         recipe = self.recipe
         if self.progress:
-            print(f"{recipe.title}, {run}: {recipe.epochs[part]} epochs", flush=True)
+            print(f"{recipe.title}, {run}: {epochs} epochs", flush=True)
         fit(
             net,
             loader(self.data.train, recipe.batch, shuffle=True, augment=recipe.augment),
             loader(self.data.val, 500),
-            epochs=recipe.epochs[part],
-            optimizer=recipe.optimizer(recipe.rates[part]),
+            epochs=epochs,
+            train=train,
+            optimizer=recipe.optimizer(rate),
             schedule=recipe.schedule,
             seed=seed,
             mixed_precision=self.precision,
