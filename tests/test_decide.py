@@ -499,3 +499,23 @@ class TestChoose:
     def test_unknown_score(self):
         with pytest.raises(InputError, match="unknown score 'entropi'; did you mean 'entropy'"):
             choose(logits_record(5, 2), a_cost(2), max_drop=0, score="entropi")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nearest_to_an_accuracy(seed):
+    """The cheapest thresholds that reach it, or the most accurate ones, among all that matter."""
+    generator = np.random.default_rng(seed)
+    scores = generator.random((40, 2)).astype(np.float32)
+    losses = (generator.random((40, 2)) < [[0.5, 0.3]]).astype(np.float32)
+    record, cost = ExitRecord.from_scores(scores, losses), ExitCost((2.0, 5.0), (1.0, 0.0))
+    tried = {}
+    for t in (None, *np.sort(scores[:, 0]) + 1e-7):
+        outcome = evaluate(record, Policy("entropy", (t if t is None else float(t),)), cost)
+        tried[outcome.accuracy] = min(tried.get(outcome.accuracy, np.inf), outcome.mean_us)
+    for wanted in (max(tried), np.median(list(tried)), max(tried) + 0.01):
+        choice, reached = choosing.nearest_to(record, cost, float(wanted))
+        assert reached == (wanted <= max(tried))
+        if reached:
+            assert choice.outcome.mean_us == pytest.approx(min(us for a, us in tried.items() if a >= wanted - 1e-9))
+        else:
+            assert choice.outcome.accuracy == pytest.approx(max(tried))

@@ -176,6 +176,17 @@ def test_a_file_for_one_sample_refuses_two(folder):
     assert engine(np.ones((0, 4), np.float32)).output.shape == (0, 4)
     with pytest.raises(InputError, match=r"one sample at a time, got 2.*batch='dynamic'"):
         engine(np.ones((2, 4), np.float32))
+    rows = np.array([[0.5] * 4, [1.0] * 4, [0.25] * 4], np.float32)
+    one_by_one = zip(*(engine(row[None]) for row in rows), strict=True)
+    same(engine.answer_all(rows), Prediction(*map(np.concatenate, one_by_one)))
+    assert engine.answer_all(rows[:0]).output.shape == (0, 4)
+
+
+def test_any_number_of_samples_is_answered_in_calls(engine):
+    generator = np.random.default_rng(0)
+    images, vectors = (generator.normal(0, 2, (7, *a.shape[1:])).astype(np.float32) for a in (IMAGE, VECTOR))
+
+    same(engine.answer_all(images, vectors, rows=3), engine(images, vectors))
 
 
 # Files

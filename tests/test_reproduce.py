@@ -14,9 +14,10 @@ from branchynet.data import load_data, loader
 from branchynet.errors import InputError
 from branchynet.reproduce import reproduce, table1
 from branchynet.reproduce.figures import figure_3, figure_4
-from branchynet.reproduce.measured import Static, measured, on_device, thresholds_for
+from branchynet.reproduce.measured import Static, measured, on_device
 from branchynet.reproduce.recipes import RECIPES, Training, adam, recipes
 from branchynet.scores import of_record
+from branchynet.training.checkpoint import load_weights
 from branchynet.zoo.lenet import LeNet
 from oracle import figure_2
 
@@ -47,13 +48,33 @@ def found(training, digits):
 def test_both_sides_start_from_one_baseline_and_train_as_long(training):
     again = replace(training, recipe=replace(RECIPE, epochs=(2, 0)))
     nets = training.all()
-    assert {p.name for p in training.folder.iterdir()} == {"baseline", "joint", "continued", "lenet_2_4_8-digits"}
+    assert {p.name for p in training.folder.iterdir()} >= {"baseline", "joint", "continued", "lenet_2_4_8-digits"}
     rows = {p.parent.name: len(p.read_text().splitlines()) for p in training.folder.glob("*/train.csv")}
     assert rows["joint"] == rows["continued"]
     baseline = training.baseline().state_dict()
     assert any(not torch.equal(v, baseline[k]) for k, v in nets.plain.state_dict().items())
     stopped = again.baseline().state_dict()  # read, not trained again
     assert all(torch.equal(v, stopped[k]) for k, v in baseline.items())
+
+
+def test_branches_may_learn_alone_first(training, digits):
+    """On the frozen baseline, for epochs that the second part then has fewer."""
+    warm = replace(training, recipe=replace(RECIPE, warm=(1, 5e-3), fine=1e-4))
+    baseline, started = training.baseline().state_dict(), []
+
+    def add(trunk):
+        net = RECIPE.branchy()
+        net.backbone.load_state_dict(trunk.state_dict())
+        started.append(net)
+        return net
+
+    warm.with_exits(add, "warmed")
+    rows = {p.parent.name: len(p.read_text().splitlines()) - 1 for p in training.folder.glob("warmed*/train.csv")}
+    assert rows == {"warmed-warm": 1, "warmed": 1}
+    alone = RECIPE.branchy()
+    load_weights(alone, training.folder / "warmed-warm" / "checkpoint.safetensors")
+    assert all(torch.equal(v, baseline[k]) for k, v in alone.backbone.state_dict().items())
+    assert any(not torch.equal(v, baseline[k]) for k, v in started[0].backbone.state_dict().items())
 
 
 def test_figures_of_merit_are_those_of_the_networks(found, training, digits):
@@ -71,14 +92,6 @@ def test_figures_of_merit_are_those_of_the_networks(found, training, digits):
         assert point.outcome.exit_share[0] == np.mean([n == 1 for n, _ in loop])
         right = np.mean([z.argmax() == label for (_, z), label in zip(loop, test.labels, strict=True)])
         assert point.outcome.accuracy == pytest.approx(right)
-
-
-def test_the_most_accurate_thresholds_where_none_reach(found):
-    policy, reached = thresholds_for(found.val, found.cost, 1.0 + 1e-6 if found.plain_val == 1 else 1.0)
-    if not reached:
-        tried = np.append(np.unique(of_record(found.val)[:, 0]) + 1e-7, 1e9)
-        best = max(evaluate(found.val, Policy(thresholds=(float(t),))).accuracy for t in tried)
-        assert evaluate(found.val, policy).accuracy >= best - 1e-9
 
 
 def test_figure_3(found):

@@ -29,7 +29,6 @@ from .types import score_name
 
 Progress = Callable[[str], None]
 Arrays = tuple[NDArray[Any], ...]
-_JUDGED = 500  # samples a call where only the answers count
 
 
 def bench(
@@ -119,7 +118,7 @@ def bench(
     check_same_network(f"{path} and net", engine.metadata.get("network"), fingerprint(net) + ("-int8" if int8 else ""))
     order = np.random.default_rng(seed).permutation(rows_given)
     arrays = tuple(array[order] for array in arrays)
-    left, accuracy = _judge(engine, arrays, target[torch.from_numpy(order)], loss, _JUDGED if dynamic else 1)
+    left, accuracy = _judge(engine, arrays, target[torch.from_numpy(order)], loss)
     enabled = [n for n, on in enumerate(engine.policy.enabled, 1) if on]
     flat = flatten(net, few(inputs), score=function, dynamic=dynamic)
     if int8:
@@ -173,23 +172,18 @@ def _score(engine: Engine, score: Score | None, path: str | os.PathLike[str]) ->
     return scores.resolve(name if score is None else score)
 
 
-def _judge(engine: Engine, arrays: Arrays, target: Tensor, loss: Loss | None, batch: int) -> tuple[NDArray[Any], float]:
-    """The exit `(S,)` at which each sample leaves, and 1 - mean loss of the answers; `batch` samples a call."""
-    exits, lost = [], 0.0
-    for start in range(0, len(target), batch):
-        answer, wanted = engine(*(a[start : start + batch] for a in arrays)), target[start : start + batch]
-        exits.append(answer.exit)
-        label = torch.from_numpy(answer.label)
-        if loss is not None:
-            lost += float(loss(torch.from_numpy(answer.output), wanted).sum())
-        elif wanted.is_floating_point() or wanted.shape != label.shape[:1] or label.dim() > 1:
-            raise InputError(
-                f"targets must be class indices, one a sample, for labels {tuple(label.shape)}; got {wanted.dtype} of "
-                f"shape {tuple(wanted.shape)}: for other tasks give loss="
-            )
-        else:
-            lost += int((label != wanted).sum())
-    return np.concatenate(exits), 1 - lost / len(target)
+def _judge(engine: Engine, arrays: Arrays, target: Tensor, loss: Loss | None) -> tuple[NDArray[Any], float]:
+    """The exit `(S,)` at which each sample leaves, and 1 - mean loss of the answers."""
+    answer = engine.answer_all(*arrays)
+    label = torch.from_numpy(answer.label)
+    if loss is not None:
+        return answer.exit, 1 - float(loss(torch.from_numpy(answer.output), target).mean())
+    if target.is_floating_point() or target.shape != label.shape[:1] or label.dim() > 1:
+        raise InputError(
+            f"targets must be class indices, one a sample, for labels {tuple(label.shape)}; got {target.dtype} of "
+            f"shape {tuple(target.shape)}: for other tasks give loss="
+        )
+    return answer.exit, 1 - int((label != target).sum()) / len(target)
 
 
 def _time(

@@ -79,6 +79,13 @@ class Engine:
             return Prediction(*self._empty())
         return Prediction(*self._run(feeds))
 
+    def answer_all(self, *inputs: NDArray[Any], rows: int = 256) -> Prediction:
+        """Answer any number of samples, `rows` a call, or one where the file takes no more. Raises as a call does."""
+        step = 1 if self._fixed_batch else rows
+        starts = range(0, len(inputs[0]), step) or (0,)
+        answers = [self(*(i[start : start + step] for i in inputs)) for start in starts]
+        return Prediction(*(np.concatenate(parts) for parts in zip(*answers, strict=True)))
+
     def outputs(self, *inputs: NDArray[Any]) -> tuple[NDArray[Any], ...]:
         """The graph's outputs in the order of the file: for a flat file ``(label, output_1, ..., output_N)``."""
         feeds = self._feeds(inputs)

@@ -11,14 +11,13 @@ import torch
 from torch import nn
 
 from ..bench import bench
-from ..choosing import choose
+from ..choosing import nearest_to
 from ..cost import measure
 from ..data import ImageData, Split, loader
 from ..decide import evaluate
 from ..engine.exported import Engine
 from ..engine.onnx import load
 from ..engine.torch import TorchEngine
-from ..errors import InfeasibleError
 from ..exit_record import ExitRecord
 from ..export import export
 from ..record import record
@@ -112,7 +111,8 @@ def measured(
         points = []
         for slack in (0.0, *recipe.slack):
             asked = plain_val - slack
-            policy, reached = thresholds_for(val, cost, asked)
+            choice, reached = nearest_to(val, cost, asked)
+            policy = choice.policy
             say(f"{recipe.title}: timing thresholds {_told(policy)}")
             path = export(nets.branchy, folder / "model.onnx", policy=policy, example=images[:8], batch=1)
             (row,) = bench(
@@ -129,14 +129,6 @@ def measured(
     smaller = tuple(Static(n, _accuracy(net, data.test), us[n] * scale) for n, net in nets.smaller.items())
     plain = Static(recipe.plain_title, plain_test, points[0].bench["static_us"])
     return Measured(recipe, val, test, cost, plain, plain_val, smaller, tuple(points))
-
-
-def thresholds_for(val: ExitRecord, cost: ExitCost, accuracy: float) -> tuple[Policy, bool]:
-    """The cheapest thresholds of that accuracy on the record, and True; else the most accurate ones, and False."""
-    try:
-        return choose(val, cost, min_accuracy=accuracy, confidence=None).policy, True
-    except InfeasibleError:
-        return choose(val, cost, max_latency_us=float(cost.latency_us([True] * cost.exits)[-1])).policy, False
 
 
 def on_device(nets: Trained, policy: Policy, images: torch.Tensor, device: str) -> dict[str, float]:
