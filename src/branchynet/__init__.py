@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .cost import measure as measure
     from .decide import evaluate as evaluate
     from .decide import frontier as frontier
+    from .design import Advice as Advice
+    from .design import advise as advise
     from .drift import Monitor as Monitor
     from .engine.onnx import load as load
     from .errors import BranchyNetError as BranchyNetError
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
 # Imported when first used, so that `load` and its engine work where only ONNX Runtime is wanted, and start at once.
 _ROOMS = {
+    "Advice": "design",
     "BranchyNet": "net",
     "BranchyNetError": "errors",
     "BudgetController": "budget",
@@ -53,6 +56,7 @@ _ROOMS = {
     "Promise": "types",
     "TemperedScore": "meta",
     "__version__": "version",
+    "advise": "design",
     "attach": "attaching",
     "averaged": "averaging",
     "bench": "bench",

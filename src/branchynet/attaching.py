@@ -1,5 +1,6 @@
 """Adding branches to a network and taking them off again."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -33,7 +34,7 @@ def attach(
     example: Any,
     exits: int | None = None,
     num_classes: int | None = None,
-    branch: Callable[[Tensor, int], nn.Module] | None = None,
+    branch: "Callable[[Tensor, int], nn.Module] | Maker | None" = None,
     output: Reader | None = None,
     tap: Mapping[str, Reader] | None = None,
 ) -> BranchyNet:
@@ -48,8 +49,8 @@ def attach(
         exits: with ``at="auto"``, how many exits there shall be, the backbone's own included; 3 by default.
         num_classes: outputs of every exit; by default as many as the backbone's own output has. Where that is not
             `(B, num_classes, ...)`, as on a backbone without a head, the last exit gets a branch as well.
-        branch: ``branch(features, num_classes) -> nn.Module``, told the features at the tap; by default one is made by
-            `default_branch`, or by `DenseBranch` where the backbone gives a map `(B, C, H, W)`.
+        branch: ``branch(features, num_classes) -> nn.Module``, told the features at the tap, or a `Maker`; by default
+            one is made by `default_branch`, or by `DenseBranch` where the backbone gives a map `(B, C, H, W)`.
         output: as `BranchyNet` takes it.
         tap: as `BranchyNet` takes it.
 
@@ -102,7 +103,7 @@ def attach(
         output = Headed(output, make(last, classes))
     branches = {}
     for name, (value, dim) in features.items():
-        branches[name] = make(value, classes, dim) if isinstance(make, _Default) else make(value, classes)
+        branches[name] = make(value, classes, dim) if isinstance(make, Maker) else make(value, classes)
     return BranchyNet(backbone, branches, output=output, tap=tap)
 
 
@@ -130,7 +131,21 @@ class Headed(nn.Module):
         return self.head(read_tensor(self.read or one_output, returned, "the backbone's output"))
 
 
-class _Default:
+class Maker(ABC):
+    """Makes branches as `attach` asks for them, told also where the network itself has the features' channels."""
+
+    @abstractmethod
+    def __call__(self, features: Tensor, num_classes: int, feature_dim: int | None = None) -> nn.Module:
+        """A branch to `(B, num_classes, ...)`.
+
+        Args:
+            features: at the tap.
+            num_classes: outputs.
+            feature_dim: which of their dimensions holds channels or features, where that is known.
+        """
+
+
+class _Default(Maker):
     """Branches by the shapes of the features and of the backbone's output, None where exits are not to follow that."""
 
     def __init__(self, last: Tensor | None) -> None:

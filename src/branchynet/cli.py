@@ -153,6 +153,33 @@ def bench(
 
 
 @app.command()
+def design(
+    run: RunArgument,
+    batch: Annotated[int, typer.Option(help="Samples a call: the best design depends on it.")] = 1,
+    threads: Annotated[int, typer.Option(help="Threads within an operator.")] = 1,
+    max_drop: Annotated[float, typer.Option(help="Accuracy at most this far below the plain network's.")] = 0.0,
+    exits: Annotated[int, typer.Option(help="The most exits, the network's own included.")] = 4,
+    epochs: Annotated[int, typer.Option(help="Of all candidates together, on the frozen network.")] = 6,
+    anyway: Annotated[bool, typer.Option(help="Train the design even where exits are not worth it.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Find where early exits help a trained run's network; then train, export and time them beside the prediction."""
+    from .designing import design_run
+    from .runs import open_run
+    from .workbook import report_run
+
+    advice, comparison = design_run(
+        run, batch_size=batch, threads=threads, max_drop=max_drop, exits=exits, epochs=epochs, anyway=anyway,
+        progress=not quiet,
+    )  # fmt: skip
+    print_advice(advice)
+    if comparison is not None:
+        out.print(str(comparison))
+        folder = run / f"design-{batch}"
+        out.print(f"a run of its own: [bold]{folder}[/]; the report: [bold]{report_run(open_run(folder))}[/]")
+
+
+@app.command()
 def predict(
     model: Annotated[Path, typer.Argument(help="A .onnx file that export wrote, or a run's folder.")],
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
@@ -244,6 +271,21 @@ def print_choice(choice: Any, cost: Any) -> None:
         out.print(str(choice.promise))
     elif {"max_drop", "min_accuracy", "max_disagreement"} & choice.constraint.keys():
         out.print(f"no promise for other data: chosen on {outcome.samples} samples as they are")
+
+
+def print_advice(advice: Any) -> None:
+    """The best design of each number of exits, and what is advised."""
+    table = Table("exits", "early exits", "us", "95 %", "speed-up", "at best", "accuracy", title="predicted")
+    for design in advice.designs:
+        low, high = design.interval_us
+        exits = ", ".join(f"{head} at {tap}" for tap, head in zip(design.taps, design.heads, strict=True))
+        table.add_row(
+            str(len(design.exit_share)), exits or "none", f"{design.us:.1f}", f"{low:.1f}-{high:.1f}",
+            f"{advice.static_us / design.us:.2f}x", f"{advice.static_us / design.oracle_us:.2f}x",
+            f"{design.accuracy:.2%}",
+        )  # fmt: skip
+    out.print(table)
+    out.print(str(advice))
 
 
 def print_bench(rows: list[dict[str, Any]]) -> None:

@@ -8,6 +8,7 @@ Every file is readable by hand or by a standard tool; each is written whole or n
     checkpoint.safetensors, training.safetensors, train.csv
     record-val.npz, record-test.npz, record-static.npz
     cost.json, choice.json, model.onnx, bench.json, report.html
+    design-N/             another run, of the exits that `branchynet design` found best for batches of N
 """
 
 import copy
@@ -29,6 +30,7 @@ from .choosing import choose
 from .cost import measure
 from .data import ImageData, affine, flip_crop, load_data, loader, shift
 from .decide import evaluate
+from .design import build
 from .errors import FileError, InputError, nearest
 from .exit_record import ExitRecord
 from .export import export
@@ -64,6 +66,7 @@ class Settings:
         train: ``"all"`` or ``"branches"``.
         weights: one loss weight an exit; empty for all 1.
         augment: one of `AUGMENTS`.
+        taps, heads: early exits instead of the network's own: where, and names as in `branchynet.heads`.
     """
 
     network: str = "b_lenet"
@@ -79,6 +82,8 @@ class Settings:
     rate: float = 3e-3
     seed: int = 0
     mixed_precision: str = "no"
+    taps: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,8 +134,13 @@ def create_run(path: str | os.PathLike[str], settings: Settings) -> Run:
     return run
 
 
-def build_network(name: str, num_classes: int) -> BranchyNet:
-    """An untrained network by the name in `Settings`. Raises `InputError` for one that cannot be had."""
+def build_network(settings: Settings, data: ImageData) -> BranchyNet:
+    """The untrained network of `Settings`. Raises `InputError` for one that cannot be had."""
+    net = _named(settings.network, len(data.classes))
+    return build(net.backbone, settings.taps, settings.heads, example_of(data)) if settings.taps else net
+
+
+def _named(name: str, num_classes: int) -> BranchyNet:
     if name in NETWORKS:
         return NETWORKS[name](num_classes=num_classes)
     module, colon, function = name.partition(":")
@@ -152,47 +162,60 @@ def train_run(run: Run, *, progress: bool = True) -> BranchyNet:
     settings = run.settings
     data = load_data(settings.data)
     torch.manual_seed(settings.seed)
-    net = build_network(settings.network, len(data.classes))
-
-    def go(network: nn.Module, epochs: int, seed: int, folder: str, **more: Any) -> None:
-        if progress:
-            print(f"{folder}: {epochs} epochs of {len(data.train)} images", flush=True)
-        fit(
-            network,
-            loader(data.train, settings.batch_size, shuffle=True, augment=AUGMENTS[settings.augment]),
-            loader(data.val, EVAL_BATCH),
-            epochs=epochs,
-            optimizer=lambda parameters: torch.optim.Adam(parameters, lr=settings.rate),
-            seed=seed,
-            mixed_precision=settings.mixed_precision,
-            channels_last=settings.network in NETWORKS,  # a network of the user's may not bear it
-            run=run.path / folder,
-            progress=progress,
-            **more,
-        )
-
+    net = build_network(settings, data)
     if settings.baseline_epochs:
-        go(net.backbone, settings.baseline_epochs, settings.seed, "baseline")
+        fit_in(run, "baseline", net.backbone, data, settings.baseline_epochs, settings.seed, progress)
     static = copy.deepcopy(net.backbone)
     if settings.static:
-        go(static, settings.epochs, settings.seed + 1, "static")
-    weights = settings.weights or None
-    more = {"weights": weights, "train": settings.train, "distill": settings.distill}
-    go(net, settings.epochs, settings.seed + 1, ".", **more)
-    for name, network, split in (
-        ("val", net, data.val),
-        ("test", net, data.test),
-        ("static", static, data.test),
-    ):
-        record(network, loader(split, EVAL_BATCH), progress=False).save(run.path / f"record-{name}.npz")
+        fit_in(run, "static", static, data, settings.epochs, settings.seed + 1, progress)
+    train_exits(run, net, data, progress)
+    record(static, loader(data.test, EVAL_BATCH), progress=False).save(run.path / "record-static.npz")
     return net
+
+
+def train_exits(run: Run, net: BranchyNet, data: ImageData, progress: bool) -> None:
+    """Train all exits of `net` together as the settings say, and record them; goes on where it was stopped."""
+    settings = run.settings
+    more = {"weights": settings.weights or None, "train": settings.train, "distill": settings.distill}
+    fit_in(run, ".", net, data, settings.epochs, settings.seed + 1, progress, **more)
+    for name, split in (("val", data.val), ("test", data.test)):
+        record(net, loader(split, EVAL_BATCH), progress=False).save(run.path / f"record-{name}.npz")
+
+
+def fit_in(
+    run: Run, folder: str, network: nn.Module, data: ImageData, epochs: int, seed: int, progress: bool, **more: Any
+) -> None:
+    """One training of a run, its state in a folder of the run's; `more` as `fit` takes it."""
+    settings = run.settings
+    if progress:
+        print(f"{folder}: {epochs} epochs of {len(data.train)} images", flush=True)
+    train, val = loaders(settings, data)
+    fit(
+        network,
+        train,
+        val,
+        epochs=epochs,
+        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=settings.rate),
+        seed=seed,
+        mixed_precision=settings.mixed_precision,
+        channels_last=settings.network in NETWORKS,  # a network of the user's may not bear it
+        run=run.path / folder,
+        progress=progress,
+        **more,
+    )
+
+
+def loaders(settings: Settings, data: ImageData) -> tuple[Any, Any]:
+    """What trains, augmented and shuffled, and what validates."""
+    augment = AUGMENTS[settings.augment]
+    return loader(data.train, settings.batch_size, shuffle=True, augment=augment), loader(data.val, EVAL_BATCH)
 
 
 def load_run(run: Run) -> tuple[BranchyNet, ImageData]:
     """The trained network of a run, and its data."""
     weights = run.file("checkpoint.safetensors", "train")
     data = load_data(run.settings.data)
-    net = build_network(run.settings.network, len(data.classes))
+    net = build_network(run.settings, data)
     load_weights(net, weights)
     return net.eval(), data
 
@@ -207,7 +230,7 @@ def measure_run(run: Run, score: Any = "entropy") -> ExitCost:
     if path.exists():
         return ExitCost.load(path)
     net, data = load_run(run)
-    cost = measure(net, _example(data), score=score)
+    cost = measure(net, example_of(data), score=score)
     cost.save(path)
     return cost
 
@@ -239,7 +262,7 @@ def export_run(run: Run, path: Path | None = None, **options: Any) -> Path:
         net,
         path or run.path / "model.onnx",
         policy=choice.policy,
-        example=_example(data),
+        example=example_of(data),
         labels=data.classes,
         preprocessing={"shape": list(data.shape), "scale": "pixels / 255", "resize": "bilinear"},
         promise=told if choice.promise is None else str(choice.promise),
@@ -278,5 +301,6 @@ def bench_run(
     return rows
 
 
-def _example(data: ImageData) -> torch.Tensor:
+def example_of(data: ImageData) -> torch.Tensor:
+    """A few images, as the networks take them."""
     return data.val.images[:8].float() / 255

@@ -8,6 +8,7 @@ import numpy as np
 
 from .data import ImageData, load_data, read_image
 from .decide import evaluate, frontier
+from .design import Advice
 from .engine.onnx import Engine, load
 from .errors import InputError
 from .exit_record import ExitRecord
@@ -37,7 +38,7 @@ def predict_files(engine: Engine, images: Sequence[Path]) -> Iterator[dict[str, 
     size = (int(shape[0] or 0), int(shape[1] or 0), int(shape[2] or 0))
     for start in range(0, len(images), BATCH):
         files = images[start : start + BATCH]
-        answer = engine(np.concatenate([read_image(file, size) for file in files]))
+        answer = engine.answer_all(np.concatenate([read_image(file, size) for file in files]))
         for file, label, exit, score in zip(files, answer.label, answer.exit, answer.score, strict=True):
             name = engine.labels[label] if engine.labels else str(label)
             yield {"image": str(file), "label": name, "exit": int(exit), "score": float(score)}
@@ -50,9 +51,11 @@ def report_run(run: Run) -> Path:
     cost = measure_run(run, choice.policy.score)
     data = load_data(run.settings.data)
     images = data.test.images.numpy()
-    answer = load(run.file("model.onnx", "export"))(images.astype(np.float32) / 255)
+    answer = load(run.file("model.onnx", "export")).answer_all(images.astype(np.float32) / 255)
     timed = run.path / "bench.json"
     rows = read_json(timed)["rows"] if timed.exists() else []
+    advised = run.path / "advice.json"
+    tried = Advice.load(advised).tried if advised.exists() else ()
     path = run.path / "report.html"
     order = np.lexsort((answer.score, answer.exit))  # by exit, then the surest first
     write_report(
@@ -69,6 +72,8 @@ def report_run(run: Run) -> Path:
             _gallery("Left first: the surest answers", order[:SHOWN], data, answer),
             _gallery("Left last: the least sure answers", order[::-1][:SHOWN], data, answer),
         ],
+        candidates=tried,
+        taken=list(zip(run.settings.taps, run.settings.heads, strict=True)),
         facts={
             **read_json(run.path / "config.json")["environment"],
             "data": run.settings.data,

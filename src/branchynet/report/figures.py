@@ -6,7 +6,7 @@ page's own, light or dark. A name (gid) beginning with ``tip:`` is shown there w
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import matplotlib
 import numpy as np
@@ -113,6 +113,76 @@ def figure_tradeoff(
         axes.set_ylabel("accuracy (%)")
         axes.set_xlim(left=0)
         axes.legend(loc="lower right", handletextpad=0.4)
+    return figure
+
+
+class Spot(Protocol):
+    """A candidate exit by itself, as `branchynet.design.advice.Tried` is."""
+
+    @property
+    def tap(self) -> str:
+        """Where it stands."""
+        ...
+
+    @property
+    def head(self) -> str:
+        """What stands there."""
+        ...
+
+    @property
+    def us(self) -> float:
+        """Microseconds a sample until it has answered."""
+        ...
+
+    @property
+    def accuracy(self) -> float:
+        """A fraction."""
+        ...
+
+
+def figure_candidates(
+    tried: Sequence[Spot], chosen: Sequence[tuple[str, str]] = (), static: tuple[float, float] | None = None
+) -> Figure:
+    """Candidate exits along the trunk: what each costs until it answers against its accuracy alone.
+
+    Args:
+        tried: in running order of their taps, one or several a tap; a tap's are joined by a line.
+        chosen: tap and head of those that the design took, ringed.
+        static: microseconds and accuracy of the network without exits, a diamond.
+
+    Raises:
+        InputError: nothing was tried.
+    """
+    if not tried:
+        raise InputError("no candidates to draw; give those of an Advice")
+    taps = list(dict.fromkeys(spot.tap for spot in tried))
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _new(7.4, 4.6)
+        for n, tap in enumerate(taps):
+            here = sorted((spot for spot in tried if spot.tap == tap), key=lambda spot: spot.us)
+            us, percent = [spot.us for spot in here], [100 * spot.accuracy for spot in here]
+            axes.plot(us, percent, color=RIGHT, lw=0.8, alpha=0.35, zorder=2)
+            dots = axes.scatter(us, percent, s=22, color=RIGHT, alpha=0.35 + 0.65 * (n + 1) / len(taps), lw=0, zorder=3)
+            dots.set_gid(
+                "tip:" + "|".join(f"{s.head} at {s.tap}: {microseconds(s.us)}, {100 * s.accuracy:.2f} %" for s in here)
+            )
+            top = max(range(len(here)), key=lambda i: percent[i])
+            axes.annotate(
+                tap, (us[top], percent[top]), xytext=(5, 4), textcoords="offset points", fontsize=8, color=INK
+            )
+        rings = [spot for spot in tried if (spot.tap, spot.head) in set(chosen)]
+        if rings:
+            axes.scatter(
+                [s.us for s in rings], [100 * s.accuracy for s in rings], s=130, color="none", edgecolors=CHOSEN, lw=2,
+                zorder=5, label="chosen together",
+            )  # fmt: skip
+        if static is not None:
+            axes.scatter(static[0], 100 * static[1], marker="D", s=62, color=MUTED, label="without exits", zorder=4)
+        axes.set_xlabel("time until the exit has answered (µs per sample)")
+        axes.set_ylabel("accuracy of the exit alone (%)")
+        axes.set_xlim(left=0)
+        if rings or static is not None:
+            axes.legend(loc="lower right", handletextpad=0.4)
     return figure
 
 

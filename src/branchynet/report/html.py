@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..exit_record import ExitRecord
 from ..files import replacing
 from ..types import Choice, ExitCost, Outcome
-from .figures import figure_scores, figure_shares, figure_tradeoff, microseconds
+from .figures import Spot, figure_candidates, figure_scores, figure_shares, figure_tradeoff, microseconds
 from .pictures import Gallery, gallery_section
 from .svg import inline
 
@@ -47,6 +47,8 @@ def write_report(
     baseline: tuple[float, float] | None = None,
     bench: Sequence[Mapping[str, Any]] = (),
     galleries: Sequence[Gallery] = (),
+    candidates: Sequence[Spot] = (),
+    taken: Sequence[tuple[str, str]] = (),
     facts: Mapping[str, Any] | None = None,
 ) -> None:
     """Write one HTML file below 3 MB with the curve, the exits, the scores, the timings and the pictures of a run.
@@ -64,6 +66,8 @@ def write_report(
             timed as `cost` was.
         bench: rows of `branchynet.bench`.
         galleries: images to show.
+        candidates: exits that were tried where a design was searched for; `taken` are tap and head of those it took.
+        taken: see `candidates`.
         facts: machine, versions, seed, data: all that is needed to do it again.
 
     Raises:
@@ -78,6 +82,7 @@ def write_report(
     sections = [
         _head(title, choice, outcome, record, alike or next(iter(bench), None)),
         _tradeoff(choice, outcome, curve, baseline),
+        _candidates(candidates, taken, baseline),
         _exits(choice, outcome, cost),
         _scores(choice, record, scores),
         _bench(bench),
@@ -178,6 +183,21 @@ def _tradeoff(choice: Choice, outcome: Outcome, curve: Curve | None, baseline: t
         f"{_percent(after.accuracy)} on test data.",
         "Each point is a setting of the thresholds that no other beats on the validation data, at the measured cost of "
         "the stages; settings far below the chosen accuracy are left out. The bar is the 95 % interval on test data.",
+    )
+
+
+def _candidates(tried: Sequence[Spot], taken: Sequence[tuple[str, str]], baseline: tuple[float, float] | None) -> str:
+    if not tried:
+        return ""
+    return _figure(
+        "candidates",
+        "Where exits could stand",
+        figure_candidates(tried, taken, baseline),
+        f"Time against accuracy of {len(tried)} candidate exits; the design takes "
+        + (", then ".join(f"{head} at {tap}" for tap, head in taken) or "none")
+        + ".",
+        "Each point is one classifier at one place of the network, trained on the frozen network, on validation data; "
+        "those at one place are joined. Exits are chosen together: the best set need not hold the best exit.",
     )
 
 

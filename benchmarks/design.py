@@ -1,0 +1,172 @@
+"""Do designed exits beat published ones and evenly spread ones? And does the designer predict what they will take?
+
+For each network three designs are trained alike, from one baseline's weights on, by the recipe in
+branchynet/reproduce/recipes.py: the paper's branches (published), ``attach(at="auto")`` (even), and those of `advise`
+(designed), for batches of 1 and of 64. Thresholds are chosen on validation at the validation accuracy of the plain
+network that was trained as long; accuracy and time are of test images, everything timed, one thread. Predictions are on
+disk before the design is measured.
+
+    python benchmarks/design.py b_lenet          # trains what is not trained yet, then measures; minutes
+    python benchmarks/design.py b_alexnet        # hours; resumes where it was stopped
+    python benchmarks/design.py b_resnet110      # a day
+    python benchmarks/design.py text             # a transformer on source code, see text.py; published branches: none
+
+Writes its rows into benchmarks/results/design.json, and the advice beside it.
+"""
+
+import argparse
+import itertools
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from text import Text
+
+from branchynet import attach, bench, evaluate, export, measure, record
+from branchynet.choosing import nearest_to
+from branchynet.data import load_data, loader
+from branchynet.design import Advice, advise, build
+from branchynet.files import read_json, write_json
+from branchynet.machine import environment
+from branchynet.reproduce.recipes import RECIPES, Training
+from branchynet.training.checkpoint import load_weights, save_weights
+from branchynet.types import Policy
+
+ROOT = Path(__file__).parent
+RUNS = ROOT.parent / "runs"
+RESULTS = ROOT / "results" / "design.json"
+BATCHES = (1, 64)
+SAMPLES, REPEATS = 1024, 9
+EXITS = 3  # of the evenly spread
+
+
+class Images:
+    """One of the paper's networks, with its recipe, as a task."""
+
+    channels_last = True
+
+    def __init__(self, recipe, folder, precision):
+        self.name, self.slack, self.precision = recipe.name, recipe.slack, precision
+        self.training = Training(recipe, load_data(recipe.data), folder, 0, precision)
+        self.folder, self.seed = folder, 0
+        self.baseline, self.continued = self.training.baseline, self.training.continued
+        self.with_exits, self.published = self.training.with_exits, self.training.joint
+
+    def loader(self, part):
+        recipe, split = self.training.recipe, getattr(self.training.data, part)
+        if part == "train":
+            return loader(split, recipe.batch, shuffle=True, augment=recipe.augment)
+        return loader(split, 500)
+
+    def test(self):
+        return self.training.data.test.images.float() / 255, self.training.data.test.labels
+
+    def example(self):
+        return self.training.data.val.images[:8].float() / 255
+
+
+def task_of(name, precision):
+    """A task: loaders, and networks that are trained when they are asked for."""
+    if name == "text":
+        return Text(RUNS / "text" / "seed-0", precision)
+    folder = RUNS / ("mnist" if name == "b_lenet" else "cifar") / name.removeprefix("b_") / "seed-0"
+    return Images(RECIPES[name], folder, precision)
+
+
+def advised(task, batch):
+    """The advice for a batch size, from disk where it is there, and what puts the design on a baseline, heads warm."""
+    folder, example = task.folder / f"designed-{batch}", task.example()
+    if (folder / "advice.json").exists():
+        advice = Advice.load(folder / "advice.json")
+    else:
+        advice = advise(
+            task.baseline(), task.loader("train"), task.loader("val"), example, batch_size=batch, seed=task.seed,
+            mixed_precision=task.precision, channels_last=task.channels_last, run=task.folder / "candidates",
+        )  # fmt: skip
+        save_weights(advice.network, folder / "warm.safetensors")
+        advice.save(folder / "advice.json")
+    print(advice, flush=True)
+
+    def add(baseline):
+        net = build(baseline, advice.design.taps, advice.design.heads, example)
+        load_weights(net, folder / "warm.safetensors")
+        return net
+
+    return advice, add
+
+
+def designs(task):
+    """Yield `(design, cost by batch size, network)`, each trained for as long as the others."""
+    example = task.example()
+
+    def even(baseline):
+        return attach(baseline, "auto", exits=EXITS, example=example)
+
+    for name, net in (("published", task.published()), ("even", task.with_exits(even, "even"))):
+        if net is not None:
+            yield name, {b: measure(net.eval(), example, batch_size=b, seconds=10.0) for b in BATCHES}, net
+    for batch in BATCHES:
+        advice, add = advised(task, batch)
+        if advice.design.taps:
+            yield "designed", {batch: advice.cost}, task.with_exits(add, f"designed-{batch}")
+
+
+def rows_of(task):
+    """Yield each row twice: with what is predicted, and then with what was measured."""
+    plain = task.continued().eval()
+    wanted, baseline = (
+        evaluate(record(plain, task.loader(part), progress=False), Policy()).accuracy for part in ("val", "test")
+    )
+    inputs, labels = task.test()
+    for name, costs, net in designs(task):
+        on_val = record(net.eval(), task.loader("val"), progress=False)
+        for slack, (batch, cost) in itertools.product((0.0, *task.slack), costs.items()):
+            choice, reached = nearest_to(on_val, cost, wanted - slack)
+            row = {
+                "network": task.name,
+                "batch": batch,
+                "design": name,
+                "taps": list(net.taps),
+                "below_points": 100 * slack,
+                "reached": reached,
+                "predicted_us": choice.outcome.mean_us,
+            }
+            yield row
+            with tempfile.TemporaryDirectory() as folder:
+                path = export(
+                    net, Path(folder) / "model.onnx", policy=choice.policy, example=inputs[:8],
+                    batch=1 if batch == 1 else "dynamic",
+                )  # fmt: skip
+                (timed,) = bench(
+                    path, net, inputs, labels, network=task.name, accuracy_static=baseline, batches=(batch,),
+                    samples=SAMPLES, repeats=REPEATS,
+                )  # fmt: skip
+            row["measured_us"] = timed["branchy_us"]
+            row["accuracy"] = timed["accuracy_branchy"]
+            row |= {key: timed[key] for key in ("static_us", "speedup", "overhead", "exit_share")}
+            row["accuracy_baseline"] = baseline
+            yield row
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("network", choices=[*RECIPES, "text"])
+    parser.add_argument("--precision", choices=("bf16", "no"), default="bf16", help="no where bfloat16 is slow")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    task = task_of(options.network, options.precision)
+    kept = read_json(RESULTS)["rows"] if RESULTS.exists() else []
+    kept = [row for row in kept if row["network"] != options.network]
+    found = []
+    for row in rows_of(task):
+        if row not in found:
+            found.append(row)
+        rows = [*kept, *found]
+        command = f"python benchmarks/design.py {options.network}"
+        write_json(RESULTS, {"command": command, "environment": environment(), "rows": rows})
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,11 @@
+"""Where the exits should go and whether they help: candidates on a trained trunk, timed and tried together.
+
+`forest` puts heads of several sizes on the trunk as one network with many exits, `stages` times its parts, `subsets`
+searches for the exits that together take least, and `advising` does it all.
+"""
+
+from .advice import Advice
+from .advising import advise
+from .forest import build
+
+__all__ = ["Advice", "advise", "build"]

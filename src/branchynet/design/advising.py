@@ -1,0 +1,238 @@
+"""Advice on a trained network: which exits, where, and what they will bring."""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..decide import evaluate, route
+from ..errors import InputError
+from ..exit_record import ExitRecord
+from ..fingerprint import fingerprint
+from ..graph.flat import FlatGraph, flatten
+from ..record import record
+from ..scores import of_record, resolve
+from ..search import mean_cost
+from ..training.train import fit
+from ..types import ExitCost, Policy
+from .advice import Advice, Design, Tried
+from .forest import Forest, plant
+from .stages import StageTimes, time_stages, uncuttable
+from .subsets import Found, Judged, break_even, first_right, search
+
+RESOLUTION = 0.03  # difference in accuracy that the validation samples must be able to show
+PER_CLASS = 20  # training samples a class that heads need
+ALIKE = 0.01  # of two designs that take as long but for so much, relatively, the one with fewer exits is better
+RATE, DISTILL = 3e-3, 0.5
+_Z95 = 1.96
+_CLOCK = 0.03  # medians of the same calls differ by so much, relatively, between runs on a machine that does other work
+
+
+def advise(
+    backbone: nn.Module,
+    train_loader: Any,
+    val_loader: Any,
+    example: Any,
+    *,
+    batch_size: int = 1,
+    threads: int = 1,
+    max_drop: float | None = None,
+    min_accuracy: float | None = None,
+    exits: int = 4,
+    taps: Sequence[str] | None = None,
+    score: str = "entropy",
+    epochs: int = 6,
+    seconds: float = 30.0,
+    seed: int = 0,
+    mixed_precision: str = "no",
+    device: str | torch.device | None = None,
+    channels_last: bool = False,
+    run: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Advice:
+    """Find the exits that make a trained network fastest at an accuracy, and tell what they will bring.
+
+    Heads of several sizes stand at the input and at up to eight other places. Every part is timed in ONNX Runtime as it
+    will be deployed, all heads are trained side by side on the frozen network in `epochs` passes, and every set of
+    exits is tried with every threshold on their recorded answers: all single exits and all pairs; of more, those that
+    add to the best.
+
+    Args:
+        backbone: a trained network that gives logits `(B, C)`; it is not changed.
+        train_loader: yields `(inputs, target)` with `(B,)` int64 class indices, to train heads.
+        val_loader: likewise, not shuffled, to choose the design. Not the test set.
+        example: one batch of inputs, real ones if possible.
+        batch_size: samples a call of the deployed file: the best design depends on it.
+        threads: threads within an operator.
+        max_drop: accuracy on validation at most so far below the network's own; by default 0.
+        min_accuracy: an accuracy instead.
+        exits: the most a design may have, the network's own included.
+        taps: places to try instead, names as in ``named_modules()`` or ``"input"``.
+        score: the name of the score by which samples leave.
+        epochs: passes over the training data, for all heads together.
+        seconds: about how long to time.
+        seed: as `fit` takes it, and the next three.
+        mixed_precision: for the heads' training.
+        device: for training and recording; times are the CPU's.
+        channels_last: for the heads' training.
+        run: a folder for the heads' training, so that a stopped search goes on, and one for another batch size trains
+            nothing again.
+        progress: show bars and tell what is being done.
+
+    Returns:
+        The advice; its ``network`` is the best design with heads trained so far, to be trained on with everything.
+
+    Raises:
+        InputError: an untrained network, too few samples (told how many are needed), a limit above what the network
+            reaches, or an argument that does not fit.
+        GraphError: a place where the network cannot be cut (the value in the way is named), or none.
+    """
+    say: Callable[[str], None] = partial(print, flush=True) if progress else lambda line: None
+    if exits < 2:
+        raise InputError(f"exits must be at least 2, the network's own included; got {exits}")
+    if batch_size < 1 or threads < 1:
+        raise InputError(f"batch_size and threads must be at least 1; got {batch_size} and {threads}")
+    function = resolve(score)
+    if max_drop is not None and min_accuracy is not None:
+        raise InputError("give max_drop or min_accuracy, not both")
+    alone = record(backbone, val_loader, device=device, progress=progress)
+    accuracy = evaluate(alone, Policy()).accuracy
+    _check_trained(alone, accuracy)
+    _check_data(alone, accuracy, train_loader)
+    limit = accuracy - (max_drop or 0.0) if min_accuracy is None else min_accuracy
+    if limit > accuracy:
+        raise InputError(
+            f"the network has {accuracy:.2%} accuracy on the validation samples, less than the limit of {limit:.2%}: "
+            "exits are chosen not to lose accuracy, not to gain it; ask for less, or train on"
+        )
+    say("looking for places and timing what stands there")
+    torch.manual_seed(seed)
+    forest, flat = _planted(backbone, example, taps, function)
+    times = time_stages(forest, flat, example, batch_size=batch_size, threads=threads, seconds=seconds)
+    say(f"training {len(forest.candidates)} heads at {len(forest.net.taps)} places, {epochs} epochs")
+    fit(
+        forest.net,
+        train_loader,
+        epochs=epochs,
+        train="branches",
+        distill=DISTILL,
+        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=RATE),
+        seed=seed,
+        mixed_precision=mixed_precision,
+        device=device,
+        channels_last=channels_last,
+        run=None if run is None else Path(run) / "heads",
+        progress=progress,
+    )
+    found = record(forest.net, val_loader, device=device, progress=progress)
+    forest.net.cpu()
+    judged = Judged(of_record(found, score), found.losses.astype(np.float64), times.taps, times.cost)
+    best = search(judged, (1 - limit) * found.samples, exits, say)
+    designs = tuple(_design(forest, judged, times, one) for one in best)
+    least = min(design.us for design in designs)
+    fastest = next(n for n, design in enumerate(designs) if design.us <= (1 + ALIKE) * least)
+    return Advice(
+        batch_size=batch_size,
+        threads=threads,
+        score=score,
+        static_us=times.static_us,
+        accuracy=accuracy,
+        min_accuracy=limit,
+        samples=found.samples,
+        designs=designs,
+        tried=_tried(forest, judged, times),
+        best=fastest,
+        fingerprint=fingerprint(backbone),
+        network=forest.network(best[fastest].chosen),
+    )
+
+
+def _check_trained(alone: ExitRecord, accuracy: float) -> None:
+    """Raises `InputError` where the network answers no better than by always naming the commonest class."""
+    assert alone.labels is not None
+    chance = float(np.bincount(alone.labels).max()) / alone.samples
+    if accuracy <= chance + 3 * math.sqrt(chance * (1 - chance) / alone.samples):
+        raise InputError(
+            f"the network's accuracy on the validation samples is {accuracy:.1%}, where naming the commonest class "
+            f"always gives {chance:.1%}: train it first, since where exits belong depends on what it has learned"
+        )
+
+
+def _check_data(alone: ExitRecord, accuracy: float, train_loader: Any) -> None:
+    """Raises `InputError` where designs could not be told apart, or heads not be trained."""
+    needed = math.ceil(_Z95**2 * max(1 - accuracy, 0.01) / RESOLUTION**2)
+    if alone.samples < needed:
+        raise InputError(
+            f"{alone.samples} validation samples cannot rank designs: at {accuracy:.1%} accuracy it takes {needed} to "
+            f"tell apart two that differ by {RESOLUTION:.0%}"
+        )
+    assert alone.outputs is not None
+    first = next(iter(train_loader), None)
+    samples, needed = 0 if first is None else len(train_loader) * len(first[1]), PER_CLASS * alone.outputs.shape[2]
+    if samples < needed:
+        raise InputError(
+            f"about {samples} training samples cannot train heads for {alone.outputs.shape[2]} classes; it takes "
+            f"{needed}, {PER_CLASS} a class"
+        )
+
+
+def _planted(backbone: nn.Module, example: Any, taps: Sequence[str] | None, score: Any) -> tuple[Forest, FlatGraph]:
+    """The forest and its graph; of places found by itself those where the graph cannot be cut are passed over."""
+    forest = plant(backbone, example, taps)
+    flat = flatten(forest.net, example, score=score)
+    faults = uncuttable(forest, flat)
+    if faults and (taps is not None or len(faults) == len(forest.net.taps)):
+        raise next(iter(faults.values()))
+    if faults:
+        return _planted(backbone, example, [tap for tap in forest.net.taps if tap not in faults], score)
+    return forest, flat
+
+
+def _design(forest: Forest, judged: Judged, times: StageTimes, found: Found) -> Design:
+    problem = judged.problem(found.chosen)
+    cost, samples = problem.cost, len(problem.losses)
+    each = cost.latency_us([True] * cost.exits)
+    position = route(problem.scores, found.thresholds) - 1
+    counts = np.bincount(position, minlength=cost.exits).astype(np.float64)
+    mean = float(mean_cost(counts, each, samples))
+    half = _Z95 * math.hypot(each[position].std() / math.sqrt(samples), max(times.spread, _CLOCK) * mean)
+    chosen = [forest.candidates[i] for i in found.chosen]
+    return Design(
+        taps=tuple(c.tap for c in chosen),
+        heads=tuple(c.head for c in chosen),
+        thresholds=found.thresholds,
+        us=mean,
+        interval_us=(max(mean - half, 1e-3), mean + half),
+        accuracy=float(1 - problem.losses[np.arange(samples), position].mean()),
+        exit_share=tuple(float(c) / samples for c in counts),
+        trunk_us=cost.trunk_us,
+        branch_us=cost.branch_us,
+        break_even=break_even(judged, found),
+        oracle_us=float(each[first_right(problem.losses)].mean()),
+    )
+
+
+def _tried(forest: Forest, judged: Judged, times: StageTimes) -> tuple[Tried, ...]:
+    rows = []
+    for i, candidate in enumerate(forest.candidates):
+        cost: ExitCost = times.cost((i,))
+        early, late = cost.latency_us([True, True])
+        needed = (late - times.static_us) / (late - early) if late > early else math.inf
+        rows.append(
+            Tried(
+                tap=candidate.tap,
+                head=candidate.head,
+                depth=candidate.depth,
+                accuracy=float(1 - judged.losses[:, i].mean()),
+                us=float(early),
+                added_us=float(late - times.static_us),
+                break_even=max(0.0, float(needed)) if needed <= 1 else None,
+            )
+        )
+    return tuple(rows)

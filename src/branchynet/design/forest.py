@@ -1,0 +1,163 @@
+"""A trained trunk with every candidate head on it, as one network with many exits."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attaching import Maker, attach
+from ..errors import GraphError, InputError
+from ..heads import heads
+from ..net import INPUT, BranchyNet, arguments, evaluating, few, first_input, one_output, tensor_in
+from ..survey import Survey, spread, surveying
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One head at one tap.
+
+    Attributes:
+        tap: a submodule's name, or ``"input"``.
+        head: the head's name.
+        depth: share of the trunk's multiply-accumulates that lie before the tap.
+    """
+
+    tap: str
+    head: str
+    depth: float
+
+
+@dataclass(frozen=True, eq=False)
+class Forest:
+    """All candidates on a trunk.
+
+    Attributes:
+        net: the trunk with all heads: one exit a candidate, in this order, then the trunk's own.
+        candidates: by running order of their taps, and cheapest first at each.
+    """
+
+    net: BranchyNet
+    candidates: tuple[Candidate, ...]
+
+    def at(self, tap: str) -> list[int]:
+        """The positions of the candidates at a tap."""
+        return [i for i, c in enumerate(self.candidates) if c.tap == tap]
+
+    def network(self, chosen: Sequence[int]) -> BranchyNet:
+        """A copy of the trunk with the candidates at these positions, in running order and one a tap."""
+        every = [head for branch in self.net.branches for head in _together(branch)]
+        picked = {self.candidates[i].tap: every[i] for i in chosen}
+        return copy.deepcopy(BranchyNet(self.net.backbone, picked))
+
+
+def plant(trunk: nn.Module, example: Any, taps: Sequence[str] | None = None, most: int = 8) -> Forest:
+    """Heads of several sizes at the input and at up to `most` other places, evenly spread by multiply-accumulates.
+
+    Args:
+        trunk: gives logits `(B, C)`; it is not changed.
+        example: one batch of inputs.
+        taps: the names to try instead, in any order.
+        most: places beside the input.
+
+    Raises:
+        InputError: an unknown tap, or outputs that are not `(B, C)`.
+        GraphError: a tap that never runs, runs twice, or runs when the output is there; or no place for an exit at all.
+    """
+    args, kwargs = arguments(few(example))
+    with (
+        torch.no_grad(),
+        evaluating(trunk),
+        surveying(trunk, (args, kwargs), lambda _, value: tensor_in(value)) as survey,
+    ):
+        last = one_output(trunk(*args, **kwargs), "the network's output")
+    if last.dim() != 2:
+        raise InputError(f"the network gives outputs of shape {tuple(last.shape)}; advice is for logits (B, C)")
+    if taps is None:
+        names = list(spread(survey, last, most + 1))
+        if heads(first_input(args, kwargs), last.shape[1]):
+            names.insert(0, INPUT)
+        if not names:
+            raise GraphError(
+                "no place for an exit was found by itself: the network runs its layers several times, or nothing that "
+                "it learns passes through one submodule alone; name places with taps="
+            )
+    else:
+        names = list(taps)
+    maker = _All()
+    net = attach(trunk, names, example=example, branch=maker)
+    depths = {tap: _depth(survey, tap) for tap in net.taps}
+    named = [(tap, name) for tap, made in zip(net.taps, maker.names, strict=True) for name in made]
+    return Forest(net, tuple(Candidate(tap, name, depths[tap]) for tap, name in named))
+
+
+def build(backbone: nn.Module, taps: Sequence[str], named: Sequence[str], example: Any) -> BranchyNet:
+    """A design on a backbone, its heads untrained.
+
+    Args:
+        backbone: it becomes part of the network.
+        taps: where the early exits stand, in running order.
+        named: their heads, names as in `heads`.
+        example: one batch of inputs.
+
+    Raises:
+        InputError: a head that does not fit its place (those that do are told), an unknown tap.
+        GraphError: as `attach`.
+    """
+    if len(taps) != len(named):
+        raise InputError(f"{len(taps)} taps need as many heads; got {', '.join(named) or 'none'}")
+    return attach(backbone, taps, example=example, branch=_Named(named)) if taps else BranchyNet(backbone, {})
+
+
+class _Named(Maker):
+    """The heads of a design, one after the other."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+
+    def __call__(self, features: Tensor, num_classes: int, feature_dim: int | None = None) -> nn.Module:
+        """The next head."""
+        name, made = self.names.pop(0), heads(features, num_classes, feature_dim)
+        if name not in made:
+            raise InputError(
+                f"no head {name!r} for features of shape {tuple(features.shape)}; there are {', '.join(made) or 'none'}"
+            )
+        return made[name]
+
+
+class _All(Maker):
+    """Every head for the features at a tap, as one branch; remembers their names, tap by tap."""
+
+    def __init__(self) -> None:
+        self.names: list[list[str]] = []
+
+    def __call__(self, features: Tensor, num_classes: int, feature_dim: int | None = None) -> nn.Module:
+        """A branch with one exit a head."""
+        made = heads(features, num_classes, feature_dim)
+        if not made:
+            raise InputError(
+                f"no classifier reads {features.dtype} features of shape {tuple(features.shape)}; name another tap"
+            )
+        self.names.append(list(made))
+        first, *others = made.values()
+        for head in others:
+            first = BranchyNet(head, {INPUT: first})
+        return first
+
+
+def _together(branch: nn.Module) -> list[nn.Module]:
+    """The heads in a branch that `_All` made."""
+    if isinstance(branch, BranchyNet):
+        return [*_together(branch.branches[0]), branch.backbone]
+    return [branch]
+
+
+def _depth(survey: Survey, tap: str) -> float:
+    """Share of the multiply-accumulates before a tap."""
+    total = survey.operations[-1].macs
+    if tap == INPUT or not total:
+        return 0.0
+    moment = next(m for m in survey.moments if m.name == tap)
+    return survey.operations[moment.time - 1].macs / total

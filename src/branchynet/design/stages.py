@@ -1,0 +1,178 @@
+"""What every part of a forest takes in the deployment engine: trunk segments, heads, and deciding.
+
+Times are of calls of a whole batch, with weights warm. Shape letters: K candidates, T taps.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ..engine.onnx import load
+from ..errors import GraphError
+from ..export import assemble
+from ..graph.flat import FlatGraph, tensors_of
+from ..timing import samples_of
+from ..types import ExitCost, Floats, Policy
+from .forest import Forest
+
+_ALWAYS, _NEVER = 1e30, -1.0  # thresholds that every score of ours passes, and none
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Microseconds a call at one batch size.
+
+    Attributes:
+        rows: samples a call.
+        reach: `(T + 1,)` from the input to each tap, and to the trunk's output, its score included.
+        plain: of the trunk alone.
+        head: `(K,)` of each head with its score.
+        leave, stay: `(T,)` what deciding adds at each tap where all samples leave, and where all stay.
+    """
+
+    rows: int
+    reach: Floats
+    plain: float
+    head: Floats
+    leave: Floats
+    stay: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class StageTimes:
+    """Times at a batch size and, for a batch of several, at a quarter of it, from which stages of fewer rows follow.
+
+    Attributes:
+        whole: at the batch size asked for.
+        part: at a quarter of it; the same as `whole` for one sample a call.
+        taps: `(K,)` the position of each candidate's tap.
+        threads: threads within an operator.
+        spread: relative spread of a median, as the turns of the clock differ.
+    """
+
+    whole: Batch
+    part: Batch
+    taps: tuple[int, ...]
+    threads: int
+    spread: float
+
+    @property
+    def static_us(self) -> float:
+        """The plain trunk's microseconds a sample."""
+        return self.whole.plain / self.whole.rows
+
+    def cost(self, chosen: Sequence[int]) -> ExitCost:
+        """What a design costs: trunk segments and branches of the candidates at these positions, then the last exit.
+
+        Of a batch, a stage that some rows reach takes a fixed part and one in proportion to them. The fixed parts are
+        counted with the first segment, since of several samples one nearly always stays. Without candidates it is the
+        plain trunk, which needs no score.
+        """
+        if not len(chosen):
+            return ExitCost((self.static_us,), (0.0,), batch_size=self.whole.rows, threads=self.threads)
+        taps = [self.taps[i] for i in chosen]
+        whole, part = (self._parts(batch, chosen, taps) for batch in (self.whole, self.part))
+        rows, fewer = self.whole.rows, self.part.rows
+        each = whole / rows if rows == fewer else np.clip((whole - part) / (rows - fewer), 0.0, whole / rows)
+        trunk, branch = each
+        trunk[0] += (whole / rows - each).sum()
+        return ExitCost(tuple(trunk), tuple(branch), batch_size=rows, threads=self.threads)
+
+    @staticmethod
+    def _parts(batch: Batch, chosen: Sequence[int], taps: Sequence[int]) -> Floats:
+        """`(2, N)` microseconds a call of trunk segments and of branches, all rows of the call there."""
+        trunk = np.diff([0.0, *batch.reach[taps], batch.reach[-1]])
+        branch = np.append(batch.head[list(chosen)] + batch.leave[taps], 0.0)
+        # Staying takes more than leaving: that belongs to what comes next.
+        trunk[1:] += np.maximum(0.0, batch.stay[taps] - batch.leave[taps])
+        return np.stack([np.maximum(0.0, trunk), branch])
+
+
+def time_stages(
+    forest: Forest, flat: FlatGraph, example: Any, *, batch_size: int, threads: int, seconds: float
+) -> StageTimes:
+    """Time a forest's parts at a batch size.
+
+    Args:
+        forest: whose heads need not be trained.
+        flat: its graph, with scores.
+        example: real inputs if possible; repeated or cut to the rows of a call.
+        batch_size: samples a call.
+        threads: threads within an operator.
+        seconds: about how long to measure.
+    """
+    sizes = sorted({batch_size, max(1, batch_size // 4)}, reverse=True)
+    taps = [forest.net.taps.index(c.tap) for c in forest.candidates]
+    with tempfile.TemporaryDirectory() as folder:
+        parts = _Parts(flat, forest, Path(folder), threads)
+        found = [parts.timed(tensors_of(example), rows, seconds / len(sizes)) for rows in sizes]
+    (whole, spread), (part, _) = found[0], found[-1]
+    return StageTimes(whole, part, tuple(taps), threads, spread)
+
+
+def uncuttable(forest: Forest, flat: FlatGraph) -> dict[str, GraphError]:
+    """The taps at which the network cannot be cut, each with what stands in the way."""
+    faults = {}
+    for tap in forest.net.taps:
+        try:
+            assemble(flat, _policy(forest, forest.at(tap)[0], 0.0))
+        except GraphError as error:
+            faults[tap] = error
+    return faults
+
+
+def _policy(forest: Forest, position: int, threshold: float) -> Policy:
+    return Policy(thresholds=tuple(threshold if i == position else None for i in range(len(forest.candidates))))
+
+
+class _Parts:
+    """Engines of the graphs whose times tell the parts'."""
+
+    def __init__(self, flat: FlatGraph, forest: Forest, folder: Path, threads: int) -> None:
+        self.forest = forest
+        last = len(forest.candidates) + 1
+        outputs = {"plain": [f"output_{last}"], "last": [f"output_{last}", f"score_{last}"]}
+        for i in range(len(forest.candidates)):
+            outputs[f"alone {i}"] = [f"output_{i + 1}", f"score_{i + 1}"]
+        policies: dict[str, Policy] = {}
+        for t, tap in enumerate(forest.net.taps):
+            here = forest.at(tap)
+            if len(here) > 1:
+                outputs[f"all {t}"] = [f"{kind}_{i + 1}" for i in here for kind in ("output", "score")]
+            outputs[f"both {t}"] = [f"output_{last}", f"score_{last}", f"score_{here[0] + 1}"]
+            policies[f"leave {t}"] = _policy(forest, here[0], _ALWAYS)
+            policies[f"stay {t}"] = _policy(forest, here[0], _NEVER)
+        self.calls = {}
+        for k, (name, wanted) in enumerate(outputs.items()):
+            ir.save(assemble(flat, None, outputs=wanted), folder / f"{k}.onnx")
+            self.calls[name] = load(folder / f"{k}.onnx", threads=threads).outputs
+        for k, (name, policy) in enumerate(policies.items()):
+            ir.save(assemble(flat, policy), folder / f"exits-{k}.onnx")
+            self.calls[name] = load(folder / f"exits-{k}.onnx", threads=threads)
+
+    def timed(self, example: Sequence[Any], rows: int, seconds: float) -> tuple[Batch, float]:
+        """Times at a batch size, and their relative spread."""
+        batch = [np.resize(t.numpy(), (rows, *t.shape[1:])) for t in example]
+        taken = samples_of([lambda call=call: call(*batch) for call in self.calls.values()], seconds)
+        us = {name: float(np.median(times)) for name, times in zip(self.calls, taken, strict=True)}
+        spread = [np.subtract(*np.quantile(t, (0.75, 0.25))) / np.median(t) / np.sqrt(len(t)) for t in taken]
+        forest = self.forest
+        head, reach = np.zeros(len(forest.candidates)), np.zeros(len(forest.net.taps) + 1)
+        leave, stay = np.zeros(len(forest.net.taps)), np.zeros(len(forest.net.taps))
+        for t, tap in enumerate(forest.net.taps):
+            here = forest.at(tap)
+            alone = np.array([us[f"alone {i}"] for i in here])
+            # alone = reach + head and all = reach + the sum of heads, so reach follows; none is less than nothing.
+            reach[t] = (alone.sum() - us[f"all {t}"]) / (len(here) - 1) if len(here) > 1 else 0.0
+            reach[t] = np.clip(reach[t], 0.0, alone.min())
+            head[here] = alone - reach[t]
+            leave[t] = max(0.0, us[f"leave {t}"] - alone[0])
+            stay[t] = max(0.0, us[f"stay {t}"] - us[f"both {t}"])
+        reach[-1] = us["last"]
+        reach = np.minimum(np.maximum.accumulate(reach), reach[-1])
+        return Batch(rows, reach, us["plain"], head, leave, stay), float(np.median(spread))

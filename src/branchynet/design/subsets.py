@@ -1,0 +1,129 @@
+"""Which exits together take the least time, among very many candidates.
+
+Shape letters: S samples, K candidates, N exits of a design.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..decide import SLACK, best_points, optional, route
+from ..search import Problem
+from ..types import ExitCost, Floats, Ints
+
+_BEAM = 16  # designs that are carried on with one exit more
+_COARSE = 10_000  # threshold vectors tried for a design while designs are compared; a hundred times as many for two
+_FINE = 1_000_000
+
+
+@dataclass(frozen=True)
+class Found:
+    """One set of exits with its best thresholds.
+
+    Attributes:
+        chosen: positions of the candidates, in running order; none where the trunk alone is best.
+        thresholds: one a candidate.
+        us: mean microseconds a sample, as the search saw it.
+    """
+
+    chosen: tuple[int, ...]
+    thresholds: tuple[float, ...]
+    us: float
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """What all candidates do on the recorded samples, and where they stand.
+
+    Attributes:
+        scores, losses: `(S, K + 1)`, the trunk's own exit last.
+        taps: `(K,)` the position of each candidate's tap.
+        cost: the microseconds of a design, given the positions of its candidates.
+    """
+
+    scores: Floats
+    losses: Floats
+    taps: tuple[int, ...]
+    cost: Callable[[Sequence[int]], ExitCost]
+
+    def problem(self, chosen: Sequence[int]) -> Problem:
+        """The search over thresholds of one design."""
+        columns = [*chosen, self.scores.shape[1] - 1]
+        return Problem(self.scores[:, columns], self.losses[:, columns], self.cost(chosen))
+
+
+def search(judged: Judged, most_loss: float, exits: int, report: Callable[[str], None]) -> list[Found]:
+    """The best design of each number of exits, fewest first; the first is the trunk alone.
+
+    All single candidates and all pairs at different taps are tried with every threshold that matters; of three and more
+    those that add one to the best smaller designs.
+
+    Args:
+        judged: the candidates.
+        most_loss: summed loss that is allowed over the samples.
+        exits: the most a design may have, the trunk's own included.
+        report: called with a line now and then.
+    """
+    alone = Found((), (), float(judged.cost(()).latency_us([True])[-1]))
+    best, here = [alone], [alone]
+    everyone = range(len(judged.taps))
+    for size in range(1, exits):
+        if size <= 2:
+            sets: Iterable[tuple[int, ...]] = itertools.combinations(everyone, size)
+        else:
+            sets = sorted({tuple(sorted((*f.chosen, i))) for f in here for i in everyone if i not in f.chosen})
+        sets = [s for s in sets if len({judged.taps[i] for i in s}) == size]
+        report(f"trying {len(sets)} sets of {size} early exit{'s' * (size > 1)}")
+        tried = [t for t in (_best(judged, s, most_loss, _COARSE) for s in sets) if t is not None]
+        here = sorted(tried, key=lambda found: found.us)[:_BEAM]
+        fine = [t for t in (_best(judged, f.chosen, most_loss, _FINE) for f in here[:3]) if t is not None]
+        if fine:
+            best.append(min(fine, key=lambda found: found.us))
+    return best
+
+
+def _best(judged: Judged, chosen: tuple[int, ...], most_loss: float, vectors: int) -> Found | None:
+    """The cheapest thresholds of a design within the loss, or None where some of its exits stay unused."""
+    points = best_points(judged.problem(chosen), vectors)
+    within = np.flatnonzero(points.loss <= most_loss + SLACK)
+    if not len(within):
+        return None
+    at = within[points.us[within].argmin()]
+    thresholds = optional(points.thresholds[at])
+    used = tuple(t for t in thresholds if t is not None)
+    return Found(chosen, used, float(points.us[at])) if len(used) == len(chosen) else None
+
+
+def break_even(judged: Judged, found: Found) -> tuple[float, ...]:
+    """For each early exit the share of all samples that must leave there for it to save time in this design.
+
+    What it saves is counted beside the same design without it, other thresholds unchanged, where those that would have
+    left there leave as those do that stay. Fewer may leave at an exit that is there because it is more often right.
+    """
+    each, mean = _times(judged, found)
+    position = route(judged.problem(found.chosen).scores, found.thresholds) - 1
+    needed = []
+    for n in range(len(found.chosen)):
+        chosen, thresholds = (*found.chosen[:n], *found.chosen[n + 1 :]), found.thresholds
+        rest = Found(chosen, (*thresholds[:n], *thresholds[n + 1 :]), us=0.0)
+        here, later = position == n, each[position[position > n]]
+        spared = max((later.mean() if len(later) else each[-1]) - each[n], 1e-9)
+        saved = _times(judged, rest)[1] - mean
+        needed.append(float(np.clip(here.mean() - saved / spared, 0.0, 1.0)))
+    return tuple(needed)
+
+
+def _times(judged: Judged, found: Found) -> tuple[Floats, float]:
+    """Microseconds to each exit of a design `(N,)`, and the mean over the samples."""
+    problem = judged.problem(found.chosen)
+    each = problem.cost.latency_us([True] * problem.cost.exits)
+    return each, float(each[route(problem.scores, found.thresholds) - 1].mean())
+
+
+def first_right(losses: Floats) -> Ints:
+    """`(S,)` the position of the first exit that is right, of losses `(S, N)`; the last where none is."""
+    right = losses < 0.5
+    right[:, -1] = True
+    return right.argmax(axis=1).astype(np.int64)

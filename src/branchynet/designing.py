@@ -1,0 +1,236 @@
+"""From a trained run to a designed one: advise, train on, choose again, export, measure, compare.
+
+The design's folder, ``RUN/design-BATCH``, is a run folder itself, so that every verb works on it; more files are::
+
+    asked.json            what was asked of the designer
+    advice.json           what was found, and predicted, before anything was built
+    warm.safetensors      the best design with its heads so far
+    prediction.json       what the trained design should take, written before it is measured
+    comparison.json       what it takes
+
+``RUN/candidates`` keeps the training of all candidates on the frozen network, which serves every batch size.
+"""
+
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from .bench import bench
+from .choosing import nearest_to
+from .data import ImageData, load_data
+from .decide import evaluate
+from .design import Advice, advise
+from .errors import FileError, InputError
+from .exit_record import ExitRecord
+from .files import read_json, write_json
+from .machine import environment
+from .record import record
+from .runs import NETWORKS, Run, build_network, create_run, example_of, export_run, loaders, open_run, train_exits
+from .training.checkpoint import load_weights, save_weights
+from .types import Policy
+
+DISTILL = 0.5
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A design, what was predicted of it, and what it does.
+
+    Attributes:
+        network, batch, threads: what was designed for.
+        taps, heads: of the early exits.
+        advised_us: predicted microseconds a sample with heads on the frozen network.
+        predicted_us: predicted from the trained design's answers on validation; before it was timed.
+        measured_us, static_us, limit_us: timed together, everything inside the clock.
+        accuracy, accuracy_baseline: on test: with exits, and of the network without, trained for as long.
+        reached: whether thresholds of the network's own validation accuracy were found; else the most accurate ones
+            stand here.
+    """
+
+    network: str
+    batch: int
+    threads: int
+    taps: tuple[str, ...]
+    heads: tuple[str, ...]
+    advised_us: float
+    predicted_us: float
+    measured_us: float
+    static_us: float
+    limit_us: float
+    accuracy: float
+    accuracy_baseline: float
+    exit_share: tuple[float, ...]
+    reached: bool
+
+    @property
+    def speedup(self) -> float:
+        """Measured, beside the network without exits."""
+        return self.static_us / self.measured_us
+
+    @property
+    def error(self) -> float:
+        """By how much of it the measured time is beyond the prediction, or short of it."""
+        return self.measured_us / self.predicted_us - 1
+
+    def __str__(self) -> str:
+        """The comparison in words."""
+        held = "" if self.reached else " (its validation accuracy was not reached; these are the best thresholds)"
+        return (
+            f"measured {self.measured_us:.1f} us a sample, {self.error:+.0%} beside the predicted "
+            f"{self.predicted_us:.1f}; {self.speedup:.2f}x faster than {self.static_us:.1f} without exits; test "
+            f"accuracy {self.accuracy:.2%}, without exits {self.accuracy_baseline:.2%}{held}"
+        )
+
+
+def design_run(
+    path: str | os.PathLike[str],
+    *,
+    batch_size: int = 1,
+    threads: int = 1,
+    max_drop: float = 0.0,
+    exits: int = 4,
+    epochs: int = 6,
+    anyway: bool = False,
+    progress: bool = True,
+) -> tuple[Advice, Comparison | None]:
+    """Find, train, export and time the exits that suit a trained run's network; goes on where it was stopped.
+
+    Args:
+        path: a trained run's folder; its plain network is what exits are designed for, and what they are compared with.
+        batch_size: samples a call of the deployed file.
+        threads: threads within an operator.
+        max_drop: accuracy on validation at most so far below the plain network's.
+        exits: the most the design may have, the network's own included.
+        epochs: for all candidate heads together; all exits are then trained for as long as the run's were.
+        anyway: go on with a design that is not worth it.
+        progress: show bars and tell what is being done.
+
+    Returns:
+        The advice; and the comparison, or None where exits are not worth it.
+
+    Raises:
+        InputError, GraphError: as `advise`; a design in this folder with another limit.
+        FileError: the run is not trained, or has no plain network.
+    """
+    base = open_run(path)
+    base.file("record-static.npz", "train")
+    data = load_data(base.settings.data)
+    folder = base.path / f"design-{batch_size}"
+    advice = _advised(base, data, folder, batch_size, threads, max_drop, exits, epochs, progress)
+    if not advice.design.taps or not (advice.worth or anyway):
+        return advice, None
+    settings = replace(
+        base.settings, taps=advice.design.taps, heads=advice.design.heads, distill=DISTILL, weights=(), train="all"
+    )
+    run = create_run(folder, settings)
+    net = build_network(settings, data)
+    load_weights(net, folder / "warm.safetensors")
+    train_exits(run, net, data, progress)
+    (folder / "record-static.npz").write_bytes((base.path / "record-static.npz").read_bytes())
+    return advice, _compared(base, run, net, data, advice, max_drop, progress)
+
+
+def _advised(
+    base: Run,
+    data: ImageData,
+    folder: Path,
+    batch_size: int,
+    threads: int,
+    max_drop: float,
+    exits: int,
+    epochs: int,
+    progress: bool,
+) -> Advice:
+    """The advice in the folder, or a new one."""
+    asked = {"threads": threads, "max_drop": max_drop, "exits": exits, "epochs": epochs}
+    path = folder / "advice.json"
+    if path.exists():
+        made = read_json(folder / "asked.json")
+        if made != asked:
+            raise InputError(f"{folder} was designed with {made}, not {asked}: ask for the same, or remove the folder")
+        return Advice.load(path)
+    settings = base.settings
+    trunk = build_network(replace(settings, taps=()), data).backbone
+    load_weights(trunk, _plain(base, "baseline" if settings.baseline_epochs else "static"))
+    train, val = loaders(settings, data)
+    advice = advise(
+        trunk,
+        train,
+        val,
+        example_of(data),
+        batch_size=batch_size,
+        threads=threads,
+        max_drop=max_drop,
+        exits=exits,
+        epochs=epochs,
+        seed=settings.seed,
+        mixed_precision=settings.mixed_precision,
+        channels_last=settings.network in NETWORKS,
+        run=base.path / "candidates",
+        progress=progress,
+    )
+    assert advice.network is not None
+    save_weights(advice.network, folder / "warm.safetensors")
+    write_json(folder / "asked.json", asked)
+    advice.save(path)  # last: with it, all is there
+    return advice
+
+
+def _compared(
+    base: Run, run: Run, net: nn.Module, data: ImageData, advice: Advice, max_drop: float, progress: bool
+) -> Comparison:
+    """Choose at the plain network's accuracy, predict, then export and time."""
+    _, val = loaders(run.settings, data)
+    static = build_network(replace(base.settings, taps=()), data).backbone
+    load_weights(static, _plain(base, "static" if base.settings.static else "baseline"))
+    wanted = evaluate(record(static, val, progress=False), Policy()).accuracy - max_drop
+    cost = advice.cost
+    choice, reached = nearest_to(ExitRecord.load(run.path / "record-val.npz"), cost, wanted)
+    choice.save(run.path / "choice.json")
+    cost.save(run.path / "cost.json")
+    predicted = {"us": choice.outcome.mean_us, "advised_us": advice.design.us, "val_accuracy": choice.outcome.accuracy}
+    write_json(run.path / "prediction.json", predicted)
+    model = export_run(run, batch=1 if advice.batch_size == 1 else "dynamic")
+    plain = evaluate(ExitRecord.load(run.path / "record-static.npz"), Policy()).accuracy
+    (row,) = bench(
+        model,
+        net,
+        data.test.images.float() / 255,
+        data.test.labels,
+        network=run.settings.network,
+        accuracy_static=plain,
+        batches=(advice.batch_size,),
+        threads=advice.threads,
+        progress=print if progress else lambda message: None,
+    )
+    write_json(run.path / "bench.json", {"environment": environment(), "rows": [row]})
+    found = Comparison(
+        network=run.settings.network,
+        batch=advice.batch_size,
+        threads=advice.threads,
+        taps=advice.design.taps,
+        heads=advice.design.heads,
+        advised_us=advice.design.us,
+        predicted_us=predicted["us"],
+        measured_us=row["branchy_us"],
+        static_us=row["static_us"],
+        limit_us=row["limit_us"],
+        accuracy=row["accuracy_branchy"],
+        accuracy_baseline=plain,
+        exit_share=tuple(row["exit_share"]),
+        reached=reached,
+    )
+    write_json(run.path / "comparison.json", asdict(found))
+    return found
+
+
+def _plain(base: Run, name: str) -> Path:
+    """The weights of a plain network of the run. Raises `FileError` where it trained none."""
+    path = base.path / name / "checkpoint.safetensors"
+    if not path.exists():
+        raise FileError(
+            f"{base.path} has no {name}/ network to design exits for; train the run with --baseline-epochs above 0"
+        )
+    return path

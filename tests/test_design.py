@@ -1,0 +1,343 @@
+"""The designer's parts beside naive searches, and its advice on a network that learned real digits."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from branchynet import record, zoo
+from branchynet.data import ImageData, Split, load_data, loader
+from branchynet.design import Advice, advise, build
+from branchynet.design.forest import plant
+from branchynet.design.stages import Batch, StageTimes
+from branchynet.design.subsets import Found, Judged, break_even, search
+from branchynet.errors import FileError, GraphError, InputError
+from branchynet.heads import heads
+from branchynet.reproduce.recipes import adam
+from branchynet.training.train import fit
+from branchynet.types import ExitCost
+from oracle import every_exit, figure_2
+
+MAPS = [(1, 28, 28), (3, 32, 32), (16, 32, 31), (64, 8, 8), (96, 4, 5), (32, 2, 2), (5, 1, 1), (2048, 7, 7)]
+
+
+@pytest.mark.parametrize("shape", MAPS)
+def test_heads_read_maps_of_any_size(shape):
+    made = heads(torch.rand(3, *shape), 7)
+    assert {"linear", "hidden-64"} <= made.keys()
+    assert any(name.startswith("conv") for name in made) == (min(shape[1:]) >= 2)
+    for name, head in made.items():
+        assert head(torch.rand(3, *shape)).shape == (3, 7), name
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((9, 12), None), ((12,), None), ((12, 9), 1), ((5, 4, 12), -1)])
+def test_heads_read_tokens_wherever_their_features_are(shape, dim):
+    for head in heads(torch.rand(2, *shape), 7, dim).values():
+        assert head(torch.rand(2, *shape)).shape == (2, 7)
+        assert next(m for m in head.modules() if isinstance(m, nn.Linear)).in_features == 12
+
+
+def test_no_head_reads_integers():
+    assert heads(torch.ones(2, 9, dtype=torch.int64), 7) == {}
+
+
+class Residual(nn.Module):
+    """Two blocks; nothing inside of them is a place for an exit."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 6, 3, padding=1)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.ReLU(inplace=True)) for _ in "ab")
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.fc(x.mean((2, 3)))
+
+
+def test_a_forest_is_all_heads_on_one_trunk():
+    torch.manual_seed(0)
+    trunk, images = Residual().eval(), torch.rand(5, 1, 9, 9)
+    forest = plant(trunk, images)
+    forest.net.eval()
+    assert forest.net.taps[0] == "input" and "stem" in forest.net.taps and "blocks.0.0" not in forest.net.taps
+    assert [c.tap for c in forest.candidates] == sorted(
+        (c.tap for c in forest.candidates), key=forest.net.taps.index
+    ) and len(set(forest.candidates)) == len(forest.candidates) == forest.net.exits - 1
+    depths = [c.depth for c in forest.candidates]
+    assert depths == sorted(depths) and depths[0] == 0 and 0 < depths[-1] < 1
+    with torch.no_grad():
+        every = forest.net(images)
+        assert torch.equal(every[-1], trunk(images))
+        for i, candidate in enumerate(forest.candidates):
+            net = forest.network([i])
+            assert net.taps == (candidate.tap,)
+            assert torch.allclose(net(images)[0], every[i], atol=1e-5) and torch.equal(net(images)[1], every[-1])
+            assert net.backbone is not trunk  # a copy: training it leaves the trunk alone
+            rebuilt = build(trunk, [candidate.tap], [candidate.head], images)
+            assert [p.shape for p in rebuilt.parameters()] == [p.shape for p in net.parameters()]
+
+
+def random_times(generator, taps, candidates, rows):
+    reach = np.cumsum(generator.uniform(5, 20, taps + 1))
+    position = np.sort(generator.integers(0, taps, candidates))
+    one = Batch(rows, reach * rows, reach[-1] * rows, generator.uniform(1, 9, candidates) * rows,
+                generator.uniform(0, 1, taps) * rows, generator.uniform(1, 3, taps) * rows)  # fmt: skip
+    return one, tuple(int(t) for t in position)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_design_costs_the_sum_of_what_a_sample_meets(seed):
+    generator = np.random.default_rng(seed)
+    whole, taps = random_times(generator, 3, 6, 1)
+    times = StageTimes(whole, whole, taps, 1, 0.0)
+    for chosen in itertools.combinations(range(6), 2):
+        if taps[chosen[0]] == taps[chosen[1]]:
+            continue
+        cost = times.cost(chosen)
+        met, expected = 0.0, []
+        for i in chosen:
+            met += whole.head[i]
+            expected.append(whole.reach[taps[i]] + met + whole.leave[taps[i]])
+            met += whole.stay[taps[i]]
+        expected.append(whole.reach[-1] + met)
+        before = sum(whole.leave[taps[i]] for i in chosen[:1])
+        got = cost.latency_us([True] * 3)
+        assert got[0] == pytest.approx(expected[0])
+        assert got[1] == pytest.approx(expected[1]) and got[2] == pytest.approx(expected[2])
+        assert before >= 0 and cost.threads == 1 and cost.batch_size == 1
+
+
+def test_of_a_batch_the_fixed_part_of_each_stage_is_paid_by_all():
+    """Calls of b rows take 8 + b us to the tap, 4 + 2b for the head, 20 + 5b from there to the end."""
+
+    def batch(b):
+        return Batch(
+            b, np.array([8.0 + b, 28 + 6 * b]), 28.0 + 6 * b, np.array([4.0 + 2 * b]), np.zeros(1), np.zeros(1)
+        )
+
+    times = StageTimes(batch(64), batch(16), (0,), 1, 0.0)
+    cost = times.cost([0])
+    leave, stay = cost.latency_us([True, True])
+    assert leave == pytest.approx(1 + 2 + (8 + 4 + 20) / 64) and stay - leave == pytest.approx(5)
+    assert times.static_us == pytest.approx(6 + 28 / 64)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_search_finds_what_trying_everything_finds(seed):
+    generator = np.random.default_rng(seed)
+    samples, taps = 60, (0, 0, 1, 2)
+    scores = generator.integers(0, 6, (samples, 5)).astype(np.float32)
+    losses = (generator.random((samples, 5)) < scores / 8).astype(np.float64)
+    heads_us, reach = generator.uniform(1, 4, 4), np.array([2.0, 9.0, 14.0, 30.0])
+
+    def cost(chosen):
+        trunk = np.diff([0.0, *reach[[taps[i] for i in chosen]], reach[-1]])
+        return ExitCost(tuple(trunk), (*heads_us[list(chosen)], 0.0))
+
+    most = losses[:, -1].sum() + 2
+    found = search(Judged(scores, losses, taps, cost), most, 4, lambda line: None)
+    assert found[0].chosen == () and found[0].us == 30
+    best = found[0].us
+    for size in (1, 2, 3):
+        for chosen in itertools.combinations(range(4), size):
+            if len({taps[i] for i in chosen}) < size:
+                continue
+            each = cost(chosen).latency_us([True] * (size + 1))
+            for thresholds in itertools.product(np.arange(0.5, 7), repeat=size):
+                left = [next((n for n, i in enumerate(chosen) if s[i] < thresholds[n]), size) for s in scores]
+                columns = [*chosen, 4]
+                loss = sum(losses[k, columns[n]] for k, n in enumerate(left))
+                if loss <= most:
+                    best = min(best, float(np.mean([each[n] for n in left])))
+        # With sets of which an exit is best left unused the search does not bother: a smaller set does the same.
+        assert min(f.us for f in found if len(f.chosen) <= size) == pytest.approx(best)
+    assert [len(f.chosen) for f in found] == sorted({len(f.chosen) for f in found})
+    assert all(len({taps[i] for i in f.chosen}) == len(f.chosen) == len(f.thresholds) for f in found)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_data("digits")
+
+
+def learn(net, data, epochs):
+    fit(net, loader(data.train, 64, shuffle=True), epochs=epochs, optimizer=adam(3e-3), progress=False)
+
+
+@pytest.fixture(scope="module")
+def trained(digits):
+    """A LeNet that knows most digits."""
+    torch.manual_seed(0)
+    net = zoo.lenet()
+    learn(net, digits, 14)
+    return net.eval()
+
+
+def advised(net, data, **options):
+    options = {"epochs": 3, "seconds": 1.0, "progress": False} | options
+    example = data.val.images[:8].float() / 255
+    return advise(net, loader(data.train, 64, shuffle=True), loader(data.val, 200), example, **options)
+
+
+@pytest.fixture(scope="module")
+def advice(trained, digits, tmp_path_factory):
+    before = [p.clone() for p in trained.parameters()]
+    found = advised(trained, digits, max_drop=0.01, run=tmp_path_factory.mktemp("advice"))
+    assert all(torch.equal(a, b) for a, b in zip(before, trained.parameters(), strict=True))
+    return found
+
+
+def test_advice_is_what_the_advised_network_does(advice, trained, digits):
+    """Exits, accuracy and mean time of the best design, sample by sample as Figure 2 has it."""
+    plain = record(trained, loader(digits.val, 200), progress=False)
+    assert advice.accuracy == pytest.approx(1 - plain.losses.mean()) and advice.samples == len(digits.val)
+    assert advice.designs[0].us == advice.static_us and advice.designs[0].accuracy == pytest.approx(advice.accuracy)
+    assert advice.min_accuracy == pytest.approx(advice.accuracy - 0.01)
+    design = advice.design
+    fewer = advice.designs[: advice.best]
+    assert all(0.99 * d.us > min(d.us for d in advice.designs) for d in fewer) and advice.network.taps == design.taps
+    assert design.us <= 1.01 * min(d.us for d in advice.designs)
+    assert design.accuracy >= advice.min_accuracy - 1e-9
+    outputs = every_exit(advice.network, (digits.val.images.float() / 255,))
+    left = [figure_2(sample, design.thresholds) for sample in outputs]
+    right = [z.argmax() == label for (_, z), label in zip(left, digits.val.labels, strict=True)]
+    assert np.mean(right) == pytest.approx(design.accuracy, abs=2 / len(right))
+    shares = [np.mean([n == k for n, _ in left]) for k in range(1, len(design.taps) + 2)]
+    assert shares == pytest.approx(design.exit_share, abs=2 / len(right))
+    each = advice.cost.latency_us([True] * len(shares))
+    assert np.dot(shares, each) == pytest.approx(design.us, rel=0.02)
+    low, high = design.interval_us
+    assert low < design.us < high and advice.speedup == advice.static_us / design.us
+    first = [
+        next((k for k, z in enumerate(sample[:-1]) if z.argmax() == label), len(sample) - 1)
+        for sample, label in zip(outputs, digits.val.labels, strict=True)
+    ]
+    assert each[first].mean() == pytest.approx(design.oracle_us, rel=0.02)
+
+
+def test_every_candidate_is_told_with_what_it_must_do_to_pay(advice, trained, digits):
+    assert len(advice.tried) == len(plant(trained, digits.val.images[:2].float() / 255).candidates) > 8
+    for one in advice.tried:
+        assert 0 <= one.accuracy <= 1 and one.us > 0
+        if one.break_even is not None:
+            assert 0 <= one.break_even <= 1
+            saved = one.added_us + advice.static_us - one.us  # of a sample that leaves, beside one that stays
+            assert one.break_even * saved == pytest.approx(max(0.0, one.added_us), abs=1e-6)
+    assert max(one.accuracy for one in advice.tried) > 0.9
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_an_exit_saves_time_where_more_leave_than_must(seed):
+    """Beside the same design without it, sample by sample."""
+    generator = np.random.default_rng(seed)
+    samples, reach = 50, np.array([2.0, 9.0, 14.0, 30.0])
+    scores, heads_us = generator.random((samples, 4)).astype(np.float32), generator.uniform(0, 9, 3)
+
+    def cost(chosen):
+        trunk = np.diff([0.0, *reach[list(chosen)], reach[-1]])
+        return ExitCost(tuple(trunk), (*heads_us[list(chosen)], 0.0))
+
+    judged = Judged(scores, np.zeros((samples, 4)), (0, 1, 2), cost)
+    thresholds = tuple(generator.uniform(0, 0.6, 3))
+
+    def mean_and_first(chosen):
+        each = cost(chosen).latency_us([True] * (len(chosen) + 1))
+        left = [next((n for n, i in enumerate(chosen) if s[i] < thresholds[i]), len(chosen)) for s in scores]
+        return np.mean([each[n] for n in left]), np.bincount(left, minlength=len(chosen) + 1) / samples
+
+    mean, share = mean_and_first((0, 1, 2))
+    needed = break_even(judged, Found((0, 1, 2), thresholds, mean))
+    for n in range(3):
+        without, _ = mean_and_first(tuple(i for i in range(3) if i != n))
+        assert 0 <= needed[n] <= 1 and (share[n] >= needed[n]) == (mean <= without)
+
+
+def test_advice_is_kept_on_disk(advice, tmp_path):
+    advice.save(tmp_path / "advice.json")
+    again = Advice.load(tmp_path / "advice.json")
+    assert again == advice and again.network is None and str(again) == str(advice)
+    (tmp_path / "other.json").write_text(json.dumps({"designs": 3}))
+    with pytest.raises(FileError, match=r"other\.json is no Advice"):
+        Advice.load(tmp_path / "other.json")
+
+
+def test_advice_for_another_batch_trains_no_heads_again(trained, digits, tmp_path, monkeypatch):
+    few = {"taps": ["conv1"], "max_drop": 0.05, "epochs": 1}
+    advised(trained, digits, run=tmp_path, **few)
+    state = (tmp_path / "heads" / "training.safetensors").stat().st_mtime_ns
+    other = advised(trained, digits, run=tmp_path, batch_size=16, **few)
+    assert other.batch_size == 16 and (tmp_path / "heads" / "training.safetensors").stat().st_mtime_ns == state
+
+
+def test_a_network_that_exits_cannot_help_is_told_so(digits):
+    """One linear layer: every head costs more than what it could spare."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    learn(net, digits, 14)
+    found = advised(net, digits, taps=["input", "0"], epochs=1)
+    assert not found.worth and str(found).startswith("Do not bother")
+
+
+def split(data, part, rows):
+    kept = getattr(data, part)
+    return Split(kept.images[:rows], kept.labels[:rows])
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"exits": 1}, "exits must be at least 2"),
+        ({"max_drop": 0.1, "min_accuracy": 0.9}, "max_drop or min_accuracy, not both"),
+        ({"min_accuracy": 1.01}, r"less than the limit of 101\.00%"),
+        ({"taps": ["conv9"]}, r"no submodule 'conv9'"),
+        ({"batch_size": 0}, "batch_size and threads must be at least 1; got 0 and 1"),
+        ({"score": "entrpy"}, "entrpy"),
+    ],
+)
+def test_wrong_arguments_are_named_before_anything_is_trained(trained, digits, monkeypatch, options, told):
+    monkeypatch.setattr("branchynet.design.advising.fit", None)
+    with pytest.raises(InputError, match=told):
+        advised(trained, digits, **options)
+
+
+def test_an_untrained_trunk_and_too_little_data_are_refused(trained, digits, monkeypatch):
+    monkeypatch.setattr("branchynet.design.advising.fit", None)
+    torch.manual_seed(1)
+    with pytest.raises(InputError, match=r"naming the commonest class always gives 1\d\.\d%: train it"):
+        advised(zoo.lenet(), digits)
+    few = ImageData("few", digits.classes, split(digits, "train", 1000), split(digits, "val", 40), digits.test)
+    with pytest.raises(InputError, match=r"40 validation samples cannot rank designs: at .* it takes \d+ to tell"):
+        advised(trained, few)
+    few = ImageData("few", digits.classes, split(digits, "train", 100), digits.val, digits.test)
+    with pytest.raises(InputError, match=r"about 1\d\d training samples cannot train heads .*; it takes 200"):
+        advised(trained, few)
+
+
+class Windows(nn.Module):
+    """Cuts images into quarters that stand one behind the other in the batch, so that its rows cannot be picked."""
+
+    def __init__(self):
+        super().__init__()
+        self.quarters = nn.Linear(196, 48)
+        self.inside = nn.Linear(48, 48)
+        self.fc = nn.Linear(192, 10)
+
+    def forward(self, x):
+        x = x.reshape(-1, 2, 14, 2, 14).permute(0, 1, 3, 2, 4).reshape(-1, 196)
+        x = torch.relu(self.inside(torch.relu(self.quarters(x))))
+        return self.fc(x.reshape(-1, 192))
+
+
+def test_a_place_where_the_network_cannot_be_cut_is_named_before_anything_is_trained(digits, monkeypatch):
+    torch.manual_seed(0)
+    net = Windows()
+    learn(net, digits, 20)
+    monkeypatch.setattr("branchynet.design.advising.fit", None)
+    with pytest.raises(GraphError, match="'quarters'"):
+        advised(net, digits, taps=["quarters"])
