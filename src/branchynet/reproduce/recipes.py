@@ -113,7 +113,7 @@ RECIPES = {
             "b_resnet110", "B-ResNet-110", "cifar10", partial(zoo.resnet, 110), partial(zoo.b_resnet, 110), sgd,
             ("b_resnet110-cifar10", "resnet110-cifar10"), epochs=(12, 4), rates=(0.1, 0.02),
             augment=flip_crop(4), schedule=Cosine(warmup=0.15), smaller=_RESNETS, slack=(0.003,),
-            warm=(2, 0.1), fine=0.005,
+            warm=(2, 0.01), fine=0.005,
         ),
     )
 }  # fmt: skip
