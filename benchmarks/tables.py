@@ -8,6 +8,7 @@ import statistics
 from pathlib import Path
 
 from blocks import BLOCKS, results
+from paper_blocks import PAPER
 
 ROOT = Path(__file__).parent.parent
 PAGES = (
@@ -16,6 +17,7 @@ PAGES = (
     "docs/drift.md",
     "docs/int8.md",
     "docs/networks.md",
+    "docs/reproducing.md",
     "docs/scores.md",
     "docs/speed.md",
 )
@@ -260,6 +262,7 @@ def _auroc(rows):
 
 TABLES = {
     **BLOCKS,
+    **PAPER,
     "drift_budget": drift_budget,
     "drift_deployed": drift_deployed,
     "drift_false": drift_false,

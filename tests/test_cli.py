@@ -170,6 +170,10 @@ MISTAKES = {
     "no run": (["choose", "{tmp}/nowhere"], "branchynet train"),
     "not trained": (["choose", "{tmp}/empty"], "branchynet train"),
     "unknown network": (["train", "{tmp}/new", "--network", "b_lenett"], "b_lenet"),
+    "data that the network cannot read": (
+        ["train", "{tmp}/new", "--network", "b_alexnet", "--data", "digits"],
+        "(1, 28, 28)",
+    ),
     "unknown data": (["train", "{tmp}/new", "--data", "mnits"], "mnist"),
     "missing data": (["train", "{tmp}/new", "--data", "folder:{tmp}/none"], "none"),
     "unknown augment": (["train", "{tmp}/new", "--augment", "afine"], "affine"),

@@ -123,17 +123,23 @@ def test_table_1(found):
     assert {line.count("|") for line in text.splitlines()} == {10}
     assert "published" in text and "5.4x" in text and "LeNet 2-4-8" in text
     assert json.loads(json.dumps(rows, allow_nan=False))["plain"]["macs"] == found.cost.macs([False, True])[-1]
+    early, late = found.cost.latency_us([True, True])
+    left = [early if right else late for right in found.test.losses[:, 0] < 0.5]
+    assert rows["oracle_gain"] == pytest.approx(found.cost.latency_us([False, True])[-1] / np.mean(left))
 
 
 def test_a_smaller_network_that_does_better_is_named(found):
+    def row(*smaller):
+        return table1.rows(replace(found, smaller=smaller))
+
     point = found.points[0]
     us, accuracy = point.bench["branchy_us"], point.outcome.accuracy
     best = Static("small", accuracy, us / 2)
     slow, wrong = Static("slow", 1.0, us * 2), Static("wrong", accuracy - 0.01, us / 9)
-    assert table1.dominated(replace(found, smaller=(slow, wrong))) is None
-    assert table1.dominated(replace(found, smaller=(slow, best, wrong))) == best
-    assert "small does better" in table1.compared(replace(found, smaller=(best,)))
-    assert "does better" not in table1.compared(replace(found, smaller=(slow, wrong)))
+    assert table1.dominated(row(slow, wrong)) is None
+    assert table1.dominated(row(slow, best, wrong))["network"] == "small"
+    assert "small does better" in table1.compared(row(best))
+    assert "does better" not in table1.compared(row(slow, wrong))
 
 
 def test_rows_of_another_device(training, digits):

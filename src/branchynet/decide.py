@@ -51,6 +51,13 @@ def route(scores: Floats, thresholds: Sequence[float | None]) -> Ints:
     return leaving(scores, deployed(thresholds)) + 1
 
 
+def first_right(losses: Floats) -> Ints:
+    """`(S,)` the position of the first exit that is right, of losses `(S, N)`; the last where none is."""
+    right = losses < 0.5
+    right[:, -1] = True
+    return right.argmax(axis=1).astype(np.int64)
+
+
 def evaluate(record: ExitRecord, policy: Policy | Choice, cost: ExitCost | None = None) -> Outcome:
     """What `policy` does on `record`: accuracy, who leaves where and, given `cost`, time and MACs.
 

@@ -17,6 +17,7 @@ import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,17 @@ from .export import export
 from .files import read_json, write_json
 from .fitting import fit_score
 from .machine import environment
-from .net import BranchyNet
+from .net import BranchyNet, evaluating
 from .record import record
 from .training.checkpoint import load_weights
 from .training.train import fit
 from .types import Choice, ExitCost, Policy, score_name
 
-NETWORKS: dict[str, Callable[..., BranchyNet]] = {"b_lenet": zoo.b_lenet}
+NETWORKS: dict[str, Callable[..., BranchyNet]] = {
+    "b_lenet": zoo.b_lenet,
+    "b_alexnet": zoo.b_alexnet,
+    **{f"b_resnet{n}": partial(zoo.b_resnet, n) for n in (20, 32, 56, 110)},
+}
 AUGMENTS = {
     "none": None,
     "shift": shift(2),
@@ -135,9 +140,16 @@ def create_run(path: str | os.PathLike[str], settings: Settings) -> Run:
 
 
 def build_network(settings: Settings, data: ImageData) -> BranchyNet:
-    """The untrained network of `Settings`. Raises `InputError` for one that cannot be had."""
-    net = _named(settings.network, len(data.classes))
-    return build(net.backbone, settings.taps, settings.heads, example_of(data)) if settings.taps else net
+    """The untrained network of `Settings`. Raises `InputError` for one that cannot be had, or not read the images."""
+    net, example = _named(settings.network, len(data.classes)), example_of(data)
+    try:
+        with torch.no_grad(), evaluating(net):
+            net(example)
+    except RuntimeError as error:
+        raise InputError(
+            f"{settings.network} cannot read the images of {data.name}, of shape {tuple(example.shape[1:])}: {error}"
+        ) from error
+    return build(net.backbone, settings.taps, settings.heads, example) if settings.taps else net
 
 
 def _named(name: str, num_classes: int) -> BranchyNet:

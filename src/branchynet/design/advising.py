@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..decide import evaluate, route
+from ..decide import evaluate, first_right, route
 from ..errors import InputError
 from ..exit_record import ExitRecord
 from ..fingerprint import fingerprint
@@ -24,7 +24,7 @@ from ..types import ExitCost, Policy
 from .advice import Advice, Design, Tried
 from .forest import Forest, plant
 from .stages import StageTimes, time_stages, uncuttable
-from .subsets import Found, Judged, break_even, first_right, search
+from .subsets import Found, Judged, break_even, search
 
 RESOLUTION = 0.03  # difference in accuracy that the validation samples must be able to show
 PER_CLASS = 20  # training samples a class that heads need

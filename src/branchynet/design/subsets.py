@@ -11,7 +11,7 @@ import numpy as np
 
 from ..decide import SLACK, best_points, optional, route
 from ..search import Problem
-from ..types import ExitCost, Floats, Ints
+from ..types import ExitCost, Floats
 
 _BEAM = 16  # designs that are carried on with one exit more
 _COARSE = 10_000  # threshold vectors tried for a design while designs are compared; a hundred times as many for two
@@ -120,10 +120,3 @@ def _times(judged: Judged, found: Found) -> tuple[Floats, float]:
     problem = judged.problem(found.chosen)
     each = problem.cost.latency_us([True] * problem.cost.exits)
     return each, float(each[route(problem.scores, found.thresholds) - 1].mean())
-
-
-def first_right(losses: Floats) -> Ints:
-    """`(S,)` the position of the first exit that is right, of losses `(S, N)`; the last where none is."""
-    right = losses < 0.5
-    right[:, -1] = True
-    return right.argmax(axis=1).astype(np.int64)

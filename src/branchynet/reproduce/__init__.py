@@ -69,8 +69,8 @@ def reproduce(
             nets = shipped(recipe)
         judged.append(measured(recipe, nets, data, samples=samples, repeats=repeats, say=say))
     about = {"environment": environment(), "timed": {"samples": samples, "repeats": repeats, "threads": 1, "batch": 1}}
+    tables = [table1.rows(found) for found in judged]
     if "table1" in wanted:
-        tables = [table1.rows(found) for found in judged]
         write_json(folder / "table1.json", {"command": _command("table1", networks), **about, "networks": tables})
         with replacing(folder / "table1.md") as temporary:
             temporary.write_text(table1.table(tables) + "\n", encoding="utf-8")
@@ -79,7 +79,7 @@ def reproduce(
     if "fig4" in wanted:
         alexnets = [found for found in judged if found.recipe.name == FIG_4]
         _pictures(folder, "fig4", [figure_4(found) for found in alexnets], alexnets, about, networks)
-    return [table1.compared(found) for found in judged]
+    return [table1.compared(row) for row in tables]
 
 
 def _pictures(

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from .measured import Measured, Operating, Static
-from .published import TABLE_1, Published
+from ..decide import first_right
+from .measured import Measured, Operating
+from .published import TABLE_1
 
 HEADER = (
     "| network | accuracy | us | gain | overhead | limit, us | M MACs | thresholds | leave at exit, % |\n"
@@ -13,15 +14,20 @@ HEADER = (
 
 
 def rows(found: Measured) -> dict[str, Any]:
-    """The rows of one network as data."""
+    """The rows of one network as data; ``oracle_gain`` if every image left at the first exit that is right."""
     cost, plain = found.cost, found.plain
     published = TABLE_1[found.recipe.name]
+    each = cost.latency_us([True] * cost.exits)
+    alone = cost.latency_us([False] * (cost.exits - 1) + [True])[-1]
     return {
+        "name": found.recipe.name,
         "plain": {
             "network": plain.name, "accuracy": plain.accuracy, "us": plain.us,
             "macs": float(cost.macs([False] * (cost.exits - 1) + [True])[-1]),
         },
         "branchy": [_point(point) for point in found.points],
+        "exit_accuracy": [float(a) for a in 1 - found.test.losses.mean(axis=0)],
+        "oracle_gain": float(alone / each[first_right(found.test.losses)].mean()),
         "smaller": [{"network": s.name, "accuracy": s.accuracy, "us": s.us} for s in found.smaller],
         "published": {**vars(published), "cpu_gain": published.cpu_gain},
     }  # fmt: skip
@@ -82,31 +88,25 @@ def _line(
     return f"| {' | '.join(cells)} |"
 
 
-def dominated(found: Measured) -> Static | None:
+def dominated(row: dict[str, Any]) -> dict[str, Any] | None:
     """The smaller plain network that is both as accurate as ours, at its first choice, and as fast, if there is one."""
-    first = found.points[0]
-    better = [s for s in found.smaller if s.accuracy >= first.outcome.accuracy and s.us <= first.bench["branchy_us"]]
-    return min(better, key=lambda s: s.us, default=None)
+    first = row["branchy"][0]
+    better = [s for s in row["smaller"] if s["accuracy"] >= first["accuracy"] and s["us"] <= first["us"]]
+    return min(better, key=lambda s: float(s["us"]), default=None)
 
 
-def compared(found: Measured) -> str:
-    """One line: ours beside the published number, and the smaller network that does better where one does."""
-    first, theirs = found.points[0], TABLE_1[found.recipe.name]
+def compared(row: dict[str, Any]) -> str:
+    """One line of a network's rows: ours, the published, and the smaller network that does better where one does."""
+    first, plain, theirs = row["branchy"][0], row["plain"], row["published"]
     line = (
-        f"{found.recipe.title}: {first.outcome.accuracy:.2%} at {first.bench['speedup']:.2f}x the plain network's "
-        f"speed, everything timed; plain {found.plain.accuracy:.2%}. {_theirs(theirs)}"
+        f"{first['network']}: {first['accuracy']:.2%} at {first['gain']:.2f}x the plain network's speed, everything "
+        f"timed; plain {plain['accuracy']:.2%}. Published: {theirs['accuracy']:.2%} at {theirs['cpu_gain']:.1f}x, "
+        f"trunk timed only; plain {theirs['accuracy_plain']:.2%}."
     )
-    rival = dominated(found)
+    rival = dominated(row)
     if rival:
-        line += f" {rival.name} does better: {rival.accuracy:.2%} at {found.plain.us / rival.us:.2f}x."
+        line += f" {rival['network']} does better: {rival['accuracy']:.2%} at {plain['us'] / rival['us']:.2f}x."
     return line
-
-
-def _theirs(published: Published) -> str:
-    return (
-        f"Published: {published.accuracy:.2%} at {published.cpu_gain:.1f}x, trunk timed only; plain "
-        f"{published.accuracy_plain:.2%}."
-    )
 
 
 def _millions(macs: float) -> str:

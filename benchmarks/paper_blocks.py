@@ -1,0 +1,61 @@
+"""Generated blocks for `tables.py` about the paper's evaluation, from benchmarks/results/reproduce/."""
+
+from blocks import results
+
+from branchynet.reproduce.table1 import dominated, table
+
+GOALS = {"b_alexnet": 1.9}  # times faster, at the plain network's accuracy
+
+
+def rivals():
+    """The page's first sentence: which smaller plain networks a user would rather take."""
+    found = results("reproduce/table1")["networks"]
+    better = [(row, rival) for row in found if (rival := dominated(row))]
+    if not better:
+        return [
+            "No smaller plain network of the same recipe is at once as accurate and as fast as the networks with "
+            "branches below."
+        ]
+    told = "; ".join(
+        f"{rival['network']} is more accurate than {row['branchy'][0]['network']} ({rival['accuracy']:.2%} beside "
+        f"{row['branchy'][0]['accuracy']:.2%}) and faster ({row['plain']['us'] / rival['us']:.2f}x beside "
+        f"{row['branchy'][0]['gain']:.2f}x)"
+        for row, rival in better
+    )
+    return [f"**With the paper's branches, a smaller plain network is the better choice:** {told}."]
+
+
+def table_1():
+    found = results("reproduce/table1")
+    where = found["environment"]
+    return [
+        *table(found["networks"]).splitlines(),
+        "",
+        f"{where['processor']}, ONNX Runtime {where['onnxruntime']}. Made by `{found['command']}`.",
+    ]
+
+
+def held_back():
+    lines = ["| network | exits alone | gain | wanted | at best | overhead |", "|---|---|--:|--:|--:|--:|"]
+    for row in results("reproduce/table1")["networks"]:
+        for point in row["branchy"]:
+            goal = GOALS.get(row["name"])
+            short = "" if goal is None else f"{goal:.1f}x, short by {max(0.0, goal - point['gain']):.2f}"
+            held = "" if point["reached_on_validation"] else ", not reached by any thresholds"
+            lines.append(
+                f"| {point['network']}, {point['asked_on_validation']:.2%} asked on validation{held} "
+                f"| {', '.join(f'{a:.1%}' for a in row['exit_accuracy'])} "
+                f"| {point['gain']:.2f}x | {short} | {row['oracle_gain']:.2f}x | {point['overhead']:.2f} |"
+            )
+    return lines
+
+
+def approximate():
+    listed = results("cifar_training-b_alexnet")["approximate_images"]
+    return [
+        f"Of the 60,000 images of the copy used here {sum(listed.values())} are close approximations of the published "
+        f"ones: {listed['train']} of those trained and chosen on, {listed['test']} of the test images."
+    ]
+
+
+PAPER = {"rivals": rivals, "table1": table_1, "held_back": held_back, "approximate": approximate}
