@@ -9,6 +9,7 @@ undo what so short a training cannot mend. The smaller plain networks get the sa
     python benchmarks/cifar_training.py b_alexnet                   # all phases; resumes where it was stopped
     python benchmarks/cifar_training.py b_resnet110 --precision no  # on a processor without bfloat16
     python benchmarks/cifar_training.py b_alexnet --ship            # also writes the weights that the package ships
+    python benchmarks/cifar_training.py b_alexnet --shipped-baseline   # the second part alone, from the shipped first
 
 Every phase first makes sure of those before it, and then writes its accuracies and seconds into
 benchmarks/results/cifar_training-NETWORK.json. On one core of an AMD EPYC (AVX-512 with bfloat16) an epoch of AlexNet
@@ -42,12 +43,15 @@ SHIPPED = ROOT.parent / "src" / "branchynet" / "zoo" / "weights"
 
 def trained(task, phase):
     """Yield `(name, network, its run folders)` for each network of a phase; what was trained before is read."""
+    first = () if task.start else ("baseline",)
     if phase == "smaller":
         for name, net in task.smaller():
             yield name, net, (f"{name}/baseline", f"{name}/continued")
+    elif phase == "baseline":
+        yield phase, task.baseline(), first
     else:
         warm = ("joint-warm",) if phase == "joint" and task.recipe.warm else ()
-        yield phase, getattr(task, phase)(), ("baseline",) if phase == "baseline" else ("baseline", *warm, phase)
+        yield phase, getattr(task, phase)(), (*first, *warm, phase)
 
 
 def accuracies(net, split):
@@ -62,7 +66,8 @@ def row(task, net, runs):
     epochs = sum(len(h.rows) for h in history)
     # Medians, since the machine had other work at times, and stood still.
     seconds = sum(len(h.rows) * statistics.median(r.seconds for r in h.rows) for h in history)
-    return {**accuracy, "epochs": epochs, "seconds": seconds, "seed": task.seed, "precision": task.precision}
+    start = {"start": task.start.stem} if task.start else {}
+    return {**accuracy, **start, "epochs": epochs, "seconds": seconds, "seed": task.seed, "precision": task.precision}
 
 
 def approximate_images():
@@ -77,16 +82,18 @@ def main():
     parser.add_argument("--phase", choices=PHASES, help="by default all of them, in this order")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", choices=("bf16", "no"), default="bf16", help="no where bfloat16 is slow")
+    parser.add_argument("--shipped-baseline", action="store_true", help="begin from the baseline that ships")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--ship", action="store_true", help="write the weights that the package ships")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     recipe = RECIPES[options.network]
     folder = RUNS / options.network.removeprefix("b_") / f"seed-{options.seed}"
-    task = Training(recipe, load_data(recipe.data), folder, options.seed, options.precision)
+    start = SHIPPED / f"{recipe.baseline}.safetensors" if options.shipped_baseline else None
+    task = Training(recipe, load_data(recipe.data), folder, options.seed, options.precision, start=start)
     results = RESULTS / f"cifar_training-{options.network}.json"
-    weights = {"joint": recipe.weights[0], "continued": recipe.weights[1]}
-    for phase in [options.phase] if options.phase else PHASES:
+    weights = {"baseline": recipe.baseline, "joint": recipe.weights[0], "continued": recipe.weights[1]}
+    for phase in [options.phase] if options.phase else PHASES[start is not None :]:
         for name, net, runs in trained(task, phase):
             rows = (read_json(results)["rows"] if results.exists() else {}) | {name: row(task, net, runs)}
             result = {
@@ -96,12 +103,16 @@ def main():
                     "batch": recipe.batch,
                     "epochs": recipe.epochs,
                     "rates": recipe.rates,
+                    "warm": recipe.warm,
+                    "fine": recipe.fine,
+                    "sides": recipe.sides,
+                    "distill": recipe.distill,
                     "optimizer": recipe.optimizer.__doc__,
                 },
                 "approximate_images": approximate_images(),
                 "rows": rows,
             }
-            if options.ship and phase != "baseline":
+            if options.ship:
                 path = SHIPPED / f"{weights.get(name, name)}.safetensors"
                 save_weights(copy.deepcopy(net).half(), path)
                 load_weights(net, path)  # what half the bits leave of its accuracy

@@ -595,6 +595,29 @@ class TestLoader:
             data.loader(small_split(), 0)
 
 
+class TestGrowing:
+    def test_sizes_by_epoch_over_the_same_batches(self):
+        full = data.loader(small_split(), 8)
+        growing = data.Growing(full, (2, 3, 5))
+        assert len(growing) == len(full)
+        for epoch, side in ((1, 2), (2, 3), (3, 5), (9, 5), (2, 3)):
+            growing.set_epoch(epoch)
+            for (x, y), (whole, labels) in zip(growing, full, strict=True):
+                assert x.shape == (*whole.shape[:2], side, side) and torch.equal(y, labels)
+                assert float(x.mean()) == pytest.approx(float(whole.mean()), abs=0.2)
+
+    def test_full_size_is_left_alone(self):
+        square = data.Split(torch.randint(256, (8, 1, 4, 4), dtype=torch.uint8), torch.zeros(8, dtype=torch.int64))
+        full = data.loader(square, 8)
+        ((x, _),), ((whole, _),) = data.Growing(full, (4,)), full
+        assert torch.equal(x, whole)
+
+    @pytest.mark.parametrize("sides", [(), (16, 0)])
+    def test_wrong_sides(self, sides):
+        with pytest.raises(InputError, match="sides must be one size"):
+            data.Growing(data.loader(small_split(), 8), sides)
+
+
 class TestAugment:
     @pytest.mark.parametrize(
         "augment", [data.shift(2), data.flip_crop(), data.affine(), data.compose(data.shift(1), data.affine())]

@@ -1,5 +1,6 @@
 """The paper's evaluation made again, on a small network and real digits, and beside naive loops."""
 
+import itertools
 import json
 from dataclasses import replace
 from functools import partial
@@ -7,11 +8,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import branchynet.reproduce as room
 from branchynet import Policy, evaluate, record, zoo
+from branchynet.averaging import averaged, fit_weights
 from branchynet.data import load_data, loader
-from branchynet.errors import InputError
+from branchynet.errors import FileError, InputError
 from branchynet.reproduce import reproduce, table1
 from branchynet.reproduce.figures import figure_3, figure_4
 from branchynet.reproduce.measured import Static, measured, on_device
@@ -77,6 +80,39 @@ def test_branches_may_learn_alone_first(training, digits):
     assert any(not torch.equal(v, baseline[k]) for k, v in started[0].backbone.state_dict().items())
 
 
+def test_a_given_baseline_takes_the_place_of_the_first_part(training, tmp_path):
+    path = training.folder / "baseline" / "checkpoint.safetensors"
+    given = replace(training, folder=tmp_path, start=path)
+    first, expected = given.baseline().state_dict(), training.baseline().state_dict()
+    assert all(torch.equal(v, expected[k]) for k, v in first.items()) and not list(tmp_path.iterdir())
+    other = replace(given, recipe=replace(RECIPE, plain=partial(LeNet, channels=(2, 4, 8))))
+    with pytest.raises(FileError, match="checkpoint"):
+        other.baseline()
+
+
+def test_images_grow_in_the_first_part_alone(training, tmp_path):
+    seen = []
+    recipe = replace(RECIPE, sides=(14, 28), plain=partial(SideCounting, seen), branchy=None, smaller=(), epochs=(3, 1))
+    growing = replace(training, recipe=recipe, folder=tmp_path)
+    growing.continued()
+    assert [side for side, _ in itertools.groupby(seen)] == [14, 28]
+    epochs = seen.count(14) / len(loader(training.data.train, recipe.batch))
+    assert epochs == 1 and seen.count(28) > 2 * seen.count(14)
+
+
+class SideCounting(nn.Module):
+    """A network for images of any size, which notes the sizes that it is trained on."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen, self.layer = seen, nn.Linear(1, 10)
+
+    def forward(self, x):
+        if self.training:
+            self.seen.append(x.shape[-1])
+        return self.layer(x.mean(dim=(2, 3)))
+
+
 def test_figures_of_merit_are_those_of_the_networks(found, training, digits):
     nets = training.all()
     test = record(nets.branchy, loader(digits.test, 100), progress=False)
@@ -84,11 +120,14 @@ def test_figures_of_merit_are_those_of_the_networks(found, training, digits):
     plain = record(nets.plain, loader(digits.test, 100), progress=False)
     assert found.plain.accuracy == evaluate(plain, Policy()).accuracy
     assert [s.name for s in found.smaller] == ["LeNet 2-4-8"] and found.smaller[0].us > 0
-    assert [p.asked for p in found.points] == [found.plain_val, found.plain_val - 0.05]
+    assert [p.asked for p in found.points] == 2 * [found.plain_val, found.plain_val - 0.05]
+    assert [p.name for p in found.points] == 2 * ["B-LeNet"] + 2 * ["B-LeNet, averaged"]
+    weights = fit_weights(found.val)
     for point in found.points:
-        on_val = evaluate(found.val, point.policy).accuracy
-        assert (on_val >= point.asked - 1e-9) == point.reached
-        loop = [figure_2(sample, point.policy.thresholds) for sample in test.outputs]
+        rule = averaged(nets.branchy, weights) if "averaged" in point.name else nets.branchy
+        on_val, on_test = (record(rule, loader(p, 100), progress=False) for p in (digits.val, digits.test))
+        assert (evaluate(on_val, point.policy).accuracy >= point.asked - 1e-9) == point.reached
+        loop = [figure_2(sample, point.policy.thresholds) for sample in on_test.outputs]
         assert point.outcome.exit_share[0] == np.mean([n == 1 for n, _ in loop])
         right = np.mean([z.argmax() == label for (_, z), label in zip(loop, test.labels, strict=True)])
         assert point.outcome.accuracy == pytest.approx(right)
@@ -144,7 +183,8 @@ def test_a_smaller_network_that_does_better_is_named(found):
 
 def test_rows_of_another_device(training, digits):
     """The rows that a GPU gets, here of the processor."""
-    row = on_device(training.all(), Policy(thresholds=(0.5,)), digits.test.images[:16].float() / 255, "cpu")
+    nets = training.all()
+    row = on_device(nets.plain, nets.branchy, Policy(thresholds=(0.5,)), digits.test.images[:16].float() / 255, "cpu")
     assert row["gain"] == pytest.approx(row["plain_ms"] / row["branchy_ms"]) and row["plain_ms"] > 0
 
 

@@ -27,9 +27,10 @@ from .exit_record import ExitRecord
 from .files import read_json, write_json
 from .machine import environment
 from .record import record
-from .runs import NETWORKS, Run, build_network, create_run, example_of, export_run, loaders, open_run, train_exits
+from .runs import Run, build_network, create_run, example_of, export_run, loaders, open_run, train_exits
 from .training.checkpoint import load_weights, save_weights
 from .types import Policy
+from .zoo import NETWORKS
 
 DISTILL = 0.5
 

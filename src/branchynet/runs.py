@@ -15,9 +15,8 @@ import copy
 import importlib
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from . import zoo
 from .bench import bench
 from .choosing import choose
 from .cost import measure
@@ -43,12 +41,8 @@ from .record import record
 from .training.checkpoint import load_weights
 from .training.train import fit
 from .types import Choice, ExitCost, Policy, score_name
+from .zoo import NETWORKS
 
-NETWORKS: dict[str, Callable[..., BranchyNet]] = {
-    "b_lenet": zoo.b_lenet,
-    "b_alexnet": zoo.b_alexnet,
-    **{f"b_resnet{n}": partial(zoo.b_resnet, n) for n in (20, 32, 56, 110)},
-}
 AUGMENTS = {
     "none": None,
     "shift": shift(2),

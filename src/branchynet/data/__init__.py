@@ -3,12 +3,13 @@
 Shape letters: S samples of a split, B samples in a batch, C channels, H rows, W columns.
 """
 
-from .batches import Augment, affine, compose, flip_crop, loader, shift
+from .batches import Augment, Growing, affine, compose, flip_crop, loader, shift
 from .images import read_image, save_image
 from .sets import ImageData, Split, load_data
 
 __all__ = [
     "Augment",
+    "Growing",
     "ImageData",
     "Split",
     "affine",

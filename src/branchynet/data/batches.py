@@ -5,7 +5,7 @@ epoch) gets the same batches again.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +69,40 @@ def loader(
 
 def _as_is(batch: Any) -> Any:
     return batch
+
+
+class Growing:
+    """Batches whose images are small in the first epochs and grow: a cheap way to more epochs (arXiv:2104.00298, 4).
+
+    `fit` tells it the epoch. Networks must take images of any size, as those do that end in global average pooling.
+
+    Args:
+        batches: a loader of `(images, target)`, images float `(B, C, H, W)`.
+        sides: H and W of the images in epoch 1, 2 and so on; the last holds for all later ones.
+
+    Raises:
+        InputError: no sides, or one below 1.
+    """
+
+    def __init__(self, batches: DataLoader[Any], sides: Sequence[int]) -> None:
+        if not sides or min(sides) < 1:
+            raise InputError(f"sides must be one size of at least 1 an epoch; got {tuple(sides)}")
+        self.batches, self.sides = batches, tuple(sides)
+        self.set_epoch(1)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def set_epoch(self, epoch: int) -> None:
+        """From now on give images of this epoch's size; epochs count from 1."""
+        self.side = self.sides[min(epoch, len(self.sides)) - 1]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        size = (self.side, self.side)
+        for images, target in self.batches:
+            if images.shape[2:] != size:
+                images = F.interpolate(images, size, mode="bilinear", antialias=True)
+            yield images, target
 
 
 def shift(pixels: int) -> Augment:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..averaging import averaged, averaged_record, fit_weights
 from ..bench import bench
 from ..choosing import nearest_to
 from ..cost import measure
@@ -44,7 +45,7 @@ class Operating:
     """A network at one choice of thresholds.
 
     Attributes:
-        name: the network's.
+        name: the network's, and how it answers.
         asked: the accuracy on validation images that thresholds had to reach, such as the plain network's.
         reached: whether any do; else they are the most accurate ones.
         policy: score and thresholds.
@@ -73,8 +74,8 @@ class Measured:
         plain: the plain network.
         plain_val: its accuracy on validation images.
         smaller: smaller plain networks.
-        points: at thresholds that keep the plain network's accuracy on validation images, then with each of the
-            recipe's slacks.
+        points: answering by the published rule, at thresholds that keep the plain network's accuracy on validation
+            images, then with each of the recipe's slacks; then likewise with answers averaged over the exits passed.
     """
 
     recipe: Recipe
@@ -104,23 +105,34 @@ def measured(
     val, test = (_recorded(nets.branchy, split) for split in (data.val, data.test))
     plain_val, plain_test = (_accuracy(nets.plain, split) for split in (data.val, data.test))
     images = data.test.images.float() / 255
-    say(f"{recipe.title}: measuring what each exit costs")
-    cost = measure(nets.branchy, images[:8], seconds=20.0)
+    # Five weights at most, fitted on the images that thresholds are chosen on; test images know nothing of either.
+    weights = fit_weights(val)
+    rules = {
+        recipe.title: (nets.branchy, val, test),
+        f"{recipe.title}, averaged": (
+            averaged(nets.branchy, weights), averaged_record(val, weights), averaged_record(test, weights),
+        ),
+    }  # fmt: skip
+    costs, points = {}, []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        points = []
-        for slack in (0.0, *recipe.slack):
-            asked = plain_val - slack
-            choice, reached = nearest_to(val, cost, asked)
-            policy = choice.policy
-            say(f"{recipe.title}: timing thresholds {_told(policy)}")
-            path = export(nets.branchy, folder / "model.onnx", policy=policy, example=images[:8], batch=1)
-            (row,) = bench(
-                path, nets.branchy, images, data.test.labels, network=recipe.name, accuracy_static=plain_test,
-                samples=samples, repeats=repeats,
-            )  # fmt: skip
-            cuda = on_device(nets, policy, images[:samples], "cuda") if torch.cuda.is_available() else None
-            points.append(Operating(recipe.title, asked, reached, policy, evaluate(test, policy, cost), row, cuda))
+        for title, (net, on_val, on_test) in rules.items():
+            say(f"{title}: measuring what each exit costs")
+            costs[title] = cost = measure(net, images[:8], seconds=20.0)
+            for slack in (0.0, *recipe.slack):
+                asked = plain_val - slack
+                choice, reached = nearest_to(on_val, cost, asked)
+                policy = choice.policy
+                say(f"{title}: timing thresholds {_told(policy)}")
+                path = export(net, folder / "model.onnx", policy=policy, example=images[:8], batch=1)
+                (row,) = bench(
+                    path, net, images, data.test.labels, network=recipe.name, accuracy_static=plain_test,
+                    samples=samples, repeats=repeats,
+                )  # fmt: skip
+                cuda = (
+                    on_device(nets.plain, net, policy, images[:samples], "cuda") if torch.cuda.is_available() else None
+                )
+                points.append(Operating(title, asked, reached, policy, evaluate(on_test, policy, cost), row, cuda))
         say(f"{recipe.title}: timing {len(nets.smaller)} smaller networks")
         statics = {recipe.plain_title: nets.plain, **nets.smaller}
         us = _side_by_side(statics, images[:samples], repeats, folder)
@@ -128,25 +140,27 @@ def measured(
     scale = points[0].bench["static_us"] / us[recipe.plain_title]
     smaller = tuple(Static(n, _accuracy(net, data.test), us[n] * scale) for n, net in nets.smaller.items())
     plain = Static(recipe.plain_title, plain_test, points[0].bench["static_us"])
-    return Measured(recipe, val, test, cost, plain, plain_val, smaller, tuple(points))
+    return Measured(recipe, val, test, costs[recipe.title], plain, plain_val, smaller, tuple(points))
 
 
-def on_device(nets: Trained, policy: Policy, images: torch.Tensor, device: str) -> dict[str, float]:
+def on_device(
+    plain: nn.Module, branchy: nn.Module, policy: Policy, images: torch.Tensor, device: str
+) -> dict[str, float]:
     """Milliseconds a sample at batch 1 of both networks in the PyTorch engine on a device, in turns.
 
     Answers come back to the host each time, so that nothing is left running when the clock stops.
     """
     example = images[:_WARM]
     engines = {
-        "plain": TorchEngine(nets.plain, Policy(), example, device=device),
-        "branchy": TorchEngine(nets.branchy, policy, example, device=device),
+        "plain": TorchEngine(plain, Policy(), example, device=device),
+        "branchy": TorchEngine(branchy, policy, example, device=device),
     }
     rows = [(image,) for image in images.to(device).split(1)]
     us = in_turns(engines, rows, _PASSES)
-    for net in (nets.plain, nets.branchy):
+    for net in (plain, branchy):
         net.cpu()
-    plain, branchy = us["plain"] / 1e3, us["branchy"] / 1e3
-    return {"plain_ms": plain, "branchy_ms": branchy, "gain": plain / branchy}
+    plain_ms, branchy_ms = us["plain"] / 1e3, us["branchy"] / 1e3
+    return {"plain_ms": plain_ms, "branchy_ms": branchy_ms, "gain": plain_ms / branchy_ms}
 
 
 def _recorded(net: nn.Module, split: Split) -> ExitRecord:

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from .. import zoo
-from ..data import Augment, ImageData, affine, flip_crop, loader
+from ..data import Augment, Growing, ImageData, affine, flip_crop, loader
 from ..errors import InputError
 from ..net import BranchyNet
+from ..training.checkpoint import load_weights
 from ..training.train import Cosine, fit
 from ..zoo.alexnet import AlexNet
 from ..zoo.lenet import LeNet
@@ -56,6 +57,8 @@ class Recipe:
         warm: epochs and peak rate at which branches learn alone on the frozen baseline first; these epochs are taken
             from the second part's.
         fine: peak rate at which everything then learns together, where it is not the second part's.
+        sides: of the images in the first part's epochs, where not all are of full size.
+        distill: how much branches learn from the last exit as well, as `fit` takes it.
     """
 
     name: str
@@ -74,11 +77,18 @@ class Recipe:
     slack: tuple[float, ...] = ()
     warm: tuple[int, float] | None = None
     fine: float | None = None
+    sides: tuple[int, ...] = ()
+    distill: float = 0.0
 
     @property
     def plain_title(self) -> str:
         """The plain network's name for people."""
         return self.title.removeprefix("B-")
+
+    @property
+    def baseline(self) -> str:
+        """The name of the shipped weights of the plain network after the first part."""
+        return self.weights[1].replace("-", "_baseline-", 1)
 
 
 _LENETS = tuple(
@@ -106,14 +116,14 @@ RECIPES = {
         ),
         Recipe(
             "b_alexnet", "B-AlexNet", "cifar10", zoo.alexnet, zoo.b_alexnet, adam,
-            ("b_alexnet-text-cifar10", "alexnet-cifar10"), epochs=(60, 30), rates=(1e-3, 1e-3),
-            augment=flip_crop(4), schedule=Cosine(warmup=0.15), smaller=_ALEXNETS,
+            ("b_alexnet-text-cifar10", "alexnet-cifar10"), epochs=(90, 30), rates=(1e-3, 1e-3),
+            augment=flip_crop(4), schedule=Cosine(warmup=0.15), smaller=_ALEXNETS, distill=1.0,
         ),
         Recipe(
             "b_resnet110", "B-ResNet-110", "cifar10", partial(zoo.resnet, 110), partial(zoo.b_resnet, 110), sgd,
-            ("b_resnet110-cifar10", "resnet110-cifar10"), epochs=(12, 4), rates=(0.1, 0.02),
+            ("b_resnet110-cifar10", "resnet110-cifar10"), epochs=(11, 3), rates=(0.05, 0.01), batch=64,
             augment=flip_crop(4), schedule=Cosine(warmup=0.15), smaller=_RESNETS, slack=(0.003,),
-            warm=(2, 0.01), fine=0.005,
+            warm=(2, 0.005), fine=0.0025, sides=(16, 16, 16, 16, 24, 24, 24, 32), distill=1.0,
         ),
     )
 }  # fmt: skip
@@ -151,6 +161,7 @@ class Training:
         seed: of weights, order and augmentation.
         precision: as `fit` takes it: ``"bf16"`` where the processor is fast at it.
         progress: show bars.
+        start: weights of a plain network that takes the place of the first part's.
     """
 
     recipe: Recipe
@@ -159,10 +170,15 @@ class Training:
     seed: int = 0
     precision: str = "no"
     progress: bool = True
+    start: Path | None = None
 
     def baseline(self) -> nn.Module:
-        """The plain network after the first part."""
-        return self._begin(self.recipe.plain, "baseline")
+        """The plain network after the first part. Raises `FileError` where `start` is of another network."""
+        if self.start is None:
+            return self._begin(self.recipe.plain, "baseline")
+        net = self.recipe.plain()
+        load_weights(net, self.start)
+        return net
 
     def continued(self) -> nn.Module:
         """The plain network after both parts."""
@@ -186,9 +202,9 @@ class Training:
         recipe, (_, epochs) = self.recipe, self.recipe.epochs
         if recipe.warm is not None:
             alone, rate = recipe.warm
-            self._fit(branchy, alone, rate, self.seed, f"{run}-warm", train="branches")
+            self._fit(branchy, alone, rate, self.seed, f"{run}-warm", train="branches", distill=recipe.distill)
             epochs -= alone
-        self._fit(branchy, epochs, recipe.fine or recipe.rates[1], 100 + self.seed, run)
+        self._fit(branchy, epochs, recipe.fine or recipe.rates[1], 100 + self.seed, run, distill=recipe.distill)
         return branchy
 
     def smaller(self) -> Iterator[tuple[str, nn.Module]]:
@@ -204,21 +220,26 @@ class Training:
 
     def _begin(self, make: Make, run: str) -> nn.Module:
         torch.manual_seed(self.seed)
-        return self._fit(make(), self.recipe.epochs[0], self.recipe.rates[0], self.seed, run)
+        return self._fit(make(), self.recipe.epochs[0], self.recipe.rates[0], self.seed, run, sides=self.recipe.sides)
 
     def _go_on(self, net: nn.Module, run: str) -> nn.Module:
         return self._fit(net, self.recipe.epochs[1], self.recipe.rates[1], 100 + self.seed, run)
 
-    def _fit(self, net: nn.Module, epochs: int, rate: float, seed: int, run: str, train: str = "all") -> nn.Module:
+    def _fit(
+        self, net: nn.Module, epochs: int, rate: float, seed: int, run: str,
+        train: str = "all", sides: tuple[int, ...] = (), distill: float = 0.0,
+    ) -> nn.Module:  # fmt: skip
         recipe = self.recipe
+        batches = loader(self.data.train, recipe.batch, shuffle=True, augment=recipe.augment)
         if self.progress:
             print(f"{recipe.title}, {run}: {epochs} epochs", flush=True)
         fit(
             net,
-            loader(self.data.train, recipe.batch, shuffle=True, augment=recipe.augment),
+            Growing(batches, sides) if sides else batches,
             loader(self.data.val, 500),
             epochs=epochs,
             train=train,
+            distill=distill,
             optimizer=recipe.optimizer(rate),
             schedule=recipe.schedule,
             seed=seed,

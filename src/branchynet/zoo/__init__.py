@@ -1,7 +1,18 @@
 """Networks of the paper, with and without branches, and their trained weights."""
 
+from collections.abc import Callable
+from functools import partial
+
+from ..net import BranchyNet
 from .alexnet import alexnet, b_alexnet
 from .lenet import b_lenet, lenet
 from .resnet import b_resnet, resnet
 
-__all__ = ["alexnet", "b_alexnet", "b_lenet", "b_resnet", "lenet", "resnet"]
+# The networks with branches by name, as `train --network` takes them.
+NETWORKS: dict[str, Callable[..., BranchyNet]] = {
+    "b_lenet": b_lenet,
+    "b_alexnet": b_alexnet,
+    **{f"b_resnet{n}": partial(b_resnet, n) for n in (20, 32, 56, 110)},
+}
+
+__all__ = ["NETWORKS", "alexnet", "b_alexnet", "b_lenet", "b_resnet", "lenet", "resnet"]
