@@ -137,7 +137,8 @@ def timed(net, inputs, thresholds, batches, name):
                           example=few(inputs, 8), batch=1 if batch == 1 else "dynamic")  # fmt: skip
             rows += bench(path, net, inputs, nothing, network=name, accuracy_static=0.0, batches=(batch,),
                           samples=SAMPLES, repeats=REPEATS)  # fmt: skip
-    keep = ("batch", "static_us", "branchy_us", "limit_us", "limit_in_order_us", "speedup", "overhead", "exit_share")
+    keep = ("batch", "static_us", "branchy_us", "limit_us", "limit_in_order_us", "speedup", "overhead",
+            "overhead_sorted", "exit_share")  # fmt: skip
     return [{key: row[key] for key in keep} for row in rows]
 
 

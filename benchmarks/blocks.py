@@ -25,8 +25,8 @@ def _middle(trials, ratio):
 def architectures():
     found = results("architectures")
     lines = [
-        "| network | static, batch 1 | leave at, % | overhead, batch 1 | graphs in order | overhead, batch 64 |",
-        "|---|--:|---|--:|--:|--:|",
+        "| network | static, batch 1 | leave at, % | overhead, batch 1 | graphs in order | samples sorted | batch 64 |",
+        "|---|--:|---|--:|--:|--:|--:|",
     ]
     for network in found["networks"]:
         for k in range(2):
@@ -35,6 +35,7 @@ def architectures():
                 f"| {network['network']} | {statistics.median(o['static_us'] for o in ones) / 1000:.1f} ms "
                 f"| {_shares(ones[0])} | {_middle(ones, lambda o: o['overhead'])} "
                 f"| {_middle(ones, lambda o: o['branchy_us'] / o['limit_in_order_us'])} "
+                f"| {_middle(ones, lambda o: o['overhead_sorted'])} "
                 f"| {_middle(manys, lambda m: m['overhead'])} |"
             )
     where = found["environment"]

@@ -23,7 +23,7 @@ from graphs import flat_lenet
 module = importlib.import_module("branchynet.bench")
 KEYS = {
     "network", "engine", "batch", "threads", "static_us", "branchy_us", "limit_us", "limit_in_order_us", "speedup",
-    "overhead", "accuracy_static", "accuracy_branchy", "exit_share", "thresholds",
+    "overhead", "overhead_sorted", "accuracy_static", "accuracy_branchy", "exit_share", "thresholds",
 }  # fmt: skip
 SAMPLES = 70
 
@@ -107,8 +107,8 @@ def test_the_limit_weighs_static_times_with_the_share_among_those_timed(file, da
         assert left.tolist() == exits.tolist()
         seen.append((inputs, exits))
         assert static.keys() == {"plain", "upto_1", "upto_2"} and (size, repeats) == (batch, 4)
-        in_order = {"in_order": 50.0} if batch == 1 else {}
-        return {"branchy": 60.0, "plain": 90.0, "upto_1": 20.0, "upto_2": 110.0, **in_order}
+        one = {"in_order": 50.0, "sorted": 55.0} if batch == 1 else {}
+        return {"branchy": 60.0, "plain": 90.0, "upto_1": 20.0, "upto_2": 110.0, **one}
 
     seen = []
     monkeypatch.setattr(module, "_time", fake)
@@ -118,6 +118,7 @@ def test_the_limit_weighs_static_times_with_the_share_among_those_timed(file, da
     assert len(inputs) == timed and 0 < early < 1
     assert row["limit_us"] == pytest.approx(early * 20 + (1 - early) * 110)
     assert row["limit_in_order_us"] == (50 if batch == 1 else None)
+    assert row["overhead_sorted"] == (pytest.approx(55 / row["limit_us"]) if batch == 1 else None)
     assert row["speedup"] == 1.5 and row["overhead"] == pytest.approx(60 / row["limit_us"])
     given = {image.tobytes() for image in data[0].numpy()}
     assert {image.tobytes() for image in inputs} <= given and len({image.tobytes() for image in inputs}) == timed
@@ -125,7 +126,7 @@ def test_the_limit_weighs_static_times_with_the_share_among_those_timed(file, da
 
 def test_the_order_is_random_and_the_seeds(file, data, monkeypatch):
     orders = []
-    times = {"branchy": 1.0, "plain": 1.0, "upto_1": 1.0, "upto_2": 1.0, "in_order": 1.0}
+    times = {"branchy": 1.0, "plain": 1.0, "upto_1": 1.0, "upto_2": 1.0, "in_order": 1.0, "sorted": 1.0}
     monkeypatch.setattr(module, "_time", lambda engine, static, inputs, *rest: orders.append(inputs[0]) or times)
     for seed in (0, 0, 1):
         rows_of(file, data, batches=(1,), seed=seed)
@@ -239,10 +240,10 @@ def test_one_sample_a_call_goes_through_the_graph_of_its_exit():
     inputs, left = np.arange(100), np.where(np.arange(100) % 3, 1, 3)
     static = {name: Fake(name) for name in ("plain", "upto_1", "upto_3")}
     times = _time(Fake("branchy"), static, (inputs,), left, batch=1, repeats=1)
-    assert times.keys() == {"branchy", "in_order", *static}
+    assert times.keys() == {"branchy", "in_order", "sorted", *static}
     for i in inputs:
         ran = {name: log[name, i] for name in ("branchy", *static)}
-        assert ran == {"branchy": 2, "plain": 2, "upto_1": 2, "upto_3": 2, f"upto_{left[i]}": 4}
+        assert ran == {"branchy": 4, "plain": 2, "upto_1": 2, "upto_3": 2, f"upto_{left[i]}": 4}
 
 
 def test_progress_is_told(file, data):
@@ -284,3 +285,19 @@ def test_wrong_data_files_and_networks_are_named(tmp_path, file, data, policy):
     ir.save(flat.model, tmp_path / "foreign.onnx")
     with pytest.raises(FileError, match=r"foreign\.onnx was not written by BranchyNet"):
         rows_of(tmp_path / "foreign.onnx", data)
+
+
+def test_sorted_are_the_same_samples_by_their_exits(file, data, monkeypatch):
+    """What is timed as sorted meets every sample once, those of exit 1 first; the rest meets them as they come."""
+    met = {}
+
+    def fake(calls, batches, repeats):
+        for name in ("sorted", "branchy"):
+            each = calls[name] if isinstance(calls[name], list) else [calls[name]] * len(batches)
+            met[name] = [call(*batch).exit.item() for call, batch in zip(each, batches, strict=True)]
+        return dict.fromkeys(calls, 1.0)
+
+    monkeypatch.setattr(module, "in_turns", fake)
+    rows_of(file, data, batches=(1,), samples=40, repeats=1)
+    assert met["branchy"] != sorted(met["branchy"])
+    assert met["sorted"] == sorted(met["branchy"]) and len(met["sorted"]) == 40

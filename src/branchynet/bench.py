@@ -58,7 +58,9 @@ def bench(
     branches up to exit n, scores included; ``overhead = branchy / limit``; ``speedup = static / branchy``. Each
     graph is timed by itself, with its weights warm in the caches. For one sample a call, ``limit_in_order_us`` has
     these graphs run in the samples' own order, each sample in that of its exit, as the file meets them: colder, the
-    more so as each graph holds the first stages' weights again. Beyond one sample a call it is None.
+    more so as each graph holds the first stages' weights again. ``overhead_sorted`` is the other way round: the file
+    meets the samples sorted by their exits, its weights as warm as those of ``limit_us``, so that what is above 1 is
+    the file's own. Beyond one sample a call both are None.
 
     Args:
         path: a file that `export` wrote from `net` with a policy. Where its batch is fixed at 1, that of the static
@@ -82,7 +84,8 @@ def bench(
 
     Returns:
         Rows with ``network, engine, batch, threads, static_us, branchy_us, limit_us, limit_in_order_us, speedup,
-        overhead, accuracy_static, accuracy_branchy, exit_share, thresholds``; times are microseconds a sample.
+        overhead, overhead_sorted, accuracy_static, accuracy_branchy, exit_share, thresholds``; times are microseconds a
+        sample.
 
     Raises:
         InputError: a flat file, one of another network, an int8 file without `calibration`, a score of your own without
@@ -147,6 +150,7 @@ def bench(
                     "limit_in_order_us": us.get("in_order"),
                     "speedup": us["plain"] / us["branchy"],
                     "overhead": us["branchy"] / limit,
+                    "overhead_sorted": us["sorted"] / limit if batch == 1 else None,
                     "accuracy_static": accuracy_static,
                     "accuracy_branchy": accuracy,
                     "exit_share": [float((left == n).mean()) for n in range(1, engine.exits + 1)],
@@ -191,11 +195,18 @@ def _time(
 ) -> dict[str, float]:
     """Median microseconds a sample over `repeats` passes.
 
-    For one sample a call, ``in_order`` runs for each the static graph of the exit at which it `left`.
+    For one sample a call, ``in_order`` runs for each the static graph of the exit at which it `left`, and ``sorted`` is
+    the file where those that leave at one exit come one after the other.
     """
     starts = range(0, len(arrays[0]), batch)
     batches = [tuple(np.ascontiguousarray(a[i : i + batch]) for a in arrays) for i in starts]
     calls: dict[str, Any] = {"branchy": engine} | {name: graph.outputs for name, graph in static.items()}
     if batch == 1:
         calls["in_order"] = [static[f"upto_{n}"].outputs for n in left]
+        calls["sorted"] = [_instead(engine, batches[i]) for i in np.argsort(left, kind="stable")]
     return in_turns(calls, batches, repeats)
+
+
+def _instead(engine: Engine, batch: Arrays) -> Callable[..., Any]:
+    """The engine's answer to this batch, whatever it is called with."""
+    return lambda *_: engine(*batch)
