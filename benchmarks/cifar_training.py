@@ -2,8 +2,9 @@
 
 The recipes are those of `branchynet.reproduce`: a plain baseline is trained from nothing; from its weights go on, for
 the same number of epochs and with the same augmentation, once the network with its branches (joint) and once the plain
-network alone (continued). B-ResNet-110's branches learn on the frozen baseline for half of these epochs: untrained ones
-undo what so short a training cannot mend. The smaller plain networks get the same total epochs in the same two parts.
+network alone (continued). B-ResNet-110's branches first learn on the frozen baseline, which teaches the trunk nothing:
+untrained ones undo what so short a training cannot mend. The smaller plain networks get the same epochs in the same two
+parts.
 
     python benchmarks/cifar_training.py b_alexnet --phase baseline
     python benchmarks/cifar_training.py b_alexnet                   # all phases; resumes where it was stopped
@@ -12,9 +13,9 @@ undo what so short a training cannot mend. The smaller plain networks get the sa
     python benchmarks/cifar_training.py b_alexnet --shipped-baseline   # the second part alone, from the shipped first
 
 Every phase first makes sure of those before it, and then writes its accuracies and seconds into
-benchmarks/results/cifar_training-NETWORK.json. On one core of an AMD EPYC (AVX-512 with bfloat16) an epoch of AlexNet
-takes about 50 seconds, of B-AlexNet 60, of ResNet-20 90 and of ResNet-110 nine minutes, which is why ResNets train for
-few epochs.
+benchmarks/results/cifar_training-NETWORK.json. On one core of a server an epoch of AlexNet takes about 50 to 75
+seconds, of ResNet-20 90 to 120 and of ResNet-110 nine to thirteen minutes, which is why ResNets train for few epochs,
+the first of them on smaller images.
 """
 
 import argparse
@@ -104,7 +105,6 @@ def main():
                     "epochs": recipe.epochs,
                     "rates": recipe.rates,
                     "warm": recipe.warm,
-                    "fine": recipe.fine,
                     "sides": recipe.sides,
                     "distill": recipe.distill,
                     "optimizer": recipe.optimizer.__doc__,

@@ -61,8 +61,8 @@ def test_both_sides_start_from_one_baseline_and_train_as_long(training):
 
 
 def test_branches_may_learn_alone_first(training, digits):
-    """On the frozen baseline, for epochs that the second part then has fewer."""
-    warm = replace(training, recipe=replace(RECIPE, warm=(1, 5e-3), fine=1e-4))
+    """On the frozen baseline, before the second part."""
+    warm = replace(training, recipe=replace(RECIPE, warm=(1, 5e-3)))
     baseline, started = training.baseline().state_dict(), []
 
     def add(trunk):
@@ -73,7 +73,7 @@ def test_branches_may_learn_alone_first(training, digits):
 
     warm.with_exits(add, "warmed")
     rows = {p.parent.name: len(p.read_text().splitlines()) - 1 for p in training.folder.glob("warmed*/train.csv")}
-    assert rows == {"warmed-warm": 1, "warmed": 1}
+    assert rows == {"warmed-warm": 1, "warmed": 2}
     alone = RECIPE.branchy()
     load_weights(alone, training.folder / "warmed-warm" / "checkpoint.safetensors")
     assert all(torch.equal(v, baseline[k]) for k, v in alone.backbone.state_dict().items())

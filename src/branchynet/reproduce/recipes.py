@@ -2,8 +2,9 @@
 
 A plain network is trained from nothing. From its weights go on, for the same number of epochs and with the same
 augmentation, once the network with its branches (joint) and once the plain network alone (continued): the comparison
-that is fair to the baseline. The smaller plain networks, which a user might pick instead of early exits, get the same
-total epochs in the same two parts.
+that is fair to the baseline. Epochs in which branches learn alone on the frozen baseline teach the trunk nothing and
+are not counted. The smaller plain networks, which a user might pick instead of early exits, get the same epochs in the
+same two parts.
 """
 
 from collections.abc import Callable, Iterator
@@ -54,9 +55,7 @@ class Recipe:
         batch, augment, schedule: as `loader` and `fit` take them.
         smaller: name, maker and shipped weights' name of smaller plain networks.
         slack: points of accuracy below the plain network's at which thresholds are chosen as well.
-        warm: epochs and peak rate at which branches learn alone on the frozen baseline first; these epochs are taken
-            from the second part's.
-        fine: peak rate at which everything then learns together, where it is not the second part's.
+        warm: epochs and peak rate at which branches learn alone on the frozen baseline before the second part.
         sides: of the images in the first part's epochs, where not all are of full size.
         distill: how much branches learn from the last exit as well, as `fit` takes it.
     """
@@ -76,7 +75,6 @@ class Recipe:
     smaller: tuple[tuple[str, Make, str], ...] = ()
     slack: tuple[float, ...] = ()
     warm: tuple[int, float] | None = None
-    fine: float | None = None
     sides: tuple[int, ...] = ()
     distill: float = 0.0
 
@@ -121,9 +119,9 @@ RECIPES = {
         ),
         Recipe(
             "b_resnet110", "B-ResNet-110", "cifar10", partial(zoo.resnet, 110), partial(zoo.b_resnet, 110), sgd,
-            ("b_resnet110-cifar10", "resnet110-cifar10"), epochs=(11, 3), rates=(0.05, 0.01), batch=64,
+            ("b_resnet110-cifar10", "resnet110-cifar10"), epochs=(11, 1), rates=(0.05, 0.0025), batch=64,
             augment=flip_crop(4), schedule=Cosine(warmup=0.15), smaller=_RESNETS, slack=(0.003,),
-            warm=(2, 0.005), fine=0.0025, sides=(16, 16, 16, 16, 24, 24, 24, 32), distill=1.0,
+            warm=(2, 0.005), sides=(16, 16, 16, 16, 24, 24, 24, 32), distill=1.0,
         ),
     )
 }  # fmt: skip
@@ -199,12 +197,10 @@ class Training:
         baseline = self.baseline()
         torch.manual_seed(self.seed)
         branchy = add(baseline)
-        recipe, (_, epochs) = self.recipe, self.recipe.epochs
+        recipe = self.recipe
         if recipe.warm is not None:
-            alone, rate = recipe.warm
-            self._fit(branchy, alone, rate, self.seed, f"{run}-warm", train="branches", distill=recipe.distill)
-            epochs -= alone
-        self._fit(branchy, epochs, recipe.fine or recipe.rates[1], 100 + self.seed, run, distill=recipe.distill)
+            self._fit(branchy, *recipe.warm, self.seed, f"{run}-warm", train="branches", distill=recipe.distill)
+        self._fit(branchy, recipe.epochs[1], recipe.rates[1], 100 + self.seed, run, distill=recipe.distill)
         return branchy
 
     def smaller(self) -> Iterator[tuple[str, nn.Module]]:
