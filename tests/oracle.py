@@ -18,13 +18,19 @@ def entropy(logits):
     return float(-sum(q * np.log(q) for q in p if q > 0))
 
 
-def figure_2(outputs, thresholds):
+def doubt(logits):
+    """1 - the largest probability of (C,) logits."""
+    z = np.asarray(logits, np.float64)
+    return float(1 - 1 / np.exp(z - z.max()).sum())
+
+
+def figure_2(outputs, thresholds, score=entropy):
     """(exit, logits) for one sample whose exits gave `outputs` (N, C); None never leaves."""
     for n, logits in enumerate(outputs, 1):
         if n == len(outputs):
             return n, logits
         threshold = thresholds[n - 1]
-        if threshold is not None and entropy(logits) < threshold:
+        if threshold is not None and score(logits) < threshold:
             return n, logits
 
 

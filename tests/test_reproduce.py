@@ -22,7 +22,7 @@ from branchynet.reproduce.recipes import RECIPES, Training, adam, recipes
 from branchynet.scores import of_record
 from branchynet.training.checkpoint import load_weights
 from branchynet.zoo.lenet import LeNet
-from oracle import figure_2
+from oracle import doubt, entropy, figure_2
 
 RECIPE = replace(
     RECIPES["b_lenet"],
@@ -124,10 +124,11 @@ def test_figures_of_merit_are_those_of_the_networks(found, training, digits):
     assert [p.name for p in found.points] == 2 * ["B-LeNet"] + 2 * ["B-LeNet, averaged"]
     weights = fit_weights(found.val)
     for point in found.points:
-        rule = averaged(nets.branchy, weights) if "averaged" in point.name else nets.branchy
+        is_mean = point.name.endswith("averaged")
+        rule, score = (averaged(nets.branchy, weights), doubt) if is_mean else (nets.branchy, entropy)
         on_val, on_test = (record(rule, loader(p, 100), progress=False) for p in (digits.val, digits.test))
         assert (evaluate(on_val, point.policy).accuracy >= point.asked - 1e-9) == point.reached
-        loop = [figure_2(sample, point.policy.thresholds) for sample in on_test.outputs]
+        loop = [figure_2(sample, point.policy.thresholds, score) for sample in on_test.outputs]
         assert point.outcome.exit_share[0] == np.mean([n == 1 for n, _ in loop])
         right = np.mean([z.argmax() == label for (_, z), label in zip(loop, test.labels, strict=True)])
         assert point.outcome.accuracy == pytest.approx(right)

@@ -103,16 +103,18 @@ def choose(
     return Choice(policy, constraint, evaluate(record, policy, cost), record.digest, promise, record.network)
 
 
-def nearest_to(record: ExitRecord, cost: ExitCost, accuracy: float) -> tuple[Choice, bool]:
+def nearest_to(
+    record: ExitRecord, cost: ExitCost, accuracy: float, score: str | Score = "entropy"
+) -> tuple[Choice, bool]:
     """The cheapest choice of that accuracy on the record, and True; else the most accurate one, and False.
 
     Without a promise: for comparisons at the accuracy of another network, which this one may not reach.
     """
     try:
-        return choose(record, cost, min_accuracy=accuracy, confidence=None), True
+        return choose(record, cost, score=score, min_accuracy=accuracy, confidence=None), True
     except InfeasibleError:
         longest = float(cost.latency_us([True] * cost.exits)[-1])
-        return choose(record, cost, max_latency_us=longest), False
+        return choose(record, cost, score=score, max_latency_us=longest), False
 
 
 def _what_is_searched(record: ExitRecord, cost: ExitCost | None, score: str | Score, name: str) -> Problem:
