@@ -1,7 +1,7 @@
 """Do designed exits beat published ones and evenly spread ones? And does the designer predict what they will take?
 
 For each network three designs are trained alike, from one baseline's weights on, by the recipe in
-branchynet/reproduce/recipes.py: the paper's branches (published), ``attach(at="auto")`` (even), and those of `advise`
+branchynet/reproduce/recipes.py (the one that ships, where one does): the paper's branches (published), ``attach(at="auto")`` (even), and those of `advise`
 (designed), for batches of 1 and of 64. Thresholds are chosen on validation at the validation accuracy of the plain
 network that was trained as long; accuracy and time are of test images, everything timed, one thread. Predictions are on
 disk before the design is measured.
@@ -36,7 +36,9 @@ from branchynet.types import Policy
 ROOT = Path(__file__).parent
 RUNS = ROOT.parent / "runs"
 RESULTS = ROOT / "results" / "design.json"
+SHIPPED = ROOT.parent / "src" / "branchynet" / "zoo" / "weights"
 BATCHES = (1, 64)
+SCORE = "max_probability"  # of all designs; see docs/scores.md
 SAMPLES, REPEATS = 1024, 9
 EXITS = 3  # of the evenly spread
 
@@ -48,7 +50,9 @@ class Images:
 
     def __init__(self, recipe, folder, precision):
         self.name, self.slack, self.precision = recipe.name, recipe.slack, precision
-        self.training = Training(recipe, load_data(recipe.data), folder, 0, precision)
+        start = SHIPPED / f"{recipe.baseline}.safetensors"
+        given = start if start.exists() else None
+        self.training = Training(recipe, load_data(recipe.data), folder, 0, precision, start=given)
         self.folder, self.seed = folder, 0
         self.baseline, self.continued = self.training.baseline, self.training.continued
         self.with_exits, self.published = self.training.with_exits, self.training.joint
@@ -81,7 +85,7 @@ def advised(task, batch):
         advice = Advice.load(folder / "advice.json")
     else:
         advice = advise(
-            task.baseline(), task.loader("train"), task.loader("val"), example, batch_size=batch, seed=task.seed,
+            task.baseline(), task.loader("train"), task.loader("val"), example, batch_size=batch, score=SCORE, seed=task.seed,
             mixed_precision=task.precision, channels_last=task.channels_last, run=task.folder / "candidates",
         )  # fmt: skip
         save_weights(advice.network, folder / "warm.safetensors")
@@ -105,7 +109,7 @@ def designs(task):
 
     for name, net in (("published", task.published()), ("even", task.with_exits(even, "even"))):
         if net is not None:
-            yield name, {b: measure(net.eval(), example, batch_size=b, seconds=10.0) for b in BATCHES}, net
+            yield name, {b: measure(net.eval(), example, batch_size=b, score=SCORE, seconds=10.0) for b in BATCHES}, net
     for batch in BATCHES:
         advice, add = advised(task, batch)
         if advice.design.taps:
@@ -122,7 +126,7 @@ def rows_of(task):
     for name, costs, net in designs(task):
         on_val = record(net.eval(), task.loader("val"), progress=False)
         for slack, (batch, cost) in itertools.product((0.0, *task.slack), costs.items()):
-            choice, reached = nearest_to(on_val, cost, wanted - slack)
+            choice, reached = nearest_to(on_val, cost, wanted - slack, SCORE)
             row = {
                 "network": task.name,
                 "batch": batch,

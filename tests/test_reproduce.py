@@ -168,6 +168,16 @@ def test_table_1(found):
     assert rows["oracle_gain"] == pytest.approx(found.cost.latency_us([False, True])[-1] / np.mean(left))
 
 
+def test_rows_of_a_gpu_stand_in_the_table_where_there_are_some(found):
+    timed = {"plain_ms": 1.5, "branchy_ms": 0.5, "gain": 3.0}
+    without = table1.table([table1.rows(found)])
+    first, *others = found.points
+    text = table1.table([table1.rows(replace(found, points=(replace(first, cuda=timed), *others)))])
+    (row,) = set(text.splitlines()) - set(without.splitlines())
+    assert row.startswith(f"| {first.name}, GPU; plain 1500 us |") and "| 500 | **3.00x** |" in row
+    assert row.count("|") == 10
+
+
 def test_a_smaller_network_that_does_better_is_named(found):
     def row(*smaller):
         return table1.rows(replace(found, smaller=smaller))

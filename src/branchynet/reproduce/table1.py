@@ -67,6 +67,9 @@ def table(tables: list[dict[str, Any]]) -> str:
                     row["exit_share"],
                 )
             )  # fmt: skip
+            if cuda := row["cuda"]:
+                name = f"{row['network']}, GPU; plain {1e3 * cuda['plain_ms']:.0f} us"
+                lines.append(_line(name, row["accuracy"], 1e3 * cuda["branchy_ms"], f"**{cuda['gain']:.2f}x**"))
         lines.append(
             f"| *published* | {published['accuracy']:.2%}, plain {published['accuracy_plain']:.2%} | "
             f"| {published['cpu_gain']:.1f}x, trunk alone | | | | {_thresholds(published['thresholds'])} "
