@@ -1,10 +1,10 @@
 """Do designed exits beat published ones and evenly spread ones? And does the designer predict what they will take?
 
-For each network three designs are trained alike, from one baseline's weights on, by the recipe in
-branchynet/reproduce/recipes.py (the one that ships, where one does): the paper's branches (published), ``attach(at="auto")`` (even), and those of `advise`
-(designed), for batches of 1 and of 64. Thresholds are chosen on validation at the validation accuracy of the plain
-network that was trained as long; accuracy and time are of test images, everything timed, one thread. Predictions are on
-disk before the design is measured.
+For each network three designs are trained alike, from one baseline's weights on (those that ship, where some do), by
+the recipe in branchynet/reproduce/recipes.py: the paper's branches (published), ``attach(at="auto")`` (even), and those
+of `advise` (designed), for batches of 1 and of 64. Thresholds are chosen on validation at the validation accuracy of
+the plain network that was trained as long; accuracy and time are of test images, everything timed, one thread.
+Predictions are on disk before the design is measured.
 
     python benchmarks/design.py b_lenet          # trains what is not trained yet, then measures; minutes
     python benchmarks/design.py b_alexnet        # hours; resumes where it was stopped
@@ -85,8 +85,8 @@ def advised(task, batch):
         advice = Advice.load(folder / "advice.json")
     else:
         advice = advise(
-            task.baseline(), task.loader("train"), task.loader("val"), example, batch_size=batch, score=SCORE, seed=task.seed,
-            mixed_precision=task.precision, channels_last=task.channels_last, run=task.folder / "candidates",
+            task.baseline(), task.loader("train"), task.loader("val"), example, batch_size=batch, score=SCORE,
+            seed=task.seed, mixed_precision=task.precision, channels_last=task.channels_last, run=task.folder / "candidates",
         )  # fmt: skip
         save_weights(advice.network, folder / "warm.safetensors")
         advice.save(folder / "advice.json")
