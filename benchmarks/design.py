@@ -86,7 +86,8 @@ def advised(task, batch):
     else:
         advice = advise(
             task.baseline(), task.loader("train"), task.loader("val"), example, batch_size=batch, score=SCORE,
-            seed=task.seed, mixed_precision=task.precision, channels_last=task.channels_last, run=task.folder / "candidates",
+            seed=task.seed, mixed_precision=task.precision, channels_last=task.channels_last,
+            run=task.folder / "candidates",
         )  # fmt: skip
         save_weights(advice.network, folder / "warm.safetensors")
         advice.save(folder / "advice.json")
