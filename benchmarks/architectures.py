@@ -40,7 +40,7 @@ from branchynet.net import few
 from branchynet.scores import entropy, of_record
 from branchynet.timing import interleaved
 
-SAMPLES, REPEATS, CLASSES = 128, 10, 10
+SAMPLES, REPEATS, CLASSES = 128, 6, 10
 SHARES = ((0.25, 0.25, 0.5), (0.75, 0.15, 0.1))
 RESULTS = Path(__file__).parent / "results" / "architectures.json"
 

@@ -150,7 +150,9 @@ def test_the_order_of_samples_does_not_matter(seed):
     one, other = fit_score(record), fit_score(again)
     assert other.bias == pytest.approx(one.bias, abs=1e-6)
     assert np.concatenate(other.weights) == pytest.approx(np.concatenate(one.weights), abs=1e-6)
-    assert np.concatenate(fit_weights(again)) == pytest.approx(np.concatenate(fit_weights(record)), abs=1e-9)
+    for of, near in (("softmax", 1e-9), ("logits", 1e-4)):
+        one, other = fit_weights(record, of=of), fit_weights(again, of=of)
+        assert np.concatenate(other) == pytest.approx(np.concatenate(one), abs=near)
 
 
 def test_the_same_record_gives_the_same_score():
@@ -228,6 +230,28 @@ class TestAverages:
         for other in (None, [[1], [0.9, 0.1], [0.2, 0.2, 0.6]], [[1], [0, 1], [1, 0, 0]]):
             assert (np.array(best) <= np.array(surprise(other)) + 1e-6).all()
         assert (averaged_record(record, weights).losses.mean(0)[1:] < record.losses.mean(0)[1:]).all()
+
+    def test_fitted_weights_of_logits_make_the_labels_most_likely_at_some_temperature(self):
+        rng = np.random.default_rng(1)
+        labels = rng.integers(0, 3, 2000)
+        outputs = np.stack([np.eye(3)[labels] * 2 + rng.normal(size=(2000, 3)) * s for s in (1, 2, 4)], axis=1)
+        record = ExitRecord(outputs, labels)
+        weights = fit_weights(record, of="logits")
+        assert [len(row) for row in weights] == [1, 2, 3] and [sum(row) for row in weights] == pytest.approx([1] * 3)
+        # Of independent normal errors the best weights are as the inverse variances.
+        assert weights[2] == pytest.approx(np.array([16, 4, 1]) / 21, abs=0.06)
+
+        def surprise(row):
+            mean = torch.from_numpy(np.tensordot(row, outputs[:, : len(row)], axes=(0, 1)))
+            inverse = np.geomspace(0.05, 20, 400)
+            return min(torch.nn.functional.cross_entropy(b * mean, torch.from_numpy(labels)).item() for b in inverse)
+
+        for n, others in enumerate(([[0.5, 0.5], [1, 0]], [[1 / 3] * 3, [1, 0, 0], [0.5, 0.3, 0.2]]), start=1):
+            assert all(surprise(weights[n]) <= surprise(other) + 1e-4 for other in others)
+
+    def test_where_no_exit_knows_anything_all_weigh_alike(self):
+        record = ExitRecord(np.zeros((50, 2, 3)), np.arange(50) % 3)
+        assert fit_weights(record, of="logits") == fit_weights(record) == ((1.0,), (0.5, 0.5))
 
     @pytest.mark.parametrize(
         "weights",

@@ -122,10 +122,10 @@ def test_figures_of_merit_are_those_of_the_networks(found, training, digits):
     assert [s.name for s in found.smaller] == ["LeNet 2-4-8"] and found.smaller[0].us > 0
     assert [p.asked for p in found.points] == 2 * [found.plain_val, found.plain_val - 0.05]
     assert [p.name for p in found.points] == 2 * ["B-LeNet"] + 2 * ["B-LeNet, averaged"]
-    weights = fit_weights(found.val)
+    weights = fit_weights(found.val, of="logits")
     for point in found.points:
         is_mean = point.name.endswith("averaged")
-        rule, score = (averaged(nets.branchy, weights), doubt) if is_mean else (nets.branchy, entropy)
+        rule, score = (averaged(nets.branchy, weights, of="logits"), doubt) if is_mean else (nets.branchy, entropy)
         on_val, on_test = (record(rule, loader(p, 100), progress=False) for p in (digits.val, digits.test))
         assert (evaluate(on_val, point.policy).accuracy >= point.asked - 1e-9) == point.reached
         loop = [figure_2(sample, point.policy.thresholds, score) for sample in on_test.outputs]

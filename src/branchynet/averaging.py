@@ -5,11 +5,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from scipy.optimize import minimize
+from scipy.special import logsumexp, softmax
 from torch import Tensor
 
 from .errors import InputError
 from .exit_record import ExitRecord
 from .net import BranchyNet
+from .types import Floats, Ints
 
 Weights = Sequence[Sequence[float]]
 Of = Literal["softmax", "logits"]
@@ -59,13 +62,16 @@ def averaged_record(record: ExitRecord, weights: Weights | None = None, *, of: O
     return ExitRecord(torch.stack(average(exits, weights, of=of), dim=1).numpy(), record.labels)
 
 
-def fit_weights(record: ExitRecord, *, steps: int = 200) -> tuple[tuple[float, ...], ...]:
-    """Weights for `averaged(net, weights, of="softmax")` that make the answers of a record the most likely.
+def fit_weights(record: ExitRecord, *, of: Of = "softmax", steps: int = 200) -> tuple[tuple[float, ...], ...]:
+    """Weights for `averaged(net, weights, of=of)` that make the answers of a record the most likely; deterministic.
 
-    They are those of a mixture, found by expectation-maximisation from equal ones; deterministic.
+    Those of probabilities are a mixture's, found by expectation-maximisation from equal ones. Those of logits are found
+    by L-BFGS-B together with a temperature, in which the likelihood is concave; the temperature, which changes no
+    answer, is then left out.
 
     Args:
         record: of `net`, not averaged, with outputs; other samples than those that thresholds are chosen on.
+        of: ``"softmax"`` or ``"logits"``, as for `averaged`.
         steps: at most so many.
 
     Returns:
@@ -74,24 +80,46 @@ def fit_weights(record: ExitRecord, *, steps: int = 200) -> tuple[tuple[float, .
     Raises:
         InputError: a record without outputs.
 
-    Source: Dempster, Laird and Rubin 1977, doi:10.1111/j.2517-6161.1977.tb01600.x.
+    Source: Dempster, Laird and Rubin 1977, doi:10.1111/j.2517-6161.1977.tb01600.x; for logits logistic regression.
     """
     if record.outputs is None or record.labels is None:
         raise InputError("this record holds scores and losses; fitting reads outputs: record without loss=")
-    logits = torch.from_numpy(record.outputs).double()
-    answered = logits.softmax(dim=2)[torch.arange(record.samples), :, torch.from_numpy(record.labels)].numpy()
+    fit = _mixture if _known(of) == "softmax" else _combination
+    logits = record.outputs.astype(np.float64)
+    return tuple(fit(logits[:, :n], record.labels, steps) for n in range(1, record.exits + 1))
+
+
+def _mixture(logits: Floats, labels: Ints, steps: int) -> tuple[float, ...]:
+    """Weights of the exits' probabilities, from logits `(S, n, C)`."""
+    answered = softmax(logits, axis=2)[np.arange(len(labels)), :, labels]
     answered = np.maximum(answered, _LEAST)
-    rows = []
-    for n in range(1, record.exits + 1):
-        weights = np.full(n, 1 / n)
-        for _ in range(steps):
-            parts = weights * answered[:, :n]
-            after = (parts / parts.sum(axis=1, keepdims=True)).mean(axis=0)
-            done, weights = np.abs(after - weights).max() < 1e-9, after
-            if done:
-                break
-        rows.append(tuple(weights.tolist()))
-    return tuple(rows)
+    weights = np.full(logits.shape[1], 1 / logits.shape[1])
+    for _ in range(steps):
+        parts = weights * answered
+        after = (parts / parts.sum(axis=1, keepdims=True)).mean(axis=0)
+        done, weights = np.abs(after - weights).max() < 1e-9, after
+        if done:
+            break
+    return tuple(weights.tolist())
+
+
+def _combination(logits: Floats, labels: Ints, steps: int) -> tuple[float, ...]:
+    """Weights of the exits' logits `(S, n, C)`."""
+    samples, exits, _ = logits.shape
+    answered = logits[np.arange(samples), :, labels]
+
+    def objective(weights: Floats) -> tuple[float, Floats]:
+        mean = np.einsum("snc,n->sc", logits, weights)
+        expected = np.einsum("snc,sc->sn", logits, softmax(mean, axis=1))
+        loss = logsumexp(mean, axis=1) - answered @ weights
+        return float(loss.mean()), (expected - answered).mean(axis=0)
+
+    start = np.full(exits, 1 / exits)
+    found = minimize(
+        objective, start, jac=True, method="L-BFGS-B", bounds=[(0.0, None)] * exits, options={"maxiter": steps}
+    )
+    total = float(found.x.sum())
+    return tuple((found.x / total).tolist()) if total > 0 else tuple(start.tolist())  # 0 where no exit knows anything
 
 
 _LEAST = 1e-30  # a probability whose logarithm float32 still holds

@@ -110,11 +110,12 @@ def measured(
     plain_val, plain_test = (_accuracy(nets.plain, split) for split in (data.val, data.test))
     images = data.test.images.float() / 255
     # Five weights at most, fitted on the images that thresholds are chosen on; test images know nothing of either.
-    weights = fit_weights(val)
+    weights = fit_weights(val, of="logits")
     rules = {
         recipe.title: (nets.branchy, "entropy", val, test),
         f"{recipe.title}, averaged": (
-            averaged(nets.branchy, weights), AVERAGED, averaged_record(val, weights), averaged_record(test, weights),
+            averaged(nets.branchy, weights, of="logits"), AVERAGED,
+            *(averaged_record(found, weights, of="logits") for found in (val, test)),
         ),
     }  # fmt: skip
     costs, points = {}, []
