@@ -35,6 +35,25 @@ def table_1():
     ]
 
 
+def in_short():
+    """The paper's networks, a row each: ours at the plain network's validation accuracy, and the published."""
+    found = results("reproduce/table1")
+    lines = [
+        "| network | plain | with exits | speed-up, everything timed | averaged answers | published, trunk timed only |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in found["networks"]:
+        plain, first, theirs = row["plain"], row["branchy"][0], row["published"]
+        mean = next(point for point in row["branchy"] if point["network"].endswith("averaged"))
+        lines.append(
+            f"| {first['network']} | {plain['accuracy']:.2%} | {first['accuracy']:.2%} | **{first['gain']:.2f}x** "
+            f"| {mean['accuracy']:.2%}, **{mean['gain']:.2f}x** "
+            f"| {theirs['accuracy_plain']:.2%} to {theirs['accuracy']:.2%}, {theirs['cpu_gain']:.1f}x |"
+        )
+    where = found["environment"]
+    return [*lines, "", f"Batch 1, one thread, {where['processor']}. Made by `{found['command']}`."]
+
+
 def held_back():
     lines = ["| network | exits alone | gain | wanted | at best | overhead |", "|---|---|--:|--:|--:|--:|"]
     for row in results("reproduce/table1")["networks"]:
@@ -82,6 +101,7 @@ def trainings():
 
 PAPER = {
     "trainings": trainings,
+    "in_short": in_short,
     "rivals": rivals,
     "table1": table_1,
     "held_back": held_back,
