@@ -62,7 +62,8 @@ def accuracies(net, split):
 
 def row(task, net, runs):
     """Every exit's accuracy over all validation and all test images, and what the training took."""
-    history = [History.load(task.folder / run / "train.csv") for run in runs]
+    parts = [task.folder / run / "train.csv" for run in runs]
+    history = [History.load(part) for part in parts if part.exists()]  # there is none of a part without epochs
     accuracy = {f"{part}_accuracy": accuracies(net, getattr(task.data, part)) for part in ("val", "test")}
     epochs = sum(len(h.rows) for h in history)
     # Medians, since the machine had other work at times, and stood still.

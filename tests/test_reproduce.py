@@ -74,6 +74,11 @@ def test_branches_may_learn_alone_first(training, digits):
     warm.with_exits(add, "warmed")
     rows = {p.parent.name: len(p.read_text().splitlines()) - 1 for p in training.folder.glob("warmed*/train.csv")}
     assert rows == {"warmed-warm": 1, "warmed": 2}
+    frozen = replace(warm, recipe=replace(warm.recipe, epochs=(2, 0)))
+    assert all(torch.equal(v, baseline[k]) for k, v in frozen.continued().state_dict().items())
+    kept = frozen.with_exits(add, "frozen").backbone.state_dict()
+    assert all(torch.equal(v, baseline[k]) for k, v in kept.items())
+    assert (training.folder / "frozen-warm").exists() and not (training.folder / "frozen").exists()
     alone = RECIPE.branchy()
     load_weights(alone, training.folder / "warmed-warm" / "checkpoint.safetensors")
     assert all(torch.equal(v, baseline[k]) for k, v in alone.backbone.state_dict().items())

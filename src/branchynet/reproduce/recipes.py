@@ -51,7 +51,8 @@ class Recipe:
         plain, branchy: make the network without and with branches; given ``pretrained=True``, with shipped weights.
         optimizer: makes what `fit` takes as its optimizer from a learning rate.
         weights: names of the shipped weights of both, with branches and without.
-        epochs, rates: of the two parts, from nothing and from the baseline's weights on; the peak learning rates.
+        epochs, rates: of the two parts, from nothing and from the baseline's weights on (0 for none); the peak learning
+            rates.
         batch, augment, schedule: as `loader` and `fit` take them.
         smaller: name, maker and shipped weights' name of smaller plain networks.
         slack: points of accuracy below the plain network's at which thresholds are chosen as well.
@@ -86,7 +87,7 @@ class Recipe:
     @property
     def baseline(self) -> str:
         """The name of the shipped weights of the plain network after the first part."""
-        return self.weights[1].replace("-", "_baseline-", 1)
+        return self.weights[1].replace("-", "_baseline-", 1) if self.epochs[1] else self.weights[1]
 
 
 _LENETS = tuple(
@@ -102,7 +103,7 @@ _ALEXNETS = tuple(
     (f"AlexNet, {part} width", partial(AlexNet, 10, *widths), f"alexnet_{part.replace('/', '_')}-cifar10")
     for part, widths in _WIDTHS.items()
 )
-_RESNETS = tuple((f"ResNet-{n}", partial(zoo.resnet, n), f"resnet{n}-cifar10") for n in (20, 32, 56))
+_RESNETS = tuple((f"ResNet-{n}", partial(zoo.resnet, n), f"resnet{n}-cifar10") for n in (20,))
 
 RECIPES = {
     recipe.name: recipe
@@ -119,7 +120,7 @@ RECIPES = {
         ),
         Recipe(
             "b_resnet110", "B-ResNet-110", "cifar10", partial(zoo.resnet, 110), partial(zoo.b_resnet, 110), sgd,
-            ("b_resnet110-cifar10", "resnet110-cifar10"), epochs=(11, 1), rates=(0.05, 0.0025), batch=64,
+            ("b_resnet110-cifar10", "resnet110-cifar10"), epochs=(11, 0), rates=(0.05, 0.0), batch=64,
             augment=flip_crop(4), schedule=Cosine(warmup=0.15), smaller=_RESNETS, slack=(0.003,),
             warm=(2, 0.005), sides=(16, 16, 16, 16, 24, 24, 24, 32), distill=1.0,
         ),
@@ -226,6 +227,8 @@ class Training:
         train: str = "all", sides: tuple[int, ...] = (), distill: float = 0.0,
     ) -> nn.Module:  # fmt: skip
         recipe = self.recipe
+        if not epochs:
+            return net
         batches = loader(self.data.train, recipe.batch, shuffle=True, augment=recipe.augment)
         if self.progress:
             print(f"{recipe.title}, {run}: {epochs} epochs", flush=True)
