@@ -69,7 +69,8 @@ def row(task, net, runs):
     # Medians, since the machine had other work at times, and stood still.
     seconds = sum(len(h.rows) * statistics.median(r.seconds for r in h.rows) for h in history)
     start = {"start": task.start.stem} if task.start else {}
-    return {**accuracy, **start, "epochs": epochs, "seconds": seconds, "seed": task.seed, "precision": task.precision}
+    how = {"seed": task.seed, "precision": task.precision, "processor": environment()["processor"]}
+    return {**accuracy, **start, "epochs": epochs, "seconds": seconds, **how}
 
 
 def approximate_images():
