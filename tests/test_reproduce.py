@@ -217,6 +217,23 @@ def test_all_is_written_and_says_how_it_was_made(tmp_path, monkeypatch):
     assert stored["command"] == "branchynet reproduce fig3 --networks b_lenet" and stored["environment"]["torch"]
 
 
+def test_other_networks_rows_are_kept_where_they_were_made_alike(found, tmp_path, monkeypatch):
+    monkeypatch.setattr(room, "measured", lambda recipe, *args, **more: replace(found, recipe=recipe))
+    monkeypatch.setattr(room, "shipped", lambda recipe: None)
+    monkeypatch.setattr(room, "load_data", lambda name: None)
+
+    def names():
+        return [row["name"] for row in json.loads((tmp_path / "table1.json").read_text())["networks"]]
+
+    reproduce("table1", tmp_path, networks="b_alexnet", samples=16)
+    reproduce("table1", tmp_path, networks="b_lenet", samples=16)
+    assert names() == ["b_lenet", "b_alexnet"]
+    assert json.loads((tmp_path / "table1.json").read_text())["command"].endswith("--networks b_lenet,b_alexnet")
+    assert (tmp_path / "table1.md").read_text().count("published") == 2
+    reproduce("table1", tmp_path, networks="b_lenet", samples=17)
+    assert names() == ["b_lenet"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,18 +1,20 @@
 """The paper's evaluation, made again: Table I, Figures 3 and 4, from shipped weights or from nothing."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from ..data import load_data
 from ..errors import InputError
-from ..files import replacing, write_json
+from ..files import read_json, replacing, write_json
 from ..machine import environment
 from . import table1
 from .figures import figure_3, figure_4
 from .measured import Measured, measured
-from .recipes import Recipe, Training, recipes, shipped
+from .recipes import RECIPES, Recipe, Training, recipes, shipped
 
 WHAT = ("table1", "fig3", "fig4")
 FIG_4 = "b_alexnet"
@@ -32,7 +34,8 @@ def reproduce(
     """Make Table I, Figure 3, Figure 4 or all of them again.
 
     Thresholds are chosen on validation images and judged on test images, in ONNX Runtime on one thread at batch 1, with
-    everything timed; GPU rows are added where there is one.
+    everything timed; GPU rows are added where there is one. What `output` holds of other networks, made on this machine
+    with these versions, is kept.
 
     Args:
         what: ``"table1"``, ``"fig3"``, ``"fig4"`` or ``"all"``.
@@ -60,42 +63,46 @@ def reproduce(
         if not chosen:
             raise InputError(f"Figure 4 is about {FIG_4}, which is not among {networks!r}")
     folder = Path(output)
-    judged = []
+    about = {"environment": environment(), "timed": {"samples": samples, "repeats": repeats, "threads": 1, "batch": 1}}
+    lines = []
     for recipe in chosen:
         data = load_data(recipe.data)
         if from_nothing:
             nets = Training(recipe, data, folder / "training" / recipe.name, precision=precision).all()
         else:
             nets = shipped(recipe)
-        judged.append(measured(recipe, nets, data, samples=samples, repeats=repeats, say=say))
-    about = {"environment": environment(), "timed": {"samples": samples, "repeats": repeats, "threads": 1, "batch": 1}}
-    tables = [table1.rows(found) for found in judged]
-    if "table1" in wanted:
-        write_json(folder / "table1.json", {"command": _command("table1", networks), **about, "networks": tables})
-        with replacing(folder / "table1.md") as temporary:
-            temporary.write_text(table1.table(tables) + "\n", encoding="utf-8")
-    if "fig3" in wanted:
-        _pictures(folder, "fig3", [figure_3(found) for found in judged], judged, about, networks)
-    if "fig4" in wanted:
-        alexnets = [found for found in judged if found.recipe.name == FIG_4]
-        _pictures(folder, "fig4", [figure_4(found) for found in alexnets], alexnets, about, networks)
-    return [table1.compared(row) for row in tables]
+        found = measured(recipe, nets, data, samples=samples, repeats=repeats, say=say)
+        row = table1.rows(found)
+        if "table1" in wanted:
+            stored = _write(folder, "table1", row, about)
+            with replacing(folder / "table1.md") as temporary:
+                temporary.write_text(table1.table(stored) + "\n", encoding="utf-8")
+        if "fig3" in wanted:
+            _picture(folder, "fig3", *figure_3(found), about)
+        if "fig4" in wanted and recipe.name == FIG_4:
+            _picture(folder, "fig4", *figure_4(found), about)
+        lines.append(table1.compared(row))
+    return lines
 
 
-def _pictures(
-    folder: Path, name: str, made: Sequence[tuple[dict[str, Any], Any]], judged: Sequence[Measured],
-    about: dict[str, Any], networks: str,
-) -> None:  # fmt: skip
-    for (_, picture), found in zip(made, judged, strict=True):
-        for kind in ("png", "svg"):
-            with replacing(folder / f"{name}-{found.recipe.name}.{kind}") as temporary:
-                picture.savefig(temporary, format=kind)
-    command = _command(name, networks)
-    write_json(folder / f"{name}.json", {"command": command, **about, "networks": [data for data, _ in made]})
+def _picture(folder: Path, what: str, row: dict[str, Any], picture: Figure, about: dict[str, Any]) -> None:
+    for kind in ("png", "svg"):
+        with replacing(folder / f"{what}-{row['name']}.{kind}") as temporary:
+            picture.savefig(temporary, format=kind)
+    _write(folder, what, row, about)
 
 
-def _command(what: str, networks: str) -> str:
-    return f"branchynet reproduce {what} --networks {networks}"
+def _write(folder: Path, what: str, row: dict[str, Any], about: dict[str, Any]) -> list[dict[str, Any]]:
+    """Write one network's row beside those of others that were made in the same way; all of them."""
+    path = folder / f"{what}.json"
+    stored = read_json(path) if path.exists() else {}
+    alike = all(stored.get(key) == value for key, value in about.items())
+    every = {one["name"]: one for one in (*(stored["networks"] if alike else ()), row)}
+    names = sorted(every, key=list(RECIPES).index)
+    networks = [every[name] for name in names]
+    command = f"branchynet reproduce {what} --networks {','.join(names)}"
+    write_json(path, {"command": command, **about, "networks": networks})
+    return networks
 
 
 __all__ = ["Measured", "Recipe", "Training", "reproduce"]

@@ -37,6 +37,7 @@ def figure_3(found: Measured) -> tuple[dict[str, Any], Figure]:
     point = found.points[0]
     outcome = point.outcome
     data = {
+        "name": found.recipe.name,
         "network": found.recipe.title,
         "frontier": best,
         "sweep": sweep,
@@ -79,6 +80,7 @@ def figure_4(found: Measured) -> tuple[dict[str, Any], Figure]:
         between(ordered[last : last + 1], ordered[last + 1 :][:1]) if last + 1 < samples else beyond(ordered[-1:])
     )
     data = {
+        "name": found.recipe.name,
         "network": found.recipe.title,
         "share": share.tolist(),
         "accuracy": accuracy.tolist(),
