@@ -60,9 +60,11 @@ def table(tables: list[dict[str, Any]]) -> str:
         plain, published = t["plain"], t["published"]
         lines.append(_line(plain["network"], plain["accuracy"], plain["us"], macs=plain["macs"]))
         for row in t["branchy"]:
+            more = 100 * (row["asked_on_validation"] - t["branchy"][0]["asked_on_validation"])
+            asked = f", {more:+.1f} points asked" if abs(more) > 1e-6 else ""
             lines.append(
                 _line(
-                    f"**{row['network']}**", row["accuracy"], row["us"], f"**{row['gain']:.2f}x**",
+                    f"**{row['network']}**{asked}", row["accuracy"], row["us"], f"**{row['gain']:.2f}x**",
                     f"{row['overhead']:.2f}", f"{row['limit_us']:.0f}", row["macs"], row["thresholds"],
                     row["exit_share"],
                 )
