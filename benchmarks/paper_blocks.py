@@ -64,10 +64,11 @@ def held_back():
             goal = GOALS.get(row["name"])
             short = "" if goal is None else f"{goal:.1f}x, short by {max(0.0, goal - point['gain']):.2f}"
             held = "" if point["reached_on_validation"] else ", not reached by any thresholds"
+            beside = 100 * (point["accuracy"] - row["plain"]["accuracy"])
             lines.append(
                 f"| {point['network']}, {point['asked_on_validation']:.2%} asked on validation{held} "
-                f"| {', '.join(f'{a:.1%}' for a in row['exit_accuracy'])} "
-                f"| {100 * (point['accuracy'] - row['plain']['accuracy']):+.2f} | {point['gain']:.2f}x | {short} | {row['oracle_gain']:.2f}x | {point['overhead']:.2f} |"
+                f"| {', '.join(f'{a:.1%}' for a in row['exit_accuracy'])} | {beside:+.2f} "
+                f"| {point['gain']:.2f}x | {short} | {row['oracle_gain']:.2f}x | {point['overhead']:.2f} |"
             )
     return lines
 
