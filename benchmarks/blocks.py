@@ -48,6 +48,20 @@ def architectures():
     ]
 
 
+def elsewhere():
+    """What the same question had for an answer on another processor."""
+    found = results("architectures-epyc")
+    ones = [
+        statistics.median(trial["three"][k]["rows"][0]["overhead"] for trial in network["trials"])
+        for network in found["networks"]
+        for k in range(2)
+    ]
+    return [
+        f"Earlier, on {found['environment']['processor']}: {min(ones):.2f}-{max(ones):.2f} at batch 1, "
+        f"{sum(o > 1.1 for o in ones)} of {len(ones)} rows above 1.10 (`benchmarks/results/architectures-epyc.json`)."
+    ]
+
+
 def halves():
     found = results("architectures")
     lines = ["| network | first exit's cost of the whole | speed-up |", "|---|--:|--:|"]
@@ -146,6 +160,7 @@ def promises():
 
 BLOCKS = {
     "architectures": architectures,
+    "elsewhere": elsewhere,
     "halves": halves,
     "int8": int8,
     "promises": promises,

@@ -54,6 +54,19 @@ def in_short():
     return [*lines, "", f"Batch 1, one thread, {where['processor']}. Made by `{found['command']}`."]
 
 
+def earlier():
+    """The gains of an earlier run beside those of the run that is kept: how far the clock can be trusted."""
+    points = [point for row in results("table1-earlier")["networks"] for point in row["branchy"]]
+    before = {(point["network"], point["asked_on_validation"]): point for point in points}
+    pairs = [
+        f"{p['network']} {before[key]['gain']:.2f}x then and {p['gain']:.2f}x now"
+        for t in results("reproduce/table1")["networks"]
+        for p in t["branchy"]
+        if (key := (p["network"], p["asked_on_validation"])) in before
+    ]
+    return [f"An earlier run, same machine, weights and thresholds: {'; '.join(pairs)}."]
+
+
 def held_back():
     lines = [
         "| network | exits alone | beside plain, points | gain | wanted | at best | overhead |",
@@ -106,6 +119,7 @@ def trainings():
 PAPER = {
     "trainings": trainings,
     "in_short": in_short,
+    "earlier": earlier,
     "rivals": rivals,
     "table1": table_1,
     "held_back": held_back,
