@@ -12,14 +12,15 @@ them; what the weights answer does not matter to what they cost.
 
     python benchmarks/architectures.py               # one trial more of every network, of those with the fewest first
     python benchmarks/architectures.py MobileNetV2   # of these alone
+    python benchmarks/architectures.py --ones        # the first question at batch 1 alone, which swings most
 
 All trials are kept and medians told, since how cold the caches of a shared machine are differs from hour to hour.
 
 Writes benchmarks/results/architectures.json. Needs the extra `dev` (transformers).
 """
 
+import argparse
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -40,7 +41,7 @@ from branchynet.net import few
 from branchynet.scores import entropy, of_record
 from branchynet.timing import interleaved
 
-SAMPLES, REPEATS, CLASSES = 128, 6, 10
+SAMPLES, REPEATS, CLASSES = 128, 8, 10
 SHARES = ((0.25, 0.25, 0.5), (0.75, 0.15, 0.1))
 RESULTS = Path(__file__).parent / "results" / "architectures.json"
 
@@ -153,15 +154,19 @@ def first_share(net, inputs):
     return first / whole
 
 
-def measured(name):
+def measured(name, ones):
+    """One trial of a network; with `ones` of one sample a call alone."""
     torch.manual_seed(1)
     inputs = NETWORKS[name][2](SAMPLES)
     example = few(inputs, 8)
     net = calmed(attach(backbone(name), "auto", exits=3, example=example).eval(), inputs)
+    batches = (1,) if ones else (1, 64)
     shares = [
-        {"shares": shares, "rows": timed(net, inputs, thresholds_for(net, inputs, shares), (1, 64), name)}
+        {"shares": shares, "rows": timed(net, inputs, thresholds_for(net, inputs, shares), batches, name)}
         for shares in SHARES
     ]
+    if ones:
+        return {"three": shares}
     first = attach(backbone(name), "auto", exits=6, example=example).taps[0]
     two = calmed(attach(backbone(name), [first], example=example).eval(), inputs)
     (half,) = timed(two, inputs, thresholds_for(two, inputs, (0.5, 0.5)), (64,), name)
@@ -185,11 +190,17 @@ def deep():
 
 
 def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("networks", nargs="*", metavar="NETWORK", help=f"by default all: {', '.join(NETWORKS)}")
+    parser.add_argument("--ones", action="store_true", help="three exits at batch 1 alone")
+    options = parser.parse_args()
+    if unknown := set(options.networks) - NETWORKS.keys():
+        parser.error(f"unknown networks {', '.join(sorted(unknown))}; take some of {', '.join(NETWORKS)}")
     torch.set_num_threads(1)
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     trials = {name: [] for name in NETWORKS} | {n["network"]: n["trials"] for n in found.get("networks", ())}
-    for name in sorted(sys.argv[1:] or NETWORKS, key=lambda name: len(trials[name])):
-        trials[name].append(measured(name))
+    for name in sorted(options.networks or NETWORKS, key=lambda name: len(trials[name])):
+        trials[name].append(measured(name, options.ones))
         print(name, json.dumps(trials[name][-1]), flush=True)
         result = {
             "command": "python benchmarks/architectures.py",

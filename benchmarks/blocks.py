@@ -30,7 +30,10 @@ def architectures():
     ]
     for network in found["networks"]:
         for k in range(2):
-            ones, manys = zip(*(trial["three"][k]["rows"] for trial in network["trials"]), strict=True)
+            ones, manys = (
+                [row for trial in network["trials"] for row in trial["three"][k]["rows"] if row["batch"] == batch]
+                for batch in (1, 64)
+            )
             lines.append(
                 f"| {network['network']} | {statistics.median(o['static_us'] for o in ones) / 1000:.1f} ms "
                 f"| {_shares(ones[0])} | {_middle(ones, lambda o: o['overhead'])} "
@@ -67,7 +70,7 @@ def halves():
     lines = ["| network | first exit's cost of the whole | speed-up |", "|---|--:|--:|"]
     rows = []
     for network in found["networks"]:
-        all_halves = [trial["half"] for trial in network["trials"]]
+        all_halves = [trial["half"] for trial in network["trials"] if "half" in trial]
         share, speedup = (statistics.median(h[key] for h in all_halves) for key in ("cost_share", "speedup"))
         rows.append((share, f"| {network['network']} | {share:.0%} | **{speedup:.2f}x** |"))
     deep = found["deep"]

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from branchynet import record, zoo
+from branchynet.attaching import attach_heads
 from branchynet.data import ImageData, Split, load_data, loader
-from branchynet.design import Advice, advise, build
+from branchynet.design import Advice, advise
 from branchynet.design.forest import plant
 from branchynet.design.stages import Batch, StageTimes
 from branchynet.design.subsets import Found, Judged, break_even, search
@@ -79,7 +80,7 @@ def test_a_forest_is_all_heads_on_one_trunk():
             assert net.taps == (candidate.tap,)
             assert torch.allclose(net(images)[0], every[i], atol=1e-5) and torch.equal(net(images)[1], every[-1])
             assert net.backbone is not trunk  # a copy: training it leaves the trunk alone
-            rebuilt = build(trunk, [candidate.tap], [candidate.head], images)
+            rebuilt = attach_heads(trunk, [candidate.tap], [candidate.head], images)
             assert [p.shape for p in rebuilt.parameters()] == [p.shape for p in net.parameters()]
 
 

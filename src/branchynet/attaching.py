@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from .branches import DenseBranch, default_branch
 from .errors import GraphError, InputError
+from .heads import heads
 from .net import (
     INPUT,
     BranchyNet,
@@ -107,6 +108,24 @@ def attach(
     return BranchyNet(backbone, branches, output=output, tap=tap)
 
 
+def attach_heads(backbone: nn.Module, taps: Sequence[str], named: Sequence[str], example: Any) -> BranchyNet:
+    """Add branches of named sizes at named taps, such as `advise` finds; untrained.
+
+    Args:
+        backbone: it becomes part of the network.
+        taps: where the early exits stand, in running order.
+        named: their heads, names as in `heads`.
+        example: one batch of inputs.
+
+    Raises:
+        InputError: a head that does not fit its place (those that do are told), an unknown tap.
+        GraphError: as `attach`.
+    """
+    if len(taps) != len(named):
+        raise InputError(f"{len(taps)} taps need as many heads; got {', '.join(named) or 'none'}")
+    return attach(backbone, taps, example=example, branch=_Named(named)) if taps else BranchyNet(backbone, {})
+
+
 def detach(net: BranchyNet) -> nn.Module:
     """The backbone of a `BranchyNet`, without branches and as it was but for its training.
 
@@ -143,6 +162,22 @@ class Maker(ABC):
             num_classes: outputs.
             feature_dim: which of their dimensions holds channels or features, where that is known.
         """
+
+
+class _Named(Maker):
+    """The heads of a design, one after the other."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+
+    def __call__(self, features: Tensor, num_classes: int, feature_dim: int | None = None) -> nn.Module:
+        """The next head."""
+        name, made = self.names.pop(0), heads(features, num_classes, feature_dim)
+        if name not in made:
+            raise InputError(
+                f"no head {name!r} for features of shape {tuple(features.shape)}; there are {', '.join(made) or 'none'}"
+            )
+        return made[name]
 
 
 class _Default(Maker):

@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from .attaching import attach_heads
 from .bench import bench
 from .choosing import choose
 from .cost import measure
 from .data import ImageData, affine, flip_crop, load_data, loader, shift
 from .decide import evaluate
-from .design import build
 from .errors import FileError, InputError, nearest
 from .exit_record import ExitRecord
 from .export import export
@@ -143,7 +143,7 @@ def build_network(settings: Settings, data: ImageData) -> BranchyNet:
         raise InputError(
             f"{settings.network} cannot read the images of {data.name}, of shape {tuple(example.shape[1:])}: {error}"
         ) from error
-    return build(net.backbone, settings.taps, settings.heads, example) if settings.taps else net
+    return attach_heads(net.backbone, settings.taps, settings.heads, example) if settings.taps else net
 
 
 def _named(name: str, num_classes: int) -> BranchyNet:

@@ -6,6 +6,5 @@ searches for the exits that together take least, and `advising` does it all.
 
 from .advice import Advice
 from .advising import advise
-from .forest import build
 
-__all__ = ["Advice", "advise", "build"]
+__all__ = ["Advice", "advise"]

@@ -93,40 +93,6 @@ def plant(trunk: nn.Module, example: Any, taps: Sequence[str] | None = None, mos
     return Forest(net, tuple(Candidate(tap, name, depths[tap]) for tap, name in named))
 
 
-def build(backbone: nn.Module, taps: Sequence[str], named: Sequence[str], example: Any) -> BranchyNet:
-    """A design on a backbone, its heads untrained.
-
-    Args:
-        backbone: it becomes part of the network.
-        taps: where the early exits stand, in running order.
-        named: their heads, names as in `heads`.
-        example: one batch of inputs.
-
-    Raises:
-        InputError: a head that does not fit its place (those that do are told), an unknown tap.
-        GraphError: as `attach`.
-    """
-    if len(taps) != len(named):
-        raise InputError(f"{len(taps)} taps need as many heads; got {', '.join(named) or 'none'}")
-    return attach(backbone, taps, example=example, branch=_Named(named)) if taps else BranchyNet(backbone, {})
-
-
-class _Named(Maker):
-    """The heads of a design, one after the other."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = list(names)
-
-    def __call__(self, features: Tensor, num_classes: int, feature_dim: int | None = None) -> nn.Module:
-        """The next head."""
-        name, made = self.names.pop(0), heads(features, num_classes, feature_dim)
-        if name not in made:
-            raise InputError(
-                f"no head {name!r} for features of shape {tuple(features.shape)}; there are {', '.join(made) or 'none'}"
-            )
-        return made[name]
-
-
 class _All(Maker):
     """Every head for the features at a tap, as one branch; remembers their names, tap by tap."""
 

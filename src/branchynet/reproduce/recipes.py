@@ -104,7 +104,7 @@ _ALEXNETS = tuple(
     (f"AlexNet, {part} width", partial(AlexNet, 10, *widths), f"alexnet_{part.replace('/', '_')}-cifar10")
     for part, widths in _WIDTHS.items()
 )
-_RESNETS = tuple((f"ResNet-{n}", partial(zoo.resnet, n), f"resnet{n}-cifar10") for n in (20,))
+_RESNETS = tuple((f"ResNet-{n}", partial(zoo.resnet, n), f"resnet{n}-cifar10") for n in (20, 32, 56))
 
 RECIPES = {
     recipe.name: recipe
