@@ -10,6 +10,7 @@ that thresholds are chosen on). Predictions are on disk before the design is mea
     python benchmarks/design.py b_lenet          # trains what is not trained yet, then measures; minutes
     python benchmarks/design.py b_alexnet        # hours; resumes where it was stopped
     python benchmarks/design.py b_resnet110      # a day
+    python benchmarks/design.py b_alexnet --train   # trains alone: measure when the machine has nothing else to do
     python benchmarks/design.py text             # a transformer on source code, see text.py; published branches: none
 
 Writes its rows into benchmarks/results/design.json, and the advice beside it.
@@ -23,16 +24,19 @@ from pathlib import Path
 
 import torch
 from text import Text
+from torch import nn
 
-from branchynet import attach, averaged, bench, evaluate, export, measure, record
+from branchynet import attach, averaged, bench, evaluate, export, load, measure, record
 from branchynet.attaching import attach_heads
 from branchynet.averaging import averaged_record, fit_weights
 from branchynet.choosing import nearest_to
 from branchynet.data import load_data, loader
+from branchynet.decide import first_right
 from branchynet.design import Advice, advise
 from branchynet.files import read_json, write_json
 from branchynet.machine import environment
 from branchynet.reproduce.recipes import RECIPES, Training
+from branchynet.timing import interleaved
 from branchynet.training.checkpoint import load_weights, save_weights
 from branchynet.types import Policy
 
@@ -106,35 +110,57 @@ def advised(task, batch):
 
 
 def designs(task):
-    """Yield `(design, cost by batch size, network)`, each trained for as long as the others."""
+    """Yield `(design, batch sizes, what gives its costs, network)`, each trained for as long as the others."""
     example = task.example()
 
     def even(baseline):
         return attach(baseline, "auto", exits=EXITS, example=example)
 
-    def costs(net):
-        return {b: measure(net.eval(), example, batch_size=b, score=SCORE, seconds=10.0) for b in BATCHES}
+    def measured(net, batch):
+        return measure(net.eval(), example, batch_size=batch, score=SCORE, seconds=10.0)
 
     published = task.published()
     if published is not None:
-        yield "published", costs(published), published
+        yield "published", BATCHES, measured, published
     for batch in BATCHES:
         advice, add = advised(task, batch)
         if advice.design.taps:
-            yield "designed", {batch: advice.cost}, task.with_exits(add, f"designed-{batch}")
-    net = task.with_exits(even, "even")
-    yield "even", costs(net), net
+            net = task.with_exits(add, f"designed-{batch}")
+            yield "designed", (batch,), lambda net, batch, advice=advice: advice.cost, net
+    yield "even", BATCHES, measured, task.with_exits(even, "even")
+
+
+class Least(nn.Module):
+    """Ten numbers of the input as they are: what a call takes in which nothing is computed."""
+
+    def forward(self, x):
+        """Logits `(B, 10)`."""
+        return x.flatten(1)[:, :10].float()
+
+
+def floor(inputs, batch):
+    """Microseconds a sample of the least that the engine can do."""
+    with tempfile.TemporaryDirectory() as folder:
+        fixed = 1 if batch == 1 else "dynamic"
+        path = export(Least().eval(), Path(folder) / "least.onnx", policy=None, example=inputs[:8], batch=fixed)
+        engine, rows = load(path, threads=1), inputs[:batch].numpy()
+        return interleaved([lambda: engine.outputs(rows)], 1.0)[0] / batch
 
 
 def rows_of(task):
-    """Yield each row twice: with what is predicted, and then with what was measured."""
+    """Yield each row twice: with what is predicted, and then with what was measured.
+
+    ``oracle_us``: if every test sample left at the first exit that is right, at the predicted times.
+    """
     plain = task.continued().eval()
     wanted, baseline = (
         evaluate(record(plain, task.loader(part), progress=False), Policy()).accuracy for part in ("val", "test")
     )
     inputs, labels = task.test()
-    for name, costs, net in designs(task):
-        on_val = record(net.eval(), task.loader("val"), progress=False)
+    floors = {batch: floor(inputs, batch) for batch in BATCHES}
+    for name, batches, cost_of, net in designs(task):
+        costs = {batch: cost_of(net, batch) for batch in batches}
+        on_val, on_test = (record(net.eval(), task.loader(part), progress=False) for part in ("val", "test"))
         weights = fit_weights(on_val, of="logits")
         answers = {
             "of the exit": (net, on_val),
@@ -152,6 +178,7 @@ def rows_of(task):
                 "below_points": 100 * slack,
                 "reached": reached,
                 "predicted_us": choice.outcome.mean_us,
+                "floor_us": floors[batch],
             }
             yield row
             with tempfile.TemporaryDirectory() as folder:
@@ -167,6 +194,7 @@ def rows_of(task):
             row["accuracy"] = timed["accuracy_branchy"]
             row |= {key: timed[key] for key in ("static_us", "speedup", "overhead", "exit_share")}
             row["accuracy_baseline"] = baseline
+            row["oracle_us"] = float(cost.latency_us([True] * cost.exits)[first_right(on_test.losses)].mean())
             yield row
 
 
@@ -174,9 +202,15 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("network", choices=[*RECIPES, "text"])
     parser.add_argument("--precision", choices=("bf16", "no"), default="bf16", help="no where bfloat16 is slow")
+    parser.add_argument("--train", action="store_true", help="train everything, measure nothing")
     options = parser.parse_args()
     torch.set_num_threads(1)
     task = task_of(options.network, options.precision)
+    if options.train:
+        task.continued()
+        for name, _, _, net in designs(task):
+            print(name, *net.taps, flush=True)
+        return
     kept = read_json(RESULTS)["rows"] if RESULTS.exists() else []
     kept = [row for row in kept if row["network"] != options.network]
     found = []

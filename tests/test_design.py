@@ -16,8 +16,11 @@ from branchynet.design.forest import plant
 from branchynet.design.stages import Batch, StageTimes
 from branchynet.design.subsets import Found, Judged, break_even, search
 from branchynet.errors import FileError, GraphError, InputError
+from branchynet.graph.flat import flatten
+from branchynet.graph.macs import exit_macs
 from branchynet.heads import heads
 from branchynet.reproduce.recipes import adam
+from branchynet.scores import entropy
 from branchynet.training.train import fit
 from branchynet.types import ExitCost
 from oracle import every_exit, figure_2
@@ -82,6 +85,28 @@ def test_a_forest_is_all_heads_on_one_trunk():
             assert net.backbone is not trunk  # a copy: training it leaves the trunk alone
             rebuilt = attach_heads(trunk, [candidate.tap], [candidate.head], images)
             assert [p.shape for p in rebuilt.parameters()] == [p.shape for p in net.parameters()]
+
+
+def macs(net, x):
+    """Multiply-accumulates of a plain network, counted on its exported graph."""
+    return sum(exit_macs(flatten(net.eval(), x, score=entropy))[0])
+
+
+@torch.no_grad()
+def test_of_a_places_heads_those_stay_that_have_less_work_than_the_rest_of_the_trunk():
+    trunk, images = nn.Sequential(
+        nn.Conv2d(1, 8, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 5, padding=2), nn.ReLU(),
+        nn.Conv2d(16, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 10),
+    ), torch.rand(2, 1, 28, 28)  # fmt: skip
+    forest, kept = plant(trunk, images), {}
+    for tap in forest.net.taps:
+        upto = 0 if tap == "input" else int(tap) + 1
+        features = trunk[:upto](images)
+        (first, _), *others = heads(features, 10).items()
+        left = macs(trunk[upto:], features)
+        kept[tap] = [forest.candidates[i].head for i in forest.at(tap)]
+        assert kept[tap] == [first, *(name for name, head in others if macs(head, features) < left)]
+    assert len(kept["input"]) > len(kept[forest.net.taps[-1]])
 
 
 def random_times(generator, taps, candidates, rows):

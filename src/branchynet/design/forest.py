@@ -1,7 +1,7 @@
 """A trained trunk with every candidate head on it, as one network with many exits."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,8 @@ class Forest:
 def plant(trunk: nn.Module, example: Any, taps: Sequence[str] | None = None, most: int = 8) -> Forest:
     """Heads of several sizes at the input and at up to `most` other places, evenly spread by multiply-accumulates.
 
+    Of a place's heads all but the first have less work than what is left of the trunk there: others could save nothing.
+
     Args:
         trunk: gives logits `(B, C)`; it is not changed.
         example: one batch of inputs.
@@ -86,17 +88,20 @@ def plant(trunk: nn.Module, example: Any, taps: Sequence[str] | None = None, mos
             )
     else:
         names = list(taps)
-    maker = _All()
+    ran = {INPUT, *(m.name for m in survey.moments)}
+    depths = {tap: _depth(survey, tap) for tap in names if tap in ran}  # `attach` refuses the others
+    total = survey.operations[-1].macs
+    maker = _All(total * (1 - depth) for depth in sorted(depths.values()))
     net = attach(trunk, names, example=example, branch=maker)
-    depths = {tap: _depth(survey, tap) for tap in net.taps}
     named = [(tap, name) for tap, made in zip(net.taps, maker.names, strict=True) for name in made]
     return Forest(net, tuple(Candidate(tap, name, depths[tap]) for tap, name in named))
 
 
 class _All(Maker):
-    """Every head for the features at a tap, as one branch; remembers their names, tap by tap."""
+    """Every head that may pay for the features at a tap, as one branch; remembers their names, tap by tap."""
 
-    def __init__(self) -> None:
+    def __init__(self, left: Iterable[float]) -> None:
+        self.left = list(left)  # multiply-accumulates behind each tap, in running order
         self.names: list[list[str]] = []
 
     def __call__(self, features: Tensor, num_classes: int, feature_dim: int | None = None) -> nn.Module:
@@ -106,11 +111,22 @@ class _All(Maker):
             raise InputError(
                 f"no classifier reads {features.dtype} features of shape {tuple(features.shape)}; name another tap"
             )
-        self.names.append(list(made))
-        first, *others = made.values()
-        for head in others:
-            first = BranchyNet(head, {INPUT: first})
+        left = self.left.pop(0)
+        (cheapest, first), *others = made.items()
+        names = [cheapest]
+        for name, head in others:
+            if _work(head, features) < left:
+                first = BranchyNet(head, {INPUT: first})
+                names.append(name)
+        self.names.append(names)
         return first
+
+
+def _work(head: nn.Module, features: Tensor) -> float:
+    """Multiply-accumulates of a head."""
+    with torch.no_grad(), evaluating(head), surveying(head, ((features,), {}), lambda _, v: tensor_in(v)) as survey:
+        head(features)
+    return survey.operations[-1].macs
 
 
 def _together(branch: nn.Module) -> list[nn.Module]:

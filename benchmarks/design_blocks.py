@@ -1,0 +1,60 @@
+"""Generated blocks for `tables.py` about where exits go, from benchmarks/results/design.json."""
+
+from blocks import results
+
+TITLES = {"b_lenet": "LeNet, MNIST", "b_alexnet": "AlexNet, CIFAR-10", "b_resnet110": "ResNet-110, CIFAR-10"}
+TITLES |= {"text": "transformer, source code"}
+GOALS = {("b_lenet", 1): 2.5, ("b_lenet", 64): 6.0, ("b_alexnet", 1): 2.2, ("b_resnet110", 1): 3.0}  # at least
+ORDER = ("published", "even", "designed")
+
+
+def _rows():
+    rows = [row for row in results("design")["rows"] if "measured_us" in row]
+    return sorted(rows, key=lambda r: (list(TITLES).index(r["network"]), r["batch"], ORDER.index(r["design"])))
+
+
+def _asked(row):
+    below = row["below_points"]
+    return "" if not below else f", {-below:+.1f} points asked"
+
+
+def designs():
+    """Every design, measured beside what was predicted."""
+    lines = [
+        "| network | batch | exits | answers | accuracy | plain | speed-up | us | predicted | overhead |",
+        "|---|--:|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {TITLES[r['network']]} | {r['batch']} | {r['design']}: {', '.join(r['taps'])}{_asked(r)} | {r['answers']} "
+        f"| {r['accuracy']:.2%} | {r['accuracy_baseline']:.2%} | **{r['speedup']:.2f}x** | {r['measured_us']:.1f} "
+        f"| {r['predicted_us']:.1f} ({r['measured_us'] / r['predicted_us'] - 1:+.0%}) | {r['overhead']:.2f} |"
+        for r in _rows()
+    ]
+    where = results("design")["environment"]
+    return [
+        *lines,
+        "",
+        f"One thread, {where['processor']}, ONNX Runtime {where['onnxruntime']}. Made by `python benchmarks/design.py "
+        "NETWORK`; what is predicted is on disk before anything is measured.",
+    ]
+
+
+def design_goals():
+    """What was wanted of the designed exits, and what holds them back."""
+    lines = [
+        "| network | batch | answers | wanted | speed-up | beside plain, points | at best | engine's floor |",
+        "|---|--:|---|--:|---|--:|--:|--:|",
+    ]
+    for r in _rows():
+        goal = GOALS.get((r["network"], r["batch"]))
+        if r["design"] == "designed" and goal is not None:
+            short = f", short by {goal - r['speedup']:.2f}" if r["speedup"] < goal else ""
+            lines.append(
+                f"| {TITLES[r['network']]} | {r['batch']} | {r['answers']}{_asked(r)} | {goal:.1f}x "
+                f"| **{r['speedup']:.2f}x**{short} | {100 * (r['accuracy'] - r['accuracy_baseline']):+.2f} "
+                f"| {r['static_us'] / r['oracle_us']:.1f}x | {r['static_us'] / r['floor_us']:.1f}x |"
+            )
+    return lines
+
+
+DESIGN = {"designs": designs, "design_goals": design_goals}

@@ -1,0 +1,37 @@
+"""The paper's networks with exits where `branchynet.advise` put them, as ``benchmarks/design.py`` found them."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from ..attaching import attach_heads
+from ..errors import InputError, nearest
+from ..net import BranchyNet
+
+Places = Mapping[str, str]
+"""Heads by the taps they stand at, in running order; names as in `heads`."""
+
+
+def designed(trunk: nn.Module, designs: Mapping[str, Places], target: str, shape: tuple[int, int, int]) -> BranchyNet:
+    """The trunk with the exits designed for a target.
+
+    Args:
+        trunk: it becomes part of the network.
+        designs: by target.
+        target: ``"latency"``, one sample a call, or ``"batch"``, 64.
+        shape: of one input.
+
+    Raises:
+        InputError: another target.
+    """
+    if target not in designs:
+        raise InputError(f"target={target!r} is none of {', '.join(designs)}{nearest(target, designs)}")
+    places = designs[target]
+    return attach_heads(trunk, list(places), list(places.values()), torch.zeros(2, *shape))
+
+
+def check_branches(branches: str, known: tuple[str, ...]) -> None:
+    """Raises `InputError` for branches that are not known."""
+    if branches not in known:
+        raise InputError(f"branches={branches!r} is none of {', '.join(known)}{nearest(branches, known)}")
