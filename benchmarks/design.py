@@ -11,12 +11,14 @@ that thresholds are chosen on). Predictions are on disk before the design is mea
     python benchmarks/design.py b_alexnet        # hours; resumes where it was stopped
     python benchmarks/design.py b_resnet110      # a day
     python benchmarks/design.py b_alexnet --train   # trains alone: measure when the machine has nothing else to do
+    python benchmarks/design.py b_lenet --train --ship   # also writes the weights of designs that the package ships
     python benchmarks/design.py text             # a transformer on source code, see text.py; published branches: none
 
 Writes its rows into benchmarks/results/design.json, and the advice beside it.
 """
 
 import argparse
+import copy
 import itertools
 import json
 import tempfile
@@ -45,6 +47,7 @@ RUNS = ROOT.parent / "runs"
 RESULTS = ROOT / "results" / "design.json"
 SHIPPED = ROOT.parent / "src" / "branchynet" / "zoo" / "weights"
 BATCHES = (1, 64)
+TARGETS = {1: "latency", 64: "batch"}  # names of designs in the zoo
 SCORE = "max_probability"  # of all designs; see docs/scores.md
 SAMPLES, REPEATS = 1024, 9
 EXITS = 3  # of the evenly spread
@@ -203,22 +206,36 @@ def main():
     parser.add_argument("network", choices=[*RECIPES, "text"])
     parser.add_argument("--precision", choices=("bf16", "no"), default="bf16", help="no where bfloat16 is slow")
     parser.add_argument("--train", action="store_true", help="train everything, measure nothing")
+    parser.add_argument("--ship", action="store_true", help="with --train: write the weights that the package ships")
     options = parser.parse_args()
     torch.set_num_threads(1)
     task = task_of(options.network, options.precision)
     if options.train:
-        task.continued()
-        for name, _, _, net in designs(task):
-            print(name, *net.taps, flush=True)
-        return
+        train(task, options.ship)
+    else:
+        judge(task)
+
+
+def train(task, ship):
+    """Train everything; with `ship`, write the designed networks' weights, half the bits, into the package."""
+    task.continued()
+    for name, batches, _, net in designs(task):
+        print(name, *net.taps, flush=True)
+        if ship and name == "designed":
+            data = RECIPES[task.name].data
+            save_weights(copy.deepcopy(net).half(), SHIPPED / f"{task.name}-{TARGETS[batches[0]]}-{data}.safetensors")
+
+
+def judge(task):
+    """Measure every design, and write the rows of this network anew."""
     kept = read_json(RESULTS)["rows"] if RESULTS.exists() else []
-    kept = [row for row in kept if row["network"] != options.network]
+    kept = [row for row in kept if row["network"] != task.name]
     found = []
     for row in rows_of(task):
         if row not in found:
             found.append(row)
         rows = [*kept, *found]
-        command = f"python benchmarks/design.py {options.network}"
+        command = "python benchmarks/design.py NETWORK"
         write_json(RESULTS, {"command": command, "environment": environment(), "rows": rows})
         print(json.dumps(row), flush=True)
 

@@ -273,7 +273,7 @@ def main():
     parts = sys.argv[1:] or PARTS
     assert set(parts) <= set(PARTS), f"parts are {PARTS}"
     data = load_data("mnist")
-    net = zoo.b_lenet(pretrained=True)
+    net = zoo.b_lenet(branches="published", pretrained=True)
     images = torch.cat([data.val.images, data.test.images]).float() / 255
     pool = Pool(net, images, torch.cat([data.val.labels, data.test.labels]))
     val, test = np.arange(len(data.val)), np.arange(len(data.val), len(images))

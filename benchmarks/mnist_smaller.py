@@ -54,7 +54,7 @@ def main():
     images = data.test.images.float() / 255
     order = np.random.default_rng(0).permutation(len(images))
     policy = Policy(thresholds=tuple(json.loads(SPEED.read_text())["rows"][0]["thresholds"]))
-    b_lenet = zoo.b_lenet(pretrained=True)
+    b_lenet = zoo.b_lenet(branches="published", pretrained=True)
     accuracy = {"B-LeNet": evaluate(record(b_lenet, loader(data.test, 1000)), policy).accuracy}
     with tempfile.TemporaryDirectory() as folder:
         path = export(b_lenet, Path(folder) / "b_lenet.onnx", policy=policy, example=images[:8])

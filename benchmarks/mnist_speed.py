@@ -28,7 +28,7 @@ RESULTS = Path(__file__).parent / "results" / "mnist_speed.json"
 def main():
     torch.set_num_threads(1)
     data = load_data("mnist")
-    net, static = zoo.b_lenet(pretrained=True), zoo.lenet(pretrained=True)
+    net, static = zoo.b_lenet(branches="published", pretrained=True), zoo.lenet(pretrained=True)
     images = data.test.images.float() / 255
     policy = Policy(thresholds=(threshold_at_share(record(net, loader(data.val, 1000))),))
     lenet = evaluate(record(static, loader(data.test, 1000)), Policy())

@@ -60,7 +60,7 @@ def train(net, data, part, seed, run):
 def one_seed(data, seed):
     """Train warm start, baseline and B-LeNet; return their records on validation and test."""
     torch.manual_seed(seed)
-    net = zoo.b_lenet()
+    net = zoo.b_lenet(branches="published")
     warm = net.backbone
     train(warm, data, 0, seed, RUNS / f"seed-{seed}" / "warm")
     baseline = copy.deepcopy(warm)
@@ -138,7 +138,10 @@ def main():
     }
     write_json(RESULTS, result)
     if options.ship:
-        for name, run, net in (("b_lenet", "joint", zoo.b_lenet()), ("lenet", "baseline", zoo.lenet())):
+        for name, run, net in (
+            ("b_lenet", "joint", zoo.b_lenet(branches="published")),
+            ("lenet", "baseline", zoo.lenet()),
+        ):
             load_weights(net, RUNS / f"seed-{best}" / run / "checkpoint.safetensors")
             save_weights(net, SHIPPED / f"{name}-mnist.safetensors")
         for run in ("warm", "joint", "baseline"):

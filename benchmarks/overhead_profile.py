@@ -63,7 +63,7 @@ def profile(path, inputs, folder):
 
 
 def main():
-    net = zoo.b_lenet(pretrained=True)
+    net = zoo.b_lenet(branches="published", pretrained=True)
     images = load_data("mnist").test.images[:64].float() / 255
     rows = []
     with tempfile.TemporaryDirectory() as name:

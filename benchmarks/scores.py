@@ -89,7 +89,7 @@ def train(net, data, epochs, which, seed, run):
 def networks():
     """(name, seed, network, data) of each; all but the first are trained where their run folders do not hold them."""
     mnist, fashion = load_data("mnist"), load_data("fashion-mnist")
-    yield "B-LeNet, MNIST", 0, zoo.b_lenet(pretrained=True), mnist
+    yield "B-LeNet, MNIST", 0, zoo.b_lenet(branches="published", pretrained=True), mnist
     torch.manual_seed(0)
     net = four_exits(zoo.lenet(pretrained=True))
     yield "4 exits, MNIST", 0, train(net, mnist, BRANCH_EPOCHS, "branches", 0, RUNS / "mnist"), mnist

@@ -8,12 +8,14 @@ import statistics
 from pathlib import Path
 
 from blocks import BLOCKS, results
+from design_blocks import DESIGN
 from paper_blocks import PAPER
 
 ROOT = Path(__file__).parent.parent
 PAGES = (
     "README.md",
     "docs/choosing.md",
+    "docs/designing.md",
     "docs/drift.md",
     "docs/int8.md",
     "docs/networks.md",
@@ -262,6 +264,7 @@ def _auroc(rows):
 
 TABLES = {
     **BLOCKS,
+    **DESIGN,
     **PAPER,
     "drift_budget": drift_budget,
     "drift_deployed": drift_deployed,

@@ -9,7 +9,7 @@ from branchynet.data import load_data, loader
 def main(epochs=5):
     torch.manual_seed(0)
     data = load_data("digits")
-    net = zoo.b_lenet()
+    net = zoo.b_lenet(branches="published")
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
     for epoch in range(1, epochs + 1):
         net.train()

@@ -28,7 +28,7 @@ from branchynet.fingerprint import fingerprint
 
 def b_lenet(seed=0, **options):
     torch.manual_seed(seed)
-    return zoo.b_lenet(**options).eval()
+    return zoo.b_lenet(branches="published", **options).eval()
 
 
 def batches(seed=0):

@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from branchynet import record
+from branchynet.data import load_data, loader
 from branchynet.errors import InputError
 from branchynet.graph.macs import exit_macs
 from branchynet.net import BranchyNet
@@ -49,7 +51,7 @@ def test_lenet_is_the_published_network():
 
 
 def test_b_lenet_is_the_published_network():
-    net, x = b_lenet(), torch.rand(3, 1, 28, 28)
+    net, x = b_lenet(branches="published"), torch.rand(3, 1, 28, 28)
     w = shaped(net, [*TRUNK, (10, 5, 3, 3), (10,), (10, 640), (10,)])
     first, last = published(x, w)
     early = F.linear(pool(F.conv2d(pool(first), w[10], w[11], padding=1)).flatten(1), w[12], w[13])
@@ -59,7 +61,7 @@ def test_b_lenet_is_the_published_network():
 
 
 def test_pooling_rounds_up_at_every_layer():
-    net = b_lenet()
+    net = b_lenet(branches="published")
     shapes = []
     for module in net.modules():
         if isinstance(module, nn.MaxPool2d):
@@ -73,6 +75,36 @@ def test_multiply_accumulates_are_those_of_the_paper():
     assert trunk == (CONV_1, CONV_2 + CONV_3 + LINEAR_1 + LINEAR_2) and branch == (BRANCH, 0)
     assert round(sum(trunk) / 1e6, 2) == 1.14
     assert round((trunk[0] + branch[0]) / 1e6, 2) == 0.22
+
+
+@pytest.mark.parametrize("target", ["latency", "batch"])
+def test_designed_exits_stand_on_the_same_trunk(target):
+    torch.manual_seed(0)
+    net, x = b_lenet(target=target), torch.rand(3, 1, 28, 28)
+    assert net.taps[0] == "input" and net.exits >= 3
+    assert [o.shape for o in net.eval()(x)] == [(3, 10)] * net.exits
+    assert net.backbone.state_dict().keys() == lenet().state_dict().keys()
+    torch.testing.assert_close(net(x)[-1], net.backbone(x))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"branches": "publishd"}, r"branches='publishd' is none of designed, published; did you mean 'published'"),
+        ({"target": "lattency"}, r"target='lattency' is none of latency, batch; did you mean 'latency'"),
+    ],
+)
+def test_other_branches_and_targets_are_refused(arguments, told):
+    with pytest.raises(InputError, match=told):
+        b_lenet(**arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"target": "batch"}, {"branches": "published"}], ids=lambda a: "-".join(a.values()) or "default"
+)
+def test_shipped_weights_know_digits_of_another_collection(arguments):
+    found = record(b_lenet(pretrained=True, **arguments), loader(load_data("digits").test, 300), progress=False)
+    assert (1 - found.losses.mean(axis=0) > 0.4).all()  # far above the 0.1 of weights that do not belong
 
 
 @pytest.mark.parametrize("make", [lenet, b_lenet])

@@ -110,7 +110,7 @@ RECIPES = {
     recipe.name: recipe
     for recipe in (
         Recipe(
-            "b_lenet", "B-LeNet", "mnist", zoo.lenet, zoo.b_lenet, adam,
+            "b_lenet", "B-LeNet", "mnist", zoo.lenet, partial(zoo.b_lenet, branches="published"), adam,
             ("b_lenet-mnist", "lenet-mnist"), epochs=(10, 25), rates=(5e-3, 5e-3), batch=256,
             augment=affine(degrees=10, translate=2 / 28, scale=0.1), smaller=_LENETS,
         ),

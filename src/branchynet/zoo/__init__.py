@@ -8,9 +8,9 @@ from .alexnet import alexnet, b_alexnet
 from .lenet import b_lenet, lenet
 from .resnet import b_resnet, resnet
 
-# The networks with branches by name, as `train --network` takes them.
+# The networks with branches where the paper has them, by name, as `train --network` takes them; `design` moves them.
 NETWORKS: dict[str, Callable[..., BranchyNet]] = {
-    "b_lenet": b_lenet,
+    "b_lenet": partial(b_lenet, branches="published"),
     "b_alexnet": b_alexnet,
     **{f"b_resnet{n}": partial(b_resnet, n) for n in (20, 32, 56, 110)},
 }

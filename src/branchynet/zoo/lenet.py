@@ -6,6 +6,7 @@ Both take pixels in [0, 1], `(B, 1, 28, 28)` float32, and give logits `(B, 10)`.
 from torch import Tensor, nn
 
 from ..net import BranchyNet
+from .designs import check_branches, designed
 from .weights import ship
 
 
@@ -52,11 +53,32 @@ def lenet(num_classes: int = 10, *, pretrained: bool = False) -> LeNet:
     return ship(net, "lenet-mnist", num_classes, 10) if pretrained else net
 
 
-def b_lenet(num_classes: int = 10, *, pretrained: bool = False) -> BranchyNet:
-    """B-LeNet: LeNet with the paper's branch on the first convolution's raw output; 2 exits.
+# Where `advise` put exits, by target; see benchmarks/design.py.
+_DESIGNS = {
+    "latency": {"input": "conv-16-32", "pool1": "conv-16-32", "pool3": "hidden-64"},
+    "batch": {"input": "conv-16-32", "pool2": "hidden-64"},
+}
 
-    Untrained or, as `lenet`, with the weights shipped for MNIST. Raises `InputError` likewise.
+
+def b_lenet(
+    num_classes: int = 10, *, branches: str = "designed", target: str = "latency", pretrained: bool = False
+) -> BranchyNet:
+    """B-LeNet: LeNet with early exits.
+
+    Args:
+        num_classes: outputs.
+        branches: ``"designed"``: where `advise` put them; ``"published"``: the paper's branch on the first
+            convolution's raw output, 2 exits.
+        target: what the design is for: ``"latency"``, one sample a call (4 exits), or ``"batch"``, 64 (3 exits).
+        pretrained: with the weights shipped for MNIST.
+
+    Raises:
+        InputError: other `branches` or `target`, pretrained weights for other than 10 classes.
     """
+    check_branches(branches, ("designed", "published"))
+    if branches == "designed":
+        net = designed(LeNet(num_classes), _DESIGNS, target, (1, 28, 28))
+        return ship(net, f"b_lenet-{target}-mnist", num_classes, 10) if pretrained else net
     branch = nn.Sequential(
         _pool(),
         nn.Conv2d(5, 10, 3, padding=1),
