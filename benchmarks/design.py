@@ -113,14 +113,18 @@ def advised(task, batch):
 
 
 def designs(task):
-    """Yield `(design, batch sizes, what gives its costs, network)`, each trained for as long as the others."""
+    """Yield `(design, batch sizes, what gives its costs, network)`, each trained for as long as the others.
+
+    Costs come with the microseconds of the plain network, taken at the same time.
+    """
     example = task.example()
 
     def even(baseline):
         return attach(baseline, "auto", exits=EXITS, example=example)
 
     def measured(net, batch):
-        return measure(net.eval(), example, batch_size=batch, score=SCORE, seconds=10.0)
+        cost = measure(net.eval(), example, batch_size=batch, score=SCORE, seconds=10.0)
+        return cost, float(cost.latency_us([False] * (cost.exits - 1) + [True])[-1])
 
     published = task.published()
     if published is not None:
@@ -129,7 +133,7 @@ def designs(task):
         advice, add = advised(task, batch)
         if advice.design.taps:
             net = task.with_exits(add, f"designed-{batch}")
-            yield "designed", (batch,), lambda net, batch, advice=advice: advice.cost, net
+            yield "designed", (batch,), lambda net, batch, advice=advice: (advice.cost, advice.static_us), net
     yield "even", BATCHES, measured, task.with_exits(even, "even")
 
 
@@ -170,7 +174,7 @@ def rows_of(task):
             "averaged": (averaged(net, weights, of="logits"), averaged_record(on_val, weights, of="logits")),
         }
         every = itertools.product(answers.items(), (0.0, *task.slack), costs.items())
-        for (answer, (net_here, found)), slack, (batch, cost) in every:
+        for (answer, (net_here, found)), slack, (batch, (cost, static_us)) in every:
             choice, reached = nearest_to(found, cost, wanted - slack, SCORE)
             row = {
                 "network": task.name,
@@ -181,7 +185,9 @@ def rows_of(task):
                 "below_points": 100 * slack,
                 "reached": reached,
                 "predicted_us": choice.outcome.mean_us,
+                "predicted_speedup": static_us / choice.outcome.mean_us,
                 "floor_us": floors[batch],
+                "processor": environment()["processor"],
             }
             yield row
             with tempfile.TemporaryDirectory() as folder:
