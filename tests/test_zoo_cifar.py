@@ -132,7 +132,7 @@ WINDOW = {1: 16 * 16 * 32 * 32, 2: 8 * 8 * 64 * 64}  # the two LRN of the trunk,
 
 
 def test_multiply_accumulates_of_alexnet_are_those_of_the_paper():
-    trunk, branch = macs(b_alexnet)
+    trunk, branch = macs(functools.partial(b_alexnet, branches="text"))
     assert trunk == (CONV[1] + WINDOW[1], CONV[2] + WINDOW[2], CONV[3] + CONV[4] + CONV[5] + LINEAR)
     first, second = 2 * 16 * 16 * 32 * 32 * 9 + 8 * 8 * 32 * 10, 8 * 8 * 32 * 64 * 9 + 4 * 4 * 32 * 10
     assert branch == (first, second, 0)
@@ -208,7 +208,7 @@ def test_local_response_norm_equals_torchs(channels, size):
 
 def test_constants_are_not_in_the_state_dict():
     kinds = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-    for net in (b_alexnet(), b_resnet(20)):
+    for net in (b_alexnet(), b_alexnet(branches="text"), b_resnet(20)):
         assert all(name.rpartition(".")[2] in kinds for name in net.state_dict())
 
 
@@ -238,6 +238,16 @@ def test_other_places_of_the_branches_are_refused():
         b_alexnet(branches="texts")
 
 
+def test_designed_exits_stand_on_the_same_trunk():
+    torch.manual_seed(0)
+    net, x = b_alexnet().eval(), images(3)
+    assert net.exits == 3 and net.backbone.state_dict().keys() == alexnet().state_dict().keys()
+    assert [o.shape for o in net(x)] == [(3, 10)] * 3
+    torch.testing.assert_close(net(x)[-1], net.backbone(x))
+    with pytest.raises(InputError, match=r"target='speed' is none of latency"):
+        b_alexnet(target="speed")
+
+
 def test_other_windows_are_refused():
     with pytest.raises(InputError, match=r"size=4 has no middle channel.*odd"):
         LocalResponseNorm(8, size=4)
@@ -252,5 +262,5 @@ def test_other_numbers_of_classes(make):
 
 
 def test_weights_that_do_not_ship_are_named():
-    with pytest.raises(InputError, match=r"no weights 'resnet32-cifar10' ship.*'lenet-mnist'.*pretrained=False"):
-        resnet(32, pretrained=True)
+    with pytest.raises(InputError, match=r"no weights 'resnet44-cifar10' ship.*'lenet-mnist'.*pretrained=False"):
+        resnet(44, pretrained=True)

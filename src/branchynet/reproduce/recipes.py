@@ -116,7 +116,7 @@ RECIPES = {
             slack=(-0.001,),  # a standard error of 10,000 images
         ),
         Recipe(
-            "b_alexnet", "B-AlexNet", "cifar10", zoo.alexnet, zoo.b_alexnet, adam,
+            "b_alexnet", "B-AlexNet", "cifar10", zoo.alexnet, partial(zoo.b_alexnet, branches="text"), adam,
             ("b_alexnet-text-cifar10", "alexnet-cifar10"), epochs=(90, 30), rates=(1e-3, 1e-3),
             augment=flip_crop(4), schedule=Cosine(warmup=0.15), smaller=_ALEXNETS, distill=1.0,
             slack=(-0.005,),  # a standard error of 5,000 images

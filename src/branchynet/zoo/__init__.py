@@ -11,7 +11,7 @@ from .resnet import b_resnet, resnet
 # The networks with branches where the paper has them, by name, as `train --network` takes them; `design` moves them.
 NETWORKS: dict[str, Callable[..., BranchyNet]] = {
     "b_lenet": partial(b_lenet, branches="published"),
-    "b_alexnet": b_alexnet,
+    "b_alexnet": partial(b_alexnet, branches="text"),
     **{f"b_resnet{n}": partial(b_resnet, n) for n in (20, 32, 56, 110)},
 }
 

@@ -5,8 +5,8 @@ Both take pixels in [0, 1], `(B, 3, 32, 32)` float32, normalize them inside, and
 
 from torch import Tensor, nn
 
-from ..errors import InputError, nearest
 from ..net import BranchyNet
+from .designs import check_branches, designed
 from .layers import LocalResponseNorm, Normalize, initialize
 from .weights import ship
 
@@ -84,23 +84,32 @@ _PLACES = {"text": (1, 2), "figure": (1, 3), "code": (2, 3)}
 _TAPS = {1: ("block1", 32, 16), 2: ("block2", 64, 8), 3: ("relu3", 96, 8)}
 
 
-def b_alexnet(num_classes: int = 10, *, branches: str = "text", pretrained: bool = False) -> BranchyNet:
-    """B-AlexNet: AlexNet with two branches, the first of two convolutions and the second of one; 3 exits.
+# Where `advise` put exits, by target; see benchmarks/design.py.
+_DESIGNS = {"latency": {"block1": "conv-64-64-128", "conv4": "hidden-64"}}
 
-    The released code taps the convolutions' raw output and repeats ReLU, pooling and LRN in the branch; here the branch
-    takes the trunk's own, which is the same function.
+
+def b_alexnet(
+    num_classes: int = 10, *, branches: str = "designed", target: str = "latency", pretrained: bool = False
+) -> BranchyNet:
+    """B-AlexNet: AlexNet with two early exits, where `advise` put them or as in the paper; 3 exits.
+
+    The paper's branches have two convolutions and one. The released code taps the convolutions' raw output and repeats
+    ReLU, pooling and LRN in the branch; here the branch takes the trunk's own, which is the same function.
 
     Args:
         num_classes: outputs.
-        branches: where they sit, on which the sources disagree: ``"text"`` after convolutions 1 and 2, ``"figure"``
-            (Figure 1) after 1 and 3, ``"code"`` after 2 and 3.
+        branches: ``"designed"``; or where the paper's sit, on which the sources disagree: ``"text"`` after convolutions
+            1 and 2, ``"figure"`` (Figure 1) after 1 and 3, ``"code"`` after 2 and 3.
+        target: what the design is for: ``"latency"``, one sample a call.
         pretrained: with the weights shipped for CIFAR-10.
 
     Raises:
-        InputError: other `branches`, pretrained weights for other than 10 classes, or none ship.
+        InputError: other `branches` or `target`, pretrained weights for other than 10 classes, or none ship.
     """
-    if branches not in _PLACES:
-        raise InputError(f"branches={branches!r} is none of {', '.join(_PLACES)}{nearest(branches, _PLACES)}")
+    check_branches(branches, ("designed", *_PLACES))
+    if branches == "designed":
+        net = designed(AlexNet(num_classes), _DESIGNS, target, (3, 32, 32))
+        return ship(net, f"b_alexnet-{target}-cifar10", num_classes, 10) if pretrained else net
     early, late = _PLACES[branches]
     net = BranchyNet(
         AlexNet(num_classes),
