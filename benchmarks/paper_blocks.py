@@ -55,16 +55,18 @@ def in_short():
 
 
 def earlier():
-    """The gains of an earlier run beside those of the run that is kept: how far the clock can be trusted."""
-    points = [point for row in results("table1-earlier")["networks"] for point in row["branchy"]]
-    before = {(point["network"], point["asked_on_validation"]): point for point in points}
+    """The gains of earlier runs beside those of the run that is kept: how far the clock can be trusted."""
+    before = {}
+    for run in results("table1-earlier")["runs"]:
+        for point in (point for row in run["networks"] for point in row["branchy"]):
+            before.setdefault((point["network"], point["asked_on_validation"]), []).append(f"{point['gain']:.2f}x")
     pairs = [
-        f"{p['network']} {before[key]['gain']:.2f}x then and {p['gain']:.2f}x now"
+        f"{p['network']}, {p['asked_on_validation']:.2%} asked: {', '.join(before[key])}, now {p['gain']:.2f}x"
         for t in results("reproduce/table1")["networks"]
         for p in t["branchy"]
         if (key := (p["network"], p["asked_on_validation"])) in before
     ]
-    return [f"An earlier run, same machine, weights and thresholds: {'; '.join(pairs)}."]
+    return [f"Gains of earlier runs, same machine, weights and thresholds: {'; '.join(pairs)}."]
 
 
 def held_back():
