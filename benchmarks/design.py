@@ -203,6 +203,7 @@ def rows_of(task):
             row["accuracy"] = timed["accuracy_branchy"]
             row |= {key: timed[key] for key in ("static_us", "speedup", "overhead", "exit_share")}
             row["accuracy_baseline"] = baseline
+            row["exit_accuracy"] = [float(a) for a in 1 - on_test.losses.mean(axis=0)]
             row["oracle_us"] = float(cost.latency_us([True] * cost.exits)[first_right(on_test.losses)].mean())
             yield row
 

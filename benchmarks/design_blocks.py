@@ -43,14 +43,16 @@ def first_table():
 def designs():
     """Every design, measured beside what was predicted."""
     lines = [
-        "| network | batch | exits | answers | accuracy | plain | speed-up | predicted | us | predicted | overhead |",
-        "|---|--:|---|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| network | batch | exits | answers | accuracy | plain | exits alone | speed-up | predicted | us | predicted "
+        "| overhead |",
+        "|---|--:|---|---|--:|--:|---|--:|--:|--:|--:|--:|",
     ]
     for r in _rows():
         off = r["measured_us"] / r["predicted_us"] - 1
         lines.append(
             f"| {TITLES[r['network']]} | {r['batch']} | {r['design']}: {', '.join(r['taps'])}{_asked(r)} "
-            f"| {r['answers']} | {r['accuracy']:.2%} | {r['accuracy_baseline']:.2%} | **{r['speedup']:.2f}x** "
+            f"| {r['answers']} | {r['accuracy']:.2%} | {r['accuracy_baseline']:.2%} "
+            f"| {', '.join(f'{a:.1%}' for a in r['exit_accuracy'])} | **{r['speedup']:.2f}x** "
             f"| {r['predicted_speedup']:.2f}x | {r['measured_us']:.1f} | {r['predicted_us']:.1f} ({off:+.0%}) "
             f"| {r['overhead']:.2f} |"
         )
