@@ -25,7 +25,7 @@ def first_table():
         "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     lines += [
-        f"| {r['batch']} | {r['design']} | {r['static_us']:.1f} us | {r['measured_us']:.1f} us "
+        f"| {r['batch']} | {r['design']}{_asked(r)} | {r['static_us']:.1f} us | {r['measured_us']:.1f} us "
         f"| {r['measured_us'] / r['overhead']:.1f} us | **{r['speedup']:.2f}x** | {r['overhead']:.2f} "
         f"| {r['accuracy_baseline']:.2%} | {r['accuracy']:.2%} | {r['exit_share'][0]:.1%} |"
         for r in _rows()

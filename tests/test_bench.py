@@ -4,18 +4,19 @@ import importlib
 from collections import Counter
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
 
-from branchynet import BranchyNet, export, zoo
+from branchynet import BranchyNet, averaged, export, zoo
 from branchynet.bench import _time, bench
 from branchynet.decide import evaluate
 from branchynet.errors import FileError, InputError
 from branchynet.exit_record import ExitRecord
 from branchynet.export import assemble
-from branchynet.graph.flat import FlatGraph
+from branchynet.graph.flat import FlatGraph, flatten
 from branchynet.scores import entropy, of_record
 from branchynet.types import Policy
 from graphs import flat_lenet
@@ -59,7 +60,7 @@ def cached(monkeypatch):
     net, flat = flat_lenet()
     real = module.flatten
 
-    def flatten(given, example, *, score, dynamic):
+    def flatten(given, example, *, score=None, dynamic):
         if given is not net or not dynamic:
             return real(given, example, score=score, dynamic=dynamic)
         assert score is entropy and example[0].shape == (2, 1, 28, 28)
@@ -301,3 +302,32 @@ def test_sorted_are_the_same_samples_by_their_exits(file, data, monkeypatch):
     rows_of(file, data, batches=(1,), samples=40, repeats=1)
     assert met["branchy"] != sorted(met["branchy"])
     assert met["sorted"] == sorted(met["branchy"]) and len(met["sorted"]) == 40
+
+
+def test_averaged_answers_stand_beside_the_network_without_branches(tmp_path, data, monkeypatch):
+    """The averaged last exit reads the branches, which the plain network does not have."""
+    net = averaged(flat_lenet()[0].eval(), of="logits")
+    seen = {}
+
+    def watched(calls, batches, repeats):
+        seen["plain"] = calls["plain"](*batches[0])[-1]
+        seen["nodes"] = len(onnx.load(seen["path"]).graph.node)
+        return dict.fromkeys(calls, 1.0)
+
+    real = module.static_engines
+
+    def spying(flat, folder, *rest, **options):
+        engines = real(flat, folder, *rest, **options)
+        seen["path"] = folder / "plain.onnx"
+        return engines
+
+    monkeypatch.setattr(module, "static_engines", spying)
+    monkeypatch.setattr(module, "in_turns", watched)
+    monkeypatch.setattr(module, "flatten", flatten)
+    path = export(net, tmp_path / "m.onnx", policy=Policy(thresholds=(0.5,)), example=data[0][:8])
+    bench(path, net, *data, network="n", accuracy_static=0.0, batches=(64,), seed=0)
+    order = np.random.default_rng(0).permutation(SAMPLES)[:64]
+    with torch.no_grad():
+        np.testing.assert_allclose(seen["plain"], net.backbone(data[0][order]), atol=1e-4)
+    export(net.backbone, tmp_path / "plain.onnx", policy=None, example=data[0][:8])
+    assert seen["nodes"] == len(onnx.load(tmp_path / "plain.onnx").graph.node)

@@ -80,24 +80,27 @@ def static_engines(
     folder: Path,
     threads: int,
     *,
+    plain: FlatGraph | None = None,
     enabled: Sequence[int] | None = None,
     alone: bool = True,
     runtime: Literal["onnxruntime", "openvino"] = "onnxruntime",
 ) -> dict[str, Engine]:
     """Engines of static graphs, by name.
 
-    ``plain`` is the backbone; ``upto_n`` all enabled exits up to n with their scores; ``alone_n`` exit n with its
-    score.
+    ``plain`` is the last exit of the graph `plain`, or of `flat`, without its score; ``upto_n`` all enabled exits up to
+    n with their scores; ``alone_n`` exit n with its score.
     """
+    plain = plain or flat
     exits = enabled or range(1, flat.exits + 1)
-    wanted = {"plain": [f"output_{flat.exits}"]}
+    wanted = {"plain": [f"output_{plain.exits}"]}
     for n in exits:
         wanted[f"upto_{n}"] = [f"output_{n}", *(f"score_{k}" for k in exits if k <= n)]
         if alone and n > 1:
             wanted[f"alone_{n}"] = [f"output_{n}", f"score_{n}"]
     engines = {}
     for name, outputs in wanted.items():
-        ir.save(assemble(flat, None, outputs=outputs), folder / f"{name}.onnx")
+        graph = plain if name == "plain" else flat
+        ir.save(assemble(graph, None, outputs=outputs), folder / f"{name}.onnx")
         engines[name] = load(folder / f"{name}.onnx", threads=threads, runtime=runtime)
     return engines
 
