@@ -84,4 +84,14 @@ def design_goals():
     return lines
 
 
-DESIGN = {"first_table": first_table, "designs": designs, "design_goals": design_goals}
+def advising():
+    """How long advice takes."""
+    found = results("advising")
+    told = "; ".join(
+        f"{r['network']} {r['minutes']:.1f} minutes for {r['candidates']} heads (wanted: {r['wanted_minutes']})"
+        for r in found["rows"]
+    )
+    return [f"`advise` on {found['environment']['cores']} cores: {told}. Made by `{found['command']}`."]
+
+
+DESIGN = {"advising": advising, "first_table": first_table, "designs": designs, "design_goals": design_goals}
