@@ -21,6 +21,7 @@ from .errors import GraphError, InputError
 from .files import replacing
 from .fingerprint import fingerprint
 from .graph.flat import FlatGraph, flatten, tensors_of
+from .graph.layout import keep_blocks
 from .graph.onnx_exits import flat_model, nest
 from .graph.quantize import Batch, calibration_batches, check_quantize, quantized
 from .net import arguments, count_exits, evaluating, exits_in
@@ -136,6 +137,7 @@ def assemble(
         model = flat_model(flat, kept, kept[0] if outputs else kept[-1])
     else:
         model = nest(flat, policy, thresholds=thresholds)
+    keep_blocks(model)
     shape = flat.value("output_1").shape
     assert shape is not None
     about = {
