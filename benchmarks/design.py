@@ -132,7 +132,7 @@ def designs(task):
     for batch in BATCHES:
         advice, add = advised(task, batch)
         if advice.design.taps:
-            net = task.with_exits(add, f"designed-{batch}", warm=False)
+            net = task.with_exits(add, f"designed-{batch}")
             yield "designed", (batch,), lambda net, batch, advice=advice: (advice.cost, advice.static_us), net
     yield "even", BATCHES, measured, task.with_exits(even, "even")
 

@@ -115,7 +115,7 @@ class Text:
     def continued(self):
         return self._fit(self.baseline(), 1, "continued")
 
-    def with_exits(self, add, run, warm=True):
+    def with_exits(self, add, run):
         baseline = self.baseline()
         torch.manual_seed(self.seed)
         return self._fit(add(baseline), 1, run)

@@ -16,7 +16,7 @@ _OF_TWO = {"Add", "Mul"}
 
 
 def keep_blocks(model: ir.Model) -> None:
-    """Bring both sides of additions and products into blocks where a convolution made one and another reads on.
+    """Bring the side of an addition into blocks where a convolution made the other, and another reads the sum.
 
     In place, in all graphs of the model. Static graphs and those with exits get it alike.
     """
@@ -30,9 +30,9 @@ def _keep_blocks(graph: ir.Graph, level: int) -> None:
         for attribute in node.attributes.values():
             if attribute.type == ir.AttributeType.GRAPH:
                 _keep_blocks(attribute.as_graph(), level + 1)
-        if node.op_type in _OF_TWO and _read_on(node.outputs[0]):
+        if node.op_type == "Add" and _read_on(node.outputs[0]):
             for position, (here, there) in enumerate((node.inputs, node.inputs[::-1])):
-                if here is not None and there in blocked and here not in blocked and _fits(here, there):
+                if here is not None and here not in blocked and _fusable(there) and _fits(here, there):
                     if here not in pooled:
                         pooled[here] = _pool(graph, node, here, level)
                     blocked.add(pooled[here])
@@ -61,8 +61,14 @@ def _maps(value: ir.Value) -> bool:
     return isinstance(channels, int) and channels % _BLOCK == 0
 
 
-def _fits(here: ir.Value, there: ir.Value) -> bool:
-    return _maps(here) and not here.is_initializer() and here.shape == there.shape
+def _fusable(value: ir.Value | None) -> bool:
+    """Whether an addition that reads the value can become part of the convolution that made it."""
+    producer = None if value is None else value.producer()
+    return producer is not None and producer.op_type == "Conv" and value is not None and len(value.uses()) == 1
+
+
+def _fits(here: ir.Value, there: ir.Value | None) -> bool:
+    return there is not None and _maps(here) and not here.is_initializer() and here.shape == there.shape
 
 
 def _read_on(value: ir.Value) -> bool:

@@ -123,9 +123,9 @@ RECIPES = {
         ),
         Recipe(
             "b_resnet110", "B-ResNet-110", "cifar10", partial(zoo.resnet, 110), partial(zoo.b_resnet, 110), sgd,
-            ("b_resnet110-cifar10", "resnet110-cifar10"), epochs=(11, 3), rates=(0.05, 0.02), batch=64,
+            ("b_resnet110-cifar10", "resnet110-cifar10"), epochs=(11, 0), rates=(0.05, 0.0), batch=64,
             augment=flip_crop(4), schedule=Cosine(warmup=0.15), smaller=_RESNETS, slack=(0.003,),
-            warm=(2, 0.005), sides=(16, 16, 16, 16, 24, 24, 24, 32), distill=1.0,
+            warm=(5, 0.005), sides=(16, 16, 16, 16, 24, 24, 24, 32), distill=1.0,
         ),
     )
 }  # fmt: skip
@@ -196,16 +196,13 @@ class Training:
 
         return self.with_exits(published, "joint")
 
-    def with_exits(self, add: Callable[[nn.Module], BranchyNet], run: str, warm: bool = True) -> BranchyNet:
-        """The network with exits that `add` puts on the baseline, trained on with everything; `run` names its state.
-
-        Exits that learned on the frozen baseline before go without the recipe's `warm` epochs.
-        """
+    def with_exits(self, add: Callable[[nn.Module], BranchyNet], run: str) -> BranchyNet:
+        """The network with exits that `add` puts on the baseline, trained on with everything; `run` names its state."""
         baseline = self.baseline()
         torch.manual_seed(self.seed)
         branchy = add(baseline)
         recipe = self.recipe
-        if warm and recipe.warm is not None:
+        if recipe.warm is not None:
             self._fit(branchy, *recipe.warm, self.seed, f"{run}-warm", train="branches", distill=recipe.distill)
         self._fit(branchy, recipe.epochs[1], recipe.rates[1], 100 + self.seed, run, distill=recipe.distill)
         return branchy
