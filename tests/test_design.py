@@ -11,9 +11,9 @@ from torch import nn
 from branchynet import record, zoo
 from branchynet.attaching import attach_heads
 from branchynet.data import ImageData, Split, load_data, loader
-from branchynet.design import Advice, advise
+from branchynet.design import Advice, advise, stages, time_design
 from branchynet.design.forest import plant
-from branchynet.design.stages import Batch, StageTimes
+from branchynet.design.stages import Batch, StageTimes, time_stages
 from branchynet.design.subsets import Found, Judged, break_even, search
 from branchynet.errors import FileError, GraphError, InputError
 from branchynet.graph.flat import flatten
@@ -115,6 +115,54 @@ def random_times(generator, taps, candidates, rows):
     one = Batch(rows, reach * rows, reach[-1] * rows, generator.uniform(1, 9, candidates) * rows,
                 generator.uniform(0, 1, taps) * rows, generator.uniform(1, 3, taps) * rows)  # fmt: skip
     return one, tuple(int(t) for t in position)
+
+
+def seconds_of(part, true, taps):
+    """What a graph that `_Parts` times takes, by a model in which parts add up; `taps` are the heads' positions."""
+    name, _, n = part.partition(" ")
+    n = int(n or 0)
+    here = [i for i, tap in enumerate(taps) if tap == n]
+    return {
+        "plain": lambda: true.plain,
+        "last": lambda: true.reach[-1],
+        "alone": lambda: true.reach[taps[n]] + true.head[n],
+        "all": lambda: true.reach[n] + true.head[here].sum(),
+        "both": lambda: true.reach[-1] + true.head[here[0]],
+        "leave": lambda: true.reach[n] + true.head[here[0]] + true.leave[n],
+        "stay": lambda: true.reach[-1] + true.head[here[0]] + true.stay[n],
+    }[name]()
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_times_of_parts_follow_from_those_of_whole_graphs(single, monkeypatch):
+    """Where many heads stand, and where one does: the trunk before a tap is not counted with its head."""
+    net, x = zoo.b_lenet(branches="published").eval(), torch.rand(4, 1, 28, 28)
+    forest = stages.Forest(net, (stages.Candidate(net.taps[0], "", 0.1),)) if single else plant(zoo.lenet().eval(), x)
+    flat = flatten(forest.net, x, score=entropy)
+    taps = [forest.net.taps.index(c.tap) for c in forest.candidates]
+    generator, names = np.random.default_rng(0), []
+    reach = np.cumsum(generator.uniform(5, 20, len(forest.net.taps) + 1))
+    true = Batch(1, reach, reach[-1] - 1, generator.uniform(1, 9, len(taps)),
+                 generator.uniform(0, 1, len(reach) - 1), generator.uniform(1, 3, len(reach) - 1))  # fmt: skip
+    made = stages._Parts.__init__
+
+    def remembered(self, *args):
+        made(self, *args)
+        names[:] = self.calls
+
+    monkeypatch.setattr(stages._Parts, "__init__", remembered)
+    monkeypatch.setattr(stages, "samples_of", lambda calls, _: [[seconds_of(name, true, taps)] * 3 for name in names])
+    found = time_stages(forest, flat, x, batch_size=1, threads=1, seconds=0.1).whole
+    for field in ("reach", "head", "leave", "stay", "plain"):
+        np.testing.assert_allclose(getattr(found, field), getattr(true, field), err_msg=field)
+
+
+def test_a_finished_design_is_timed_as_a_whole():
+    net, x = zoo.b_lenet(pretrained=True), torch.rand(8, 1, 28, 28)
+    cost, static_us = time_design(net, x, batch_size=1, seconds=0.5)
+    assert cost.exits == net.exits and cost.batch_size == 1
+    each = cost.latency_us([True] * cost.exits)
+    assert (np.diff(each) > 0).all() and 0 < each[0] < static_us
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -18,6 +18,7 @@ from branchynet.zoo.alexnet import AlexNet
 from branchynet.zoo.layers import LocalResponseNorm, Normalize
 from oracle import every_exit, figure_2, safe_thresholds
 
+published_resnet = functools.partial(b_resnet, branches="published")
 MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 SIZES = (20, 32, 56, 110)
 
@@ -161,7 +162,7 @@ def test_a_shortcut_takes_every_second_position_and_adds_empty_channels():
 
 
 def test_multiply_accumulates_of_resnet_110_are_those_of_the_paper():
-    trunk, branch = macs(b_resnet, 110)
+    trunk, branch = macs(published_resnet, 110)
     stem, stage = 32 * 32 * 16 * 3 * 9, 36 * 32 * 32 * 16 * 16 * 9
     later = stage - 32 * 32 * 16 * 16 * 9 // 2  # the first convolution of a stage has half the channels to read
     assert trunk == (stem, stage, 2 * later + 64 * 10)
@@ -174,7 +175,7 @@ def test_multiply_accumulates_of_resnet_110_are_those_of_the_paper():
 
 
 def test_b_resnet_has_the_published_branches():
-    net, x = b_resnet(20).eval(), images(2)
+    net, x = published_resnet(20).eval(), images(2)
     assert net.taps == ("stem", "stage1") and net.exits == 3
     w = list(net.branches[0].parameters())
     y = F.relu(F.conv2d(net.backbone.stem(net.backbone.normalize(x)), w[0], w[1], padding=2))
@@ -208,7 +209,7 @@ def test_local_response_norm_equals_torchs(channels, size):
 
 def test_constants_are_not_in_the_state_dict():
     kinds = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-    for net in (b_alexnet(), b_alexnet(branches="text"), b_resnet(20)):
+    for net in (b_alexnet(), b_alexnet(branches="text"), published_resnet(20)):
         assert all(name.rpartition(".")[2] in kinds for name in net.state_dict())
 
 
@@ -227,7 +228,7 @@ def test_the_exported_file_agrees_with_the_loop(branches, tmp_path):
 
 
 @pytest.mark.parametrize("n", [0, 2, 18, 21, 111])
-@pytest.mark.parametrize("make", [resnet, b_resnet])
+@pytest.mark.parametrize("make", [resnet, b_resnet, published_resnet])
 def test_other_depths_are_refused(make, n):
     with pytest.raises(InputError, match=rf"n={n} is not 6m \+ 2.*use \d+ or \d+"):
         make(n)
@@ -248,12 +249,28 @@ def test_designed_exits_stand_on_the_same_trunk():
         b_alexnet(target="speed")
 
 
+def test_exits_are_designed_for_resnet_110_alone():
+    torch.manual_seed(0)
+    net, x = b_resnet(110).eval(), images(2)
+    assert net.exits == 4 and net.backbone.state_dict().keys() == resnet(110).state_dict().keys()
+    assert [o.shape for o in net(x)] == [(2, 10)] * 4
+    torch.testing.assert_close(net(x)[-1], net.backbone(x))
+    with pytest.raises(InputError, match=r"n=20, only for 110.*branches='published'"):
+        b_resnet(20)
+    with pytest.raises(InputError, match=r"branches='publish'.*did you mean 'published'"):
+        b_resnet(110, branches="publish")
+    with pytest.raises(InputError, match=r"target='batch' is none of latency"):
+        b_resnet(110, target="batch")
+
+
 def test_other_windows_are_refused():
     with pytest.raises(InputError, match=r"size=4 has no middle channel.*odd"):
         LocalResponseNorm(8, size=4)
 
 
-@pytest.mark.parametrize("make", [alexnet, b_alexnet, functools.partial(resnet, 20), functools.partial(b_resnet, 20)])
+@pytest.mark.parametrize(
+    "make", [alexnet, b_alexnet, functools.partial(resnet, 20), functools.partial(published_resnet, 20)]
+)
 def test_other_numbers_of_classes(make):
     outputs = make(num_classes=7)(images(2))
     assert {o.shape for o in (outputs if isinstance(outputs, tuple) else (outputs,))} == {(2, 7)}

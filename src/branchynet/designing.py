@@ -15,17 +15,16 @@ import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from torch import nn
-
 from .bench import bench
 from .choosing import nearest_to
 from .data import ImageData, load_data
 from .decide import evaluate
-from .design import Advice, advise
+from .design import Advice, advise, time_design
 from .errors import FileError, InputError
 from .exit_record import ExitRecord
 from .files import read_json, write_json
 from .machine import environment
+from .net import BranchyNet
 from .record import record
 from .runs import Run, build_network, create_run, example_of, export_run, loaders, open_run, train_exits
 from .training.checkpoint import load_weights, save_weights
@@ -180,14 +179,14 @@ def _advised(
 
 
 def _compared(
-    base: Run, run: Run, net: nn.Module, data: ImageData, advice: Advice, max_drop: float, progress: bool
+    base: Run, run: Run, net: BranchyNet, data: ImageData, advice: Advice, max_drop: float, progress: bool
 ) -> Comparison:
     """Choose at the plain network's accuracy, predict, then export and time."""
     _, val = loaders(run.settings, data)
     static = build_network(replace(base.settings, taps=()), data).backbone
     load_weights(static, _plain(base, "static" if base.settings.static else "baseline"))
     wanted = evaluate(record(static, val, progress=False), Policy()).accuracy - max_drop
-    cost = advice.cost
+    cost, _ = time_design(net, example_of(data), batch_size=advice.batch_size, threads=advice.threads)
     choice, reached = nearest_to(ExitRecord.load(run.path / "record-val.npz"), cost, wanted)
     choice.save(run.path / "choice.json")
     cost.save(run.path / "cost.json")

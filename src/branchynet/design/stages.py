@@ -15,10 +15,12 @@ import onnx_ir as ir
 from ..engine.onnx import load
 from ..errors import GraphError
 from ..export import assemble
-from ..graph.flat import FlatGraph, tensors_of
+from ..graph.flat import FlatGraph, flatten, tensors_of
+from ..net import BranchyNet
+from ..scores import resolve
 from ..timing import samples_of
 from ..types import ExitCost, Floats, Policy
-from .forest import Forest
+from .forest import Candidate, Forest
 
 _ALWAYS, _NEVER = 1e30, -1.0  # thresholds that every score of ours passes, and none
 
@@ -115,6 +117,25 @@ def time_stages(
     return StageTimes(whole, part, tuple(taps), threads, spread)
 
 
+def time_design(
+    net: BranchyNet,
+    example: Any,
+    *,
+    batch_size: int = 1,
+    threads: int = 1,
+    score: str = "entropy",
+    seconds: float = 10.0,
+) -> tuple[ExitCost, float]:
+    """What the exits of a finished design cost at this moment, and the microseconds a sample of its plain trunk.
+
+    `measure` tells what the parts take; here deciding is counted with them.
+    """
+    forest = Forest(net, tuple(Candidate(tap, "", 0.0) for tap in net.taps))
+    flat = flatten(net, example, score=resolve(score))
+    times = time_stages(forest, flat, example, batch_size=batch_size, threads=threads, seconds=seconds)
+    return times.cost(range(len(net.taps))), times.static_us
+
+
 def uncuttable(forest: Forest, flat: FlatGraph) -> dict[str, GraphError]:
     """The taps at which the network cannot be cut, each with what stands in the way."""
     faults = {}
@@ -167,8 +188,11 @@ class _Parts:
         for t, tap in enumerate(forest.net.taps):
             here = forest.at(tap)
             alone = np.array([us[f"alone {i}"] for i in here])
-            # alone = reach + head and all = reach + the sum of heads, so reach follows; none is less than nothing.
-            reach[t] = (alone.sum() - us[f"all {t}"]) / (len(here) - 1) if len(here) > 1 else 0.0
+            # alone = reach + head and all = reach + the sum of heads, so reach follows; of one head both = last + head.
+            if len(here) > 1:
+                reach[t] = (alone.sum() - us[f"all {t}"]) / (len(here) - 1)
+            else:
+                reach[t] = us[f"alone {here[0]}"] - max(0.0, us[f"both {t}"] - us["last"])
             reach[t] = np.clip(reach[t], 0.0, alone.min())
             head[here] = alone - reach[t]
             leave[t] = max(0.0, us[f"leave {t}"] - alone[0])

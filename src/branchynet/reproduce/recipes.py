@@ -122,7 +122,8 @@ RECIPES = {
             slack=(-0.005,),  # a standard error of 5,000 images
         ),
         Recipe(
-            "b_resnet110", "B-ResNet-110", "cifar10", partial(zoo.resnet, 110), partial(zoo.b_resnet, 110), sgd,
+            "b_resnet110", "B-ResNet-110", "cifar10", partial(zoo.resnet, 110),
+            partial(zoo.b_resnet, 110, branches="published"), sgd,
             ("b_resnet110-cifar10", "resnet110-cifar10"), epochs=(11, 0), rates=(0.05, 0.0), batch=64,
             augment=flip_crop(4), schedule=Cosine(warmup=0.15), smaller=_RESNETS, slack=(0.003,),
             warm=(5, 0.005), sides=(16, 16, 16, 16, 24, 24, 24, 32), distill=1.0,

@@ -12,7 +12,7 @@ from .resnet import b_resnet, resnet
 NETWORKS: dict[str, Callable[..., BranchyNet]] = {
     "b_lenet": partial(b_lenet, branches="published"),
     "b_alexnet": partial(b_alexnet, branches="text"),
-    **{f"b_resnet{n}": partial(b_resnet, n) for n in (20, 32, 56, 110)},
+    **{f"b_resnet{n}": partial(b_resnet, n, branches="published") for n in (20, 32, 56, 110)},
 }
 
 __all__ = ["NETWORKS", "alexnet", "b_alexnet", "b_lenet", "b_resnet", "lenet", "resnet"]

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ..errors import InputError
 from ..net import BranchyNet
+from .designs import check_branches, designed
 from .layers import LocalResponseNorm, Normalize, initialize
 from .weights import ship
 
@@ -89,14 +90,41 @@ def resnet(n: int, num_classes: int = 10, *, pretrained: bool = False) -> ResNet
     return ship(net, f"resnet{n}-cifar10", num_classes, 10) if pretrained else net
 
 
-def b_resnet(n: int, num_classes: int = 10, *, pretrained: bool = False) -> BranchyNet:
-    """B-ResNet-n: the paper's branches after the stem and after the 16-channel stage; 3 exits.
+# Where `advise` put exits on ResNet-110, by target; see benchmarks/design.py.
+_DESIGNS = {
+    "latency": {"stage1.4": "conv-64-64-128", "stage2.4": "conv-64-64-128", "stage3.10": "conv-32-64"},
+}
 
-    The first branch alone costs 55 M multiply-accumulates, as published; more than the whole of ResNet-20.
 
-    Args: as `resnet`. Raises `InputError` likewise.
+def b_resnet(
+    n: int, num_classes: int = 10, *, branches: str = "designed", target: str = "latency", pretrained: bool = False
+) -> BranchyNet:
+    """B-ResNet-n: ResNet-n with early exits, where `advise` put them (4 exits) or as in the paper (3 exits).
+
+    The paper's branches stand after the stem and after the 16-channel stage. The first of them alone costs 55 M
+    multiply-accumulates, as published; more than the whole of ResNet-20.
+
+    Args:
+        n: layers, as `resnet` takes them; of designs there is one for 110.
+        num_classes: outputs.
+        branches: ``"designed"`` or ``"published"``.
+        target: what the design is for: ``"latency"``, one sample a call.
+        pretrained: with the weights shipped for CIFAR-10.
+
+    Raises:
+        InputError: another `n`, `branches` or `target`, no design for this `n`, pretrained weights for other than 10
+            classes, or none ship.
     """
+    check_branches(branches, ("designed", "published"))
     trunk = ResNet(_blocks(n), num_classes)
+    if branches == "designed":
+        if n != 110:
+            raise InputError(
+                f"no exits have been designed for n={n}, only for 110: take branches='published', or let advise(...) "
+                "place them on your trained network"
+            )
+        net = designed(trunk, _DESIGNS, target, (3, 32, 32))
+        return ship(net, f"b_resnet{n}-{target}-cifar10", num_classes, 10) if pretrained else net
     first = nn.Sequential(
         nn.Conv2d(16, 64, 5, padding=2),
         nn.ReLU(),
