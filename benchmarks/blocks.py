@@ -85,6 +85,23 @@ def halves():
     ]
 
 
+def layout():
+    found = results("layout")
+    lines = ["| batch | static | without pooling | none leaves early | without pooling |", "|--:|--:|--:|--:|--:|"]
+    for r in found["rows"]:
+        cells = [
+            f"{r[name]['us'] / r['batch']:.0f} us | +{r[name]['us_without'] / r[name]['us'] - 1:.1%}"
+            for name in ("static", "exits")
+        ]
+        lines.append(f"| {r['batch']} | {' | '.join(cells)} |")
+    return [
+        *lines,
+        "",
+        f"{found['network']} with two early exits, microseconds a sample, one thread; "
+        f"{found['environment']['processor']}. Made by `{found['command']}`.",
+    ]
+
+
 def int8():
     found = results("int8")
     lines = [
@@ -166,6 +183,7 @@ BLOCKS = {
     "elsewhere": elsewhere,
     "halves": halves,
     "int8": int8,
+    "layout": layout,
     "promises": promises,
     "searching": searching,
 }
