@@ -84,6 +84,16 @@ def design_goals():
     return lines
 
 
+def design_rivals():
+    """What a user would pick instead of designed exits."""
+    told = []
+    for row in results("reproduce/table1")["networks"]:
+        plain = row["plain"]
+        others = [f"{s['network']} {s['accuracy']:.2%} at {plain['us'] / s['us']:.2f}x" for s in row["smaller"]]
+        told.append(f"beside {plain['network']} ({plain['accuracy']:.2%}) {', '.join(others)}")
+    return [f"Smaller plain networks by the same recipe, one sample a call: {'; '.join(told)}."]
+
+
 def advising():
     """How long advice takes."""
     found = results("advising")
@@ -94,4 +104,10 @@ def advising():
     return [f"`advise` on {found['environment']['cores']} cores: {told}. Made by `{found['command']}`."]
 
 
-DESIGN = {"advising": advising, "first_table": first_table, "designs": designs, "design_goals": design_goals}
+DESIGN = {
+    "advising": advising,
+    "first_table": first_table,
+    "designs": designs,
+    "design_goals": design_goals,
+    "design_rivals": design_rivals,
+}
