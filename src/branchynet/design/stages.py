@@ -128,7 +128,9 @@ def time_design(
 ) -> tuple[ExitCost, float]:
     """What the exits of a finished design cost at this moment, and the microseconds a sample of its plain trunk.
 
-    `measure` tells what the parts take; here deciding is counted with them.
+    `measure` tells what the parts take; here deciding is counted with them. Arguments are those of `advise`; every
+    branch is one head, of one exit. Raises `InputError` for an unknown score, `GraphError` where the network cannot be
+    exported or cut.
     """
     forest = Forest(net, tuple(Candidate(tap, "", 0.0) for tap in net.taps))
     flat = flatten(net, example, score=resolve(score))
