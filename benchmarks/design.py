@@ -13,8 +13,9 @@ that thresholds are chosen on). Predictions are on disk before the design is mea
     python benchmarks/design.py b_alexnet --train   # trains alone: measure when the machine has nothing else to do
     python benchmarks/design.py b_lenet --train --ship   # also writes the weights of designs that the package ships
     python benchmarks/design.py text             # a transformer on source code, see text.py; published branches: none
+    python benchmarks/design.py b_resnet110 --only even   # these designs alone; rows of the others stay
 
-Writes its rows into benchmarks/results/design.json, and the advice beside it.
+Writes its rows into benchmarks/results/design.json.
 """
 
 import argparse
@@ -49,8 +50,9 @@ SHIPPED = ROOT.parent / "src" / "branchynet" / "zoo" / "weights"
 BATCHES = (1, 64)
 TARGETS = {1: "latency", 64: "batch"}  # names of designs in the zoo
 SCORE = "max_probability"  # of all designs; see docs/scores.md
-SAMPLES, REPEATS = 1024, 9
+SAMPLES, REPEATS = 1024, {"b_resnet110": 5}  # of the others nine; a pass over ResNet-110's graphs takes 20 s
 EXITS = 3  # of the evenly spread
+DESIGNS = ("published", "designed", "even")
 PASSES = {"b_resnet110": 3}  # epochs of candidate heads, where six take too long
 
 
@@ -112,20 +114,21 @@ def advised(task, batch):
     return advice, add
 
 
-def designs(task):
+def designs(task, wanted=DESIGNS):
     """Yield `(design, batch sizes, network, advice or None)`, each trained for as long as the others."""
 
     def even(baseline):
         return attach(baseline, "auto", exits=EXITS, example=task.example())
 
-    published = task.published()
+    published = task.published() if "published" in wanted else None
     if published is not None:
         yield "published", BATCHES, published, None
-    for batch in BATCHES:
+    for batch in BATCHES if "designed" in wanted else ():
         advice, add = advised(task, batch)
         if advice.design.taps:
             yield "designed", (batch,), task.with_exits(add, f"designed-{batch}"), advice
-    yield "even", BATCHES, task.with_exits(even, "even"), None
+    if "even" in wanted:
+        yield "even", BATCHES, task.with_exits(even, "even"), None
 
 
 class Least(nn.Module):
@@ -145,7 +148,7 @@ def floor(inputs, batch):
         return interleaved([lambda: engine.outputs(rows)], 1.0)[0] / batch
 
 
-def rows_of(task):
+def rows_of(task, only):
     """Yield each row twice: with what is predicted, and then with what was measured.
 
     ``oracle_us``: if every test sample left at the first exit that is right, at the predicted times.
@@ -156,7 +159,7 @@ def rows_of(task):
     )
     inputs, labels = task.test()
     floors = {batch: floor(inputs, batch) for batch in BATCHES}
-    for name, batches, net, advice in designs(task):
+    for name, batches, net, advice in designs(task, only):
         on_val, on_test = (record(net.eval(), task.loader(part), progress=False) for part in ("val", "test"))
         weights = fit_weights(on_val, of="logits")
         answers = {
@@ -191,7 +194,7 @@ def rows_of(task):
                 )  # fmt: skip
                 (timed,) = bench(
                     path, net_here, inputs, labels, network=task.name, accuracy_static=baseline, batches=(batch,),
-                    samples=SAMPLES, repeats=REPEATS,
+                    samples=SAMPLES, repeats=REPEATS.get(task.name, 9),
                 )  # fmt: skip
             row["measured_us"] = timed["branchy_us"]
             row["accuracy"] = timed["accuracy_branchy"]
@@ -208,31 +211,32 @@ def main():
     parser.add_argument("--precision", choices=("bf16", "no"), default="bf16", help="no where bfloat16 is slow")
     parser.add_argument("--train", action="store_true", help="train everything, measure nothing")
     parser.add_argument("--ship", action="store_true", help="with --train: write the weights that the package ships")
+    parser.add_argument("--only", nargs="+", choices=DESIGNS, default=DESIGNS, help="these designs alone")
     options = parser.parse_args()
     torch.set_num_threads(1)
     task = task_of(options.network, options.precision)
     if options.train:
-        train(task, options.ship)
+        train(task, options.ship, options.only)
     else:
-        judge(task)
+        judge(task, options.only)
 
 
-def train(task, ship):
+def train(task, ship, only):
     """Train everything; with `ship`, write the designed networks' weights, half the bits, into the package."""
     task.continued()
-    for name, batches, net, _ in designs(task):
+    for name, batches, net, _ in designs(task, only):
         print(name, *net.taps, flush=True)
         if ship and name == "designed":
             data = RECIPES[task.name].data
             save_weights(copy.deepcopy(net).half(), SHIPPED / f"{task.name}-{TARGETS[batches[0]]}-{data}.safetensors")
 
 
-def judge(task):
-    """Measure every design, and write the rows of this network anew."""
+def judge(task, only):
+    """Measure designs, and write their rows anew."""
     kept = read_json(RESULTS)["rows"] if RESULTS.exists() else []
-    kept = [row for row in kept if row["network"] != task.name]
+    kept = [row for row in kept if row["network"] != task.name or row["design"] not in only]
     found = []
-    for row in rows_of(task):
+    for row in rows_of(task, only):
         if row not in found:
             found.append(row)
         rows = [*kept, *found]
