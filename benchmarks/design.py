@@ -29,13 +29,13 @@ import torch
 from text import Text
 from torch import nn
 
-from branchynet import attach, averaged, bench, evaluate, export, load, record
+from branchynet import attach, averaged, bench, evaluate, export, load, measure, record
 from branchynet.attaching import attach_heads
 from branchynet.averaging import averaged_record, fit_weights
 from branchynet.choosing import nearest_to
 from branchynet.data import load_data, loader
 from branchynet.decide import first_right
-from branchynet.design import Advice, advise, time_design
+from branchynet.design import Advice, advise
 from branchynet.files import read_json, write_json
 from branchynet.machine import environment
 from branchynet.reproduce.recipes import RECIPES, Training
@@ -170,7 +170,7 @@ def rows_of(task, only):
             answers.items(), (0.0, *task.slack), batches
         ):
             # Timed again, since the clock of an hour ago was another.
-            cost, static_us = time_design(net, task.example(), batch_size=batch, score=SCORE)
+            cost = measure(net, task.example(), batch_size=batch, score=SCORE, seconds=10.0)
             choice, reached = nearest_to(found, cost, wanted - slack, SCORE)
             row = {
                 "network": task.name,
@@ -181,7 +181,7 @@ def rows_of(task, only):
                 "below_points": 100 * slack,
                 "reached": reached,
                 "predicted_us": choice.outcome.mean_us,
-                "predicted_speedup": static_us / choice.outcome.mean_us,
+                "predicted_speedup": sum(cost.trunk_us) / choice.outcome.mean_us,
                 "advised_speedup": advice.speedup if advice else None,
                 "floor_us": floors[batch],
                 "processor": environment()["processor"],

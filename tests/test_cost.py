@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from branchynet.cost import _apart, measure, static_engines
+from branchynet.cost import _apart, each_row, measure, static_engines
 from branchynet.engine.onnx import Engine
 from branchynet.errors import InputError
 from branchynet.graph.flat import flatten
@@ -25,32 +25,50 @@ microseconds = st.floats(0, 1e6)
 # Trunk and branches apart
 
 
-def times_of(trunk, branch):
-    """What the static graphs of a network with these true costs would take."""
-    upto = {f"upto_{n}": sum(trunk[:n]) + sum(branch[:n]) for n in range(1, len(trunk) + 1)}
-    alone = {f"alone_{n}": sum(trunk[:n]) + branch[n - 1] for n in range(2, len(trunk) + 1)}
-    return {"plain": sum(trunk), **upto, **alone}
+def times_of(trunk, branch, deciding=None):
+    """What the graphs of a network with these true costs would take."""
+    exits = range(1, len(trunk) + 1)
+    deciding = deciding or [0.0] * len(trunk)
+    upto = {f"upto_{n}": sum(trunk[:n]) + sum(branch[:n]) for n in exits}
+    alone = {f"alone_{n}": sum(trunk[:n]) + branch[n - 1] for n in exits if n > 1}
+    leave = {f"leave_{n}": upto[f"upto_{n}"] + sum(deciding[:n]) for n in exits}
+    return {"plain": sum(trunk), **upto, **alone, **leave}
 
 
-@given(st.lists(st.tuples(microseconds, microseconds), min_size=1, max_size=6))
+@given(st.lists(st.tuples(microseconds, microseconds, microseconds), min_size=1, max_size=6))
 def test_exact_times_are_taken_apart_exactly(stages):
-    trunk, branch = zip(*stages, strict=True)
-    found = _apart(times_of(trunk, branch), len(stages))
-    np.testing.assert_allclose(found, (trunk, branch), atol=1e-6 * (1 + sum(trunk) + sum(branch)))
+    trunk, branch, deciding = zip(*stages, strict=True)
+    found = _apart(times_of(trunk, branch, deciding), len(stages))
+    want = trunk, np.add(branch, deciding)
+    np.testing.assert_allclose(found, want, atol=1e-6 * (1 + np.sum(stages)))
+
+
+@given(st.lists(st.tuples(*[microseconds] * 4), min_size=1, max_size=6), st.integers(1, 64))
+def test_of_a_batch_what_every_call_takes_is_paid_by_all(stages, rows):
+    """Each stage takes a fixed part a call, and so much a sample that reaches it."""
+    fixed, slope = (np.array(part) for part in (np.transpose(stages)[:2], np.transpose(stages)[2:]))
+    fewer = max(1, rows // 4)
+    trunk, branch = each_row(fixed + rows * slope, fixed + fewer * slope, rows, fewer)
+    slack = 1e-6 * (1 + fixed.sum() + slope.sum())
+    np.testing.assert_allclose(sum(trunk) + sum(branch), fixed.sum() / rows + slope.sum(), atol=slack)
+    if rows > 1:
+        np.testing.assert_allclose(trunk, slope[0] + np.eye(len(stages))[0] * fixed[0].sum() / rows, atol=slack)
+        np.testing.assert_allclose(branch, slope[1] + np.eye(len(stages))[0] * fixed[1].sum() / rows, atol=slack)
 
 
 @given(st.integers(1, 6), st.data())
 def test_noisy_times_give_costs_whose_sum_is_the_time_up_to_each_exit(exits, data):
-    times = data.draw(st.lists(microseconds, min_size=2 * exits, max_size=2 * exits))
-    names = ["plain", *(f"upto_{n}" for n in range(1, exits + 1)), *(f"alone_{n}" for n in range(2, exits + 1))]
+    names = list(times_of([0.0] * exits, [0.0] * exits))
+    times = data.draw(st.lists(microseconds, min_size=len(names), max_size=len(names)))
     us = dict(zip(names, times, strict=True))
-    cost = ExitCost(*_apart(us, exits))  # which refuses what is negative or not finite
-    upto = np.array([us[f"upto_{n}"] for n in range(1, exits + 1)])
-    reached = upto - np.cumsum(cost.branch_us)
+    upto, leave = (np.array([us[f"{name}_{n}"] for n in range(1, exits + 1)]) for name in ("upto", "leave"))
+    cost = ExitCost(*map(tuple, _apart(us, exits)))  # which refuses what is negative or not finite
     sums = cost.latency_us([True] * exits)
-    assert (sums >= upto - 1e-6 * upto.max()).all()
+    assert (sums >= np.maximum(upto, leave) - 1e-6 * max(times)).all()
+    decided = np.maximum.accumulate(np.maximum(leave - upto, 0.0))
+    reached = upto + decided - np.cumsum(cost.branch_us)
     if (np.diff(reached, prepend=0.0) >= 0).all():  # no trunk segment came out below nothing
-        np.testing.assert_allclose(sums, upto, rtol=1e-9, atol=1e-6)
+        np.testing.assert_allclose(sums, upto + decided, rtol=1e-9, atol=1e-6)
 
 
 # Measuring
@@ -70,26 +88,39 @@ def lenet(monkeypatch):
 
 
 def test_measure_turns_batch_times_into_costs_a_sample(lenet, monkeypatch):
+    """A call of b rows takes 4 us more than b times these."""
     seen = []
     monkeypatch.setattr(Engine, "outputs", lambda self, *inputs: seen.append([i.copy() for i in inputs]))
-    names = ["plain", "upto_1", "upto_2", "alone_2"]
-    us = times_of((10.0, 100.0), (5.0, 1.0))
+    monkeypatch.setattr(Engine, "__call__", lambda self, *inputs: seen.append([i.copy() for i in inputs]))
+    names = ["plain", "upto_1", "upto_2", "alone_2", "leave_1", "leave_2"]
+    us = times_of((10.0, 100.0), (5.0, 1.0), (2.0, 3.0))
 
     def fake(calls, seconds):
-        assert len(calls) == len(names) and seconds == 7.0
+        assert len(calls) == len(names) and seconds == 3.5
         for call in calls:
             call()
-        return [3 * us[name] for name in names]
+        return [4 + len(seen[-1][0]) * us[name] for name in names]
 
     monkeypatch.setattr(module, "interleaved", fake)
     example = grey_images(2)
-    cost = measure(lenet, example, batch_size=3, threads=2, seconds=7.0)
-    trunk, branch = exit_macs(flat_lenet()[1])
-    want = ExitCost((10, 100), (5, 1), trunk, branch, batch_size=3, threads=2)
-    assert [cost.trunk_macs, cost.branch_macs, cost.batch_size, cost.threads] == [trunk, branch, 3, 2]
-    np.testing.assert_allclose([cost.trunk_us, cost.branch_us], [want.trunk_us, want.branch_us])
+    cost = measure(lenet, example, batch_size=8, threads=2, seconds=7.0)
+    macs = exit_macs(flat_lenet()[1])
+    assert [(cost.trunk_macs, cost.branch_macs), cost.batch_size, cost.threads] == [macs, 8, 2]
+    np.testing.assert_allclose([cost.trunk_us, cost.branch_us], [(10 + 4 / 8, 100), (5 + 2, 1 + 3)])
     rows = example.numpy()
-    assert all(len(x) == 1 and np.array_equal(x[0], rows[[0, 1, 0]]) for x in seen) and len(seen) == 4
+    assert len(seen) == 12
+    for n, x in enumerate(seen):
+        np.testing.assert_array_equal(x, [rows[[0, 1] * (4 if n < 6 else 1)]])
+
+
+def test_deployed_graphs_leave_where_their_names_say(tmp_path):
+    _, flat = flat_lenet()
+    x = grey_images(3).numpy()
+    engines = module._leaving(flat, tmp_path, 1, "onnxruntime")
+    assert {name: list(engine(x).exit) for name, engine in engines.items()} == {
+        "leave_1": [1, 1, 1],
+        "leave_2": [2, 2, 2],
+    }
 
 
 @pytest.mark.parametrize("batch", [1, 4])

@@ -189,7 +189,7 @@ def test_bench_and_measure_time_the_static_graphs_in_the_same_engine(lenet, fold
     assert row["engine"] == "openvino" and min(row["static_us"], row["branchy_us"], row["limit_us"]) > 0
     cost = measure(net, images, seconds=0.05, runtime="openvino")
     assert cost.exits == 2 and sum(cost.trunk_us) > 0
-    assert len(opened) == 4 + 4 and set(opened) == {"openvino"}
+    assert len(opened) == 4 + 6 and set(opened) == {"openvino"}
 
 
 @pytest.mark.parametrize("family", [chain, residual])

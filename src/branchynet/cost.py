@@ -20,7 +20,9 @@ from .graph.macs import exit_macs
 from .graph.quantize import calibration_batches, check_quantize, quantized
 from .scores import Score
 from .timing import interleaved
-from .types import ExitCost
+from .types import ExitCost, Floats, Policy
+
+ALWAYS, NEVER = 3e38, -3e38  # thresholds that every score passes, and none
 
 
 def measure(
@@ -37,13 +39,18 @@ def measure(
 ) -> ExitCost:
     """Time every stage of a network in the runtime that will run it, and count its multiply-accumulates.
 
-    Static graphs are timed, interleaved: for every exit, one that computes this exit alone and one that computes all
-    exits up to it, scores included. Their differences give trunk and branches apart; medians are taken.
+    For every exit three graphs are timed, interleaved: one that computes this exit alone, one that computes all exits
+    up to it, scores included, and the network as `export` writes it where all samples leave at that exit. Their
+    differences give trunk and branches apart; what deciding and moving samples take is counted with the branches, so
+    that the trunk adds up to the plain network. Medians are taken.
+
+    A batch is timed at a quarter of its rows too, which tells what a stage takes however few rows reach it. Those fixed
+    parts are counted with the first segment and the first branch: of a batch, some rows nearly always go on.
 
     Args:
         net: a `BranchyNet`, or any network.
         example: inputs, real ones if possible; repeated or cut to `batch_size` rows.
-        batch_size: rows a call.
+        batch_size: rows a call of the deployed file.
         threads: threads within an operator.
         score: counted with each branch.
         seconds: about how long to measure.
@@ -56,7 +63,7 @@ def measure(
 
     Raises:
         InputError: batch_size or threads below 1, an unknown runtime, or calibration batches that do not fit.
-        GraphError: the network cannot be exported or quantised.
+        GraphError: the network cannot be exported, cut or quantised.
         MissingExtraError: OpenVINO is not installed.
     """
     if batch_size < 1:
@@ -66,13 +73,29 @@ def measure(
     trunk_macs, branch_macs = exit_macs(flat)
     if quantize:
         flat = quantized(flat, calibration_batches(calibration, flat))
-    batch = [np.resize(t.numpy(), (batch_size, *t.shape[1:])) for t in tensors_of(example)]
+    sizes = sorted({batch_size, max(1, batch_size // 4)}, reverse=True)
     with tempfile.TemporaryDirectory() as folder:
-        engines = static_engines(flat, Path(folder), threads, runtime=runtime)
-        times = interleaved([lambda e=e: e.outputs(*batch) for e in engines.values()], seconds)
-    us = {name: t / batch_size for name, t in zip(engines, times, strict=True)}
-    trunk, branch = _apart(us, flat.exits)
-    return ExitCost(trunk, branch, trunk_macs, branch_macs, batch_size, threads, fingerprint(net))
+        static = static_engines(flat, Path(folder), threads, runtime=runtime)
+        leaving = _leaving(flat, Path(folder), threads, runtime)
+        calls = {name: engine.outputs for name, engine in static.items()} | leaving
+        found = []
+        for rows in sizes:
+            batch = [np.resize(t.numpy(), (rows, *t.shape[1:])) for t in tensors_of(example)]
+            times = interleaved([lambda c=call, b=batch: c(*b) for call in calls.values()], seconds / len(sizes))
+            found.append(_apart(dict(zip(calls, times, strict=True)), flat.exits))
+    trunk, branch = each_row(found[0], found[-1], sizes[0], sizes[-1])
+    return ExitCost(tuple(trunk), tuple(branch), trunk_macs, branch_macs, batch_size, threads, fingerprint(net))
+
+
+def each_row(whole: Floats, part: Floats, rows: int, fewer: int) -> Floats:
+    """Microseconds a sample from those of calls of `rows` samples and of `fewer`: `(2, N)`, trunk and branches.
+
+    What a stage takes is a fixed part and one in proportion to the samples that reach it. The fixed parts are counted
+    with the first stage, since of several samples one nearly always goes on.
+    """
+    each = whole / rows if rows == fewer else np.clip((whole - part) / (rows - fewer), 0.0, whole / rows)
+    each[:, 0] += (whole / rows - each).sum(axis=1)
+    return each
 
 
 def static_engines(
@@ -105,16 +128,31 @@ def static_engines(
     return engines
 
 
-def _apart(us: dict[str, float], exits: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Trunk segments and branches from the times of the static graphs.
+def _leaving(
+    flat: FlatGraph, folder: Path, threads: int, runtime: Literal["onnxruntime", "openvino"]
+) -> dict[str, Engine]:
+    """``leave_n``: the network as it is deployed, with thresholds by which every sample leaves at exit n."""
+    engines = {}
+    for n in range(1, flat.exits + 1):
+        thresholds = tuple(ALWAYS if k == n else NEVER for k in range(1, flat.exits))
+        path = folder / f"leave_{n}.onnx"
+        ir.save(assemble(flat, Policy(thresholds=thresholds)), path)
+        engines[path.stem] = load(path, threads=threads, runtime=runtime)
+    return engines
+
+
+def _apart(us: dict[str, float], exits: int) -> Floats:
+    """`(2, N)`: trunk segments and branches from the times of the graphs.
 
     With C(n) = time of all exits up to n and A(n) = time of exit n alone, C(n) - A(n) is what the branches before n
-    cost; the trunk up to n is what is left of C(n), so that the sum over all branches gives C(n) back.
+    cost; the trunk up to n is what is left of C(n), so that the sum over all branches gives C(n) back. What the
+    deployed network takes beyond C(n) to leave at exit n is for deciding at the exits up to n, and is added to their
+    branches.
     """
     upto = [us[f"upto_{n}"] for n in range(1, exits + 1)]
     alone = [upto[0], *(us[f"alone_{n}"] for n in range(2, exits + 1))]
     earlier = np.maximum.accumulate([max(0.0, c - a) for c, a in zip(upto, alone, strict=True)])
-    branch = [*np.diff(earlier), max(0.0, alone[-1] - us["plain"])]
+    branch = np.array([*np.diff(earlier), max(0.0, alone[-1] - us["plain"])])
     reached = np.maximum.accumulate(np.maximum(0.0, np.array(upto) - np.cumsum(branch)))
-    trunk = np.diff(reached, prepend=0.0)
-    return tuple(float(t) for t in trunk), tuple(float(b) for b in branch)
+    deciding = np.maximum.accumulate([max(0.0, us[f"leave_{n}"] - c) for n, c in enumerate(upto, 1)])
+    return np.stack([np.diff(reached, prepend=0.0), branch + np.diff(deciding, prepend=0.0)])

@@ -17,9 +17,10 @@ from pathlib import Path
 
 from .bench import bench
 from .choosing import nearest_to
+from .cost import measure
 from .data import ImageData, load_data
 from .decide import evaluate
-from .design import Advice, advise, time_design
+from .design import Advice, advise
 from .errors import FileError, InputError
 from .exit_record import ExitRecord
 from .files import read_json, write_json
@@ -32,6 +33,7 @@ from .types import Policy
 from .zoo import NETWORKS
 
 DISTILL = 0.5
+TIMING_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,7 @@ def _compared(
     static = build_network(replace(base.settings, taps=()), data).backbone
     load_weights(static, _plain(base, "static" if base.settings.static else "baseline"))
     wanted = evaluate(record(static, val, progress=False), Policy()).accuracy - max_drop
-    cost, _ = time_design(net, example_of(data), batch_size=advice.batch_size, threads=advice.threads)
+    cost = measure(net, example_of(data), batch_size=advice.batch_size, threads=advice.threads, seconds=TIMING_S)
     choice, reached = nearest_to(ExitRecord.load(run.path / "record-val.npz"), cost, wanted)
     choice.save(run.path / "choice.json")
     cost.save(run.path / "cost.json")

@@ -26,7 +26,8 @@ class ExitCost:
     """What each stage costs, a sample: the trunk segment up to each exit's tap, and each branch by itself.
 
     Trunk and branches stand apart, so that removing an exit removes its cost. Every tuple has one figure an exit; the
-    last exit's "branch" is only the work that is not the backbone's own (computing its score).
+    last exit's "branch" is only the work that is not the backbone's own (computing its score, and what deciding to go
+    on took).
 
     Attributes:
         trunk_us, branch_us: microseconds a sample, measured in the deployment engine.

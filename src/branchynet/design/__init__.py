@@ -6,6 +6,5 @@ searches for the exits that together take least, and `advising` does it all.
 
 from .advice import Advice
 from .advising import advise
-from .stages import time_design
 
-__all__ = ["Advice", "advise", "time_design"]
+__all__ = ["Advice", "advise"]

@@ -12,17 +12,14 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from ..cost import ALWAYS, NEVER, each_row
 from ..engine.onnx import load
 from ..errors import GraphError
 from ..export import assemble
-from ..graph.flat import FlatGraph, flatten, tensors_of
-from ..net import BranchyNet
-from ..scores import resolve
+from ..graph.flat import FlatGraph, tensors_of
 from ..timing import samples_of
 from ..types import ExitCost, Floats, Policy
-from .forest import Candidate, Forest
-
-_ALWAYS, _NEVER = 1e30, -1.0  # thresholds that every score of ours passes, and none
+from .forest import Forest
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,19 +68,15 @@ class StageTimes:
     def cost(self, chosen: Sequence[int]) -> ExitCost:
         """What a design costs: trunk segments and branches of the candidates at these positions, then the last exit.
 
-        Of a batch, a stage that some rows reach takes a fixed part and one in proportion to them. The fixed parts are
-        counted with the first segment, since of several samples one nearly always stays. Without candidates it is the
-        plain trunk, which needs no score.
+        Of a batch, fixed parts are counted as in `each_row`. Without candidates it is the plain trunk, which needs no
+        score.
         """
         if not len(chosen):
             return ExitCost((self.static_us,), (0.0,), batch_size=self.whole.rows, threads=self.threads)
         taps = [self.taps[i] for i in chosen]
         whole, part = (self._parts(batch, chosen, taps) for batch in (self.whole, self.part))
-        rows, fewer = self.whole.rows, self.part.rows
-        each = whole / rows if rows == fewer else np.clip((whole - part) / (rows - fewer), 0.0, whole / rows)
-        trunk, branch = each
-        trunk[0] += (whole / rows - each).sum()
-        return ExitCost(tuple(trunk), tuple(branch), batch_size=rows, threads=self.threads)
+        trunk, branch = each_row(whole, part, self.whole.rows, self.part.rows)
+        return ExitCost(tuple(trunk), tuple(branch), batch_size=self.whole.rows, threads=self.threads)
 
     @staticmethod
     def _parts(batch: Batch, chosen: Sequence[int], taps: Sequence[int]) -> Floats:
@@ -117,27 +110,6 @@ def time_stages(
     return StageTimes(whole, part, tuple(taps), threads, spread)
 
 
-def time_design(
-    net: BranchyNet,
-    example: Any,
-    *,
-    batch_size: int = 1,
-    threads: int = 1,
-    score: str = "entropy",
-    seconds: float = 10.0,
-) -> tuple[ExitCost, float]:
-    """What the exits of a finished design cost at this moment, and the microseconds a sample of its plain trunk.
-
-    `measure` tells what the parts take; here deciding is counted with them. Arguments are those of `advise`; every
-    branch is one head, of one exit. Raises `InputError` for an unknown score, `GraphError` where the network cannot be
-    exported or cut.
-    """
-    forest = Forest(net, tuple(Candidate(tap, "", 0.0) for tap in net.taps))
-    flat = flatten(net, example, score=resolve(score))
-    times = time_stages(forest, flat, example, batch_size=batch_size, threads=threads, seconds=seconds)
-    return times.cost(range(len(net.taps))), times.static_us
-
-
 def uncuttable(forest: Forest, flat: FlatGraph) -> dict[str, GraphError]:
     """The taps at which the network cannot be cut, each with what stands in the way."""
     faults = {}
@@ -168,8 +140,8 @@ class _Parts:
             if len(here) > 1:
                 outputs[f"all {t}"] = [f"{kind}_{i + 1}" for i in here for kind in ("output", "score")]
             outputs[f"both {t}"] = [f"output_{last}", f"score_{last}", f"score_{here[0] + 1}"]
-            policies[f"leave {t}"] = _policy(forest, here[0], _ALWAYS)
-            policies[f"stay {t}"] = _policy(forest, here[0], _NEVER)
+            policies[f"leave {t}"] = _policy(forest, here[0], ALWAYS)
+            policies[f"stay {t}"] = _policy(forest, here[0], NEVER)
         self.calls = {}
         for k, (name, wanted) in enumerate(outputs.items()):
             ir.save(assemble(flat, None, outputs=wanted), folder / f"{k}.onnx")
