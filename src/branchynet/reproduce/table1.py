@@ -45,6 +45,8 @@ def _point(point: Operating) -> dict[str, Any]:
         "gain": row["speedup"],
         "overhead": row["overhead"],
         "limit_us": row["limit_us"],
+        "limit_in_order_us": row["limit_in_order_us"],
+        "overhead_sorted": row["overhead_sorted"],
         "macs": outcome.mean_macs,
         "thresholds": list(point.policy.thresholds),
         "exit_share": list(outcome.exit_share),
