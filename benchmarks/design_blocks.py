@@ -85,10 +85,10 @@ def predictions():
 def single_exits():
     """Designs of which one exit answers nearly everything."""
     return [
-        f"On {TITLES[row['network']]}, batch {row['batch']}, {row['exit_share'][0]:.1%} leave at the first designed exit, "
-        f"whose accuracy alone is {row['exit_accuracy'][0]:.2%}, the plain network's {row['accuracy_baseline']:.2%}: "
-        "what the designer found there is a better small network, and the stages behind it are only in the way. Take "
-        "that exit alone then."
+        f"On {TITLES[row['network']]}, batch {row['batch']}, {row['exit_share'][0]:.1%} leave at the first designed "
+        f"exit, whose accuracy alone is {row['exit_accuracy'][0]:.2%}, the plain network's "
+        f"{row['accuracy_baseline']:.2%}: what the designer found there is a better small network, and the stages "
+        "behind it are only in the way. Take that exit alone then."
         for row in _rows()
         if row["design"] == "designed" and row["answers"] == "of the exit" and not row["below_points"]
         if row["exit_share"][0] > NEARLY_ALL
