@@ -53,7 +53,7 @@ SCORE = "max_probability"  # of all designs; see docs/scores.md
 SAMPLES, REPEATS = 1024, {"b_resnet110": 5}  # of the others nine; a pass over ResNet-110's graphs takes 20 s
 EXITS = 3  # of the evenly spread
 DESIGNS = ("published", "designed", "even")
-PASSES = {"b_resnet110": 3}  # epochs of candidate heads, where six take too long
+PASSES = {"b_resnet110": 3, "text": 2}  # epochs of candidate heads, where six take too long
 
 
 class Images:
