@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.datasets import load_sample_images
 from torch import nn
 
 from branchynet import Policy, export, load
@@ -239,9 +240,10 @@ def test_other_places_of_the_branches_are_refused():
         b_alexnet(branches="texts")
 
 
-def test_designed_exits_stand_on_the_same_trunk():
+@pytest.mark.parametrize("target", ["latency", "batch"])
+def test_designed_exits_stand_on_the_same_trunk(target):
     torch.manual_seed(0)
-    net, x = b_alexnet().eval(), images(3)
+    net, x = b_alexnet(target=target).eval(), images(3)
     assert net.exits == 3 and net.backbone.state_dict().keys() == alexnet().state_dict().keys()
     assert [o.shape for o in net(x)] == [(3, 10)] * 3
     torch.testing.assert_close(net(x)[-1], net.backbone(x))
@@ -261,6 +263,38 @@ def test_exits_are_designed_for_resnet_110_alone():
         b_resnet(110, branches="publish")
     with pytest.raises(InputError, match=r"target='batch' is none of latency"):
         b_resnet(110, target="batch")
+
+
+@pytest.fixture(scope="module")
+def crops():
+    """Pieces of two photographs at three scales."""
+    pieces = []
+    for photograph in load_sample_images().images:
+        image = torch.tensor(photograph).permute(2, 0, 1).float() / 255
+        for scale in (1, 2, 4):
+            windows = F.avg_pool2d(image, scale).unfold(1, 32, 24).unfold(2, 32, 24)
+            found = windows.permute(1, 2, 0, 3, 4).reshape(-1, 3, 32, 32)
+            pieces.append(found[:: max(1, len(found) // 60)])
+    return torch.cat(pieces)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        b_alexnet,
+        functools.partial(b_alexnet, target="batch"),
+        functools.partial(b_alexnet, branches="text"),
+        functools.partial(b_resnet, 110),
+        functools.partial(b_resnet, 110, branches="published"),
+    ],
+)
+def test_exits_with_shipped_weights_name_the_same_things(make, crops):
+    """They see photographs unlike those they learned from; exits with weights of another network would not agree."""
+    with torch.no_grad():
+        *early, last = (output.argmax(dim=1) for output in make(pretrained=True).eval()(crops))
+    for labels in early:
+        often, often_last = (torch.bincount(found, minlength=10) / len(crops) for found in (labels, last))
+        assert (labels == last).float().mean() > often @ often_last + 0.15
 
 
 def test_other_windows_are_refused():

@@ -85,7 +85,10 @@ _TAPS = {1: ("block1", 32, 16), 2: ("block2", 64, 8), 3: ("relu3", 96, 8)}
 
 
 # Where `advise` put exits, by target; see benchmarks/design.py.
-_DESIGNS = {"latency": {"block1": "conv-64-64-128", "conv4": "hidden-64"}}
+_DESIGNS = {
+    "latency": {"block1": "conv-64-64-128", "conv4": "hidden-64"},
+    "batch": {"input": "conv-32-64", "block1": "conv-64-64-128"},
+}
 
 
 def b_alexnet(
@@ -100,7 +103,7 @@ def b_alexnet(
         num_classes: outputs.
         branches: ``"designed"``; or where the paper's sit, on which the sources disagree: ``"text"`` after convolutions
             1 and 2, ``"figure"`` (Figure 1) after 1 and 3, ``"code"`` after 2 and 3.
-        target: what the design is for: ``"latency"``, one sample a call.
+        target: what the design is for: ``"latency"``, one sample a call, or ``"batch"``, 64.
         pretrained: with the weights shipped for CIFAR-10.
 
     Raises:
