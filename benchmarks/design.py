@@ -233,15 +233,15 @@ def train(task, ship, only):
 
 def judge(task, only):
     """Measure designs, and write their rows anew."""
-    kept = read_json(RESULTS)["rows"] if RESULTS.exists() else []
-    kept = [row for row in kept if row["network"] != task.name or row["design"] not in only]
     found = []
     for row in rows_of(task, only):
         if row not in found:
             found.append(row)
-        rows = [*kept, *found]
+        # Read each time: another network may be judged meanwhile.
+        kept = read_json(RESULTS)["rows"] if RESULTS.exists() else []
+        kept = [r for r in kept if r["network"] != task.name or r["design"] not in only]
         command = "python benchmarks/design.py NETWORK"
-        write_json(RESULTS, {"command": command, "environment": environment(), "rows": rows})
+        write_json(RESULTS, {"command": command, "environment": environment(), "rows": [*kept, *found]})
         print(json.dumps(row), flush=True)
 
 

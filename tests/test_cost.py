@@ -96,10 +96,10 @@ def test_measure_turns_batch_times_into_costs_a_sample(lenet, monkeypatch):
     us = times_of((10.0, 100.0), (5.0, 1.0), (2.0, 3.0))
 
     def fake(calls, seconds):
-        assert len(calls) == len(names) and seconds == 3.5
+        assert len(calls) == 2 * len(names) and seconds == 7.0
         for call in calls:
             call()
-        return [4 + len(seen[-1][0]) * us[name] for name in names]
+        return [4 + rows * us[name] for rows in (8, 2) for name in names]
 
     monkeypatch.setattr(module, "interleaved", fake)
     example = grey_images(2)

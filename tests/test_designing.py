@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from branchynet import Choice, ExitRecord, Policy, cli, evaluate, load
+from branchynet import Choice, ExitCost, ExitRecord, Policy, cli, evaluate, load
 from branchynet.data import load_data
 from branchynet.design import Advice
 from branchynet.designing import design_run
@@ -62,6 +62,8 @@ def test_the_comparison_tells_what_the_files_hold(base, designed):
     assert comparison.accuracy_baseline == plain
     choice, prediction = Choice.load(folder / "choice.json"), json.loads((folder / "prediction.json").read_text())
     assert comparison.predicted_us == prediction["us"] == choice.outcome.mean_us
+    plain_us = sum(ExitCost.load(folder / "cost.json").trunk_us)
+    assert comparison.predicted_speedup == prediction["speedup"] == plain_us / prediction["us"]
     assert (folder / "prediction.json").stat().st_mtime_ns < (folder / "model.onnx").stat().st_mtime_ns
     (row,) = json.loads((folder / "bench.json").read_text())["rows"]
     assert (comparison.measured_us, comparison.static_us) == (row["branchy_us"], row["static_us"])

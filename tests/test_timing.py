@@ -4,9 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from branchynet import timing
-from branchynet.timing import in_turns, interleaved
+from branchynet.timing import at_one_pace, in_turns, interleaved
 
 
 class Clock:
@@ -48,6 +50,20 @@ def test_short_calls_are_timed_warm(monkeypatch):
     clock.log.clear()
     assert interleaved(calls, seconds=0.0) == pytest.approx([0.015e6, 0.002e6])
     assert clock.names == ["a", "b", *(["a"] * 5 + ["b"] * 5) * 5]
+
+
+@given(st.lists(st.floats(1, 100), min_size=1, max_size=4), st.lists(st.floats(0.5, 2), min_size=1, max_size=9))
+def test_a_pace_that_all_share_leaves_no_trace(true, paces):
+    """However the machine's pace changes from turn to turn, ratios are those of the calls."""
+    found = at_one_pace(np.outer(true, paces).tolist())
+    np.testing.assert_allclose(found, np.outer(true, np.full(len(paces), np.median(paces))))
+
+
+def test_what_happens_to_one_call_in_one_turn_leaves_the_others_alone():
+    times = np.outer([3.0, 5.0, 7.0], np.ones(9))
+    times[1, 4] = 1000.0
+    np.testing.assert_allclose(np.median(at_one_pace(times), axis=1), [3.0, 5.0, 7.0])
+    np.testing.assert_allclose(at_one_pace(times)[[0, 2]], times[[0, 2]])
 
 
 @pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 5), (3.0, 10)])

@@ -78,11 +78,10 @@ def measure(
         static = static_engines(flat, Path(folder), threads, runtime=runtime)
         leaving = _leaving(flat, Path(folder), threads, runtime)
         calls = {name: engine.outputs for name, engine in static.items()} | leaving
-        found = []
-        for rows in sizes:
-            batch = [np.resize(t.numpy(), (rows, *t.shape[1:])) for t in tensors_of(example)]
-            times = interleaved([lambda c=call, b=batch: c(*b) for call in calls.values()], seconds / len(sizes))
-            found.append(_apart(dict(zip(calls, times, strict=True)), flat.exits))
+        inputs = tensors_of(example)
+        batches = [[np.resize(t.numpy(), (rows, *t.shape[1:])) for t in inputs] for rows in sizes]
+        times = interleaved([lambda c=call, b=batch: c(*b) for batch in batches for call in calls.values()], seconds)
+    found = [_apart(dict(zip(calls, us, strict=True)), flat.exits) for us in np.split(np.array(times), len(sizes))]
     trunk, branch = each_row(found[0], found[-1], sizes[0], sizes[-1])
     return ExitCost(tuple(trunk), tuple(branch), trunk_macs, branch_macs, batch_size, threads, fingerprint(net))
 

@@ -44,7 +44,8 @@ class Comparison:
         network, batch, threads: what was designed for.
         taps, heads: of the early exits.
         advised_us: predicted microseconds a sample with heads on the frozen network.
-        predicted_us: predicted from the trained design's answers on validation; before it was timed.
+        predicted_us, predicted_speedup: from the trained design's answers on validation, before it was timed; the
+            second beside the plain network of that moment, so that it holds where the machine's pace has changed.
         measured_us, static_us, limit_us: timed together, everything inside the clock.
         accuracy, accuracy_baseline: on test: with exits, and of the network without, trained for as long.
         reached: whether thresholds of the network's own validation accuracy were found; else the most accurate ones
@@ -58,6 +59,7 @@ class Comparison:
     heads: tuple[str, ...]
     advised_us: float
     predicted_us: float
+    predicted_speedup: float
     measured_us: float
     static_us: float
     limit_us: float
@@ -81,8 +83,9 @@ class Comparison:
         held = "" if self.reached else " (its validation accuracy was not reached; these are the best thresholds)"
         return (
             f"measured {self.measured_us:.1f} us a sample, {self.error:+.0%} beside the predicted "
-            f"{self.predicted_us:.1f}; {self.speedup:.2f}x faster than {self.static_us:.1f} without exits; test "
-            f"accuracy {self.accuracy:.2%}, without exits {self.accuracy_baseline:.2%}{held}"
+            f"{self.predicted_us:.1f}; {self.speedup:.2f}x faster than {self.static_us:.1f} without exits, predicted "
+            f"{self.predicted_speedup:.2f}x; test accuracy {self.accuracy:.2%}, without exits "
+            f"{self.accuracy_baseline:.2%}{held}"
         )
 
 
@@ -192,7 +195,13 @@ def _compared(
     choice, reached = nearest_to(ExitRecord.load(run.path / "record-val.npz"), cost, wanted)
     choice.save(run.path / "choice.json")
     cost.save(run.path / "cost.json")
-    predicted = {"us": choice.outcome.mean_us, "advised_us": advice.design.us, "val_accuracy": choice.outcome.accuracy}
+    assert choice.outcome.mean_us is not None
+    predicted = {
+        "us": choice.outcome.mean_us,
+        "speedup": sum(cost.trunk_us) / choice.outcome.mean_us,
+        "advised_us": advice.design.us,
+        "val_accuracy": choice.outcome.accuracy,
+    }
     write_json(run.path / "prediction.json", predicted)
     model = export_run(run, batch=1 if advice.batch_size == 1 else "dynamic")
     plain = evaluate(ExitRecord.load(run.path / "record-static.npz"), Policy()).accuracy
@@ -216,6 +225,7 @@ def _compared(
         heads=advice.design.heads,
         advised_us=advice.design.us,
         predicted_us=predicted["us"],
+        predicted_speedup=predicted["speedup"],
         measured_us=row["branchy_us"],
         static_us=row["static_us"],
         limit_us=row["limit_us"],

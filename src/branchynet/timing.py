@@ -1,10 +1,14 @@
 """Timing several things side by side, so that a slow moment of the machine hits them all alike."""
 
-import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
 
 _LONG = 0.05  # seconds
 _CALLS = 4
@@ -12,11 +16,11 @@ _CALLS = 4
 
 def interleaved(calls: Sequence[Callable[[], Any]], seconds: float, *, rounds: int = 400) -> list[float]:
     """Median microseconds of each call, taken in turns: once to warm its weights up, then a few times by the clock."""
-    return [statistics.median(times) for times in samples_of(calls, seconds, rounds=rounds)]
+    return [float(us) for us in np.median(samples_of(calls, seconds, rounds=rounds), axis=1)]
 
 
-def samples_of(calls: Sequence[Callable[[], Any]], seconds: float, *, rounds: int = 400) -> list[list[float]]:
-    """Microseconds of each call, one figure a turn: at least 5, and as many as fit into `seconds`."""
+def samples_of(calls: Sequence[Callable[[], Any]], seconds: float, *, rounds: int = 400) -> Floats:
+    """Microseconds of each call, `(calls, turns)`: at least 5 turns, and as many as fit into `seconds`, at one pace."""
     times: list[list[float]] = [[] for _ in calls]
     for call in calls:
         call()
@@ -32,7 +36,19 @@ def samples_of(calls: Sequence[Callable[[], Any]], seconds: float, *, rounds: in
                     call()
                 once = (time.perf_counter() - start) / _CALLS
             taken.append(once * 1e6)
-    return times
+    return at_one_pace(times)
+
+
+def at_one_pace(times: Sequence[Sequence[float]]) -> Floats:
+    """Times `(calls, turns)` with what slows a turn down for all calls taken out: the machine's clock, and neighbours.
+
+    A turn's pace is the median, over calls, of its time beside the call's own median. On a shared machine the pace
+    changes by a third from one second to the next, for minutes; medians of calls alone may then lie at different paces,
+    and their ratios and differences say nothing.
+    """
+    taken = np.array(times, np.float64)
+    beside = taken / np.maximum(np.median(taken, axis=1, keepdims=True), 1e-9)
+    return taken / np.maximum(np.median(beside, axis=0), 1e-9)
 
 
 def in_turns(
@@ -40,7 +56,7 @@ def in_turns(
     batches: Sequence[Sequence[Any]],
     repeats: int,
 ) -> dict[str, float]:
-    """Median microseconds a sample of passes over all batches, for each name; names take turns every 64 samples.
+    """Median microseconds a sample of passes over all batches, at one pace; names take turns every 64 samples.
 
     Who has its turn finds its weights cold, so turns of few calls would tell of that alone. Who goes first finds the
     inputs cold and what it computes with evicted, so that turn goes round too.
@@ -69,4 +85,6 @@ def in_turns(
         if repeat:
             for name, seconds in total.items():
                 passes[name].append(seconds * 1e6 / samples)
-    return {name: statistics.median(times) for name, times in passes.items()}
+    return {
+        name: float(us) for name, us in zip(passes, np.median(at_one_pace([*passes.values()]), axis=1), strict=True)
+    }

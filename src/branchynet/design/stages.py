@@ -51,7 +51,7 @@ class StageTimes:
         part: at a quarter of it; the same as `whole` for one sample a call.
         taps: `(K,)` the position of each candidate's tap.
         threads: threads within an operator.
-        spread: relative spread of a median, as the turns of the clock differ.
+        spread: relative spread of a median, as the turns differ.
     """
 
     whole: Batch
@@ -105,9 +105,8 @@ def time_stages(
     taps = [forest.net.taps.index(c.tap) for c in forest.candidates]
     with tempfile.TemporaryDirectory() as folder:
         parts = _Parts(flat, forest, Path(folder), threads)
-        found = [parts.timed(tensors_of(example), rows, seconds / len(sizes)) for rows in sizes]
-    (whole, spread), (part, _) = found[0], found[-1]
-    return StageTimes(whole, part, tuple(taps), threads, spread)
+        found, spread = parts.timed(tensors_of(example), sizes, seconds)
+    return StageTimes(found[0], found[-1], tuple(taps), threads, spread)
 
 
 def uncuttable(forest: Forest, flat: FlatGraph) -> dict[str, GraphError]:
@@ -150,12 +149,21 @@ class _Parts:
             ir.save(assemble(flat, policy), folder / f"exits-{k}.onnx")
             self.calls[name] = load(folder / f"exits-{k}.onnx", threads=threads)
 
-    def timed(self, example: Sequence[Any], rows: int, seconds: float) -> tuple[Batch, float]:
-        """Times at a batch size, and their relative spread."""
-        batch = [np.resize(t.numpy(), (rows, *t.shape[1:])) for t in example]
-        taken = samples_of([lambda call=call: call(*batch) for call in self.calls.values()], seconds)
-        us = {name: float(np.median(times)) for name, times in zip(self.calls, taken, strict=True)}
-        spread = [np.subtract(*np.quantile(t, (0.75, 0.25))) / np.median(t) / np.sqrt(len(t)) for t in taken]
+    def timed(self, example: Sequence[Any], sizes: Sequence[int], seconds: float) -> tuple[list[Batch], float]:
+        """Times at each batch size, all in turns, and the relative spread of a median."""
+        batches = [[np.resize(t.numpy(), (rows, *t.shape[1:])) for t in example] for rows in sizes]
+        taken = samples_of(
+            [lambda c=call, b=batch: c(*b) for batch in batches for call in self.calls.values()], seconds
+        )
+        us = np.median(taken, axis=1)
+        between = np.subtract(*np.quantile(taken, (0.75, 0.25), axis=1)) / us / np.sqrt(taken.shape[1])
+        found = [
+            self._batch(rows, {name: float(t) for name, t in zip(self.calls, part, strict=True)})
+            for rows, part in zip(sizes, np.split(us, len(sizes)), strict=True)
+        ]
+        return found, float(np.median(between))
+
+    def _batch(self, rows: int, us: dict[str, float]) -> Batch:
         forest = self.forest
         head, reach = np.zeros(len(forest.candidates)), np.zeros(len(forest.net.taps) + 1)
         leave, stay = np.zeros(len(forest.net.taps)), np.zeros(len(forest.net.taps))
@@ -173,4 +181,4 @@ class _Parts:
             stay[t] = max(0.0, us[f"stay {t}"] - us[f"both {t}"])
         reach[-1] = us["last"]
         reach = np.minimum(np.maximum.accumulate(reach), reach[-1])
-        return Batch(rows, reach, us["plain"], head, leave, stay), float(np.median(spread))
+        return Batch(rows, reach, us["plain"], head, leave, stay)
