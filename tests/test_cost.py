@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from branchynet.averaging import averaged
 from branchynet.cost import _apart, each_row, measure, static_engines
 from branchynet.engine.onnx import Engine
 from branchynet.errors import InputError
@@ -99,18 +100,41 @@ def test_measure_turns_batch_times_into_costs_a_sample(lenet, monkeypatch):
         assert len(calls) == 2 * len(names) and seconds == 7.0
         for call in calls:
             call()
-        return [4 + rows * us[name] for rows in (8, 2) for name in names]
+        return [4 + rows * us[name] for rows in (32, 2) for name in names]
 
     monkeypatch.setattr(module, "interleaved", fake)
     example = grey_images(2)
-    cost = measure(lenet, example, batch_size=8, threads=2, seconds=7.0)
+    cost = measure(lenet, example, batch_size=32, threads=2, seconds=7.0)
     macs = exit_macs(flat_lenet()[1])
-    assert [(cost.trunk_macs, cost.branch_macs), cost.batch_size, cost.threads] == [macs, 8, 2]
-    np.testing.assert_allclose([cost.trunk_us, cost.branch_us], [(10 + 4 / 8, 100), (5 + 2, 1 + 3)])
+    assert [(cost.trunk_macs, cost.branch_macs), cost.batch_size, cost.threads] == [
+        macs,
+        32,
+        2,
+    ] and cost.plain_us == 110 + 4 / 32
+    np.testing.assert_allclose([cost.trunk_us, cost.branch_us], [(10 + 4 / 32, 100), (5 + 2, 1 + 3)])
     rows = example.numpy()
     assert len(seen) == 12
     for n, x in enumerate(seen):
-        np.testing.assert_array_equal(x, [rows[[0, 1] * (4 if n < 6 else 1)]])
+        np.testing.assert_array_equal(x, [rows[[0, 1] * (16 if n < 6 else 1)]])
+
+
+def test_of_averaged_answers_the_plain_network_is_the_backbone_alone(monkeypatch):
+    net, _ = flat_lenet()
+    made = {}
+
+    def spied(flat, *args, plain, **options):
+        assert [node.op_type for node in plain.model.graph].count("Conv") == 3  # the fourth is the branch's
+        made.update(static_engines(flat, *args, plain=plain, **options))
+        return made
+
+    monkeypatch.setattr(module, "static_engines", spied)
+    cost = measure(averaged(net), grey_images(2), seconds=0.1)
+    assert made.keys() == {"plain", "last", "upto_1", "upto_2", "alone_2"}
+    assert 0 < cost.plain_us and cost.exits == 2
+    x = grey_images(1)
+    with torch.no_grad():
+        np.testing.assert_allclose(made["plain"].outputs(x.numpy())[1], net.backbone(x).numpy(), atol=1e-5)
+        np.testing.assert_allclose(made["last"].outputs(x.numpy())[1], averaged(net)(x)[-1].numpy(), atol=1e-5)
 
 
 def test_deployed_graphs_leave_where_their_names_say(tmp_path):

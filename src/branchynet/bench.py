@@ -21,7 +21,7 @@ from .fingerprint import fingerprint
 from .graph.flat import flatten, tensors_of
 from .graph.quantize import calibration_batches, quantized
 from .meta import FittedScore
-from .net import BranchyNet, count_exits, few
+from .net import count_exits, few, plain_of
 from .record import Loss
 from .scores import SCORES, Score
 from .timing import in_turns
@@ -126,8 +126,10 @@ def bench(
     flat = flatten(net, few(inputs), score=function, dynamic=dynamic)
     if int8:
         flat = quantized(flat, calibration_batches(calibration, flat))
-    plain = flatten(_plain(net), few(inputs), dynamic=dynamic)
-    if int8:
+    # The last exit of averaged answers holds branches too.
+    alone = plain_of(net)
+    plain = None if alone is net else flatten(alone, few(inputs), dynamic=dynamic)
+    if int8 and plain is not None:
         plain = quantized(plain, calibration_batches(calibration, plain))
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -161,15 +163,6 @@ def bench(
                 }
             )
     return rows
-
-
-def _plain(net: nn.Module) -> nn.Module:
-    """The network without branches: the last exit's graph may hold them, as where answers are averaged."""
-    if not isinstance(net, BranchyNet):
-        return net
-    plain = BranchyNet(net.backbone, {}, output=net.output)
-    plain.training = net.training
-    return plain
 
 
 def _score(engine: Engine, score: Score | None, path: str | os.PathLike[str]) -> Score:

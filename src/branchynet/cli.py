@@ -267,6 +267,8 @@ def print_choice(choice: Any, cost: Any) -> None:
         f"a sample costs {outcome.mean_us:.1f} us in the mean, {outcome.p95_us:.1f} us at the 95th percentile, "
         f"{outcome.worst_us:.1f} us at worst"
     )
+    if cost.plain_us is not None:
+        out.print(f"without exits {cost.plain_us:.1f} us: {cost.plain_us / outcome.mean_us:.2f}x")
     if choice.promise is not None:
         out.print(str(choice.promise))
     elif {"max_drop", "min_accuracy", "max_disagreement"} & choice.constraint.keys():

@@ -18,10 +18,12 @@ from .fingerprint import fingerprint
 from .graph.flat import FlatGraph, flatten, tensors_of
 from .graph.macs import exit_macs
 from .graph.quantize import calibration_batches, check_quantize, quantized
+from .net import plain_of
 from .scores import Score
 from .timing import interleaved
 from .types import ExitCost, Floats, Policy
 
+_FEWER = 16  # of so many rows one, to tell a stage's fixed part: few rows reach the later stages
 ALWAYS, NEVER = 3e38, -3e38  # thresholds that every score passes, and none
 
 
@@ -42,10 +44,10 @@ def measure(
     For every exit three graphs are timed, interleaved: one that computes this exit alone, one that computes all exits
     up to it, scores included, and the network as `export` writes it where all samples leave at that exit. Their
     differences give trunk and branches apart; what deciding and moving samples take is counted with the branches, so
-    that the trunk adds up to the plain network. Medians are taken.
+    that the trunk adds up to the plain network (of averaged answers to all that the last one reads). Medians are taken.
 
-    A batch is timed at a quarter of its rows too, which tells what a stage takes however few rows reach it. Those fixed
-    parts are counted with the first segment and the first branch: of a batch, some rows nearly always go on.
+    A batch is timed at a sixteenth of its rows too, which tells what a stage takes however few rows reach it. Those
+    fixed parts are counted with the first segment and the first branch: of a batch, some rows nearly always go on.
 
     Args:
         net: a `BranchyNet`, or any network.
@@ -71,19 +73,37 @@ def measure(
     check_quantize(quantize, calibration)
     flat = flatten(net, example, score=scores.resolve(score))
     trunk_macs, branch_macs = exit_macs(flat)
+    alone = plain_of(net)
+    plain = None if alone is net else flatten(alone, example)
     if quantize:
         flat = quantized(flat, calibration_batches(calibration, flat))
-    sizes = sorted({batch_size, max(1, batch_size // 4)}, reverse=True)
+        plain = plain and quantized(plain, calibration_batches(calibration, plain))
+    sizes = two_sizes(batch_size)
     with tempfile.TemporaryDirectory() as folder:
-        static = static_engines(flat, Path(folder), threads, runtime=runtime)
+        static = static_engines(flat, Path(folder), threads, plain=plain, runtime=runtime)
         leaving = _leaving(flat, Path(folder), threads, runtime)
         calls = {name: engine.outputs for name, engine in static.items()} | leaving
         inputs = tensors_of(example)
         batches = [[np.resize(t.numpy(), (rows, *t.shape[1:])) for t in inputs] for rows in sizes]
         times = interleaved([lambda c=call, b=batch: c(*b) for batch in batches for call in calls.values()], seconds)
-    found = [_apart(dict(zip(calls, us, strict=True)), flat.exits) for us in np.split(np.array(times), len(sizes))]
-    trunk, branch = each_row(found[0], found[-1], sizes[0], sizes[-1])
-    return ExitCost(tuple(trunk), tuple(branch), trunk_macs, branch_macs, batch_size, threads, fingerprint(net))
+    us = [dict(zip(calls, part, strict=True)) for part in np.split(np.array(times), len(sizes))]
+    whole, part = (_apart(us[k], flat.exits) for k in (0, -1))
+    trunk, branch = each_row(whole, part, sizes[0], sizes[-1])
+    return ExitCost(
+        tuple(trunk),
+        tuple(branch),
+        trunk_macs,
+        branch_macs,
+        batch_size,
+        threads,
+        fingerprint(net),
+        plain_us=float(us[0]["plain"]) / batch_size,
+    )
+
+
+def two_sizes(batch_size: int) -> list[int]:
+    """The batch sizes that `each_row` needs, the larger first; one alone for one sample a call."""
+    return sorted({batch_size, max(1, batch_size // _FEWER)}, reverse=True)
 
 
 def each_row(whole: Floats, part: Floats, rows: int, fewer: int) -> Floats:
@@ -110,18 +130,19 @@ def static_engines(
     """Engines of static graphs, by name.
 
     ``plain`` is the last exit of the graph `plain`, or of `flat`, without its score; ``upto_n`` all enabled exits up to
-    n with their scores; ``alone_n`` exit n with its score.
+    n with their scores; ``alone_n`` exit n with its score, and ``last`` the last one without, where ``plain`` is not.
     """
-    plain = plain or flat
     exits = enabled or range(1, flat.exits + 1)
-    wanted = {"plain": [f"output_{plain.exits}"]}
+    wanted = {"plain": [f"output_{(plain or flat).exits}"]}
+    if alone and plain:
+        wanted["last"] = [f"output_{flat.exits}"]
     for n in exits:
         wanted[f"upto_{n}"] = [f"output_{n}", *(f"score_{k}" for k in exits if k <= n)]
         if alone and n > 1:
             wanted[f"alone_{n}"] = [f"output_{n}", f"score_{n}"]
     engines = {}
     for name, outputs in wanted.items():
-        graph = plain if name == "plain" else flat
+        graph = plain if plain and name == "plain" else flat
         ir.save(assemble(graph, None, outputs=outputs), folder / f"{name}.onnx")
         engines[name] = load(folder / f"{name}.onnx", threads=threads, runtime=runtime)
     return engines
@@ -151,7 +172,7 @@ def _apart(us: dict[str, float], exits: int) -> Floats:
     upto = [us[f"upto_{n}"] for n in range(1, exits + 1)]
     alone = [upto[0], *(us[f"alone_{n}"] for n in range(2, exits + 1))]
     earlier = np.maximum.accumulate([max(0.0, c - a) for c, a in zip(upto, alone, strict=True)])
-    branch = np.array([*np.diff(earlier), max(0.0, alone[-1] - us["plain"])])
+    branch = np.array([*np.diff(earlier), max(0.0, alone[-1] - us.get("last", us["plain"]))])
     reached = np.maximum.accumulate(np.maximum(0.0, np.array(upto) - np.cumsum(branch)))
     deciding = np.maximum.accumulate([max(0.0, us[f"leave_{n}"] - c) for n, c in enumerate(upto, 1)])
     return np.stack([np.diff(reached, prepend=0.0), branch + np.diff(deciding, prepend=0.0)])

@@ -195,10 +195,10 @@ def _compared(
     choice, reached = nearest_to(ExitRecord.load(run.path / "record-val.npz"), cost, wanted)
     choice.save(run.path / "choice.json")
     cost.save(run.path / "cost.json")
-    assert choice.outcome.mean_us is not None
+    assert choice.outcome.mean_us is not None and cost.plain_us is not None
     predicted = {
         "us": choice.outcome.mean_us,
-        "speedup": sum(cost.trunk_us) / choice.outcome.mean_us,
+        "speedup": cost.plain_us / choice.outcome.mean_us,
         "advised_us": advice.design.us,
         "val_accuracy": choice.outcome.accuracy,
     }

@@ -115,6 +115,15 @@ class BranchyNet(nn.Module):
         return any(getattr(module, "inplace", False) for module in self.backbone.modules())
 
 
+def plain_of(net: nn.Module) -> nn.Module:
+    """The network alone, in the same mode; `net` itself where its last exit is what its backbone answers."""
+    if not isinstance(net, BranchyNet) or type(net).forward is BranchyNet.forward:
+        return net
+    plain = BranchyNet(net.backbone, {}, output=net.output)
+    plain.training = net.training
+    return plain
+
+
 def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """`(args, kwargs)` of a forward call from a tensor, a tuple of arguments, or a dict of keyword arguments."""
     if isinstance(example, Mapping):

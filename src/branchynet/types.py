@@ -34,6 +34,7 @@ class ExitCost:
         trunk_macs, branch_macs: multiply-accumulates a sample.
         batch_size, threads: how the times were taken.
         network: the `fingerprint` of the network that was measured, where known.
+        plain_us: microseconds a sample of the backbone alone, timed with the others; None where unknown.
     """
 
     trunk_us: tuple[float, ...]
@@ -43,6 +44,7 @@ class ExitCost:
     batch_size: int = 1
     threads: int = 1
     network: str | None = None
+    plain_us: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("trunk_us", "branch_us", "trunk_macs", "branch_macs"):

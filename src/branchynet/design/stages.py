@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ..cost import ALWAYS, NEVER, each_row
+from ..cost import ALWAYS, NEVER, each_row, two_sizes
 from ..engine.onnx import load
 from ..errors import GraphError
 from ..export import assemble
@@ -44,11 +44,11 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class StageTimes:
-    """Times at a batch size and, for a batch of several, at a quarter of it, from which stages of fewer rows follow.
+    """Times at a batch size and, for a batch of several, at a part of it, from which stages of fewer rows follow.
 
     Attributes:
         whole: at the batch size asked for.
-        part: at a quarter of it; the same as `whole` for one sample a call.
+        part: at the smaller of `two_sizes`; the same as `whole` for one sample a call.
         taps: `(K,)` the position of each candidate's tap.
         threads: threads within an operator.
         spread: relative spread of a median, as the turns differ.
@@ -101,7 +101,7 @@ def time_stages(
         threads: threads within an operator.
         seconds: about how long to measure.
     """
-    sizes = sorted({batch_size, max(1, batch_size // 4)}, reverse=True)
+    sizes = two_sizes(batch_size)
     taps = [forest.net.taps.index(c.tap) for c in forest.candidates]
     with tempfile.TemporaryDirectory() as folder:
         parts = _Parts(flat, forest, Path(folder), threads)

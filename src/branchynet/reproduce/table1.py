@@ -26,7 +26,7 @@ def rows(found: Measured) -> dict[str, Any]:
         },
         "branchy": [_point(point) for point in found.points],
         "exit_accuracy": [float(a) for a in 1 - found.test.losses.mean(axis=0)],
-        "oracle_gain": float(sum(cost.trunk_us) / each[first_right(found.test.losses)].mean()),
+        "oracle_gain": float(cost.plain_us / each[first_right(found.test.losses)].mean()),
         "smaller": [{"network": s.name, "accuracy": s.accuracy, "us": s.us} for s in found.smaller],
         "published": {**vars(published), "cpu_gain": published.cpu_gain},
     }  # fmt: skip
