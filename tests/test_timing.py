@@ -73,19 +73,20 @@ def test_measuring_ends_in_time_but_not_before_five_rounds(monkeypatch, seconds,
     assert clock.names == ["a", "b"] * (rounds + 1)
 
 
-def test_passes_go_over_all_batches_in_turns_and_the_first_does_not_count(monkeypatch):
+@pytest.mark.parametrize("size", [16, 32])  # 64 samples are four calls; or two, which are too few for a turn
+def test_passes_go_over_all_batches_in_turns_and_the_first_does_not_count(size, monkeypatch):
     clock = Clock(monkeypatch)
     slow, fast = clock.call("slow", [9.0] * 5 + [0.2] * 10), clock.call("fast", [0.1])
-    batches = [(np.full(32, n),) for n in range(5)]  # a turn of 64 samples is two calls
+    batches = [(np.full(size, n),) for n in range(5)]
     found = in_turns({"slow": slow, "fast": [fast] * 5}, batches, repeats=2)
-    assert found == pytest.approx({"slow": 1e6 / 160, "fast": 0.5e6 / 160})
+    assert found == pytest.approx({"slow": 1e6 / (5 * size), "fast": 0.5e6 / (5 * size)})
     assert len(clock.log) == 2 * 5 * 3
     for name in ("slow", "fast"):
         assert [int(entry[1][0]) for entry in clock.log if entry[0] == name] == [0, 1, 2, 3, 4] * 3
     one = clock.names[:10]
     assert one in (
-        ["fast"] * 2 + ["slow"] * 4 + ["fast"] * 3 + ["slow"],
-        ["slow"] * 2 + ["fast"] * 4 + ["slow"] * 3 + ["fast"],
+        ["fast"] * 4 + ["slow"] * 5 + ["fast"],
+        ["slow"] * 4 + ["fast"] * 5 + ["slow"],
     )
     with pytest.raises(ValueError, match="zip"):
         in_turns({"few": [fast] * 4}, batches, repeats=1)

@@ -56,10 +56,11 @@ def in_turns(
     batches: Sequence[Sequence[Any]],
     repeats: int,
 ) -> dict[str, float]:
-    """Median microseconds a sample of passes over all batches, at one pace; names take turns every 64 samples.
+    """Median microseconds a sample of passes over all batches, at one pace; names take turns.
 
-    Who has its turn finds its weights cold, so turns of few calls would tell of that alone. Who goes first finds the
-    inputs cold and what it computes with evicted, so that turn goes round too.
+    A turn is 64 samples, and four calls at least. Who has its turn finds its weights cold, so turns of few calls would
+    tell of that alone. Who goes first finds the inputs cold and what it computes with evicted, so that turn goes round
+    too.
 
     Args:
         calls: for each name, what to call for every batch; or a sequence, one a batch.
@@ -68,7 +69,7 @@ def in_turns(
     """
     each = {name: [call] * len(batches) if callable(call) else call for name, call in calls.items()}
     samples = sum(len(batch[0]) for batch in batches)
-    turn = max(1, 64 * len(batches) // samples)
+    turn = max(_CALLS, 64 * len(batches) // samples)
     passes: dict[str, list[float]] = {name: [] for name in each}
     order = deque(each)
     for repeat in range(repeats + 1):
