@@ -114,6 +114,8 @@ def test_choose_promises_and_takes_a_score(run, tmp_path, monkeypatch, capsys):
     assert "With 90 % confidence, accuracy is at most 5.00 points below the last exit's" in told
     choice = Choice.load(copy / "choice.json")
     assert choice.policy.score == "margin" and str(choice.promise) in told
+    plain_us = ExitCost.load(copy / "cost-margin.json").plain_us
+    assert f"{plain_us / choice.outcome.mean_us:.2f}x the speed of the network without exits" in told
     assert call(monkeypatch, "choose", copy, "--max-drop", 0.001) == 1
     assert "needs at least 5990 samples" in " ".join(capsys.readouterr().err.split())
     assert Choice.load(copy / "choice.json") == choice

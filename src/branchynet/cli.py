@@ -268,7 +268,8 @@ def print_choice(choice: Any, cost: Any) -> None:
         f"{outcome.worst_us:.1f} us at worst"
     )
     if cost.plain_us is not None:
-        out.print(f"without exits {cost.plain_us:.1f} us: {cost.plain_us / outcome.mean_us:.2f}x")
+        speed = cost.plain_us / outcome.mean_us
+        out.print(f"{speed:.2f}x the speed of the network without exits, {cost.plain_us:.1f} us")
     if choice.promise is not None:
         out.print(str(choice.promise))
     elif {"max_drop", "min_accuracy", "max_disagreement"} & choice.constraint.keys():
