@@ -43,8 +43,8 @@ def at_one_pace(times: Sequence[Sequence[float]]) -> Floats:
     """Times `(calls, turns)` with what slows a turn down for all calls taken out: the machine's clock, and neighbours.
 
     A turn's pace is the median, over calls, of its time beside the call's own median. On a shared machine the pace
-    changes by a third from one second to the next, for minutes; medians of calls alone may then lie at different paces,
-    and their ratios and differences say nothing.
+    changes from one second to the next; medians of calls alone may then lie at different paces, and their ratios and
+    differences say nothing.
     """
     taken = np.array(times, np.float64)
     beside = taken / np.maximum(np.median(taken, axis=1, keepdims=True), 1e-9)
