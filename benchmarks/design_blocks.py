@@ -140,6 +140,13 @@ def design_rivals():
         plain = row["plain"]
         others = [f"{s['network']} {s['accuracy']:.2%} at {plain['us'] / s['us']:.2f}x" for s in row["smaller"]]
         told.append(f"beside {plain['network']} ({plain['accuracy']:.2%}) {', '.join(others)}")
+    whole, *fewer = results("text_smaller")["rows"]
+    others = [
+        f"{row['blocks']} blocks {row['accuracy']:.2%} at {whole['us_batch_1'] / row['us_batch_1']:.2f}x "
+        f"(of 64: {whole['us_batch_64'] / row['us_batch_64']:.2f}x)"
+        for row in fewer
+    ]
+    told.append(f"beside the transformer of {whole['blocks']} blocks ({whole['accuracy']:.2%}) {', '.join(others)}")
     return [f"Smaller plain networks by the same recipe, one sample a call: {'; '.join(told)}."]
 
 

@@ -25,6 +25,7 @@ from branchynet.training.train import fit
 from branchynet.types import ExitCost
 from oracle import every_exit, figure_2
 
+DEEP = "conv-64x2-128x2-128"
 MAPS = [(1, 28, 28), (3, 32, 32), (16, 32, 31), (64, 8, 8), (96, 4, 5), (32, 2, 2), (5, 1, 1), (2048, 7, 7)]
 
 
@@ -93,10 +94,13 @@ def macs(net, x):
 
 
 @torch.no_grad()
-def test_of_a_places_heads_those_stay_that_have_less_work_than_the_rest_of_the_trunk():
+@pytest.mark.parametrize("wide", [False, True])
+def test_of_a_places_heads_those_stay_that_have_less_work_than_the_rest_of_the_trunk(wide):
+    """Deep ones, of several convolutions between two poolings, where they have less than a quarter of it."""
+    a, b = (64, 320) if wide else (8, 16)
     trunk, images = nn.Sequential(
-        nn.Conv2d(1, 8, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 5, padding=2), nn.ReLU(),
-        nn.Conv2d(16, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 10),
+        nn.Conv2d(1, a, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(a, b, 5, padding=2), nn.ReLU(),
+        nn.Conv2d(b, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 10),
     ), torch.rand(2, 1, 28, 28)  # fmt: skip
     forest, kept = plant(trunk, images), {}
     for tap in forest.net.taps:
@@ -105,8 +109,10 @@ def test_of_a_places_heads_those_stay_that_have_less_work_than_the_rest_of_the_t
         (first, _), *others = heads(features, 10).items()
         left = macs(trunk[upto:], features)
         kept[tap] = [forest.candidates[i].head for i in forest.at(tap)]
-        assert kept[tap] == [first, *(name for name, head in others if macs(head, features) < left)]
+        within = {name: left / 4 if name == DEEP else left for name, _ in others}
+        assert kept[tap] == [first, *(name for name, head in others if macs(head, features) < within[name])]
     assert len(kept["input"]) > len(kept[forest.net.taps[-1]])
+    assert [DEEP in names for names in kept.values()] == [wide, *[False] * (len(kept) - 1)]
 
 
 def random_times(generator, taps, candidates, rows):

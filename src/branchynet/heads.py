@@ -11,7 +11,7 @@ from .branches import TokenLinear
 
 _LINEAR, _HIDDEN = 256, 1024  # features that a classifier without convolutions reads, about
 _FINE = 16  # positions a side that the first convolution gives
-_CONVOLUTIONS = ((8,), (16, 32), (32, 64), (32, 64, 64), (64, 64, 128))
+_CONVOLUTIONS = ("8", "16-32", "32-64", "32-64-64", "64-64-128", "64x2-128x2-128")
 
 
 def heads(features: Tensor, num_classes: int, feature_dim: int | None = None) -> dict[str, nn.Module]:
@@ -43,8 +43,8 @@ def _on_maps(shape: tuple[int, ...], classes: int) -> dict[str, nn.Module]:
         "hidden-64": _flat(shape, classes, _HIDDEN, 64),
     }
     for widths in _CONVOLUTIONS:
-        if min(height, width) >= 2 ** len(widths):
-            found["conv-" + "-".join(map(str, widths))] = _convolutions(channels, (height, width), classes, widths)
+        if min(height, width) >= 2 ** len(widths.split("-")):
+            found[f"conv-{widths}"] = _convolutions(channels, (height, width), classes, widths)
     return found
 
 
@@ -61,22 +61,26 @@ def _flat(shape: tuple[int, ...], classes: int, most: int, hidden: int) -> nn.Mo
     return nn.Sequential(*layers, nn.Linear(hidden or features, classes))
 
 
-def _convolutions(channels: int, sides: tuple[int, int], classes: int, widths: tuple[int, ...]) -> nn.Module:
-    """Convolutions, each with batch norm, ReLU and pooling by 2, and a linear layer.
+def _convolutions(channels: int, sides: tuple[int, int], classes: int, widths: str) -> nn.Module:
+    """Convolutions, each with batch norm and ReLU, pooling by 2 after one or (``x2``) two, and a linear layer.
 
     The first strides over maps of more than 16 positions a side.
     """
     layers: list[nn.Module] = []
     height, width = sides
-    for k, out in enumerate(widths):
-        step = (1, 1) if k else (math.ceil(height / _FINE), math.ceil(width / _FINE))
-        window = (max(3, 2 * step[0] - 1), max(3, 2 * step[1] - 1))
-        layers += [
-            nn.Conv2d(channels, out, window, stride=step, padding=(window[0] // 2, window[1] // 2), bias=False),
-            nn.BatchNorm2d(out),
-            nn.ReLU(),
-            nn.MaxPool2d(2, ceil_mode=True),
-        ]
-        channels = out
-        height, width = math.ceil(math.ceil(height / step[0]) / 2), math.ceil(math.ceil(width / step[1]) / 2)
+    for part in widths.split("-"):
+        out, _, times = part.partition("x")
+        for _ in range(int(times or 1)):
+            step = (1, 1) if layers else (math.ceil(height / _FINE), math.ceil(width / _FINE))
+            window = (max(3, 2 * step[0] - 1), max(3, 2 * step[1] - 1))
+            padding = (window[0] // 2, window[1] // 2)
+            layers += [
+                nn.Conv2d(channels, int(out), window, stride=step, padding=padding, bias=False),
+                nn.BatchNorm2d(int(out)),
+                nn.ReLU(),
+            ]
+            channels = int(out)
+            height, width = math.ceil(height / step[0]), math.ceil(width / step[1])
+        layers.append(nn.MaxPool2d(2, ceil_mode=True))
+        height, width = math.ceil(height / 2), math.ceil(width / 2)
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * height * width, classes))

@@ -14,6 +14,8 @@ from ..heads import heads
 from ..net import INPUT, BranchyNet, arguments, evaluating, few, first_input, one_output, tensor_in
 from ..survey import Survey, spread, surveying
 
+_DEEP = 0.25  # of the work that is left, the most for a head with several convolutions between two poolings
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -57,6 +59,7 @@ def plant(trunk: nn.Module, example: Any, taps: Sequence[str] | None = None, mos
     """Heads of several sizes at the input and at up to `most` other places, evenly spread by multiply-accumulates.
 
     Of a place's heads all but the first have less work than what is left of the trunk there: others could save nothing.
+    Deep ones have less than a quarter of it: they take most of the training, and pay where much is left.
 
     Args:
         trunk: gives logits `(B, C)`; it is not changed.
@@ -115,7 +118,7 @@ class _All(Maker):
         (cheapest, first), *others = made.items()
         names = [cheapest]
         for name, head in others:
-            if _work(head, features) < left:
+            if _work(head, features) < left * (_DEEP if "x2" in name else 1):
                 first = BranchyNet(head, {INPUT: first})
                 names.append(name)
         self.names.append(names)
