@@ -1,9 +1,5 @@
 """BranchyNet and attach: every exit from one forward, with the backbone untouched."""
 
-import copy
-import gc
-import weakref
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +12,6 @@ from torch import nn
 from branchynet.attaching import attach
 from branchynet.errors import BranchyNetError, GraphError, InputError
 from branchynet.net import BranchyNet, evaluating, tensor_of
-from graphs import hasty_threads
 
 
 def trunk(layers=4, width=5):
@@ -212,159 +207,6 @@ def test_hooks_go_when_a_forward_fails():
         with pytest.raises((KeyError, RuntimeError)):
             net(X)
         assert not hooks(net)
-
-
-# In-place operations
-
-
-def chains(inplace):
-    """The same network, with in-place ReLUs or not, tapped before and behind them."""
-    torch.manual_seed(1)
-    layers = [nn.Linear(5, 5), nn.ReLU(inplace), nn.Linear(5, 5), nn.BatchNorm1d(5), nn.ReLU(inplace), nn.Linear(5, 3)]
-    branches = {"0": nn.Sequential(nn.Tanh(), head()), "1": head(), "3": nn.Sequential(nn.Tanh(), head()), "4": head()}
-    return BranchyNet(nn.Sequential(*layers), branches)
-
-
-def test_in_place_activations_behind_a_tap_train_as_if_they_were_not():
-    gradients = []
-    for inplace in (False, True):
-        net, x = chains(inplace), X.clone()
-        sum((n + 1) * output.square().sum() for n, output in enumerate(net(x))).backward()
-        assert x.equal(X)
-        gradients.append([p.grad for p in net.parameters()])
-        assert all(g is not None and g.abs().sum() > 0 for g in gradients[-1] if g.shape != (5,))
-    assert all(a.equal(b) for a, b in zip(*gradients, strict=True))
-
-
-@pytest.mark.parametrize("grad", [False, True])
-def test_a_branch_that_only_views_its_features_keeps_them(grad):
-    answers = []
-    for inplace in (False, True):
-        torch.manual_seed(2)
-        layers = nn.Sequential(nn.Linear(5, 3), nn.ReLU(inplace), nn.Linear(3, 3))
-        with torch.set_grad_enabled(grad):
-            answers.append(BranchyNet(layers, {"0": nn.Flatten()})(X))
-    assert all(a.equal(b) for a, b in zip(*answers, strict=True)) and (answers[0][0] < 0).any()
-
-
-class Skips(nn.Module):
-    """`+=` overwrites what `a` gave, as residual networks do."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.sum, self.b = nn.Linear(5, 5), nn.Identity(), nn.Linear(5, 3)
-
-    def forward(self, x):
-        y = self.a(x)
-        y += x
-        return self.b(self.sum(y))
-
-
-def test_an_overwritten_tap_is_named_while_training_and_read_in_time_else():
-    net = BranchyNet(Skips(), {"a": nn.Sequential(nn.Tanh(), head())})
-    with pytest.raises(GraphError, match=r"'a' is overwritten in place.*tap the submodule"):
-        net(X)
-    with torch.no_grad():
-        assert net(X)[0].equal(net.branches[0](net.backbone.a(X)))
-    later = BranchyNet(Skips(), {"sum": head()})
-    sum(output.sum() for output in later(X)).backward()
-    assert all(p.grad is not None for p in later.parameters())
-
-
-# The backbone, and copies
-
-
-def test_the_backbone_keeps_its_names_and_its_checkpoints():
-    backbone = trunk()
-    before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    net = BranchyNet(backbone, {"0": head(), "2.0": head()})
-    net(X)
-    assert net.backbone is backbone
-    assert list(backbone.state_dict()) == list(before)
-    assert all(backbone.state_dict()[name].equal(value) for name, value in before.items())
-    other = trunk()
-    with torch.no_grad():
-        for p in other.parameters():
-            p.add_(1)
-    net.backbone.load_state_dict(other.state_dict())
-    assert net(X)[-1].equal(other(X))
-    own = {name for name in net.state_dict() if name.startswith("backbone.")}
-    assert own == {f"backbone.{name}" for name in before}
-
-
-def test_copies_and_state_dicts_answer_alike_and_apart():
-    twig = BranchyNet(nn.Sequential(nn.Linear(5, 5), head()), {"0": head()})
-    net = BranchyNet(trunk(), {"0": twig, "2.0": head()})
-    again = copy.deepcopy(net)
-    torch.manual_seed(9)
-    blank = BranchyNet(
-        nn.Sequential(*(nn.Sequential(nn.Linear(5, 5), nn.Tanh()) for _ in range(4)), nn.Linear(5, 3)),
-        {"0": BranchyNet(nn.Sequential(nn.Linear(5, 5), head()), {"0": head()}), "2.0": head()},
-    )
-    assert not blank(X)[0].equal(net(X)[0])
-    blank.load_state_dict(net.state_dict())
-    for other in (again, blank):
-        assert other.exits == net.exits == 4 and other.taps == net.taps
-        assert all(a.equal(b) for a, b in zip(other(X), net(X), strict=True))
-    with torch.no_grad():
-        again.backbone[0][0].weight.zero_()
-    assert not again(X)[0].equal(net(X)[0])
-
-
-def test_every_parameter_is_trained_by_the_sum_of_all_losses():
-    net = BranchyNet(trunk(), {"input": head(), "1": head()})
-    sum(output.square().sum() for output in net(X)).backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
-
-
-def test_features_are_freed_when_the_forward_is_done():
-    features = []
-
-    class Watch(nn.Module):
-        def forward(self, x):
-            features.append(weakref.ref(x))
-            return x.mean(1, keepdim=True)
-
-    net = BranchyNet(trunk(), {"0": Watch(), "1": Watch()})
-    gc.disable()  # a cycle would keep features until the next collection, and a GPU out of memory until then
-    try:
-        with torch.no_grad():
-            net(X)
-        assert [feature() for feature in features] == [None, None]
-    finally:
-        gc.enable()
-
-
-def test_torch_can_export_it_with_a_free_batch():
-    net = BranchyNet(trunk(), {"input": head(), "1.0": head()}).eval()
-    program = torch.export.export(net, (X,), dynamic_shapes=(({0: torch.export.Dim("batch")},),))
-    for rows in (2, 11):
-        x = torch.randn(rows, 5)
-        for got, want in zip(program.module()(x), net(x), strict=True):
-            torch.testing.assert_close(got, want)
-
-
-# Threads
-
-
-def test_forwards_of_several_threads_do_not_meet():
-    """Two networks that share one backbone, each run by many threads with inputs of their own."""
-    backbone = trunk()
-    nets = [
-        BranchyNet(backbone, {"0": head(), "2": head()}).eval(),
-        BranchyNet(backbone, {"0": head(), "1.0": head()}).eval(),
-    ]
-    batches = [torch.randn(1 + i % 5, 5) for i in range(300)]
-
-    @torch.no_grad()
-    def answer(i):
-        return nets[i % 2](batches[i])
-
-    expected = [answer(i) for i in range(300)]
-    with hasty_threads(), ThreadPoolExecutor(8) as pool:
-        for got, want in zip(pool.map(answer, range(300)), expected, strict=True):
-            assert all(a.equal(b) for a, b in zip(got, want, strict=True))
-    assert not hooks(backbone)
 
 
 # attach

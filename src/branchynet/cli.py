@@ -159,7 +159,7 @@ def design(
     threads: Annotated[int, typer.Option(help="Threads within an operator.")] = 1,
     max_drop: Annotated[float, typer.Option(help="Accuracy at most this far below the plain network's.")] = 0.0,
     exits: Annotated[int, typer.Option(help="The most exits, the network's own included.")] = 4,
-    epochs: Annotated[int, typer.Option(help="Of all candidates together, on the frozen network.")] = 4,
+    epochs: Annotated[int, typer.Option(help="Of all candidates together, on the frozen network.")] = 3,
     anyway: Annotated[bool, typer.Option(help="Train the design even where exits are not worth it.")] = False,
     quiet: Quiet = False,
 ) -> None:

@@ -96,7 +96,7 @@ def design_run(
     threads: int = 1,
     max_drop: float = 0.0,
     exits: int = 4,
-    epochs: int = 4,
+    epochs: int = 3,
     anyway: bool = False,
     progress: bool = True,
 ) -> tuple[Advice, Comparison | None]:

@@ -47,7 +47,7 @@ def advise(
     exits: int = 4,
     taps: Sequence[str] | None = None,
     score: str = "entropy",
-    epochs: int = 4,
+    epochs: int = 3,
     seconds: float = 30.0,
     seed: int = 0,
     mixed_precision: str = "no",
