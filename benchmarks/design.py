@@ -52,6 +52,7 @@ TARGETS = {1: "latency", 64: "batch"}  # names of designs in the zoo
 SCORE = "max_probability"  # of all designs; see docs/scores.md
 SAMPLES, REPEATS = 1024, {"b_resnet110": 3}  # of the others nine; a pass over ResNet-110's graphs takes 20 s
 EXITS = 3  # of the evenly spread
+SLACK = {"b_resnet110": (0.003, -0.005)}  # as a recipe's, which has none above: one standard error of 5,000 images
 DESIGNS = ("published", "designed", "even")
 PASSES = {"b_resnet110": 3, "text": 2}  # epochs of candidate heads, where six take too long
 
@@ -62,7 +63,8 @@ class Images:
     channels_last = True
 
     def __init__(self, recipe, folder, precision):
-        self.name, self.slack, self.precision = recipe.name, recipe.slack, precision
+        self.name, self.precision = recipe.name, precision
+        self.slack = (0.0, *SLACK.get(recipe.name, recipe.slack))
         start = SHIPPED / f"{recipe.baseline}.safetensors"
         given = start if start.exists() else None
         self.training = Training(recipe, load_data(recipe.data), folder, 0, precision, start=given)
@@ -168,7 +170,7 @@ def rows_of(task, only):
         }
         for (answer, (net_here, found)), batch in itertools.product(answers.items(), batches):
             cost = measure(net_here, task.example(), batch_size=batch, score=SCORE, seconds=10.0)
-            for slack in (0.0, *task.slack):
+            for slack in task.slack:
                 choice, reached = nearest_to(found, cost, wanted - slack, SCORE)
                 row = {
                     "network": task.name,

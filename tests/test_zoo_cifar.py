@@ -241,28 +241,25 @@ def test_other_places_of_the_branches_are_refused():
 
 
 @pytest.mark.parametrize("target", ["latency", "batch"])
-def test_designed_exits_stand_on_the_same_trunk(target):
+@pytest.mark.parametrize(
+    ("make", "plain", "exits"),
+    [(b_alexnet, alexnet, 3), (functools.partial(b_resnet, 110), functools.partial(resnet, 110), 4)],
+)
+def test_designed_exits_stand_on_the_same_trunk(make, plain, exits, target):
     torch.manual_seed(0)
-    net, x = b_alexnet(target=target).eval(), images(3)
-    assert net.exits == 3 and net.backbone.state_dict().keys() == alexnet().state_dict().keys()
-    assert [o.shape for o in net(x)] == [(3, 10)] * 3
+    net, x = make(target=target).eval(), images(3)
+    assert net.exits == exits and net.backbone.state_dict().keys() == plain().state_dict().keys()
+    assert [o.shape for o in net(x)] == [(3, 10)] * exits
     torch.testing.assert_close(net(x)[-1], net.backbone(x))
-    with pytest.raises(InputError, match=r"target='speed' is none of latency"):
-        b_alexnet(target="speed")
+    with pytest.raises(InputError, match=r"target='speed' is none of latency, batch"):
+        make(target="speed")
 
 
 def test_exits_are_designed_for_resnet_110_alone():
-    torch.manual_seed(0)
-    net, x = b_resnet(110).eval(), images(2)
-    assert net.exits == 4 and net.backbone.state_dict().keys() == resnet(110).state_dict().keys()
-    assert [o.shape for o in net(x)] == [(2, 10)] * 4
-    torch.testing.assert_close(net(x)[-1], net.backbone(x))
     with pytest.raises(InputError, match=r"n=20, only for 110.*branches='published'"):
         b_resnet(20)
     with pytest.raises(InputError, match=r"branches='publish'.*did you mean 'published'"):
         b_resnet(110, branches="publish")
-    with pytest.raises(InputError, match=r"target='batch' is none of latency"):
-        b_resnet(110, target="batch")
 
 
 @pytest.fixture(scope="module")
@@ -285,6 +282,7 @@ def crops():
         functools.partial(b_alexnet, target="batch"),
         functools.partial(b_alexnet, branches="text"),
         functools.partial(b_resnet, 110),
+        functools.partial(b_resnet, 110, target="batch"),
         functools.partial(b_resnet, 110, branches="published"),
     ],
 )

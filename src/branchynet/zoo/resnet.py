@@ -92,7 +92,8 @@ def resnet(n: int, num_classes: int = 10, *, pretrained: bool = False) -> ResNet
 
 # Where `advise` put exits on ResNet-110, by target; see benchmarks/design.py.
 _DESIGNS = {
-    "latency": {"stage1.4": "conv-64-64-128", "stage2.4": "conv-64-64-128", "stage3.10": "conv-32-64"},
+    "latency": {"input": "conv-64-64-128", "stage1.4": "conv-64-64-128", "stage1.10": "conv-64x2-128x2-128"},
+    "batch": {"input": "conv-64x2-128x2-128", "stage1.10": "conv-64x2-128x2-128", "stage2.4": "conv-32-64"},
 }
 
 
@@ -108,7 +109,7 @@ def b_resnet(
         n: layers, as `resnet` takes them; of designs there is one for 110.
         num_classes: outputs.
         branches: ``"designed"`` or ``"published"``.
-        target: what the design is for: ``"latency"``, one sample a call.
+        target: what the design is for: ``"latency"``, one sample a call, or ``"batch"``, 64.
         pretrained: with the weights shipped for CIFAR-10.
 
     Raises:
