@@ -12,6 +12,8 @@ from .branches import TokenLinear
 _LINEAR, _HIDDEN = 256, 1024  # features that a classifier without convolutions reads, about
 _FINE = 16  # positions a side that the first convolution gives
 _CONVOLUTIONS = ("8", "16-32", "32-64", "32-64-64", "64-64-128", "64x2-128x2-128")
+DEEP = frozenset({"conv-64x2-128x2-128"})
+"""Heads with several convolutions between two poolings."""
 
 
 def heads(features: Tensor, num_classes: int, feature_dim: int | None = None) -> dict[str, nn.Module]:

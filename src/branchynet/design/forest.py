@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from ..attaching import Maker, attach
 from ..errors import GraphError, InputError
-from ..heads import heads
+from ..heads import DEEP, heads
 from ..net import INPUT, BranchyNet, arguments, evaluating, few, first_input, one_output, tensor_in
 from ..survey import Survey, spread, surveying
 
-_DEEP = 0.25  # of the work that is left, the most for a head with several convolutions between two poolings
+_MOST = 0.25  # of the work that is left, for a deep head
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class _All(Maker):
         (cheapest, first), *others = made.items()
         names = [cheapest]
         for name, head in others:
-            if _work(head, features) < left * (_DEEP if "x2" in name else 1):
+            if _work(head, features) < left * (_MOST if name in DEEP else 1):
                 first = BranchyNet(head, {INPUT: first})
                 names.append(name)
         self.names.append(names)
