@@ -42,9 +42,14 @@ def advised(net, data, **options):
 
 
 @pytest.fixture(scope="module")
-def advice(trained, digits, tmp_path_factory):
+def run(tmp_path_factory):
+    return tmp_path_factory.mktemp("advice")
+
+
+@pytest.fixture(scope="module", params=[0, 2], ids=["one round", "two rounds"])
+def advice(request, trained, digits, run):
     before = [p.clone() for p in trained.parameters()]
-    found = advised(trained, digits, max_drop=0.01, run=tmp_path_factory.mktemp("advice"))
+    found = advised(trained, digits, max_drop=0.01, run=run, final_epochs=request.param)
     assert all(torch.equal(a, b) for a, b in zip(before, trained.parameters(), strict=True))
     return found
 
@@ -86,6 +91,21 @@ def test_every_candidate_is_told_with_what_it_must_do_to_pay(advice, trained, di
             saved = one.added_us + advice.static_us - one.us  # of a sample that leaves, beside one that stays
             assert one.break_even * saved == pytest.approx(max(0.0, one.added_us), abs=1e-6)
     assert max(one.accuracy for one in advice.tried) > 0.9
+
+
+def test_the_best_heads_learn_on_and_the_others_stay_as_they_are(trained, digits, tmp_path):
+    """And stopped after that, the search goes on with the same ones, though the clock would now prefer others."""
+    first = advised(trained, digits, max_drop=0.01, run=tmp_path)
+    second = advised(trained, digits, max_drop=0.01, run=tmp_path, final_epochs=2)
+    kept = json.loads(next(tmp_path.glob("final-*/finalists.json")).read_text())["candidates"]
+    changed = [i for i, (a, b) in enumerate(zip(first.tried, second.tried, strict=True)) if a.accuracy != b.accuracy]
+    assert 0 < len(changed) <= len(kept) == 8 and set(changed) <= set(kept)
+    others = [(t.tap, t.head) for i, t in enumerate(second.tried) if i not in kept]
+    assert all(pair not in others for d in second.designs for pair in zip(d.taps, d.heads, strict=True))
+    states = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("training.safetensors")}
+    again = advised(trained, digits, max_drop=0.01, run=tmp_path, final_epochs=2)
+    assert len(states) == 2 and states == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("training.safetensors")}
+    assert [t.accuracy for t in again.tried] == [t.accuracy for t in second.tried]
 
 
 def test_advice_is_kept_on_disk(advice, tmp_path):

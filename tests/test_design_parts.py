@@ -73,6 +73,10 @@ def test_a_forest_is_all_heads_on_one_trunk():
     with torch.no_grad():
         every = forest.net(images)
         assert torch.equal(every[-1], trunk(images))
+        some = [i for i in range(len(forest.candidates)) if i % 3]
+        few = forest.of(some)
+        assert few.backbone is forest.net.backbone  # no copy: it learns with the forest
+        assert all(torch.equal(a, every[i]) for a, i in zip(few.eval()(images), [*some, -1], strict=True))
         for i, candidate in enumerate(forest.candidates):
             net = forest.network([i])
             assert net.taps == (candidate.tap,)
@@ -209,9 +213,9 @@ def test_the_search_finds_what_trying_everything_finds(seed):
         return ExitCost(tuple(trunk), (*heads_us[list(chosen)], 0.0))
 
     most = losses[:, -1].sum() + 2
-    found = search(Judged(scores, losses, taps, cost), most, 4, lambda line: None)
+    found, least = search(Judged(scores, losses, taps, cost), most, 4, lambda line: None)
     assert found[0].chosen == () and found[0].us == 30
-    best = found[0].us
+    best, lowest = found[0].us, np.full(4, np.inf)
     for size in (1, 2, 3):
         for chosen in itertools.combinations(range(4), size):
             if len({taps[i] for i in chosen}) < size:
@@ -222,11 +226,42 @@ def test_the_search_finds_what_trying_everything_finds(seed):
                 columns = [*chosen, 4]
                 loss = sum(losses[k, columns[n]] for k, n in enumerate(left))
                 if loss <= most:
-                    best = min(best, float(np.mean([each[n] for n in left])))
+                    best = min(best, us := float(np.mean([each[n] for n in left])))
+                    lowest[list(chosen)] = np.minimum(lowest[list(chosen)], us)
         # With sets of which an exit is best left unused the search does not bother: a smaller set does the same.
         assert min(f.us for f in found if len(f.chosen) <= size) == pytest.approx(best)
+    assert (least >= lowest - 1e-9).all()  # nor with all that a set may do: see above
+    assert all(least[i] == pytest.approx(best) for f in found[1:] if f.us == pytest.approx(best) for i in f.chosen)
     assert [len(f.chosen) for f in found] == sorted({len(f.chosen) for f in found})
     assert all(len({taps[i] for i in f.chosen}) == len(f.chosen) == len(f.thresholds) for f in found)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_search_among_some_is_that_of_these_alone(seed):
+    """After some have learned on: their new answers, and of the others nothing."""
+    generator = np.random.default_rng(seed)
+    samples, taps, kept = 80, (0, 0, 1, 2, 2), [0, 2, 4]
+    scores = generator.random((samples, 6)).astype(np.float32)
+    losses = (generator.random((samples, 6)) < scores).astype(np.float64)
+    new = scores[:, kept] / 2, losses[:, kept] * (generator.random((samples, 3)) < 0.5)
+    heads_us, reach = generator.uniform(1, 4, 5), np.array([2.0, 9.0, 14.0, 30.0])
+
+    def cost(chosen, positions=range(5)):
+        chosen = [positions[i] for i in chosen]
+        trunk = np.diff([0.0, *reach[[taps[i] for i in chosen]], reach[-1]])
+        return ExitCost(tuple(trunk), (*heads_us[chosen], 0.0))
+
+    some = Judged(scores, losses, taps, cost).anew(kept, *new)
+    alone = Judged(np.column_stack([new[0], scores[:, -1]]), np.column_stack([new[1], losses[:, -1]]), (0, 1, 2),
+                   lambda chosen: cost(chosen, kept))  # fmt: skip
+    most = losses[:, -1].sum()
+    found, least = search(some, most, 4, lambda line: None, among=kept)
+    expected, lowest = search(alone, most, 4, lambda line: None)
+    assert [(f.chosen, f.thresholds) for f in found] == [
+        (tuple(kept[i] for i in f.chosen), f.thresholds) for f in expected
+    ]
+    assert np.array_equal(least[kept], lowest) and np.isinf(least[[1, 3]]).all()
+    assert np.isfinite(lowest).any() and len(found) > 1
 
 
 @pytest.mark.parametrize("seed", range(6))

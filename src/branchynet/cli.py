@@ -160,6 +160,7 @@ def design(
     max_drop: Annotated[float, typer.Option(help="Accuracy at most this far below the plain network's.")] = 0.0,
     exits: Annotated[int, typer.Option(help="The most exits, the network's own included.")] = 4,
     epochs: Annotated[int, typer.Option(help="Of all candidates together, on the frozen network.")] = 3,
+    final_epochs: Annotated[int, typer.Option(help="More, of the candidates that the best designs have.")] = 0,
     anyway: Annotated[bool, typer.Option(help="Train the design even where exits are not worth it.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -169,8 +170,8 @@ def design(
     from .workbook import report_run
 
     advice, comparison = design_run(
-        run, batch_size=batch, threads=threads, max_drop=max_drop, exits=exits, epochs=epochs, anyway=anyway,
-        progress=not quiet,
+        run, batch_size=batch, threads=threads, max_drop=max_drop, exits=exits, epochs=epochs,
+        final_epochs=final_epochs, anyway=anyway, progress=not quiet,
     )  # fmt: skip
     print_advice(advice)
     if comparison is not None:

@@ -97,6 +97,7 @@ def design_run(
     max_drop: float = 0.0,
     exits: int = 4,
     epochs: int = 3,
+    final_epochs: int = 0,
     anyway: bool = False,
     progress: bool = True,
 ) -> tuple[Advice, Comparison | None]:
@@ -109,6 +110,7 @@ def design_run(
         max_drop: accuracy on validation at most so far below the plain network's.
         exits: the most the design may have, the network's own included.
         epochs: for all candidate heads together; all exits are then trained for as long as the run's were.
+        final_epochs: as `advise` takes it.
         anyway: go on with a design that is not worth it.
         progress: show bars and tell what is being done.
 
@@ -123,7 +125,7 @@ def design_run(
     base.file("record-static.npz", "train")
     data = load_data(base.settings.data)
     folder = base.path / f"design-{batch_size}"
-    advice = _advised(base, data, folder, batch_size, threads, max_drop, exits, epochs, progress)
+    advice = _advised(base, data, folder, batch_size, threads, max_drop, exits, epochs, final_epochs, progress)
     if not advice.design.taps or not (advice.worth or anyway):
         return advice, None
     settings = replace(
@@ -146,10 +148,11 @@ def _advised(
     max_drop: float,
     exits: int,
     epochs: int,
+    final_epochs: int,
     progress: bool,
 ) -> Advice:
     """The advice in the folder, or a new one."""
-    asked = {"threads": threads, "max_drop": max_drop, "exits": exits, "epochs": epochs}
+    asked = {"threads": threads, "max_drop": max_drop, "exits": exits, "epochs": epochs, "final_epochs": final_epochs}
     path = folder / "advice.json"
     if path.exists():
         made = read_json(folder / "asked.json")
@@ -170,6 +173,7 @@ def _advised(
         max_drop=max_drop,
         exits=exits,
         epochs=epochs,
+        final_epochs=final_epochs,
         seed=settings.seed,
         mixed_precision=settings.mixed_precision,
         channels_last=settings.network in NETWORKS,

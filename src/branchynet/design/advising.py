@@ -14,13 +14,15 @@ from torch import nn
 from ..decide import evaluate, first_right, route
 from ..errors import InputError
 from ..exit_record import ExitRecord
+from ..files import read_json, write_json
 from ..fingerprint import fingerprint
 from ..graph.flat import FlatGraph, flatten
+from ..net import BranchyNet
 from ..record import record
 from ..scores import of_record, resolve
 from ..search import mean_cost
 from ..training.train import fit
-from ..types import ExitCost, Policy
+from ..types import ExitCost, Floats, Policy
 from .advice import Advice, Design, Tried
 from .forest import Forest, plant
 from .stages import StageTimes, time_stages, uncuttable
@@ -30,6 +32,7 @@ RESOLUTION = 0.03  # difference in accuracy that the validation samples must be 
 PER_CLASS = 20  # training samples a class that heads need
 ALIKE = 0.01  # of two designs that take as long but for so much, relatively, the one with fewer exits is better
 RATE, DISTILL = 3e-3, 0.5
+FINALISTS = 8  # heads that are trained on
 _Z95 = 1.96
 _CLOCK = 0.03  # medians of the same calls differ by so much, relatively, between runs on a machine that does other work
 
@@ -48,6 +51,7 @@ def advise(
     taps: Sequence[str] | None = None,
     score: str = "entropy",
     epochs: int = 3,
+    final_epochs: int = 0,
     seconds: float = 30.0,
     seed: int = 0,
     mixed_precision: str = "no",
@@ -76,6 +80,9 @@ def advise(
         taps: places to try instead, names as in ``named_modules()`` or ``"input"``.
         score: the name of the score by which samples leave.
         epochs: passes over the training data, for all heads together.
+        final_epochs: more of them for the eight heads that the best designs are made of, after which the choice among
+            these is made again: large heads are still learning after a few passes, and small ones are not. So advice
+            takes longer and promises more (successive halving, Jamieson and Talwalkar 2016, with one halving).
         seconds: about how long to time.
         seed: as `fit` takes it, and the next three.
         mixed_precision: for the heads' training.
@@ -115,25 +122,38 @@ def advise(
     torch.manual_seed(seed)
     forest, flat = _planted(backbone, example, taps, function)
     times = time_stages(forest, flat, example, batch_size=batch_size, threads=threads, seconds=seconds)
+
+    def learned(net: BranchyNet, epochs: int, name: str) -> tuple[Floats, Floats]:
+        """Scores and losses `(S, N)` of a network whose branches have learned so long."""
+        fit(
+            net,
+            train_loader,
+            epochs=epochs,
+            train="branches",
+            distill=DISTILL,
+            optimizer=lambda parameters: torch.optim.Adam(parameters, lr=RATE),
+            seed=seed,
+            mixed_precision=mixed_precision,
+            device=device,
+            channels_last=channels_last,
+            run=None if run is None else Path(run) / name,
+            progress=progress,
+        )
+        found = record(net, val_loader, device=device, progress=progress)
+        net.cpu()
+        return of_record(found, score), found.losses.astype(np.float64)
+
     say(f"training {len(forest.candidates)} heads at {len(forest.net.taps)} places, {epochs} epochs")
-    fit(
-        forest.net,
-        train_loader,
-        epochs=epochs,
-        train="branches",
-        distill=DISTILL,
-        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=RATE),
-        seed=seed,
-        mixed_precision=mixed_precision,
-        device=device,
-        channels_last=channels_last,
-        run=None if run is None else Path(run) / "heads",
-        progress=progress,
-    )
-    found = record(forest.net, val_loader, device=device, progress=progress)
-    forest.net.cpu()
-    judged = Judged(of_record(found, score), found.losses.astype(np.float64), times.taps, times.cost)
-    best = search(judged, (1 - limit) * found.samples, exits, say)
+    judged = Judged(*learned(forest.net, epochs, "heads"), times.taps, times.cost)
+    most = (1 - limit) * alone.samples
+    best, least = search(judged, most, exits, say)
+    if final_epochs and np.isfinite(least).any():
+        name = f"final-batch-{batch_size}-threads-{threads}-{score}-{limit:.4f}"
+        kept = _finalists(None if run is None else Path(run) / name / "finalists.json", least)
+        say(f"training {len(kept)} of them on, {final_epochs} epochs")
+        scores, losses = learned(forest.of(kept), final_epochs, name)
+        judged = judged.anew(kept, scores[:, :-1], losses[:, :-1])
+        best, _ = search(judged, most, exits, say, among=kept)
     designs = tuple(_design(forest, judged, times, one) for one in best)
     least = min(design.us for design in designs)
     fastest = next(n for n, design in enumerate(designs) if design.us <= (1 + ALIKE) * least)
@@ -144,13 +164,28 @@ def advise(
         static_us=times.static_us,
         accuracy=accuracy,
         min_accuracy=limit,
-        samples=found.samples,
+        samples=alone.samples,
         designs=designs,
         tried=_tried(forest, judged, times),
         best=fastest,
         fingerprint=fingerprint(backbone),
         network=forest.network(best[fastest].chosen),
     )
+
+
+def _finalists(path: Path | None, least: Floats) -> list[int]:
+    """The candidates of the best sets, in running order; those in a file where it is there, so that training goes on.
+
+    Args:
+        path: the file.
+        least: `(K,)` microseconds of the best set with each candidate.
+    """
+    if path is not None and path.exists():
+        return [int(i) for i in read_json(path)["candidates"]]
+    kept = [int(i) for i in np.argsort(least, kind="stable")[:FINALISTS] if np.isfinite(least[i])]
+    if path is not None:
+        write_json(path, {"candidates": sorted(kept)})
+    return sorted(kept)
 
 
 def _check_trained(alone: ExitRecord, accuracy: float) -> None:

@@ -50,9 +50,16 @@ class Forest:
 
     def network(self, chosen: Sequence[int]) -> BranchyNet:
         """A copy of the trunk with the candidates at these positions, in running order and one a tap."""
-        every = [head for branch in self.net.branches for head in _together(branch)]
-        picked = {self.candidates[i].tap: every[i] for i in chosen}
-        return copy.deepcopy(BranchyNet(self.net.backbone, picked))
+        return copy.deepcopy(self.of(chosen))
+
+    def of(self, chosen: Sequence[int]) -> BranchyNet:
+        """The trunk itself with the candidates at these positions, in running order, as many a tap as there are."""
+        every = [head for branch in self.net.branches for head in _heads(branch)]
+        picked: dict[str, nn.Module] = {}
+        for i in chosen:
+            tap = self.candidates[i].tap
+            picked[tap] = _together(picked.get(tap), every[i])
+        return BranchyNet(self.net.backbone, picked)
 
 
 def plant(trunk: nn.Module, example: Any, taps: Sequence[str] | None = None, most: int = 8) -> Forest:
@@ -119,7 +126,7 @@ class _All(Maker):
         names = [cheapest]
         for name, head in others:
             if _work(head, features) < left * (_MOST if name in DEEP else 1):
-                first = BranchyNet(head, {INPUT: first})
+                first = _together(first, head)
                 names.append(name)
         self.names.append(names)
         return first
@@ -132,10 +139,15 @@ def _work(head: nn.Module, features: Tensor) -> float:
     return survey.operations[-1].macs
 
 
-def _together(branch: nn.Module) -> list[nn.Module]:
-    """The heads in a branch that `_All` made."""
+def _together(branch: nn.Module | None, head: nn.Module) -> nn.Module:
+    """One more head in a branch, as its last exit."""
+    return head if branch is None else BranchyNet(head, {INPUT: branch})
+
+
+def _heads(branch: nn.Module) -> list[nn.Module]:
+    """The heads in a branch that `_together` made."""
     if isinstance(branch, BranchyNet):
-        return [*_together(branch.branches[0]), branch.backbone]
+        return [*_heads(branch.branches[0]), branch.backbone]
     return [branch]
 
 

@@ -5,7 +5,7 @@ Shape letters: S samples, K candidates, N exits of a design.
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -48,14 +48,23 @@ class Judged:
     taps: tuple[int, ...]
     cost: Callable[[Sequence[int]], ExitCost]
 
+    def anew(self, some: Sequence[int], scores: Floats, losses: Floats) -> "Judged":
+        """With new scores and losses `(S, len(some))` of the candidates at these positions."""
+        every = self.scores.copy(), self.losses.copy()
+        for whole, part in zip(every, (scores, losses), strict=True):
+            whole[:, list(some)] = part
+        return replace(self, scores=every[0], losses=every[1])
+
     def problem(self, chosen: Sequence[int]) -> Problem:
         """The search over thresholds of one design."""
         columns = [*chosen, self.scores.shape[1] - 1]
         return Problem(self.scores[:, columns], self.losses[:, columns], self.cost(chosen))
 
 
-def search(judged: Judged, most_loss: float, exits: int, report: Callable[[str], None]) -> list[Found]:
-    """The best design of each number of exits, fewest first; the first is the trunk alone.
+def search(
+    judged: Judged, most_loss: float, exits: int, report: Callable[[str], None], among: Sequence[int] | None = None
+) -> tuple[list[Found], Floats]:
+    """The best design of each number of exits, fewest first; the first is the trunk alone. And each candidate's best.
 
     All single candidates and all pairs at different taps are tried with every threshold that matters; of three and more
     those that add one to the best smaller designs.
@@ -65,10 +74,15 @@ def search(judged: Judged, most_loss: float, exits: int, report: Callable[[str],
         most_loss: summed loss that is allowed over the samples.
         exits: the most a design may have, the trunk's own included.
         report: called with a line now and then.
+        among: the positions of the candidates to try; by default all.
+
+    Returns:
+        The designs; and `(K,)` for each candidate the microseconds of the best set tried that has it, else infinity.
     """
     alone = Found((), (), float(judged.cost(()).latency_us([True])[-1]))
     best, here = [alone], [alone]
-    everyone = range(len(judged.taps))
+    least = np.full(len(judged.taps), np.inf)
+    everyone = range(len(judged.taps)) if among is None else sorted(among)
     for size in range(1, exits):
         if size <= 2:
             sets: Iterable[tuple[int, ...]] = itertools.combinations(everyone, size)
@@ -77,11 +91,13 @@ def search(judged: Judged, most_loss: float, exits: int, report: Callable[[str],
         sets = [s for s in sets if len({judged.taps[i] for i in s}) == size]
         report(f"trying {len(sets)} sets of {size} early exit{'s' * (size > 1)}")
         tried = [t for t in (_best(judged, s, most_loss, _COARSE) for s in sets) if t is not None]
+        for found in tried:
+            least[list(found.chosen)] = np.minimum(least[list(found.chosen)], found.us)
         here = sorted(tried, key=lambda found: found.us)[:_BEAM]
         fine = [t for t in (_best(judged, f.chosen, most_loss, _FINE) for f in here[:3]) if t is not None]
         if fine:
             best.append(min(fine, key=lambda found: found.us))
-    return best
+    return best, least
 
 
 def _best(judged: Judged, chosen: tuple[int, ...], most_loss: float, vectors: int) -> Found | None:
