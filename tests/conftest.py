@@ -7,6 +7,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of children too, whose sums must be taken
 import pytest
 
 from branchynet.data import archives
+from networks import FAMILIES
 
 
 @pytest.fixture
@@ -15,3 +16,9 @@ def own_cache(tmp_path_factory, monkeypatch):
     cache = tmp_path_factory.mktemp("cache")
     monkeypatch.setattr(archives, "_cache", lambda name: cache / name)
     monkeypatch.delenv(archives.VARIABLE, raising=False)
+
+
+@pytest.fixture(params=FAMILIES, ids=lambda f: f.__name__)
+def family(request):
+    """The random networks, one kind after the other."""
+    return request.param

@@ -15,12 +15,19 @@ import onnxruntime
 import torch
 
 from branchynet import scores, zoo
+from branchynet.export import assemble
 from branchynet.graph.flat import FlatGraph, flatten
 from networks import build
 
 BATCH = "batch"
 PLAIN = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
 FULL = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+
+
+def save(flat, policy, path, **options):
+    """Write the file of a flat graph with exits, and return its path."""
+    ir.save(assemble(flat, policy, **options), path)
+    return path
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 
 from branchynet import Choice, ExitCost, ExitRecord, Policy, cli, evaluate, load
 from branchynet.data import load_data, save_image
+from branchynet.engine.onnx import RUNTIMES
 
 
 def call(monkeypatch, *arguments):
@@ -23,6 +24,10 @@ def call(monkeypatch, *arguments):
         cli.main()
         raise SystemExit(0)
     return stop.value.code or 0
+
+
+def test_every_runtime_is_named():
+    assert cli.ENGINES == ", ".join(RUNTIMES)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from branchynet import record, zoo
+from branchynet import load, record, zoo
 from branchynet.data import ImageData, Split, load_data, loader
 from branchynet.design import Advice, advise
 from branchynet.design.forest import plant
@@ -99,7 +99,12 @@ def test_the_best_heads_learn_on_and_the_others_stay_as_they_are(trained, digits
     second = advised(trained, digits, max_drop=0.01, run=tmp_path, final_epochs=2)
     kept = json.loads(next(tmp_path.glob("final-*/finalists.json")).read_text())["candidates"]
     changed = [i for i, (a, b) in enumerate(zip(first.tried, second.tried, strict=True)) if a.accuracy != b.accuracy]
-    assert 0 < len(changed) <= len(kept) == 8 and set(changed) <= set(kept)
+    taps = [first.tried[i].tap for i in kept]
+    assert len(set(taps)) <= 4 and all(taps.count(tap) <= 2 for tap in taps) and len(kept) > len(set(taps))
+    assert {(t, h) for t, h in zip(first.design.taps, first.design.heads, strict=True)} <= {
+        (first.tried[i].tap, first.tried[i].head) for i in kept
+    }
+    assert changed and set(changed) <= set(kept)
     others = [(t.tap, t.head) for i, t in enumerate(second.tried) if i not in kept]
     assert all(pair not in others for d in second.designs for pair in zip(d.taps, d.heads, strict=True))
     states = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("training.safetensors")}
@@ -125,6 +130,20 @@ def test_advice_for_another_batch_trains_no_heads_again(trained, digits, tmp_pat
     assert other.batch_size == 16 and (tmp_path / "heads" / "training.safetensors").stat().st_mtime_ns == state
 
 
+def test_the_runtime_that_will_run_it_is_what_is_timed(trained, digits, monkeypatch):
+    opened = []
+
+    def spied(path, **options):
+        opened.append(options["runtime"])
+        return load(path, **options)
+
+    monkeypatch.setattr("branchynet.design.stages.load", spied)
+    found = advised(trained, digits, taps=["conv1"], max_drop=0.05, epochs=1, runtime="openvino")
+    assert set(opened) == {"openvino"} == {found.runtime} and "in openvino" in str(found)
+    assert advised(trained, digits, taps=["conv1"], max_drop=0.05, epochs=1).runtime == "onnxruntime"
+    assert set(opened) == {"openvino", "onnxruntime"}
+
+
 def test_a_network_that_exits_cannot_help_is_told_so(digits):
     """One linear layer: every head costs more than what it could spare."""
     torch.manual_seed(0)
@@ -148,6 +167,7 @@ def split(data, part, rows):
         ({"taps": ["conv9"]}, r"no submodule 'conv9'"),
         ({"batch_size": 0}, "batch_size and threads must be at least 1; got 0 and 1"),
         ({"score": "entrpy"}, "entrpy"),
+        ({"runtime": "openvno"}, "unknown runtime 'openvno'"),
     ],
 )
 def test_wrong_arguments_are_named_before_anything_is_trained(trained, digits, monkeypatch, options, told):

@@ -158,7 +158,7 @@ def test_times_of_parts_follow_from_those_of_whole_graphs(single, monkeypatch):
     monkeypatch.setattr(
         stages, "samples_of", lambda calls, _: np.array([[seconds_of(name, true, taps)] * 3 for name in names])
     )
-    found = time_stages(forest, flat, x, batch_size=1, threads=1, seconds=0.1).whole
+    found = time_stages(forest, flat, x, batch_size=1, threads=1, runtime="onnxruntime", seconds=0.1).whole
     for field in ("reach", "head", "leave", "stay", "plain"):
         np.testing.assert_allclose(getattr(found, field), getattr(true, field), err_msg=field)
 

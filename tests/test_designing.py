@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -98,6 +99,20 @@ def test_the_command_line_tells_the_advice(base, designed, monkeypatch, capsys):
     assert "predicted" in told and "measured" in told and "design-1" in told
     assert call(monkeypatch, "design", base.path, "--max-drop", "0.1", "--quiet") == 1
     assert "was designed with" in " ".join(capsys.readouterr().err.split())
+
+
+def test_for_another_runtime_there_is_a_design_of_its_own(base, designed, monkeypatch, capsys):
+    """Timed there. That it has exits is not for this machine's clock to say."""
+    advice, _ = designed
+    monkeypatch.setattr("branchynet.designing.advise", lambda *_, runtime, **options: replace(advice, runtime=runtime))
+    before = (base.path / "design-1" / "advice.json").read_bytes()
+    options = ("--max-drop", "0.02", "--epochs", "2", "--anyway", "--quiet", "--runtime", "openvino")
+    assert call(monkeypatch, "design", base.path, *options) == 0
+    folder = base.path / "design-1-openvino"
+    assert folder.name in "".join(capsys.readouterr().out.split())
+    assert Advice.load(folder / "advice.json").runtime == "openvino"
+    assert [row["engine"] for row in json.loads((folder / "bench.json").read_text())["rows"]] == ["openvino"]
+    assert (base.path / "design-1" / "advice.json").read_bytes() == before
 
 
 def test_what_cannot_be_designed_for_is_refused(base, tmp_path):

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -202,6 +203,22 @@ def test_wrong_options_are_named(engine, folder):
             load(path, providers=providers)
     for providers in (["CPUExecutionProvider"], "CPUExecutionProvider", (), None):
         same(load(path, threads=2, providers=providers)(IMAGE, VECTOR), engine(IMAGE, VECTOR))
+
+
+def test_a_gpu_that_is_not_there_is_told_and_not_replaced_by_the_cpu(folder, monkeypatch):
+    path = folder / "model.onnx"
+    with pytest.raises(InputError, match=r"has no 'CUDAExecutionProvider'.*CPUExecutionProvider"):
+        load(path, runtime="onnxruntime-cuda")
+    # A build for GPUs on a machine without one goes on with the others, and without a word.
+    both, session = ["CUDAExecutionProvider", "CPUExecutionProvider"], onnxruntime.InferenceSession
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: both)
+    monkeypatch.setattr(
+        "onnxruntime.InferenceSession", lambda *args, providers: session(*args, providers=providers[1:])
+    )
+    with pytest.raises(InputError, match=r"cannot use 'CUDAExecutionProvider' on this machine"):
+        load(path, runtime="onnxruntime-cuda")
+    with pytest.raises(InputError, match="'onnxruntime-cuda' takes none"):
+        load(path, runtime="onnxruntime-cuda", providers=both)
 
 
 def test_missing_and_foreign_files_are_refused(folder):

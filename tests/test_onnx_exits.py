@@ -10,21 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from branchynet.engine.onnx import load
-from branchynet.export import assemble
 from branchynet.graph.flat import FlatGraph
 from branchynet.graph.onnx_exits import nest
 from branchynet.types import Policy
-from graphs import FULL, Sketch, check_work, flat_of, graphs, is_recomputed, level_of, profile, stage_of
-from networks import FAMILIES, draw
+from graphs import FULL, Sketch, check_work, flat_of, graphs, is_recomputed, level_of, profile, save, stage_of
+from networks import draw
 from oracle import entropy, every_exit
 
 ALWAYS, NEVER = 3e38, None
 HEAVY = ("Conv", "Gemm", "MatMul")
-
-
-def save(flat, policy, path, **options):
-    ir.save(assemble(flat, policy, **options), path)
-    return path
 
 
 def enabled_of(policy):
@@ -170,11 +164,6 @@ def leaving(outputs, leave):
         thresholds.append(float(scores[order[count - 1 : count + 1]].mean()))
         exits[left[order[:count]]] = n + 1
     return tuple(thresholds), exits
-
-
-@pytest.fixture(params=FAMILIES, ids=lambda f: f.__name__)
-def family(request):
-    return request.param
 
 
 def feeds_of(flat, inputs):

@@ -7,23 +7,11 @@ import pytest
 
 from branchynet.engine.onnx import load
 from branchynet.errors import GraphError
-from branchynet.export import assemble
 from branchynet.graph.onnx_exits import nest
 from branchynet.types import Policy
-from graphs import Sketch, check_work, flat_lenet, flat_of, graphs, profile
-from networks import FAMILIES
+from graphs import Sketch, check_work, flat_lenet, flat_of, graphs, profile, save
 
 ALWAYS, NEVER = 3e38, None
-
-
-def save(flat, policy, path, **options):
-    ir.save(assemble(flat, policy, **options), path)
-    return path
-
-
-@pytest.fixture(params=FAMILIES, ids=lambda f: f.__name__)
-def family(request):
-    return request.param
 
 
 # The file

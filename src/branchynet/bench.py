@@ -4,7 +4,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import scores
 from .cost import static_engines
 from .engine.exported import Engine
-from .engine.onnx import load
+from .engine.onnx import Runtime, load
 from .errors import InputError
 from .exit_record import check_same_network
 from .fingerprint import fingerprint
@@ -46,7 +46,7 @@ def bench(
     samples: int = 2048,
     repeats: int = 15,
     seed: int = 0,
-    runtime: Literal["onnxruntime", "openvino"] = "onnxruntime",
+    runtime: Runtime = "onnxruntime",
     calibration: Any = None,
     progress: Progress = lambda message: None,
 ) -> list[dict[str, Any]]:

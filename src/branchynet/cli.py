@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 out = Console()
 
+ENGINES = "onnxruntime, openvino, onnxruntime-cuda"
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 
@@ -136,7 +137,7 @@ def bench(
     run: RunArgument,
     batch: Annotated[str, typer.Option(help="Batch sizes.")] = "1,64",
     threads: Annotated[str, typer.Option(help="Threads within an operator.")] = "1",
-    engine: Annotated[str, typer.Option(help="onnxruntime, openvino, or both with a comma.")] = "onnxruntime",
+    engine: Annotated[str, typer.Option(help=f"Of {ENGINES}: one, or several with commas.")] = "onnxruntime",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows here.")] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -157,6 +158,7 @@ def design(
     run: RunArgument,
     batch: Annotated[int, typer.Option(help="Samples a call: the best design depends on it.")] = 1,
     threads: Annotated[int, typer.Option(help="Threads within an operator.")] = 1,
+    runtime: Annotated[Any, typer.Option(metavar="NAME", help=f"What will run it: one of {ENGINES}.")] = "onnxruntime",
     max_drop: Annotated[float, typer.Option(help="Accuracy at most this far below the plain network's.")] = 0.0,
     exits: Annotated[int, typer.Option(help="The most exits, the network's own included.")] = 4,
     epochs: Annotated[int, typer.Option(help="Of all candidates together, on the frozen network.")] = 3,
@@ -165,18 +167,18 @@ def design(
     quiet: Quiet = False,
 ) -> None:
     """Find where early exits help a trained run's network; then train, export and time them beside the prediction."""
-    from .designing import design_run
+    from .designing import design_folder, design_run
     from .runs import open_run
     from .workbook import report_run
 
     advice, comparison = design_run(
-        run, batch_size=batch, threads=threads, max_drop=max_drop, exits=exits, epochs=epochs,
-        final_epochs=final_epochs, anyway=anyway, progress=not quiet,
+        run, batch_size=batch, threads=threads, runtime=runtime, max_drop=max_drop, exits=exits,
+        epochs=epochs, final_epochs=final_epochs, anyway=anyway, progress=not quiet,
     )  # fmt: skip
     print_advice(advice)
     if comparison is not None:
         out.print(str(comparison))
-        folder = run / f"design-{batch}"
+        folder = design_folder(run, batch, runtime)
         out.print(f"a run of its own: [bold]{folder}[/]; the report: [bold]{report_run(open_run(folder))}[/]")
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from . import scores
 from .engine.exported import Engine
-from .engine.onnx import load
+from .engine.onnx import Runtime, load
 from .errors import InputError
 from .export import assemble
 from .fingerprint import fingerprint
@@ -35,7 +35,7 @@ def measure(
     threads: int = 1,
     score: str | Score = "entropy",
     seconds: float = 3.0,
-    runtime: Literal["onnxruntime", "openvino"] = "onnxruntime",
+    runtime: Runtime = "onnxruntime",
     quantize: Literal["int8"] | None = None,
     calibration: Any = None,
 ) -> ExitCost:
@@ -125,7 +125,7 @@ def static_engines(
     plain: FlatGraph | None = None,
     enabled: Sequence[int] | None = None,
     alone: bool = True,
-    runtime: Literal["onnxruntime", "openvino"] = "onnxruntime",
+    runtime: Runtime = "onnxruntime",
 ) -> dict[str, Engine]:
     """Engines of static graphs, by name.
 
@@ -148,9 +148,7 @@ def static_engines(
     return engines
 
 
-def _leaving(
-    flat: FlatGraph, folder: Path, threads: int, runtime: Literal["onnxruntime", "openvino"]
-) -> dict[str, Engine]:
+def _leaving(flat: FlatGraph, folder: Path, threads: int, runtime: Runtime) -> dict[str, Engine]:
     """``leave_n``: the network as it is deployed, with thresholds by which every sample leaves at exit n."""
     engines = {}
     for n in range(1, flat.exits + 1):

@@ -1,6 +1,7 @@
 """From a trained run to a designed one: advise, train on, choose again, export, measure, compare.
 
-The design's folder, ``RUN/design-BATCH``, is a run folder itself, so that every verb works on it; more files are::
+The design's folder, ``RUN/design-BATCH``, is a run folder itself, so that every verb works on it; for other runtimes
+than ONNX Runtime on the CPU it is ``RUN/design-BATCH-RUNTIME``. More files are::
 
     asked.json            what was asked of the designer
     advice.json           what was found, and predicted, before anything was built
@@ -21,6 +22,7 @@ from .cost import measure
 from .data import ImageData, load_data
 from .decide import evaluate
 from .design import Advice, advise
+from .engine.onnx import Runtime
 from .errors import FileError, InputError
 from .exit_record import ExitRecord
 from .files import read_json, write_json
@@ -94,6 +96,7 @@ def design_run(
     *,
     batch_size: int = 1,
     threads: int = 1,
+    runtime: Runtime = "onnxruntime",
     max_drop: float = 0.0,
     exits: int = 4,
     epochs: int = 3,
@@ -107,6 +110,7 @@ def design_run(
         path: a trained run's folder; its plain network is what exits are designed for, and what they are compared with.
         batch_size: samples a call of the deployed file.
         threads: threads within an operator.
+        runtime: what will run the deployed file, as for `load`.
         max_drop: accuracy on validation at most so far below the plain network's.
         exits: the most the design may have, the network's own included.
         epochs: for all candidate heads together; all exits are then trained for as long as the run's were.
@@ -124,8 +128,8 @@ def design_run(
     base = open_run(path)
     base.file("record-static.npz", "train")
     data = load_data(base.settings.data)
-    folder = base.path / f"design-{batch_size}"
-    advice = _advised(base, data, folder, batch_size, threads, max_drop, exits, epochs, final_epochs, progress)
+    folder = design_folder(base.path, batch_size, runtime)
+    advice = _advised(base, data, folder, batch_size, threads, runtime, max_drop, exits, epochs, final_epochs, progress)
     if not advice.design.taps or not (advice.worth or anyway):
         return advice, None
     settings = replace(
@@ -136,7 +140,12 @@ def design_run(
     load_weights(net, folder / "warm.safetensors")
     train_exits(run, net, data, progress)
     (folder / "record-static.npz").write_bytes((base.path / "record-static.npz").read_bytes())
-    return advice, _compared(base, run, net, data, advice, max_drop, progress)
+    return advice, _compared(base, run, net, data, advice, runtime, max_drop, progress)
+
+
+def design_folder(run: Path, batch_size: int, runtime: str) -> Path:
+    """Where a run's design for a batch size and a runtime lies."""
+    return run / (f"design-{batch_size}" if runtime == "onnxruntime" else f"design-{batch_size}-{runtime}")
 
 
 def _advised(
@@ -145,6 +154,7 @@ def _advised(
     folder: Path,
     batch_size: int,
     threads: int,
+    runtime: Runtime,
     max_drop: float,
     exits: int,
     epochs: int,
@@ -170,6 +180,7 @@ def _advised(
         example_of(data),
         batch_size=batch_size,
         threads=threads,
+        runtime=runtime,
         max_drop=max_drop,
         exits=exits,
         epochs=epochs,
@@ -188,14 +199,28 @@ def _advised(
 
 
 def _compared(
-    base: Run, run: Run, net: BranchyNet, data: ImageData, advice: Advice, max_drop: float, progress: bool
+    base: Run,
+    run: Run,
+    net: BranchyNet,
+    data: ImageData,
+    advice: Advice,
+    runtime: Runtime,
+    max_drop: float,
+    progress: bool,
 ) -> Comparison:
     """Choose at the plain network's accuracy, predict, then export and time."""
     _, val = loaders(run.settings, data)
     static = build_network(replace(base.settings, taps=()), data).backbone
     load_weights(static, _plain(base, "static" if base.settings.static else "baseline"))
     wanted = evaluate(record(static, val, progress=False), Policy()).accuracy - max_drop
-    cost = measure(net, example_of(data), batch_size=advice.batch_size, threads=advice.threads, seconds=TIMING_S)
+    cost = measure(
+        net,
+        example_of(data),
+        batch_size=advice.batch_size,
+        threads=advice.threads,
+        runtime=runtime,
+        seconds=TIMING_S,
+    )
     choice, reached = nearest_to(ExitRecord.load(run.path / "record-val.npz"), cost, wanted)
     choice.save(run.path / "choice.json")
     cost.save(run.path / "cost.json")
@@ -218,6 +243,7 @@ def _compared(
         accuracy_static=plain,
         batches=(advice.batch_size,),
         threads=advice.threads,
+        runtime=runtime,
         progress=print if progress else lambda message: None,
     )
     write_json(run.path / "bench.json", {"environment": environment(), "rows": [row]})

@@ -70,7 +70,7 @@ class Advice:
     """Where exits should go on a trained network, and what they will bring.
 
     Attributes:
-        batch_size, threads, score: what the design is for.
+        batch_size, threads, score, runtime: what the design is for.
         static_us: microseconds a sample of the network without exits.
         accuracy: of the network without exits, on validation.
         min_accuracy: the limit that every design keeps, on the samples that chose it.
@@ -93,6 +93,7 @@ class Advice:
     tried: tuple[Tried, ...]
     best: int
     fingerprint: str
+    runtime: str = "onnxruntime"
     network: BranchyNet | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -124,6 +125,7 @@ class Advice:
     def __str__(self) -> str:
         """The advice in words."""
         each = f"at batch {self.batch_size}, {self.threads} thread{'s' * (self.threads > 1)}"
+        each += f" in {self.runtime}" * (self.runtime != "onnxruntime")
         if not self.design.taps:
             return f"Do not bother: no early exit helps {each} at {self.min_accuracy:.2%} accuracy. {self._least()}"
         low, high = self.speedup_interval

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..decide import evaluate, first_right, route
+from ..engine.onnx import Runtime
 from ..errors import InputError
 from ..exit_record import ExitRecord
 from ..files import read_json, write_json
@@ -32,7 +33,7 @@ RESOLUTION = 0.03  # difference in accuracy that the validation samples must be 
 PER_CLASS = 20  # training samples a class that heads need
 ALIKE = 0.01  # of two designs that take as long but for so much, relatively, the one with fewer exits is better
 RATE, DISTILL = 3e-3, 0.5
-FINALISTS = 8  # heads that are trained on
+PLACES = 4  # where heads are trained on
 _Z95 = 1.96
 _CLOCK = 0.03  # medians of the same calls differ by so much, relatively, between runs on a machine that does other work
 
@@ -45,6 +46,7 @@ def advise(
     *,
     batch_size: int = 1,
     threads: int = 1,
+    runtime: Runtime = "onnxruntime",
     max_drop: float | None = None,
     min_accuracy: float | None = None,
     exits: int = 4,
@@ -62,8 +64,8 @@ def advise(
 ) -> Advice:
     """Find the exits that make a trained network fastest at an accuracy, and tell what they will bring.
 
-    Heads of several sizes stand at the input and at up to eight other places. Every part is timed in ONNX Runtime as it
-    will be deployed, all heads are trained side by side on the frozen network in `epochs` passes, and every set of
+    Heads of several sizes stand at the input and at up to eight other places. Every part is timed in the runtime as
+    it will be deployed, all heads are trained side by side on the frozen network in `epochs` passes, and every set of
     exits is tried with every threshold on their recorded answers: all single exits and all pairs; of more, those that
     add to the best.
 
@@ -74,19 +76,20 @@ def advise(
         example: one batch of inputs, real ones if possible.
         batch_size: samples a call of the deployed file: the best design depends on it.
         threads: threads within an operator.
+        runtime: what will run the deployed file, as for `load`: on a GPU the best design is another one again.
         max_drop: accuracy on validation at most so far below the network's own; by default 0.
         min_accuracy: an accuracy instead.
         exits: the most a design may have, the network's own included.
         taps: places to try instead, names as in ``named_modules()`` or ``"input"``.
         score: the name of the score by which samples leave.
         epochs: passes over the training data, for all heads together.
-        final_epochs: more of them for the eight heads that the best designs are made of, after which the choice among
-            these is made again: large heads are still learning after a few passes, and small ones are not. So advice
-            takes longer and promises more (successive halving, Jamieson and Talwalkar 2016, with one halving).
+        final_epochs: more of them for the best two heads at each of the four best places, after which the choice among
+            these is made again: large heads are still learning after a few passes, when small ones are not. So advice
+            takes longer and promises more (as successive halving does, Jamieson and Talwalkar 2016).
         seconds: about how long to time.
         seed: as `fit` takes it, and the next three.
         mixed_precision: for the heads' training.
-        device: for training and recording; times are the CPU's.
+        device: for training and recording; what is timed runs where `runtime` does.
         channels_last: for the heads' training.
         run: a folder for the heads' training, so that a stopped search goes on, and one for another batch size trains
             nothing again.
@@ -121,7 +124,7 @@ def advise(
     say("looking for places and timing what stands there")
     torch.manual_seed(seed)
     forest, flat = _planted(backbone, example, taps, function)
-    times = time_stages(forest, flat, example, batch_size=batch_size, threads=threads, seconds=seconds)
+    times = time_stages(forest, flat, example, batch_size=batch_size, threads=threads, runtime=runtime, seconds=seconds)
 
     def learned(net: BranchyNet, epochs: int, name: str) -> tuple[Floats, Floats]:
         """Scores and losses `(S, N)` of a network whose branches have learned so long."""
@@ -148,8 +151,8 @@ def advise(
     most = (1 - limit) * alone.samples
     best, least = search(judged, most, exits, say)
     if final_epochs and np.isfinite(least).any():
-        name = f"final-batch-{batch_size}-threads-{threads}-{score}-{limit:.4f}"
-        kept = _finalists(None if run is None else Path(run) / name / "finalists.json", least)
+        name = f"final-{runtime}-batch-{batch_size}-threads-{threads}-{score}-{limit:.4f}"
+        kept = _finalists(None if run is None else Path(run) / name / "finalists.json", judged, least)
         say(f"training {len(kept)} of them on, {final_epochs} epochs")
         scores, losses = learned(forest.of(kept), final_epochs, name)
         judged = judged.anew(kept, scores[:, :-1], losses[:, :-1])
@@ -160,6 +163,7 @@ def advise(
     return Advice(
         batch_size=batch_size,
         threads=threads,
+        runtime=runtime,
         score=score,
         static_us=times.static_us,
         accuracy=accuracy,
@@ -173,16 +177,25 @@ def advise(
     )
 
 
-def _finalists(path: Path | None, least: Floats) -> list[int]:
-    """The candidates of the best sets, in running order; those in a file where it is there, so that training goes on.
+def _finalists(path: Path | None, judged: Judged, least: Floats) -> list[int]:
+    """The candidates that learn on, in running order; those in a file where it is there, so that training goes on.
+
+    At each of the places where the best sets have exits these are the head that does best there so far, and the most
+    accurate one, which is large and still has most to learn.
 
     Args:
         path: the file.
-        least: `(K,)` microseconds of the best set with each candidate.
+        judged: all candidates.
+        least: `(K,)` microseconds of the best set with each.
     """
     if path is not None and path.exists():
         return [int(i) for i in read_json(path)["candidates"]]
-    kept = [int(i) for i in np.argsort(least, kind="stable")[:FINALISTS] if np.isfinite(least[i])]
+    taps, wrong = np.array(judged.taps), judged.losses[:, :-1].mean(axis=0)
+    useful = [int(i) for i in np.argsort(least, kind="stable") if np.isfinite(least[i])]
+    kept = set()
+    for tap in list(dict.fromkeys(taps[useful]))[:PLACES]:
+        here = [i for i in useful if taps[i] == tap]
+        kept |= {here[0], min(here, key=lambda i: wrong[i])}
     if path is not None:
         write_json(path, {"candidates": sorted(kept)})
     return sorted(kept)

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..cost import ALWAYS, NEVER, each_row, two_sizes
-from ..engine.onnx import load
+from ..engine.onnx import Runtime, load
 from ..errors import GraphError
 from ..export import assemble
 from ..graph.flat import FlatGraph, tensors_of
@@ -89,7 +89,7 @@ class StageTimes:
 
 
 def time_stages(
-    forest: Forest, flat: FlatGraph, example: Any, *, batch_size: int, threads: int, seconds: float
+    forest: Forest, flat: FlatGraph, example: Any, *, batch_size: int, threads: int, runtime: Runtime, seconds: float
 ) -> StageTimes:
     """Time a forest's parts at a batch size.
 
@@ -99,12 +99,13 @@ def time_stages(
         example: real inputs if possible; repeated or cut to the rows of a call.
         batch_size: samples a call.
         threads: threads within an operator.
+        runtime: as for `load`.
         seconds: about how long to measure.
     """
     sizes = two_sizes(batch_size)
     taps = [forest.net.taps.index(c.tap) for c in forest.candidates]
     with tempfile.TemporaryDirectory() as folder:
-        parts = _Parts(flat, forest, Path(folder), threads)
+        parts = _Parts(flat, forest, Path(folder), threads, runtime)
         found, spread = parts.timed(tensors_of(example), sizes, seconds)
     return StageTimes(found[0], found[-1], tuple(taps), threads, spread)
 
@@ -127,7 +128,7 @@ def _policy(forest: Forest, position: int, threshold: float) -> Policy:
 class _Parts:
     """Engines of the graphs whose times tell the parts'."""
 
-    def __init__(self, flat: FlatGraph, forest: Forest, folder: Path, threads: int) -> None:
+    def __init__(self, flat: FlatGraph, forest: Forest, folder: Path, threads: int, runtime: Runtime) -> None:
         self.forest = forest
         last = len(forest.candidates) + 1
         outputs = {"plain": [f"output_{last}"], "last": [f"output_{last}", f"score_{last}"]}
@@ -144,10 +145,10 @@ class _Parts:
         self.calls = {}
         for k, (name, wanted) in enumerate(outputs.items()):
             ir.save(assemble(flat, None, outputs=wanted), folder / f"{k}.onnx")
-            self.calls[name] = load(folder / f"{k}.onnx", threads=threads).outputs
+            self.calls[name] = load(folder / f"{k}.onnx", threads=threads, runtime=runtime).outputs
         for k, (name, policy) in enumerate(policies.items()):
             ir.save(assemble(flat, policy), folder / f"exits-{k}.onnx")
-            self.calls[name] = load(folder / f"exits-{k}.onnx", threads=threads)
+            self.calls[name] = load(folder / f"exits-{k}.onnx", threads=threads, runtime=runtime)
 
     def timed(self, example: Sequence[Any], sizes: Sequence[int], seconds: float) -> tuple[list[Batch], float]:
         """Times at each batch size, all in turns, and the relative spread of a median."""

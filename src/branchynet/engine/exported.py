@@ -23,10 +23,10 @@ Feeds = dict[str, NDArray[Any]]
 class Engine:
     """An exported network, ready to answer. Made by `load`.
 
-    Calls are thread-safe: an engine holds no state between calls, and both runtimes may be called concurrently.
+    Calls are thread-safe: an engine holds no state between calls, and all runtimes may be called concurrently.
 
     Attributes:
-        runtime: ``"onnxruntime"`` or ``"openvino"``.
+        runtime: as `load` was told.
         inputs: what the network reads.
         policy: score and default thresholds; None for a flat file (exported with ``policy=None``).
         exits: N.
