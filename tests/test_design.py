@@ -166,6 +166,8 @@ def split(data, part, rows):
         ({"min_accuracy": 1.01}, r"less than the limit of 101\.00%"),
         ({"taps": ["conv9"]}, r"no submodule 'conv9'"),
         ({"batch_size": 0}, "batch_size and threads must be at least 1; got 0 and 1"),
+        ({"epochs": 0}, "epochs must be at least 1 and final_epochs 0; got 0 and 0"),
+        ({"final_epochs": -1}, "final_epochs 0; got 3 and -1"),
         ({"score": "entrpy"}, "entrpy"),
         ({"runtime": "openvno"}, "unknown runtime 'openvno'"),
     ],

@@ -108,6 +108,8 @@ def advise(
         raise InputError(f"exits must be at least 2, the network's own included; got {exits}")
     if batch_size < 1 or threads < 1:
         raise InputError(f"batch_size and threads must be at least 1; got {batch_size} and {threads}")
+    if epochs < 1 or final_epochs < 0:
+        raise InputError(f"epochs must be at least 1 and final_epochs 0; got {epochs} and {final_epochs}")
     function = resolve(score)
     if max_drop is not None and min_accuracy is not None:
         raise InputError("give max_drop or min_accuracy, not both")
