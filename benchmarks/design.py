@@ -128,10 +128,16 @@ def designs(task, wanted, sizes):
     published = task.published() if "published" in wanted else None
     if published is not None:
         yield "published", sizes, published, None
-    for batch in sizes if "designed" in wanted else ():
+    found = {}
+    for batch in BATCHES if "designed" in wanted else ():
         advice, add = advised(task, batch)
-        if advice.design.taps:
-            yield "designed", (batch,), task.with_exits(add, f"designed-{batch}"), advice
+        design = advice.design.taps, advice.design.heads
+        if not advice.design.taps:
+            continue
+        if design not in found:  # else it is the same network for both
+            found[design] = task.with_exits(add, f"designed-{batch}")
+        if batch in sizes:
+            yield "designed", (batch,), found[design], advice
     if "even" in wanted:
         yield "even", sizes, task.with_exits(even, "even"), None
 
@@ -228,9 +234,11 @@ def main():
 def train(task, ship, only, sizes):
     """Train everything; with `ship`, write the designed networks' weights, half the bits, into the package."""
     task.continued()
+    shipped = []
     for name, batches, net, _ in designs(task, only, sizes):
         print(name, *net.taps, flush=True)
-        if ship and name == "designed":
+        if ship and name == "designed" and net not in shipped:
+            shipped.append(net)
             data = RECIPES[task.name].data
             save_weights(copy.deepcopy(net).half(), SHIPPED / f"{task.name}-{TARGETS[batches[0]]}-{data}.safetensors")
 

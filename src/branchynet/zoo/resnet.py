@@ -90,11 +90,8 @@ def resnet(n: int, num_classes: int = 10, *, pretrained: bool = False) -> ResNet
     return ship(net, f"resnet{n}-cifar10", num_classes, 10) if pretrained else net
 
 
-# Where `advise` put exits on ResNet-110, by target; see benchmarks/design.py.
-_DESIGNS = {
-    "latency": {"input": "conv-64-64-128", "stage1.4": "conv-64-64-128", "stage1.10": "conv-64x2-128x2-128"},
-    "batch": {"input": "conv-64x2-128x2-128", "stage1.10": "conv-64x2-128x2-128", "stage2.4": "conv-32-64"},
-}
+# Where `advise` put exits on ResNet-110, the same for both targets; see benchmarks/design.py.
+_DESIGN = {"input": "conv-64-64-128", "stage1.4": "conv-64x2-128x2-128", "stage1.10": "conv-64x2-128x2-128"}
 
 
 def b_resnet(
@@ -109,7 +106,7 @@ def b_resnet(
         n: layers, as `resnet` takes them; of designs there is one for 110.
         num_classes: outputs.
         branches: ``"designed"`` or ``"published"``.
-        target: what the design is for: ``"latency"``, one sample a call, or ``"batch"``, 64.
+        target: what the design is for: ``"latency"``, one sample a call, or ``"batch"``, 64; for 110 it is the same.
         pretrained: with the weights shipped for CIFAR-10.
 
     Raises:
@@ -124,8 +121,8 @@ def b_resnet(
                 f"no exits have been designed for n={n}, only for 110: take branches='published', or let advise(...) "
                 "place them on your trained network"
             )
-        net = designed(trunk, _DESIGNS, target, (3, 32, 32))
-        return ship(net, f"b_resnet{n}-{target}-cifar10", num_classes, 10) if pretrained else net
+        net = designed(trunk, {"latency": _DESIGN, "batch": _DESIGN}, target, (3, 32, 32))
+        return ship(net, f"b_resnet{n}-latency-cifar10", num_classes, 10) if pretrained else net
     first = nn.Sequential(
         nn.Conv2d(16, 64, 5, padding=2),
         nn.ReLU(),
