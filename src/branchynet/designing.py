@@ -140,7 +140,7 @@ def design_run(
     load_weights(net, folder / "warm.safetensors")
     train_exits(run, net, data, progress)
     (folder / "record-static.npz").write_bytes((base.path / "record-static.npz").read_bytes())
-    return advice, _compared(base, run, net, data, advice, runtime, max_drop, progress)
+    return advice, _compared(base, run, net, data, advice, max_drop, progress)
 
 
 def design_folder(run: Path, batch_size: int, runtime: str) -> Path:
@@ -199,14 +199,7 @@ def _advised(
 
 
 def _compared(
-    base: Run,
-    run: Run,
-    net: BranchyNet,
-    data: ImageData,
-    advice: Advice,
-    runtime: Runtime,
-    max_drop: float,
-    progress: bool,
+    base: Run, run: Run, net: BranchyNet, data: ImageData, advice: Advice, max_drop: float, progress: bool
 ) -> Comparison:
     """Choose at the plain network's accuracy, predict, then export and time."""
     _, val = loaders(run.settings, data)
@@ -218,7 +211,7 @@ def _compared(
         example_of(data),
         batch_size=advice.batch_size,
         threads=advice.threads,
-        runtime=runtime,
+        runtime=advice.runtime,
         seconds=TIMING_S,
     )
     choice, reached = nearest_to(ExitRecord.load(run.path / "record-val.npz"), cost, wanted)
@@ -243,7 +236,7 @@ def _compared(
         accuracy_static=plain,
         batches=(advice.batch_size,),
         threads=advice.threads,
-        runtime=runtime,
+        runtime=advice.runtime,
         progress=print if progress else lambda message: None,
     )
     write_json(run.path / "bench.json", {"environment": environment(), "rows": [row]})

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from ..engine.onnx import Runtime
 from ..errors import FileError
 from ..files import read_json, write_json
 from ..net import BranchyNet
@@ -93,7 +94,7 @@ class Advice:
     tried: tuple[Tried, ...]
     best: int
     fingerprint: str
-    runtime: str = "onnxruntime"
+    runtime: Runtime = "onnxruntime"
     network: BranchyNet | None = field(default=None, repr=False, compare=False)
 
     @property

@@ -33,7 +33,7 @@ RESOLUTION = 0.03  # difference in accuracy that the validation samples must be 
 PER_CLASS = 20  # training samples a class that heads need
 ALIKE = 0.01  # of two designs that take as long but for so much, relatively, the one with fewer exits is better
 RATE, DISTILL = 3e-3, 0.5
-PLACES = 4  # where heads are trained on
+PLACES = 4  # where heads are trained on, or as many as a design may have early exits
 _Z95 = 1.96
 _CLOCK = 0.03  # medians of the same calls differ by so much, relatively, between runs on a machine that does other work
 
@@ -154,7 +154,9 @@ def advise(
     best, least = search(judged, most, exits, say)
     if final_epochs and np.isfinite(least).any():
         name = f"final-{runtime}-batch-{batch_size}-threads-{threads}-{score}-{limit:.4f}"
-        kept = _finalists(None if run is None else Path(run) / name / "finalists.json", judged, least)
+        kept = _finalists(
+            None if run is None else Path(run) / name / "finalists.json", judged, least, max(PLACES, exits - 1)
+        )
         say(f"training {len(kept)} of them on, {final_epochs} epochs")
         scores, losses = learned(forest.of(kept), final_epochs, name)
         judged = judged.anew(kept, scores[:, :-1], losses[:, :-1])
@@ -179,7 +181,7 @@ def advise(
     )
 
 
-def _finalists(path: Path | None, judged: Judged, least: Floats) -> list[int]:
+def _finalists(path: Path | None, judged: Judged, least: Floats, places: int) -> list[int]:
     """The candidates that learn on, in running order; those in a file where it is there, so that training goes on.
 
     At each of the places where the best sets have exits these are the head that does best there so far, and the most
@@ -189,13 +191,14 @@ def _finalists(path: Path | None, judged: Judged, least: Floats) -> list[int]:
         path: the file.
         judged: all candidates.
         least: `(K,)` microseconds of the best set with each.
+        places: how many; as many as early exits at least, so that the best set is among them.
     """
     if path is not None and path.exists():
         return [int(i) for i in read_json(path)["candidates"]]
     taps, wrong = np.array(judged.taps), judged.losses[:, :-1].mean(axis=0)
     useful = [int(i) for i in np.argsort(least, kind="stable") if np.isfinite(least[i])]
     kept = set()
-    for tap in list(dict.fromkeys(taps[useful]))[:PLACES]:
+    for tap in list(dict.fromkeys(taps[useful]))[:places]:
         here = [i for i in useful if taps[i] == tap]
         kept |= {here[0], min(here, key=lambda i: wrong[i])}
     if path is not None:
