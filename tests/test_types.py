@@ -78,7 +78,7 @@ class TestExitRecord:
             (np.zeros((2, 2, 3)), [0, 3], r"labels lie in 0\.\.3, but outputs have 3 classes"),
             (np.zeros((2, 2, 3)), [-1, 0], r"labels lie in -1\.\.0"),
             ([[[0, 1], [0, math.nan]]], [0], r"outputs holds nan at sample 0, exit 2"),
-            ([[[0, 1]], [[-math.inf, 1]]], [0, 0], r"outputs holds -inf at sample 1, exit 1"),
+            ([[[0, 1]], [[-math.inf, -math.inf]]], [0, 0], r"outputs holds -inf at sample 1, exit 1"),
             ([[[0, 1e300]]], [0], r"outputs holds inf at sample 0"),
         ],
     )

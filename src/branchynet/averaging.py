@@ -10,7 +10,7 @@ from scipy.special import logsumexp, softmax
 from torch import Tensor
 
 from .errors import InputError
-from .exit_record import ExitRecord
+from .exit_record import ExitRecord, bounded
 from .net import BranchyNet
 from .types import Floats, Ints
 
@@ -29,7 +29,8 @@ def averaged(net: BranchyNet, weights: Weights | None = None, *, of: Of = "softm
         net: trained; it is not changed.
         weights: `(N, n)` a row an exit, as `fit_weights` gives them; row n holds n weights, not negative and not all 0,
             which are scaled to sum to 1. By default all equal.
-        of: ``"softmax"``: probabilities are averaged, and an exit's outputs are their logarithms; ``"logits"``.
+        of: ``"softmax"``: probabilities are averaged, and an exit's outputs are their logarithms (minus infinity where
+            the probability is 0); ``"logits"``.
 
     Raises:
         InputError: no `BranchyNet`, or weights that are not one row of n weights for each exit n.
@@ -47,7 +48,7 @@ def average(outputs: Sequence[Tensor], weights: Weights | None = None, *, of: Of
     else:
         parts = [torch.softmax(output, dim=1) for output in outputs]
     means = [_mean(parts[: len(row)], row) for row in rows]
-    return tuple(mean.clamp_min(_LEAST).log() for mean in means) if of == "softmax" else tuple(means)
+    return tuple(mean.log() for mean in means) if of == "softmax" else tuple(means)
 
 
 def averaged_record(record: ExitRecord, weights: Weights | None = None, *, of: Of = "softmax") -> ExitRecord:
@@ -85,7 +86,7 @@ def fit_weights(record: ExitRecord, *, of: Of = "softmax", steps: int = 200) -> 
     if record.outputs is None or record.labels is None:
         raise InputError("this record holds scores and losses; fitting reads outputs: record without loss=")
     fit = _mixture if _known(of) == "softmax" else _combination
-    logits = record.outputs.astype(np.float64)
+    logits = bounded(record.outputs.astype(np.float64))
     return tuple(fit(logits[:, :n], record.labels, steps) for n in range(1, record.exits + 1))
 
 
@@ -122,7 +123,7 @@ def _combination(logits: Floats, labels: Ints, steps: int) -> tuple[float, ...]:
     return tuple((found.x / total).tolist()) if total > 0 else tuple(start.tolist())  # 0 where no exit knows anything
 
 
-_LEAST = 1e-30  # a probability whose logarithm float32 still holds
+_LEAST = 1e-30  # instead of a probability of 0, whose logarithm is infinite
 
 
 class _Averaged(BranchyNet):
@@ -138,10 +139,11 @@ class _Averaged(BranchyNet):
 
 
 def _mean(parts: Sequence[Tensor], row: Sequence[float]) -> Tensor:
-    total = parts[0] * row[0]
-    for part, weight in zip(parts[1:], row[1:], strict=True):
-        total = total + part * weight
-    return total
+    # A weight of 0 leaves its exit out: 0 times a logit of minus infinity would be NaN.
+    first, *others = [part * weight for part, weight in zip(parts, row, strict=True) if weight]
+    for part in others:
+        first = first + part
+    return first
 
 
 def _known(of: Of) -> Of:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from .errors import FileError, InputError
 from .files import replacing
@@ -39,7 +39,8 @@ class ExitRecord:
             None where that is not known.
 
     Raises:
-        InputError: shapes disagree, no samples, a label outside 0..C-1, or an infinite or NaN output.
+        InputError: shapes disagree, no samples, a label outside 0..C-1, or outputs that hold NaN or plus infinity, or
+            minus infinity for every class (for some it rules them out).
     """
 
     outputs: Floats | None
@@ -54,6 +55,7 @@ class ExitRecord:
             if self.scores is not None or self.losses is not None or self.score is not None:
                 raise InputError("give outputs and labels, or scores and losses (ExitRecord.from_scores), not both")
             outputs = _array("outputs", self.outputs, 3, "(S, N, C)")
+            _check_finite("outputs", outputs.max(axis=2))  # minus infinity only where every class is ruled out
             labels = np.asarray(self.labels)
             if labels.dtype.kind not in "iu" or labels.shape != outputs.shape[:1]:
                 raise InputError(
@@ -70,8 +72,9 @@ class ExitRecord:
         elif self.scores is None or self.losses is None:
             raise InputError("an ExitRecord needs outputs and labels, or scores and losses (ExitRecord.from_scores)")
         if self.scores is not None:
-            scores = _array("scores", self.scores, 2, "(S, N)", finite=False)
+            scores = _array("scores", self.scores, 2, "(S, N)")
             losses = _array("losses", self.losses, 2, "(S, N)")
+            _check_finite("losses", losses)
             if scores.shape != losses.shape:
                 raise InputError(f"scores {scores.shape} and losses {losses.shape} must have one shape (S, N)")
             if losses.min() < 0 or losses.max() > 1:
@@ -151,15 +154,24 @@ def check_same_network(what: str, one: str | None, other: str | None, *, structu
         raise InputError(f"{what} are of different {how} ({one} and {other}): take both from the same one")
 
 
-def _array(name: str, value: ArrayLike, ndim: int, shape: str, finite: bool = True) -> Floats:
-    with np.errstate(over="ignore"):  # what is infinite in float32 is refused below
+def bounded(logits: NDArray[Any]) -> NDArray[Any]:
+    """Logits `(..., C)` of which none lies more than 100 below the largest of its row, so that all are finite."""
+    return np.maximum(logits, logits.max(axis=-1, keepdims=True) - 100.0)
+
+
+def _array(name: str, value: ArrayLike, ndim: int, shape: str) -> Floats:
+    with np.errstate(over="ignore"):  # what is infinite in float32 is refused where it matters
         array = np.asarray(value, dtype=np.float32)
     if array.ndim != ndim or 0 in array.shape:
         raise InputError(f"{name} must have shape {shape} with at least one sample; got {array.shape}")
-    if finite and not np.isfinite(array).all():
-        where = np.argwhere(~np.isfinite(array))[0]
+    return array
+
+
+def _check_finite(name: str, table: Floats) -> None:
+    """Raises `InputError` where one of `(S, N)` figures is NaN or infinite."""
+    if not np.isfinite(table).all():
+        sample, exit = np.argwhere(~np.isfinite(table))[0]
         raise InputError(
-            f"{name} holds {array[tuple(where)]} at sample {where[0]}, exit {where[1] + 1}; "
+            f"{name} holds {table[sample, exit]} at sample {sample}, exit {exit + 1}; "
             "a network that gives NaN or infinity cannot be judged: lower the learning rate or drop that sample"
         )
-    return array

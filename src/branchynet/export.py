@@ -1,6 +1,7 @@
 """Writing a network as one ONNX file, checked against PyTorch before it gets its name."""
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from . import scores
+from .engine.checks import difference, magnitude
 from .engine.exported import FORMAT, METADATA_KEY, Engine
 from .engine.onnx import load
 from .errors import GraphError, InputError
@@ -221,8 +223,10 @@ def _compare(path: Path, policy: Policy | None, example: Any, expected: _Expecte
             _check(answer.output, expected, n, rows)
     if dynamic:
         score = scores.resolve(policy.score)
-        halves = [float(score(expected.outputs[:n]).median()) for n in range(1, policy.exits)]
-        mixed = [None if t is None else half for t, half in zip(policy.thresholds, halves, strict=True)]
+        halves = [float(score(expected.outputs[:n]).nanmedian()) for n in range(1, policy.exits)]
+        mixed = [
+            None if t is None or math.isnan(half) else half for t, half in zip(policy.thresholds, halves, strict=True)
+        ]
         answer = engine(*inputs, thresholds=mixed)
         for row, n in enumerate(answer.exit):
             _check(answer.output[row : row + 1], expected, n, slice(row, row + 1))
@@ -238,16 +242,22 @@ def _from_network(net: nn.Module, example: Any, limit: int = 8) -> _Expected:
             outputs = net(*(t[i : i + 1] for t in args), **{k: t[i : i + 1] for k, t in kwargs.items()})
             rows.append(exits_in(net, outputs))
     outputs = tuple(torch.cat(exit).float() for exit in zip(*rows, strict=True))
+    for n, output in enumerate(outputs, 1):
+        if output.isnan().any():
+            row = int(output.flatten(1).isnan().any(dim=1).nonzero()[0])
+            raise GraphError(
+                f"exit {n} gives NaN for row {row} of the example, so that no file could be compared with the network: "
+                "give an example of real inputs, or look for NaN among the weights"
+            )
     return _Expected(outputs, (0.0,) * len(outputs), "the network")
 
 
 def _check(got: NDArray[Any], expected: _Expected, exit: int, rows: slice) -> None:
     want = expected.outputs[exit - 1][rows].numpy()
-    tolerance = max(1e-3 * max(1.0, float(np.abs(want).max())), expected.slack[exit - 1])
-    difference = float(np.abs(got - want).max())
-    if not difference <= tolerance:
+    tolerance = max(1e-3 * magnitude(want), expected.slack[exit - 1])
+    if (off := difference(got, want)) > tolerance:
         raise GraphError(
-            f"the exported graph differs from {expected.source} by {difference:.3g} at exit {exit} "
+            f"the exported graph differs from {expected.source} by {off:.3g} at exit {exit} "
             f"(allowed {tolerance:.3g}); "
             "does its forward depend on values, on random numbers, or on other samples of the batch?"
         )

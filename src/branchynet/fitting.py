@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from .errors import InputError, nearest
-from .exit_record import ExitRecord
+from .exit_record import ExitRecord, bounded
 from .meta import LearnedScore, TemperedScore
 from .sureness import SCORES, features
 
@@ -100,6 +100,8 @@ def _checked(record: ExitRecord) -> tuple[NDArray[np.floating], NDArray[np.int64
 def _temperature(logits: Array, labels: NDArray[np.int64]) -> float:
     """Newton's method on the inverse temperature, in which the cross-entropy is convex, kept within its bounds."""
     low, high, inverse = 1 / _HOTTEST, 1 / _COOLEST, 1.0
+    possible = np.isfinite(logits[np.arange(len(labels)), labels])  # no temperature makes a ruled-out class more likely
+    logits, labels = bounded(logits[possible]), labels[possible]
     logits = logits - logits.max(axis=1, keepdims=True)
     answered = logits[np.arange(len(labels)), labels]
     for _ in range(100):

@@ -131,7 +131,9 @@ class LearnedScore(_Told):
 
     def __call__(self, outputs: "tuple[Tensor, ...]") -> "Tensor":
         """`(B,)` log-odds that the latest answer is wrong, of the outputs so far, each `(B, C)`."""
-        from .sureness import features
+        import torch
+
+        from .sureness import answers, features
 
         _check_exits(self, len(outputs))
         latest = outputs[-1]
@@ -142,7 +144,8 @@ class LearnedScore(_Told):
             )
         found = features(outputs, self.earlier)
         weights = found.new_tensor(self.weights[len(outputs) - 1])
-        return (found @ weights.unsqueeze(1)).squeeze(1) + self.bias[len(outputs) - 1]
+        odds = (found @ weights.unsqueeze(1)).squeeze(1) + self.bias[len(outputs) - 1]
+        return torch.where(answers(latest), odds, math.nan)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""

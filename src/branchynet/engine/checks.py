@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import InputError
 from ..types import Policy
@@ -60,6 +61,18 @@ def check_inputs(inputs: Sequence[Any], wanted: Sequence[Input]) -> int:
     if any(len(given) != rows for given in inputs):
         raise InputError(f"the inputs have batch sizes {[len(given) for given in inputs]}; they must agree")
     return rows
+
+
+def difference(got: NDArray[Any], want: NDArray[Any]) -> float:
+    """The largest difference of two answers; infinite where they are not finite in the same way."""
+    same = np.equal(got, want) | (np.isnan(got) & np.isnan(want))
+    apart = np.abs(got[~same] - want[~same])
+    return float(np.where(np.isnan(apart), np.inf, apart).max(initial=0.0))
+
+
+def magnitude(want: NDArray[Any]) -> float:
+    """The largest finite figure of an answer, without its sign, and at least 1: what a tolerance is relative to."""
+    return float(np.abs(want[np.isfinite(want)]).max(initial=1.0))
 
 
 def _listed(inputs: Sequence[Input]) -> str:

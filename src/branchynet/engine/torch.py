@@ -15,7 +15,7 @@ from ..graph.program import tensors_of
 from ..graph.torch_stages import cut_stages
 from ..net import arguments, evaluating, exits_in
 from ..types import Policy, Prediction
-from .checks import Input, check_inputs, check_thresholds
+from .checks import Input, check_inputs, check_thresholds, difference, magnitude
 
 
 @dataclass(frozen=True)
@@ -156,10 +156,10 @@ class TorchEngine:
             answer = self(*inputs, thresholds=thresholds)
             wanted = expected[range(len(expected)), answer.exit - 1]
             for got, want, exit in zip(answer.output, wanted, answer.exit, strict=True):
-                allowed = tolerance * max(1.0, float(np.abs(want).max()))
-                if not np.allclose(got, want, rtol=0, atol=allowed, equal_nan=True):
+                allowed = tolerance * magnitude(want)
+                if (off := difference(got, want)) > allowed:
                     raise GraphError(
-                        f"exit {exit} answers {np.abs(got - want).max():.3g} off what it answers to the same row alone "
+                        f"exit {exit} answers {off:.3g} off what it answers to the same row alone "
                         f"(allowed {allowed:.3g}); does the network's forward depend on the other samples of the batch?"
                     )
             if n is not None and n < self.exits:

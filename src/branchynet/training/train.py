@@ -68,7 +68,9 @@ def joint_loss(
                 f"{tuple(target.shape)} {target.dtype}: {error}"
             ) from error
         if teacher is not None and output is not last:
-            divergence = F.kl_div(output.log_softmax(dim=1), teacher, reduction="none").sum(dim=1).mean()
+            log_p = output.log_softmax(dim=1)
+            log_p = log_p.masked_fill(log_p == -math.inf, 0.0)  # a class that is ruled out has nothing to learn
+            divergence = F.kl_div(log_p, teacher, reduction="none").sum(dim=1).mean()
             part = part + distill * divergence
         total = total + factor * part
     return total
