@@ -114,23 +114,26 @@ def bench(
     exits = count_exits(net, inputs)
     if exits != engine.exits:
         raise InputError(f"{path} has {engine.exits} exits and the network {exits}; give the network that was exported")
-    int8 = engine.metadata.get("quantize") is not None
-    if int8 != (calibration is not None):
-        told = "int8: give calibration=, the samples it was quantised with" if int8 else "float: leave calibration= out"
+    quantize = engine.metadata.get("quantize", {}).get("scheme")
+    if (quantize is None) != (calibration is None):
+        told = "int8: give calibration=, the samples it was quantised with"
+        told = told if quantize else "float: leave calibration= out"
         raise InputError(f"{path} is {told}, so that the static graphs are what it is")
-    check_same_network(f"{path} and net", engine.metadata.get("network"), fingerprint(net) + ("-int8" if int8 else ""))
+    check_same_network(
+        f"{path} and net", engine.metadata.get("network"), fingerprint(net) + (f"-{quantize}" if quantize else "")
+    )
     order = np.random.default_rng(seed).permutation(rows_given)
     arrays = tuple(array[order] for array in arrays)
     left, accuracy = _judge(engine, arrays, target[torch.from_numpy(order)], loss)
     enabled = [n for n, on in enumerate(engine.policy.enabled, 1) if on]
     flat = flatten(net, few(inputs), score=function, dynamic=dynamic)
-    if int8:
-        flat = quantized(flat, calibration_batches(calibration, flat))
+    if quantize:
+        flat = quantized(flat, calibration_batches(calibration, flat), quantize)
     # The last exit of averaged answers holds branches too.
     alone = plain_of(net)
     plain = None if alone is net else flatten(alone, few(inputs), dynamic=dynamic)
-    if int8 and plain is not None:
-        plain = quantized(plain, calibration_batches(calibration, plain))
+    if quantize and plain is not None:
+        plain = quantized(plain, calibration_batches(calibration, plain), quantize)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         static = static_engines(flat, Path(folder), threads, plain=plain, enabled=enabled, alone=False, runtime=runtime)

@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -17,7 +17,7 @@ from .export import assemble
 from .fingerprint import fingerprint
 from .graph.flat import FlatGraph, flatten, tensors_of
 from .graph.macs import exit_macs
-from .graph.quantize import calibration_batches, check_quantize, quantized
+from .graph.quantize import Quantize, calibration_batches, check_quantize, quantized
 from .net import plain_of
 from .scores import Score
 from .timing import interleaved
@@ -36,7 +36,7 @@ def measure(
     score: str | Score = "entropy",
     seconds: float = 3.0,
     runtime: Runtime = "onnxruntime",
-    quantize: Literal["int8"] | None = None,
+    quantize: Quantize | None = None,
     calibration: Any = None,
 ) -> ExitCost:
     """Time every stage of a network in the runtime that will run it, and count its multiply-accumulates.
@@ -76,8 +76,8 @@ def measure(
     alone = plain_of(net)
     plain = None if alone is net else flatten(alone, example)
     if quantize:
-        flat = quantized(flat, calibration_batches(calibration, flat))
-        plain = plain and quantized(plain, calibration_batches(calibration, plain))
+        flat = quantized(flat, calibration_batches(calibration, flat), quantize)
+        plain = plain and quantized(plain, calibration_batches(calibration, plain), quantize)
     sizes = two_sizes(batch_size)
     with tempfile.TemporaryDirectory() as folder:
         static = static_engines(flat, Path(folder), threads, plain=plain, runtime=runtime)

@@ -15,10 +15,11 @@ def environment() -> dict[str, str | int]:
     for name in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):  # OpenVINO need not be there
             found[name] = version(name)
-    return found | {"processor": _processor(), "cores": os.cpu_count() or 1, "system": platform.system()}
+    return found | {"processor": processor(), "cores": os.cpu_count() or 1, "system": platform.system()}
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name, such as ``AMD EPYC 7B13``."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import onnx
@@ -29,6 +29,7 @@ from .flat import FlatGraph
 from .onnx_exits import parents
 
 Batch = tuple[NDArray[Any], ...]  # one array an input of the graph
+Quantize = Literal["int8", "int8-full-range"]
 
 _WEIGHED = ("Conv", "Gemm", "MatMul")
 # What stands between convolutions; int8 where what it reads is int8 already.
@@ -38,10 +39,10 @@ _BETWEEN = ("Add", "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool"
 
 def check_quantize(quantize: str | None, calibration: Any) -> None:
     """Refuse what cannot be meant, before any long work. Raises `InputError`."""
-    if quantize not in (None, "int8"):
-        raise InputError(f"quantize must be 'int8', or None for float; got {quantize!r}")
+    if quantize not in (None, *get_args(Quantize)):
+        raise InputError(f"quantize must be 'int8', 'int8-full-range', or None for float; got {quantize!r}")
     if quantize and calibration is None:
-        raise InputError("quantize='int8' needs calibration=, a loader of some hundreds of training samples")
+        raise InputError(f"quantize={quantize!r} needs calibration=, a loader of some hundreds of training samples")
     if calibration is not None and not quantize:
         raise InputError("calibration= is for quantize='int8'; give both, or neither")
     if isinstance(calibration, (Tensor, str, Mapping)) or not isinstance(calibration, Iterable | None):
@@ -69,10 +70,14 @@ def calibration_batches(loader: Iterable[Any], flat: FlatGraph) -> list[Batch]:
     return [tuple(a[i : i + 1] for a in batch) for batch in found for i in range(len(batch[0]))]
 
 
-def quantized(flat: FlatGraph, batches: Sequence[Batch]) -> FlatGraph:
+def quantized(flat: FlatGraph, batches: Sequence[Batch], quantize: Quantize = "int8") -> FlatGraph:
     """The graph with convolutions and matrix products in int8, one scale a channel of weights, ranges as in `batches`.
 
     The exits' outputs and scores stay float32: thresholds are compared with numbers finer than a step of int8.
+
+    x86 processors without VNNI add two products of a uint8 activation and an int8 weight in int16, which saturates at
+    32,767. ``"int8"`` keeps weights in [-64, 64], and 2 * 255 * 64 = 32,640 fits; ``"int8-full-range"`` uses
+    [-127, 127] and is for processors with VNNI, and ARM ones.
 
     Raises:
         GraphError: there is nothing to quantise, or ONNX Runtime cannot.
@@ -93,6 +98,7 @@ def quantized(flat: FlatGraph, batches: Sequence[Batch]) -> FlatGraph:
                 per_channel=True,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
+                reduce_range=quantize == "int8",
                 extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul"]},
             )
         except Exception as error:  # it raises what its many steps happen to raise
