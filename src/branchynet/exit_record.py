@@ -5,21 +5,16 @@ Shape letters: S samples, N exits, C classes.
 
 import hashlib
 import os
-import zipfile
-import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .errors import FileError, InputError
-from .files import replacing
+from .files import check_checksum, checksum, regular, replacing
 from .types import Floats, Ints, score_name, set_fields
-
-# What numpy and zipfile raise for a file that is missing, damaged, or something else altogether.
-_UNREADABLE = (OSError, ValueError, TypeError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,11 +113,12 @@ class ExitRecord:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an ``.npz`` file, whole or not at all; of a callable score the name is kept. Raises `FileError`."""
         names = ("outputs", "labels") if self.outputs is not None else ("scores", "losses")
-        arrays = {name: getattr(self, name) for name in names}
+        arrays: dict[str, Any] = {name: getattr(self, name) for name in names}
         if self.score is not None:
             arrays["score"] = np.array(score_name(self.score))
         if self.network is not None:
             arrays["network"] = np.array(self.network)
+        arrays["sha256"] = np.array(checksum(_parts(arrays)))
         with replacing(path) as temporary, temporary.open("wb") as stream:
             np.savez_compressed(stream, **arrays)
 
@@ -131,15 +127,20 @@ class ExitRecord:
         """Read a file that `save` wrote; nothing in it is ever unpickled. Raises `FileError`."""
         try:
             # numpy forgets to close a damaged file that it opened itself
-            with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
+            with regular(path).open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
                 arrays = {name: stored[name] for name in stored.files}
+            if "sha256" in arrays:  # records of earlier versions have none
+                check_checksum(path, str(arrays.pop("sha256")), _parts(arrays))
             told: dict[str, Any] = {name: str(arrays.pop(name)) for name in ("score", "network") if name in arrays}
             if set(arrays) == {"outputs", "labels"} and "score" not in told:
                 return cls(**arrays, **told)
             if set(arrays) == {"scores", "losses"}:
                 return cls.from_scores(**arrays, **told)
-        except _UNREADABLE as error:
-            raise FileError(f"cannot read the record {path}: {error}; make it again with record(...)") from error
+        except FileError:
+            raise
+        except Exception as error:  # numpy's and zipfile's readers raise nearly anything on a damaged file
+            reason = f"{type(error).__name__}: {error}".removesuffix(": ")
+            raise FileError(f"cannot read the record {path} ({reason}); make it again with record(...)") from error
         raise FileError(f"{path} holds {sorted({**arrays, **told})}, which is no ExitRecord; make it with record(...)")
 
 
@@ -159,7 +160,17 @@ def bounded(logits: NDArray[Any]) -> NDArray[Any]:
     return np.maximum(logits, logits.max(axis=-1, keepdims=True) - 100.0)
 
 
+def _parts(arrays: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What a record's checksum is of."""
+    for name, array in sorted(arrays.items()):
+        yield name, f"{array.dtype.str} {array.shape}"
+        yield name, np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
 def _array(name: str, value: ArrayLike, ndim: int, shape: str) -> Floats:
+    kind = np.asarray(value).dtype
+    if kind.kind not in "biuf":
+        raise InputError(f"{name} must be real numbers; got {kind}")
     with np.errstate(over="ignore"):  # what is infinite in float32 is refused where it matters
         array = np.asarray(value, dtype=np.float32)
     if array.ndim != ndim or 0 in array.shape:

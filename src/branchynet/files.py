@@ -1,36 +1,52 @@
-"""Writing files whole or not at all."""
+"""Files that are written whole or not at all, and read without trust: damage, pipes and nonsense are our errors."""
 
 import contextlib
+import glob
+import hashlib
 import json
+import math
 import os
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from .errors import FileError
+
+try:
+    import fcntl
+except ImportError:  # on Windows, where half-written files of a killed process stay
+    fcntl = None
+
+MOST_JSON = 1 << 28  # bytes of a JSON file; ours are far smaller
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`, renamed onto `path` only when the block succeeds.
 
-    A process killed inside the block leaves the previous file as it was. The temporary name ends like the final one,
-    so that writers which look at the suffix behave the same.
+    A process killed inside the block leaves the previous file as it was; so does a loss of power, because the content
+    reaches the disk before it gets its name. The temporary name ends like the final one, so that writers which look at
+    the suffix behave the same. Temporary files of `path` that killed processes left are removed.
 
     Raises:
         FileError: the folder cannot be made, or the file cannot be written (disk full, no permission).
     """
     final = Path(path)
-    temporary = None
+    temporary = handle = None
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{final.stem}-", suffix=f".partial{final.suffix}", dir=final.parent)
-        os.close(handle)
-        temporary = Path(name)
+        remove_partial(final)
+        handle, temporary = _claimed(final)
         yield temporary
+        _sync(temporary, os.O_RDWR)
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(final)
+        with contextlib.suppress(OSError):  # not every system can do this to a folder
+            _sync(final.parent, os.O_RDONLY)
     except FileError:
         raise
     except OSError as error:
@@ -40,12 +56,96 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def remove_partial(path: str | os.PathLike[str]) -> None:
+    """Remove the temporary files of `path` that no living process is writing."""
+    if fcntl is None:
+        return
+    final = Path(path)
+    for partial in final.parent.glob(f".{glob.escape(final.stem)}-*.partial{glob.escape(final.suffix)}"):
+        with contextlib.suppress(OSError):  # locked, so somebody writes it; or it is gone, or another user's
+            handle = os.open(partial, os.O_RDONLY | os.O_NONBLOCK)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                partial.unlink()
+            finally:
+                os.close(handle)
+
+
+def _claimed(final: Path) -> tuple[int, Path]:
+    """A new temporary file for `final`, locked for as long as its handle is open: the system unlocks what is killed."""
+    while True:
+        handle, name = tempfile.mkstemp(prefix=f".{final.stem}-", suffix=f".partial{final.suffix}", dir=final.parent)
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # a file system without locks: `remove_partial` then removes nothing
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        if fcntl is None or os.fstat(handle).st_nlink:
+            return handle, Path(name)
+        os.close(handle)  # another process removed it before it was locked
+
+
+def _sync(path: Path, flags: int) -> None:
+    handle = os.open(path, flags)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold the lock of `folder`, a file ``.lock`` in it, so that two processes do not write one run.
+
+    The same thread may lock a folder again. The lock of a process that ends, however it ends, is free.
+
+    Raises:
+        FileError: another process or thread holds it, or the folder cannot be written.
+    """
+    path = Path(folder).resolve() / ".lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(path, timeout=0, is_singleton=True)
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise FileError(
+            f"{folder} is in use: another process or thread is training in it; wait until it ends, or use another "
+            "folder"
+        ) from error
+    except OSError as error:
+        raise FileError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def regular(path: str | os.PathLike[str]) -> Path:
+    """`path`, once it is known to be a file: reading a pipe could wait for ever.
+
+    Raises:
+        FileError: there is nothing, or a folder, pipe, socket or device.
+    """
+    try:
+        mode = Path(path).stat().st_mode
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:  # a path with a null byte
+        raise FileError(f"cannot read {os.fspath(path)!r}: {error}") from error
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+        raise FileError(f"cannot read {path}: it is {what}; give the path of a regular file")
+    return Path(path)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -55,10 +155,51 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read a JSON file. Raises `FileError` where it is missing or is not JSON."""
+    """Read a JSON file. Raises `FileError` where it is missing, is not JSON, or is larger than `MOST_JSON` bytes."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        size = regular(path).stat().st_size
+        if size > MOST_JSON:
+            raise ValueError(f"{size} bytes, more than {MOST_JSON}")
+        return parse_json(Path(path).read_text(encoding="utf-8"))
+    except FileError:
+        raise
     except OSError as error:
         raise FileError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:
         raise FileError(f"{path} is not valid JSON ({error}); it may be truncated: make it again") from error
+
+
+def parse_json(text: str) -> Any:
+    """The value of strict JSON: no NaN or infinity. Raises `ValueError`."""
+    try:
+        return json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"it holds {text}, which is no finite number")
+    return value
+
+
+def checksum(parts: Iterable[tuple[str, Any]]) -> str:
+    """SHA-256 of named contents, each text or contiguous bytes (an array), in the order given."""
+    digest = hashlib.sha256()
+    for name, content in parts:
+        content = memoryview(content.encode() if isinstance(content, str) else content)
+        digest.update(f"{len(name)}:{name}={content.nbytes}:".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def check_checksum(path: str | os.PathLike[str], stored: str, parts: Iterable[tuple[str, Any]]) -> None:
+    """Raises `FileError` where `parts` are not what had the checksum `stored`."""
+    if checksum(parts) != stored:
+        raise FileError(
+            f"{path} is damaged: its content does not have the SHA-256 stored in it; copy it again, or make it again"
+        )

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from .errors import FileError, InputError
 from .files import read_json, write_json
 from .meta import FittedScore, check_fitted, from_json
+from .stored import from_stored
 
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
@@ -77,7 +78,7 @@ class ExitCost:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "ExitCost":
         """Read what `save` wrote. Raises `FileError`."""
-        return _from_json(cls, path, read_json(path))
+        return from_stored(cls, read_json(path), path, "measure(...)")
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Policy:
     def __post_init__(self) -> None:
         try:
             values = tuple(None if t is None else float(t) for t in self.thresholds)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise InputError(f"thresholds must be numbers, or None for never; got {self.thresholds!r}") from None
         if any(t is not None and not math.isfinite(t) for t in values):
             raise InputError(f"thresholds must be finite numbers, or None for never; got {values}")
@@ -123,9 +124,16 @@ class Policy:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Policy":
-        """The inverse of `to_json` for named and fitted scores. Raises `InputError` for a broken fitted one."""
-        score = value["score"]
-        return cls(from_json(score) if isinstance(score, dict) else score, tuple(value["thresholds"]))
+        """The inverse of `to_json` for named and fitted scores. Raises `InputError` where it is broken."""
+        if not (isinstance(value, dict) and {"score", "thresholds"} <= value.keys()):
+            raise InputError(f"a stored policy must be an object with score and thresholds; got {value!r:.80}")
+        score, thresholds = value["score"], value["thresholds"]
+        numbers = isinstance(thresholds, list) and {type(t) for t in thresholds} <= {int, float, type(None)}
+        if not numbers or not isinstance(score, (str, dict)):
+            raise InputError(
+                f"a stored policy must have a score and a list of numbers or null as thresholds; got {value!r:.80}"
+            )
+        return cls(from_json(score) if isinstance(score, dict) else score, tuple(thresholds))
 
 
 @dataclass(frozen=True)
@@ -217,13 +225,10 @@ class Choice:
         """Read what `save` wrote. Raises `FileError`."""
         stored = read_json(path)
         try:
-            stored["policy"] = Policy.from_json(stored["policy"])
-            stored["outcome"] = _from_json(Outcome, path, stored["outcome"])
-            if stored.get("promise") is not None:
-                stored["promise"] = _from_json(Promise, path, stored["promise"])
+            policy = Policy.from_json(stored["policy"])
         except (KeyError, TypeError, ValueError) as error:
             raise FileError(f"{path} is no Choice ({error}); make it with choose(...)") from error
-        return _from_json(cls, path, stored)
+        return from_stored(cls, {**stored, "policy": policy}, path, "choose(...)")
 
 
 class Prediction(NamedTuple):
@@ -252,13 +257,6 @@ def _cumulative(trunk: Sequence[float], branch: Sequence[float], enabled: Sequen
     if len(enabled) != len(trunk):
         raise InputError(f"enabled has {len(enabled)} flags for {len(trunk)} exits")
     return np.cumsum(trunk) + np.cumsum(np.where(enabled, branch, 0.0))
-
-
-def _from_json(cls: Any, path: str | os.PathLike[str], stored: Any) -> Any:
-    try:
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
-    except (TypeError, AttributeError, ValueError) as error:
-        raise FileError(f"{path} is no {cls.__name__} ({error}); make it again") from error
 
 
 def set_fields(value: Any, **fields: Any) -> None:

@@ -12,10 +12,10 @@ from .design import Advice
 from .engine.onnx import Engine, load
 from .errors import InputError
 from .exit_record import ExitRecord
-from .files import read_json
 from .report import Gallery, write_report
 from .runs import Run, measure_run
 from .scores import of_record
+from .stored import read_entry
 from .types import Choice, Prediction
 
 SHOWN = 24  # pictures a gallery
@@ -53,7 +53,7 @@ def report_run(run: Run) -> Path:
     images = data.test.images.numpy()
     answer = load(run.file("model.onnx", "export")).answer_all(images.astype(np.float32) / 255)
     timed = run.path / "bench.json"
-    rows = read_json(timed)["rows"] if timed.exists() else []
+    rows = read_entry(timed, "rows", list[dict[str, Any]], f"`branchynet bench {run.path}`") if timed.exists() else []
     advised = run.path / "advice.json"
     tried = Advice.load(advised).tried if advised.exists() else ()
     path = run.path / "report.html"
@@ -75,7 +75,7 @@ def report_run(run: Run) -> Path:
         candidates=tried,
         taken=list(zip(run.settings.taps, run.settings.heads, strict=True)),
         facts={
-            **read_json(run.path / "config.json")["environment"],
+            **read_entry(run.path / "config.json", "environment", dict[str, Any], "`branchynet train`"),
             "data": run.settings.data,
             "seed": run.settings.seed,
         },

@@ -3,12 +3,12 @@
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 from ..engine.onnx import Runtime
-from ..errors import FileError
+from ..errors import InputError
 from ..files import read_json, write_json
 from ..net import BranchyNet
+from ..stored import from_stored
 from ..types import ExitCost
 
 WORTH = 1.05  # times faster, for sure, below which exits are not worth their trouble
@@ -97,6 +97,10 @@ class Advice:
     runtime: Runtime = "onnxruntime"
     network: BranchyNet | None = field(default=None, repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.best < len(self.designs):
+            raise InputError(f"an Advice names one of its {len(self.designs)} designs as the best; got {self.best}")
+
     @property
     def design(self) -> Design:
         """The design that takes least."""
@@ -156,17 +160,7 @@ class Advice:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Advice":
         """Read what `save` wrote. Raises `FileError`."""
-        stored = read_json(path)
-        try:
-            stored["designs"] = tuple(Design(**_tuples(d)) for d in stored["designs"])
-            stored["tried"] = tuple(Tried(**t) for t in stored["tried"])
-            return cls(**stored)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise FileError(f"{path} is no Advice ({error}); make it with advise(...)") from error
-
-
-def _tuples(stored: dict[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+        return from_stored(cls, read_json(path), path, "advise(...)")
 
 
 def _shares(shares: Sequence[float]) -> str:

@@ -13,15 +13,16 @@ from torch import nn
 
 from ..decide import evaluate, first_right, route
 from ..engine.onnx import Runtime
-from ..errors import InputError
+from ..errors import FileError, InputError
 from ..exit_record import ExitRecord
-from ..files import read_json, write_json
+from ..files import write_json
 from ..fingerprint import fingerprint
 from ..graph.flat import FlatGraph, flatten
 from ..net import BranchyNet
 from ..record import record
 from ..scores import of_record, resolve
 from ..search import mean_cost
+from ..stored import read_entry
 from ..training.train import fit
 from ..types import ExitCost, Floats, Policy
 from .advice import Advice, Design, Tried
@@ -194,7 +195,10 @@ def _finalists(path: Path | None, judged: Judged, least: Floats, places: int) ->
         places: how many; as many as early exits at least, so that the best set is among them.
     """
     if path is not None and path.exists():
-        return [int(i) for i in read_json(path)["candidates"]]
+        kept = read_entry(path, "candidates", list[int], "design")
+        if not kept or min(kept) < 0 or max(kept) >= len(judged.taps):
+            raise FileError(f"{path} names candidates {kept} of {len(judged.taps)}; remove it, and design again")
+        return kept
     taps, wrong = np.array(judged.taps), judged.losses[:, :-1].mean(axis=0)
     useful = [int(i) for i in np.argsort(least, kind="stable") if np.isfinite(least[i])]
     kept = set()

@@ -96,7 +96,7 @@ def _write(folder: Path, what: str, row: dict[str, Any], about: dict[str, Any]) 
     """Write one network's row beside those of others that were made in the same way; all of them."""
     path = folder / f"{what}.json"
     stored = read_json(path) if path.exists() else {}
-    alike = all(stored.get(key) == value for key, value in about.items())
+    alike = isinstance(stored, dict) and all(stored.get(key) == value for key, value in about.items())
     every = {one["name"]: one for one in (*(stored["networks"] if alike else ()), row)}
     names = sorted(every, key=list(RECIPES).index)
     networks = [every[name] for name in names]
