@@ -169,10 +169,10 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise FileError(f"{path} is not valid JSON ({error}); it may be truncated: make it again") from error
 
 
-def parse_json(text: str) -> Any:
-    """The value of strict JSON: no NaN or infinity. Raises `ValueError`."""
+def parse_json(text: str, *, finite: bool = True) -> Any:
+    """The value of a JSON text; with `finite`, one without NaN and infinity. Raises `ValueError`."""
     try:
-        return json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+        return json.loads(text, parse_constant=_no_constant, parse_float=_finite) if finite else json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

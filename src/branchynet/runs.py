@@ -33,11 +33,12 @@ from .decide import evaluate
 from .errors import FileError, InputError, nearest
 from .exit_record import ExitRecord
 from .export import export
-from .files import read_json, write_json
+from .files import locked, write_json
 from .fitting import fit_score
 from .machine import environment
 from .net import BranchyNet, evaluating
 from .record import record
+from .stored import read_entry
 from .training.checkpoint import load_weights
 from .training.train import fit
 from .types import Choice, ExitCost, Policy, score_name
@@ -104,14 +105,8 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     """The run in a folder. Raises `FileError` where the folder holds none."""
     if not (Path(path) / "config.json").is_file():
         raise FileError(f"{path} is no run folder (it has no config.json); make one with `branchynet train {path}`")
-    stored = read_json(Path(path) / "config.json")
-    try:
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored["settings"].items()}
-        return Run(Path(path), Settings(**values))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise FileError(
-            f"{path}/config.json is no BranchyNet configuration ({error}); train into a new folder"
-        ) from error
+    settings = read_entry(Path(path) / "config.json", "settings", Settings, f"`branchynet train {path}`")
+    return Run(Path(path), settings)
 
 
 def create_run(path: str | os.PathLike[str], settings: Settings) -> Run:
@@ -164,19 +159,24 @@ def _named(name: str, num_classes: int) -> BranchyNet:
 
 
 def train_run(run: Run, *, progress: bool = True) -> BranchyNet:
-    """Train the baseline, the static network and all exits together, then record; goes on where it was stopped."""
-    settings = run.settings
-    data = load_data(settings.data)
-    torch.manual_seed(settings.seed)
-    net = build_network(settings, data)
-    if settings.baseline_epochs:
-        fit_in(run, "baseline", net.backbone, data, settings.baseline_epochs, settings.seed, progress)
-    static = copy.deepcopy(net.backbone)
-    if settings.static:
-        fit_in(run, "static", static, data, settings.epochs, settings.seed + 1, progress)
-    train_exits(run, net, data, progress)
-    record(static, loader(data.test, EVAL_BATCH), progress=False).save(run.path / "record-static.npz")
-    return net
+    """Train the baseline, the static network and all exits together, then record; goes on where it was stopped.
+
+    Raises:
+        FileError: another process is training in the folder.
+    """
+    with locked(run.path):
+        settings = run.settings
+        data = load_data(settings.data)
+        torch.manual_seed(settings.seed)
+        net = build_network(settings, data)
+        if settings.baseline_epochs:
+            fit_in(run, "baseline", net.backbone, data, settings.baseline_epochs, settings.seed, progress)
+        static = copy.deepcopy(net.backbone)
+        if settings.static:
+            fit_in(run, "static", static, data, settings.epochs, settings.seed + 1, progress)
+        train_exits(run, net, data, progress)
+        record(static, loader(data.test, EVAL_BATCH), progress=False).save(run.path / "record-static.npz")
+        return net
 
 
 def train_exits(run: Run, net: BranchyNet, data: ImageData, progress: bool) -> None:

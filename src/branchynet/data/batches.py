@@ -88,6 +88,7 @@ class Growing:
         if not sides or min(sides) < 1:
             raise InputError(f"sides must be one size of at least 1 an epoch; got {tuple(sides)}")
         self.batches, self.sides = batches, tuple(sides)
+        self.batch_size, self.num_workers = batches.batch_size, batches.num_workers
         self.set_epoch(1)
 
     def __len__(self) -> int:

@@ -6,7 +6,8 @@ from it, ``checkpoint.safetensors`` (the weights alone, for users) and ``train.c
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,33 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import FileError, InputError
-from ..files import replacing
+from ..files import check_checksum, checksum, parse_json, regular, remove_partial, replacing
+from ..stored import from_stored
 from .history import EpochRow, History
 
 _KEY = "branchynet"  # the metadata entry that marks a training.safetensors
+_CHECKSUM = "sha256"
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What ``training.safetensors`` holds besides tensors."""
+
+    settings: dict[str, Any]
+    rows: tuple[dict[str, Any], ...]
+    groups: list[dict[str, Any]]
+    numbers: dict[str, dict[str, Any]]
+    progress: dict[str, Any]
 
 
 def save_weights(net: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write a network's parameters and buffers as safetensors, whole or not at all. Raises `FileError`."""
+    """Write a network's parameters and buffers as safetensors, whole or not at all, with a checksum.
+
+    The checksum is the metadata entry ``sha256``; other readers of safetensors ignore it.
+
+    Raises:
+        FileError: the file cannot be written.
+    """
     _write(path, net.state_dict(), {"format": "pt"})
 
 
@@ -34,7 +54,7 @@ def load_weights(net: nn.Module, path: str | os.PathLike[str]) -> None:
     A backbone's own file loads into ``net.backbone``.
 
     Raises:
-        FileError: the file is missing, truncated or foreign, or holds another architecture's weights: the first tensor
+        FileError: the file is missing, damaged or foreign, or holds another architecture's weights: the first tensor
             that differs is named with both shapes, and `net` stays as it was.
     """
     _load_into(net, _read(path)[0], path)
@@ -97,18 +117,17 @@ class RunFolder:
             FileError: the file is truncated or foreign, or of another architecture.
             InputError: the run was made with other settings.
         """
-        for name in ("training", "checkpoint", "train"):  # what a killed run left half written
-            for partial in self.path.glob(f".{name}-*.partial.*"):
-                partial.unlink(missing_ok=True)
+        for path in (self.training, self.path / "checkpoint.safetensors", self.path / "train.csv"):
+            remove_partial(path)
         if not self.training.exists():
             return None
         remedy = "choose another run folder, or resume=False to start it anew"
         tensors, metadata = _read(self.training)
         try:
-            header = json.loads(metadata[_KEY])
-            rows = [EpochRow.from_flat(row) for row in header["rows"]]
-            stored, groups, numbers, progress = (header[k] for k in ("settings", "groups", "numbers", "progress"))
-        except (KeyError, ValueError, TypeError) as error:
+            stored = parse_json(metadata[_KEY], finite=False)  # an optimizer may keep an infinite number
+            header = from_stored(_Header, stored, self.training, "fit(..., run=...)")
+            rows = [EpochRow.from_flat(row) for row in header.rows]
+        except (KeyError, ValueError, TypeError, OverflowError, FileError) as error:
             raise FileError(
                 f"{self.training} is not the state of a BranchyNet training ({error!r}); {remedy}"
             ) from error
@@ -116,26 +135,29 @@ class RunFolder:
         checked = _mismatch(net, weights)
         if checked:
             raise FileError(f"{self.training} is of another network: {checked}; {remedy}")
-        for name in sorted({*stored, *self.settings}):
-            if stored.get(name) != self.settings.get(name):
+        made = header.settings
+        for name in sorted(made):  # earlier versions kept fewer settings
+            if made[name] != self.settings.get(name):
                 raise InputError(
-                    f"{self.path} was trained with {name}={stored.get(name)!r}, but this call has "
+                    f"{self.path} was trained with {name}={made[name]!r}, but this call has "
                     f"{name}={self.settings.get(name)!r}; {remedy}"
                 )
+        try:
+            optimizer.load_state_dict(_restored(optimizer, header, tensors))
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+            raise FileError(f"{self.training} holds no state of this optimizer ({error!r}); {remedy}") from error
         net.load_state_dict(weights)
-        _restore(optimizer, groups, numbers, tensors)
         self._derive(net, rows)
-        return rows, progress
+        return rows, header.progress
 
     def _derive(self, net: nn.Module, rows: list[EpochRow]) -> None:
         save_weights(net, self.path / "checkpoint.safetensors")
         History(tuple(rows)).save(self.path / "train.csv")
 
 
-def _restore(
-    optimizer: Optimizer, groups: list[dict[str, Any]], numbers: dict[str, Any], tensors: dict[str, Tensor]
-) -> None:
-    state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in numbers.items()}
+def _restored(optimizer: Optimizer, header: _Header, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The optimizer's stored state, as it takes it."""
+    state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in header.numbers.items()}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, value in tensors.items():
         part, _, rest = name.partition(".")
@@ -146,25 +168,39 @@ def _restore(
                 # In the weights' own memory order: a fused optimizer takes for granted that the two agree.
                 value = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
             state.setdefault(int(index), {})[entry] = value
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    return {"state": state, "param_groups": header.groups}
 
 
 def _write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     # Copies, because safetensors refuses tied weights, which share memory, and strides other than the default ones.
     plain = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
-    content = safetensors.torch.save(plain, metadata)
+    content = safetensors.torch.save(plain, {**metadata, _CHECKSUM: checksum(_parts(plain, metadata))})
     with replacing(path) as temporary:
         temporary.write_bytes(content)
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        with safetensors.safe_open(path, framework="pt") as stored:
-            return {name: stored.get_tensor(name).clone() for name in stored.keys()}, stored.metadata() or {}
-    except (OSError, safetensors.SafetensorError) as error:
+        with safetensors.safe_open(regular(path), framework="pt") as stored:
+            tensors, metadata = {n: stored.get_tensor(n).clone() for n in stored.keys()}, stored.metadata() or {}
+    except FileError:
+        raise
+    except Exception as error:  # damage can raise nearly anything, such as a dtype that torch does not have
         raise FileError(
-            f"cannot read {path}: {error}; it is missing, truncated or no safetensors file: train or fetch it again"
+            f"cannot read {path}: {error}; it is truncated, damaged or no safetensors file: train or fetch it again"
         ) from error
+    known = metadata.pop(_CHECKSUM, None)
+    if known is not None:  # files of earlier versions, and of other writers, have none
+        check_checksum(path, known, _parts(tensors, metadata))
+    return tensors, metadata
+
+
+def _parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
+    """What the checksum of a file is of."""
+    yield from sorted(metadata.items())
+    for name, tensor in sorted(tensors.items()):
+        yield name, f"{tensor.dtype} {tuple(tensor.shape)}"
+        yield name, tensor.reshape(-1).view(torch.uint8).numpy()
 
 
 def _load_into(net: nn.Module, tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
@@ -180,7 +216,9 @@ def _mismatch(net: nn.Module, tensors: Mapping[str, Tensor]) -> str:
     for name in [*own, *tensors]:
         here, there = own.get(name), tensors.get(name)
         if here is not None and there is not None and here.shape == there.shape:
-            continue
+            if here.is_floating_point() == there.is_floating_point():
+                continue
+            return f"the tensor {name!r} is {there.dtype} in the file and {here.dtype} in the network"
         shown = [f"of shape {tuple(t.shape)}" if t is not None else "missing" for t in (there, here)]
         hint = ""
         if there is None and f"backbone.{name}" in tensors:

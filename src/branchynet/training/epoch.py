@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..errors import BranchyNetError, InputError
+from ..errors import BranchyNetError, FileError, InputError
 from ..net import evaluating
 from .checkpoint import RunFolder
 from .feed import batches, exits_of
@@ -53,15 +53,21 @@ class Trainer:
                 folder.save(net, self.optimizer, [], self.progress())
             return []
         rows, progress = stored
+        steps, most = progress.get("steps"), len(rows) * folder.settings["batches"]
+        if type(steps) is not int or not 0 <= steps <= most:
+            raise FileError(
+                f"{folder.training} tells of {steps!r} steps in {len(rows)} epochs of {folder.settings['batches']} "
+                "batches; choose another run folder, or resume=False to start it anew"
+            )
         groups = [dict(group) for group in self.optimizer.param_groups]
         with warnings.catch_warnings():  # torch expects a step of the optimizer before each of these
             warnings.simplefilter("ignore", UserWarning)
             # Replayed rather than stored: some schedulers' own state does not survive JSON.
-            for _ in range(progress["steps"]):
+            for _ in range(steps):
                 self.schedule.step()
         for group, restored in zip(self.optimizer.param_groups, groups, strict=True):
             group.update(restored)
-        self.steps = progress["steps"]
+        self.steps = steps
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(progress["scaler"])
         return rows

@@ -3,11 +3,10 @@
 import csv
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..errors import FileError
-from ..files import replacing
+from ..files import regular, replacing
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class History:
     def load(cls, path: str | os.PathLike[str]) -> "History":
         """Read what `save` wrote. Raises `FileError`."""
         try:
-            with Path(path).open(newline="", encoding="utf-8") as stream:
+            with regular(path).open(newline="", encoding="utf-8") as stream:
                 return cls(tuple(EpochRow.from_flat(row) for row in csv.DictReader(stream)))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
             raise FileError(f"cannot read the training history {path}: {error!r}; train again with fit(...)") from error

@@ -1,5 +1,6 @@
 """Training every exit together, or the branches alone on a frozen backbone."""
 
+import contextlib
 import math
 import os
 import re
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from ..errors import InputError
+from ..files import locked
 from ..net import BranchyNet
 from .checkpoint import RunFolder
 from .epoch import Bar, Trainer
@@ -161,7 +163,7 @@ def fit(
         device: by default what accelerate finds; ``"cpu"`` keeps off a GPU. `net` stays on that device.
         channels_last: train in channels-last memory order, up to 1.5 times faster for convolutions; the network must
             then not ``view`` feature maps (``flatten`` and ``reshape`` are fine). Weights come back in the usual order.
-        run: a folder for ``checkpoint.safetensors``, ``training.safetensors`` and ``train.csv``.
+        run: a folder for ``checkpoint.safetensors``, ``training.safetensors`` and ``train.csv``; locked meanwhile.
         resume: go on with what `run` holds; False starts anew.
         progress: show a bar.
 
@@ -169,8 +171,10 @@ def fit(
         The history of all epochs, those before a resume included.
 
     Raises:
-        InputError: an argument or a batch that does not fit, or a `run` made with other settings.
-        FileError: a `run` that cannot be read or written, or is of another network.
+        InputError: an argument or a batch that does not fit, or a `run` made with other settings: each worker of a
+            loader draws its own random numbers, so another number of workers is another training.
+        FileError: a `run` that cannot be read or written, that is of another network, or that another process is
+            training in.
         BranchyNetError: the loss is not finite.
     """
     _check(net, train_loader, epochs, train, seed, mixed_precision)
@@ -178,6 +182,7 @@ def fit(
         accelerating(mixed_precision, device) as accelerator,
         own_generators(accelerator.device),
         prepared(net.to(accelerator.device), train, channels_last),
+        locked(run) if run is not None and accelerator.is_main_process else contextlib.nullcontext(),
     ):
         parameters = [p for p in net.parameters() if p.requires_grad]
         if not parameters:
@@ -193,6 +198,8 @@ def fit(
         settings = {
             "epochs": epochs,
             "batches": batches,
+            "batch_size": getattr(train_loader, "batch_size", None),
+            "workers": getattr(train_loader, "num_workers", None),
             "processes": accelerator.num_processes,
             "weights": None if weights is None else check_weights(weights),
             "train": train,
