@@ -20,6 +20,7 @@ from . import scores
 from .engine.checks import difference, magnitude
 from .engine.exported import FORMAT, METADATA_KEY, Engine
 from .engine.onnx import load
+from .engine.seal import seal
 from .errors import GraphError, InputError
 from .files import replacing
 from .fingerprint import fingerprint
@@ -53,7 +54,8 @@ def export(
 
     The file's inputs are the network's own and one ``threshold_n`` (1,) float32 for each enabled exit but the last; its
     outputs are ``label``, ``exit`` (from 1), ``score`` and ``output``, as in `Prediction`. It is compared with the
-    PyTorch network on `example`, exit by exit, before it is renamed into place.
+    PyTorch network on `example`, exit by exit, before it is renamed into place. It ends in a checksum, which `load`
+    compares.
 
     Args:
         net: a `BranchyNet`, or a network that returns a tuple of its exits' outputs; with ``policy=None`` any network.
@@ -107,6 +109,7 @@ def export(
     model = assemble(flat, policy, thresholds=thresholds, notes=notes)
     with replacing(path) as temporary:
         ir.save(model, temporary)
+        seal(temporary)
         _compare(temporary, policy, example, expected)
     return Path(path)
 

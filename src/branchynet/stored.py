@@ -59,14 +59,15 @@ def _as(kind: Any, value: Any, where: str) -> Any:
     if kind is Any:
         return value
     if origin in (Union, types.UnionType):
+        problems = []
         for each in args:
             try:
                 return _as(each, value, where)
             except ValueError as error:
-                problem = error
-        raise problem if len(args) == 2 and value is not None else ValueError(f"{where} is {_shown(value)}")
+                problems.append(str(error))
+        raise ValueError(" and ".join(problems))
     if is_dataclass(kind):
-        return value if isinstance(value, kind) else _dataclass(kind, value, where)
+        return value if type(value) is kind else _dataclass(kind, value, where)
     if origin is Literal and value in args:
         return value
     if origin in (tuple, list):

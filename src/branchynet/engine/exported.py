@@ -1,23 +1,43 @@
 """An exported file as an engine, in whichever runtime runs its graph: what both have in common."""
 
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import FileError, InputError
+from ..files import parse_json
+from ..stored import from_stored
 from ..types import Policy, Prediction
 from .checks import Input, check_inputs, check_thresholds
 
 FORMAT = 1
 METADATA_KEY = "branchynet"
-_FIELDS = {"format", "policy", "exits", "thresholds", "batch", "output_shape", "labels"}  # that an engine reads
-
 Feeds = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What an engine reads of a file's metadata."""
+
+    format: int
+    policy: dict[str, Any] | None
+    exits: int
+    thresholds: Literal["default", "input"]
+    batch: Literal["dynamic", 1]
+    output_shape: tuple[int, ...]
+    labels: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.exits < 1 or min(self.output_shape, default=0) < 0:
+            raise InputError(f"exits and sizes must be counts; got {self.exits} and {self.output_shape}")
+
+
+_FIELDS = {field.name for field in fields(_Read)}
 
 
 class Engine:
@@ -117,7 +137,7 @@ def read_metadata(properties: dict[str, str], path: str | os.PathLike[str]) -> d
     if METADATA_KEY not in properties:
         raise FileError(f"{path} was not written by BranchyNet (it has no {METADATA_KEY!r} metadata); use export(...)")
     try:
-        metadata = dict(json.loads(properties[METADATA_KEY]))
+        metadata = dict(parse_json(properties[METADATA_KEY], finite=False))
         newer = metadata.get("format", 0) > FORMAT
     except (ValueError, TypeError) as error:
         raise FileError(f"the metadata of {path} cannot be read ({error}); export it again") from error
@@ -125,11 +145,13 @@ def read_metadata(properties: dict[str, str], path: str | os.PathLike[str]) -> d
         raise FileError(f"{path} has format {metadata['format']}, newer than {FORMAT}; upgrade branchynet")
     if not metadata.keys() >= _FIELDS:
         raise FileError(f"the metadata of {path} lacks {sorted(_FIELDS - metadata.keys())}; export it again")
+    read = from_stored(_Read, {name: metadata[name] for name in _FIELDS}, path, "export(...)")
     try:
-        if metadata["policy"] is not None:
-            Policy.from_json(metadata["policy"])
+        policy = None if read.policy is None else Policy.from_json(read.policy)
     except (KeyError, TypeError, ValueError) as error:
         raise FileError(f"the policy in {path} cannot be read ({error}); export it again") from error
+    if policy is not None and policy.exits != read.exits:
+        raise FileError(f"the policy in {path} has {policy.exits} exits, the network {read.exits}; export it again")
     return metadata
 
 

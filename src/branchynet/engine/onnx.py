@@ -10,11 +10,13 @@ import numpy as np
 import onnxruntime
 
 from ..errors import FileError, InputError
+from ..files import regular
 from .checks import Input
 from .exported import FORMAT as FORMAT
 from .exported import METADATA_KEY as METADATA_KEY
 from .exported import Engine, read_metadata
 from .openvino import open_in_openvino
+from .seal import check_seal
 
 Runtime = Literal["onnxruntime", "openvino", "onnxruntime-cuda"]
 RUNTIMES = get_args(Runtime)
@@ -46,7 +48,8 @@ def load(
             ``"onnxruntime-cuda"`` is ONNX Runtime on an NVIDIA GPU and needs ``onnxruntime-gpu`` in its place.
 
     Raises:
-        FileError: no such file, or it is truncated, or BranchyNet did not write it, or the runtime cannot run it.
+        FileError: no such file, or it is damaged (see its checksum), or BranchyNet did not write it, or the runtime
+            cannot run it.
         InputError: threads below 1, an unknown runtime, or a first provider that this build of ONNX Runtime does not
             have or cannot use on this machine.
         MissingExtraError: OpenVINO is not installed.
@@ -62,8 +65,9 @@ def load(
     missing = [p for p in providers if p not in onnxruntime.get_available_providers()]
     if missing:
         raise InputError(f"ONNX Runtime here has no {missing[0]!r}; it has {onnxruntime.get_available_providers()}")
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise FileError(f"there is no file {path}; write one with export(...) or `branchynet export`")
+    check_seal(regular(path))
     return open_in_openvino(path, threads) if runtime == "openvino" else _open(path, threads, providers, runtime)
 
 

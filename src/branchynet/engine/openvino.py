@@ -24,7 +24,7 @@ def open_in_openvino(path: str | os.PathLike[str], threads: int | None) -> Engin
         ) from error
     try:
         model = onnx.load(path)
-    except DecodeError as error:
+    except (DecodeError, ValueError, OSError, RecursionError) as error:
         raise FileError(f"{path} is no ONNX file ({error}); export it again") from error
     metadata = read_metadata({p.key: p.value for p in model.metadata_props}, path)
     # OpenVINO takes an input with a default value for a constant: without the default it stays an input, which we feed.

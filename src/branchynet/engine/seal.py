@@ -1,0 +1,65 @@
+"""A checksum at the end of an exported file, so that damage is noticed when it is opened.
+
+It is one more entry of the model's metadata, appended to the finished file (protobuf messages that follow each other
+are merged), so every ONNX reader still reads the file. The entry also says how long the file was: a tool that rewrites
+the model leaves another length, and the checksum is then no longer of this file.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import onnx
+
+from ..errors import FileError
+
+KEY = "branchynet_sha256"
+
+
+def seal(path: str | os.PathLike[str]) -> None:
+    """Append the checksum of a file to it."""
+    size = Path(path).stat().st_size
+    entry = _entry(size, _sha256(path, size))
+    with Path(path).open("ab") as stream:
+        stream.write(entry)
+
+
+def check_seal(path: str | os.PathLike[str]) -> None:
+    """Compare a file with its checksum, where it has one.
+
+    Raises:
+        FileError: they disagree, or the file cannot be read.
+    """
+    try:
+        size = Path(path).stat().st_size - _LENGTH
+        if size < 0:
+            return
+        with Path(path).open("rb") as stream:
+            stream.seek(size)
+            entry = stream.read()
+        head = _entry(size, "")[-21:]  # the length of the file, and a space
+        if KEY.encode() not in entry or head not in entry or entry == _entry(size, _sha256(path, size)):
+            return
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error.strerror or error}") from error
+    raise FileError(
+        f"{path} is damaged, or was changed in place: its content does not have the SHA-256 stored in it; copy or "
+        f"export it again (a tool that changes a file on purpose must remove the metadata entry {KEY!r})"
+    )
+
+
+def _entry(size: int, digest: str) -> bytes:
+    entry = onnx.StringStringEntryProto(key=KEY, value=f"{size:020d} {digest}")
+    return onnx.ModelProto(metadata_props=[entry]).SerializeToString()
+
+
+_LENGTH = len(_entry(0, hashlib.sha256().hexdigest()))
+
+
+def _sha256(path: str | os.PathLike[str], size: int) -> str:
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as stream:
+        while size > 0 and (chunk := stream.read(min(size, 1 << 20))):
+            digest.update(chunk)
+            size -= len(chunk)
+    return digest.hexdigest()
