@@ -6,7 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from branchynet.choosing import choose
@@ -31,7 +31,8 @@ def population(samples, seed=0, exits=3, correct_early=0.01):
 
 def redrawn(record, rng, samples):
     rows = rng.integers(0, record.samples, samples)
-    return ExitRecord.from_scores(record.scores[rows], record.losses[rows])
+    inputs = np.arange(samples, dtype=np.uint64)  # every draw is a sample of its own
+    return ExitRecord.from_scores(record.scores[rows], record.losses[rows], inputs=inputs)
 
 
 def drop(record, policy):
@@ -39,18 +40,14 @@ def drop(record, policy):
     return outcome.last_accuracy - outcome.accuracy
 
 
-@given(st.integers(2, 300), st.integers(0, 2**32 - 1))
-@settings(max_examples=40, deadline=None)
-def test_halves_part_the_samples_and_depend_on_them_alone(samples, seed):
-    rng = np.random.default_rng(seed)
-    scores, losses = rng.random((samples, 2)).astype(np.float32), rng.integers(0, 2, (samples, 2)).astype(np.float32)
-    tuning, calibration = halves(scores, losses)
+@given(st.integers(2, 300))
+def test_halves_part_the_samples_at_random_and_alike_each_time(samples):
+    tuning, calibration = halves(samples)
     assert sorted([*tuning, *calibration]) == list(range(samples)) and abs(len(tuning) - len(calibration)) <= 1
-    order = rng.permutation(samples)
-    again = halves(scores[order], losses[order])
-    for one, other in zip((tuning, calibration), again, strict=True):
-        assert {r.tobytes() for r in scores[one]} == {r.tobytes() for r in scores[order][other]}
-    np.testing.assert_array_equal(scores[calibration], scores[order][again[1]])  # in the same random order
+    again = halves(samples)
+    assert np.array_equal(tuning, again[0]) and np.array_equal(calibration, again[1])
+    if samples > 20:
+        assert 0.2 < (calibration < samples // 2).mean() < 0.8 and (np.diff(calibration) < 0).any()
 
 
 @pytest.mark.parametrize(("harmed", "samples", "limit"), [(0, 30, 0.1), (3, 200, 0.02), (7, 50, 0.1)])
@@ -60,10 +57,29 @@ def test_the_binomial_p_value_is_the_sum_of_its_terms(harmed, samples, limit):
     assert binomial_p(differences, limit) == pytest.approx(sum(terms))
 
 
-def test_the_fewest_samples_are_just_enough():
-    for limit, delta in ((0.005, 0.05), (0.01, 0.1), (0.2, 0.01)):
-        count = fewest(limit, delta)
-        assert binomial_p(np.zeros(count), limit) <= delta < binomial_p(np.zeros(count - 1), limit)
+@pytest.mark.parametrize("bound", ["betting", "binomial"])
+@pytest.mark.parametrize(("limit", "delta"), [(0.005, 0.05), (0.01, 0.1), (0.2, 0.01), (0.9, 0.05)])
+def test_the_fewest_samples_are_just_enough(bound, limit, delta):
+    def p(samples):
+        unchanged = np.zeros(samples)
+        if bound == "binomial":
+            return binomial_p(unchanged, limit)
+        return betting_p(unchanged, limit, best_bet(np.zeros(50), limit))
+
+    count = fewest(limit, delta, bound)
+    assert p(count) <= delta < p(count - 1)
+
+
+@pytest.mark.parametrize(("limit", "first"), [(0.01, 692), (0.005, 1386), (0.05, 136)])
+def test_the_first_record_of_which_samples_leave_is_the_one_that_is_stated(limit, first):
+    cost = ExitCost((1.0, 9.0), (0.0, 0.0))
+    for samples in (first - 1, first):
+        record = ExitRecord.from_scores(np.random.default_rng(0).random((samples, 2)), np.zeros((samples, 2)))
+        if samples == first:
+            assert choose(record, cost, max_drop=limit).outcome.exit_share[0] > 0.9
+        else:
+            with pytest.raises(InputError, match=f"by the betting bound needs at least {first} samples.*has {samples}"):
+                choose(record, cost, max_drop=limit)
 
 
 @pytest.mark.parametrize(
@@ -128,12 +144,19 @@ def test_the_promise_is_broken_no_more_often_than_stated():
     assert np.median([c.outcome.mean_us for c in choices]) < 0.8 * full
 
 
-def test_the_order_of_the_samples_is_of_no_matter():
+def test_the_same_record_gives_the_same_choice():
+    first, second = (choose(population(2000), COST, max_drop=0.02) for _ in range(2))
+    assert first == second
+
+
+def test_it_is_told_where_nothing_is_sure_enough():
     record = population(2000)
-    order = np.random.default_rng(3).permutation(2000)
-    shuffled = ExitRecord.from_scores(record.scores[order], record.losses[order])
-    first, second = (choose(r, COST, max_drop=0.02) for r in (record, shuffled))
-    assert first.policy == second.policy and first.promise == second.promise
+    with pytest.warns(UserWarning, match=r"max_drop=0 at 95% confidence on 1000 .* early: allow more than 0"):
+        assert choose(record, COST, max_drop=0.0).policy.thresholds == (None, None)
+    wrong = np.random.default_rng(0).random((2000, 2)) < [0.02, 0]
+    close = ExitRecord.from_scores(np.random.default_rng(1).random((2000, 2)), wrong)
+    with pytest.warns(UserWarning, match=r"max_drop=0\.004 .* no sample leaves early: record more samples, or allow"):
+        choose(close, ExitCost((1.0, 9.0), (0.0, 0.0)), max_drop=0.004)
 
 
 def test_where_early_answers_are_wrong_none_leaves():
@@ -143,7 +166,6 @@ def test_where_early_answers_are_wrong_none_leaves():
     losses[:, -1] = 0
     choice = choose(ExitRecord.from_scores(record.scores, losses), COST, max_drop=0.02)
     assert choice.policy.thresholds == (None, None) and choice.outcome.exit_share == (0, 0, 1)
-    assert choose(record, COST, max_drop=0.0).promise.value == 0.0  # never leaving early keeps that
 
 
 def test_an_absolute_limit_is_kept_or_refused():
@@ -159,14 +181,14 @@ def test_an_absolute_limit_is_kept_or_refused():
 
 
 def test_too_few_samples_are_told_how_many_are_needed():
-    needed = 2 * fewest(0.01, 0.05)
+    needed = 2 * fewest(0.01, 0.05, "binomial")
     record = ExitRecord.from_scores(np.random.default_rng(0).random((needed, 2)), np.zeros((needed, 2)))
     cost = ExitCost((1.0, 9.0), (0.0, 0.0))
     assert choose(record, cost, max_drop=0.01, bound="binomial").outcome.exit_share[0] > 0.9
     fewer = ExitRecord.from_scores(record.scores[:-2], record.losses[:-2])
-    told = rf"max_drop=0\.01 at 95% confidence needs at least {needed} samples.*has {needed - 2}.*confidence=None"
+    told = rf"max_drop=0\.01 at 95% confidence by the binomial .* at least {needed} samples.*has {needed - 2}.*None"
     with pytest.raises(InputError, match=told):
-        choose(fewer, cost, max_drop=0.01)
+        choose(fewer, cost, max_drop=0.01, bound="binomial")
     assert choose(fewer, cost, max_drop=0.01, confidence=None).promise is None
 
 

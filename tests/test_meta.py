@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -114,9 +115,12 @@ def test_broken_tempered_json(change):
 
 def test_missing_parts_and_unknown_names():
     for score in (LEARNED, TEMPERED):
-        for key in score.to_json():
+        for key in score.to_json().keys() - {"fitted_on"}:
             with pytest.raises(InputError):
                 from_json({k: v for k, v in score.to_json().items() if k != key})
+        assert from_json({k: v for k, v in score.to_json().items() if k != "fitted_on"}) == replace(score, fitted_on="")
+        with pytest.raises(InputError, match="fitted_on of a fitted score must be a sketch"):
+            from_json({**score.to_json(), "fitted_on": "the record"})
     with pytest.raises(InputError, match="unknown score 'entrpy'; did you mean 'entropy'"):
         TemperedScore("entrpy", (1.0,))((torch.zeros(2, 3),))
 
@@ -227,7 +231,7 @@ def test_a_choice_from_disk_is_exported_evaluated_and_benched_again(tmp_path):
     net, found = network(), record()
     score = fit_score(found)
     cost = measure(net, inputs(8), score=score, seconds=0.05)
-    made = choose(found, cost, max_drop=0.05, score=score)
+    made = choose(found, cost, max_drop=0.05, score=score, confidence=None)
     made.save(tmp_path / "choice.json")
     again = Choice.load(tmp_path / "choice.json")
     assert again == made and evaluate(found, again.policy, cost) == evaluate(found, made.policy, cost)

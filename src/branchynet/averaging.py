@@ -11,7 +11,9 @@ from torch import Tensor
 
 from .errors import InputError
 from .exit_record import ExitRecord, bounded
+from .fingerprint import averaged_fingerprint
 from .net import BranchyNet
+from .samples import sketch
 from .types import Floats, Ints
 
 Weights = Sequence[Sequence[float]]
@@ -37,7 +39,7 @@ def averaged(net: BranchyNet, weights: Weights | None = None, *, of: Of = "softm
     """
     if not isinstance(net, BranchyNet) or isinstance(net, _Averaged):
         raise InputError(f"averaged(net) takes a BranchyNet that is not averaged yet; got {type(net).__name__}")
-    return _Averaged(net, _rows(weights, net.exits), _known(of))
+    return _Averaged(net, _rows(weights, net.exits), _known(of), _selected(net, weights))
 
 
 def average(outputs: Sequence[Tensor], weights: Weights | None = None, *, of: Of = "softmax") -> tuple[Tensor, ...]:
@@ -60,10 +62,23 @@ def averaged_record(record: ExitRecord, weights: Weights | None = None, *, of: O
     if record.outputs is None or record.labels is None:
         raise InputError("this record holds scores and losses; averaging reads outputs: record without loss=")
     exits = [torch.from_numpy(np.ascontiguousarray(record.outputs[:, n])) for n in range(record.exits)]
-    return ExitRecord(torch.stack(average(exits, weights, of=of), dim=1).numpy(), record.labels)
+    network = record.network and averaged_fingerprint(record.network, _rows(weights, record.exits), of)
+    return ExitRecord(
+        torch.stack(average(exits, weights, of=of), dim=1).numpy(),
+        record.labels,
+        network=network,
+        inputs=record.sample_digests,
+        selected_on=_selected(record, weights),
+    )
 
 
-def fit_weights(record: ExitRecord, *, of: Of = "softmax", steps: int = 200) -> tuple[tuple[float, ...], ...]:
+class FittedWeights(tuple[tuple[float, ...], ...]):
+    """Rows of weights that remember, as a sketch, the samples that they were fitted on."""
+
+    fitted_on: str = ""
+
+
+def fit_weights(record: ExitRecord, *, of: Of = "softmax", steps: int = 200) -> FittedWeights:
     """Weights for `averaged(net, weights, of=of)` that make the answers of a record the most likely; deterministic.
 
     Those of probabilities are a mixture's, found by expectation-maximisation from equal ones. Those of logits are found
@@ -76,7 +91,8 @@ def fit_weights(record: ExitRecord, *, of: Of = "softmax", steps: int = 200) -> 
         steps: at most so many.
 
     Returns:
-        A row an exit; row n holds n weights that sum to 1.
+        A row an exit; row n holds n weights that sum to 1. They remember the samples, on which `choose` then tests no
+        promise.
 
     Raises:
         InputError: a record without outputs.
@@ -87,7 +103,10 @@ def fit_weights(record: ExitRecord, *, of: Of = "softmax", steps: int = 200) -> 
         raise InputError("this record holds scores and losses; fitting reads outputs: record without loss=")
     fit = _mixture if _known(of) == "softmax" else _combination
     logits = bounded(record.outputs.astype(np.float64))
-    return tuple(fit(logits[:, :n], record.labels, steps) for n in range(1, record.exits + 1))
+    fitted = FittedWeights(fit(logits[:, :n], record.labels, steps) for n in range(1, record.exits + 1))
+    assert record.sample_digests is not None  # the record has outputs
+    fitted.fitted_on = sketch(record.sample_digests)
+    return fitted
 
 
 def _mixture(logits: Floats, labels: Ints, steps: int) -> tuple[float, ...]:
@@ -127,15 +146,22 @@ _LEAST = 1e-30  # instead of a probability of 0, whose logarithm is infinite
 
 
 class _Averaged(BranchyNet):
-    def __init__(self, net: BranchyNet, weights: Weights, of: Of) -> None:
+    def __init__(self, net: BranchyNet, weights: Weights, of: Of, selected_on: tuple[str, ...]) -> None:
         branches = dict(zip(net.taps, net.branches, strict=True))
         super().__init__(net.backbone, branches, output=net.output, tap=net.readers)
-        self.weights = weights
-        self.of: Of = of
+        self._averaging: tuple[Weights, Of] = weights, of
+        self.selected_on = selected_on
         self.training = net.training
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        return average(super().forward(*args, **kwargs), self.weights, of=self.of)
+        weights, of = self._averaging
+        return average(super().forward(*args, **kwargs), weights, of=of)
+
+
+def _selected(before: BranchyNet | ExitRecord, weights: Weights | None) -> tuple[str, ...]:
+    """The samples that the exits were selected on, and those that the weights were fitted on."""
+    fitted = weights.fitted_on if isinstance(weights, FittedWeights) else ""
+    return tuple(dict.fromkeys((*before.selected_on, *filter(None, [fitted]))))
 
 
 def _mean(parts: Sequence[Tensor], row: Sequence[float]) -> Tensor:

@@ -8,16 +8,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from .decide import SLACK, best_points, evaluate, optional, problem_of
+from .decide import SLACK, best_points, centred, evaluate, optional, problem_of
 from .errors import InfeasibleError, InputError
 from .exit_record import ExitRecord
-from .guarantee import BOUNDS, accepted, fewest, halves
+from .guarantee import BOUNDS
+from .promising import allowed_loss, bound_of, check_samples, promised
+from .samples import sketch
 from .scores import Score, of_choice
-from .search import Points, Problem, between, beyond, join, leaving, mean_cost, sweep
+from .search import Points, Problem, join, sweep
 from .types import Choice, ExitCost, Floats, Policy, Promise
-
-_CANDIDATES = 128
-"""At most so many policies are put to the test for a promise."""
 
 
 def choose(
@@ -45,6 +44,9 @@ def choose(
     and is the answer where no candidate is sure enough. ``confidence=None`` asks for no promise: the limit then holds
     on the record itself, and on other data about half the time not.
 
+    One record gives one promise. The best of several promised choices on one record keeps its promise less often: for
+    the best of k take ``confidence=1 - 0.05 / k``.
+
     Choose on validation data, and report on other data.
 
     Args:
@@ -68,9 +70,14 @@ def choose(
 
     Raises:
         InputError: not exactly one limit, a limit or confidence out of range, no cost for a limit on cost, record and
-            cost of different networks, too few samples for the promise (the message says how many it needs), or labels
-            that are all of one class.
+            cost of different networks, too few samples for the promise (the message says how many it needs), a score or
+            exits that were fitted to or selected on the samples that test the promise, or labels that are all of one
+            class.
         InfeasibleError: no thresholds meet the limit; the message names the best that can be reached.
+
+    Warns:
+        UserWarning: under a promise, no thresholds are sure enough, so that no sample leaves early; or many samples
+            stand in the record more than once.
 
     Source: Teerapittayanon et al. 2016, section V-B (screening under an accuracy or a time constraint); the promise as
     in `branchynet.guarantee`.
@@ -93,14 +100,24 @@ def choose(
         best = _within(problem, math.inf, limit * (1 + SLACK), vectors, constraint)
         promise = None
     elif confidence is None:
-        best = _within(problem, _most_loss(problem, name, limit), math.inf, vectors, constraint)
+        best = _within(problem, allowed_loss(problem, name, limit), math.inf, vectors, constraint)
         promise = None
     else:
-        bound = _bound(problem, name, bound)
-        best, sizes = _promised(problem, name, limit, 1 - confidence, bound, vectors)
+        bound = bound_of(problem, name, bound)
+        check_samples(record, score)
+        best, sizes = promised(problem, name, limit, 1 - confidence, bound, vectors)
         promise = Promise(name, limit, confidence, bound, *sizes)
     policy = Policy(score, optional(best))
-    return Choice(policy, constraint, evaluate(record, policy, cost), record.digest, promise, record.network)
+    known = record.sample_digests
+    return Choice(
+        policy,
+        constraint,
+        evaluate(record, policy, cost),
+        record.digest,
+        promise,
+        record.network,
+        samples="" if known is None else sketch(known),
+    )
 
 
 def nearest_to(
@@ -141,14 +158,6 @@ def _what_is_searched(record: ExitRecord, cost: ExitCost | None, score: str | Sc
     return problem_of(record, cost, score)
 
 
-def _most_loss(problem: Problem, name: str, limit: float) -> float:
-    """The summed loss that a limit on accuracy allows."""
-    samples = len(problem.losses)
-    if name == "min_accuracy":
-        return (1 - limit + SLACK) * samples
-    return float(problem.losses[:, -1].sum()) + (limit + SLACK) * samples
-
-
 def _within(problem: Problem, most_loss: float, most_us: float, vectors: int, constraint: dict[str, float]) -> Floats:
     """The best thresholds `(N-1,)` on the record itself."""
     points = best_points(problem, vectors)
@@ -156,64 +165,7 @@ def _within(problem: Problem, most_loss: float, most_us: float, vectors: int, co
     if best is None:
         raise InfeasibleError(_unreachable(constraint, points, len(problem.losses)))
     best = _refine(problem, best, most_loss, most_us)
-    return _centred(problem, best.thresholds[0])
-
-
-def _bound(problem: Problem, name: str, bound: str | None) -> str:
-    whole = bool(((problem.losses == 0) | (problem.losses == 1)).all())
-    if bound == "binomial" and not whole:
-        raise InputError("the binomial bound needs losses of 0 and 1; the record has others: take bound='betting'")
-    return bound or ("binomial" if whole and name != "max_drop" else "betting")
-
-
-def _promised(
-    problem: Problem, name: str, limit: float, delta: float, bound: str, vectors: int
-) -> tuple[Floats, tuple[int, int]]:
-    """Thresholds `(N-1,)` that keep the limit with probability 1 - delta, and the sizes of both halves."""
-    risk = 1 - limit if name == "min_accuracy" else limit
-    tuning_rows, calibration_rows = halves(problem.scores, problem.losses)
-    sizes = len(tuning_rows), len(calibration_rows)
-    needed = fewest(risk, delta)
-    if sizes[1] < needed:
-        raise InputError(
-            f"a promise of {name}={limit:g} at {1 - delta:.0%} confidence needs at least {2 * needed} samples, half of "
-            f"them to find candidates and half to test them; the record has {len(problem.scores)}: record more, take "
-            "another limit, or ask for no promise with confidence=None"
-        )
-    tuning = Problem(problem.scores[tuning_rows], problem.losses[tuning_rows], problem.cost)
-    calibration = Problem(problem.scores[calibration_rows], problem.losses[calibration_rows], problem.cost)
-    points = best_points(tuning, vectors)
-    room = 2 * math.sqrt(sizes[0] * max(risk, 0))  # the tuning half may be the unlucky one: two standard errors
-    kept = np.nonzero(points.loss <= _most_loss(tuning, name, limit) + room)[0][::-1]  # dearest and surest first
-    kept = kept[np.unique(np.linspace(0, len(kept) - 1, min(len(kept), _CANDIDATES)).astype(int))]
-    candidates = [_centred(tuning, points.thresholds[i]) for i in kept]
-    never = np.full(problem.scores.shape[1] - 1, np.nan, np.float32)
-    absolute = name == "min_accuracy"
-    safe = not absolute and limit >= 0  # never leaving early keeps the limit by itself
-    before, after = ([_differences(half, c, absolute) for c in candidates] for half in (tuning, calibration))
-    standing = candidates[: accepted(before, after, risk, delta, bound)]
-    if not (safe or standing):
-        reached = 1 - points.loss.min() / sizes[0]
-        raise InfeasibleError(
-            f"no thresholds keep {name}={limit:g} at {1 - delta:.0%} confidence on {sizes[1]} calibration "
-            f"samples; the most accurate reached {reached:.4f} on the {sizes[0]} others: record more samples, or lower "
-            "the limit"
-        )
-    if safe:
-        standing = [never, *standing]
-    return min(standing, key=lambda thresholds: _mean_us(problem, thresholds)), sizes
-
-
-def _differences(problem: Problem, thresholds: Floats, absolute: bool) -> Floats:
-    """`(S,)` loss of the answer, less that of the last exit unless `absolute`."""
-    answer = problem.losses[np.arange(len(problem.losses)), leaving(problem.scores, thresholds)]
-    return answer if absolute else answer - problem.losses[:, -1]
-
-
-def _mean_us(problem: Problem, thresholds: Floats) -> float:
-    counts = np.bincount(leaving(problem.scores, thresholds), minlength=problem.scores.shape[1])
-    each = problem.cost.latency_us([*~np.isnan(thresholds), True])
-    return float(mean_cost(counts.astype(np.float64), each, len(problem.scores)))
+    return centred(problem, best.thresholds[0])
 
 
 def _pick(points: Points, most_loss: float, most_us: float) -> Points | None:
@@ -237,20 +189,6 @@ def _refine(problem: Problem, best: Points, most_loss: float, most_us: float) ->
             if not np.array_equal(found.thresholds, best.thresholds, equal_nan=True):
                 best, moved = found, True
     return best
-
-
-def _centred(problem: Problem, thresholds: Floats) -> Floats:
-    """The thresholds moved midway between the scores of those samples that reach each exit: same routes, more room."""
-    position = leaving(problem.scores, thresholds)
-    centred = thresholds.copy()
-    for n in np.nonzero(~np.isnan(thresholds))[0]:
-        leaves, stays = problem.scores[position == n, n], problem.scores[position > n, n]
-        stays = stays[stays < np.inf]
-        if len(leaves) and len(stays):
-            centred[n] = between(leaves.max(keepdims=True), stays.min(keepdims=True))[0]
-        elif len(leaves):
-            centred[n] = beyond(leaves.max(keepdims=True))[0]
-    return centred
 
 
 def _constraint(**limits: float | None) -> dict[str, float]:

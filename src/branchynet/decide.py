@@ -13,9 +13,11 @@ import numpy as np
 
 from .errors import InputError
 from .exit_record import ExitRecord, check_same_network
+from .meta import FittedScore
 from .reading import check_cost
+from .samples import shared
 from .scores import Score, of_choice, of_record
-from .search import Points, Problem, ascend, deployed, grid, leaving, mean_cost
+from .search import Points, Problem, ascend, between, beyond, deployed, grid, leaving, mean_cost
 from .types import Choice, ExitCost, Floats, Ints, Outcome, Policy
 
 GRID_EXITS = 3
@@ -81,11 +83,11 @@ def evaluate(record: ExitRecord, policy: Policy | Choice, cost: ExitCost | None 
     """
     check_cost(record, cost)
     if isinstance(policy, Choice):
-        if policy.record_digest == record.digest:
+        check_same_network("the record and the choice", record.network, policy.network)
+        if policy.record_digest == record.digest or _chose(policy, record):
             warnings.warn(
                 "this record chose these thresholds, so its figures flatter them: report another record's", stacklevel=2
             )
-        check_same_network("the record and the choice", record.network, policy.network)
         policy = policy.policy
     if policy.exits != record.exits:
         raise InputError(
@@ -116,6 +118,14 @@ def evaluate(record: ExitRecord, policy: Policy | Choice, cost: ExitCost | None 
         exit_accuracy=tuple(_accuracy(w, c) if c else None for w, c in zip(wrong, counts, strict=True)),
         **costs,
     )
+
+
+def _chose(choice: Choice, record: ExitRecord) -> bool:
+    """Whether samples of the record chose the thresholds, or the score was fitted on them."""
+    score = choice.policy.score
+    known = [choice.samples, score.fitted_on if isinstance(score, FittedScore) else ""]
+    found = record.sample_digests if any(known) else None
+    return found is not None and any(shared(one, found) for one in known)
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,6 +214,20 @@ def problem_of(record: ExitRecord, cost: ExitCost, score: str | Score) -> Proble
     """What is searched. Raises `InputError` where record and cost are not of one network."""
     check_cost(record, cost)
     return Problem(of_record(record, score), record.losses.astype(np.float64), cost)
+
+
+def centred(problem: Problem, thresholds: Floats) -> Floats:
+    """The thresholds moved midway between the scores of those samples that reach each exit: same routes, more room."""
+    position = leaving(problem.scores, thresholds)
+    moved = thresholds.copy()
+    for n in np.nonzero(~np.isnan(thresholds))[0]:
+        leaves, stays = problem.scores[position == n, n], problem.scores[position > n, n]
+        stays = stays[stays < np.inf]
+        if len(leaves) and len(stays):
+            moved[n] = between(leaves.max(keepdims=True), stays.min(keepdims=True))[0]
+        elif len(leaves):
+            moved[n] = beyond(leaves.max(keepdims=True))[0]
+    return moved
 
 
 def _accuracy(loss: float, samples: int) -> float:

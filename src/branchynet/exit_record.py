@@ -3,6 +3,7 @@
 Shape letters: S samples, N exits, C classes.
 """
 
+import functools
 import hashlib
 import os
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .errors import FileError, InputError
 from .files import check_checksum, checksum, regular, replacing
+from .samples import Digests, digests, is_sketch
 from .types import Floats, Ints, score_name, set_fields
 
 
@@ -32,6 +34,10 @@ class ExitRecord:
         score: what `scores` are of: a score's name, or the callable; None where that is not known.
         network: the `fingerprint` of the network that answered, so that records of different networks are not mixed;
             None where that is not known.
+        inputs: `(S,)` uint64 digests of the samples' inputs, which tell whether two records share samples; None where
+            the inputs are not known.
+        selected_on: sketches (see `branchynet.samples`) of the samples that the network's exits, or its averages, were
+            selected on: `choose` tests no promise on these.
 
     Raises:
         InputError: shapes disagree, no samples, a label outside 0..C-1, or outputs that hold NaN or plus infinity, or
@@ -44,6 +50,8 @@ class ExitRecord:
     losses: Floats = None  # type: ignore[assignment]  # derived from outputs and labels where not given
     score: Any = None
     network: str | None = None
+    inputs: Digests | None = None
+    selected_on: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.outputs is not None:
@@ -75,17 +83,31 @@ class ExitRecord:
             if losses.min() < 0 or losses.max() > 1:
                 raise InputError(f"losses must lie in [0, 1]; got {losses.min():.4g}..{losses.max():.4g}: rescale them")
             set_fields(self, scores=scores, losses=losses)
+        if self.inputs is not None:
+            inputs = np.asarray(self.inputs)
+            if inputs.dtype != np.uint64 or inputs.shape != (self.samples,):
+                raise InputError(
+                    f"inputs must be uint64 ({self.samples},), one digest a sample; got {inputs.dtype} {inputs.shape}"
+                )
+        if not all(is_sketch(known) for known in self.selected_on):
+            raise InputError(f"selected_on must be sketches of samples; got {self.selected_on!r}")
+        set_fields(self, selected_on=tuple(self.selected_on))
 
     @classmethod
     def from_scores(
-        cls, scores: ArrayLike, losses: ArrayLike, score: Any = None, network: str | None = None
+        cls,
+        scores: ArrayLike,
+        losses: ArrayLike,
+        score: Any = None,
+        network: str | None = None,
+        inputs: Digests | None = None,
+        selected_on: tuple[str, ...] = (),
     ) -> "ExitRecord":
         """A record of scores `(S, N)` (smaller = surer) and losses `(S, N)` in [0, 1], for any task.
 
         `score` says of what: a score's name or the callable, which `choose` then puts into its policy.
         """
-        scores, losses = np.asarray(scores), np.asarray(losses)
-        return cls(outputs=None, labels=None, scores=scores, losses=losses, score=score, network=network)
+        return cls(None, None, np.asarray(scores), np.asarray(losses), score, network, inputs, selected_on)
 
     @property
     def samples(self) -> int:
@@ -103,12 +125,20 @@ class ExitRecord:
         arrays: Any = (self.outputs, self.labels) if self.outputs is not None else (self.scores, self.losses)
         return hashlib.sha256(b"".join(f"{a.shape}".encode() + a.tobytes() for a in arrays)).hexdigest()
 
+    @functools.cached_property
+    def sample_digests(self) -> Digests | None:
+        """`(S,)` of the inputs, or else of the outputs; None for scores and losses alone, which samples may share."""
+        if self.inputs is not None:
+            return self.inputs
+        return None if self.outputs is None else digests(self.outputs)
+
     def take(self, rows: Any) -> "ExitRecord":
         """The record of some of the samples: indices, a mask or a slice `rows`."""
+        about = (self.network, None if self.inputs is None else self.inputs[rows], self.selected_on)
         if self.outputs is not None and self.labels is not None:
-            return ExitRecord(self.outputs[rows], self.labels[rows], network=self.network)
+            return ExitRecord(self.outputs[rows], self.labels[rows], None, None, None, *about)  # type: ignore[arg-type]
         assert self.scores is not None
-        return ExitRecord.from_scores(self.scores[rows], self.losses[rows], self.score, self.network)
+        return ExitRecord.from_scores(self.scores[rows], self.losses[rows], self.score, *about)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an ``.npz`` file, whole or not at all; of a callable score the name is kept. Raises `FileError`."""
@@ -118,6 +148,10 @@ class ExitRecord:
             arrays["score"] = np.array(score_name(self.score))
         if self.network is not None:
             arrays["network"] = np.array(self.network)
+        if self.inputs is not None:
+            arrays["inputs"] = self.inputs
+        if self.selected_on:
+            arrays["selected_on"] = np.array(self.selected_on)
         arrays["sha256"] = np.array(checksum(_parts(arrays)))
         with replacing(path) as temporary, temporary.open("wb") as stream:
             np.savez_compressed(stream, **arrays)
@@ -131,7 +165,10 @@ class ExitRecord:
                 arrays = {name: stored[name] for name in stored.files}
             if "sha256" in arrays:  # records of earlier versions have none
                 check_checksum(path, str(arrays.pop("sha256")), _parts(arrays))
+            names = sorted(arrays)
             told: dict[str, Any] = {name: str(arrays.pop(name)) for name in ("score", "network") if name in arrays}
+            told["inputs"] = arrays.pop("inputs", None)
+            told["selected_on"] = tuple(str(known) for known in arrays.pop("selected_on", ()))
             if set(arrays) == {"outputs", "labels"} and "score" not in told:
                 return cls(**arrays, **told)
             if set(arrays) == {"scores", "losses"}:
@@ -141,7 +178,7 @@ class ExitRecord:
         except Exception as error:  # numpy's and zipfile's readers raise nearly anything on a damaged file
             reason = f"{type(error).__name__}: {error}".removesuffix(": ")
             raise FileError(f"cannot read the record {path} ({reason}); make it again with record(...)") from error
-        raise FileError(f"{path} holds {sorted({**arrays, **told})}, which is no ExitRecord; make it with record(...)")
+        raise FileError(f"{path} holds {names}, which is no ExitRecord; make it with record(...)")
 
 
 def check_same_network(what: str, one: str | None, other: str | None, *, structure: bool = False) -> None:

@@ -98,7 +98,7 @@ def export(
     score = None if policy is None else scores.resolve(policy.score)
     flat = flatten(net, example, score=score, dynamic=batch == "dynamic")
     notes: dict[str, Any] = {"labels": list(labels), "preprocessing": preprocessing, "promise": promise}
-    notes["network"] = fingerprint(net)
+    notes |= {"network": fingerprint(net), "selected_on": list(getattr(net, "selected_on", ()))}
     expected = _from_network(net, example)
     if quantize:
         notes["network"] += f"-{quantize}"

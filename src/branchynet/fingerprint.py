@@ -1,6 +1,7 @@
 """Telling networks apart, so that what was recorded, measured and chosen of one is not mixed with another's."""
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ def fingerprint(net: nn.Module) -> str:
     """``structure-weights``: two short digests, of what parameters and buffers there are, and of what they hold.
 
     The first tells architectures apart, wherever they differ in what is stored or tapped; the second also two trainings
-    of one.
+    of one. Averaged answers are another network's, see `averaged_fingerprint`.
     """
     structure, weights = hashlib.sha256(repr(getattr(net, "taps", ())).encode()), hashlib.sha256()
     for name, value in sorted(net.state_dict().items()):
@@ -18,4 +19,13 @@ def fingerprint(net: nn.Module) -> str:
             continue
         structure.update(f"{name} {tuple(value.shape)}\n".encode())
         weights.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return f"{structure.hexdigest()[:12]}-{weights.hexdigest()[:12]}"
+    found = f"{structure.hexdigest()[:12]}-{weights.hexdigest()[:12]}"
+    mean = getattr(net, "_averaging", None)
+    return found if mean is None else averaged_fingerprint(found, *mean)
+
+
+def averaged_fingerprint(network: str, weights: Sequence[Sequence[float]], of: str) -> str:
+    """The fingerprint of a network's averaged answers, from its own: what is averaged is of the structure."""
+    structure, _, rest = network.partition("-")
+    first, second = (hashlib.sha256(repr(part).encode()) for part in ((structure, of), (rest, of, weights)))
+    return f"{first.hexdigest()[:12]}-{second.hexdigest()[:12]}"

@@ -1,7 +1,8 @@
 """Fitting scores on a record: a temperature an exit, or a small model an exit that tells wrong answers from right ones.
 
 Fit on other samples than those that thresholds are calibrated or reported on, such as one half of the validation
-record. Everything here is deterministic, and the order of the samples matters to nothing but rounding.
+record: a score knows the samples that it was fitted on, and `choose` tests no promise on these. Everything here is
+deterministic, and the order of the samples matters to nothing but rounding.
 Shape letters: S samples, N exits, C classes, F features.
 """
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from .errors import InputError, nearest
 from .exit_record import ExitRecord, bounded
 from .meta import LearnedScore, TemperedScore
+from .samples import sketch
 from .sureness import SCORES, features
 
 Array = NDArray[np.float64]
@@ -43,7 +45,8 @@ def fit_temperature(record: ExitRecord, score: str = "entropy") -> TemperedScore
         raise InputError(f"temperatures are for named scores, and {score!r} is none{nearest(str(score), SCORES)}")
     outputs, labels, fits = _checked(record)
     logits = outputs.astype(np.float64)
-    return TemperedScore(score, tuple(_temperature(logits[:, n], labels) if fit else 1.0 for n, fit in enumerate(fits)))
+    temperatures = tuple(_temperature(logits[:, n], labels) if fit else 1.0 for n, fit in enumerate(fits))
+    return TemperedScore(score, temperatures, _fitted_on(record))
 
 
 def fit_score(record: ExitRecord, *, earlier: bool = True, strength: float = 10.0) -> LearnedScore:
@@ -77,7 +80,13 @@ def fit_score(record: ExitRecord, *, earlier: bool = True, strength: float = 10.
         found, bias = _logistic(seen, wrong, strength) if fit else (np.zeros(seen.shape[1]), _prior(wrong))
         weights.append(tuple(found.tolist()))
         biases.append(bias)
-    return LearnedScore(outputs.shape[2], earlier, tuple(weights), tuple(biases))
+    return LearnedScore(outputs.shape[2], earlier, tuple(weights), tuple(biases), _fitted_on(record))
+
+
+def _fitted_on(record: ExitRecord) -> str:
+    found = record.sample_digests
+    assert found is not None  # the record has outputs
+    return sketch(found)
 
 
 def _checked(record: ExitRecord) -> tuple[NDArray[np.floating], NDArray[np.int64], list[bool]]:

@@ -12,7 +12,7 @@ Estimating means of bounded random variables by betting, arXiv 2010.09686; Jazbe
 2405.20915.
 """
 
-import hashlib
+import bisect
 import math
 from collections.abc import Sequence
 
@@ -22,25 +22,36 @@ from scipy.stats import binom
 from .types import Floats, Ints
 
 BOUNDS = ("betting", "binomial")
+_MOST = 0.999  # of the largest bet, which would lose everything at once
+_SEED = 1709_01686  # unlike those that data are drawn with
 _FRACTIONS = (0.05, 0.1, 0.2, 0.4, 0.7, 0.95)  # of the largest bet
 
 
-def halves(scores: Floats, losses: Floats) -> tuple[Ints, Ints]:
-    """A random split of the samples `(S,)` into a tuning and a calibration half, as places in the record.
+def halves(samples: int) -> tuple[Ints, Ints]:
+    """A random split of so many samples into a tuning and a calibration half, as places in the record.
 
-    It depends on the samples and not on their order: they are sorted, and their content seeds the draw. The calibration
+    The draw depends on the number of samples alone. A split that their content decides, such as one seeded by a digest
+    of it, leaves nothing to chance where a law has few distinct samples, and the promise does not hold. The calibration
     half comes in random order.
     """
-    rows = np.ascontiguousarray(np.hstack([scores, losses]).astype(np.float32))
-    order = np.lexsort(rows.T)
-    seed = int.from_bytes(hashlib.sha256(rows[order].tobytes()).digest()[:8], "big")
-    drawn = order[np.random.default_rng(seed).permutation(len(order))]
-    return np.sort(drawn[: len(drawn) // 2]), drawn[len(drawn) // 2 :]
+    # RandomState's stream is frozen for good (NEP 19): a record that is split again is split alike.
+    drawn = np.random.RandomState(_SEED).permutation(samples).astype(np.int64)
+    return np.sort(drawn[: samples // 2]), drawn[samples // 2 :]
 
 
-def fewest(limit: float, delta: float) -> int:
-    """How many calibration samples a limit needs where none of them speaks against it: (1 - limit)^S <= delta."""
-    return math.ceil(math.log(delta) / math.log1p(-limit)) if 0 < limit < 1 else 1
+def fewest(limit: float, delta: float, bound: str) -> int:
+    """How many calibration samples a bound needs to keep a limit where leaving early changes no answer."""
+    if not 0 < limit < 1:
+        return 1
+    if bound == "binomial":
+        return math.ceil(math.log(delta) / math.log1p(-limit))  # (1 - limit)^S <= delta
+    bets, shares = _spread(limit, 1 / (1 - limit))
+    steps = np.log1p(bets * limit)
+
+    def enough(samples: int) -> bool:
+        return bool(np.logaddexp.reduce(samples * steps + np.log(shares)) >= -math.log(delta))
+
+    return bisect.bisect_left(range(math.ceil(math.log(2 / delta) / steps[0]) + 1), True, key=enough)
 
 
 def binomial_p(differences: Floats, limit: float) -> float:
@@ -67,17 +78,22 @@ def betting_p(differences: Floats, limit: float, bet: float) -> float:
         limit: of the risk.
         bet: the best bet on other data, from 0 to 1 / (1 - limit), which has half the capital; the rest is spread.
     """
-    most = 1 / (1 - limit)
-    bets = np.array([min(bet, 0.999 * most), *(f * most for f in _FRACTIONS)])
-    shares = np.array([0.5, *(0.5 / len(_FRACTIONS),) * len(_FRACTIONS)])
+    bets, shares = _spread(limit, bet)
     steps = np.log1p(bets[:, None] * (limit - differences[None, :]))
     paths = np.cumsum(steps, axis=1) + np.log(shares)[:, None]
     return float(min(1.0, np.exp(-np.logaddexp.reduce(paths, axis=0).max(initial=0.0))))
 
 
+def _spread(limit: float, bet: float) -> tuple[Floats, Floats]:
+    """Bets, the best one first, and the share of the capital that each has."""
+    most = 1 / (1 - limit)
+    bets = np.array([min(bet, _MOST * most), *(f * most for f in _FRACTIONS)])
+    return bets, np.array([0.5, *(0.5 / len(_FRACTIONS),) * len(_FRACTIONS)])
+
+
 def best_bet(differences: Floats, limit: float) -> float:
     """The bet that makes capital grow fastest on `differences` (S,), on a grid."""
-    bets = np.linspace(0.01, 0.999, 100) / (1 - limit)
+    bets = np.linspace(0.01, _MOST, 100) / (1 - limit)
     values, counts = np.unique(differences, return_counts=True)
     return float(bets[(np.log1p(bets[:, None] * (limit - values[None, :])) @ counts).argmax()])
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .errors import InputError, nearest
+from .samples import is_sketch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +37,7 @@ class TemperedScore(_Told):
     Attributes:
         score: a name in `branchynet.scores`.
         temperatures: `(N,)`, above 0; above 1 where an exit was surer than it should be.
+        fitted_on: the sketch (see `branchynet.samples`) of the samples that it was fitted on, where known.
 
     Raises:
         InputError: a temperature that is not a positive number; when called, more exits than it was fitted on.
@@ -45,6 +47,7 @@ class TemperedScore(_Told):
 
     score: str
     temperatures: tuple[float, ...]
+    fitted_on: str = ""
     kind: ClassVar[str] = "tempered"
 
     def __post_init__(self) -> None:
@@ -55,6 +58,7 @@ class TemperedScore(_Told):
                 f"{self.temperatures!r}"
             )
         object.__setattr__(self, "temperatures", temperatures)
+        _check_sketch(self.fitted_on)
 
     @property
     def __name__(self) -> str:
@@ -76,7 +80,13 @@ class TemperedScore(_Told):
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {"kind": self.kind, "version": VERSION, "score": self.score, "temperatures": list(self.temperatures)}
+        return {
+            "kind": self.kind,
+            "version": VERSION,
+            "score": self.score,
+            "temperatures": list(self.temperatures),
+            "fitted_on": self.fitted_on,
+        }
 
 
 @dataclass(frozen=True, repr=False)
@@ -89,6 +99,7 @@ class LearnedScore(_Told):
             is *never*.
         weights: `(N, F)` for the F features of `branchynet.sureness.features`, one more an exit with `earlier`.
         bias: `(N,)`.
+        fitted_on: the sketch of the samples that it was fitted on, where known.
 
     Raises:
         InputError: numbers that do not fit together; when called, outputs of more exits or other classes than fitted.
@@ -100,6 +111,7 @@ class LearnedScore(_Told):
     earlier: bool
     weights: tuple[tuple[float, ...], ...]
     bias: tuple[float, ...]
+    fitted_on: str = ""
     kind: ClassVar[str] = "learned"
 
     def __post_init__(self) -> None:
@@ -123,6 +135,7 @@ class LearnedScore(_Told):
                 )
         object.__setattr__(self, "weights", weights)
         object.__setattr__(self, "bias", bias)
+        _check_sketch(self.fitted_on)
 
     @property
     def exits(self) -> int:
@@ -156,6 +169,7 @@ class LearnedScore(_Told):
             "earlier": self.earlier,
             "weights": [list(row) for row in self.weights],
             "bias": list(self.bias),
+            "fitted_on": self.fitted_on,
         }
 
 
@@ -190,6 +204,11 @@ def check_fitted(score: Any, exits: int) -> None:
 def _check_exits(score: FittedScore, exits: int) -> None:
     if exits > score.exits:
         check_fitted(score, exits)
+
+
+def _check_sketch(fitted_on: Any) -> None:
+    if not is_sketch(fitted_on):
+        raise InputError(f"fitted_on of a fitted score must be a sketch of samples, or empty; got {fitted_on!r}")
 
 
 def _floats(name: str, values: Any) -> tuple[float, ...]:

@@ -39,7 +39,12 @@ class BranchyNet(nn.Module):
         InputError: a tap that is no submodule (the nearest name is suggested), or a branch that is no module.
         GraphError: from `forward`, where a tap never runs, runs twice, or runs out of order, or where the backbone has
             several exits of its own.
+
+    Attributes:
+        selected_on: sketches (see `branchynet.samples`) of the samples that the exits were selected on.
     """
+
+    selected_on: tuple[str, ...] = ()
 
     def __init__(
         self,

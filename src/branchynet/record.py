@@ -14,8 +14,9 @@ from .errors import InputError
 from .exit_record import ExitRecord
 from .fingerprint import fingerprint
 from .net import evaluating
+from .samples import Digests, digests
 from .scores import Score, resolve
-from .training.feed import batches, exits_of, in_order
+from .training.feed import batches, exits_of, in_order, tensors_in
 from .types import Floats, Ints, score_name
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -67,18 +68,31 @@ def record(
     score = "entropy" if score is None else score
     function = resolve(score)
     kept: list[tuple[Floats, Floats | Ints]] = []
+    seen: list[Digests | None] = []
     shown = track(loader, "recording", console=Console(stderr=True), disable=not progress)
     with torch.no_grad(), evaluating(net):
         for inputs, target in batches(shown, where):
             exits = tuple(exit.float() for exit in exits_of(net, inputs))
             kept.append(_logits(exits, target) if loss is None else _judged(exits, target, function, loss))
+            seen.append(_digests(inputs, len(target)))
     if not kept:
         raise InputError("the loader gave no batch; there is nothing to record")
     first, second = (np.concatenate(parts) for parts in zip(*kept, strict=True))
     network = net.engine.metadata.get("network") if isinstance(net, _EveryExit) else fingerprint(net)
+    known = None if any(part is None for part in seen) else np.concatenate([p for p in seen if p is not None])
+    about: dict[str, Any] = {"network": network, "inputs": known, "selected_on": getattr(net, "selected_on", ())}
     if loss is None:
-        return ExitRecord(outputs=first, labels=second, network=network)
-    return ExitRecord.from_scores(first, second, score, network)
+        return ExitRecord(outputs=first, labels=second, **about)
+    return ExitRecord.from_scores(first, second, score, **about)
+
+
+def _digests(inputs: Any, samples: int) -> Digests | None:
+    """Of one batch's inputs; None where they are no tensors with a row a sample."""
+    values = list(tensors_in(inputs))
+    if not values or any(value.dim() == 0 or len(value) != samples or not value.numel() for value in values):
+        return None
+    rows = [value.detach().cpu().contiguous().reshape(samples, -1).view(torch.uint8).numpy() for value in values]
+    return digests(*rows)
 
 
 class _EveryExit(nn.Module):
@@ -87,6 +101,7 @@ class _EveryExit(nn.Module):
     def __init__(self, engine: Engine) -> None:
         super().__init__()
         self.engine = engine
+        self.selected_on = tuple(engine.metadata.get("selected_on", ()))
 
     def forward(self, *inputs: Tensor, **keywords: Tensor) -> tuple[Tensor, ...]:
         given = [*inputs, *in_order(keywords, [i.name for i in self.engine.inputs[len(inputs) :]])]

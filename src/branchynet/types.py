@@ -207,6 +207,7 @@ class Choice:
         record_digest: of the record that chose, so that judging on the same data can be noticed.
         promise: what holds for other samples, or None where no promise was asked for.
         network: the `fingerprint` of the network whose record chose, where known.
+        samples: the sketch (see `branchynet.samples`) of those that chose, where known.
     """
 
     policy: Policy
@@ -215,6 +216,7 @@ class Choice:
     record_digest: str
     promise: Promise | None = None
     network: str | None = None
+    samples: str = ""
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON. Raises `FileError`."""

@@ -73,13 +73,15 @@ class Advice:
     Attributes:
         batch_size, threads, score, runtime: what the design is for.
         static_us: microseconds a sample of the network without exits.
-        accuracy: of the network without exits, on validation.
+        accuracy: of the network without exits, on the samples that chose the design.
         min_accuracy: the limit that every design keeps, on the samples that chose it.
         samples: how many those were.
         designs: the best of each number of exits; the first has none but the trunk's own.
         tried: every candidate by itself.
         best: which of the designs takes least; of those that take as long, the one with fewest exits.
         fingerprint: of the network advised on.
+        selected_on: the sketch (see `branchynet.samples`) of the validation samples that chose the design, half of
+            them; empty where the inputs' tensors could not be told apart.
         network: the best design, its heads trained on the frozen network; not kept on disk.
     """
 
@@ -94,6 +96,7 @@ class Advice:
     tried: tuple[Tried, ...]
     best: int
     fingerprint: str
+    selected_on: str = ""
     runtime: Runtime = "onnxruntime"
     network: BranchyNet | None = field(default=None, repr=False, compare=False)
 

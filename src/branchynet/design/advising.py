@@ -18,8 +18,10 @@ from ..exit_record import ExitRecord
 from ..files import write_json
 from ..fingerprint import fingerprint
 from ..graph.flat import FlatGraph, flatten
+from ..guarantee import halves
 from ..net import BranchyNet
 from ..record import record
+from ..samples import sketch
 from ..scores import of_record, resolve
 from ..search import mean_cost
 from ..stored import read_entry
@@ -73,7 +75,8 @@ def advise(
     Args:
         backbone: a trained network that gives logits `(B, C)`; it is not changed.
         train_loader: yields `(inputs, target)` with `(B,)` int64 class indices, to train heads.
-        val_loader: likewise, not shuffled, to choose the design. Not the test set.
+        val_loader: likewise, not shuffled. Half of its samples choose the design; the others are left for the promise
+            that `choose` makes on a record of all, in the same order. Not the test set.
         example: one batch of inputs, real ones if possible.
         batch_size: samples a call of the deployed file: the best design depends on it.
         threads: threads within an operator.
@@ -114,7 +117,8 @@ def advise(
     function = resolve(score)
     if max_drop is not None and min_accuracy is not None:
         raise InputError("give max_drop or min_accuracy, not both")
-    alone = record(backbone, val_loader, device=device, progress=progress)
+    validation = record(backbone, val_loader, device=device, progress=progress)
+    alone = validation.take(halves(validation.samples)[0])
     accuracy = evaluate(alone, Policy()).accuracy
     _check_trained(alone, accuracy)
     _check_data(alone, accuracy, train_loader)
@@ -151,7 +155,7 @@ def advise(
 
     say(f"training {len(forest.candidates)} heads at {len(forest.net.taps)} places, {epochs} epochs")
     judged = Judged(*learned(forest.net, epochs, "heads"), times.taps, times.cost)
-    most = (1 - limit) * alone.samples
+    most = (1 - limit) * validation.samples
     best, least = search(judged, most, exits, say)
     if final_epochs and np.isfinite(least).any():
         name = f"final-{runtime}-batch-{batch_size}-threads-{threads}-{score}-{limit:.4f}"
@@ -163,6 +167,8 @@ def advise(
         judged = judged.anew(kept, scores[:, :-1], losses[:, :-1])
         best, _ = search(judged, most, exits, say, among=kept)
     designs = tuple(_design(forest, judged, times, one) for one in best)
+    known = validation.sample_digests
+    selected_on = "" if known is None else sketch(known[judged.tuning])
     least = min(design.us for design in designs)
     fastest = next(n for n, design in enumerate(designs) if design.us <= (1 + ALIKE) * least)
     return Advice(
@@ -178,8 +184,14 @@ def advise(
         tried=_tried(forest, judged, times),
         best=fastest,
         fingerprint=fingerprint(backbone),
-        network=forest.network(best[fastest].chosen),
+        selected_on=selected_on,
+        network=_selected(forest.network(best[fastest].chosen), selected_on),
     )
+
+
+def _selected(net: BranchyNet, known: str) -> BranchyNet:
+    net.selected_on = (*net.selected_on, *filter(None, [known]))
+    return net
 
 
 def _finalists(path: Path | None, judged: Judged, least: Floats, places: int) -> list[int]:
@@ -199,7 +211,7 @@ def _finalists(path: Path | None, judged: Judged, least: Floats, places: int) ->
         if not kept or min(kept) < 0 or max(kept) >= len(judged.taps):
             raise FileError(f"{path} names candidates {kept} of {len(judged.taps)}; remove it, and design again")
         return kept
-    taps, wrong = np.array(judged.taps), judged.losses[:, :-1].mean(axis=0)
+    taps, wrong = np.array(judged.taps), judged.losses[judged.tuning, :-1].mean(axis=0)
     useful = [int(i) for i in np.argsort(least, kind="stable") if np.isfinite(least[i])]
     kept = set()
     for tap in list(dict.fromkeys(taps[useful]))[:places]:
@@ -222,12 +234,19 @@ def _check_trained(alone: ExitRecord, accuracy: float) -> None:
 
 
 def _check_data(alone: ExitRecord, accuracy: float, train_loader: Any) -> None:
-    """Raises `InputError` where designs could not be told apart, or heads not be trained."""
+    """Raises `InputError` where designs could not be told apart, or heads not be trained.
+
+    Args:
+        alone: the network's record of the half of the validation samples that chooses the design.
+        accuracy: on that record.
+        train_loader: trains the heads.
+    """
     needed = math.ceil(_Z95**2 * max(1 - accuracy, 0.01) / RESOLUTION**2)
     if alone.samples < needed:
         raise InputError(
-            f"{alone.samples} validation samples cannot rank designs: at {accuracy:.1%} accuracy it takes {needed} to "
-            f"tell apart two that differ by {RESOLUTION:.0%}"
+            f"{alone.samples} samples, half of the validation samples, cannot rank designs: at {accuracy:.1%} accuracy "
+            f"it takes {needed} to tell apart two that differ by {RESOLUTION:.0%}, and as many are left for a promise: "
+            f"give {2 * needed}"
         )
     assert alone.outputs is not None
     first = next(iter(train_loader), None)
@@ -286,7 +305,7 @@ def _tried(forest: Forest, judged: Judged, times: StageTimes) -> tuple[Tried, ..
                 tap=candidate.tap,
                 head=candidate.head,
                 depth=candidate.depth,
-                accuracy=float(1 - judged.losses[:, i].mean()),
+                accuracy=float(1 - judged.losses[judged.tuning, i].mean()),
                 us=float(early),
                 added_us=float(late - times.static_us),
                 break_even=max(0.0, float(needed)) if needed <= 1 else None,

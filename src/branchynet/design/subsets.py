@@ -3,6 +3,7 @@
 Shape letters: S samples, K candidates, N exits of a design.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -10,8 +11,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..decide import SLACK, best_points, optional, route
+from ..guarantee import halves
 from ..search import Problem
-from ..types import ExitCost, Floats
+from ..types import ExitCost, Floats, Ints
 
 _BEAM = 16  # designs that are carried on with one exit more
 _COARSE = 10_000  # threshold vectors tried for a design while designs are compared; a hundred times as many for two
@@ -41,12 +43,20 @@ class Judged:
         scores, losses: `(S, K + 1)`, the trunk's own exit last.
         taps: `(K,)` the position of each candidate's tap.
         cost: the microseconds of a design, given the positions of its candidates.
+
+    Designs are selected on the half of the samples that `choose` finds candidates with; the half that tests a promise
+    is left alone, so that a promise can be made of the design.
     """
 
     scores: Floats
     losses: Floats
     taps: tuple[int, ...]
     cost: Callable[[Sequence[int]], ExitCost]
+
+    @functools.cached_property
+    def tuning(self) -> Ints:
+        """The samples that designs are selected on."""
+        return halves(len(self.scores))[0]
 
     def anew(self, some: Sequence[int], scores: Floats, losses: Floats) -> "Judged":
         """With new scores and losses `(S, len(some))` of the candidates at these positions."""
@@ -57,8 +67,8 @@ class Judged:
 
     def problem(self, chosen: Sequence[int]) -> Problem:
         """The search over thresholds of one design."""
-        columns = [*chosen, self.scores.shape[1] - 1]
-        return Problem(self.scores[:, columns], self.losses[:, columns], self.cost(chosen))
+        part = np.ix_(self.tuning, [*chosen, self.scores.shape[1] - 1])
+        return Problem(self.scores[part], self.losses[part], self.cost(chosen))
 
 
 def search(
@@ -71,7 +81,7 @@ def search(
 
     Args:
         judged: the candidates.
-        most_loss: summed loss that is allowed over the samples.
+        most_loss: summed loss that is allowed over all S samples; of the tuning half so much of it as that has samples.
         exits: the most a design may have, the trunk's own included.
         report: called with a line now and then.
         among: the positions of the candidates to try; by default all.
@@ -79,6 +89,7 @@ def search(
     Returns:
         The designs; and `(K,)` for each candidate the microseconds of the best set tried that has it, else infinity.
     """
+    most_loss *= len(judged.tuning) / len(judged.scores)
     alone = Found((), (), float(judged.cost(()).latency_us([True])[-1]))
     best, here = [alone], [alone]
     least = np.full(len(judged.taps), np.inf)

@@ -62,6 +62,18 @@ def in_order(keywords: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
     return found
 
 
+def tensors_in(inputs: Any) -> Iterator[Tensor]:
+    """The tensors in a batch's inputs, in an order of their own."""
+    if isinstance(inputs, Tensor):
+        yield inputs
+    elif isinstance(inputs, Mapping):
+        for key in sorted(inputs):
+            yield from tensors_in(inputs[key])
+    elif isinstance(inputs, (tuple, list)):
+        for entry in inputs:
+            yield from tensors_in(entry)
+
+
 def exits_of(net: nn.Module, inputs: Any) -> tuple[Tensor, ...]:
     """Every exit's output for one batch, earliest first; a network with a single output has one exit.
 

@@ -1,0 +1,133 @@
+"""Thresholds under a promise: candidates from one half of a record, tested on the other.
+
+Shape letters: S samples, N exits.
+"""
+
+import math
+import warnings
+
+import numpy as np
+
+from .decide import SLACK, best_points, centred
+from .errors import InfeasibleError, InputError
+from .exit_record import ExitRecord
+from .guarantee import accepted, fewest, halves
+from .meta import FittedScore
+from .samples import REPEATED, digests, repeated, shared
+from .scores import Score
+from .search import Problem, leaving, mean_cost
+from .types import Floats
+
+_CANDIDATES = 128
+"""At most so many policies are put to the test for a promise."""
+
+
+def check_samples(record: ExitRecord, score: str | Score) -> None:
+    """A promise is tested on samples that neither fitted nor selected what is promised of.
+
+    Raises:
+        InputError: they did.
+
+    Warns:
+        UserWarning: many samples stand in the record more than once, perhaps in both halves.
+    """
+    known, (_, calibration) = record.sample_digests, halves(record.samples)
+    if known is not None:
+        fitted = score.fitted_on if isinstance(score, FittedScore) else ""
+        if shared(fitted, known[calibration]):
+            raise InputError(
+                f"the {score} score was fitted on samples that would test the promise, which then would not hold: fit "
+                "it on some of the samples, record.take(slice(0, None, 2)), and choose on the others, "
+                "record.take(slice(1, None, 2)), or ask for no promise with confidence=None"
+            )
+        if any(shared(selected, known[calibration]) for selected in record.selected_on):
+            raise InputError(
+                "this network's exits or averages were selected on samples that would test the promise, which then "
+                "would not hold: give a record of other samples, or, after advise, the whole record of its validation "
+                "samples in the same order, of which it left half alone; or ask for no promise with confidence=None"
+            )
+        rows = known
+    else:
+        assert record.scores is not None
+        rows = digests(record.scores, record.losses)
+    if (share := repeated(rows)) > REPEATED:
+        warnings.warn(
+            f"{share:.0%} of the record's {record.samples} samples are distinct ones that occur again: where the same "
+            "data were recorded several times, the promise does not hold; record every sample once",
+            stacklevel=3,
+        )
+
+
+def bound_of(problem: Problem, name: str, bound: str | None) -> str:
+    """The bound asked for, or the sharper. Raises `InputError` for the binomial one on losses other than 0 and 1."""
+    whole = bool(((problem.losses == 0) | (problem.losses == 1)).all())
+    if bound == "binomial" and not whole:
+        raise InputError("the binomial bound needs losses of 0 and 1; the record has others: take bound='betting'")
+    return bound or ("binomial" if whole and name != "max_drop" else "betting")
+
+
+def allowed_loss(problem: Problem, name: str, limit: float) -> float:
+    """The summed loss that a limit on accuracy allows."""
+    samples = len(problem.losses)
+    if name == "min_accuracy":
+        return (1 - limit + SLACK) * samples
+    return float(problem.losses[:, -1].sum()) + (limit + SLACK) * samples
+
+
+def promised(
+    problem: Problem, name: str, limit: float, delta: float, bound: str, vectors: int
+) -> tuple[Floats, tuple[int, int]]:
+    """Thresholds `(N-1,)` that keep the limit with probability 1 - delta, and the sizes of both halves."""
+    risk = 1 - limit if name == "min_accuracy" else limit
+    tuning_rows, calibration_rows = halves(len(problem.scores))
+    sizes = len(tuning_rows), len(calibration_rows)
+    needed = fewest(risk, delta, bound)
+    if sizes[1] < needed:
+        raise InputError(
+            f"a promise of {name}={limit:g} at {1 - delta:.0%} confidence by the {bound} bound needs at least "
+            f"{2 * needed} samples, half of them to find candidates and half to test them; the record has "
+            f"{len(problem.scores)}, so that none could leave early: record more, take another limit, or ask for no "
+            "promise with confidence=None"
+        )
+    tuning = Problem(problem.scores[tuning_rows], problem.losses[tuning_rows], problem.cost)
+    calibration = Problem(problem.scores[calibration_rows], problem.losses[calibration_rows], problem.cost)
+    points = best_points(tuning, vectors)
+    room = 2 * math.sqrt(sizes[0] * max(risk, 0))  # the tuning half may be the unlucky one: two standard errors
+    kept = np.nonzero(points.loss <= allowed_loss(tuning, name, limit) + room)[0][::-1]  # dearest and surest first
+    kept = kept[np.unique(np.linspace(0, len(kept) - 1, min(len(kept), _CANDIDATES)).astype(int))]
+    candidates = [centred(tuning, points.thresholds[i]) for i in kept]
+    never = np.full(problem.scores.shape[1] - 1, np.nan, np.float32)
+    absolute = name == "min_accuracy"
+    safe = not absolute and limit >= 0  # never leaving early keeps the limit by itself
+    before, after = ([_differences(half, c, absolute) for c in candidates] for half in (tuning, calibration))
+    standing = candidates[: accepted(before, after, risk, delta, bound)]
+    if not (safe or standing):
+        reached = 1 - points.loss.min() / sizes[0]
+        raise InfeasibleError(
+            f"no thresholds keep {name}={limit:g} at {1 - delta:.0%} confidence on {sizes[1]} calibration "
+            f"samples; the most accurate reached {reached:.4f} on the {sizes[0]} others: record more samples, or lower "
+            "the limit"
+        )
+    early = [not np.isnan(candidate).all() for candidate in candidates]
+    if any(early) and not any(early[: len(standing)]):
+        more = "record more samples, or allow more" if limit > 0 else "allow more than 0"
+        warnings.warn(
+            f"no thresholds keep {name}={limit:g} at {1 - delta:.0%} confidence on {sizes[1]} calibration samples, so "
+            f"that no sample leaves early: {more}",
+            stacklevel=3,
+        )
+    if safe:
+        standing = [never, *standing]
+    return min(standing, key=lambda thresholds: _mean_us(problem, thresholds)), sizes
+
+
+def _differences(problem: Problem, thresholds: Floats, absolute: bool) -> Floats:
+    """`(S,)` loss of the answer, less that of the last exit unless `absolute`."""
+    answer = problem.losses[np.arange(len(problem.losses)), leaving(problem.scores, thresholds)]
+    return answer if absolute else answer - problem.losses[:, -1]
+
+
+def _mean_us(problem: Problem, thresholds: Floats) -> float:
+    counts = np.bincount(leaving(problem.scores, thresholds), minlength=problem.scores.shape[1])
+    each = problem.cost.latency_us([*~np.isnan(thresholds), True])
+    return float(mean_cost(counts.astype(np.float64), each, len(problem.scores)))
