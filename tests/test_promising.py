@@ -70,9 +70,9 @@ def test_with_two_kinds_of_samples_it_is_broken_no_more_often_than_stated(sample
 
 
 @pytest.mark.filterwarnings("ignore:no thresholds keep")
-@pytest.mark.parametrize(("samples", "limit"), [(600, 0.02), (1000, 0.05)])
+@pytest.mark.parametrize(("samples", "limit"), [(600, 0.02), (300, 0.05)])
 def test_betting_on_a_constant_score_is_broken_no_more_often_than_stated(samples, limit):
-    rng, draws = np.random.default_rng(0), 1500
+    rng, draws = np.random.default_rng(0), 400
     broken = 0
     for _ in range(draws):
         found = by_constant(rng.random(samples) < RISK * limit, limit)

@@ -46,11 +46,12 @@ def check_samples(record: ExitRecord, score: str | Score) -> None:
                 "would not hold: give a record of other samples, or, after advise, the whole record of its validation "
                 "samples in the same order, of which it left half alone; or ask for no promise with confidence=None"
             )
-        rows = known
-    else:
+        share = repeated(known)
+    else:  # whole rows that occur again, of scores that are not few values anyway
         assert record.scores is not None
-        rows = digests(record.scores, record.losses)
-    if (share := repeated(rows)) > REPEATED:
+        one = max(repeated(column) for column in record.scores.T)
+        share = min(one, repeated(digests(record.scores, record.losses))) if one > REPEATED else one
+    if share > REPEATED:
         warnings.warn(
             f"{share:.0%} of the record's {record.samples} samples are distinct ones that occur again: where the same "
             "data were recorded several times, the promise does not hold; record every sample once",

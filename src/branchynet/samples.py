@@ -47,6 +47,6 @@ def shared(known: str, found: Digests) -> bool:
     return bool(len(kept)) and float(np.isin(kept, found).mean()) >= SHARED
 
 
-def repeated(found: Digests) -> float:
-    """Distinct samples that occur more than once, as a share of all."""
+def repeated(found: NDArray[Any]) -> float:
+    """Distinct values that occur more than once, as a share of all `(S,)`."""
     return float((np.unique(found, return_counts=True)[1] > 1).sum() / len(found))
