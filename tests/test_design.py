@@ -12,7 +12,9 @@ from branchynet.data import ImageData, Split, load_data, loader
 from branchynet.design import Advice, advise
 from branchynet.design.forest import plant
 from branchynet.errors import FileError, GraphError, InputError
+from branchynet.guarantee import halves
 from branchynet.reproduce.recipes import adam
+from branchynet.samples import shared
 from branchynet.training.train import fit
 from oracle import every_exit, figure_2
 
@@ -57,7 +59,10 @@ def advice(request, trained, digits, run):
 def test_advice_is_what_the_advised_network_does(advice, trained, digits):
     """Exits, accuracy and mean time of the best design, sample by sample as Figure 2 has it."""
     plain = record(trained, loader(digits.val, 200), progress=False)
-    assert advice.accuracy == pytest.approx(1 - plain.losses.mean()) and advice.samples == len(digits.val)
+    tuning, kept = halves(len(digits.val))  # the other half is left for a promise
+    assert advice.accuracy == pytest.approx(1 - plain.losses[tuning].mean()) and advice.samples == len(tuning)
+    assert shared(advice.selected_on, plain.inputs[tuning]) and not shared(advice.selected_on, plain.inputs[kept])
+    assert advice.network.selected_on == (advice.selected_on,)
     assert advice.designs[0].us == advice.static_us and advice.designs[0].accuracy == pytest.approx(advice.accuracy)
     assert advice.min_accuracy == pytest.approx(advice.accuracy - 0.01)
     design = advice.design
@@ -65,9 +70,10 @@ def test_advice_is_what_the_advised_network_does(advice, trained, digits):
     assert all(0.99 * d.us > min(d.us for d in advice.designs) for d in fewer) and advice.network.taps == design.taps
     assert design.us <= 1.01 * min(d.us for d in advice.designs)
     assert design.accuracy >= advice.min_accuracy - 1e-9
-    outputs = every_exit(advice.network, (digits.val.images.float() / 255,))
+    outputs = every_exit(advice.network, (digits.val.images[tuning].float() / 255,))
+    labels = digits.val.labels[tuning]
     left = [figure_2(sample, design.thresholds) for sample in outputs]
-    right = [z.argmax() == label for (_, z), label in zip(left, digits.val.labels, strict=True)]
+    right = [z.argmax() == label for (_, z), label in zip(left, labels, strict=True)]
     assert np.mean(right) == pytest.approx(design.accuracy, abs=2 / len(right))
     shares = [np.mean([n == k for n, _ in left]) for k in range(1, len(design.taps) + 2)]
     assert shares == pytest.approx(design.exit_share, abs=2 / len(right))
@@ -77,7 +83,7 @@ def test_advice_is_what_the_advised_network_does(advice, trained, digits):
     assert low < design.us < high and advice.speedup == advice.static_us / design.us
     first = [
         next((k for k, z in enumerate(sample[:-1]) if z.argmax() == label), len(sample) - 1)
-        for sample, label in zip(outputs, digits.val.labels, strict=True)
+        for sample, label in zip(outputs, labels, strict=True)
     ]
     assert each[first].mean() == pytest.approx(design.oracle_us, rel=0.02)
 

@@ -16,6 +16,7 @@ from branchynet.design.stages import Batch, StageTimes, time_stages
 from branchynet.design.subsets import Found, Judged, break_even, search
 from branchynet.graph.flat import flatten
 from branchynet.graph.macs import exit_macs
+from branchynet.guarantee import halves
 from branchynet.heads import heads
 from branchynet.scores import entropy
 from branchynet.types import ExitCost
@@ -204,7 +205,7 @@ def test_of_a_batch_the_fixed_part_of_each_stage_is_paid_by_all():
 @pytest.mark.parametrize("seed", range(4))
 def test_the_search_finds_what_trying_everything_finds(seed):
     generator = np.random.default_rng(seed)
-    samples, taps = 60, (0, 0, 1, 2)
+    samples, taps = 120, (0, 0, 1, 2)
     scores = generator.integers(0, 6, (samples, 5)).astype(np.float32)
     losses = (generator.random((samples, 5)) < scores / 8).astype(np.float64)
     heads_us, reach = generator.uniform(1, 4, 4), np.array([2.0, 9.0, 14.0, 30.0])
@@ -213,8 +214,10 @@ def test_the_search_finds_what_trying_everything_finds(seed):
         trunk = np.diff([0.0, *reach[[taps[i] for i in chosen]], reach[-1]])
         return ExitCost(tuple(trunk), (*heads_us[list(chosen)], 0.0))
 
+    judged = Judged(scores, losses, taps, cost)
+    scores, losses = scores[judged.tuning], losses[judged.tuning]
     most = losses[:, -1].sum() + 2
-    found, least = search(Judged(scores, losses, taps, cost), most, 4, lambda line: None)
+    found, least = search(judged, 2 * most, 4, lambda line: None)
     assert found[0].chosen == () and found[0].us == 30
     best, lowest = found[0].us, np.full(4, np.inf)
     for size in (1, 2, 3):
@@ -282,7 +285,8 @@ def test_two_heads_learn_on_at_each_of_the_best_places(seed, tmp_path):
     for tap in places:
         here, others = [i for i in kept if taps[i] == tap], [i for i in useful if taps[i] == tap]
         assert best[tap] in here and len(here) <= 2
-        assert min(losses[:, here].sum(axis=0)) == min(losses[:, others].sum(axis=0))
+        wrong = losses[halves(30)[0]].sum(axis=0)
+        assert min(wrong[here]) == min(wrong[others])
     assert _finalists(tmp_path / "kept.json", Judged(losses, losses, taps, lambda chosen: None), -least, 3) == kept
 
 
@@ -291,13 +295,14 @@ def test_an_exit_saves_time_where_more_leave_than_must(seed):
     """Beside the same design without it, sample by sample."""
     generator = np.random.default_rng(seed)
     samples, reach = 50, np.array([2.0, 9.0, 14.0, 30.0])
-    scores, heads_us = generator.random((samples, 4)).astype(np.float32), generator.uniform(0, 9, 3)
+    every, heads_us = generator.random((2 * samples, 4)).astype(np.float32), generator.uniform(0, 9, 3)
 
     def cost(chosen):
         trunk = np.diff([0.0, *reach[list(chosen)], reach[-1]])
         return ExitCost(tuple(trunk), (*heads_us[list(chosen)], 0.0))
 
-    judged = Judged(scores, np.zeros((samples, 4)), (0, 1, 2), cost)
+    judged = Judged(every, np.zeros((2 * samples, 4)), (0, 1, 2), cost)
+    scores = every[judged.tuning]
     thresholds = tuple(generator.uniform(0, 0.6, 3))
 
     def mean_and_first(chosen):

@@ -32,7 +32,7 @@ from .forest import Forest, plant
 from .stages import StageTimes, time_stages, uncuttable
 from .subsets import Found, Judged, break_even, search
 
-RESOLUTION = 0.03  # difference in accuracy that the validation samples must be able to show
+RESOLUTION = 0.045  # difference in accuracy that half of the validation samples must be able to show
 PER_CLASS = 20  # training samples a class that heads need
 ALIKE = 0.01  # of two designs that take as long but for so much, relatively, the one with fewer exits is better
 RATE, DISTILL = 3e-3, 0.5
@@ -121,7 +121,7 @@ def advise(
     alone = validation.take(halves(validation.samples)[0])
     accuracy = evaluate(alone, Policy()).accuracy
     _check_trained(alone, accuracy)
-    _check_data(alone, accuracy, train_loader)
+    _check_data(alone, validation.samples, accuracy, train_loader)
     limit = accuracy - (max_drop or 0.0) if min_accuracy is None else min_accuracy
     if limit > accuracy:
         raise InputError(
@@ -233,20 +233,20 @@ def _check_trained(alone: ExitRecord, accuracy: float) -> None:
         )
 
 
-def _check_data(alone: ExitRecord, accuracy: float, train_loader: Any) -> None:
+def _check_data(alone: ExitRecord, samples: int, accuracy: float, train_loader: Any) -> None:
     """Raises `InputError` where designs could not be told apart, or heads not be trained.
 
     Args:
         alone: the network's record of the half of the validation samples that chooses the design.
+        samples: how many validation samples there are.
         accuracy: on that record.
         train_loader: trains the heads.
     """
     needed = math.ceil(_Z95**2 * max(1 - accuracy, 0.01) / RESOLUTION**2)
     if alone.samples < needed:
         raise InputError(
-            f"{alone.samples} samples, half of the validation samples, cannot rank designs: at {accuracy:.1%} accuracy "
-            f"it takes {needed} to tell apart two that differ by {RESOLUTION:.0%}, and as many are left for a promise: "
-            f"give {2 * needed}"
+            f"{samples} validation samples cannot rank designs: at {accuracy:.1%} accuracy it takes {2 * needed} to "
+            f"tell apart two that differ by {RESOLUTION:.1%}, on the half of them that is not left for a promise"
         )
     assert alone.outputs is not None
     first = next(iter(train_loader), None)

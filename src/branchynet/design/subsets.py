@@ -67,8 +67,8 @@ class Judged:
 
     def problem(self, chosen: Sequence[int]) -> Problem:
         """The search over thresholds of one design."""
-        part = np.ix_(self.tuning, [*chosen, self.scores.shape[1] - 1])
-        return Problem(self.scores[part], self.losses[part], self.cost(chosen))
+        columns = [*chosen, self.scores.shape[1] - 1]
+        return Problem(self.scores[:, columns][self.tuning], self.losses[:, columns][self.tuning], self.cost(chosen))
 
 
 def search(
