@@ -142,25 +142,50 @@ class TestDigits:
 
 class TestFolder:
     def test_split(self, tmp_path):
-        loaded = data.load_data(f"folder:{write_images(tmp_path, ('bee', 'ant', 'cat'), count=20)}")
+        loaded = data.load_data(f"folder:{write_images(tmp_path, ('bee', 'ant', 'cat'), count=60)}")
         assert loaded.classes == ("ant", "bee", "cat") and loaded.shape == (3, 6, 5)
-        for split, count in ((loaded.train, 14), (loaded.val, 3), (loaded.test, 3)):
-            assert torch.bincount(split.labels).tolist() == [count] * 3
-            assert len(set(split.labels[:6].tolist())) > 1, "classes come one after the other"
+        for split, share in ((loaded.train, 0.7), (loaded.val, 0.15), (loaded.test, 0.15)):
+            assert abs(len(split) - 180 * share) < 4 * (180 * share * (1 - share)) ** 0.5
+            assert len(set(split.labels[:10].tolist())) > 1, "classes come one after the other"
         # the green of write_images is the number, the red 20 times the class in the order given
         seen = {(int(x[0, 0, 0]), int(x[1, 0, 0])) for s in (loaded.train, loaded.val, loaded.test) for x in s.images}
-        assert seen == {(20 * c, i) for c in range(3) for i in range(20)}
+        assert seen == {(20 * c, i) for c in range(3) for i in range(60)}
         assert set((loaded.train.images[loaded.train.labels == 0][:, 0]).unique().tolist()) == {20}
 
-    @given(st.lists(st.integers(3, 40), min_size=2, max_size=5))
-    @settings(deadline=None, max_examples=25)
-    def test_every_image_in_one_part_and_every_class_in_every_part(self, counts):
+    @given(st.lists(st.integers(3, 40), min_size=2, max_size=5), st.integers(0, 99))
+    @settings(deadline=None, max_examples=50)
+    def test_every_image_in_one_part_and_every_class_in_every_part(self, counts, seed):
         labels = np.repeat(np.arange(len(counts)), counts)
-        parts = sets._stratified(labels)
+        places = np.random.default_rng(seed).random(len(labels)) ** (1 + seed % 9)
+        parts = sets._parts(labels, places)
         assert sorted(np.concatenate(parts).tolist()) == list(range(len(labels)))
-        for c, count in enumerate(counts):
-            train, val, test = ((labels[part] == c).sum() for part in parts)
-            assert val == test and abs(val - 0.15 * count) <= 0.55 and train >= 1
+        for c in range(len(counts)):
+            assert all((labels[part] == c).any() for part in parts)
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_a_picture_more_or_less_moves_no_other(self, tmp_path, seed):
+        """Nor does another name, another folder, or a copy."""
+        rng = np.random.default_rng(seed)
+        for name in ("ant", "bee"):
+            (tmp_path / name).mkdir()
+            for i in range(30):
+                Image.fromarray(rng.integers(0, 255, (6, 5), np.uint8)).save(tmp_path / name / f"{i:02}.png")
+
+        def where(folder):
+            loaded = data.load_data(f"folder:{folder}")
+            parts = {"train": loaded.train, "val": loaded.val, "test": loaded.test}
+            return {x.numpy().tobytes(): name for name, split in parts.items() for x in split.images}
+
+        before = where(tmp_path)
+        assert len(before) == 60 and set(before.values()) == {"train", "val", "test"}
+        Image.fromarray(rng.integers(0, 255, (6, 5), np.uint8)).save(tmp_path / "ant" / "0.png")
+        after = where(tmp_path)
+        assert len(after) == 61 and before.items() <= after.items()
+        (tmp_path / "bee" / "07.png").unlink()
+        (tmp_path / "bee" / "08.png").rename(tmp_path / "bee" / "zzz.png")
+        (tmp_path / "bee" / "09 copy.png").write_bytes((tmp_path / "bee" / "09.png").read_bytes())
+        moved = where(tmp_path.rename(tmp_path.with_name(f"moved-{seed}")))
+        assert len(moved) == 60 and moved.items() <= after.items()
 
     def test_order_of_the_file_system_does_not_matter(self, tmp_path, monkeypatch):
         write_images(tmp_path)
@@ -194,7 +219,8 @@ class TestFolder:
         (tmp_path / "ant" / ".hidden.png").write_text("x")
         (tmp_path / ".git").mkdir()
         (tmp_path / "labels.csv").write_text("x")
-        assert len(data.load_data(f"folder:{tmp_path}").train) == 12
+        loaded = data.load_data(f"folder:{tmp_path}")
+        assert len(loaded.train) + len(loaded.val) + len(loaded.test) == 20
 
     def test_unreadable(self, tmp_path):
         write_images(tmp_path)

@@ -1,5 +1,6 @@
 """Whole data sets, each with one fixed split into training, validation and test images."""
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,6 +44,14 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of images and labels, to tell whether two splits are the same."""
+        parts = hashlib.sha256(f"{tuple(self.images.shape)}".encode())
+        for values in (self.images, self.labels):
+            parts.update(values.contiguous().numpy().data)
+        return parts.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,8 +107,10 @@ def load_data(
     ``mnist``           handwritten digits, (1, 28, 28)                           50,000 / 10,000 / 10,000
     ``fashion-mnist``   articles of clothing, (1, 28, 28)                         50,000 / 10,000 / 10,000
     ``cifar10``         small photographs, (3, 32, 32)                            45,000 / 5,000 / 10,000
-    ``folder:PATH``     your own: one folder a class, images directly in it       70 / 15 / 15 % of every class
+    ``folder:PATH``     your own: one folder a class, images directly in it       about 70 / 15 / 15 %
     ==================  ========================================================  ==============================
+
+    An image of a folder goes to one of the three by its content, and stays there when others are added or removed.
 
     Args:
         name: one of the names above.
@@ -170,7 +181,8 @@ def _folder(name: str, size: tuple[int, int] | None) -> ImageData:
     channels = max(len(image) for image in decoded)  # one colour image makes them all RGB
     images = np.stack([np.broadcast_to(image, (channels, height, width)) for image in decoded])
     labels = np.repeat(np.arange(len(classes)), [len(group) for group in files])
-    return ImageData(name, tuple(classes), *(_take(images, labels, part) for part in _stratified(labels)))
+    places = np.array([_place(file) for group in files for file in group])
+    return ImageData(name, tuple(classes), *(_take(images, labels, part) for part in _parts(labels, places)))
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -187,12 +199,31 @@ def _image_files(folder: Path) -> list[Path]:
     return files
 
 
-def _stratified(labels: NDArray[np.integer]) -> Sequence[NDArray[np.int64]]:
-    """Indices of 70, 15 and 15 % of every class, mixed: whoever halves a part must not get half of the classes."""
-    order = _order(len(labels))
-    part = np.zeros(len(labels), dtype=np.int64)
+def _place(file: Path) -> float:
+    """Where a file falls between 0 and 1 by its content, wherever it lies and whatever lies beside it."""
+    try:
+        return int.from_bytes(hashlib.sha256(file.read_bytes()).digest()[:8], "big") / 2**64
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror or error}; replace or remove it") from error
+
+
+def _parts(labels: NDArray[np.integer], places: NDArray[np.floating]) -> Sequence[NDArray[np.int64]]:
+    """Indices of training, validation and test images, mixed: whoever halves a part must not get half of the classes.
+
+    An image goes where it falls, so that another one more or less moves none, and copies of one image stay together:
+    what is tested on was never trained on. Of a class too small for that the lowest one is for testing, the next for
+    validation and the highest for training.
+
+    Args:
+        labels: `(S,)` classes.
+        places: `(S,)` between 0 and 1.
+    """
+    part = np.digitize(places, (0.15, 0.3))  # 0 is the test
     for label in np.unique(labels):
-        mine = order[labels[order] == label]
-        share = max(1, round(0.15 * len(mine)))
-        part[mine[:share]], part[mine[share : 2 * share]] = 2, 1
-    return [order[part[order] == n] for n in range(3)]
+        mine = np.flatnonzero(labels == label)
+        mine = mine[np.argsort(places[mine], kind="stable")]
+        for wanted, one in ((2, mine[-1]), (0, mine[0]), (1, mine[1])):
+            if wanted not in part[mine]:
+                part[one] = wanted
+    order = np.argsort(places, kind="stable")
+    return [order[part[order] == n] for n in (2, 1, 0)]
