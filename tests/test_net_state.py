@@ -5,13 +5,17 @@ import gc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from branchynet import Policy, attach, export, load
+from branchynet.engine.torch import TorchEngine
 from branchynet.errors import GraphError
-from branchynet.net import BranchyNet
+from branchynet.net import BranchyNet, evaluating
 from graphs import hasty_threads
+from oracle import entropy
 from towers import X, head, hooks, trunk
 
 # In-place operations
@@ -142,6 +146,194 @@ def test_torch_can_export_it_with_a_free_batch():
         x = torch.randn(rows, 5)
         for got, want in zip(program.module()(x), net(x), strict=True):
             torch.testing.assert_close(got, want)
+
+
+# Buffers that forward moves
+
+
+class Moving(nn.Module):
+    """`move(net, y)` writes to the buffers when it answers."""
+
+    def __init__(self, move):
+        super().__init__()
+        self.move = move
+        self.a, self.f = nn.Linear(5, 5), nn.Linear(5, 3)
+        self.norm = nn.BatchNorm1d(5)
+        self.register_buffer("mean", torch.zeros(5))
+        self.register_buffer("kept", None)
+
+    def forward(self, x):
+        y = self.a(x)
+        self.move(self, y)
+        shift = self.mean if self.kept is None else self.kept
+        return self.f(torch.tanh(y - shift))
+
+
+def replaces(net, y):
+    net.mean = 0.9999 * net.mean + 1e-6
+
+
+def writes_through_data(net, y):
+    net.mean.data.add_(1e-6)
+
+
+def writes_a_part(net, y):
+    net.mean[1:3] += 1e-6
+
+
+def writes_the_same(net, y):
+    net.mean.zero_().add_(1)
+
+
+def averages(net, y):
+    net.norm.train()(y)
+
+
+def grows(net, y):
+    net.kept = torch.ones(5) if net.kept is None else net.kept + 1e-6
+
+
+MOVES = [replaces, writes_through_data, writes_a_part, writes_the_same, averages, grows]
+
+
+def held(net):
+    return {name: (id(tensor), tensor.clone()) for name, tensor in net.named_buffers()}
+
+
+def same(before, after):
+    return before.keys() == after.keys() and all(
+        before[name][0] == after[name][0] and before[name][1].equal(after[name][1]) for name in before
+    )
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_evaluating_puts_buffers_back_even_after_an_error(move):
+    net = Moving(move)
+    before = held(net)
+    with pytest.raises(KeyError), torch.no_grad(), evaluating(net):
+        net(X)
+        assert not same(before, held(net))
+        raise KeyError
+    assert same(before, held(net))
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_a_network_that_moves_its_buffers_is_refused_and_left_as_it_was(move, tmp_path):
+    net = BranchyNet(Moving(move), {"a": head()})
+    before = held(net)
+    for make in (
+        lambda policy: export(net, tmp_path / "model.onnx", policy=policy, example=X),
+        lambda policy: TorchEngine(net, policy, X),
+    ):
+        with pytest.raises(GraphError, match=r"changes its buffer '(mean|norm\.running_mean|kept)'.*training"):
+            make(Policy(thresholds=(0.5,)))
+        assert same(before, held(net))
+
+
+def keeps(net, y):
+    net.kept = torch.ones(5) if net.kept is None else net.kept
+
+
+def test_what_a_network_keeps_from_its_first_answer_on_is_no_reason_to_refuse_it(tmp_path):
+    net = BranchyNet(Moving(keeps), {"a": head()}).eval()
+    policy = Policy(thresholds=(-1.0,))
+    engines = load(export(net, tmp_path / "model.onnx", policy=policy, example=X), threads=1), TorchEngine(net, policy, X)
+    assert net.backbone.kept is None
+    for engine in engines:
+        torch.testing.assert_close(torch.from_numpy(engine(X.numpy()).output), net(X)[-1].detach())
+
+
+def test_lazy_modules_keep_the_sizes_that_they_get():
+    net = attach(nn.Sequential(nn.LazyLinear(5), nn.LazyBatchNorm1d(), nn.Linear(5, 3)), ["1"], example=X)
+    assert net.backbone[1].running_mean.shape == (5,) and net(X)[0].shape == (6, 3)
+
+
+# torch's fast path for transformers
+
+
+LENGTHS = torch.tensor([7, 2, 5, 7, 3, 6])
+
+
+class Text(nn.Module):
+    """Blocks of torch's own, which read a padding mask."""
+
+    def __init__(self, block):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.block, self.f = nn.Linear(8, 8), block(), nn.Linear(8, 3)
+
+    def forward(self, x, mask):
+        y = self.first(x)
+        padded = mask == 0
+        if isinstance(self.block, nn.TransformerDecoder):
+            y = self.block(y, y, tgt_key_padding_mask=padded, memory_key_padding_mask=padded)
+        elif isinstance(self.block, nn.MultiheadAttention):
+            y = self.block(y, y, y, key_padding_mask=padded)[0]
+        else:
+            y = self.block(y, src_key_padding_mask=padded)
+        return self.f((y * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+
+
+def layer():
+    return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+
+BLOCKS = {
+    "encoder": (lambda: nn.TransformerEncoder(layer(), 3), "block.layers.1"),
+    "layer": (layer, "block.linear1"),
+    "attention": (lambda: nn.MultiheadAttention(8, 2, batch_first=True), "first"),
+    "decoder": (
+        lambda: nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 16, batch_first=True), 2),
+        "block.layers.0",
+    ),
+}
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_padding_masks_reach_every_exit(block, tmp_path):
+    make, tap = BLOCKS[block]
+    mask = (torch.arange(7) < LENGTHS[:, None]).float()
+    x = torch.randn(6, 7, 8, generator=torch.Generator().manual_seed(1))
+    net = attach(Text(make), [tap], example=(x, mask), num_classes=3)
+    trained = [output.detach() for output in net.train().requires_grad_(True).apply(no_dropout)(x, mask)]
+    net.eval()
+    with torch.no_grad():  # where torch would take its fast path
+        for got, want in zip(net(x, mask), trained, strict=True):
+            torch.testing.assert_close(got, want)
+    policy = Policy(thresholds=(float(np.median(entropies(trained[0]))),))
+    engine = load(export(net, tmp_path / "model.onnx", policy=policy, example=(x, mask)), threads=1)
+    answer = engine(x.numpy(), mask.numpy())
+    assert set(answer.exit) == {1, 2}
+    want = torch.stack(trained)[torch.from_numpy(answer.exit - 1), torch.arange(6)]
+    torch.testing.assert_close(torch.from_numpy(answer.output), want, atol=1e-4, rtol=1e-4)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def no_dropout(module):
+    if isinstance(module, nn.Dropout):
+        module.p = 0.0
+    if isinstance(module, nn.MultiheadAttention):
+        module.dropout = 0.0
+
+
+def entropies(logits):
+    return [entropy(row) for row in logits.numpy()]
+
+
+def test_the_fast_path_is_on_again_when_the_last_block_ends():
+    net, other = trunk(), trunk()
+    with evaluating(net):
+        with pytest.raises(KeyError), evaluating(other):
+            raise KeyError
+        assert not torch.backends.mha.get_fastpath_enabled()
+    assert torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with evaluating(net):
+            pass
+        assert not torch.backends.mha.get_fastpath_enabled(), "it was off before"
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
 
 
 # Threads

@@ -362,7 +362,7 @@ REFUSED = {
     "dropout": (lambda: trunk(None, lambda s, h, v: F.dropout(h)), "dropout.*deterministic"),
     "rrelu": (lambda: trunk(None, lambda s, h, v: F.rrelu(h, training=True)), "rrelu.*deterministic"),
     "batch statistics": (lambda: trunk(None, lambda s, h, v: s.bare(h)), "'bare' averages.*training"),
-    "training": (lambda: trunk(None, lambda s, h, v: s.norm.train()(h)), "'norm' averages.*training"),
+    "training": (lambda: trunk(None, lambda s, h, v: s.norm.train()(h)), "'norm.running_mean'.*training mode"),
     "counting": (lambda: trunk(None, lambda s, h, v: h + 0 * s.count.add_(1)), "changes its buffer 'count'"),
     "a fixed batch": (lambda: trunk(None, lambda s, h, v: h.view(2, 8)), "batch size.*cannot stay free"),
     "pairs": (lambda: trunk(None, lambda s, h, v: h.view(-1, 2, 8).flip(1).view(-1, 8)), "cannot stay free"),

@@ -12,7 +12,7 @@ from torch import nn
 from . import scores
 from .engine.exported import Engine
 from .engine.onnx import Runtime, load
-from .errors import InputError
+from .errors import InputError, as_graph_errors
 from .export import assemble
 from .fingerprint import fingerprint
 from .graph.flat import FlatGraph, flatten, tensors_of
@@ -79,7 +79,7 @@ def measure(
         flat = quantized(flat, calibration_batches(calibration, flat), quantize)
         plain = plain and quantized(plain, calibration_batches(calibration, plain), quantize)
     sizes = two_sizes(batch_size)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, as_graph_errors():
         static = static_engines(flat, Path(folder), threads, plain=plain, runtime=runtime)
         leaving = _leaving(flat, Path(folder), threads, runtime)
         calls = {name: engine.outputs for name, engine in static.items()} | leaving

@@ -11,8 +11,9 @@ BranchyNetError
 Every message names the offending thing, its value, and what to do about it.
 """
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class BranchyNetError(Exception):
@@ -51,3 +52,21 @@ def nearest(name: str, names: Iterable[str]) -> str:
         return f"; did you mean {close[0]!r}?"
     shown = ", ".join(repr(n) for n in known[:12]) + (", …" if len(known) > 12 else "")
     return f"; known names: {shown}"
+
+
+@contextlib.contextmanager
+def as_graph_errors() -> Iterator[None]:
+    """Within the block, raise as `GraphError` what fails on a graph that this library has written of a network.
+
+    The network is the reason then, not a file. Other errors of ours and errors of the disk stay what they are.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (BranchyNetError, OSError, MemoryError)) and not isinstance(error, FileError):
+            raise
+        lines = str(error.__cause__ or error).splitlines() or [type(error).__name__]  # the runtime's own words
+        raise GraphError(
+            f"the graph of this network cannot be run ({lines[0][:300]}); write that operation in another way (in half "
+            "precision, try net.float()), or use TorchEngine, which answers without a file"
+        ) from error

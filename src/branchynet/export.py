@@ -21,7 +21,7 @@ from .engine.checks import difference, magnitude
 from .engine.exported import FORMAT, METADATA_KEY, Engine
 from .engine.onnx import load
 from .engine.seal import seal
-from .errors import GraphError, InputError
+from .errors import GraphError, InputError, as_graph_errors
 from .files import replacing
 from .fingerprint import fingerprint
 from .graph.flat import FlatGraph, flatten, tensors_of
@@ -110,7 +110,8 @@ def export(
     with replacing(path) as temporary:
         ir.save(model, temporary)
         seal(temporary)
-        _compare(temporary, policy, example, expected)
+        with as_graph_errors():
+            _compare(temporary, policy, example, expected)
     return Path(path)
 
 
@@ -147,12 +148,13 @@ def assemble(
             an exit's output gets the ``label`` where they are named, else the last.
         notes: labels, preprocessing and promise, as `export` takes them.
     """
-    if policy is None:
-        kept = list(outputs) or [f"output_{n}" for n in range(1, flat.exits + 1)]
-        model = flat_model(flat, kept, kept[0] if outputs else kept[-1])
-    else:
-        model = nest(flat, policy, thresholds=thresholds)
-    keep_blocks(model)
+    with as_graph_errors():
+        if policy is None:
+            kept = list(outputs) or [f"output_{n}" for n in range(1, flat.exits + 1)]
+            model = flat_model(flat, kept, kept[0] if outputs else kept[-1])
+        else:
+            model = nest(flat, policy, thresholds=thresholds)
+        keep_blocks(model)
     shape = flat.value("output_1").shape
     assert shape is not None
     about = {
@@ -181,7 +183,7 @@ def _in_int8(
     as int8 is off from float on average, far less than a wrong row or a missing node would make.
     """
     int8 = quantized(flat, batches, quantize)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, as_graph_errors():
         path = Path(folder) / "flat.onnx"
         ir.save(assemble(flat, None), path)
         _compare(path, None, example, expected)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .errors import GraphError, InputError, nearest
 
@@ -95,7 +96,7 @@ class BranchyNet(nn.Module):
             output = branch(features)
             exits.extend(output if isinstance(branch, BranchyNet) else (one_output(output, f"the branch at {tap!r}"),))
 
-        with _hooks(self.backbone, [tap for tap in self.taps if tap != INPUT], leave):
+        with _slow_path, _hooks(self.backbone, [tap for tap in self.taps if tap != INPUT], leave):
             if INPUT in by_tap:
                 leave(INPUT, first_input(args, kwargs))
             returned = self.backbone(*args, **kwargs)
@@ -145,16 +146,59 @@ def few(example: Any, rows: int = 2) -> Any:
     return {k: v[:rows] for k, v in kwargs.items()} if kwargs else tuple(v[:rows] for v in args)
 
 
+class _SlowPath:
+    """Blocks, in any thread, in which torch's fast path for transformers is off.
+
+    The fast path computes `nn.TransformerEncoder` in nested tensors, which branches cannot read and graphs cannot hold.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._blocks = 0
+        self._before = True
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._blocks:
+                self._before = torch.backends.mha.get_fastpath_enabled()
+                torch.backends.mha.set_fastpath_enabled(False)
+            self._blocks += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._blocks -= 1
+            if not self._blocks:
+                torch.backends.mha.set_fastpath_enabled(self._before)
+
+
+_slow_path = _SlowPath()
+
+
 @contextlib.contextmanager
 def evaluating(net: nn.Module) -> Iterator[None]:
-    """Put every module of `net` into eval mode for the block, and each back into its own mode after it."""
+    """Put every module of `net` into eval mode for the block; modes and buffers are put back after it.
+
+    Within the block torch's fast path for transformers is off.
+    """
     modes = [(module, module.training) for module in net.modules()]
+    buffers = [
+        (module, name, tensor, None if tensor is None else tensor.detach().clone())
+        for module in net.modules()
+        for name, tensor in module._buffers.items()
+        if not is_lazy(tensor)  # a lazy module gives them their sizes
+    ]
     net.eval()
     try:
-        yield
+        with _slow_path:
+            yield
     finally:
         for module, mode in modes:
             module.training = mode
+        with torch.no_grad():
+            for module, name, tensor, copy in buffers:
+                module._buffers[name] = tensor
+                if tensor is not None and copy is not None and not tensor.is_meta and not tensor.equal(copy):
+                    tensor.copy_(copy)
 
 
 def exits_in(net: nn.Module, returned: Any) -> tuple[Tensor, ...]:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from ..cost import ALWAYS, NEVER, each_row, two_sizes
 from ..engine.onnx import Runtime, load
-from ..errors import GraphError
+from ..errors import GraphError, as_graph_errors
 from ..export import assemble
 from ..graph.flat import FlatGraph, tensors_of
 from ..timing import samples_of
@@ -104,7 +104,7 @@ def time_stages(
     """
     sizes = two_sizes(batch_size)
     taps = [forest.net.taps.index(c.tap) for c in forest.candidates]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, as_graph_errors():
         parts = _Parts(flat, forest, Path(folder), threads, runtime)
         found, spread = parts.timed(tensors_of(example), sizes, seconds)
     return StageTimes(found[0], found[-1], tuple(taps), threads, spread)

@@ -79,10 +79,10 @@ def flatten(net: nn.Module, example: Any, *, score: Score | None = None, dynamic
                 dynamo=True,
                 verbose=False,
             )
-    except torch.onnx.errors.OnnxExporterError as error:
+            assert converted is not None
+            model = _tidy(converted.model, names)
+    except Exception as error:  # torch and onnxscript pass on whatever a step of theirs raises
         raise GraphError(f"{type(net).__name__} cannot be written as ONNX: {_first_cause(error)}") from error
-    assert converted is not None
-    model = _tidy(converted.model, names)
     random = sorted({node.op_type for node in model.graph if _is_random(node)})
     if random:
         raise GraphError(

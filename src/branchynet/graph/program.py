@@ -76,13 +76,14 @@ def program_of(net: nn.Module, example: Any, *, score: Score | None, dynamic: bo
     with evaluating(net), torch.no_grad(), quiet():
         whole = _AllExits(net, score, tuple(arguments(example)[1])).eval()
         exits = _rehearse(whole, tensors, len(kinds))
+        _check_still(whole, tensors)
         try:
             exported = torch.export.export(whole, tensors, dynamic_shapes=shapes if dynamic else None, strict=False)
         except (GraphError, InputError):
             raise
         except Exception as error:  # torch passes on whatever the network's own code raises
-            raise GraphError(_why(error, whole, net)) from error
-    check_mode(exported)
+            raise GraphError(why(error, whole, net)) from error
+    _check_samples_apart(exported)
     return Program(exported, exits, kinds, shapes if dynamic else None, whole)
 
 
@@ -143,7 +144,7 @@ def _rows(tensor: Tensor, rows: int) -> Tensor:
     return torch.cat([tensor] * rows)[:rows] if tensor.shape[0] < rows else tensor[:rows]
 
 
-def _why(error: Exception, whole: nn.Module, net: nn.Module) -> str:
+def why(error: Exception, whole: nn.Module, net: nn.Module) -> str:
     """What went wrong, in which module and at which line of the network's own code."""
     names = {id(module): (name, module) for name, module in whole.named_modules()}
     place = line = ""
@@ -172,14 +173,29 @@ def told_path(path: str) -> str:
     return path.removeprefix("net").removeprefix(".").removeprefix("backbone.")
 
 
-def check_mode(exported: torch.export.ExportedProgram) -> None:
-    """Refuse what answers as in training. Raises `GraphError`."""
-    changed = exported.graph_signature.buffers_to_mutate
-    if changed:
-        raise GraphError(
-            f"the network changes its buffer {told_path(min(changed.values()))!r} when it answers, so that answers "
-            "would depend on those before: is a batch norm in training mode? make eval mode leave it alone"
-        )
+def _check_still(whole: nn.Module, tensors: tuple[Tensor, ...]) -> None:
+    """Refuse a network that changes its buffers when it answers. Raises `GraphError`.
+
+    To be called when it has answered once, so that what it keeps from its first answer on is there.
+    """
+
+    def now() -> dict[str, tuple[Tensor, int]]:
+        return {name: (b, 0 if b.is_inference() else b._version) for name, b in whole.named_buffers()}
+
+    before, values = now(), {name: buffer.clone() for name, buffer in whole.named_buffers()}
+    whole(*tensors)
+    for name, (buffer, writes) in now().items():
+        then = before.get(name, (None, 0))
+        # Writing through .data is not counted, but shows; NaN differs from itself.
+        if then[0] is not buffer or then[1] != writes or (buffer != values[name]).logical_and(buffer == buffer).any():
+            raise GraphError(
+                f"the network changes its buffer {told_path(name)!r} when it answers, so that answers would depend on "
+                "those before: is a batch norm in training mode? change buffers under `if self.training:` alone"
+            )
+
+
+def _check_samples_apart(exported: torch.export.ExportedProgram) -> None:
+    """Refuse a batch norm that averages over the samples of a batch, as in training. Raises `GraphError`."""
     for node in exported.graph.nodes:
         trains = _name(node) == "_native_batch_norm_legit" or (
             _name(node) == "batch_norm" and argument_of(node, "training")

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import GraphError
 from ..scores import Score
-from .program import NOT_THE_NETWORKS, argument_of, check_mode, program_of, quiet, told_path
+from .program import NOT_THE_NETWORKS, argument_of, program_of, quiet, told_path, why
 
 _aten = torch.ops.aten
 _ANY_LAYOUT = {_aten.view.default: _aten.reshape.default, _aten._unsafe_view.default: _aten.reshape.default}
@@ -56,8 +56,10 @@ def torch_flatten(net: nn.Module, example: Any, score: Score) -> TorchGraph:
     """
     program = program_of(net, example, score=score)
     with torch.no_grad(), quiet():
-        exported = program.exported.run_decompositions({})  # takes no operator apart, but nothing is overwritten now
-    check_mode(exported)  # that a buffer is overwritten shows only now
+        try:  # takes no operator apart, but nothing is overwritten now
+            exported = program.exported.run_decompositions({})
+        except Exception as error:
+            raise GraphError(why(error, program.whole, net)) from error
     signature, graph = exported.graph_signature, exported.graph
     constants = _constants(exported, program.whole)
     inputs = tuple(node for node in graph.nodes if node.name in signature.user_inputs)
@@ -117,7 +119,8 @@ def _constants(exported: torch.export.ExportedProgram, whole: nn.Module) -> dict
             constants[node] = operator.attrgetter(str(node.target))(exported.graph_module)
         elif node.name in own:
             path, _, attribute = own[node.name].rpartition(".")
-            constants[node] = getattr(whole.get_submodule(path), attribute)
+            held = getattr(whole.get_submodule(path), attribute)
+            constants[node] = exported.state_dict[own[node.name]] if held is None else held  # None before it answered
         elif node.name in lifted:
             constants[node] = exported.constants[lifted[node.name]]
     return constants
