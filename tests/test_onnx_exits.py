@@ -28,7 +28,45 @@ def enabled_of(policy):
 # Any graph: random ones in small whole numbers, for which floating point is exact
 
 
-KINDS = ["relu", "add", "matmul", "split", "transpose", "tall", "like", "reshape", "expand", "tail", "merge", "apart"]
+KINDS = [
+    "relu",
+    "add",
+    "matmul",
+    "split",
+    "transpose",
+    "tall",
+    "like",
+    "reshape",
+    "expand",
+    "tail",
+    "merge",
+    "apart",
+    "if",
+    "loop",
+]
+
+
+class Inner:
+    """A graph inside a node of a sketch."""
+
+    def __init__(self, sketch):
+        self.sketch = sketch
+        self.inputs, self.outputs, self.nodes, self.initializers = [], [], [], []
+
+    def _name(self):
+        self.sketch.inner += 1
+        return f"inner_{self.sketch.inner}"
+
+    def input(self, shape, dtype=None):
+        self.inputs.append(ir.val(self._name(), dtype or ir.DataType.FLOAT, shape))
+        return self.inputs[-1]
+
+    def op(self, op_type, *inputs, dtype=ir.DataType.FLOAT, shape=None):
+        node = ir.node(op_type, inputs, name=self._name())
+        node.outputs[0].name, node.outputs[0].type = f"{node.name}_value", ir.TensorType(dtype)
+        node.outputs[0].shape = ir.Shape([self.sketch.batch, 4] if shape is None else shape)
+        self.nodes.append(node)
+        return node.outputs[0]
 
 
 def any_flat(random):
@@ -51,6 +89,14 @@ def any_flat(random):
             rows.append(shape)
         behind = sketch.constant(np.array(tail, np.int64))
         return sketch.op("Concat", random.choice(rows), behind, shape=[1 + len(tail)], dtype=ir.DataType.INT64, axis=0)
+
+    def holding(op_type, inputs, bodies, **attributes):
+        """A node that holds graphs whose nodes read values of the graph around them."""
+        graphs = {
+            name: ir.Graph(made.inputs, made.outputs, nodes=made.nodes, initializers=made.initializers, name=name)
+            for name, made in bodies.items()
+        }
+        wide.append(sketch.op(op_type, *inputs, shape=[b, 4], **graphs, **attributes))
 
     def add(kind):
         a = random.choice(wide[-4:])
@@ -92,6 +138,20 @@ def any_flat(random):
         elif kind == "merge":
             pairs = sketch.op("Reshape", a, sketch.constant(np.array([-1, 2], np.int64)), shape=[double, 2])
             merged.append(sketch.op("Neg", pairs, shape=[double, 2]))
+        elif kind == "if":
+            there = sketch.op("Size", a, shape=[], dtype=ir.DataType.INT64)
+            some = sketch.op("Greater", there, sketch.constant(np.int64(0)), shape=[], dtype=ir.DataType.BOOL)
+            yes, no, other = Inner(sketch), Inner(sketch), random.choice(wide)
+            yes.outputs = [yes.op("Add", yes.op("Relu", a), other)]
+            no.outputs = [no.op("Neg", other)]
+            holding("If", [some], {"then_branch": yes, "else_branch": no})
+        elif kind == "loop":
+            body, other = Inner(sketch), random.choice(wide)
+            go, held = (body.input(shape, dtype) for shape, dtype in (([], ir.DataType.BOOL), ([b, 4], None)))
+            body.inputs.insert(0, ir.val(f"{held.name}_turn", ir.DataType.INT64, []))
+            product = body.op("MatMul", other, shared) if random.random() < 0.5 else other
+            body.outputs = [body.op("Identity", go, dtype=ir.DataType.BOOL, shape=[]), body.op("Add", held, product)]
+            holding("Loop", [sketch.constant(np.int64(2)), None, a], {"body": body})
         elif kind == "apart" and merged:
             back = sketch.constant(np.array([-1, 4], np.int64))
             wide.append(sketch.op("Reshape", random.choice(merged), back, shape=[b, 4]))

@@ -1,5 +1,7 @@
 """Networks that cannot be cut are refused with the reason and the place, before any long work."""
 
+import functools
+import importlib
 import re
 from pathlib import Path
 
@@ -10,16 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import chains
 import hugging
-from branchynet import BranchyNet, Policy, attach, load, scores
+from branchynet import BranchyNet, Policy, attach, export, load, measure, scores
 from branchynet.engine.torch import TorchEngine
-from branchynet.errors import GraphError
+from branchynet.errors import BranchyNetError, FileError, GraphError, InputError
 from branchynet.export import assemble
 from branchynet.graph.flat import flatten
 from graphs import check_work, profile
 from networks import spread_out
 from oracle import every_exit, figure_2, safe_thresholds
 
+flat_module = importlib.import_module("branchynet.graph.flat")
+export_module = importlib.import_module("branchynet.export")  # the package's attribute of that name is the function
 SOURCE = Path(__file__).parent.parent / "src" / "branchynet"
 
 
@@ -181,6 +186,85 @@ def test_floats_less_integers_are_exported(tmp_path):
     ir.save(assemble(flatten(net, (x, mask)), None), tmp_path / "flat.onnx")
     results = load(tmp_path / "flat.onnx", threads=1).outputs(x.numpy(), mask.numpy())
     np.testing.assert_allclose(results[-1], net(x, mask)[-1].detach(), atol=1e-5)
+
+
+# What fails behind the exporter
+
+
+class Half(nn.Module):
+    """Computes in bfloat16, for which ONNX Runtime has next to nothing on a CPU."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.f = layer.to(torch.bfloat16), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.f(self.layer(x.to(torch.bfloat16)).flatten(1).float())
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (nn.Conv1d(1, 1, 1), chains.inputs()[:, None]),
+        (nn.Linear(6, 6), chains.inputs()),
+    ],
+    ids=["conv", "linear"],
+)
+def test_a_graph_that_the_runtime_cannot_open_is_no_bad_file(layer, x, tmp_path):
+    with pytest.raises(GraphError, match=r"(?s)graph of this network cannot be run.*net\.float\(\).*TorchEngine"):
+        export(Half(layer), tmp_path / "model.onnx", policy=None, example=x)
+    with pytest.raises(GraphError, match="cannot be run"):
+        measure(Half(layer), x)
+    assert not list(tmp_path.iterdir())
+
+
+def fails(error):
+    def failing(*args, **options):
+        raise error
+
+    return failing
+
+
+@pytest.fixture
+def cached(monkeypatch):
+    """Exports of `branchy()` from `chains` take a flat graph that is there, so that they cost milliseconds."""
+    monkeypatch.setattr(export_module, "flatten", lambda net, example, **options: flat_chain())
+
+
+@functools.cache
+def flat_chain():
+    return flatten(chains.branchy(), chains.inputs(), score=scores.entropy)
+
+
+@pytest.mark.parametrize(
+    ("place", "step"),
+    [
+        (flat_module, "_tidy"),
+        (export_module, "nest"),
+        (export_module, "keep_blocks"),
+        (export_module, "load"),
+        (export_module, "_check"),
+    ],
+)
+@pytest.mark.parametrize("error", [KeyError("a value"), RuntimeError("an operator\nand its node"), FileError("a file")])
+def test_whatever_fails_behind_the_exporter_is_a_graph_error(place, step, error, monkeypatch, request, tmp_path):
+    if place is export_module:
+        request.getfixturevalue("cached")
+    monkeypatch.setattr(place, step, fails(error))
+    with pytest.raises(GraphError, match=r"(a value|an operator|a file)") as raised:
+        export(chains.branchy(), tmp_path / "model.onnx", policy=chains.TWO, example=chains.inputs())
+    assert "and its node" not in str(raised.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [InputError("an input"), GraphError("a graph"), OSError("a disk"), MemoryError()])
+def test_errors_that_say_what_they_are_stay_so(error, cached, monkeypatch, tmp_path):
+    monkeypatch.setattr(export_module, "_check", fails(error))
+    with pytest.raises(BranchyNetError if isinstance(error, OSError) else type(error)) as raised:
+        export(chains.branchy(), tmp_path / "model.onnx", policy=chains.TWO, example=chains.inputs())
+    assert raised.value is error or isinstance(raised.value, FileError)
+
+
+# Generality
 
 
 def test_no_line_of_the_library_is_about_one_architecture():

@@ -185,7 +185,7 @@ def evaluating(net: nn.Module) -> Iterator[None]:
         (module, name, tensor, None if tensor is None else tensor.detach().clone())
         for module in net.modules()
         for name, tensor in module._buffers.items()
-        if not is_lazy(tensor)  # a lazy module gives them their sizes
+        if tensor is None or not is_lazy(tensor)  # a lazy module gives them their sizes
     ]
     net.eval()
     try:

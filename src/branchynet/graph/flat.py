@@ -19,6 +19,7 @@ from torch import nn
 from ..errors import GraphError
 from ..net import BranchyNet, arguments
 from ..scores import Score
+from .nested import graphs_of, nodes_of
 from .program import _AllExits as _AllExits
 from .program import _rows as _rows
 from .program import program_of, quiet
@@ -83,7 +84,7 @@ def flatten(net: nn.Module, example: Any, *, score: Score | None = None, dynamic
             model = _tidy(converted.model, names)
     except Exception as error:  # torch and onnxscript pass on whatever a step of theirs raises
         raise GraphError(f"{type(net).__name__} cannot be written as ONNX: {_first_cause(error)}") from error
-    random = sorted({node.op_type for node in model.graph if _is_random(node)})
+    random = sorted({node.op_type for node in nodes_of(model.graph) if _is_random(node)})
     if random:
         raise GraphError(
             f"the network draws random numbers when it answers ({', '.join(random)}); make eval mode deterministic"
@@ -134,11 +135,25 @@ def _tidy(model: ir.Model, names: Sequence[str]) -> ir.Model:
         passes.TopologicalSortPass(),
     ):
         tidy(model)
+    _own_outputs(model.graph)
     for value, name in zip(model.graph.outputs, names, strict=True):  # some passes name an output anew
         value.name = name
     passes.NameFixPass()(model)  # an input may be called like a value that the exporter has named
     model.ir_version = IR_VERSION
     return model
+
+
+def _own_outputs(graph: ir.Graph) -> None:
+    """Let a graph inside a node give out what its own nodes make; the passes leave it values from around it."""
+    for inner in (inner for node in nodes_of(graph) for inner in graphs_of(node)):
+        for place, value in enumerate(inner.outputs):
+            maker = value.producer()
+            if maker is None or maker.graph is not inner:
+                same = ir.node("Identity", [value])
+                output = same.outputs[0]
+                output.name, output.type, output.shape = f"{value.name}_out", value.type, value.shape
+                inner.append(same)
+                inner.outputs[place] = output
 
 
 def _is_random(node: ir.Node) -> bool:

@@ -13,6 +13,7 @@ from ..errors import GraphError
 from ..types import Policy
 from .cut import cut
 from .flat import IR_VERSION, OPSET, FlatGraph
+from .nested import reads, within
 from .section import BATCH, BOOL, FLOAT, INT64, Section
 
 _SHARED_BYTES = 1 << 16  # a larger initializer that several stages use is stored once, in the outermost of them
@@ -49,10 +50,10 @@ def flat_model(flat: FlatGraph, outputs: Sequence[str], label: str) -> ir.Model:
     inputs = _copy_inputs(flat, section)
     for node in flat.model.graph:
         if any(v in stage for v in node.outputs):
-            for v in node.inputs:
-                if v is not None and v.is_initializer() and v not in section.values:
+            for v in reads(node):
+                if v.is_initializer() and v not in section.values:
                     section.values[v] = section.copy_initializer(v)
-            section.copy_node(node, [None if v is None else section.values[v] for v in node.inputs])
+            section.copy_node(node, section.values.__getitem__)
     results = [section.values[v] for v in needed]
     labels = _label(section, section.values[flat.value(label)])
     labels.name = "label"
@@ -103,7 +104,7 @@ class _Nest:
         here = self.sections[i]
         for node in self.flat.model.graph:
             if min((self.stage[v] for v in node.outputs if v in self.stage), default=None) == i + 1:
-                here.copy_node(node, [None if v is None else self._localise(v, i) for v in node.inputs])
+                here.copy_node(node, lambda v: self._localise(v, i))
         output, score = (self._localise(v, i) for v in self.needs[i])
         batch: list[int | str] = [here.batch if self.flat.dynamic else 1]
         if i + 1 == len(self.exits):
@@ -218,7 +219,7 @@ class _Nest:
         """Compute a value again from what this level's smaller batch holds: shapes, masks and the like."""
         node = value.producer()
         assert node is not None
-        if node.op_type in _HEAVY:
+        if any(inner.op_type in _HEAVY for inner in within(node)):
             raise GraphError(
                 f"the value {value.name!r} {value.shape} crosses from one stage to the next, but none of its "
                 "dimensions is the batch, so the samples that stay cannot be picked from it; tap where the batch "
@@ -229,7 +230,7 @@ class _Nest:
             shape = self._shape(node, i)
             if shape is not None:
                 return shape
-        here.copy_node(node, [None if v is None else self._localise(v, i) for v in node.inputs])
+        here.copy_node(node, lambda v: self._localise(v, i))
         return here.values[value]
 
     def _shape(self, node: ir.Node, i: int) -> ir.Value | None:
@@ -255,12 +256,15 @@ class _Nest:
 def parents(value: ir.Value) -> list[ir.Value]:
     """The values that the node which makes `value` reads."""
     node = value.producer()
-    return [] if node is None else [v for v in node.inputs if v is not None]
+    return [] if node is None else reads(node)
 
 
 def _batch_axis(value: ir.Value) -> int | None:
-    """Which dimension of a value is the batch; None where none is, or only a multiple of it."""
-    return next((axis for axis, dim in enumerate(value.shape or ()) if dim == BATCH), None)
+    """Which dimension of a tensor is the batch; None where none is, or only a multiple of it, or where two are."""
+    if not isinstance(value.type, ir.TensorType | None):  # the shape of a sequence is that of its tensors
+        return None
+    axes = [axis for axis, dim in enumerate(value.shape or ()) if dim == BATCH]
+    return axes[0] if len(axes) == 1 else None
 
 
 def _varying(flat: FlatGraph) -> set[ir.Value]:
@@ -272,7 +276,7 @@ def _varying(flat: FlatGraph) -> set[ir.Value]:
             start = node.attributes["start"].as_int() if "start" in node.attributes else 0
             if start >= 1:
                 continue
-        if any(v in varying for v in node.inputs):
+        if any(v in varying for v in reads(node)):
             varying.update(node.outputs)
     return varying
 

@@ -225,7 +225,7 @@ def argument_of(node: fx.Node, name: str) -> Any:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence torch's notices of packages that are not there, deprecations and retries; errors still raise."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx.experimental.symbolic_shapes")]
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx.experimental.symbolic_shapes", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)

@@ -1,7 +1,7 @@
 """A graph under construction, into which parts of a flat graph are copied."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,22 +62,59 @@ class Section:
         self.initializers[name] = copy
         return copy
 
-    def copy_node(self, node: ir.Node, inputs: Sequence[ir.Value | None]) -> None:
-        """A copy of a flat graph's node that reads `inputs`; its outputs are registered in `values`."""
+    def copy_node(self, node: ir.Node, local: Callable[[ir.Value], ir.Value]) -> None:
+        """A copy of a flat graph's node; its outputs are registered in `values`.
+
+        Args:
+            node: with the graphs that it holds, if any.
+            local: this graph's value for one of the flat graph that the node reads.
+        """
+        self.nodes.append(self._copy(node, local, self.values))
+
+    def _copy(self, node: ir.Node, local: Callable[[ir.Value], ir.Value], made: dict[ir.Value, ir.Value]) -> ir.Node:
         copy = ir.Node(
             node.domain,
             node.op_type,
-            inputs,
-            node.attributes.values(),
+            [None if v is None else local(v) for v in node.inputs],
+            [self._copy_attribute(attribute, local) for attribute in node.attributes.values()],
             overload=node.overload,
             num_outputs=len(node.outputs),
             name=self._named(node.name or node.op_type),
         )
         for old, new in zip(node.outputs, copy.outputs, strict=True):
-            new.name, new.type = self._named(old.name or copy.name or ""), old.type
-            new.shape = None if old.shape is None else ir.Shape([self.dim(d) for d in old.shape])
-            self.values[old] = new
-        self.nodes.append(copy)
+            new.name = self._named(old.name or copy.name or "")
+            made[old] = self._described(new, old)
+        return copy
+
+    def _copy_attribute(self, attribute: ir.Attr, local: Callable[[ir.Value], ir.Value]) -> ir.Attr:
+        if attribute.type == ir.AttributeType.GRAPH:
+            return ir.AttrGraph(attribute.name, self._copy_graph(attribute.as_graph(), local))
+        if attribute.type == ir.AttributeType.GRAPHS:
+            return ir.AttrGraphs(attribute.name, [self._copy_graph(graph, local) for graph in attribute.as_graphs()])
+        return attribute
+
+    def _copy_graph(self, graph: ir.Graph, around: Callable[[ir.Value], ir.Value]) -> ir.Graph:
+        made: dict[ir.Value, ir.Value] = {}
+        for value in (*graph.inputs, *graph.initializers.values()):
+            copy = ir.Value(name=self._named(value.name or ""), const_value=value.const_value)
+            made[value] = self._described(copy, value)
+
+        def local(value: ir.Value) -> ir.Value:
+            return made[value] if value in made else around(value)
+
+        nodes = [self._copy(node, local, made) for node in graph]
+        return ir.Graph(
+            [made[v] for v in graph.inputs],
+            [local(v) for v in graph.outputs],
+            nodes=nodes,
+            initializers=[made[v] for v in graph.initializers.values()],
+            name=self._named(graph.name or "graph"),
+        )
+
+    def _described(self, new: ir.Value, old: ir.Value) -> ir.Value:
+        new.type = old.type
+        new.shape = None if old.shape is None else ir.Shape([self.dim(d) for d in old.shape])
+        return new
 
     def graph(self, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], name: str, **more: Any) -> ir.Graph:
         """The finished graph."""
