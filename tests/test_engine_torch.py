@@ -65,6 +65,14 @@ def test_nan_never_leaves_early(family):
     assert (np.delete(answer.exit, 3) == 1).all()
 
 
+@families
+@pytest.mark.parametrize("most", [1, 5, 64])
+def test_more_rows_than_a_gpu_takes_are_answered_in_parts(family, most, monkeypatch):
+    _, inputs, outputs, thresholds, engine = case(family)
+    monkeypatch.setattr(engine, "_most", most)
+    agree(engine(*inputs), outputs, thresholds)
+
+
 def test_each_exit_can_be_left_out():
     net, inputs, outputs, thresholds, _ = case(two_inputs)
     for never in (0, 1):

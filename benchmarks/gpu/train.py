@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from branchynet import zoo
 from branchynet.data import load_data
 from branchynet.training.checkpoint import save_weights
-from branchynet.zoo import resnet as resnets
+from branchynet.zoo.resnet import BasicBlock
 
 BATCH, SMOOTHING, CLIP = 256, 0.1, 5.0
 PLAIN = (20, 32, 56, 110)
@@ -87,7 +87,7 @@ class Job:
         )
         self.pixels = images.new_zeros(images.shape).contiguous(memory_format=torch.channels_last)
         self.order = torch.zeros(self.steps * BATCH, dtype=torch.int64, device=self.device)
-        self.at = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.at = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.offsets = torch.arange(BATCH, device=self.device)
         self.loss = torch.zeros((), device=self.device)
         self.rates = None
@@ -101,7 +101,7 @@ class Job:
         rows = self.order[self.at * BATCH % len(self.order) + self.offsets]
         x = self.pixels.index_select(0, rows).contiguous(memory_format=torch.channels_last).float().div_(255)
         y = self.labels.index_select(0, rows)
-        self.lr.copy_(self.rates[self.at.clamp(max=len(self.rates) - 1)])
+        self.lr.copy_(self.rates.index_select(0, self.at).squeeze())
         with torch.autocast(self.device.type, torch.bfloat16):
             outputs = self.net(x)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -244,7 +244,7 @@ def main():
         raise SystemExit("no CUDA device was found: this trains on a GPU; --rehearse runs a few steps on the CPU")
     if not options.eager and not options.rehearse:
         torch._dynamo.config.recompile_limit = 64
-        resnets.BasicBlock.forward = torch.compile(resnets.BasicBlock.forward, dynamic=False)
+        BasicBlock.forward = torch.compile(BasicBlock.forward, dynamic=False)
     torch.backends.cudnn.benchmark = True
     if options.trial:
         return trial(device)

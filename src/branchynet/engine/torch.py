@@ -1,6 +1,7 @@
 """The PyTorch engine: a network run stage by stage in PyTorch itself, on any device, without exporting a file."""
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import GraphError
-from ..graph.program import tensors_of
+from ..graph.program import CUDA_ROWS, tensors_of
 from ..graph.torch_stages import cut_stages
 from ..net import arguments, evaluating, exits_in
 from ..types import Policy, Prediction
@@ -87,6 +88,7 @@ class TorchEngine:
         self.exits = policy.exits
         self.inputs = tuple(_input(name, tensor) for name, tensor in zip(cut.arguments, tensors, strict=True))
         self._cut = cut
+        self._most = CUDA_ROWS if self.device.type == "cuda" else sys.maxsize
         self._exits = tuple(stage.exit for stage in cut.stages)
         self._later = tuple({t.name for s in cut.stages[i + 1 :] for t in s.takes} for i in range(len(cut.stages)))
         self._check(net, moved)
@@ -106,6 +108,10 @@ class TorchEngine:
             InputError: wrong number, shape or dtype of inputs, or wrong number of thresholds.
         """
         rows = check_inputs(inputs, self.inputs)
+        if rows > self._most:
+            parts = [slice(start, start + self._most) for start in range(0, rows, self._most)]
+            answers = [self(*(given[part] for given in inputs), thresholds=thresholds) for part in parts]
+            return Prediction(*(np.concatenate(each) for each in zip(*answers, strict=True)))
         used = self.policy.thresholds
         if thresholds is not None:
             remedy = "make an engine with a threshold there"

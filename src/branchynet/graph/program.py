@@ -22,6 +22,9 @@ from .section import BATCH
 # Code that is not the network's own.
 NOT_THE_NETWORKS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 
+# The largest batch that convolutions and pooling export with on a GPU: the second side of a CUDA grid.
+CUDA_ROWS = 65_535
+
 
 @dataclass(frozen=True, eq=False)
 class Program:
@@ -70,7 +73,8 @@ def program_of(net: nn.Module, example: Any, *, score: Score | None, dynamic: bo
     """
     rows = 2 if dynamic else 1  # a batch of 1 in the example would be taken as a constant
     tensors = tuple(_rows(t, rows) for t in tensors_of(example))
-    free = {0: torch.export.Dim(BATCH)} if dynamic else None
+    most = CUDA_ROWS if any(t.is_cuda for t in tensors) else None
+    free = {0: torch.export.Dim(BATCH, max=most)} if dynamic else None
     shapes = (tuple(free for _ in tensors),)
     kinds = ("output",) if score is None else ("output", "score")
     with evaluating(net), torch.no_grad(), quiet():
