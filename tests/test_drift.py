@@ -1,4 +1,8 @@
+import copy
 import math
+import pickle
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -325,6 +329,82 @@ def test_the_goal_is_held_while_inputs_get_harder_or_easier(batch, goal, slope):
     assert spent.thresholds == controller.thresholds
     if slope:
         assert np.sign(spent.looseness) == np.sign(slope)
+
+
+@pytest.mark.parametrize("score", [1e4, 1e30, -1e4, -np.inf])  # nothing can leave early, or everything does
+@pytest.mark.parametrize("batch", [20, 64])
+@pytest.mark.parametrize("goal", [45.0, 80.0])
+@pytest.mark.parametrize("stuck", [640, 6400])
+def test_what_cannot_be_held_for_a_while_does_not_wind_up(score, batch, goal, stuck):
+    controller = BudgetController(record_of(2000), POLICY, COST, goal_us=goal)
+    for _ in range(stuck // batch):
+        spent = controller.update(route(np.full((batch, 3), score, np.float32), controller.thresholds))
+    side = np.sign(spent.mean_us - goal)
+    end = COST.latency_us(POLICY.enabled)[0 if side > 0 else -1]
+    later = scores_of(40000, seed=1)
+    for i in range(0, len(later), batch):
+        spent = controller.update(route(later[i : i + batch], controller.thresholds))
+        # What is owed is paid back, and no more: two batches may pass at the other end before that is known, and 5 %
+        # is what drift may cost as well (above).
+        most = 0.05 + abs(end / goal - 1) * 2 * batch / spent.samples
+        assert side * (spent.mean_us / goal - 1) > -most
+    assert abs(spent.mean_us / goal - 1) < 0.05
+
+
+def in_threads(update, threads=6, batches=100):
+    """Call `update` with 20 of the thread's own samples at a time, in threads that start together."""
+    gate = threading.Barrier(threads)
+
+    def work(thread):
+        gate.wait()
+        for n in range(batches):
+            update(np.random.default_rng(1000 * thread + n).integers(0, 500, 20))
+
+    every = [threading.Thread(target=work, args=(k,)) for k in range(threads)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads then change within an update, not only between two
+    try:
+        for thread in every:
+            thread.start()
+        for thread in every:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    return threads * batches * 20
+
+
+def test_threads_share_a_monitor():
+    known = record_of(500)
+    exits, scores, _ = predicted(known, POLICY)
+    monitor = Monitor(known, POLICY)
+    assert monitor.state.samples == 0
+    assert in_threads(lambda rows: monitor.update(exits[rows], scores[rows])) == monitor.state.samples
+
+
+def test_threads_share_a_controller():
+    known = record_of(500)
+    exits, *_ = predicted(known, POLICY)
+    us, seen = COST.latency_us(POLICY.enabled), []
+    controller = BudgetController(known, POLICY, COST, goal_us=45)
+
+    def update(rows):
+        seen.append(us[exits[rows] - 1].sum())
+        controller.update(exits[rows])
+
+    count = in_threads(update)
+    assert controller.state.samples == count
+    assert math.isclose(controller.state.mean_us, sum(seen) / count, rel_tol=1e-9)  # sums in another order
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_copies_go_on_from_the_same_state(copied):
+    known = record_of(500)
+    exits, scores, _ = predicted(known, POLICY)
+    for each, more in ((Monitor(known, POLICY), (scores,)), (BudgetController(known, POLICY, COST, goal_us=45), ())):
+        each.update(exits, *more)
+        other = copied(each)
+        assert other.state == each.state
+        assert other.update(exits, *more) == each.update(exits, *more)
 
 
 def test_thresholds_start_where_the_record_costs_the_goal_and_spare_exits_left_out():

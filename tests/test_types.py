@@ -172,7 +172,7 @@ class TestExitRecord:
             (pickle.dumps({"outputs": 1}), "make it again"),
             (npz(weights=np.zeros(3)), r"holds \['weights'\], which is no ExitRecord"),
             (npz(outputs=np.zeros((2, 3)), labels=np.zeros(2, int)), r"\(S, N, C\)"),
-            (npz(outputs=np.array([[["a"]]]), labels=np.zeros(1, int)), "could not convert"),
+            (npz(outputs=np.array([[["a"]]]), labels=np.zeros(1, int)), "must be real numbers"),
             (npz(scores=np.zeros((2, 3)), losses=np.full((2, 3), 7)), "losses must lie"),
         ],
     )

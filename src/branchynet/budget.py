@@ -8,12 +8,13 @@ from numpy.typing import ArrayLike
 
 from .errors import InfeasibleError, InputError
 from .exit_record import ExitRecord
-from .reading import answered, check_cost, check_exits
+from .reading import Lock, answered, check_cost, check_exits
 from .scores import of_record
 from .search import leaving, mean_cost
 from .types import ExitCost, Floats, Policy, Prediction
 
 _MOST_GAIN = 0.5  # of the way to the goal in one batch, however large: half is stable even if the slope is taken wrong
+_RETURN = 4.0  # times larger, the steps back, with each 1 / rate samples that all leave at one end
 _LEAST_SPREAD = 0.02  # goals close to an end: a rare sample must not throw the thresholds about
 
 
@@ -50,8 +51,10 @@ class BudgetController:
     scores with logit(q) = logit(q of the policy) + z. Beyond the recorded scores it goes on evenly, so that any goal
     between the costs of "all leave at the first exit in use" and "none leave early" can be held on any inputs.
     Looseness follows the error (mean cost - goal) and the sum of all errors so far, which is paid back: the mean since
-    the start, and not just the latest cost, comes to the goal. What it answers is not looked at: where inputs get
-    harder, holding the cost may lose accuracy; a `Monitor` beside it, on an engine with fixed thresholds, tells when.
+    the start, and not just the latest cost, comes to the goal. Where none can leave early (say, every score is NaN), or
+    all do, the thresholds move as far as they can, and come back in a few batches when that ends. What it answers is
+    not looked at: where inputs get harder, holding the cost may lose accuracy; a `Monitor` beside it, on an engine with
+    fixed thresholds, tells when. Threads may share a controller.
 
     Args:
         record: calibration samples: where the scores of every exit lie.
@@ -92,7 +95,8 @@ class BudgetController:
         self._rate = float(rate)
         self._line = _Line(of_record(record, policy.score), policy.thresholds)
         self._base = self._looseness = self._line.reaching(self.goal_us, self._us)
-        self._samples, self._excess = 0, 0.0
+        self._samples, self._excess, self._stuck = 0, 0.0, 0.0
+        self._lock = Lock()
 
     @property
     def thresholds(self) -> tuple[float | None, ...]:
@@ -119,15 +123,29 @@ class BudgetController:
             InputError: an empty batch, or an exit that the policy does not use; the batch is then not counted.
         """
         exits = answered(prediction, self.policy)
-        error = float((self._us[exits - 1] - self.goal_us).mean())
-        self._samples += len(exits)
-        self._excess += error * len(exits)
+        with self._lock:
+            return self._follow(self._us[exits - 1])
+
+    def _follow(self, us: Floats) -> Spent:
+        """Move the looseness after a batch that cost `us` `(B,)`."""
+        error = float((us - self.goal_us).mean())
+        self._samples += len(us)
+        self._excess += error * len(us)
         span = self._dearest - self._cheapest
         share = (self.goal_us - self._cheapest) / span
         slope = max(share * (1 - share), _LEAST_SPREAD) * span  # microseconds a unit of looseness, for a logistic curve
-        gain = min(self._rate * len(exits), _MOST_GAIN)
-        # Gain and gain^2 / 4: on inputs that stay as they are the error dies out as fast as it can without swinging.
-        self._looseness += (gain * error + gain**2 / 4 * self._excess / len(exits)) / slope
+        gain = min(self._rate * len(us), _MOST_GAIN)
+        # On inputs that stay as they are the error dies out as fast as it can without swinging where what is owed is
+        # paid back by gain / 4. No batch can cost less than the cheapest exit, so no more than that is asked for.
+        wanted = self.goal_us - gain / 4 * self._excess / len(us)
+        move = gain * (float(us.mean()) - min(max(wanted, self._cheapest), self._dearest)) / slope
+        # Where all leave at one end however far the thresholds are from where they started, they have gone too far
+        # while nothing could leave (or stay): they come back by steps that grow, but not beyond the start.
+        end = self._cheapest if self._looseness > self._base else self._dearest
+        outside = move * (self._looseness - self._base) < 0 and bool((us == end).all())
+        self._stuck = min(self._stuck + gain, 20.0) if outside else 0.0
+        back = min(abs(move) * _RETURN**self._stuck, max(abs(self._looseness - self._base), abs(move)))
+        self._looseness += math.copysign(back, move)
         return self.state
 
     def _goal(self, goal_us: float | None, goal_share: float | None) -> float:

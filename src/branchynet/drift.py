@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 from .conformal import CHUNK, Capital, Ranks, suspect
 from .errors import InputError
 from .exit_record import ExitRecord
-from .reading import answered, answered_labels, answered_scores, predicted
+from .reading import Lock, answered, answered_labels, answered_scores, predicted
 from .types import Floats, Ints, Policy, Prediction
 
 RESOLUTION = 1e-5
@@ -80,6 +80,8 @@ class Monitor:
     Values after a change join the ranks as well, so drift so slow that the stream itself becomes the reference may
     pass unseen.
 
+    Threads may share a monitor: their batches are taken in one after the other.
+
     Args:
         record: the calibration samples, best some thousands that neither trained the network nor chose the policy.
         policy: the thresholds that the engine runs with.
@@ -100,6 +102,7 @@ class Monitor:
         self.policy = policy
         self.false_alarm = float(false_alarm)
         self._rng = np.random.default_rng(seed)
+        self._lock = Lock()
         self._classes = 0 if record.outputs is None else record.outputs.shape[2]
         part = (2 if labels is None else 3) / self.false_alarm  # the capital that a kind of statistics must reach
         self._watched = [_Statistic("exits", "exits", 0, exits.astype(np.float64), part, self._rng)]
@@ -138,14 +141,15 @@ class Monitor:
         if self._classes:
             batch["labels"] = answered_labels(prediction, labels, len(exits), self._classes)
         batch = {name: values.astype(np.float64) for name, values in batch.items() if values is not None}
-        seen = self._state.samples
-        for start in range(0, len(exits), CHUNK):
-            if self._state.alarmed:
-                break
-            part = slice(start, start + CHUNK)
-            self._look({name: values[part] for name, values in batch.items()}, seen + start)
-        self._state = replace(self._state, samples=seen + len(exits))
-        return self._state
+        with self._lock:  # the state depends on the order of batches, so one is taken in after the other
+            seen = self._state.samples
+            for start in range(0, len(exits), CHUNK):
+                if self._state.alarmed:
+                    break
+                part = slice(start, start + CHUNK)
+                self._look({name: values[part] for name, values in batch.items()}, seen + start)
+            self._state = replace(self._state, samples=seen + len(exits))
+            return self._state
 
     def _look(self, batch: dict[str, Floats], seen: int) -> None:
         exits = batch["exits"]

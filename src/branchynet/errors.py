@@ -44,6 +44,21 @@ class MissingExtraError(BranchyNetError, ImportError):
     """An optional dependency is not installed."""
 
 
+def printable(text: str) -> str:
+    """`text` with escapes such as ``\\x1b`` or ``\\xff`` for what no terminal or file should be given.
+
+    Names of files and classes may hold anything: control characters, or bytes that are no UTF-8.
+    """
+    return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    number = ord(character)
+    if 0xDC80 <= number <= 0xDCFF:  # how Python keeps an undecodable byte
+        return f"\\x{number - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """A hint such as ``"; did you mean 'conv1'?"``, or the known names where nothing is near."""
     known = [n for n in names if n]

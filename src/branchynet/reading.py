@@ -1,5 +1,6 @@
 """Exits, scores and labels, as a record predicts them and as an engine reports them."""
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,22 @@ from .exit_record import ExitRecord, check_same_network
 from .scores import of_record
 from .search import deployed, leaving
 from .types import ExitCost, Floats, Ints, Policy, Prediction
+
+
+class Lock:
+    """A lock for what threads share; it is copied and pickled as a new one, which nobody holds."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: Any) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Lock, ()
 
 
 def check_exits(record: ExitRecord, policy: Policy) -> None:

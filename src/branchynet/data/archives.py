@@ -26,6 +26,7 @@ Bytes = NDArray[np.uint8]
 VARIABLE = "BRANCHYNET_DATA"  # the environment variable that names the user's folder of data sets
 CIFAR_BATCHES = (*(f"data_batch_{n}.bin" for n in range(1, 6)), "test_batch.bin")
 CIFAR_RECORD = 1 + 3 * 32 * 32
+MOST_BYTES = 1 << 29  # of images, unpacked, three times the largest published set; a small gz may hold gigabytes
 
 
 @dataclass(frozen=True)
@@ -224,6 +225,8 @@ def read_idx(path: Path, shape: tuple[int, ...]) -> Bytes:
             if dims[0] == 0 or tuple(dims[1:]) != shape:
                 wanted = " x ".join(map(str, ("S", *shape)))
                 raise DataError(f"{path} holds {' x '.join(map(str, dims))} bytes; it must hold {wanted}, S at least 1")
+            if math.prod(dims) > MOST_BYTES:
+                raise DataError(f"{path} announces {math.prod(dims):,} bytes, more than {MOST_BYTES:,}: get it again")
             # Chunks, and no more than announced: a lying header must not take all memory.
             while len(body) <= math.prod(dims) and (chunk := stream.read(1 << 20)):
                 body += chunk
@@ -238,8 +241,10 @@ def read_idx(path: Path, shape: tuple[int, ...]) -> Bytes:
 def _cifar_batches(paths: Sequence[Path]) -> list[tuple[Bytes, Bytes]]:
     """Images and labels of the five training batches and the test batch."""
     try:
-        contents = {path.name: path.read_bytes() for path in paths} if len(paths) > 1 else dict(_tar_batches(paths[0]))
-    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+        contents = dict(_plain_batches(paths) if len(paths) > 1 else _tar_batches(paths[0]))
+    except DataError:
+        raise
+    except (OSError, EOFError, ValueError, OverflowError, zlib.error, tarfile.TarError) as error:
         raise DataError(f"cannot read {paths[0]}: {error}; it is damaged or not complete: get it again") from error
     batches = []
     for file in CIFAR_BATCHES:
@@ -254,12 +259,25 @@ def _cifar_batches(paths: Sequence[Path]) -> list[tuple[Bytes, Bytes]]:
     return batches
 
 
+def _plain_batches(paths: Sequence[Path]) -> Iterator[tuple[str, Any]]:
+    for path in paths:
+        _check_size(path, path.stat().st_size)
+        yield path.name, path.read_bytes()
+
+
+def _check_size(path: Path, size: int) -> None:
+    most = MOST_BYTES // len(CIFAR_BATCHES)
+    if size > most:
+        raise DataError(f"{path} holds {size:,} bytes, more than {most:,}: get it again")
+
+
 def _tar_batches(path: Path) -> Iterator[tuple[str, Any]]:
     with gzip.open(path) as stream:
         with tarfile.open(fileobj=stream) as tar:
             for member in tar:  # in the archive's order: going back in a gzip stream means reading it all again
                 file = PurePosixPath(member.name).name
                 if file in CIFAR_BATCHES and member.isfile() and (content := tar.extractfile(member)):
+                    _check_size(path / file, member.size)
                     yield file, content.read()
         while stream.read(1 << 20):  # up to the checksum at the stream's end, which tells damage
             pass

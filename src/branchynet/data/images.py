@@ -11,6 +11,8 @@ from PIL import Image, ImageOps
 from ..errors import DataError, InputError
 from ..files import replacing
 
+MOST_PIXELS = 89_478_485  # where Pillow warns of a decompression bomb: 256 MB in RGB
+
 
 def read_image(path: str | os.PathLike[str], shape: tuple[int, int, int]) -> NDArray[np.float32]:
     """An image file as a batch of one, as `loader` gives them: `(1, C, H, W)` float32 in [0, 1].
@@ -57,10 +59,14 @@ def decode(
     """An image file as `(C, H, W)` uint8, upright; by default at its own size, C 1 if the file is grey, else 3.
 
     Raises:
-        DataError: a file that is missing or cannot be decoded.
+        DataError: a file that is missing, cannot be decoded, or holds more than `MOST_PIXELS` pixels.
     """
+    if Path(path).exists() and not Path(path).is_file():
+        raise DataError(f"cannot read the image {os.fspath(path)}: it is no regular file; replace or remove it")
     try:
         with Image.open(path) as opened:
+            if opened.width * opened.height > MOST_PIXELS:
+                raise ValueError(f"{opened.width} x {opened.height} pixels are more than {MOST_PIXELS:,}")
             image: Any = ImageOps.exif_transpose(opened)
             grey = image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I")
             if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ..errors import DataError, InputError, nearest
+from ..errors import DataError, InputError, nearest, printable
 from .archives import ARCHIVES, read_archive
 from .images import decode
 
 FOLDER = "folder:"  # the prefix of a folder of the user's own images
+MOST_UNASKED = 1 << 20  # pixels that the first image may give all others; one photograph must not fill the memory
 MOST_BYTES = 8 << 30  # of images in memory; more is nearly always a photograph's size taken for want of `size`
 
 
@@ -118,7 +119,8 @@ def load_data(
             ``mnist``, ``fashion-mnist``, ``cifar-10-batches-bin``, or as torchvision arranges them; by default the one
             that the environment variable BRANCHYNET_DATA names.
         download: whether to download what is not there, once, into the user's cache folder.
-        size: `(H, W)` that the images of a folder are resized to; by default the size of the first.
+        size: `(H, W)` that the images of a folder are resized to; by default the size of the first, which may then have
+            `MOST_UNASKED` pixels at most.
 
     Raises:
         DataError: an unknown name, a data set that is missing or cannot be downloaded, or a malformed file.
@@ -167,11 +169,17 @@ def _folder(name: str, size: tuple[int, int] | None) -> ImageData:
     base = Path(name.removeprefix(FOLDER)).expanduser()
     if name == FOLDER or not base.is_dir():
         raise DataError(f"{name!r} names no folder; give {FOLDER}PATH, with one folder of images for each class")
-    classes = sorted(entry.name for entry in base.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    folders = sorted(entry.name for entry in base.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    classes = [printable(name) for name in folders]
     if len(classes) < 2:
         raise DataError(f"{base} holds {len(classes)} folders {classes}; it must hold one for each class, two at least")
-    files = [_image_files(base / each) for each in classes]
+    files = [_image_files(base / each) for each in folders]
     height, width = decode(files[0][0]).shape[1:] if size is None else size
+    if size is None and height * width > MOST_UNASKED:
+        raise DataError(
+            f"{files[0][0]}, the first image, is {height} x {width} pixels, and all others would be resized to that; "
+            "give a size=(H, W), such as (224, 224), or remove it"
+        )
     if height < 1 or width < 1:
         raise InputError(f"size must be (H, W), both at least 1; got {size}")
     count = sum(map(len, files))
