@@ -1,5 +1,6 @@
 """The command line: one verb a step, over run folders. Thin: the work is done elsewhere."""
 
+import io
 import json
 import os
 import sys
@@ -10,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from .errors import BranchyNetError, InputError
+from .errors import BranchyNetError, InputError, printable
 
 app = typer.Typer(
     help="Deep networks that answer early when they are sure.",
@@ -18,10 +19,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console()
+out = Console(markup=False, emoji=False)  # names of files and classes are not ours
 
 ENGINES = "onnxruntime, openvino, onnxruntime-cuda"
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")]
+Trust = Annotated[bool, typer.Option(help="Run the function that a folder from elsewhere names as its network.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 
 
@@ -43,7 +45,7 @@ def demo(
     rows = bench_run(made, batches=(1, 64), threads=(1,), progress=not quiet)
     report = report_run(made)
     print_bench(rows)
-    out.print(f"\nthe network, exits inside: [bold]{model}[/]\nthe report:                [bold]{report}[/]")
+    out.print(f"\nthe network, exits inside: {model}\nthe report:                {report}")
 
 
 @app.command()
@@ -84,7 +86,7 @@ def train(
     )
     made = create_run(run, settings)
     train_run(made, progress=not quiet)
-    out.print(f"trained; next: [bold]branchynet choose {run}[/]")
+    out.print(f"trained; next: branchynet choose {run}")
 
 
 @app.command()
@@ -100,6 +102,7 @@ def choose(
     score: Annotated[str | None, typer.Option(help="entropy, max_probability, margin, patience or learned.")] = None,
     confidence: Annotated[float, typer.Option(help="That a limit on accuracy holds for samples not seen.")] = 0.95,
     promise: Annotated[bool, typer.Option(help="Without one, the limit holds on the validation data alone.")] = True,
+    trust: Trust = False,
 ) -> None:
     """Choose the thresholds on the validation data; by default at most 0.005 below the last exit."""
     from .runs import choose_run, measure_run, open_run
@@ -113,7 +116,7 @@ def choose(
     }
     if all(limit is None for limit in limits.values()):
         limits["max_drop"] = 0.005
-    found = open_run(run)
+    found = open_run(run, trust=trust)
     choice = choose_run(found, **limits, score=score, confidence=confidence if promise else None)
     print_choice(choice, measure_run(found, choice.policy.score))
 
@@ -124,12 +127,13 @@ def export(
     output: Annotated[Path | None, typer.Option(help="Where to write; RUN/model.onnx by default.")] = None,
     thresholds: Annotated[str, typer.Option(help="default: optional inputs; input: required inputs.")] = "default",
     batch: Annotated[str, typer.Option(help="dynamic, or 1 for a file that answers one sample at a time.")] = "dynamic",
+    trust: Trust = False,
 ) -> None:
     """Write one ONNX file with the exits inside, checked against PyTorch."""
     from .runs import export_run, open_run
 
     size = 1 if batch == "1" else batch
-    out.print(f"wrote {export_run(open_run(run), output, thresholds=thresholds, batch=size)}")
+    out.print(f"wrote {export_run(open_run(run, trust=trust), output, thresholds=thresholds, batch=size)}")
 
 
 @app.command()
@@ -139,6 +143,7 @@ def bench(
     threads: Annotated[str, typer.Option(help="Threads within an operator.")] = "1",
     engine: Annotated[str, typer.Option(help=f"Of {ENGINES}: one, or several with commas.")] = "onnxruntime",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows here.")] = None,
+    trust: Trust = False,
     quiet: Quiet = False,
 ) -> None:
     """Time the exported file beside the static network, everything inside the clock."""
@@ -147,7 +152,7 @@ def bench(
 
     batches, counts = _numbers(batch, int), _numbers(threads, int)
     engines = [name.strip() for name in engine.split(",") if name.strip()]
-    rows = bench_run(open_run(run), batches=batches, threads=counts, engines=engines, progress=not quiet)
+    rows = bench_run(open_run(run, trust=trust), batches=batches, threads=counts, engines=engines, progress=not quiet)
     if json_file:
         write_json(json_file, rows)
     print_bench(rows)
@@ -164,6 +169,7 @@ def design(
     epochs: Annotated[int, typer.Option(help="Of all candidates together, on the frozen network.")] = 3,
     final_epochs: Annotated[int, typer.Option(help="More, of the candidates that the best designs have.")] = 0,
     anyway: Annotated[bool, typer.Option(help="Train the design even where exits are not worth it.")] = False,
+    trust: Trust = False,
     quiet: Quiet = False,
 ) -> None:
     """Find where early exits help a trained run's network; then train, export and time them beside the prediction."""
@@ -173,13 +179,13 @@ def design(
 
     advice, comparison = design_run(
         run, batch_size=batch, threads=threads, runtime=runtime, max_drop=max_drop, exits=exits,
-        epochs=epochs, final_epochs=final_epochs, anyway=anyway, progress=not quiet,
+        epochs=epochs, final_epochs=final_epochs, anyway=anyway, trust=trust, progress=not quiet,
     )  # fmt: skip
     print_advice(advice)
     if comparison is not None:
         out.print(str(comparison))
         folder = design_folder(run, batch, runtime)
-        out.print(f"a run of its own: [bold]{folder}[/]; the report: [bold]{report_run(open_run(folder))}[/]")
+        out.print(f"a run of its own: {folder}; the report: {report_run(open_run(folder, trust=trust))}")
 
 
 @app.command()
@@ -198,7 +204,9 @@ def predict(
         if as_json:
             print(json.dumps(answer))
         else:
-            table.add_row(answer["image"], answer["label"], str(answer["exit"]), f"{answer['score']:.4g}")
+            table.add_row(
+                printable(answer["image"]), printable(answer["label"]), str(answer["exit"]), f"{answer['score']:.4g}"
+            )
     if not as_json:
         out.print(table)
 
@@ -225,9 +233,9 @@ def inspect(
         ]
         table.add_row("exits", "\n".join(f"{n}: {t}" for n, t in enumerate([*told, "always"], 1)))
     for name in ("batch", "thresholds", "labels", "preprocessing", "promise", "version"):
-        value = engine.metadata[name]
+        value = engine.metadata.get(name)
         if value not in (None, []):
-            table.add_row(name, ", ".join(value) if name == "labels" else str(value))
+            table.add_row(name, printable(", ".join(value) if name == "labels" else str(value)))
     out.print(table)
 
 
@@ -243,16 +251,16 @@ def reproduce(
     from .reproduce import reproduce as make
 
     lines = make(what, output, networks=networks, from_nothing=from_nothing, precision=precision)
-    out.print(*lines, f"the tables and pictures: [bold]{output}[/]", sep="\n")
+    out.print(*lines, f"the tables and pictures: {output}", sep="\n")
 
 
 @app.command()
-def report(run: RunArgument) -> None:
+def report(run: RunArgument, trust: Trust = False) -> None:
     """Write one offline HTML page: the trade-off curve, who leaves where, which images left first and last."""
     from .runs import open_run
     from .workbook import report_run
 
-    out.print(f"wrote {report_run(open_run(run))}")
+    out.print(f"wrote {report_run(open_run(run, trust=trust))}")
 
 
 def print_choice(choice: Any, cost: Any) -> None:
@@ -317,6 +325,8 @@ def print_bench(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Run the command line; an error of ours is one line on standard error and exit status 1."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names may hold what the terminal's encoding has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except BranchyNetError as error:

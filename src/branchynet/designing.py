@@ -25,7 +25,7 @@ from .design import Advice, advise
 from .engine.onnx import Runtime
 from .errors import FileError, InputError
 from .exit_record import ExitRecord
-from .files import read_json, write_json
+from .files import read_json, replacing, write_json
 from .machine import environment
 from .net import BranchyNet
 from .record import record
@@ -102,6 +102,7 @@ def design_run(
     epochs: int = 3,
     final_epochs: int = 0,
     anyway: bool = False,
+    trust: bool = False,
     progress: bool = True,
 ) -> tuple[Advice, Comparison | None]:
     """Find, train, export and time the exits that suit a trained run's network; goes on where it was stopped.
@@ -116,6 +117,7 @@ def design_run(
         epochs: for all candidate heads together; all exits are then trained for as long as the run's were.
         final_epochs: as `advise` takes it.
         anyway: go on with a design that is not worth it.
+        trust: as for `open_run`.
         progress: show bars and tell what is being done.
 
     Returns:
@@ -125,7 +127,7 @@ def design_run(
         InputError, GraphError: as `advise`; a design in this folder with another limit.
         FileError: the run is not trained, or has no plain network.
     """
-    base = open_run(path)
+    base = open_run(path, trust=trust)
     base.file("record-static.npz", "train")
     data = load_data(base.settings.data)
     folder = design_folder(base.path, batch_size, runtime)
@@ -139,7 +141,8 @@ def design_run(
     net = build_network(settings, data)
     load_weights(net, folder / "warm.safetensors")
     train_exits(run, net, data, progress)
-    (folder / "record-static.npz").write_bytes((base.path / "record-static.npz").read_bytes())
+    with replacing(folder / "record-static.npz") as temporary:
+        temporary.write_bytes((base.path / "record-static.npz").read_bytes())
     return advice, _compared(base, run, net, data, advice, max_drop, progress)
 
 

@@ -45,9 +45,9 @@ class MissingExtraError(BranchyNetError, ImportError):
 
 
 def printable(text: str) -> str:
-    """`text` with escapes such as ``\\x1b`` or ``\\xff`` for what no terminal or file should be given.
+    """`text` with hexadecimal escapes for control characters and for bytes that are no UTF-8.
 
-    Names of files and classes may hold anything: control characters, or bytes that are no UTF-8.
+    Names of files and classes may hold either, which a terminal would obey, and which no file can be written with.
     """
     return "".join(c if c.isprintable() else _escaped(c) for c in text)
 

@@ -33,7 +33,7 @@ from .decide import evaluate
 from .errors import FileError, InputError, nearest
 from .exit_record import ExitRecord
 from .export import export
-from .files import locked, write_json
+from .files import locked, read_json, write_json
 from .fitting import fit_score
 from .machine import environment
 from .net import BranchyNet, evaluating
@@ -41,6 +41,7 @@ from .record import record
 from .stored import read_entry
 from .training.checkpoint import load_weights
 from .training.train import fit
+from .trust import signature, signed
 from .types import Choice, ExitCost, Policy, score_name
 from .zoo import NETWORKS
 
@@ -101,11 +102,27 @@ class Run:
         return path
 
 
-def open_run(path: str | os.PathLike[str]) -> Run:
-    """The run in a folder. Raises `FileError` where the folder holds none."""
-    if not (Path(path) / "config.json").is_file():
+def open_run(path: str | os.PathLike[str], *, trust: bool = False) -> Run:
+    """The run in a folder.
+
+    Args:
+        path: the folder.
+        trust: let the function run that the folder names as its network, if it names one. A folder that was made on
+            this machine, by this user, needs no trust; in one from elsewhere the function may do anything.
+
+    Raises:
+        FileError: the folder holds no run.
+        InputError: the folder, made elsewhere, names a function, and `trust` is not given.
+    """
+    config = Path(path) / "config.json"
+    if not config.is_file():
         raise FileError(f"{path} is no run folder (it has no config.json); make one with `branchynet train {path}`")
-    settings = read_entry(Path(path) / "config.json", "settings", Settings, f"`branchynet train {path}`")
+    settings = read_entry(config, "settings", Settings, f"`branchynet train {path}`")
+    if ":" in settings.network and not trust and not signed(settings.network, read_json(config).get("signature")):
+        raise InputError(
+            f"{path} was not made here, and to open it would run the function {settings.network!r} that it names as "
+            "its network; if you trust it, add --trust (in Python, open_run(..., trust=True))"
+        )
     return Run(Path(path), settings)
 
 
@@ -119,12 +136,15 @@ def create_run(path: str | os.PathLike[str], settings: Settings) -> Run:
     if settings.augment not in AUGMENTS:
         raise InputError(f"unknown augment {settings.augment!r}{nearest(settings.augment, AUGMENTS)}")
     if (run.path / "config.json").exists():
-        made = asdict(open_run(path).settings)
+        made = asdict(open_run(path, trust=True).settings)  # the caller names the same function, or is refused
         other = [f"{k} {made[k]!r}, not {v!r}" for k, v in asdict(settings).items() if made[k] != v]
         if other:
             raise InputError(f"{path} was made with {'; '.join(other)}: use these settings, or another folder")
     else:
-        write_json(run.path / "config.json", {"settings": asdict(settings), "environment": environment()})
+        about = {"settings": asdict(settings), "environment": environment()}
+        if ":" in settings.network:
+            about["signature"] = signature(settings.network)
+        write_json(run.path / "config.json", about)
     return run
 
 

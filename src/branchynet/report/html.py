@@ -100,7 +100,7 @@ def write_report(
         + "\n</main>\n</body>\n</html>\n"
     )
     with replacing(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")  # names of files may hold any byte
 
 
 def _check(
