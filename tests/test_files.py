@@ -1,7 +1,10 @@
 """Files are written whole or not at all."""
 
 import os
+import signal
 import stat
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -9,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from branchynet import files
 from branchynet.errors import FileError
-from branchynet.files import read_json, replacing, write_json
+from branchynet.files import checksum, locked, read_json, remove_partial, replacing, write_json
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -121,3 +125,138 @@ def test_a_missing_file_is_named(tmp_path):
     for missing in (tmp_path / "none.json", tmp_path, Path(tmp_path) / "a" / "b"):
         with pytest.raises(FileError, match=f"cannot read {missing}"):
             read_json(missing)
+
+
+# Processes that are killed, and processes at once
+
+
+WRITER = """
+import sys, time
+from branchynet.files import locked, replacing
+with locked(sys.argv[1]), replacing(sys.argv[1] + "/file.txt") as temporary:
+    temporary.write_text("half")
+    print(temporary.name, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def writer(tmp_path):
+    """Another process amid writing ``file.txt`` in a folder that it has locked, and the name of its temporary file."""
+    child = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        yield child, child.stdout.readline().strip()
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+
+
+@pytest.mark.skipif(files.fcntl is None, reason="needs file locks of Unix")
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path, writer):
+    child, half = writer
+    (tmp_path / ".other-abc.partial.txt").write_text("of another file")
+    with replacing(tmp_path / "file.txt") as temporary:
+        temporary.write_text("new")
+    remove_partial(tmp_path / "file.txt")
+    assert names(tmp_path) == sorted([half, ".other-abc.partial.txt", "file.txt"])
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    write_json(tmp_path / "file.json", 1)  # another file
+    assert half in names(tmp_path)
+    with replacing(tmp_path / "file.txt") as temporary:
+        temporary.write_text("newer")
+    assert names(tmp_path) == sorted([".other-abc.partial.txt", "file.json", "file.txt"])
+    assert (tmp_path / "file.txt").read_text() == "newer"
+
+
+def test_a_folder_is_one_processes(tmp_path, writer):
+    child, _ = writer
+    with pytest.raises(FileError, match=rf"{tmp_path} is in use: another process"), locked(tmp_path):
+        pass
+    with locked(tmp_path / "other"):
+        pass
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    with locked(tmp_path):  # the lock of a killed process is free
+        pass
+
+
+def test_a_thread_may_lock_again_and_others_may_not(tmp_path):
+    found = []
+
+    def other():
+        try:
+            with locked(tmp_path):
+                found.append("locked")
+        except FileError as error:
+            found.append(str(error))
+
+    with locked(tmp_path), locked(tmp_path / "." / "x" / ".."):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert len(found) == 1 and "in use" in found[0]
+    other()
+    assert found[1:] == ["locked"]
+
+
+def test_a_folder_that_cannot_be_locked_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileError, match=r"cannot write .*file"), locked(tmp_path / "file"):
+        pass
+
+
+def test_the_content_reaches_the_disk_before_the_name(tmp_path, monkeypatch):
+    done, sync, rename = [], os.fsync, Path.replace
+
+    def synced(handle):
+        done.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else os.pread(handle, 100, 0))
+        sync(handle)
+
+    def renamed(path, target):
+        done.append("name")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", renamed)
+    with replacing(tmp_path / "x.txt") as temporary:
+        temporary.write_text("new")
+    assert done == [b"new", "name", "folder"]
+
+
+@pytest.mark.parametrize("name", ["a[b", "a*b", "a?b.c", "[red]", "a\nb"])
+def test_names_with_signs_of_patterns_are_names(tmp_path, name):
+    path = tmp_path / f"{name}.txt"
+    for text in ("1", "2"):
+        with replacing(path) as temporary:
+            temporary.write_text(text)
+    assert path.read_text() == "2" and names(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("text", ["NaN", "[Infinity]", "1e400", "-1e400", "[" * 10**5, '{"a":' * 10**5, "1" * 10**4])
+def test_json_that_no_number_or_stack_can_hold_is_refused(tmp_path, text):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(FileError, match=r"x\.json is not valid JSON"):
+        read_json(tmp_path / "x.json")
+
+
+def test_a_huge_file_is_not_read_as_json(tmp_path):
+    with (tmp_path / "x.json").open("wb") as stream:
+        stream.truncate(files.MOST_JSON + 1)  # takes no room on the disk
+    with pytest.raises(FileError, match=r"more than"):
+        read_json(tmp_path / "x.json")
+
+
+parts = st.lists(st.tuples(st.text(max_size=4), st.text(max_size=4) | st.binary(max_size=4)), max_size=4)
+
+
+@given(parts, parts)
+def test_other_contents_have_other_checksums(one, other):
+    def plain(value):
+        return [(name, content.encode() if isinstance(content, str) else content) for name, content in value]
+
+    assert (checksum(one) == checksum(other)) == (plain(one) == plain(other))
