@@ -157,7 +157,10 @@ class TestMalformed:
             (0, b"<html>" * 20, r"starts with 0x3c68746d"),
             (0, idx(np.zeros((60, 28, 27), np.uint8)), r"60 x 28 x 27 bytes; it must hold S x 28 x 28"),
             (0, idx(np.zeros((0, 28, 28), np.uint8)), r"S at least 1"),
-            (0, struct.pack(">4I", 0x803, 2**31, 28, 28) + bytes(1000), r"announces 1683627180032 bytes and holds few"),
+            (0, struct.pack(">4I", 0x803, 10**5, 28, 28) + bytes(1000), r"announces 78400000 bytes and holds few"),
+            (0, struct.pack(">4I", 0x803, 2**31, 28, 28) + bytes(1000), r"announces 1,683,627,180,032 bytes, more"),
+            (0, struct.pack(">4I", 0x803, 684785, 28, 28) + bytes(1000), r"announces 536,871,440 bytes, more"),
+            (1, struct.pack(">2I", 0x801, 2**29 + 1) + bytes(1000), r"announces 536,870,913 bytes, more"),
             (0, idx(np.zeros((60, 28, 28), np.uint8)) + b"\0", r"announces 47040 bytes and holds more"),
             (1, idx(np.zeros(59, np.uint8)), r"60 images but .* 59 labels"),
             (1, idx(np.full(60, 10, np.uint8)), r"training labels in .* reach 10, but there are 10 classes"),
@@ -195,6 +198,13 @@ class TestMalformed:
     def test_cifar(self, tmp_path, packed, changed, message):
         write_cifar(tmp_path, packed, **changed)
         with pytest.raises(DataError, match=message):
+            data.load_data("cifar10", root=tmp_path)
+
+    @pytest.mark.parametrize("packed", [True, False])
+    def test_cifar_of_many_bytes(self, tmp_path, packed, monkeypatch):
+        write_cifar(tmp_path, packed)
+        monkeypatch.setattr(archives, "MOST_BYTES", 6 * 20 * 3073 - 6)  # the test batch has 20 records
+        with pytest.raises(DataError, match=r"test_batch.bin holds 61,460 bytes, more than 61,459"):
             data.load_data("cifar10", root=tmp_path)
 
     def test_cifar_archive_lacks_a_batch(self, tmp_path):

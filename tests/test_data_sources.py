@@ -3,6 +3,7 @@ import functools
 import gzip
 import hashlib
 import http.server
+import os
 import threading
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from branchynet import data
-from branchynet.data import archives, sets
+from branchynet.data import archives, images, sets
 from branchynet.errors import DataError, InputError
 from datasets import (
     IDX,
@@ -252,6 +253,41 @@ class TestFolder:
         monkeypatch.setattr(sets, "MOST_BYTES", 20 * 3 * 30 - 1)
         with pytest.raises(DataError, match=r"20 images of 6 x 5 do not fit in memory; give a size"):
             data.load_data(f"folder:{write_images(tmp_path)}")
+
+    @pytest.mark.parametrize("where", ["first", "last"])
+    @pytest.mark.parametrize("huge", [(1025, 1024), (1, 1024 * 1024 + 1), (6000, 5000)])
+    def test_one_large_picture_does_not_enlarge_the_others(self, tmp_path, where, huge):
+        write_images(tmp_path)
+        name = "0.png" if where == "first" else "99.png"
+        Image.new("1", huge[::-1]).save(tmp_path / "ant" / name)
+        if where == "last":
+            assert data.load_data(f"folder:{tmp_path}").shape[1:] == (6, 5)
+        else:
+            with pytest.raises(
+                DataError, match=rf"ant/0.png, the first image, is {huge[0]} x {huge[1]}.*size=\(H, W\)"
+            ):
+                data.load_data(f"folder:{tmp_path}")
+        assert data.load_data(f"folder:{tmp_path}", size=(4, 3)).shape[1:] == (4, 3)
+
+    def test_a_picture_beyond_all_measure_is_refused(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(images, "MOST_PIXELS", 29)
+        write_images(tmp_path)
+        with pytest.raises(DataError, match=r"ant/00.png .*5 x 6 pixels are more than 29"):
+            data.load_data(f"folder:{tmp_path}", size=(2, 2))
+
+    def test_classes_are_printable(self, tmp_path):
+        names = [b"a\x1b[31mb", b"caf\xe9", "café".encode(), b"line\nbreak", b"[red]", b"<b>", b"$x$", b":smile:"]
+        try:
+            for name in names:
+                folder = tmp_path / os.fsdecode(name)
+                folder.mkdir()
+                for i in range(3):
+                    Image.new("L", (3, 3), i).save(folder / f"{i}.png")
+        except OSError:
+            pytest.skip("this file system keeps no such names")
+        told = {r"a\x1b[31mb", r"caf\xe9", "café", r"line\nbreak", "[red]", "<b>", "$x$", ":smile:"}
+        loaded = data.load_data(f"folder:{tmp_path}")
+        assert set(loaded.classes) == told and all(name.isprintable() for name in loaded.classes)
 
     def test_more_than_256_classes(self, tmp_path):
         write_images(tmp_path, tuple(f"{c:03}" for c in range(260)), count=3, size=(2, 2), mode="L", ending="bmp")

@@ -382,3 +382,11 @@ class TestFigures:
     def test_wrong_shapes(self, make, message):
         with pytest.raises(InputError, match=message):
             make()
+
+
+def test_undecodable_names_of_files_are_escaped(tmp_path):
+    """A folder of data may have any bytes as its name, and the title names it."""
+    made = run(title="net on folder:/data/caf\udce9", facts={"data": "folder:/data/caf\udce9", "\udcff": 1})
+    write_report(tmp_path / "report.html", **made)
+    text = (tmp_path / "report.html").read_bytes().decode("utf-8")
+    assert r"folder:/data/caf\udce9" in Page(text).text

@@ -6,18 +6,22 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
+from branchynet.data import Growing
 from branchynet.errors import FileError, InputError
+from branchynet.files import locked
 from branchynet.training import checkpoint, train
 from branchynet.training.history import History
 from branchynet.training.train import Cosine, fit
-from pictures import equal, loader, make, quiet, state
+from pictures import Pictures, equal, loader, make, quiet, state
 
 # Runs that are killed and go on
 
@@ -199,6 +203,79 @@ def test_resume_false_starts_anew(finished, whole):
 def test_a_run_with_other_settings_is_refused(finished, changes, told):
     with pytest.raises(InputError, match=f"(?s){told}.*another run folder, or resume=False"):
         resumed(finished, make(), **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"num_workers": 2}, "workers=0.*workers=2"),
+        ({"num_workers": 1, "persistent_workers": True}, "workers=0.*workers=1"),
+        ({"batch_size": 11}, "batch_size=10.*batch_size=11"),  # as many batches, but of other samples
+    ],
+)
+def test_a_loader_that_draws_other_numbers_is_refused(finished, changes, told):
+    before = {path: path.read_bytes() for path in finished.iterdir()}
+    other = DataLoader(Pictures(), shuffle=True, **{"batch_size": 10, **changes})
+    with pytest.raises(InputError, match=f"{told}.*another run folder, or resume=False"):
+        quiet(make(), other, epochs=EPOCHS, run=finished)
+    assert {path: path.read_bytes() for path in finished.iterdir()} == before
+
+
+def test_growing_batches_are_told_apart_too(tmp_path):
+    def growing(workers):
+        return Growing(DataLoader(Pictures(), 10, shuffle=True, num_workers=workers), (8,))
+
+    quiet(make(), growing(0), epochs=1, run=tmp_path)
+    with pytest.raises(InputError, match=r"workers=0.*workers=1"):
+        quiet(make(), growing(1), epochs=1, run=tmp_path)
+
+
+def test_a_state_that_does_not_tell_workers_goes_on(tmp_path, whole):
+    """As earlier versions wrote it, without a checksum as well."""
+    with pytest.raises(Stop):
+        resumed(tmp_path, make(), interrupt=70)
+    path = tmp_path / "training.safetensors"
+    with safetensors.safe_open(path, framework="pt") as stored:
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+        header = json.loads(stored.metadata()["branchynet"])
+    del header["settings"]["workers"], header["settings"]["batch_size"]
+    safetensors.torch.save_file(tensors, path, {"branchynet": json.dumps(header)})
+    assert equal(state(resumed(tmp_path, make(seed=9))[0]), whole[0])
+
+
+@pytest.mark.parametrize("steps", [-1, 19, 10**15, 6.0, "6", None])
+def test_steps_that_no_training_took_are_refused(finished, steps):
+    path = finished / "training.safetensors"
+    with safetensors.safe_open(path, framework="pt") as stored:
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+        header = json.loads(stored.metadata()["branchynet"])
+    header["progress"]["steps"] = steps
+    safetensors.torch.save_file(tensors, path, {"branchynet": json.dumps(header)})
+    with pytest.raises(FileError, match=r"steps in 3 epochs of 6 batches"):
+        resumed(finished, make())
+
+
+def test_a_folder_in_use_is_refused(finished):
+    gate, done = threading.Event(), threading.Event()
+
+    def hold():
+        with locked(finished):
+            gate.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    gate.wait()
+    try:
+        before = {path: path.read_bytes() for path in finished.iterdir()}
+        for more in ({}, {"resume": False}, {"seed": 1}):
+            with pytest.raises(FileError, match=r"is in use"):
+                resumed(finished, make(), **more)
+        assert {path: path.read_bytes() for path in finished.iterdir()} == before
+    finally:
+        done.set()
+        thread.join()
+    assert resumed(finished, make())[1].last.epoch == EPOCHS
 
 
 def test_a_run_of_another_network_is_refused(finished):
