@@ -259,7 +259,7 @@ def test_progress_is_told(file, data):
         ({"batches": (0,)}, r"1\.\.70.*\[0\]"),
         ({"batches": (1, 71)}, r"1\.\.70.*\[1, 71\]"),
         ({"repeats": 0}, "repeats must be at least 1; got 0"),
-        ({"threads": 0}, "threads must be at least 1"),
+        ({"threads": 0}, "threads must be an integer of at least 1"),
     ],
 )
 def test_wrong_options_are_named(file, data, changes, told):

@@ -160,7 +160,7 @@ def test_a_real_measurement_has_its_shape(lenet, batch):
     [
         ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
         ({"batch_size": -3}, "-3"),
-        ({"threads": 0}, "threads must be at least 1; got 0"),
+        ({"threads": 0}, "threads must be an integer of at least 1; got 0"),
         ({"score": "entropi"}, "'entropi'.*'entropy'"),
     ],
 )

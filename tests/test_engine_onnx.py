@@ -196,7 +196,7 @@ def test_any_number_of_samples_is_answered_in_calls(engine):
 def test_wrong_options_are_named(engine, folder):
     path = folder / "model.onnx"
     for threads in (0, -1):
-        with pytest.raises(InputError, match=f"threads must be at least 1; got {threads}"):
+        with pytest.raises(InputError, match=f"threads must be an integer of at least 1; got {threads}"):
             load(path, threads=threads)
     for providers in (["AbacusExecutionProvider"], "AbacusExecutionProvider"):
         with pytest.raises(InputError, match=r"'AbacusExecutionProvider'.*CPUExecutionProvider"):

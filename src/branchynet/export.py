@@ -26,6 +26,7 @@ from .files import replacing
 from .fingerprint import fingerprint
 from .graph.flat import FlatGraph, flatten, tensors_of
 from .graph.layout import keep_blocks
+from .graph.memory import sample_bytes
 from .graph.onnx_exits import flat_model, nest
 from .graph.quantize import Batch, Quantize, calibration_batches, check_quantize, quantized
 from .machine import processor
@@ -164,6 +165,7 @@ def assemble(
         "exits": flat.exits,
         "thresholds": thresholds,
         "batch": "dynamic" if flat.dynamic else 1,
+        "sample_bytes": sample_bytes(flat),
         "output_shape": [d if isinstance(d, int) else 0 for d in list(shape)[1:]],
         "labels": [],
         "preprocessing": None,

@@ -16,7 +16,7 @@ from .fingerprint import fingerprint
 from .net import evaluating
 from .samples import Digests, digests
 from .scores import Score, resolve
-from .training.feed import batches, exits_of, in_order, tensors_in
+from .training.feed import batches, exits_of, tensors_in
 from .types import Floats, Ints, score_name
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -104,8 +104,7 @@ class _EveryExit(nn.Module):
         self.selected_on = tuple(engine.metadata.get("selected_on", ()))
 
     def forward(self, *inputs: Tensor, **keywords: Tensor) -> tuple[Tensor, ...]:
-        given = [*inputs, *in_order(keywords, [i.name for i in self.engine.inputs[len(inputs) :]])]
-        return tuple(torch.from_numpy(output) for output in self.engine.outputs(*(t.numpy() for t in given))[1:])
+        return tuple(torch.from_numpy(output) for output in self.engine.outputs(*inputs, **keywords)[1:])
 
 
 def _every_exit(engine: Engine, device: object) -> nn.Module:

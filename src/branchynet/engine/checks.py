@@ -1,7 +1,7 @@
 """What every engine asks of a call: its inputs and thresholds."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
+from ..keywords import in_order
 from ..types import Policy
 
 
@@ -20,25 +21,52 @@ class Input:
     dtype: Any
     shape: tuple[int | None, ...]
 
+    def __post_init__(self) -> None:
+        if self.dtype is not None and not isinstance(self.dtype, str):  # comparing dtypes is fast, with types it is not
+            object.__setattr__(self, "dtype", np.dtype(self.dtype))
+
     def accepts(self, array: Any) -> bool:
         """Whether `array` has this dtype and this shape behind its batch dimension."""
-        return isinstance(array, np.ndarray) and array.dtype == self.dtype and self.fits(array.shape)
+        if not isinstance(array, np.ndarray) or array.dtype != self.dtype:
+            return False
+        shape = array.shape
+        return (shape != () and shape[1:] == self.shape) or self.fits(shape)
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether `shape`, batch first, is this input's."""
-        return len(shape) == len(self.shape) + 1 and (
-            shape[1:] == self.shape
-            or all(want is None or have == want for have, want in zip(shape[1:], self.shape, strict=True))
+        return len(shape) == len(self.shape) + 1 and all(
+            want is None or have == want for have, want in zip(shape[1:], self.shape, strict=True)
         )
+
+    def taken(self, given: Any) -> Any:
+        """A torch tensor as an array, which shares its memory where that lies on the CPU; anything else as it is."""
+        if not hasattr(given, "detach"):  # torch need not be installed where an exported file runs
+            return given
+        try:
+            return given.detach().cpu().numpy()
+        except (TypeError, RuntimeError):  # numpy has no bfloat16, and no sparse or quantised tensors
+            return given
 
     def describe(self, given: Any) -> str:
         """What was given instead, such as ``float64 (3, 28)``."""
+        if hasattr(given, "detach"):
+            return f"{str(given.dtype).removeprefix('torch.')} {tuple(given.shape)}"
         return f"{given.dtype} {given.shape}" if isinstance(given, np.ndarray) else type(given).__name__
+
+    def remedy(self, given: Any) -> str:
+        """How to make what was given into this input, where that can be told."""
+        if not hasattr(given, "dtype"):
+            return f"give numpy.asarray(..., numpy.{self.dtype_name})"
+        shape = tuple(given.shape)
+        if not self.fits(shape):
+            return "add the batch dimension: array[None]" if self.fits((1, *shape)) else ""
+        convert = "to(torch." if hasattr(given, "detach") else "astype(numpy."
+        return f"convert it: .{convert}{self.dtype_name})"
 
     @property
     def dtype_name(self) -> str:
         """Such as ``float32``."""
-        return np.dtype(self.dtype).name
+        return str(self.dtype)
 
     def __str__(self) -> str:
         """Such as ``x: float32 (B, 1, 28, 28)``."""
@@ -46,21 +74,55 @@ class Input:
         return f"{self.name}: {self.dtype_name} ({dims})"
 
 
-def check_inputs(inputs: Sequence[Any], wanted: Sequence[Input]) -> int:
-    """How many samples the inputs of a call hold.
+def take(inputs: Sequence[Any], named: Mapping[str, Any], wanted: Sequence[Input]) -> tuple[dict[str, Any], int]:
+    """The inputs of a call by their names, in the order of `wanted`, and how many samples they hold.
+
+    Args:
+        inputs: as given by position; or one mapping from names to inputs.
+        named: those given by keyword, for what is not given by position.
+        wanted: what the network reads.
 
     Raises:
-        InputError: wrong number, shape or dtype of inputs, or their batch sizes disagree.
+        InputError: wrong number, names, shape or dtype of inputs, or their batch sizes disagree.
     """
+    if not named and len(inputs) == len(wanted):
+        taken: dict[str, Any] = {}
+        rows = 0
+        for given, want in zip(inputs, wanted, strict=True):  # in every call, so it is kept short
+            if not want.accepts(given) or (taken and len(given) != rows):
+                break
+            rows = len(given)
+            taken[want.name] = given
+        else:
+            return taken, rows
+    return take(_mended(inputs, named, wanted), {}, wanted)
+
+
+def _mended(inputs: Sequence[Any], named: Mapping[str, Any], wanted: Sequence[Input]) -> Sequence[Any]:
+    """Inputs that are right but for their order or for being torch tensors, as arrays in order. Raises `InputError`."""
+    if len(inputs) == 1 and isinstance(inputs[0], Mapping):
+        inputs, named = (), {**inputs[0], **named}
+    if named:
+        try:
+            inputs = (*inputs, *in_order(named, [i.name for i in wanted[len(inputs) :]]))
+        except InputError:
+            raise InputError(
+                f"{len(inputs)} inputs are given by position and {sorted(map(str, named))} by name; the network reads "
+                f"{_listed(wanted)}"
+            ) from None
     if len(inputs) != len(wanted):
         raise InputError(f"{len(inputs)} inputs given; the network reads {len(wanted)}: {_listed(wanted)}")
-    for given, want in zip(inputs, wanted, strict=True):
-        if not want.accepts(given):
-            raise InputError(f"input {want.name!r} is {want.describe(given)}; the network reads {_listed(wanted)}")
-    rows = len(inputs[0])
-    if any(len(given) != rows for given in inputs):
-        raise InputError(f"the inputs have batch sizes {[len(given) for given in inputs]}; they must agree")
-    return rows
+    arrays = [want.taken(given) for given, want in zip(inputs, wanted, strict=True)]
+    for given, array, want in zip(inputs, arrays, wanted, strict=True):
+        if not want.accepts(array):
+            remedy = want.remedy(given)
+            raise InputError(
+                f"input {want.name!r} is {want.describe(given)}; the network reads {_listed(wanted)}"
+                + (f": {remedy}" if remedy else "")
+            )
+    if len({len(array) for array in arrays}) > 1:
+        raise InputError(f"the inputs have batch sizes {[len(array) for array in arrays]}; they must agree")
+    return arrays
 
 
 def difference(got: NDArray[Any], want: NDArray[Any]) -> float:

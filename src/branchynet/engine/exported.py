@@ -4,19 +4,26 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from ..errors import FileError, InputError
 from ..files import parse_json
 from ..stored import from_stored
 from ..types import Policy, Prediction
-from .checks import Input, check_inputs, check_thresholds
+from .checks import Input, check_thresholds, take
 
 FORMAT = 1
 METADATA_KEY = "branchynet"
+_THRESHOLD = re.compile(r"threshold_\d+")
+_CALL_ROWS, _CALL_BYTES = 256, 1 << 28  # of one call of answer_all
+
 Feeds = dict[str, NDArray[Any]]
 
 
@@ -40,10 +47,30 @@ class _Read:
 _FIELDS = {field.name for field in fields(_Read)}
 
 
+@dataclass(frozen=True)
+class Graph:
+    """The graph of an exported file, opened in a runtime.
+
+    Attributes:
+        run: from arrays by input name to the graph's outputs, in the order of the file.
+        inputs: what the network reads and, after that, the thresholds that a call may give.
+        required: names of those that a call must give.
+        outputs: how many.
+        metadata: what `export` wrote into the file, see `read_metadata`.
+    """
+
+    run: Callable[[Feeds], Sequence[Any]]
+    inputs: tuple[Input, ...]
+    required: frozenset[str]
+    outputs: int
+    metadata: dict[str, Any]
+
+
 class Engine:
     """An exported network, ready to answer. Made by `load`.
 
-    Calls are thread-safe: an engine holds no state between calls, and all runtimes may be called concurrently.
+    Calls are thread-safe: an engine holds no state between calls, and all runtimes may be called concurrently. An
+    engine pickles and deep-copies as the arguments of `load`: the copy reads the file again from its absolute path.
 
     Attributes:
         runtime: as `load` was told.
@@ -54,75 +81,106 @@ class Engine:
         metadata: all that the file says of itself.
     """
 
-    def __init__(
-        self,
-        runtime: str,
-        run: Callable[[Feeds], Sequence[Any]],
-        inputs: Sequence[Input],
-        outputs: int,
-        metadata: dict[str, Any],
-        *,
-        feeds_thresholds: bool,
-    ) -> None:
+    def __init__(self, runtime: str, graph: Graph, reopen: tuple[Callable[..., "Engine"], tuple[Any, ...]]) -> None:
         self.runtime = runtime
-        self._run = run
-        self._outputs = outputs
-        self.metadata = metadata
-        self.policy = None if metadata["policy"] is None else Policy.from_json(metadata["policy"])
-        self.exits: int = metadata["exits"]
-        self.labels: tuple[str, ...] = tuple(metadata["labels"])
-        self.inputs = tuple(i for i in inputs if not re.fullmatch(r"threshold_\d+", i.name))
-        self._fixed_batch = metadata["batch"] == 1
-        thresholds = self.policy.thresholds if self.policy and feeds_thresholds else ()
-        self._defaults = _threshold_feeds(thresholds)
+        self.metadata = graph.metadata
+        self.policy = None if self.metadata["policy"] is None else Policy.from_json(self.metadata["policy"])
+        self.exits: int = self.metadata["exits"]
+        self.labels: tuple[str, ...] = tuple(self.metadata["labels"])
+        self.inputs = tuple(i for i in graph.inputs if not _THRESHOLD.fullmatch(i.name))
+        self._run = graph.run
+        self._outputs = graph.outputs
+        self._reopen = reopen
+        self._single = self.metadata["batch"] == 1
+        self._settable = {i.name for i in graph.inputs} - {i.name for i in self.inputs}
+        own = _threshold_feeds(self.policy.thresholds if self.policy else ())
+        self._defaults = {name: array for name, array in own.items() if name in graph.required}
 
-    def __call__(self, *inputs: NDArray[Any], thresholds: Sequence[float | None] | None = None) -> Prediction:
+    def __reduce__(self) -> tuple[Callable[..., "Engine"], tuple[Any, ...]]:
+        return self._reopen
+
+    def __call__(self, /, *inputs: Any, thresholds: Sequence[float | None] | None = None, **named: Any) -> Prediction:
         """Answer a batch of any size, zero included, each sample at the first exit that is sure enough.
 
+        A call holds the activations of all its samples at once, and the runtime may keep that memory for later calls;
+        for many samples use `answer_all`.
+
         Args:
-            inputs: arrays as `inputs` says, all with the same leading batch size B.
+            inputs: numpy arrays or torch tensors as `inputs` says, all with the same leading batch size B; or one
+                mapping from input names to them.
             thresholds: N-1 figures to use in this call instead of the file's own; None at an exit means never leave
                 there.
+            named: inputs by name, for those that are not given by position.
 
         Raises:
-            InputError: wrong number, shape or dtype of inputs, or wrong number of thresholds.
+            InputError: wrong number, names, shape or dtype of inputs, or wrong number of thresholds, or thresholds for
+                a file that fixes them.
         """
+        feeds, rows = take(inputs, named, self.inputs)
+        if thresholds is not None:
+            feeds |= self._override(thresholds)
+        results = self._results(feeds, rows)
         if self.policy is None:
-            if thresholds is not None:
-                raise InputError("this file was exported with policy=None and has no thresholds; export one")
-            results = self.outputs(*inputs)
-            rows = len(results[0])
-            return Prediction(results[0], np.full(rows, self.exits), np.full(rows, np.nan, np.float32), results[-1])
-        feeds = self._feeds(inputs)
-        feeds.update(self._defaults if thresholds is None else self._override(thresholds))
-        if not len(inputs[0]):
-            return Prediction(*self._empty())
-        return Prediction(*self._run(feeds))
+            exit, score = np.full(rows, self.exits), np.full(rows, np.nan, np.float32)
+            return Prediction(results[0], exit, score, results[-1])
+        return Prediction(*results)
 
-    def answer_all(self, *inputs: NDArray[Any], rows: int = 256) -> Prediction:
-        """Answer any number of samples, `rows` a call, or one where the file takes no more. Raises as a call does."""
-        step = 1 if self._fixed_batch else rows
-        starts = range(0, len(inputs[0]), step) or (0,)
-        answers = [self(*(i[start : start + step] for i in inputs)) for start in starts]
+    def answer_all(
+        self,
+        /,
+        *inputs: Any,
+        rows: int | None = None,
+        thresholds: Sequence[float | None] | None = None,
+        **named: Any,
+    ) -> Prediction:
+        """Answer any number of samples, some rows a call.
+
+        Args:
+            inputs: as in a call.
+            rows: samples a call; by default 256, or fewer where their activations would exceed 256 MiB. A file of one
+                sample a call always takes one.
+            thresholds: as in a call.
+            named: as in a call.
+
+        Raises:
+            InputError: as a call does, or `rows` is no integer of at least 1.
+        """
+        if rows is not None and not (isinstance(rows, Integral) and rows >= 1):
+            raise InputError(f"rows must be an integer of at least 1, or None to choose by memory; got {rows!r}")
+        arrays, samples = take(inputs, named, self.inputs)
+        step = 1 if self._single else int(rows or self._rows_a_call())
+        starts = range(0, samples, step) or (0,)
+        answers = [self(*(a[start : start + step] for a in arrays.values()), thresholds=thresholds) for start in starts]
         return Prediction(*(np.concatenate(parts) for parts in zip(*answers, strict=True)))
 
-    def outputs(self, *inputs: NDArray[Any]) -> tuple[NDArray[Any], ...]:
-        """The graph's outputs in the order of the file: for a flat file ``(label, output_1, ..., output_N)``."""
-        feeds = self._feeds(inputs)
-        feeds.update(self._defaults)
-        if not len(inputs[0]):
-            return self._empty()
-        return tuple(self._run(feeds))
+    def outputs(self, /, *inputs: Any, **named: Any) -> tuple[NDArray[Any], ...]:
+        """The graph's outputs in the order of the file: for a flat file ``(label, output_1, ..., output_N)``.
 
-    def _feeds(self, inputs: tuple[NDArray[Any], ...]) -> Feeds:
-        rows = check_inputs(inputs, self.inputs)
-        if self._fixed_batch and rows > 1:
-            raise InputError(f"this file answers one sample at a time, got {rows}; export with batch='dynamic'")
-        return {wanted.name: given for given, wanted in zip(inputs, self.inputs, strict=True)}
+        Takes inputs, and raises, as a call does.
+        """
+        return tuple(self._results(*take(inputs, named, self.inputs)))
+
+    def _results(self, feeds: Feeds, rows: int) -> Sequence[NDArray[Any]]:
+        if rows != 1 and (rows == 0 or self._single):
+            if rows:
+                raise InputError(f"this file answers one sample at a time, got {rows}; export with batch='dynamic'")
+            return self._empty()
+        return self._run(self._defaults | feeds if self._defaults else feeds)
 
     def _override(self, thresholds: Sequence[float | None]) -> Feeds:
-        assert self.policy is not None
-        return _threshold_feeds(check_thresholds(thresholds, self.policy, where="this file", remedy="export again"))
+        if self.policy is None:
+            raise InputError("this file was exported with policy=None and has no thresholds; export one")
+        feeds = _threshold_feeds(check_thresholds(thresholds, self.policy, where="this file", remedy="export again"))
+        if fixed := sorted(feeds.keys() - self._settable):
+            raise InputError(
+                f"{fixed[0]} is a constant in this file, so a call cannot give thresholds: leave them out, or export "
+                "again with thresholds='default', and keep tools that turn inputs with default values into constants "
+                "away from the file"
+            )
+        return feeds
+
+    def _rows_a_call(self) -> int:
+        return int(np.clip(_CALL_BYTES // max(1, self.metadata.get("sample_bytes", 1)), 1, _CALL_ROWS))
 
     def _empty(self) -> tuple[NDArray[Any], ...]:
         tail = tuple(self.metadata["output_shape"])
@@ -130,6 +188,21 @@ class Engine:
         if self.policy is None:
             return (label, *(np.empty((0, *tail), np.float32) for _ in range(self._outputs - 1)))
         return label, np.empty(0, np.int64), np.empty(0, np.float32), np.empty((0, *tail), np.float32)
+
+
+def read_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
+    """The file with all its weights. Raises `FileError` for no ONNX file, or where weights that it names are gone."""
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (DecodeError, ValueError, OSError, RecursionError) as error:
+        raise FileError(f"{path} is no ONNX file ({error}); export it again") from error
+    try:
+        onnx.load_external_data_for_model(model, str(Path(path).parent))
+    except (OSError, ValueError, onnx.checker.ValidationError) as error:
+        raise FileError(
+            f"weights that {path} keeps in another file cannot be read ({error}); put that file beside it"
+        ) from error
+    return model
 
 
 def read_metadata(properties: dict[str, str], path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -6,15 +6,14 @@ from typing import Any
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from ..errors import FileError, MissingExtraError
 from .checks import Input
-from .exported import Engine, Feeds, read_metadata
+from .exported import Feeds, Graph, read_metadata, read_model
 
 
-def open_in_openvino(path: str | os.PathLike[str], threads: int | None) -> Engine:
+def open_in_openvino(path: str | os.PathLike[str], threads: int | None) -> Graph:
     """Open a file that `export` wrote; see `branchynet.load`, which calls this. Raises as it does."""
     try:
         import openvino
@@ -22,10 +21,7 @@ def open_in_openvino(path: str | os.PathLike[str], threads: int | None) -> Engin
         raise MissingExtraError(
             "runtime='openvino' needs OpenVINO, which is not installed: pip install 'branchynet[openvino]'"
         ) from error
-    try:
-        model = onnx.load(path)
-    except (DecodeError, ValueError, OSError, RecursionError) as error:
-        raise FileError(f"{path} is no ONNX file ({error}); export it again") from error
+    model = read_model(path)
     metadata = read_metadata({p.key: p.value for p in model.metadata_props}, path)
     # OpenVINO takes an input with a default value for a constant: without the default it stays an input, which we feed.
     weights = [t for t in model.graph.initializer if t.name not in {i.name for i in model.graph.input}]
@@ -36,7 +32,7 @@ def open_in_openvino(path: str | os.PathLike[str], threads: int | None) -> Engin
         "INFERENCE_PRECISION_HINT": "f32",  # it may choose bfloat16, which moves scores across thresholds
     }
     if threads is not None:
-        options["INFERENCE_NUM_THREADS"] = threads
+        options["INFERENCE_NUM_THREADS"] = int(threads)
     try:
         core = openvino.Core()
         compiled = core.compile_model(core.read_model(model.SerializeToString()), "CPU", options)
@@ -45,8 +41,8 @@ def open_in_openvino(path: str | os.PathLike[str], threads: int | None) -> Engin
         raise FileError(
             f"OpenVINO {version} cannot run {path} ({_brief(error)}); load it with runtime='onnxruntime'"
         ) from error
-    inputs = [_input(i) for i in model.graph.input]
-    return Engine("openvino", _Requests(compiled), inputs, len(compiled.outputs), metadata, feeds_thresholds=True)
+    inputs = tuple(_input(i) for i in model.graph.input)
+    return Graph(_Requests(compiled), inputs, frozenset(i.name for i in inputs), len(compiled.outputs), metadata)
 
 
 class _Requests:
@@ -54,6 +50,7 @@ class _Requests:
 
     def __init__(self, compiled: Any) -> None:
         self.compiled = compiled
+        self.names = [port.any_name for port in compiled.inputs]  # without inputs that nothing reads
         self.free: list[Any] = []
 
     def __call__(self, feeds: Feeds) -> Sequence[NDArray[Any]]:
@@ -62,7 +59,7 @@ class _Requests:
         except IndexError:
             request = self.compiled.create_infer_request()
         try:
-            results = request.infer({name: np.ascontiguousarray(array) for name, array in feeds.items()})
+            results = request.infer({name: np.ascontiguousarray(feeds[name]) for name in self.names})
             return [results[i] for i in range(len(results))]
         finally:
             self.free.append(request)

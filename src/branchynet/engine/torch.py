@@ -16,7 +16,7 @@ from ..graph.program import CUDA_ROWS, tensors_of
 from ..graph.torch_stages import cut_stages
 from ..net import arguments, evaluating, exits_in
 from ..types import Policy, Prediction
-from .checks import Input, check_inputs, check_thresholds, difference, magnitude
+from .checks import Input, check_thresholds, difference, magnitude, take
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,9 @@ class TensorInput(Input):
             return array.dtype == self.tensor_dtype and self.fits(tuple(array.shape))
         return self.dtype is not None and super().accepts(array)
 
-    def describe(self, given: Any) -> str:
-        """What was given instead, such as ``float64 (3, 28)``."""
-        if isinstance(given, Tensor):
-            return f"{str(given.dtype).removeprefix('torch.')} {tuple(given.shape)}"
-        return super().describe(given)
+    def taken(self, given: Any) -> Any:
+        """What was given, as it is."""
+        return given
 
     @property
     def dtype_name(self) -> str:
@@ -93,24 +91,26 @@ class TorchEngine:
         self._later = tuple({t.name for s in cut.stages[i + 1 :] for t in s.takes} for i in range(len(cut.stages)))
         self._check(net, moved)
 
-    def __call__(self, *inputs: NDArray[Any] | Tensor, thresholds: Sequence[float | None] | None = None) -> Prediction:
+    def __call__(self, /, *inputs: Any, thresholds: Sequence[float | None] | None = None, **named: Any) -> Prediction:
         """Answer a batch of any size, zero included, each sample at the first exit that is sure enough.
 
         Args:
-            inputs: arrays or tensors as `inputs` says, all with the same leading batch size B.
+            inputs: arrays or tensors as `inputs` says, all with the same leading batch size B; or one mapping from
+                input names to them.
             thresholds: N-1 figures to use in this call instead of the policy's; None at an exit means never leave
                 there.
+            named: inputs by name, for those that are not given by position.
 
         Returns:
             numpy arrays, whatever the inputs were.
 
         Raises:
-            InputError: wrong number, shape or dtype of inputs, or wrong number of thresholds.
+            InputError: wrong number, names, shape or dtype of inputs, or wrong number of thresholds.
         """
-        rows = check_inputs(inputs, self.inputs)
+        taken, rows = take(inputs, named, self.inputs)
         if rows > self._most:
             parts = [slice(start, start + self._most) for start in range(0, rows, self._most)]
-            answers = [self(*(given[part] for given in inputs), thresholds=thresholds) for part in parts]
+            answers = [self(*(given[part] for given in taken.values()), thresholds=thresholds) for part in parts]
             return Prediction(*(np.concatenate(each) for each in zip(*answers, strict=True)))
         used = self.policy.thresholds
         if thresholds is not None:
@@ -122,7 +122,7 @@ class TorchEngine:
             return Prediction(label, np.empty(0, np.int64), np.empty(0, np.float32), output)
         with torch.inference_mode(), np.errstate(over="ignore"):  # a threshold beyond float32 is infinite, as in a file
             limits = [float(np.float32(t)) for t in used if t is not None]
-            output, score, exit = self._answer([_tensor(given).to(self.device) for given in inputs], limits)
+            output, score, exit = self._answer([_tensor(given).to(self.device) for given in taken.values()], limits)
             return Prediction(*(t.cpu().numpy() for t in (output.argmax(dim=1), exit, score, output)))
 
     def _answer(self, inputs: Sequence[Tensor], thresholds: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:

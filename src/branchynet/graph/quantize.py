@@ -23,7 +23,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from torch import Tensor
 
 from ..errors import GraphError, InputError
-from ..training.feed import in_order
+from ..keywords import in_order
 from .cut import cut
 from .flat import FlatGraph
 from .onnx_exits import parents

@@ -1,6 +1,6 @@
 """One way to feed a batch to a network, shared by training and recording."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -36,30 +36,6 @@ def batches(loader: Any, device: torch.device, channels_last: bool = False) -> I
                 "yields such pairs"
             )
         yield place(batch[0]), batch[1].to(device, non_blocking=True)
-
-
-def in_order(keywords: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
-    """The entries of a batch by keyword, in the order of an exported graph's inputs.
-
-    Args:
-        keywords: inputs by the names that forward gives them.
-        names: of the graph's inputs, which may have underscores behind those (see `branchynet.graph.flat.input_names`).
-
-    Raises:
-        InputError: other names than the graph's.
-    """
-    left = dict(keywords)
-    found = []
-    for name in names:
-        key = name
-        while key not in left and key.endswith("_"):
-            key = key[:-1]
-        if key not in left:
-            raise InputError(f"the batch has no input {name!r}, only {sorted(keywords)}; it needs {list(names)}")
-        found.append(left.pop(key))
-    if left:
-        raise InputError(f"the batch has inputs {sorted(left)} that the network does not read; it reads {list(names)}")
-    return found
 
 
 def tensors_in(inputs: Any) -> Iterator[Tensor]:

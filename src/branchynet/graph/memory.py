@@ -1,0 +1,33 @@
+"""How much memory a sample takes while a graph runs."""
+
+import math
+
+import onnx_ir as ir
+
+from .flat import FlatGraph
+from .section import BATCH
+
+
+def sample_bytes(flat: FlatGraph) -> int:
+    """Bytes of activations a sample: the most that are in use at once when nodes run in the order of the graph.
+
+    A value is in use from the node that makes it to the last that reads it, the network's outputs to the end. What a
+    runtime needs within an operator comes on top. Dimensions that the graph does not tell count as 1.
+    """
+    nodes = list(flat.model.graph)
+    last = {v: i for i, node in enumerate(nodes) for v in (*node.outputs, *node.inputs) if v is not None}
+    outputs = set(flat.model.graph.outputs)
+    used = most = sum(_bytes(v) for v in flat.model.graph.inputs)
+    for i, node in enumerate(nodes):
+        used += sum(_bytes(v) for v in node.outputs)
+        most = max(most, used)
+        done = {v for v in (*node.inputs, *node.outputs) if v is not None and last[v] == i and not v.is_initializer()}
+        used -= sum(_bytes(v) for v in done - outputs)
+    return most
+
+
+def _bytes(value: ir.Value) -> int:
+    if value.dtype is None or value.shape is None:
+        return 0
+    known = [d if isinstance(d, int) else d.evaluate({BATCH: 1}) for d in value.shape]
+    return math.ceil(value.dtype.itemsize * math.prod(d if isinstance(d, int) else 1 for d in known))
