@@ -22,6 +22,7 @@ from .engine.exported import FORMAT, METADATA_KEY, Engine
 from .engine.onnx import load
 from .engine.seal import seal
 from .errors import GraphError, InputError, as_graph_errors
+from .exit_record import check_same_network
 from .files import replacing
 from .fingerprint import fingerprint
 from .graph.flat import FlatGraph, flatten, tensors_of
@@ -31,7 +32,7 @@ from .graph.onnx_exits import flat_model, nest
 from .graph.quantize import Batch, Quantize, calibration_batches, check_quantize, quantized
 from .machine import processor
 from .net import arguments, count_exits, evaluating, exits_in
-from .types import Policy
+from .types import Choice, Policy
 from .version import __version__
 
 LOW_AGREEMENT = 0.95  # of int8 with float; the networks of the zoo reach 0.98
@@ -41,7 +42,7 @@ def export(
     net: nn.Module,
     path: str | os.PathLike[str],
     *,
-    policy: Policy | None,
+    policy: Policy | Choice | None,
     example: Any,
     thresholds: Literal["default", "input"] = "default",
     batch: Literal["dynamic", 1] = "dynamic",
@@ -62,7 +63,8 @@ def export(
         net: a `BranchyNet`, or a network that returns a tuple of its exits' outputs; with ``policy=None`` any network.
         path: where to write.
         policy: score and thresholds. None writes the network flat: every exit's output, none of them early
-            (``label``, then ``output``, or ``output_1..N`` where there are several), with the same graph treatment.
+            (``label``, then ``output``, or ``output_1..N`` where there are several), with the same graph treatment. Given
+            a `Choice`, its policy and its promise, and the metadata name the record that chose.
         example: one batch of inputs: a tensor, a tuple of tensors, or a dict of keyword arguments. With two rows or
             more, a network whose answer to one sample depends on the others is refused.
         thresholds: ``"default"`` makes thresholds inputs with default values, which a caller may omit; ``"input"``
@@ -81,11 +83,11 @@ def export(
         labels: class names, kept in the file's metadata.
         preprocessing: how to make the input, kept likewise, such as ``{"size": [28, 28], "mode": "L", "scale": 1 /
             255}``.
-        promise: a sentence on what the thresholds promise, kept likewise.
+        promise: a sentence on what the thresholds promise, kept likewise; by default that of a `Choice`.
 
     Raises:
-        InputError: a number of thresholds other than N-1, an unknown score or option, or calibration batches that the
-            network does not read.
+        InputError: a number of thresholds other than N-1, a `Choice` for another network or other weights, an unknown
+            score or option, or calibration batches that the network does not read.
         GraphError: the network cannot be exported, quantised or cut, or the file disagrees with PyTorch.
         FileError: the file cannot be written; nothing is left half-written under `path`.
     """
@@ -93,16 +95,21 @@ def export(
         raise InputError(
             f"thresholds must be 'default' or 'input' and batch 'dynamic' or 1; got {thresholds!r}, {batch!r}"
         )
+    notes: dict[str, Any] = {"network": fingerprint(net) + (f"-{quantize}" if quantize else "")}
+    notes |= {"labels": list(labels), "preprocessing": preprocessing, "promise": promise}
+    notes |= {"selected_on": list(getattr(net, "selected_on", ()))}
+    if isinstance(policy, Choice):
+        check_same_network("the network and the choice", notes["network"], policy.network)
+        notes["chosen_on"] = policy.record_digest
+        notes["promise"] = promise or (policy.promise and str(policy.promise))
+        policy = policy.policy
     if policy is not None and policy.exits != (exits := count_exits(net, example)):
         raise InputError(f"the policy has {len(policy.thresholds)} thresholds; {exits} exits need {exits - 1}")
     check_quantize(quantize, calibration)
     score = None if policy is None else scores.resolve(policy.score)
     flat = flatten(net, example, score=score, dynamic=batch == "dynamic")
-    notes: dict[str, Any] = {"labels": list(labels), "preprocessing": preprocessing, "promise": promise}
-    notes |= {"network": fingerprint(net), "selected_on": list(getattr(net, "selected_on", ()))}
     expected = _from_network(net, example)
     if quantize:
-        notes["network"] += f"-{quantize}"
         batches = calibration_batches(calibration, flat)
         flat, expected, report = _in_int8(flat, batches, quantize, example, expected)
         notes["quantize"] = {"scheme": quantize, **report}
