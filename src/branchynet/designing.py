@@ -26,8 +26,9 @@ from .engine.onnx import Runtime
 from .errors import FileError, InputError
 from .exit_record import ExitRecord
 from .files import read_json, replacing, write_json
-from .machine import environment
+from .fingerprint import fingerprint
 from .net import BranchyNet
+from .provenance import check_data, keep_bench, keep_data
 from .record import record
 from .runs import Run, build_network, create_run, example_of, export_run, loaders, open_run, train_exits
 from .training.checkpoint import load_weights, save_weights
@@ -130,6 +131,7 @@ def design_run(
     base = open_run(path, trust=trust)
     base.file("record-static.npz", "train")
     data = load_data(base.settings.data)
+    check_data(base.path, data)
     folder = design_folder(base.path, batch_size, runtime)
     advice = _advised(base, data, folder, batch_size, threads, runtime, max_drop, exits, epochs, final_epochs, progress)
     if not advice.design.taps or not (advice.worth or anyway):
@@ -138,8 +140,10 @@ def design_run(
         base.settings, taps=advice.design.taps, heads=advice.design.heads, distill=DISTILL, weights=(), train="all"
     )
     run = create_run(folder, settings)
+    keep_data(folder, data)
     net = build_network(settings, data)
     load_weights(net, folder / "warm.safetensors")
+    net.selected_on = tuple(filter(None, [advice.selected_on]))
     train_exits(run, net, data, progress)
     with replacing(folder / "record-static.npz") as temporary:
         temporary.write_bytes((base.path / "record-static.npz").read_bytes())
@@ -167,14 +171,20 @@ def _advised(
     """The advice in the folder, or a new one."""
     asked = {"threads": threads, "max_drop": max_drop, "exits": exits, "epochs": epochs, "final_epochs": final_epochs}
     path = folder / "advice.json"
+    settings = base.settings
+    trunk = build_network(replace(settings, taps=()), data).backbone
+    load_weights(trunk, _plain(base, "baseline" if settings.baseline_epochs else "static"))
     if path.exists():
         made = read_json(folder / "asked.json")
         if made != asked:
             raise InputError(f"{folder} was designed with {made}, not {asked}: ask for the same, or remove the folder")
-        return Advice.load(path)
-    settings = base.settings
-    trunk = build_network(replace(settings, taps=()), data).backbone
-    load_weights(trunk, _plain(base, "baseline" if settings.baseline_epochs else "static"))
+        advice = Advice.load(path)
+        if advice.fingerprint != fingerprint(trunk):
+            raise FileError(
+                f"{path} is advice on other weights than those there; remove {folder} and {base.path / 'candidates'}, "
+                "and design again"
+            )
+        return advice
     train, val = loaders(settings, data)
     advice = advise(
         trunk,
@@ -242,7 +252,7 @@ def _compared(
         runtime=advice.runtime,
         progress=print if progress else lambda message: None,
     )
-    write_json(run.path / "bench.json", {"environment": environment(), "rows": [row]})
+    keep_bench(run.path, [row])
     found = Comparison(
         network=run.settings.network,
         batch=advice.batch_size,

@@ -63,8 +63,8 @@ def export(
         net: a `BranchyNet`, or a network that returns a tuple of its exits' outputs; with ``policy=None`` any network.
         path: where to write.
         policy: score and thresholds. None writes the network flat: every exit's output, none of them early
-            (``label``, then ``output``, or ``output_1..N`` where there are several), with the same graph treatment. Given
-            a `Choice`, its policy and its promise, and the metadata name the record that chose.
+            (``label``, then ``output``, or ``output_1..N`` where there are several), with the same graph treatment. A
+            `Choice` gives its policy and its promise, and the metadata name the record that chose.
         example: one batch of inputs: a tensor, a tuple of tensors, or a dict of keyword arguments. With two rows or
             more, a network whose answer to one sample depends on the others is refused.
         thresholds: ``"default"`` makes thresholds inputs with default values, which a caller may omit; ``"input"``

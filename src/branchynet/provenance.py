@@ -15,7 +15,8 @@ from .design import Advice
 from .engine.exported import Engine
 from .errors import DataError, FileError
 from .exit_record import ExitRecord
-from .files import write_json
+from .files import read_json, write_json
+from .machine import environment
 from .stored import read_entry
 from .types import Choice
 
@@ -31,11 +32,13 @@ def keep_data(run: Path, data: ImageData) -> None:
 
 def check_data(run: Path, data: ImageData, parts: Sequence[str] = PARTS) -> None:
     """Raises `DataError` where these parts of the data are not those that the run was made with."""
+    if not any((run / part / "train.csv").exists() for part in (".", "baseline", "static")):
+        return  # nothing has been made yet
     if not (run / _FILE).exists():
         if data.name.startswith(FOLDER):
             raise DataError(
-                f"{run} has no {_FILE}: its images were split in another way, so that those to test on now may have been "
-                f"trained on; train again into a new folder: `branchynet train NEW --data {data.name}`"
+                f"{run} has no {_FILE}: its images were split in another way, so that those to test on now may have "
+                f"been trained on; train again into a new folder: `branchynet train NEW --data {data.name}`"
             )
         return
     made = read_entry(run / _FILE, "digests", dict[str, str], "train")
@@ -47,30 +50,47 @@ def check_data(run: Path, data: ImageData, parts: Sequence[str] = PARTS) -> None
             )
 
 
-def model_digest(path: Path) -> str:
-    """SHA-256 of an exported file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def check_design(run: Path, record: ExitRecord) -> None:
+def check_design(run: Path) -> None:
     """Raises `FileError` for a design that was selected on all validation samples, which leaves none for a promise."""
     path = run / "advice.json"
-    if path.exists() and not record.selected_on and not Advice.load(path).selected_on:
+    if path.exists() and not Advice.load(path).selected_on:
         raise FileError(
-            f"{path} is of an earlier version, which selected the design on all validation samples, so that none are "
-            f"left to test a promise: remove {run} and run `branchynet design {run.parent}` again, or take --no-promise"
+            f"{path} does not say which samples selected the design: it was made by a version that took all "
+            f"validation samples, which leaves none to test a promise. Remove {run} and run `branchynet design "
+            f"{run.parent}` again, or ask for no promise (--no-promise)"
         )
 
 
-def check_report(run: Path, choice: Choice, val: ExitRecord, test: ExitRecord, model: Engine, bench: Any) -> None:
+def check_choice(run: Path, choice: Choice, network: str) -> None:
+    """Raises `FileError` where a choice is not of the weights there, whose fingerprint is `network`."""
+    if choice.network in (None, network):
+        return
+    recorded = ExitRecord.load(run / "record-val.npz").network if (run / "record-val.npz").exists() else None
+    verb = "choose" if recorded == network else "train"
+    raise FileError(
+        f"{run / 'choice.json'} was chosen for other weights ({choice.network}) than those there ({network}); run "
+        f"`branchynet {verb} {run}` again"
+    )
+
+
+def keep_bench(run: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write ``bench.json`` with the file that was timed."""
+    write_json(run / "bench.json", {"environment": environment(), "model": _digest(run / "model.onnx"), "rows": rows})
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def check_report(run: Path, choice: Choice, val: ExitRecord, test: ExitRecord, model: Engine) -> None:
     """What a report puts together belongs together.
 
     Args:
         run: the folder.
         choice: of thresholds.
-        val, test: records of both parts.
+        val: the validation record.
+        test: the test record.
         model: the exported file.
-        bench: what ``bench.json`` holds, or None.
 
     Raises:
         FileError: a file was made from others than those there; the command that makes it again is named.
@@ -93,5 +113,6 @@ def check_report(run: Path, choice: Choice, val: ExitRecord, test: ExitRecord, m
         (policy, choice.policy.to_json()),
         (about.get("chosen_on"), choice.record_digest),
     )
-    if bench is not None:
-        check("bench.json", "bench", (str(bench.get("model")), model_digest(run / "model.onnx")))
+    if (timed := run / "bench.json").exists():
+        about = read_json(timed)
+        check("bench.json", "bench", (isinstance(about, dict) and about.get("model", ""), _digest(run / "model.onnx")))

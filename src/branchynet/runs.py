@@ -6,6 +6,7 @@ Every file is readable by hand or by a standard tool; each is written whole or n
     baseline/             the plain network, trained first: the warm start
     static/               the plain network, trained on for as many epochs as the branches: what we are compared with
     checkpoint.safetensors, training.safetensors, train.csv
+    data.json             digests of the images that it was trained, chosen and tested on
     record-val.npz, record-test.npz, record-static.npz
     cost.json, choice.json, model.onnx, bench.json, report.html
     design-N/             another run, of the exits that `branchynet design` found best for batches of N
@@ -20,7 +21,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -34,15 +34,18 @@ from .errors import FileError, InputError, nearest
 from .exit_record import ExitRecord
 from .export import export
 from .files import locked, read_json, write_json
+from .fingerprint import fingerprint
 from .fitting import fit_score
+from .guarantee import halves
 from .machine import environment
 from .net import BranchyNet, evaluating
+from .provenance import check_choice, check_data, check_design, keep_bench, keep_data
 from .record import record
 from .stored import read_entry
 from .training.checkpoint import load_weights
 from .training.train import fit
 from .trust import signature, signed
-from .types import Choice, ExitCost, Policy, score_name
+from .types import PROMISED, Choice, ExitCost, Policy, score_name
 from .zoo import NETWORKS
 
 AUGMENTS = {
@@ -187,8 +190,10 @@ def train_run(run: Run, *, progress: bool = True) -> BranchyNet:
     with locked(run.path):
         settings = run.settings
         data = load_data(settings.data)
+        check_data(run.path, data)
         torch.manual_seed(settings.seed)
         net = build_network(settings, data)
+        keep_data(run.path, data)
         if settings.baseline_epochs:
             fit_in(run, "baseline", net.backbone, data, settings.baseline_epochs, settings.seed, progress)
         static = copy.deepcopy(net.backbone)
@@ -264,15 +269,18 @@ def measure_run(run: Run, score: Any = "entropy") -> ExitCost:
 def choose_run(run: Run, *, score: str | None = None, **constraint: Any) -> Choice:
     """Choose thresholds on the validation record; writes ``choice.json``. Arguments as in `choose`.
 
-    `score` may also be ``"learned"`` (see `fit_score`): it is fitted on every third sample, and the thresholds are
-    chosen on the others.
+    `score` may also be ``"learned"`` (see `fit_score`): it is fitted on the half of the samples that finds candidates,
+    and a promise is tested on the other; without a promise the thresholds are chosen on the other.
     """
     found = ExitRecord.load(run.file("record-val.npz", "train"))
+    if constraint.get("confidence", 0.95) is not None and any(constraint.get(name) is not None for name in PROMISED):
+        check_design(run.path)
     wanted: Any = score or "entropy"
     if wanted == "learned":
-        fitting = np.arange(found.samples) % 3 == 0
-        wanted = fit_score(found.take(fitting))
-        found = found.take(~fitting)
+        tuning, rest = halves(found.samples)
+        wanted = fit_score(found.take(tuning))
+        if constraint.get("confidence", 0.95) is None:
+            found = found.take(rest)
     choice = choose(found, measure_run(run, wanted), score=wanted, **constraint)
     choice.save(run.path / "choice.json")
     return choice
@@ -282,16 +290,17 @@ def export_run(run: Run, path: Path | None = None, **options: Any) -> Path:
     """Write ``model.onnx`` with the chosen thresholds; `options` as in `export`."""
     choice = Choice.load(run.file("choice.json", "choose"))
     net, data = load_run(run)
+    check_choice(run.path, choice, fingerprint(net))
     limit, value = next(iter(choice.constraint.items()))
     told = f"none; chosen for {limit} {value:g} on {choice.outcome.samples} validation samples"
     return export(
         net,
         path or run.path / "model.onnx",
-        policy=choice.policy,
+        policy=choice,
         example=example_of(data),
         labels=data.classes,
         preprocessing={"shape": list(data.shape), "scale": "pixels / 255", "resize": "bilinear"},
-        promise=told if choice.promise is None else str(choice.promise),
+        promise=told if choice.promise is None else None,
         **options,
     )
 
@@ -307,6 +316,7 @@ def bench_run(
     """Time ``model.onnx`` beside the static network, in each engine; writes ``bench.json``."""
     model = run.file("model.onnx", "export")
     net, data = load_run(run)
+    check_data(run.path, data, ["test"])
     images, labels = data.test.images.float() / 255, data.test.labels
     accuracy = evaluate(ExitRecord.load(run.file("record-static.npz", "train")), Policy()).accuracy
     rows = []
@@ -323,7 +333,7 @@ def bench_run(
             runtime=runtime,
             progress=print if progress else lambda message: None,
         )
-    write_json(run.path / "bench.json", {"environment": environment(), "rows": rows})
+    keep_bench(run.path, rows)
     return rows
 
 

@@ -21,6 +21,9 @@ from .stored import from_stored
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
 
+PROMISED = ("max_drop", "min_accuracy", "max_disagreement")
+"""The limits of `choose` that come with a promise."""
+
 
 @dataclass(frozen=True)
 class ExitCost:

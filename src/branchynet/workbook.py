@@ -12,6 +12,7 @@ from .design import Advice
 from .engine.onnx import Engine, load
 from .errors import InputError
 from .exit_record import ExitRecord
+from .provenance import check_data, check_report
 from .report import Gallery, write_report
 from .runs import Run, measure_run
 from .scores import of_record
@@ -50,8 +51,11 @@ def report_run(run: Run) -> Path:
     val, test = (ExitRecord.load(run.file(f"record-{part}.npz", "train")) for part in ("val", "test"))
     cost = measure_run(run, choice.policy.score)
     data = load_data(run.settings.data)
+    check_data(run.path, data, ["test"])
+    engine = load(run.file("model.onnx", "export"))
+    check_report(run.path, choice, val, test, engine)
     images = data.test.images.numpy()
-    answer = load(run.file("model.onnx", "export")).answer_all(images.astype(np.float32) / 255)
+    answer = engine.answer_all(images.astype(np.float32) / 255)
     timed = run.path / "bench.json"
     rows = read_entry(timed, "rows", list[dict[str, Any]], f"`branchynet bench {run.path}`") if timed.exists() else []
     advised = run.path / "advice.json"
