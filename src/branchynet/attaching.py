@@ -25,6 +25,7 @@ from .net import (
     runs_twice,
     tensor_in,
 )
+from .readable import check_weights
 from .survey import Survey, spread, surveying
 
 
@@ -73,6 +74,7 @@ def attach(
         )
     names = () if at == "auto" else tuple(at)
     BranchyNet(backbone, dict.fromkeys(names, nn.Identity()), output=output, tap=tap)  # refuses unknown names
+    check_weights(backbone)
     args, kwargs = arguments(few(example))
 
     def tensor(name: str, value: Any) -> Tensor | None:
@@ -101,10 +103,11 @@ def attach(
     headless = num_classes is not None and last.shape[1] != num_classes
     make = branch or _Default(None if headless else last)
     if headless:
-        output = Headed(output, make(last, classes))
+        output = Headed(output, _typed(make(last, classes), last))
     branches = {}
     for name, (value, dim) in features.items():
-        branches[name] = make(value, classes, dim) if isinstance(make, Maker) else make(value, classes)
+        made = make(value, classes, dim) if isinstance(make, Maker) else make(value, classes)
+        branches[name] = _typed(made, value if value.is_floating_point() else last)
     return BranchyNet(backbone, branches, output=output, tap=tap)
 
 
@@ -220,6 +223,11 @@ def _features(survey: Survey, names: Sequence[str], last: Tensor) -> dict[str, t
     if missing:
         raise GraphError(never_ran(missing[0]))
     return found
+
+
+def _typed(branch: nn.Module, features: Tensor) -> nn.Module:
+    """The branch, its floating-point parameters in the type of the features: float64, or half precision."""
+    return branch.to(features.dtype) if features.is_floating_point() else branch
 
 
 def _classes(last: Tensor, num_classes: int | None) -> int:

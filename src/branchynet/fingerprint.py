@@ -6,13 +6,16 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from .readable import check_weights
+
 
 def fingerprint(net: nn.Module) -> str:
     """``structure-weights``: two short digests, of what parameters and buffers there are, and of what they hold.
 
     The first tells architectures apart, wherever they differ in what is stored or tapped; the second also two trainings
-    of one. Averaged answers are another network's, see `averaged_fingerprint`.
+    of one. Averaged answers are another network's, see `averaged_fingerprint`. Raises `GraphError` as `check_weights`.
     """
+    check_weights(net)
     structure, weights = hashlib.sha256(repr(getattr(net, "taps", ())).encode()), hashlib.sha256()
     for name, value in sorted(net.state_dict().items()):
         if not isinstance(value, torch.Tensor):

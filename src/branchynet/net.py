@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .errors import GraphError, InputError, nearest
+from .readable import scripted
 
 INPUT = "input"  # the tap name that stands for the network's first argument
 
@@ -38,8 +39,8 @@ class BranchyNet(nn.Module):
 
     Raises:
         InputError: a tap that is no submodule (the nearest name is suggested), or a branch that is no module.
-        GraphError: from `forward`, where a tap never runs, runs twice, or runs out of order, or where the backbone has
-            several exits of its own.
+        GraphError: a tap in TorchScript; from `forward`, where a tap never runs, runs twice, or runs out of order, or
+            where the backbone has several exits of its own.
 
     Attributes:
         selected_on: sketches (see `branchynet.samples`) of the samples that the exits were selected on.
@@ -62,6 +63,13 @@ class BranchyNet(nn.Module):
                 raise InputError(f"the backbone has no submodule {name!r}{nearest(name, [INPUT, *modules])}")
             if not isinstance(branch, nn.Module):
                 raise InputError(f"the branch at {name!r} must be an nn.Module; got {type(branch).__name__}")
+        for name in branches:
+            if name != INPUT and (path := scripted(backbone, name)) is not None:
+                raise GraphError(
+                    f"the submodule {path or type(backbone).__name__!r} is TorchScript, which does not say what its "
+                    f"insides answer, so that {name!r} cannot be tapped; give the nn.Module that it was made of, or "
+                    "tap a submodule that is none"
+                )
         for name in tap or ():
             if name not in branches:
                 raise InputError(f"tap= reads {name!r}, where there is no branch{nearest(name, branches)}")

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from .errors import GraphError
+from .readable import scripted
 
 aten = torch.ops.aten
 # Operations that tell which dimension of what they read holds the features: the second, or the last.
@@ -178,7 +179,11 @@ def surveying(
 
         return returned
 
-    handles = [module.register_forward_hook(hook(name)) for name, module in backbone.named_modules() if name]
+    handles = [
+        module.register_forward_hook(hook(name))
+        for name, module in backbone.named_modules()
+        if name and scripted(backbone, name) is None
+    ]
     try:
         with survey:
             yield survey

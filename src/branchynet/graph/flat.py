@@ -25,6 +25,7 @@ from .program import _rows as _rows
 from .program import program_of, quiet
 from .program import tensors_of as tensors_of
 from .section import reserved
+from .unwritable import check_writable
 
 OPSET = 20  # the first whose ReduceMin takes booleans; ONNX Runtime 1.17 and later read it
 IR_VERSION = 9
@@ -62,10 +63,12 @@ def flatten(net: nn.Module, example: Any, *, score: Score | None = None, dynamic
     Raises:
         InputError: the example holds no tensors with a leading batch dimension, or `score` does not give one number a
             sample.
-        GraphError: as `program_of`, or the network draws random numbers.
+        GraphError: as `program_of` and `check_writable`, or the network draws random numbers.
     """
     args, kwargs = arguments(example)
     program = program_of(net, example, score=score, dynamic=dynamic)
+    inputs = input_names(net, len(args), tuple(kwargs))
+    check_writable(program.exported, inputs)
     _promote(program.exported)
     names = [f"{kind}_{n}" for kind in program.kinds for n in range(1, program.exits + 1)]
     try:
@@ -73,7 +76,7 @@ def flatten(net: nn.Module, example: Any, *, score: Score | None = None, dynamic
             converted = torch.onnx.export(
                 program.exported,
                 (),
-                input_names=input_names(net, len(args), tuple(kwargs)),
+                input_names=inputs,
                 output_names=names,
                 dynamic_shapes=program.dynamic_shapes,
                 opset_version=OPSET,

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import GraphError, InputError
 from ..net import arguments, evaluating, exits_in
+from ..readable import check_weights
 from ..scores import Score
 from ..survey import Survey
 from .section import BATCH
@@ -68,9 +69,10 @@ def program_of(net: nn.Module, example: Any, *, score: Score | None, dynamic: bo
     Raises:
         InputError: the example holds no tensors with a leading batch dimension, or `score` does not give one number a
             sample.
-        GraphError: the network cannot be exported (module and line are named where known), does not keep the batch size
-            free, has an exit that needs the last one, or is in training mode whatever one does.
+        GraphError: as `check_weights`; the network cannot be exported (module and line are named where known), does not
+            keep the batch size free, has an exit that needs the last one, or is in training mode whatever one does.
     """
+    check_weights(net)
     rows = 2 if dynamic else 1  # a batch of 1 in the example would be taken as a constant
     tensors = tuple(_rows(t, rows) for t in tensors_of(example))
     most = CUDA_ROWS if any(t.is_cuda for t in tensors) else None
@@ -152,6 +154,7 @@ def why(error: Exception, whole: nn.Module, net: nn.Module) -> str:
     """What went wrong, in which module and at which line of the network's own code."""
     names = {id(module): (name, module) for name, module in whole.named_modules()}
     place = line = ""
+    module: nn.Module = whole
     for frame, number in traceback.walk_tb(error.__traceback__):
         name, module = names.get(id(frame.f_locals.get("self")), ("", whole))
         if told_path(name):
@@ -166,6 +169,8 @@ def why(error: Exception, whole: nn.Module, net: nn.Module) -> str:
             "or -1 in shapes and do not compare it, or export with batch=1"
         )
         place = line = ""
+    elif isinstance(module, torch.jit.ScriptModule):
+        cause += "; TorchScript cannot be exported: give the nn.Module that it was made of"
     elif "data-dependent" in cause:
         cause += "; its forward decides by a tensor's values: write that with torch.where"
     at = f" (in {place} at {line})" if place and line else f" (at {line})" if line else ""

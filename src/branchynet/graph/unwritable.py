@@ -1,0 +1,75 @@
+"""What an ONNX file cannot hold, or its runtimes cannot compute, found before the long work of converting."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+from ..errors import GraphError
+from .program import told_path
+from .torch_flat import name_of, place_of
+
+LIMIT = (1 << 31) - (1 << 24)  # bytes of weights: protobuf allows 2 GiB in all, and the graph needs room as well
+_COMPUTED = {torch.float16, torch.float32, torch.float64, torch.bool, torch.uint8, torch.uint16, torch.uint32}
+_COMPUTED |= {torch.uint64, torch.int8, torch.int16, torch.int32, torch.int64}
+_ALTERNATIVE = "or answer in PyTorch, with branchynet.engine.torch.TorchEngine"
+
+
+def check_writable(exported: torch.export.ExportedProgram, inputs: Sequence[str]) -> None:
+    """Refuse a program that would make no file, or one that no runtime opens.
+
+    Args:
+        exported: not converted yet.
+        inputs: what its inputs are called.
+
+    Raises:
+        GraphError: an input is complex; something is computed in a number type that ONNX Runtime lacks, such as
+            bfloat16; an LSTM projects its state; or the weights take more than 2 GB.
+    """
+    signature = exported.graph_signature
+    stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    names = {node: f"the weight {told_path(path)!r}" for node, path in stored.items()}
+    names |= {node: f"the input {name!r}" for node, name in zip(signature.user_inputs, inputs, strict=True)}
+    sizes: dict[int, int] = {}
+    for node in exported.graph.nodes:
+        if not node.users or node.op == "output":
+            continue
+        _check_types(node, names.get(node.name, f"{name_of(node)!r}{place_of(node)}"))
+        if node.target is torch.ops.aten.lstm.input:
+            _check_lstm(node)
+        if node.name in stored and isinstance(weight := exported.state_dict.get(stored[node.name]), Tensor):
+            sizes[weight.untyped_storage()._cdata] = weight.numel() * weight.element_size()
+    total = sum(sizes.values())
+    if total > LIMIT:
+        raise GraphError(
+            f"the network's weights take {total / 1e9:.2f} GB, and one ONNX file holds 2 GB: make the network smaller, "
+            f"store its weights in half precision (net.half()), {_ALTERNATIVE}"
+        )
+
+
+def _check_types(node: fx.Node, what: str) -> None:
+    for value in tree_leaves(node.meta.get("val")):
+        dtype = value.dtype if isinstance(value, Tensor) else torch.float32
+        name = str(dtype).removeprefix("torch.")
+        if dtype.is_complex and node.op == "placeholder":
+            raise GraphError(
+                f"{what} is {name}, and files hold no complex numbers: give the network real and imaginary parts, "
+                f"{_ALTERNATIVE}"
+            )
+        if not dtype.is_complex and dtype not in _COMPUTED:
+            raise GraphError(
+                f"{what} is {name}, in which ONNX Runtime and OpenVINO cannot compute on a CPU: export "
+                f"a copy in another type (copy.deepcopy(net).float(), with an example of float32), {_ALTERNATIVE}"
+            )
+
+
+def _check_lstm(node: fx.Node) -> None:
+    states: Any = node.args[1]
+    hidden, cell = (state.meta["val"].shape[-1] for state in states)
+    if hidden != cell:
+        raise GraphError(
+            f"the LSTM{place_of(node)} projects its state from {cell} to {hidden} (proj_size={hidden}), which ONNX's "
+            f"LSTM does not: leave proj_size out and put an nn.Linear behind it, {_ALTERNATIVE}"
+        )
