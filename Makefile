@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types imports unit wheel format clean
+LOWEST := .venv-lowest
+
+.PHONY: demo test test-lowest lowest lint types imports unit wheel format clean
 
 demo: $(VENV)/.ready
 	$(BIN)/branchynet demo
@@ -22,6 +24,17 @@ imports: $(VENV)/.ready
 
 unit: $(VENV)/.ready
 	$(BIN)/pytest -n auto --dist loadfile
+
+# The core tests at the lowest versions that pyproject.toml allows, in an environment of their own. Newer packages that
+# these stand on may deprecate what they use; no other warning passes.
+test-lowest: lowest
+	$(LOWEST)/bin/pytest -n auto --dist loadfile -W ignore::DeprecationWarning $(CORE)
+
+CORE := $(addprefix tests/test_,$(addsuffix .py,attach choosing cli cost cut decide engine_onnx engine_openvino \
+	engine_torch export export_kinds fitting guarantee meta net onnx_exits onnx_file quantize record report scores \
+	torch_stages train types versions zoo))
+
+lowest: $(LOWEST)/.ready
 
 # A wheel is built, installed elsewhere, and imported from there with its shipped weights.
 wheel: $(VENV)/.ready
@@ -42,5 +55,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
+$(LOWEST)/.ready: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet -c constraints-lowest.txt -e ".[dev]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(LOWEST) build dist

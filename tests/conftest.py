@@ -1,13 +1,27 @@
-"""One thread a process: the networks are small, and two threads on a busy machine wait for each other."""
+"""What all tests share: one thread a process, unless the environment says otherwise, and draws of their own."""
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # of children too, whose sums must be taken in the same order
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads for small networks on a busy machine wait for each other
 
 import pytest
+import torch
+from hypothesis import HealthCheck, settings
 
 from branchynet.data import archives
 from networks import FAMILIES
+
+# How fast the machine is decides nothing, and in CI all runs draw the same examples.
+settings.register_profile(
+    "suite", deadline=None, derandomize="CI" in os.environ, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("suite")
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures of modules too
+def pytest_runtest_setup():
+    """What a test draws does not depend on which tests ran before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture

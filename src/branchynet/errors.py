@@ -6,7 +6,8 @@ BranchyNetError
 ├── FileError         a file is missing, truncated, foreign or unwritable   (also OSError)
 ├── DataError         a data set is missing or its files are malformed      (also ValueError)
 ├── InfeasibleError   no thresholds meet the constraint                     (also ValueError)
-└── MissingExtraError an optional dependency is not installed               (also ImportError)
+├── MissingExtraError an optional dependency is not installed               (also ImportError)
+└── VersionError      a package is installed in a version known to be wrong (also ImportError)
 
 Every message names the offending thing, its value, and what to do about it.
 """
@@ -42,6 +43,10 @@ class InfeasibleError(BranchyNetError, ValueError):
 
 class MissingExtraError(BranchyNetError, ImportError):
     """An optional dependency is not installed."""
+
+
+class VersionError(BranchyNetError, ImportError):
+    """A package is installed in a version that is known to be wrong."""
 
 
 def printable(text: str) -> str:

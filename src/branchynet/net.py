@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from .errors import GraphError, InputError, nearest
 from .readable import scripted
+from .versions import EXPORTING, require
 
 INPUT = "input"  # the tap name that stands for the network's first argument
 
@@ -44,6 +45,7 @@ class BranchyNet(nn.Module):
 
     Attributes:
         selected_on: sketches (see `branchynet.samples`) of the samples that the exits were selected on.
+        VersionError: torch, or a package that `export` needs, is installed in a version that is known to be wrong.
     """
 
     selected_on: tuple[str, ...] = ()
@@ -57,6 +59,7 @@ class BranchyNet(nn.Module):
         tap: Mapping[str, Reader] | None = None,
     ) -> None:
         super().__init__()
+        require(*EXPORTING)  # now, not when the training is done
         modules = dict(backbone.named_modules())
         for name, branch in branches.items():
             if name != INPUT and (not name or name not in modules):

@@ -11,6 +11,7 @@ import onnxruntime
 
 from ..errors import FileError, InputError
 from ..files import regular
+from ..versions import require
 from .checks import Input
 from .exported import FORMAT as FORMAT
 from .exported import METADATA_KEY as METADATA_KEY
@@ -60,9 +61,11 @@ def load(
         InputError: threads below 1, an unknown runtime, malformed providers, or a first provider that this build of
             ONNX Runtime does not have or cannot use on this machine.
         MissingExtraError: OpenVINO is not installed.
+        VersionError: the runtime is installed in a version that is known to be wrong.
     """
     if runtime not in RUNTIMES:
         raise InputError(f"unknown runtime {runtime!r}; it is one of {', '.join(RUNTIMES)}")
+    require(runtime.partition("-")[0])
     if threads is not None and not (isinstance(threads, Integral) and threads >= 1):
         raise InputError(f"threads must be an integer of at least 1; got {threads!r}")
     if runtime != "onnxruntime" and providers:
