@@ -110,6 +110,29 @@ class Sketch:
         return FlatGraph(ir.Model(graph, ir_version=8), len(exits), self.dynamic)
 
 
+class Inner:
+    """A graph inside a node of a sketch."""
+
+    def __init__(self, sketch):
+        self.sketch = sketch
+        self.inputs, self.outputs, self.nodes, self.initializers = [], [], [], []
+
+    def _name(self):
+        self.sketch.inner += 1
+        return f"inner_{self.sketch.inner}"
+
+    def input(self, shape, dtype=None):
+        self.inputs.append(ir.val(self._name(), dtype or ir.DataType.FLOAT, shape))
+        return self.inputs[-1]
+
+    def op(self, op_type, *inputs, dtype=ir.DataType.FLOAT, shape=None):
+        node = ir.node(op_type, inputs, name=self._name())
+        node.outputs[0].name, node.outputs[0].type = f"{node.name}_value", ir.TensorType(dtype)
+        node.outputs[0].shape = ir.Shape([self.sketch.batch, 4] if shape is None else shape)
+        self.nodes.append(node)
+        return node.outputs[0]
+
+
 def stage_of(flat, enabled):
     """{node name: stage} by the definition, worked out slowly: the first enabled exit that it is an ancestor of."""
     produced = {v.name: node for node in flat.model.graph for v in node.outputs}

@@ -13,7 +13,7 @@ from branchynet.engine.onnx import load
 from branchynet.graph.flat import FlatGraph
 from branchynet.graph.onnx_exits import nest
 from branchynet.types import Policy
-from graphs import FULL, Sketch, check_work, flat_of, graphs, is_recomputed, level_of, profile, save, stage_of
+from graphs import FULL, Inner, Sketch, check_work, flat_of, graphs, is_recomputed, level_of, profile, save, stage_of
 from networks import draw
 from oracle import entropy, every_exit
 
@@ -44,29 +44,6 @@ KINDS = [
     "if",
     "loop",
 ]
-
-
-class Inner:
-    """A graph inside a node of a sketch."""
-
-    def __init__(self, sketch):
-        self.sketch = sketch
-        self.inputs, self.outputs, self.nodes, self.initializers = [], [], [], []
-
-    def _name(self):
-        self.sketch.inner += 1
-        return f"inner_{self.sketch.inner}"
-
-    def input(self, shape, dtype=None):
-        self.inputs.append(ir.val(self._name(), dtype or ir.DataType.FLOAT, shape))
-        return self.inputs[-1]
-
-    def op(self, op_type, *inputs, dtype=ir.DataType.FLOAT, shape=None):
-        node = ir.node(op_type, inputs, name=self._name())
-        node.outputs[0].name, node.outputs[0].type = f"{node.name}_value", ir.TensorType(dtype)
-        node.outputs[0].shape = ir.Shape([self.sketch.batch, 4] if shape is None else shape)
-        self.nodes.append(node)
-        return node.outputs[0]
 
 
 def any_flat(random):

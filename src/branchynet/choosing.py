@@ -153,7 +153,10 @@ def _what_is_searched(record: ExitRecord, cost: ExitCost | None, score: str | Sc
     cost = cost or ExitCost((1.0,) * record.exits, (0.0,) * record.exits)
     if name == "max_macs":
         if not any(cost.trunk_macs):
-            raise InputError("max_macs needs a cost with multiply-accumulates (trunk_macs, branch_macs); measure one")
+            raise InputError(
+                "max_macs needs a cost with multiply-accumulates (trunk_macs, branch_macs); measure one, which has "
+                "them where the size of every product is known"
+            )
         cost = ExitCost(cost.trunk_macs, cost.branch_macs, network=cost.network)
     return problem_of(record, cost, score)
 

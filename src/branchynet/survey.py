@@ -280,4 +280,7 @@ def _macs(func: Any, args: Any, kwargs: Any, out: Any) -> float:
     packet = func._overloadpacket
     if packet is aten._scaled_dot_product_flash_attention_for_cpu:  # which the registry forgets
         return sdpa_flop_count(*(tuple(t.shape) for t in args[:3])) / 2
+    if packet in (aten.mkldnn_rnn_layer, aten._cudnn_rnn):  # likewise: every step reads all weights of input and state
+        weights = args[1] if isinstance(args[1], (list, tuple)) else args[1:3]
+        return args[0].shape[0] * args[0].shape[1] * float(sum(w.numel() for w in weights if w.dim() == 2))
     return flop_registry[packet](*args, **kwargs, out_val=out) / 2 if packet in flop_registry else 0.0

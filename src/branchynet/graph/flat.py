@@ -24,7 +24,7 @@ from .program import _AllExits as _AllExits
 from .program import _rows as _rows
 from .program import program_of, quiet
 from .program import tensors_of as tensors_of
-from .section import reserved
+from .section import BATCH, reserved
 from .unwritable import check_writable
 
 OPSET = 20  # the first whose ReduceMin takes booleans; ONNX Runtime 1.17 and later read it
@@ -69,10 +69,10 @@ def flatten(net: nn.Module, example: Any, *, score: Score | None = None, dynamic
     program = program_of(net, example, score=score, dynamic=dynamic)
     inputs = input_names(net, len(args), tuple(kwargs))
     check_writable(program.exported, inputs)
-    _promote(program.exported)
     names = [f"{kind}_{n}" for kind in program.kinds for n in range(1, program.exits + 1)]
     try:
         with torch.no_grad(), quiet():
+            _promote(program.exported)
             converted = torch.onnx.export(
                 program.exported,
                 (),
@@ -139,11 +139,24 @@ def _tidy(model: ir.Model, names: Sequence[str]) -> ir.Model:
     ):
         tidy(model)
     _own_outputs(model.graph)
+    passes.ShapeInferencePass()(model)  # torch tells nothing of values inside an operator that becomes several nodes
+    _forget_unknown_lengths(model.graph)
     for value, name in zip(model.graph.outputs, names, strict=True):  # some passes name an output anew
         value.name = name
     passes.NameFixPass()(model)  # an input may be called like a value that the exporter has named
     model.ir_version = IR_VERSION
     return model
+
+
+def _forget_unknown_lengths(graph: ir.Graph) -> None:
+    """Leave no names for lengths but the batch's: each level of a nested graph would give the same one to another."""
+    for value in (v for node in nodes_of(graph) for v in node.outputs):
+        if value.shape is not None:
+            value.shape = ir.Shape([d if isinstance(d, int) or _is_of_batch(d) else None for d in value.shape])
+
+
+def _is_of_batch(dim: ir.SymbolicDim) -> bool:
+    return dim.value is not None and set(re.findall(r"[A-Za-z_]\w*", dim.value)) <= {BATCH}
 
 
 def _own_outputs(graph: ir.Graph) -> None:

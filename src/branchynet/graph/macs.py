@@ -1,20 +1,24 @@
 """Multiply-accumulates of a flat graph, divided among the trunk and the branches by the rule of the cut."""
 
 import math
+from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
 from .cut import cut
 from .flat import FlatGraph
+from .nested import graphs_of
 from .onnx_exits import parents
 from .section import BATCH
 
+Shape = list[int | None]
+
 
 def exit_macs(flat: FlatGraph) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """`(trunk, branch)`, one figure an exit each: multiply-accumulates a sample of convolutions and matrix products.
+    """`(trunk, branch)`, one figure an exit each: multiply-accumulates per sample of what is listed in `COUNTED`.
 
     What only exit n needs is its branch; what a later exit, or its score, needs as well is the trunk's segment up to
-    exit n.
+    exit n. Both are empty where a product has a size that depends on values, so that nobody can count.
     """
     named = {value.name: value for value in flat.model.graph.outputs}
     exits = [[named[name] for name in (f"output_{n}", f"score_{n}") if name in named] for n in range(1, flat.exits + 1)]
@@ -22,31 +26,89 @@ def exit_macs(flat: FlatGraph) -> tuple[tuple[float, ...], tuple[float, ...]]:
     last = cut(exits[::-1], parents)  # the last exit that needs it, counted from the end
     trunk, branch = [0.0] * flat.exits, [0.0] * flat.exits
     for node in flat.model.graph:
-        value = node.outputs[0]
-        if value in first:
-            n = first[value]
-            own = flat.exits + 1 - last[value] == n and n < flat.exits
-            (branch if own else trunk)[n - 1] += _node_macs(node)
+        n = min((first[v] for v in node.outputs if v in first), default=None)
+        if n is not None:
+            latest = flat.exits + 1 - min(last[v] for v in node.outputs if v in last)
+            (branch if latest == n < flat.exits else trunk)[n - 1] += _node_macs(node)
+    if math.isnan(sum(trunk) + sum(branch)):
+        return (), ()
     return tuple(trunk), tuple(branch)
 
 
 def _node_macs(node: ir.Node) -> float:
-    shapes = [
-        None if v is None or v.shape is None else [_dim(d) for d in v.shape] for v in (*node.inputs, node.outputs[0])
-    ]
-    first, second, output = shapes[0] if shapes else None, shapes[1] if len(shapes) > 2 else None, shapes[-1]
-    if node.op_type == "Conv" and second and output:
-        return math.prod(output) * math.prod(second[1:])
-    if node.op_type == "ConvTranspose" and first and second:
-        return math.prod(first) * math.prod(second[1:])
-    if node.op_type in ("Gemm", "MatMul") and first and output:
-        transposed = node.op_type == "Gemm" and "transA" in node.attributes and node.attributes["transA"].as_int()
-        return math.prod(output) * (first[0] if transposed else first[-1])
-    return 0.0
+    """Of one node; NaN where a size is not known."""
+    inner = [sum(_node_macs(each) for each in graph) for graph in graphs_of(node)]
+    if any(inner):  # how many turns a loop takes is not known; of an If the costlier side counts
+        return max(inner) if node.op_type == "If" and not math.isnan(sum(inner)) else math.nan
+    count = COUNTED.get(node.op_type)
+    return 0.0 if count is None else count(node)
 
 
-def _dim(dim: int | ir.SymbolicDim) -> int:
-    if isinstance(dim, int):
-        return dim
-    value = dim.evaluate({BATCH: 1})
-    return value if isinstance(value, int) else 1
+def _size(dims: Sequence[int | None]) -> float:
+    return math.nan if None in dims else math.prod(d for d in dims if d is not None)
+
+
+def _shape(value: ir.Value | None) -> Shape:
+    """With one sample as the batch; a single unknown dimension where the rank is not known."""
+    return [None] if value is None or value.shape is None else [_dim(d) for d in value.shape]
+
+
+def _dim(dim: int | ir.SymbolicDim) -> int | None:
+    value = dim if isinstance(dim, int) else dim.evaluate({BATCH: 1})
+    return value if isinstance(value, int) else None
+
+
+def _conv(node: ir.Node) -> float:
+    return _size(_shape(node.outputs[0])) * _size(_shape(node.inputs[1])[1:])
+
+
+def _conv_transpose(node: ir.Node) -> float:
+    return _size(_shape(node.inputs[0])) * _size(_shape(node.inputs[1])[1:])
+
+
+def _product(node: ir.Node) -> float:
+    attribute = node.attributes.get("transA")
+    first = _shape(node.inputs[0])
+    return _size(_shape(node.outputs[0])) * _size([first[0 if attribute and attribute.as_int() else -1]])
+
+
+def _recurrent(node: ir.Node) -> float:
+    """Every step multiplies each sample by all weights: `(directions, gates x hidden, ...)` of input and state."""
+    steps = _size(_shape(node.inputs[0])[:2])
+    return steps * (_size(_shape(node.inputs[1])) + _size(_shape(node.inputs[2])))
+
+
+def _einsum(node: ir.Node) -> float:
+    """Operands are contracted from left to right, as ONNX Runtime does."""
+    terms, _, result = node.attributes["equation"].as_string().replace(" ", "").partition("->")
+    operands = terms.split(",")
+    shapes = [_shape(v) for v in node.inputs]
+    sizes: dict[str, int | None] = {}
+    labels = []
+    for term, shape in zip(operands, shapes, strict=True):
+        around = len(shape) - len(term.replace("...", ""))
+        spread = "".join(chr(0x100 + k) for k in range(around, 0, -1)) if "..." in term else ""  # from the right
+        labels.append(term.replace("...", spread))
+        if len(labels[-1]) != len(shape):
+            return math.nan
+        for label, size in zip(labels[-1], shape, strict=True):
+            sizes[label] = size if sizes.get(label, 1) == 1 else sizes[label]
+    macs, held = 0.0, set(labels[0])
+    for k, term in enumerate(labels[1:], 2):
+        macs += _size([sizes[label] for label in held | set(term)])
+        later = set(result).union(*labels[k:]) | {label for label in sizes if ord(label) >= 0x100}
+        held = (held | set(term)) & later
+    return macs
+
+
+COUNTED: dict[str, Callable[[ir.Node], float]] = {
+    "Conv": _conv,
+    "DeformConv": _conv,
+    "ConvTranspose": _conv_transpose,
+    "Gemm": _product,
+    "MatMul": _product,
+    "Einsum": _einsum,
+    "LSTM": _recurrent,
+    "GRU": _recurrent,
+    "RNN": _recurrent,
+}
