@@ -330,7 +330,8 @@ def main() -> None:
     try:
         app()
     except BranchyNetError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        told = "\n".join(map(printable, str(error).splitlines()))
+        Console(stderr=True).print(f"error: {told}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -5,6 +5,7 @@ merely reads such a policy does without it.
 """
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 VERSION = 1
+_LARGEST = sys.float_info.max  # an integer of JSON may be larger than any float
 
 
 class _Told:
@@ -213,7 +215,7 @@ def _check_sketch(fitted_on: Any) -> None:
 
 def _floats(name: str, values: Any) -> tuple[float, ...]:
     if not isinstance(values, (list, tuple)) or not all(
-        isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values
+        isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) <= _LARGEST for v in values
     ):
         raise InputError(f"{name} of a fitted score must be a list of finite numbers; got {values!r}")
     return tuple(float(v) for v in values)

@@ -12,6 +12,7 @@ Every file is readable by hand or by a standard tool; each is written whole or n
     design-N/             another run, of the exits that `branchynet design` found best for batches of N
 """
 
+import contextlib
 import copy
 import importlib
 import itertools
@@ -187,7 +188,8 @@ def train_run(run: Run, *, progress: bool = True) -> BranchyNet:
     Raises:
         FileError: another process is training in the folder.
     """
-    with locked(run.path):
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that train together, one locks
+    with locked(run.path) if first else contextlib.nullcontext():
         settings = run.settings
         data = load_data(settings.data)
         check_data(run.path, data)

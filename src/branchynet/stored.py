@@ -36,7 +36,7 @@ def read_entry(path: str | os.PathLike[str], name: str, kind: Any, made_by: str)
         if not isinstance(value, dict) or name not in value:
             raise ValueError(f"it has no {name!r}")
         return _as(kind, value[name], name)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise FileError(f"{path} cannot be read ({error}); make it with {made_by}") from error
 
 

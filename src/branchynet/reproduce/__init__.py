@@ -11,6 +11,7 @@ from ..data import load_data
 from ..errors import InputError
 from ..files import read_json, replacing, write_json
 from ..machine import environment
+from ..stored import read_entry
 from . import table1
 from .figures import figure_3, figure_4
 from .measured import Measured, measured
@@ -95,9 +96,10 @@ def _picture(folder: Path, what: str, row: dict[str, Any], picture: Figure, abou
 def _write(folder: Path, what: str, row: dict[str, Any], about: dict[str, Any]) -> list[dict[str, Any]]:
     """Write one network's row beside those of others that were made in the same way; all of them."""
     path = folder / f"{what}.json"
-    stored = read_json(path) if path.exists() else {}
+    stored = read_json(path) if path.exists() else None
     alike = isinstance(stored, dict) and all(stored.get(key) == value for key, value in about.items())
-    every = {one["name"]: one for one in (*(stored["networks"] if alike else ()), row)}
+    earlier = read_entry(path, "networks", list[dict[str, Any]], "`branchynet reproduce`") if alike else []
+    every = {one["name"]: one for one in (*earlier, row) if one.get("name") in RECIPES}
     names = sorted(every, key=list(RECIPES).index)
     networks = [every[name] for name in names]
     command = f"branchynet reproduce {what} --networks {','.join(names)}"
