@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from branchynet import files
@@ -23,7 +23,6 @@ values = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(values)
 def test_json_comes_back(tmp_path_factory, value):
     path = tmp_path_factory.mktemp("json") / "value.json"
@@ -255,7 +254,6 @@ def test_a_huge_file_is_not_read_as_json(tmp_path):
 parts = st.lists(st.tuples(st.text(max_size=4), st.text(max_size=4) | st.binary(max_size=4)), max_size=4)
 
 
-@settings(deadline=None)
 @given(parts, parts)
 def test_other_contents_have_other_checksums(one, other):
     def plain(value):

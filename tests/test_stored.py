@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from branchynet.design.advice import Advice, Design, Tried
@@ -58,7 +58,6 @@ anything = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(outers)
 def test_a_dataclass_comes_back_through_json(value):
     assert from_stored(Outer, json.loads(json.dumps(asdict(value))), "x.json", "make(...)") == value
@@ -130,7 +129,6 @@ def replaced(value, place, new):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None)
 @given(data=st.data())
 def test_a_file_with_any_part_replaced_is_refused_or_whole(tmp_path_factory, kind, data):
     save, load, cls = KINDS[kind]

@@ -204,9 +204,8 @@ def predict(
         if as_json:
             print(json.dumps(answer))
         else:
-            table.add_row(
-                printable(answer["image"]), printable(answer["label"]), str(answer["exit"]), f"{answer['score']:.4g}"
-            )
+            image, label = printable(answer["image"]), printable(answer["label"])
+            table.add_row(image, label, str(answer["exit"]), f"{answer['score']:.4g}")
     if not as_json:
         out.print(table)
 
@@ -330,8 +329,8 @@ def main() -> None:
     try:
         app()
     except BranchyNetError as error:
-        told = "\n".join(map(printable, str(error).splitlines()))
-        Console(stderr=True).print(f"error: {told}", style="red", highlight=False, markup=False, soft_wrap=True)
+        told = "error: " + "\n".join(map(printable, str(error).splitlines()))
+        Console(stderr=True).print(told, style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
