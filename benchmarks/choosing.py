@@ -148,9 +148,10 @@ def coverage(truth, cost, limit, bound, samples=SAMPLES):
         losses = (answers != answers[:, -1:]).astype(np.float32)
         limit = {"max_drop": value}  # on losses that are disagreements
     broken, us, plain = 0, [], []
+    each = np.arange(samples, dtype=np.uint64)  # every draw is a sample of its own
     for draw in range(DRAWS):
         rows = rng.integers(0, len(scores), samples)
-        sample = ExitRecord.from_scores(scores[rows], losses[rows])
+        sample = ExitRecord.from_scores(scores[rows], losses[rows], inputs=each)
         choice = choose(sample, cost, **limit, confidence=CONFIDENCE, bound=bound, vectors=10_000)
         accuracy, mean = outcome_of(scores, losses.astype(np.float64), cost, choice.policy.thresholds)
         broken += (1 - losses[:, -1].mean(dtype=np.float64)) - accuracy > value + 1e-12
