@@ -11,6 +11,14 @@ def results(name):
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
+def processor(*found):
+    """The processor of result files or rows, which is one: no table mixes what was measured on several."""
+    names = {f["processor"] if "processor" in f else f["environment"]["processor"] for f in found}
+    if len(names) > 1:
+        raise ValueError(f"one table would mix processors: {sorted(names)}")
+    return names.pop()
+
+
 def _shares(row):
     return "/".join(f"{share:.0%}".rstrip("%") for share in row["exit_share"])
 
@@ -78,8 +86,8 @@ def halves():
         *lines,
         *(line for _, line in sorted(rows)),
         "",
-        f"Batches of 64, half of them leaving at the first of two exits. {deep['network']} with two branches is "
-        f"exported in {deep['export_seconds']:.0f} s; its file is "
+        f"Batches of 64, {processor(found)}, half of them leaving at the first of two exits. "
+        f"{deep['network']} with two branches is exported in {deep['export_seconds']:.0f} s; its file is "
         f"{deep['bytes'] / deep['static_plus_heads_bytes'] - 1:+.1%} beside the static file plus the "
         f"weights of the branches. Made by `{found['command']}`.",
     ]
@@ -152,7 +160,7 @@ def searching():
         for n in found["rivals"]
         for r in n["rows"]
     ]
-    return [*lines, "", f"Made by `{found['command']}`."]
+    return [*lines, "", f"{processor(found)}. Made by `{found['command']}`."]
 
 
 def promises():
@@ -173,7 +181,7 @@ def promises():
         "",
         f"{first['draws']:,} redraws a row, 95 % confidence: at most 5 % may be broken. Cost of the promised choice "
         f"over that of the one without, one point of drop, half of the validation images calibrating "
-        f"(5,000 on MNIST and Fashion-MNIST, 2,500 on CIFAR-10): {price}. "
+        f"(5,000 on MNIST and Fashion-MNIST, 2,500 on CIFAR-10): {price}. Costs are of {processor(found)}. "
         f"Made by `{found['command']}`.",
     ]
 

@@ -56,8 +56,10 @@ def main():
         session = onnxruntime.InferenceSession(str(path), options)
     names = [output.name for output in session.get_outputs()]
     feeds = {"x": array}
+    all_feeds = feeds | {f"threshold_{n}": np.array([1e30], np.float32) for n in range(1, exits)}
     calls = {
         "session.run(names, feeds)": lambda: session.run(names, feeds),
+        "session.run(names, feeds), thresholds among them": lambda: session.run(names, all_feeds),
         "engine(array)": lambda: engine(array),
         "engine.outputs(array)": lambda: engine.outputs(array),
         "engine(x=array)": lambda: engine(x=array),
@@ -65,7 +67,8 @@ def main():
         "engine(array, thresholds=...)": lambda: engine(array, thresholds=thresholds),
     }
     taken = turns(list(calls.values()))
-    beyond = np.median(taken - taken[0], axis=1)
+    bare = [1 if "thresholds" in name else 0 for name in calls]
+    beyond = np.median(taken - taken[bare], axis=1)
     rows = [
         {"call": name, "us": float(us), "beyond_us": float(more)}
         for name, us, more in zip(calls, np.median(taken, axis=1), beyond, strict=True)

@@ -251,7 +251,11 @@ def judge(task, only, sizes):
             found.append(row)
         # Read each time: another network may be judged meanwhile.
         kept = read_json(RESULTS)["rows"] if RESULTS.exists() else []
-        kept = [r for r in kept if r["network"] != task.name or r["design"] not in only or r["batch"] not in sizes]
+        here = environment()["processor"]
+        kept = [
+            r for r in kept
+            if r["network"] != task.name or r["design"] not in only or r["batch"] not in sizes or r["processor"] != here
+        ]  # fmt: skip
         command = "python benchmarks/design.py NETWORK"
         write_json(RESULTS, {"command": command, "environment": environment(), "rows": [*kept, *found]})
         print(json.dumps(row), flush=True)

@@ -1,8 +1,9 @@
 """Generated blocks for `tables.py` about where exits go, from benchmarks/results/design.json."""
 
 import statistics
+from collections import Counter
 
-from blocks import results
+from blocks import processor, results
 
 TITLES = {"b_lenet": "LeNet, MNIST", "b_alexnet": "AlexNet, CIFAR-10", "b_resnet110": "ResNet-110, CIFAR-10"}
 TITLES |= {"text": "transformer, source code"}
@@ -11,10 +12,20 @@ ORDER = ("published", "even", "designed")
 NEARLY_ALL = 0.995
 
 
-def _rows():
-    """Measured rows in the order of tables; of limits out of reach that have the same thresholds, the first alone."""
+def _processors():
+    """Those that design.json has rows of, the one with the most rows first."""
+    return [name for name, _ in Counter(processor(row) for row in results("design")["rows"]).most_common()]
+
+
+def _rows(where=None):
+    """Measured rows of one processor, by default the first, in the order of tables.
+
+    Of limits out of reach that have the same thresholds, the first alone.
+    """
     rows, seen = [], set()
     for row in results("design")["rows"]:
+        if processor(row) != (where or _processors()[0]):
+            continue
         kind = row["network"], row["batch"], row["design"], row["answers"], *row.get("exit_share", ())
         if "measured_us" in row and (row["reached"] or kind not in seen):
             rows.append(row)
@@ -41,13 +52,51 @@ def first_table():
         for r in _rows()
         if r["network"] == "b_lenet" and r["answers"] == "of the exit" and r["design"] != "even"
     ]
-    where = results("design")["environment"]
     return [
         *lines,
         "",
-        f"Microseconds a sample, one thread; {where['processor']}, ONNX Runtime {where['onnxruntime']}. Made by "
-        "`python benchmarks/design.py b_lenet`.",
+        f"Microseconds a sample, one thread; {_machine()}. Made by `python benchmarks/design.py b_lenet`.",
     ]
+
+
+def _machine():
+    return f"{_processors()[0]}, ONNX Runtime {results('design')['environment']['onnxruntime']}"
+
+
+def processors():
+    """What processors other than that of the tables gave for B-LeNet."""
+    here, *others = _processors()
+    told = []
+    for where in others:
+        pairs = [(r, s) for r in _plain_lenet(where) for s in _plain_lenet(here) if _kind(r) == _kind(s)]
+        told += [
+            f"On {where}, B-LeNet with {r['design']} exits has {r['speedup']:.2f}x at batch {r['batch']}, where the "
+            f"table has {s['speedup']:.2f}x."
+            for r, s in pairs
+        ]
+    found = results("mnist_speed")
+    if processor(found) not in (here, *others):
+        speed = " and ".join(f"{r['speedup']:.2f}x at batch {r['batch']}" for r in found["rows"])
+        told.append(
+            f"On {processor(found)}, B-LeNet with the published branch, where {found['rows'][0]['exit_share'][0]:.1%} "
+            f"leave, has {speed} ([Where the time goes](docs/speed.md))."
+        )
+    far = results("architectures-epyc")
+    return [
+        f"**Speed-ups depend on the processor**, and no table mixes several. {' '.join(told)} "
+        f"[Networks](docs/networks.md) has the overheads of other networks on {processor(far)}. `branchynet bench` "
+        "measures yours."
+    ]
+
+
+def _plain_lenet(where):
+    return [
+        r for r in _rows(where) if r["network"] == "b_lenet" and r["answers"] == "of the exit" and not r["below_points"]
+    ]
+
+
+def _kind(row):
+    return row["design"], row["batch"]
 
 
 def designs():
@@ -65,11 +114,10 @@ def designs():
             f"| {r['predicted_speedup']:.2f}x | {r['measured_us']:.1f} | {r['predicted_us']:.1f} ({_off(r):+.0%}) "
             f"| {r['overhead']:.2f} |"
         )
-    where = results("design")["environment"]
     return [
         *lines,
         "",
-        f"One thread, {where['processor']}, ONNX Runtime {where['onnxruntime']}. Made by `python benchmarks/design.py "
+        f"One thread, {_machine()}. Made by `python benchmarks/design.py "
         "NETWORK`; what is predicted is on disk before anything is measured.",
     ]
 
@@ -81,7 +129,8 @@ def predictions():
     pace = [abs(row["static_us"] / (row["predicted_speedup"] * row["predicted_us"]) - 1) for row in rows]
     told = [
         f"Beside the plain network's, measured times of the {len(rows)} rows are off the predicted ones by "
-        f"{statistics.median(beside):.0%} in the median and {max(beside):.0%} at most; wanted are 15 %."
+        f"{statistics.median(beside):.0%} in the median and {max(beside):.0%} at most; wanted are 15 %. They "
+        f"are of {_processors()[0]}."
     ]
     beyond = [_where(row) for row in rows if abs(_off_beside_plain(row)) > 0.15]
     if beyond:
@@ -136,13 +185,14 @@ def design_goals():
                 f"| **{r['speedup']:.2f}x**{short} | {100 * (r['accuracy'] - r['accuracy_baseline']):+.2f} "
                 f"| {best:.1f}x | {r['static_us'] / r['floor_us']:.1f}x |"
             )
-    return lines
+    return [*lines, "", f"One thread, {_machine()}."]
 
 
 def design_rivals():
     """What a user would pick instead of designed exits."""
     told = []
-    for row in results("reproduce/table1")["networks"]:
+    table = results("reproduce/table1")
+    for row in table["networks"]:
         plain = row["plain"]
         others = [f"{s['network']} {s['accuracy']:.2%} at {plain['us'] / s['us']:.2f}x" for s in row["smaller"]]
         told.append(f"beside {plain['network']} ({plain['accuracy']:.2%}) {', '.join(others)}")
@@ -153,7 +203,8 @@ def design_rivals():
         for row in fewer
     ]
     told.append(f"beside the transformer of {whole['blocks']} blocks ({whole['accuracy']:.2%}) {', '.join(others)}")
-    return [f"Smaller plain networks by the same recipe, one sample a call: {'; '.join(told)}."]
+    where = processor(table, results("text_smaller"))
+    return [f"Smaller plain networks by the same recipe, one sample a call, {where}: {'; '.join(told)}."]
 
 
 def advising():
@@ -163,12 +214,14 @@ def advising():
         f"{r['network']} {r['minutes']:.1f} minutes for {r['candidates']} heads (wanted: {r['wanted_minutes']})"
         for r in found["rows"]
     )
-    return [f"`advise` on {found['environment']['cores']} cores: {told}. Made by `{found['command']}`."]
+    where = f"{found['environment']['cores']} cores, {processor(found)}"
+    return [f"`advise` on {where}: {told}. Made by `{found['command']}`."]
 
 
 DESIGN = {
     "advising": advising,
     "first_table": first_table,
+    "processors": processors,
     "designs": designs,
     "predictions": predictions,
     "single_exits": single_exits,

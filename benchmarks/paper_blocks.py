@@ -1,6 +1,6 @@
 """Generated blocks for `tables.py` about the paper's evaluation, from benchmarks/results/reproduce/."""
 
-from blocks import results
+from blocks import processor, results
 
 from branchynet.reproduce.table1 import dominated, table
 
@@ -23,7 +23,7 @@ def rivals():
     if near:
         told = "; ".join(_beside(row, rival) for row, rival in near)
         first += f" **Who can spare a point of accuracy would rather take a smaller one:** {told}."
-    return [first]
+    return [f"{first} Times are of {processor(results('reproduce/table1'))}."]
 
 
 def _near(row):
@@ -54,7 +54,7 @@ def table_1():
 def in_short():
     """The paper's networks, a row each: ours at the plain network's validation accuracy, and the published."""
     found = results("reproduce/table1")
-    better = {r["network"]: r for r in results("design")["rows"] if _designed(r)}
+    better = {r["network"]: r for r in results("design")["rows"] if _designed(r) and processor(r) == processor(found)}
     lines = [
         "| network | plain | with the paper's branches | speed-up, everything timed | averaged answers "
         "| designed exits | published, trunk timed |",
@@ -69,8 +69,8 @@ def in_short():
             f"| {told} | {_beside_plain(better.get(row['name']))} "
             f"| {theirs['accuracy_plain']:.2%} to {theirs['accuracy']:.2%}, {theirs['cpu_gain']:.1f}x |"
         )
-    where = found["environment"]
-    return [*lines, "", f"Batch 1, one thread, {where['processor']}. Made by `{found['command']}`."]
+    where = processor(found, *better.values())
+    return [*lines, "", f"Batch 1, one thread, {where}. Made by `{found['command']}`."]
 
 
 def _designed(row):
@@ -88,7 +88,9 @@ def _beside_plain(row):
 def earlier():
     """The gains of earlier runs beside those of the run that is kept: how far the clock can be trusted."""
     before = {}
-    for run in results("table1-earlier")["runs"]:
+    runs = results("table1-earlier")["runs"]
+    where = processor(results("reproduce/table1"), *runs)
+    for run in runs:
         for point in (point for row in run["networks"] for point in row["branchy"]):
             before.setdefault((point["network"], point["asked_on_validation"]), []).append(f"{point['gain']:.2f}x")
     pairs = [
@@ -97,7 +99,7 @@ def earlier():
         for p in t["branchy"]
         if (key := (p["network"], p["asked_on_validation"])) in before
     ]
-    return [f"Gains of earlier runs, same machine, weights and thresholds: {'; '.join(pairs)}."]
+    return [f"Gains of earlier runs on {where}, same weights and thresholds: {'; '.join(pairs)}."]
 
 
 def held_back():
@@ -118,7 +120,7 @@ def held_back():
                 f"| {point['gain']:.2f}x | {short} | {row['oracle_gain']:.2f}x | {point['overhead']:.2f} "
                 f"| {point['us'] / point['limit_in_order_us']:.2f} | {point['overhead_sorted']:.2f} |"
             )
-    return lines
+    return [*lines, "", f"Batch 1, one thread, {processor(results('reproduce/table1'))}."]
 
 
 def approximate():
@@ -131,7 +133,10 @@ def approximate():
 
 def trainings():
     """How the weights that ship for CIFAR-10 were made."""
-    lines = ["| weights | epochs | accuracy of each exit, test | hours | seed |", "|---|---|---|--:|--:|"]
+    lines = [
+        "| weights | epochs | accuracy of each exit, test | hours | processor | seed |",
+        "|---|---|---|--:|---|--:|",
+    ]
     for name in ("b_alexnet", "b_resnet110"):
         found = results(f"cifar_training-{name}")
         for part, row in found["rows"].items():
@@ -140,7 +145,7 @@ def trainings():
             lines.append(
                 f"| {name if part == 'joint' else title} | {begun} "
                 f"| {', '.join(f'{a:.2%}' for a in row['test_accuracy'])} | {row['seconds'] / 3600:.1f} "
-                f"| {row['seed']} |"
+                f"| {processor({**found, **row})} | {row['seed']} |"
             )
     where = found["environment"]
     return [

@@ -7,7 +7,7 @@ import re
 import statistics
 from pathlib import Path
 
-from blocks import BLOCKS, results
+from blocks import BLOCKS, processor, results
 from design_blocks import DESIGN
 from paper_blocks import PAPER
 
@@ -91,7 +91,18 @@ def overhead():
     lines += [
         f"| {kind} |" + "".join(f" {r['profiled_share'].get(kind, 0):.1%} |" for r in found["rows"]) for kind in kinds
     ]
-    return [*lines, "", f"Made by `{found['command']}`."]
+    return [*lines, "", f"One thread, {processor(found)}. Made by `{found['command']}`."]
+
+
+def calls():
+    """What a call takes beyond the session's own run, a table for each processor."""
+    found = results("call_overhead")
+    lines = []
+    for machine in found["machines"]:
+        lines += [f"| {processor(machine)} | a call | beyond `session.run` |", "|---|--:|--:|"]
+        lines += [f"| `{r['call']}` | {r['us']:.1f} us | {r['beyond_us']:.1f} us |" for r in machine["rows"]]
+        lines.append("")
+    return [*lines, f"B-LeNet, one sample a call, one thread; medians. Made by `{found['command']}`."]
 
 
 def smaller():
@@ -110,7 +121,7 @@ def smaller():
         f"The cheapest static network within 0.05 points of B-LeNet or above it is {best['network']}: B-LeNet is "
         f"{best['us_batch_1'] / b_lenet['us_batch_1']:.2f}x faster at batch 1 and "
         f"{best['us_batch_64'] / b_lenet['us_batch_64']:.2f}x at batch 64. The names give the channels of the three "
-        f"convolutions; LeNet itself has 5-10-20. One seed each. Made by `{found['command']}`.",
+        f"convolutions; LeNet itself has 5-10-20. One seed each; {processor(found)}. Made by `{found['command']}`.",
     ]
 
 
@@ -118,7 +129,8 @@ def training_cost():
     found = results("training_cost")
     return [
         f"An epoch of joint training of B-LeNet takes {found['ratio']:.2f} times an epoch of LeNet; its work, "
-        f"counted in multiply-accumulates, is {found['work_ratio']:.2f} times as much. Made by `{found['command']}`.",
+        f"counted in multiply-accumulates, is {found['work_ratio']:.2f} times as much; {processor(found)}. "
+        f"Made by `{found['command']}`.",
     ]
 
 
@@ -185,8 +197,8 @@ def drift_budget():
         *lines,
         "",
         f"Errors are relative to the goal; worst over {rows[0]['streams']} streams of {rows[0]['samples']:,} samples. "
-        f"Leaving at exit 1 costs {low:.1f} us, at exit 2 {high:.1f} us (batch 1, one thread, a busy machine). "
-        f"Made by `{found['command']}`.",
+        f"Leaving at exit 1 costs {low:.1f} us, at exit 2 {high:.1f} us (batch 1, one thread, "
+        f"{processor(found)}, a busy machine). Made by `{found['command']}`.",
     ]
 
 
@@ -197,7 +209,8 @@ def drift_deployed():
         f"The exported file on {found['samples']:,} test images, batches of 64, calibrated on a PyTorch record of the "
         f"validation images. Shuffled: the monitor {quiet}. In the file's order: {found['ordered_alarm']}. With noise "
         f"that grows: {found['noisy_alarm']}; with the controller's thresholds the same images cost "
-        f"{found['mean_us']:.2f} us in the mean for a goal of {found['goal_us']:.2f} us.",
+        f"{found['mean_us']:.2f} us in the mean for a goal of {found['goal_us']:.2f} us; "
+        f"{processor(results('drift'))}.",
     ]
 
 
@@ -232,7 +245,8 @@ def scores():
         f"{100 * found['targets'][1]:g} points below it; bold where it is below entropy's by more than chance explains "
         "(paired, 95 %; over seeds where there are several, else over halvings alone). All scores choose on one half, "
         "though named ones could choose on both. The score's time is what it adds to an exit at batch 1, in a network "
-        f"whose first two exits take {found['score_us']['network']:.0f} us without. Made by `{found['command']}`.",
+        f"whose first two exits take {found['score_us']['network']:.0f} us without; {processor(found)}. "
+        f"Made by `{found['command']}`.",
     ]
 
 
@@ -266,6 +280,7 @@ TABLES = {
     **BLOCKS,
     **DESIGN,
     **PAPER,
+    "calls": calls,
     "drift_budget": drift_budget,
     "drift_deployed": drift_deployed,
     "drift_false": drift_false,

@@ -4,6 +4,8 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 import branchynet
 
 ROOT = Path(__file__).parent.parent
@@ -18,6 +20,24 @@ def test_generated_blocks_are_up_to_date(monkeypatch):
         text = (ROOT / page).read_text()
         assert "<!-- generated: " in text
         assert tables.filled(text) == text, f"{page} is stale; run python benchmarks/tables.py"
+
+
+def test_blocks_that_tell_times_name_the_processor_and_mix_none(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    import blocks
+    import tables
+
+    stored = "\n".join(path.read_text() for path in (ROOT / "benchmarks" / "results").rglob("*.json"))
+    known = set(re.findall(r'"processor": "([^"]+)"', stored))
+    assert len(known) > 1
+    timed = re.compile(r"\d (us|ms|s|seconds|minutes|hours)\b|\d\.\d+x")
+    for name, make in tables.TABLES.items():
+        text = "\n".join(make())
+        assert not timed.search(text) or any(processor in text for processor in known), name
+    one, other = sorted(known)[:2]
+    assert blocks.processor({"processor": one}, {"environment": {"processor": one}}) == one
+    with pytest.raises(ValueError, match="mix processors"):
+        blocks.processor({"processor": one}, {"environment": {"processor": other}})
 
 
 def test_every_public_name_exists_and_every_imported_one_is_public():

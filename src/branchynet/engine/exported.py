@@ -1,9 +1,11 @@
 """An exported file as an engine, in whichever runtime runs its graph: what both have in common."""
 
+import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, fields
+from functools import lru_cache, partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
@@ -93,6 +95,7 @@ class Engine:
         self._reopen = reopen
         self._single = self.metadata["batch"] == 1
         self._settable = {i.name for i in graph.inputs} - {i.name for i in self.inputs}
+        self._override = lru_cache(64)(partial(_override, self.policy, self._settable))  # callers repeat themselves
         own = _threshold_feeds(self.policy.thresholds if self.policy else ())
         self._defaults = {name: array for name, array in own.items() if name in graph.required}
 
@@ -118,7 +121,7 @@ class Engine:
         """
         feeds, rows = take(inputs, named, self.inputs)
         if thresholds is not None:
-            feeds |= self._override(thresholds)
+            feeds |= self._given(thresholds)
         results = self._results(feeds, rows)
         if self.policy is None:
             exit, score = np.full(rows, self.exits), np.full(rows, np.nan, np.float32)
@@ -167,17 +170,11 @@ class Engine:
             return self._empty()
         return self._run(self._defaults | feeds if self._defaults else feeds)
 
-    def _override(self, thresholds: Sequence[float | None]) -> Feeds:
-        if self.policy is None:
-            raise InputError("this file was exported with policy=None and has no thresholds; export one")
-        feeds = _threshold_feeds(check_thresholds(thresholds, self.policy, where="this file", remedy="export again"))
-        if fixed := sorted(feeds.keys() - self._settable):
-            raise InputError(
-                f"{fixed[0]} is a constant in this file, so a call cannot give thresholds: leave them out, or export "
-                "again with thresholds='default', and keep tools that turn inputs with default values into constants "
-                "away from the file"
-            )
-        return feeds
+    def _given(self, thresholds: Sequence[float | None]) -> Feeds:
+        try:
+            return self._override(tuple(thresholds))
+        except TypeError:  # no sequence, or of what cannot be looked up
+            return _override(self.policy, self._settable, thresholds)
 
     def _rows_a_call(self) -> int:
         return int(np.clip(_CALL_BYTES // max(1, self.metadata.get("sample_bytes", 1)), 1, _CALL_ROWS))
@@ -228,10 +225,21 @@ def read_metadata(properties: dict[str, str], path: str | os.PathLike[str]) -> d
     return metadata
 
 
+def _override(policy: Policy | None, settable: Set[str], thresholds: Sequence[float | None]) -> Feeds:
+    """What a call's own thresholds feed. Raises `InputError` where the file does not take them."""
+    if policy is None:
+        raise InputError("this file was exported with policy=None and has no thresholds; export one")
+    feeds = _threshold_feeds(check_thresholds(thresholds, policy, where="this file", remedy="export again"))
+    if fixed := sorted(feeds.keys() - settable):
+        raise InputError(
+            f"{fixed[0]} is a constant in this file, so a call cannot give thresholds: leave them out, or export again "
+            "with thresholds='default', and keep tools that turn inputs with default values into constants away from "
+            "the file"
+        )
+    return feeds
+
+
 def _threshold_feeds(thresholds: Sequence[float | None]) -> Feeds:
     with np.errstate(over="ignore"):  # beyond float32 is infinite
-        return {
-            f"threshold_{n}": np.array([t], np.float64).astype(np.float32)
-            for n, t in enumerate(thresholds, 1)
-            if t is not None
-        }
+        values = np.array([math.nan if t is None else t for t in thresholds], np.float64).astype(np.float32)
+    return {f"threshold_{n}": values[n - 1 : n] for n, t in enumerate(thresholds, 1) if t is not None}
