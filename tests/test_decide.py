@@ -8,10 +8,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from branchynet import choosing
+from branchynet.ascent import ascend
 from branchynet.decide import evaluate, frontier, route, wilson
 from branchynet.errors import InputError
 from branchynet.exit_record import ExitRecord
-from branchynet.search import Problem, ascend, grid
+from branchynet.search import Problem, grid
 from branchynet.types import ExitCost, Policy
 from deciding import a_cost, costs, entropies, every_policy, logits_record, small_records
 

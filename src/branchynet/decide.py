@@ -11,13 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .ascent import ascend
 from .errors import InputError
 from .exit_record import ExitRecord, check_same_network
 from .meta import FittedScore
 from .reading import check_cost
 from .samples import shared
 from .scores import Score, of_choice, of_record
-from .search import Points, Problem, ascend, between, beyond, deployed, grid, leaving, mean_cost
+from .search import Points, Problem, between, beyond, deployed, grid, leaving, mean_cost
 from .types import Choice, ExitCost, Floats, Ints, Outcome, Policy
 
 GRID_EXITS = 3
@@ -213,7 +214,9 @@ def best_points(problem: Problem, vectors: int) -> Points:
 def problem_of(record: ExitRecord, cost: ExitCost, score: str | Score) -> Problem:
     """What is searched. Raises `InputError` where record and cost are not of one network."""
     check_cost(record, cost)
-    return Problem(of_record(record, score), record.losses.astype(np.float64), cost)
+    # Column after column, as they are searched.
+    scores = np.asfortranarray(of_record(record, score))
+    return Problem(scores, record.losses.astype(np.float64, order="F"), cost)
 
 
 def centred(problem: Problem, thresholds: Floats) -> Floats:

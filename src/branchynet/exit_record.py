@@ -119,11 +119,15 @@ class ExitRecord:
         """N, the number of exits."""
         return int(self.losses.shape[1])
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of the arrays, to tell whether two records are the same data."""
         arrays: Any = (self.outputs, self.labels) if self.outputs is not None else (self.scores, self.losses)
-        return hashlib.sha256(b"".join(f"{a.shape}".encode() + a.tobytes() for a in arrays)).hexdigest()
+        found = hashlib.sha256()
+        for array in arrays:
+            found.update(f"{array.shape}".encode())
+            found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)  # without a copy
+        return found.hexdigest()
 
     @functools.cached_property
     def sample_digests(self) -> Digests | None:

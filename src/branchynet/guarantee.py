@@ -14,7 +14,7 @@ Estimating means of bounded random variables by betting, arXiv 2010.09686; Jazbe
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 from scipy.stats import binom
@@ -23,6 +23,7 @@ from .types import Floats, Ints
 
 BOUNDS = ("betting", "binomial")
 _MOST = 0.999  # of the largest bet, which would lose everything at once
+_BLOCK = 4096  # samples whose capital is in memory at once
 _SEED = 1709_01686  # unlike those that data are drawn with
 _FRACTIONS = (0.05, 0.1, 0.2, 0.4, 0.7, 0.95)  # of the largest bet
 
@@ -67,7 +68,7 @@ def binomial_p(differences: Floats, limit: float) -> float:
     return float(binom.cdf(int((differences > 0).sum()), len(differences), limit)) if limit > 0 else 1.0
 
 
-def betting_p(differences: Floats, limit: float, bet: float) -> float:
+def betting_p(differences: Floats, limit: float, bet: float, enough: float = 0.0) -> float:
     """p-value of "risk >= limit": the inverse of the most that a gambler makes who bets that it is smaller.
 
     The capital is multiplied by 1 + bet x (limit - D) at each sample, a supermartingale where the risk is the limit or
@@ -77,11 +78,18 @@ def betting_p(differences: Floats, limit: float, bet: float) -> float:
         differences: `(S,)` D in [-1, 1], in random order.
         limit: of the risk.
         bet: the best bet on other data, from 0 to 1 / (1 - limit), which has half the capital; the rest is spread.
+        enough: stop at the first block of samples after which p is at most this.
     """
     bets, shares = _spread(limit, bet)
-    steps = np.log1p(bets[:, None] * (limit - differences[None, :]))
-    paths = np.cumsum(steps, axis=1) + np.log(shares)[:, None]
-    return float(min(1.0, np.exp(-np.logaddexp.reduce(paths, axis=0).max(initial=0.0))))
+    capital, most = np.log(shares)[:, None], 0.0
+    for start in range(0, len(differences), _BLOCK):
+        block = differences[None, start : start + _BLOCK]
+        paths = capital + np.cumsum(np.log1p(bets[:, None] * (limit - block)), axis=1)
+        most = max(most, float(np.logaddexp.reduce(paths, axis=0).max()))
+        capital = paths[:, -1:]
+        if np.exp(-most) <= enough:
+            break
+    return float(np.exp(-most))
 
 
 def _spread(limit: float, bet: float) -> tuple[Floats, Floats]:
@@ -98,7 +106,7 @@ def best_bet(differences: Floats, limit: float) -> float:
     return float(bets[(np.log1p(bets[:, None] * (limit - values[None, :])) @ counts).argmax()])
 
 
-def accepted(tuning: Sequence[Floats], calibration: Sequence[Floats], limit: float, delta: float, bound: str) -> int:
+def accepted(tuning: Iterable[Floats], calibration: Iterable[Floats], limit: float, delta: float, bound: str) -> int:
     """How many candidates hold, from the first on, tested in the order given until one fails.
 
     Args:
@@ -109,11 +117,13 @@ def accepted(tuning: Sequence[Floats], calibration: Sequence[Floats], limit: flo
         bound: one of `BOUNDS`; the binomial one needs differences of -1, 0 and 1.
     """
     limit = min(limit, 1 - 1e-9)
-    for count, (before, differences) in enumerate(zip(tuning, calibration, strict=True)):
+    held = 0
+    for before, differences in zip(tuning, calibration, strict=True):
         if bound == "binomial":
             p = binomial_p(differences, limit)
         else:
-            p = betting_p(differences, limit, best_bet(before, limit))
+            p = betting_p(differences, limit, best_bet(before, limit), enough=delta)
         if p > delta:
-            return count
-    return len(calibration)
+            break
+        held += 1
+    return held

@@ -5,6 +5,7 @@ Shape letters: S samples, N exits.
 
 import math
 import warnings
+from functools import partial
 
 import numpy as np
 
@@ -90,8 +91,7 @@ def promised(
             f"{len(problem.scores)}, so that none could leave early: record more, take another limit, or ask for no "
             "promise with confidence=None"
         )
-    tuning = Problem(problem.scores[tuning_rows], problem.losses[tuning_rows], problem.cost)
-    calibration = Problem(problem.scores[calibration_rows], problem.losses[calibration_rows], problem.cost)
+    tuning, calibration = problem.take(tuning_rows), problem.take(calibration_rows)
     points = best_points(tuning, vectors)
     room = 2 * math.sqrt(sizes[0] * max(risk, 0))  # the tuning half may be the unlucky one: two standard errors
     kept = np.nonzero(points.loss <= allowed_loss(tuning, name, limit) + room)[0][::-1]  # dearest and surest first
@@ -100,7 +100,8 @@ def promised(
     never = np.full(problem.scores.shape[1] - 1, np.nan, np.float32)
     absolute = name == "min_accuracy"
     safe = not absolute and limit >= 0  # never leaving early keeps the limit by itself
-    before, after = ([_differences(half, c, absolute) for c in candidates] for half in (tuning, calibration))
+    # One candidate at a time: all of them at once would hold 128 numbers per sample.
+    before, after = (map(partial(_differences, half, absolute), candidates) for half in (tuning, calibration))
     standing = candidates[: accepted(before, after, risk, delta, bound)]
     if not (safe or standing):
         reached = 1 - points.loss.min() / sizes[0]
@@ -122,7 +123,7 @@ def promised(
     return min(standing, key=lambda thresholds: _mean_us(problem, thresholds)), sizes
 
 
-def _differences(problem: Problem, thresholds: Floats, absolute: bool) -> Floats:
+def _differences(problem: Problem, absolute: bool, thresholds: Floats) -> Floats:
     """`(S,)` loss of the answer, less that of the last exit unless `absolute`."""
     answer = problem.losses[np.arange(len(problem.losses)), leaving(problem.scores, thresholds)]
     return answer if absolute else answer - problem.losses[:, -1]

@@ -67,23 +67,38 @@ def record(
     where = next((t.device for t in (*net.parameters(), *net.buffers())), torch.device("cpu"))
     score = "entropy" if score is None else score
     function = resolve(score)
-    kept: list[tuple[Floats, Floats | Ints]] = []
+    firsts: list[Floats] = []
+    seconds: list[Any] = []  # labels or losses
     seen: list[Digests | None] = []
     shown = track(loader, "recording", console=Console(stderr=True), disable=not progress)
     with torch.no_grad(), evaluating(net):
         for inputs, target in batches(shown, where):
             exits = tuple(exit.float() for exit in exits_of(net, inputs))
-            kept.append(_logits(exits, target) if loss is None else _judged(exits, target, function, loss))
+            first, second = _logits(exits, target) if loss is None else _judged(exits, target, function, loss)
+            firsts.append(first)
+            seconds.append(second)
             seen.append(_digests(inputs, len(target)))
-    if not kept:
+    if not firsts:
         raise InputError("the loader gave no batch; there is nothing to record")
-    first, second = (np.concatenate(parts) for parts in zip(*kept, strict=True))
+    first, second = _joined(firsts), np.concatenate(seconds)
     network = net.engine.metadata.get("network") if isinstance(net, _EveryExit) else fingerprint(net)
     known = None if any(part is None for part in seen) else np.concatenate([p for p in seen if p is not None])
     about: dict[str, Any] = {"network": network, "inputs": known, "selected_on": getattr(net, "selected_on", ())}
     if loss is None:
         return ExitRecord(outputs=first, labels=second, **about)
     return ExitRecord.from_scores(first, second, score, **about)
+
+
+def _joined(parts: list[Floats]) -> Floats:
+    """All parts in one array; each is let go as soon as it is copied, so that memory holds them about once."""
+    parts.reverse()
+    whole = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
+    start = 0
+    while parts:
+        part = parts.pop()
+        whole[start : start + len(part)] = part
+        start += len(part)
+    return whole
 
 
 def _digests(inputs: Any, samples: int) -> Digests | None:

@@ -26,6 +26,10 @@ class Problem:
     losses: Floats
     cost: ExitCost
 
+    def take(self, rows: Ints) -> "Problem":
+        """The problem of some of the samples."""
+        return Problem(self.scores.T[:, rows].T, self.losses.T[:, rows].T, self.cost)
+
     @cached_property
     def order(self) -> list[Ints]:
         """For each early exit, the samples from surest to least sure; NaN and infinity never leave and are left out."""
@@ -113,7 +117,7 @@ def cuts(scores: Floats, harmed: np.ndarray | None = None) -> Floats:
     return thresholds[np.append(kept[1:], True)]
 
 
-def _thinned(scores: Floats, thresholds: Floats, most: int) -> Floats:
+def thinned(scores: Floats, thresholds: Floats, most: int) -> Floats:
     """At most so many of the candidates: such that both samples and candidates are cut into about equal parts."""
     if len(thresholds) <= most:
         return thresholds
@@ -140,7 +144,7 @@ def grid(problem: Problem, vectors: int) -> Points:
                 exact, room = False, vectors
                 for k, i in enumerate(sorted(range(size), key=lambda i: len(candidates[i])), start=1):
                     most = max(2, int(room ** (1 / (size + 1 - k)) + 1e-9))
-                    candidates[i] = _thinned(problem.scores[:, used[i]], candidates[i], most)
+                    candidates[i] = thinned(problem.scores[:, used[i]], candidates[i], most)
                     room = max(1, room // len(candidates[i]))
             if all(map(len, candidates)):
                 found.append(_in_parts(problem, used, candidates, vectors))
@@ -148,7 +152,7 @@ def grid(problem: Problem, vectors: int) -> Points:
     if exact:
         return points
     spread = np.unique(np.linspace(0, len(points.loss) - 1, _FILLS).astype(int))
-    return join([points, *(_around(problem, points.thresholds[i]) for i in spread)]).pareto()
+    return join([points, *(around(problem, points.thresholds[i]) for i in spread)]).pareto()
 
 
 def _candidates(problem: Problem, used: tuple[int, ...]) -> list[Floats]:
@@ -233,78 +237,55 @@ def deployed(thresholds: Sequence[float | None]) -> Floats:
 
 def leaving(scores: Floats, thresholds: Floats) -> Ints:
     """The exit `(S,)`, from 0, at which each sample leaves, for thresholds `(N-1,)` with NaN for never."""
-    leaves = np.ones(scores.shape, bool)
-    leaves[:, :-1] = scores[:, :-1] < thresholds  # false for NaN on either side
-    return leaves.argmax(axis=1)
+    last = scores.shape[1] - 1
+    position = np.full(len(scores), last, np.int16)
+    for n in np.nonzero(~np.isnan(thresholds))[0]:
+        stays = ~(scores[:, n] < thresholds[n])  # true for NaN
+        np.minimum(position, n + stays * np.int16(last - n), out=position)  # without branches: far faster than a mask
+    return position.astype(np.int64)
 
 
 def sweep(problem: Problem, thresholds: Floats, n: int) -> Points:
-    """Every threshold of the early exit n (from 0), never included and first, with the other thresholds as given."""
+    """The thresholds of the early exit n (from 0) that no looser one beats, with the others as given.
+
+    Leaving at n is never dearer than leaving later. *Never* is included, and stands first.
+    """
     samples, exits = problem.scores.shape
     never = thresholds.copy()
     never[n] = np.nan
     answering = leaving(problem.scores, never)
+    answered = problem.losses[np.arange(samples), answering]
+    first = np.bincount(answering, minlength=exits).astype(np.float64)
+    base = answered.sum()
+    enabled = [*~np.isnan(never), True]
+
     order = problem.order[n]
     order = order[answering[order] > n]  # those that reach exit n
-    scores = problem.scores[order, n]
+    scores, later = problem.scores[order, n], answering[order]
     edge = np.nonzero(np.append(scores[:-1] < scores[1:], True))[0] if len(order) else np.empty(0, np.int64)
-    moved = (answering[order][:, None] == np.arange(exits)).astype(np.float64)
-    counts = np.bincount(answering, minlength=exits).astype(np.float64) - np.cumsum(moved, axis=0)[edge]
-    counts[:, n] += edge + 1
-    gain = problem.losses[order, n] - problem.losses[order, answering[order]]
-    base = problem.losses[np.arange(samples), answering].sum()
+    loss = base + np.cumsum(problem.losses[order, n] - answered[order])[edge]
+    counts = [np.broadcast_to(first[m], edge.shape) for m in range(exits)]
+    counts[n] = first[n] + edge + 1
+    for m in range(n + 1, exits):
+        if first[m]:
+            counts[m] = first[m] - np.cumsum(later == m)[edge]
+    us = mean_cost(counts, problem.cost.latency_us([e or i == n for i, e in enumerate(enabled)]), samples)
 
-    enabled = [*~np.isnan(never), True]
-    us = mean_cost(counts.T, problem.cost.latency_us([e or i == n for i, e in enumerate(enabled)]), samples)
-    first = np.bincount(answering, minlength=exits).astype(np.float64)
+    kept = np.nonzero(loss <= np.append(np.minimum.accumulate(loss[::-1])[::-1][1:], np.inf))[0]
+    edge, top = edge[kept], scores[-1:]
+    above = np.append(scores[1:], np.inf)[edge].astype(np.float32)
     rows = np.tile(never, (len(edge) + 1, 1))
-    rows[1:, n] = np.append(between(scores[edge[:-1]], scores[edge[:-1] + 1]), beyond(scores[-1:]))
+    rows[1:, n] = between(scores[edge], above)
+    if len(edge):
+        rows[-1, n] = beyond(top)[0]  # the loosest is beaten by none
     return Points(
         thresholds=rows,
-        loss=np.append(base, base + np.cumsum(gain)[edge]),
-        us=np.append(mean_cost(first, problem.cost.latency_us(enabled), samples), us),
-        counts=np.vstack([first, counts]),
+        loss=np.append(base, loss[kept]),
+        us=np.append(mean_cost(first, problem.cost.latency_us(enabled), samples), us[kept]),
+        counts=np.vstack([first, np.stack([c[kept] for c in counts], axis=1)]),
     )
 
 
-def ascend(problem: Problem, prices: int = 24) -> Points:
-    """A Pareto set for any number of exits: coordinate ascent of loss + price x time, for many prices and starts.
-
-    Each step sets one threshold to its best value with the others held. All thresholds tried where no step helps
-    enter the set, which fills the gaps between the prices. Not proven best: tests compare it with `grid`.
-    """
-    samples, exits = problem.scores.shape
-    latency = problem.cost.latency_us([True] * exits)
-    span = max(float(latency[-1] - latency[0]), 1e-9) / samples
-    never = np.full(exits - 1, np.nan, np.float32)
-    halves = [_thinned(scores, cuts(scores), 2) for scores in problem.scores[:, :-1].T]
-    middle = np.array([half[0] if len(half) else np.nan for half in halves], np.float32)
-    found, seen, previous = [], set(), never
-    for price in np.geomspace(1e-4, 10, prices) / span:
-        for start in (previous, never, middle):
-            point = _climb(problem, start, float(price))
-            if point.tobytes() not in seen:
-                seen.add(point.tobytes())
-                found.append(_around(problem, point))
-            previous = point
-    return join(found).pareto()
-
-
-def _around(problem: Problem, point: Floats) -> Points:
+def around(problem: Problem, point: Floats) -> Points:
     """The Pareto set of all vectors that differ from `point` in one threshold."""
     return join([sweep(problem, point, n) for n in range(len(point))]).pareto()
-
-
-def _climb(problem: Problem, start: Floats, price: float) -> Floats:
-    """The thresholds where no single change lowers loss + price x time, reached from `start`."""
-    point, best = start, np.inf
-    while True:
-        before = best
-        for n in range(len(point)):
-            points = sweep(problem, point, n)
-            value = points.loss + price * points.us
-            i = int(value.argmin())
-            if value[i] < best:
-                point, best = points.thresholds[i], float(value[i])
-        if not best < before - 1e-9:
-            return point
