@@ -233,7 +233,7 @@ def check_work(flat, events, enabled, exits):
         allowed = iter(shapes_at(node.inputs, rows[level - 1]))  # constants may be missing, nothing else may differ
         assert all(any(same(shape, other) for other in allowed) for shape in event["inputs"])
         if level != stages[name]:
-            assert is_recomputed(node), f"{name} of stage {stages[name]} ran again at level {level}"
+            assert is_recomputed(node, flat), f"{name} of stage {stages[name]} ran again at level {level}"
         else:
             ran[name] += 1
     assert ran == Counter(
@@ -241,7 +241,21 @@ def check_work(flat, events, enabled, exits):
     )
 
 
-def is_recomputed(node):
-    """Whether a node may appear in a later stage again: it computes a shape, or what has no dimension for the batch."""
+def is_recomputed(node, flat):
+    """Whether a node may appear in a later stage again.
+
+    It computes a shape, or what has no dimension for the batch, or reads nothing of the samples but how many they are.
+    """
     integers = all(v.dtype == ir.DataType.INT64 for v in node.outputs)
-    return integers or not any(d == BATCH for v in node.outputs for d in v.shape)
+    if integers or not any(d == BATCH for v in node.outputs for d in v.shape):
+        return True
+    waiting, seen = [node], set()
+    while waiting:
+        for value in reads(waiting.pop()):
+            if value in flat.model.graph.inputs:
+                return False
+            producer = value.producer()
+            if producer is not None and producer.op_type not in ("Shape", "Size") and producer not in seen:
+                seen.add(producer)
+                waiting.append(producer)
+    return True

@@ -276,7 +276,7 @@ def test_every_node_in_use_is_in_the_file_once_and_no_other(family, dynamic, tmp
                     if stages.get(name) == level:
                         found[name] += 1
                     else:
-                        assert name in stages and is_recomputed(nodes[name]) and flat.dynamic
+                        assert name in stages and is_recomputed(nodes[name], flat) and flat.dynamic
                 else:
                     assert name.startswith("exits/")
         assert found == Counter(list(stages))

@@ -11,14 +11,15 @@ import onnx_ir as ir
 
 from ..errors import GraphError
 from ..types import Policy
-from .cut import cut
+from .cut import Dependence, cut
 from .flat import IR_VERSION, OPSET, FlatGraph
 from .nested import reads, within
 from .section import BATCH, BOOL, FLOAT, INT64, Section
 
 _SHARED_BYTES = 1 << 16  # a larger initializer that several stages use is stored once, in the outermost of them
 _HEAVY = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN"}
-_INTEGERS = {ir.DataType.INT64, ir.DataType.INT32}
+# What the further inputs of these say is where, or how large.
+_OF_FIRST = {"Reshape", "Expand", "Slice", "Tile", "Pad", "Squeeze", "Unsqueeze", "Split"}
 
 
 def nest(flat: FlatGraph, policy: Policy, *, thresholds: str = "default") -> ir.Model:
@@ -74,8 +75,7 @@ class _Nest:
         self.sections = [Section(i + 1) for i in range(len(self.exits))]
         self.thresholds: list[ir.Value] = []
         self.index: dict[tuple[int, int], ir.Value] = {}  # (i, j): rows of level i's batch that are level j's batch
-        self.varies = _varying(flat)
-        self.numbered = _numbered(flat)
+        self.dependence = _dependence(flat)
 
     def model(self, required_thresholds: bool) -> ir.Model:
         outermost = self.sections[0]
@@ -183,9 +183,9 @@ class _Nest:
             home = next(j for j in range(i - 1, -1, -1) if value in self.sections[j].values or j == 0)
             if value not in self.sections[home].values:
                 local = self._again(value, i)
-            elif not self.flat.dynamic or value not in self.varies:
+            elif not self.flat.dynamic or not self.dependence.varies(value):
                 local = self.sections[home].values[value]
-            elif (axis := _batch_axis(value)) is not None and value not in self.numbered:
+            elif (axis := _batch_axis(value)) is not None and value not in self.dependence.again:
                 source, rows = self.sections[home].values[value], self._rows(home, i)
                 shape = [here.dim(d) for d in value.shape or ()]
                 local = here.op(
@@ -219,7 +219,7 @@ class _Nest:
         """Compute a value again from what this level's smaller batch holds: shapes, masks and the like."""
         node = value.producer()
         assert node is not None
-        if any(inner.op_type in _HEAVY for inner in within(node)):
+        if _costly(node):
             raise GraphError(
                 f"the value {value.name!r} {value.shape} crosses from one stage to the next, but none of its "
                 "dimensions is the batch, so the samples that stay cannot be picked from it; tap where the batch "
@@ -267,35 +267,28 @@ def _batch_axis(value: ir.Value) -> int | None:
     return axes[0] if len(axes) == 1 else None
 
 
-def _varying(flat: FlatGraph) -> set[ir.Value]:
-    """Values that depend on the batch: on an input's rows, or on how many there are."""
-    varying = set(flat.model.graph.inputs)
+def _dependence(flat: FlatGraph) -> Dependence[ir.Value]:
+    """How the values of a flat graph depend on the batch."""
+    inputs = flat.model.graph.inputs
+    dependence = Dependence(inputs, [v for v in inputs if v.dtype is not None and v.dtype.is_integer()])
     for node in flat.model.graph:
-        source = node.inputs[0] if node.inputs else None
-        if node.op_type == "Shape" and source is not None and _batch_axis(source) == 0:
-            start = node.attributes["start"].as_int() if "start" in node.attributes else 0
-            if start >= 1:
-                continue
-        if any(v in varying for v in reads(node)):
-            varying.update(node.outputs)
-    return varying
-
-
-def _numbered(flat: FlatGraph) -> set[ir.Value]:
-    """Integers that hold places in the batch, from a Range over it: a smaller batch has others, so none may be picked.
-
-    A sample's answer does not depend on its place, so what is no integer (a mask, a feature) holds none.
-    """
-    numbered: set[ir.Value] = set()
-    for node in flat.model.graph:
-        # What is looked up by such places is a row's own again; what they are looked up in may hold places itself.
-        read = node.inputs[:1] if node.op_type.startswith(("Gather", "Scatter")) else node.inputs
-        if not any(v.dtype in _INTEGERS for v in node.outputs):
+        read, lookup = reads(node), node.op_type.startswith(("Gather", "Scatter"))
+        measures = node.op_type in ("Shape", "Size")
+        start = node.attributes["start"].as_int() if "start" in node.attributes else 0
+        if measures and start >= 1 and _batch_axis(read[0]) == 0:  # of all dimensions but the batch
             continue
-        counts = node.op_type == "Range" and not all(isinstance(d, int) for d in node.outputs[0].shape or ())
-        if counts or any(v in numbered for v in read):
-            numbered.update(node.outputs)
-    return numbered
+        data = read[:1] if lookup or node.op_type in _OF_FIRST else read
+        costly = _costly(node)
+        for value in node.outputs:
+            integer = value.dtype is not None and value.dtype.is_integer()
+            number = True if integer else False if lookup or value.dtype == ir.DataType.BOOL else None
+            dependence.add(value, read, data, number=number, costly=costly, measures=measures)
+    return dependence
+
+
+def _costly(node: ir.Node) -> bool:
+    """Whether a node, or one inside it, is too much work to be done again."""
+    return any(inner.op_type in _HEAVY for inner in within(node))
 
 
 def _copy_inputs(flat: FlatGraph, section: Section) -> list[ir.Value]:

@@ -13,7 +13,7 @@ from .. import scores
 from ..errors import GraphError, InputError
 from ..net import arguments, count_exits
 from ..types import Policy
-from .cut import cut
+from .cut import Dependence, cut
 from .flat import input_names
 from .torch_flat import TorchGraph, check, name_of, place_of, torch_flatten
 
@@ -105,20 +105,12 @@ class _Cut:
         self.exits = exits
         self.needs = [(flat.outputs[n - 1], flat.scores[n - 1]) for n in exits]
         self.level = {node: n - 1 for node, n in cut(self.needs, lambda node: node.all_input_nodes).items()}
-        self.varies = set(flat.inputs)
-        self.numbered: set[fx.Node] = set()  # they hold places in the batch, of which a smaller batch has others
+        self.dependence = Dependence(flat.inputs, [node for node in flat.inputs if _is_integer(node)])
         for node in (node for node in flat.nodes if node in self.level):
             check(node, flat)
             if name_of(node) == "getitem":  # the parts of what a node gives out are taken apart where it is made
                 self.level[node] = self.level[node.all_input_nodes[0]]
-            if not self.varies.isdisjoint(node.all_input_nodes):
-                self.varies.add(node)
-            # What is looked up by such places is a row's own again; what they are looked up in may hold places itself.
-            read = node.all_input_nodes[:1] if name_of(node) in _LOOKUPS else node.all_input_nodes
-            counts = name_of(node) == "arange" and self._axis(node) is not None
-            # A sample's answer does not depend on its place, so what is no integer (a mask, a feature) holds none.
-            if self._is_integer(node) and (counts or not self.numbered.isdisjoint(read)):
-                self.numbered.add(node)
+            _add(self.dependence, node)
         for n, (output, _) in zip(exits, self.needs, strict=True):
             if self._axis(output) != 0:
                 raise GraphError(
@@ -158,7 +150,7 @@ class _Cut:
         elif self._is_batch_size(node):
             here[node] = self.rows[i]
         elif node.op == "placeholder" or (self.level[node] < i and self._crosses(node)):
-            self.takes[i][node] = Taken(node.name, self._axis(node) if node in self.varies else None)
+            self.takes[i][node] = Taken(node.name, self._axis(node) if self.dependence.varies(node) else None)
             with self.graphs[i].inserting_after(self.last[i]):
                 here[node] = self.last[i] = self.graphs[i].placeholder(node.name)
         else:
@@ -174,17 +166,15 @@ class _Cut:
         if node.target is torch.ops.aten.expand.default:  # picking its rows would write out what it repeats
             source = node.all_input_nodes[0]
             return source not in self.flat.constants and not self._crosses(source)
-        return node not in self.varies or (self._axis(node) is not None and node not in self.numbered)
+        if not self.dependence.varies(node):
+            return True
+        return self._axis(node) is not None and node not in self.dependence.again
 
     def _axis(self, node: fx.Node) -> int | None:
         """Which dimension of a tensor is the batch; None where none is, or where two are."""
         shape = node.meta["val"].shape if isinstance(node.meta["val"], Tensor) else ()
         axes = [axis for axis, dim in enumerate(shape) if self._is_batch(dim)]
         return axes[0] if len(axes) == 1 else None
-
-    def _is_integer(self, node: fx.Node) -> bool:
-        dtype = getattr(node.meta["val"], "dtype", None)
-        return dtype is not torch.bool and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
 
     def _is_batch(self, size: Any) -> bool:
         return isinstance(size, SymInt) and size.node.expr == self.flat.batch
@@ -193,7 +183,7 @@ class _Cut:
         return self._is_batch(node.meta.get("val"))
 
     def _check_made(self, node: fx.Node, i: int) -> None:
-        if self.level[node] < i and (name_of(node) in _HEAVY or name_of(node).startswith("wrap_")):
+        if self.level[node] < i and _costly(node):
             raise GraphError(
                 f"the value {node.name!r} {self._shape(node)}{place_of(node)} crosses from one stage to the next, but "
                 "none of its dimensions is the batch B, so that the samples that stay cannot be picked from it; tap "
@@ -209,3 +199,32 @@ class _Cut:
         value = node.meta["val"]
         shape = value.shape if isinstance(value, Tensor) else ()
         return f"({', '.join(str(d).replace(str(self.flat.batch), 'B') for d in shape)})"
+
+
+def _add(dependence: Dependence[fx.Node], node: fx.Node) -> None:
+    tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), (Tensor, tuple, list))]
+    name, lookup = name_of(node), name_of(node) in _LOOKUPS
+    sizes = not tensors or not isinstance(node.meta["val"], (Tensor, tuple, list))
+    dependence.add(
+        node,
+        node.all_input_nodes,
+        tensors[:1] if lookup else tensors,
+        number=True if _is_integer(node) else False if lookup or _dtype(node) is torch.bool else None,
+        costly=_costly(node),
+        measures=sizes or name.startswith("new_") or name.endswith("_like"),
+    )
+
+
+def _dtype(node: fx.Node) -> torch.dtype | None:
+    """Of a tensor; None for all else."""
+    return node.meta["val"].dtype if isinstance(node.meta["val"], Tensor) else None
+
+
+def _is_integer(node: fx.Node) -> bool:
+    dtype = _dtype(node)
+    return dtype is not None and dtype is not torch.bool and not dtype.is_floating_point and not dtype.is_complex
+
+
+def _costly(node: fx.Node) -> bool:
+    """Whether a node is too much work to be done again."""
+    return name_of(node) in _HEAVY or name_of(node).startswith("wrap_")
