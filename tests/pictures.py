@@ -51,8 +51,8 @@ def make(seed=0, classes=CLASSES, width=4):
         return BranchyNet(backbone, {"0": branch})
 
 
-def loader(**kwargs):
-    return DataLoader(Pictures(**kwargs), batch_size=10, shuffle=True)
+def loader(batch_size=10, **kwargs):
+    return DataLoader(Pictures(**kwargs), batch_size=batch_size, shuffle=True)
 
 
 def state(net):

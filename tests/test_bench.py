@@ -279,7 +279,7 @@ def test_wrong_data_files_and_networks_are_named(tmp_path, file, data, policy):
         bench(file, zoo.lenet(), *data, network="LeNet", accuracy_static=0.5)
     flat = flat_lenet()[1]
     one = write(tmp_path, policy, "one", FlatGraph(flat.model, flat.exits, dynamic=False))
-    with pytest.raises(InputError, match=r"one\.onnx answers one sample at a time; got batches=\[1, 64\]"):
+    with pytest.raises(InputError, match=r"one\.onnx answers one sample at a time; got batch sizes \[1, 64\]"):
         rows_of(one, data, batches=(1, 64))
     with pytest.raises(FileError, match=r"none\.onnx"):
         rows_of(tmp_path / "none.onnx", data)

@@ -12,23 +12,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from branchynet import Choice, ExitCost, ExitRecord, Policy, cli, evaluate, load
+from branchynet import Choice, ExitCost, ExitRecord, Policy, evaluate, load, runs
 from branchynet.data import load_data, save_image
-from branchynet.engine.onnx import RUNTIMES
+from branchynet.errors import GraphError
 from branchynet.guarantee import fewest, halves
-
-
-def call(monkeypatch, *arguments):
-    """Run the command line in this process and return its exit status."""
-    monkeypatch.setattr(sys, "argv", ["branchynet", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-        raise SystemExit(0)
-    return stop.value.code or 0
-
-
-def test_every_runtime_is_named():
-    assert cli.ENGINES == ", ".join(RUNTIMES)
+from command import call
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +39,7 @@ def test_a_run_holds_what_the_design_says(run):
     assert files >= {
         "config.json", "baseline", "static", "checkpoint.safetensors", "training.safetensors", "train.csv",
         "record-val.npz", "record-test.npz", "cost.json", "choice.json", "model.onnx", "bench.json", "report.html",
+        "tradeoff.png",
     }  # fmt: skip
     assert not [name for name in files if "partial" in name]
     config = json.loads((run / "config.json").read_text())
@@ -112,6 +101,18 @@ def test_predict_answers_image_files(run, monkeypatch, tmp_path, capsys):
     assert "image" in told and "0.png" in told
 
 
+def test_predict_answers_the_images_of_folders(run, monkeypatch, tmp_path, capsys):
+    test = load_data("digits").test
+    for name, image in zip(("b.png", "a/c.png", "a/.hidden.png", "a/b/d.jpg", "e.bmp"), test.images, strict=False):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        save_image(image.numpy(), tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    assert call(monkeypatch, "predict", run, tmp_path / "e.bmp", tmp_path / "a", tmp_path, "--json") == 0
+    answers = [json.loads(line)["image"] for line in capsys.readouterr().out.splitlines()]
+    inside = [str(tmp_path / name) for name in ("a/b/d.jpg", "a/c.png")]
+    assert answers == [str(tmp_path / "e.bmp"), *inside, *inside, str(tmp_path / "b.png"), str(tmp_path / "e.bmp")]
+
+
 def test_choose_promises_and_takes_a_score(run, tmp_path, monkeypatch, capsys):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
@@ -161,6 +162,8 @@ def test_inspect_tells_exits_thresholds_and_preprocessing(run, monkeypatch, caps
     told = capsys.readouterr().out
     threshold = load(run / "model.onnx").policy.thresholds[0]
     assert f"entropy < {threshold:.6g}" in told and "pixels / 255" in told and "(B, 1, 28, 28)" in told
+    assert call(monkeypatch, "inspect", run) == 0
+    assert capsys.readouterr().out == told
     assert call(monkeypatch, "inspect", run / "model.onnx", "--json") == 0
     assert json.loads(capsys.readouterr().out)["policy"]["thresholds"] == [threshold]
 
@@ -176,6 +179,18 @@ def foreign(path):
 
 
 MISTAKES = {
+    "too many weights for two exits": (["train", "{tmp}/new", "--weights", "1,1,1", "--quiet"], "3 for 2 exits"),
+    "a negative weight": (["train", "{tmp}/new", "--weights", "1,-1"], "not negative"),
+    "a step size of nothing": (["train", "{tmp}/new", "--rate", "0"], "rate"),
+    "no images a step": (["train", "{tmp}/new", "--batch-size", "0"], "--batch-size must be at least 1"),
+    "epochs below nothing": (["train", "{tmp}/new", "--baseline-epochs", "-1"], "--baseline-epochs"),
+    "distilled backwards": (["train", "{tmp}/new", "--distill", "nan"], "distill"),
+    "unknown precision": (["train", "{tmp}/new", "--mixed-precision", "bf61"], "bf16"),
+    "a promise that takes more samples": (["choose", "{run}", "--max-drop", "0.001"], "--no-promise"),
+    "a confidence beyond 1": (["choose", "{run}", "--confidence", "2"], "--no-promise"),
+    "no batch": (["bench", "{run}", "--batch", ","], "one batch size"),
+    "a folder without images": (["predict", "{run}", "{tmp}/empty"], "empty"),
+    "a folder without a file": (["inspect", "{tmp}/empty"], "branchynet export"),
     "no run": (["choose", "{tmp}/nowhere"], "branchynet train"),
     "not trained": (["choose", "{tmp}/empty"], "branchynet train"),
     "unknown network": (["train", "{tmp}/new", "--network", "b_lenett"], "b_lenet"),
@@ -186,7 +201,6 @@ MISTAKES = {
     "unknown data": (["train", "{tmp}/new", "--data", "mnits"], "mnist"),
     "missing data": (["train", "{tmp}/new", "--data", "folder:{tmp}/none"], "none"),
     "unknown augment": (["train", "{tmp}/new", "--augment", "afine"], "affine"),
-    "too many weights": (["train", "{tmp}/new", "--weights", "1,2,3", "--quiet"], "3"),
     "not numbers": (["bench", "{run}", "--batch", "one"], "one"),
     "batch too large": (["bench", "{run}", "--batch", "100000", "--quiet"], "100000"),
     "unknown engine": (["bench", "{run}", "--engine", "tvm", "--quiet"], "openvino"),
@@ -216,13 +230,97 @@ def test_a_mistake_is_one_clear_line(mistake, run, monkeypatch, tmp_path, capsys
     status = call(monkeypatch, *(a.format(tmp=tmp_path, run=run) for a in arguments))
     told = capsys.readouterr().err
     assert status == 1
+    told = "".join(line for line in told.splitlines(keepends=True) if not line.startswith(("measuring", "exporting")))
     assert told.startswith("error: ") and expected in told and "Traceback" not in told
     assert len(told.strip().splitlines()) == 1
+    words = told.replace(str(tmp_path), "").replace(str(run), "")
+    assert not re.search(r"\w=|\bNone\b|\(\.\.\.\)|\b(max|min|batch|baseline|mixed)_", words), "advice in Python"
+    assert not (tmp_path / "new").exists()
 
 
 def test_wrong_usage_is_status_2_and_a_real_process_says_the_same(run):
-    command = [sys.executable, "-m", "branchynet.cli"]
+    command = [sys.executable, "-m", "branchynet"]
     wrong = subprocess.run([*command, "chose"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "No such command" in wrong.stderr
     missing = subprocess.run([*command, "inspect", str(run / "none.onnx")], capture_output=True, text=True)
     assert missing.returncode == 1 and missing.stderr.startswith("error: ")
+
+
+# What is told
+
+
+def test_costs_are_measured_again_when_asked_for(run, tmp_path, monkeypatch):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    stored = json.loads((copy / "cost.json").read_text())
+    (copy / "cost.json").write_text(json.dumps(stored | {"plain_us": 12345.0}))
+    choose = ("choose", copy, "--max-drop", 0.02, "--no-promise", "--quiet")
+    assert call(monkeypatch, *choose) == 0 and ExitCost.load(copy / "cost.json").plain_us == 12345.0
+    assert call(monkeypatch, *choose, "--remeasure") == 0 and ExitCost.load(copy / "cost.json").plain_us != 12345.0
+
+
+def test_where_none_leaves_early_the_reason_and_the_next_step_are_told(run, tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    stored = json.loads((copy / "cost.json").read_text())
+    branch = [10 * sum(stored["trunk_us"]), 0.0]
+    (copy / "cost.json").write_text(json.dumps(stored | {"branch_us": branch, "plain_us": sum(stored["trunk_us"])}))
+    assert call(monkeypatch, "choose", copy, "--max-drop", 0.02, "--no-promise") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "1.00x the speed" in told and f"exit 1 adds {branch[0]:.1f} us" in told and "saves nothing" in told
+    assert "branchynet design" in told
+
+
+def test_an_engine_that_fails_costs_the_others_nothing(run, tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    timed = json.loads((copy / "bench.json").read_text())["rows"]
+
+    def bench(*_, runtime, batches, **__):
+        if runtime == "openvino":
+            raise GraphError("it has no such operator")
+        return [row | {"engine": runtime} for row in timed[: len(batches)]]
+
+    monkeypatch.setattr(runs, "bench", bench)
+    arguments = ("bench", copy, "--engine", "onnxruntime,openvino,onnxruntime-cuda", "--json", tmp_path / "rows.json")
+    assert call(monkeypatch, *arguments, "--batch", "1,7", "--quiet") == 1
+    told = capsys.readouterr()
+    assert told.err == "error: not timed in openvino: it has no such operator\n" and "onnxruntime-cuda" in told.out
+    for rows in (
+        json.loads((copy / "bench.json").read_text())["rows"],
+        json.loads((tmp_path / "rows.json").read_text()),
+    ):
+        assert [row["engine"] for row in rows] == ["onnxruntime"] * 2 + ["onnxruntime-cuda"] * 2
+    monkeypatch.setattr(runs, "bench", lambda *_, **__: bench(runtime="openvino", batches=()))
+    assert call(monkeypatch, "bench", copy, "--quiet") == 1
+    assert capsys.readouterr().err == "error: it has no such operator\n"
+
+
+def test_what_the_static_network_is_not_is_told(run, tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    config = json.loads((copy / "config.json").read_text())
+    rows = json.loads((copy / "bench.json").read_text())["rows"]
+    monkeypatch.setattr(runs, "bench", lambda *_, **given: [rows[0] | {"accuracy_static": given["accuracy_static"]}])
+    for baseline, told in ((2, "trained for 2 epochs"), (0, "never trained")):
+        config["settings"] |= {"static": False, "baseline_epochs": baseline}
+        (copy / "config.json").write_text(json.dumps(config))
+        assert call(monkeypatch, "bench", copy, "--quiet") == 0
+        assert told in " ".join(capsys.readouterr().out.split())
+    assert json.loads((copy / "bench.json").read_text())["rows"][0]["accuracy_static"] is None
+
+
+def test_long_steps_say_what_they_do_unless_they_are_to_be_quiet(run, tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    steps = {
+        "measuring": ("choose", copy, "--max-drop", 0.02, "--no-promise", "--remeasure"),
+        "exporting": ("export", copy),
+        "timing in onnxruntime": ("bench", copy, "--batch", 1),
+        "answering": ("report", copy),
+    }
+    for told, step in steps.items():
+        assert call(monkeypatch, *step) == 0
+        assert told in capsys.readouterr().err
+        assert call(monkeypatch, *step, "--quiet") == 0
+        assert capsys.readouterr().err == ""

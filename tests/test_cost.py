@@ -58,18 +58,29 @@ def test_of_a_batch_what_every_call_takes_is_paid_by_all(stages, rows):
 
 
 @given(st.integers(1, 6), st.data())
-def test_noisy_times_give_costs_whose_sum_is_the_time_up_to_each_exit(exits, data):
+def test_noisy_times_give_costs_that_never_fall_short_and_a_trunk_that_is_the_plain_network(exits, data):
     names = list(times_of([0.0] * exits, [0.0] * exits))
     times = data.draw(st.lists(microseconds, min_size=len(names), max_size=len(names)))
     us = dict(zip(names, times, strict=True))
     upto, leave = (np.array([us[f"{name}_{n}"] for n in range(1, exits + 1)]) for name in ("upto", "leave"))
     cost = ExitCost(*map(tuple, _apart(us, exits)))  # which refuses what is negative or not finite
-    sums = cost.latency_us([True] * exits)
-    assert (sums >= np.maximum(upto, leave) - 1e-6 * max(times)).all()
-    decided = np.maximum.accumulate(np.maximum(leave - upto, 0.0))
-    reached = upto + decided - np.cumsum(cost.branch_us)
-    if (np.diff(reached, prepend=0.0) >= 0).all():  # no trunk segment came out below nothing
-        np.testing.assert_allclose(sums, upto + decided, rtol=1e-9, atol=1e-6)
+    slack = 1e-6 * (1 + max(times))
+    assert (np.cumsum(cost.trunk_us) + np.cumsum(cost.branch_us) >= np.maximum(upto, leave) - slack).all()
+    assert cost.latency_us([False] * (exits - 1) + [True])[-1] == pytest.approx(us["plain"], abs=slack)
+
+
+@given(st.integers(1, 4), st.sampled_from([1, 16, 64]), st.data())
+def test_whatever_the_clock_says_never_leaving_early_takes_as_long_as_the_plain_network(exits, rows, data):
+    names = list(times_of([0.0] * exits, [0.0] * exits))
+    sizes = (rows, max(1, rows // 16))
+    whole, part = (
+        dict(zip(names, data.draw(st.lists(microseconds, min_size=len(names), max_size=len(names))), strict=True))
+        for _ in sizes
+    )
+    trunk, branch = each_row(_apart(whole, exits), _apart(part, exits), *sizes)
+    cost = ExitCost(tuple(trunk), tuple(branch))
+    never = cost.latency_us([False] * (exits - 1) + [True])[-1]
+    assert never == pytest.approx(whole["plain"] / rows, abs=1e-6 * (1 + max(whole.values())))
 
 
 # Measuring
@@ -100,9 +111,9 @@ def test_measure_turns_batch_times_into_costs_a_sample(lenet, monkeypatch):
         assert len(calls) == 2 * len(names) and seconds == 7.0
         for call in calls:
             call()
-        return [4 + rows * us[name] for rows in (32, 2) for name in names]
+        return [4 + rows * us[name] for rows in (32, 2) for name in names], 0.125
 
-    monkeypatch.setattr(module, "interleaved", fake)
+    monkeypatch.setattr(module, "until_steady", fake)
     example = grey_images(2)
     cost = measure(lenet, example, batch_size=32, threads=2, seconds=7.0)
     macs = exit_macs(flat_lenet()[1])
@@ -112,6 +123,7 @@ def test_measure_turns_batch_times_into_costs_a_sample(lenet, monkeypatch):
         2,
     ] and cost.plain_us == 110 + 4 / 32
     np.testing.assert_allclose([cost.trunk_us, cost.branch_us], [(10 + 4 / 32, 100), (5 + 2, 1 + 3)])
+    assert cost.spread == 0.125
     rows = example.numpy()
     assert len(seen) == 12
     for n, x in enumerate(seen):

@@ -5,6 +5,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from branchynet import zoo
@@ -13,7 +15,7 @@ from branchynet.design import stages
 from branchynet.design.advising import _finalists
 from branchynet.design.forest import Candidate, Forest, plant
 from branchynet.design.stages import Batch, StageTimes, time_stages
-from branchynet.design.subsets import Found, Judged, break_even, search
+from branchynet.design.subsets import Found, Judged, break_even, least_us, search
 from branchynet.graph.flat import flatten
 from branchynet.graph.macs import exit_macs
 from branchynet.guarantee import halves
@@ -315,3 +317,18 @@ def test_an_exit_saves_time_where_more_leave_than_must(seed):
     for n in range(3):
         without, _ = mean_and_first(tuple(i for i in range(3) if i != n))
         assert 0 <= needed[n] <= 1 and (share[n] >= needed[n]) == (mean <= without)
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.data())
+def test_the_bound_is_the_best_of_all_ways_to_leave(exits, samples, data):
+    """And so no thresholds beat it: what they do is one of these ways."""
+    each = np.cumsum(data.draw(st.lists(st.floats(0, 10), min_size=exits, max_size=exits)))
+    wrong = st.lists(st.integers(0, 1), min_size=exits, max_size=exits)
+    losses = np.array(data.draw(st.lists(wrong, min_size=samples, max_size=samples)), float)
+    ways = [
+        (losses[np.arange(samples), left].sum(), each[list(left)].mean())
+        for left in itertools.product(range(exits), repeat=samples)
+    ]
+    most = data.draw(st.integers(int(min(loss for loss, _ in ways)), samples))
+    best = min(us for loss, us in ways if loss <= most)
+    assert least_us(each, losses, float(most)) == pytest.approx(best, abs=1e-9)

@@ -1,29 +1,20 @@
 """`branchynet design` on a run that was trained on real digits: what it writes, resumes, refuses and promises."""
 
 import json
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from branchynet import Choice, ExitCost, ExitRecord, Policy, cli, evaluate, load
+from branchynet import Choice, ExitCost, ExitRecord, Policy, evaluate, load
 from branchynet.data import load_data
 from branchynet.design import Advice
 from branchynet.designing import design_run
 from branchynet.errors import FileError, InputError
 from branchynet.runs import Settings, create_run, load_run, open_run, train_run
+from command import call
 
 OPTIONS = {"max_drop": 0.02, "epochs": 2, "anyway": True, "progress": False}
-
-
-def call(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["branchynet", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as end:
-        return end.code or 0
-    return 0
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from branchynet.errors import FileError, InputError
 from branchynet.files import locked
 from branchynet.training import checkpoint, train
 from branchynet.training.history import History
-from branchynet.training.train import Cosine, fit
+from branchynet.training.train import Constant, Cosine, fit
 from pictures import Pictures, equal, loader, make, quiet, state
 
 # Runs that are killed and go on
@@ -190,7 +190,7 @@ def test_resume_false_starts_anew(finished, whole):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"epochs": 4}, "epochs=3.*epochs=4"),
+        ({"epochs": 2}, "epochs=3.*epochs=2"),
         ({"seed": 1}, "seed=0.*seed=1"),
         ({"weights": [1, 0.3]}, r"weights=None.*weights=\[1.0, 0.3\]"),
         ({"train": "branches"}, "train='all'.*train='branches'"),
@@ -276,6 +276,34 @@ def test_a_folder_in_use_is_refused(finished):
         done.set()
         thread.join()
     assert resumed(finished, make())[1].last.epoch == EPOCHS
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, functools.partial(torch.optim.SGD, momentum=0.9)])
+@pytest.mark.parametrize("first", [1, 2])
+def test_epochs_added_to_a_finished_run_are_those_of_a_longer_one(tmp_path, optimizer, first):
+    """With a constant step size the two cannot be told apart."""
+    recipe = {"schedule": Constant(), "optimizer": functools.partial(optimizer, lr=0.01)}
+    quiet(long := make(), loader(), epochs=EPOCHS, **recipe)
+    quiet(make(), loader(), epochs=first, run=tmp_path, **recipe)
+    net, history = resumed(tmp_path, make(seed=9), **recipe)
+    assert equal(state(net), state(long)) and len(history.rows) == EPOCHS
+
+
+def test_added_epochs_have_the_step_sizes_of_the_schedule_of_all(tmp_path):
+    whole = loader(batch_size=1000)  # one step an epoch
+    long = quiet(make(), whole, epochs=5)
+    quiet(make(), whole, epochs=2, run=tmp_path)
+    history = quiet(make(), whole, epochs=5, run=tmp_path)
+    assert [row.lr for row in history.rows[2:]] == [row.lr for row in long.rows[2:]]
+
+
+def test_a_run_without_an_epoch_may_become_another(tmp_path):
+    with pytest.raises(Stop):
+        resumed(tmp_path, make(), interrupt=5)
+    assert (tmp_path / "training.safetensors").exists()
+    net, _ = resumed(tmp_path, make(width=5), seed=3)
+    quiet(other := make(width=5), loader(), epochs=EPOCHS, seed=3)
+    assert equal(state(net), state(other))
 
 
 def test_a_run_of_another_network_is_refused(finished):

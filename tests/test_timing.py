@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from branchynet import timing
-from branchynet.timing import at_one_pace, in_turns, interleaved
+from branchynet.timing import STEADY, at_one_pace, in_turns, interleaved, spread_of, until_steady
 
 
 class Clock:
@@ -71,6 +71,42 @@ def test_measuring_ends_in_time_but_not_before_five_rounds(monkeypatch, seconds,
     clock = Clock(monkeypatch)
     interleaved([clock.call("a", [0.25]), clock.call("b", [0.0625])], seconds)
     assert clock.names == ["a", "b"] * (rounds + 1)
+
+
+def test_steady_calls_are_timed_once(monkeypatch):
+    clock = Clock(monkeypatch)
+    us, spread = until_steady([clock.call("a", [0.25]), clock.call("b", [0.0625])], seconds=3.0)
+    assert us == [0.25e6, 0.0625e6] and spread == 0
+    assert clock.names == ["a", "b"] * 11
+
+
+def test_calls_that_settle_are_timed_until_they_have(monkeypatch):
+    """One of them is slow at first, and the others go on as they were: no pace that they share."""
+    clock = Clock(monkeypatch)
+    slow = clock.call("a", [0.4] * 2 + [0.2] * 1000)  # the first of them warms up
+    us, spread = until_steady([slow, clock.call("b", [0.1]), clock.call("c", [0.1])], seconds=2.0)
+    assert us == pytest.approx([0.2e6, 0.1e6, 0.1e6]) and spread <= STEADY
+    assert 8 < len(clock.log) / 3 < 24
+
+
+def test_calls_that_never_settle_are_timed_four_times_as_long_and_said_to(monkeypatch):
+    clock = Clock(monkeypatch)
+    wild = clock.call("a", [0.1] * 5 + [0.3] * 5)
+    us, spread = until_steady([wild, clock.call("b", [0.1]), clock.call("c", [0.1])], seconds=2.0)
+    assert spread > 0.2 and us[1:] == pytest.approx([0.1e6, 0.1e6])
+    assert 4 * 2.0 <= clock.now < 4 * (2.0 + 1.0)
+
+
+@given(st.lists(st.floats(1, 100), min_size=2, max_size=4), st.integers(5, 60), st.floats(0, 0.5))
+def test_the_spread_is_that_of_the_least_certain_call(true, turns, swing):
+    """Half of the blocks of one call are off by a share; scale is no matter, and nor are the others."""
+    times = np.outer(true, np.ones(turns))
+    assert spread_of(times) == pytest.approx(0, abs=1e-12)
+    steps = np.array([1, -1, 1, -1, 1]) * swing
+    times[1] *= np.repeat(1 + steps, [len(block) for block in np.array_split(times[1], 5)])
+    want = 2.776 * steps.std(ddof=1) / np.sqrt(5) / (1 + steps.mean())
+    assert spread_of(times) == pytest.approx(want, abs=1e-9)
+    assert spread_of(1000 * times) == pytest.approx(want, abs=1e-9)
 
 
 @pytest.mark.parametrize("size", [16, 32])  # 64 samples are four calls; or two, which are too few for a turn

@@ -225,6 +225,7 @@ class TestExitCost:
         assert cost.exits == 3
         assert cost.latency_us((True, True, True)).tolist() == [11, 33, 77]
         assert cost.latency_us((False, True, True)).tolist() == [1, 23, 67]
+        assert cost.latency_us((False, False, True)).tolist() == [1, 3, 7]  # the plain network has no score
         assert cost.macs((True, False, True)).tolist() == [101, 301, 704]
         assert ExitCost((1,), (0,)).macs((True,)).tolist() == [0]
 

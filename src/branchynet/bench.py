@@ -38,7 +38,7 @@ def bench(
     target: Tensor,
     *,
     network: str,
-    accuracy_static: float,
+    accuracy_static: float | None,
     loss: Loss | None = None,
     score: Score | None = None,
     batches: Sequence[int] | None = None,
@@ -69,7 +69,7 @@ def bench(
         inputs: test inputs of S samples, as the network takes them: a tensor, or a tuple or dict of tensors.
         target: `(S,)` int64 class indices, or what `loss` takes, one a sample.
         network: a name for the rows.
-        accuracy_static: test accuracy of the static network, for the rows.
+        accuracy_static: test accuracy of the static network, for the rows; None where it is not known.
         loss: as for `record`, ``loss(output, target) -> (B,)`` in [0, 1]; accuracy is then 1 - mean loss.
         score: the callable that the file was exported with, where its score is no name in `branchynet.scores`: it is
             part of the static graphs.
@@ -104,7 +104,7 @@ def bench(
     dynamic = engine.metadata["batch"] == "dynamic"
     batches = ((1, 64) if dynamic else (1,)) if batches is None else batches
     if not dynamic and set(batches) != {1}:
-        raise InputError(f"{path} answers one sample at a time; got batches={list(batches)}: give (1,)")
+        raise InputError(f"{path} answers one sample at a time; got batch sizes {list(batches)}: take 1 alone")
     if any(not 1 <= b <= rows_given for b in batches):
         raise InputError(f"batch sizes must lie in 1..{rows_given} (the test inputs); got {list(batches)}")
     if len(target) != rows_given:

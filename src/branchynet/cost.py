@@ -20,7 +20,7 @@ from .graph.macs import exit_macs
 from .graph.quantize import Quantize, calibration_batches, check_quantize, quantized
 from .net import plain_of
 from .scores import Score
-from .timing import interleaved
+from .timing import until_steady
 from .types import ExitCost, Floats, Policy
 
 _FEWER = 16  # of so many rows one, to tell a stage's fixed part: few rows reach the later stages
@@ -55,13 +55,14 @@ def measure(
         batch_size: rows a call of the deployed file.
         threads: threads within an operator.
         score: counted with each branch.
-        seconds: about how long to measure.
+        seconds: about how long to measure; up to four times as long while the times are not steady.
         runtime: as for `load`.
         quantize: as for `export`: time the int8 network.
         calibration: as for `export`.
 
     Returns:
-        An `ExitCost` with microseconds and multiply-accumulates a sample.
+        An `ExitCost` with microseconds and multiply-accumulates a sample. Its ``spread`` tells how steady the times
+        were: above 0.03 something else kept the machine busy, and it is worth measuring again.
 
     Raises:
         InputError: batch_size or threads below 1, an unknown runtime, or calibration batches that do not fit.
@@ -85,7 +86,8 @@ def measure(
         calls = {name: engine.outputs for name, engine in static.items()} | leaving
         inputs = tensors_of(example)
         batches = [[np.resize(t.numpy(), (rows, *t.shape[1:])) for t in inputs] for rows in sizes]
-        times = interleaved([lambda c=call, b=batch: c(*b) for batch in batches for call in calls.values()], seconds)
+        timed = [lambda c=call, b=batch: c(*b) for batch in batches for call in calls.values()]
+        times, spread = until_steady(timed, seconds)
     us = [dict(zip(calls, part, strict=True)) for part in np.split(np.array(times), len(sizes))]
     whole, part = (_apart(us[k], flat.exits) for k in (0, -1))
     trunk, branch = each_row(whole, part, sizes[0], sizes[-1])
@@ -98,6 +100,7 @@ def measure(
         threads,
         fingerprint(net),
         plain_us=float(us[0]["plain"]) / batch_size,
+        spread=spread,
     )
 
 
@@ -163,14 +166,17 @@ def _apart(us: dict[str, float], exits: int) -> Floats:
     """`(2, N)`: trunk segments and branches from the times of the graphs.
 
     With C(n) = time of all exits up to n and A(n) = time of exit n alone, C(n) - A(n) is what the branches before n
-    cost; the trunk up to n is what is left of C(n), so that the sum over all branches gives C(n) back. What the
-    deployed network takes beyond C(n) to leave at exit n is for deciding at the exits up to n, and is added to their
-    branches.
+    cost; the trunk up to n is what is left of C(n), and the whole trunk is the plain network. What the deployed network
+    takes beyond C(n) to leave at exit n is for deciding at the exits up to n, and is added to their branches. So trunk
+    and branches add up to what the deployed network takes, or to more where noise would make a part negative.
     """
-    upto = [us[f"upto_{n}"] for n in range(1, exits + 1)]
+    last = us.get("last", us["plain"])
+    upto = np.array([us[f"upto_{n}"] for n in range(1, exits + 1)])
     alone = [upto[0], *(us[f"alone_{n}"] for n in range(2, exits + 1))]
-    earlier = np.maximum.accumulate([max(0.0, c - a) for c, a in zip(upto, alone, strict=True)])
-    branch = np.array([*np.diff(earlier), max(0.0, alone[-1] - us.get("last", us["plain"]))])
-    reached = np.maximum.accumulate(np.maximum(0.0, np.array(upto) - np.cumsum(branch)))
+    earlier = np.maximum.accumulate(np.maximum(0.0, upto - alone))
+    branches = np.append(earlier[1:], earlier[-1] + max(0.0, alone[-1] - last))
+    reached = np.minimum(np.maximum.accumulate(np.maximum(0.0, upto - branches)), last)
+    reached[-1] = last  # whatever the clock says of its parts, the trunk is the plain network
     deciding = np.maximum.accumulate([max(0.0, us[f"leave_{n}"] - c) for n, c in enumerate(upto, 1)])
-    return np.stack([np.diff(reached, prepend=0.0), branch + np.diff(deciding, prepend=0.0)])
+    beside = np.maximum.accumulate(np.maximum(0.0, upto + deciding - reached))
+    return np.stack([np.diff(reached, prepend=0.0), np.diff(beside, prepend=0.0)])

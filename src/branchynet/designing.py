@@ -30,7 +30,8 @@ from .fingerprint import fingerprint
 from .net import BranchyNet
 from .provenance import check_data, keep_bench, keep_data
 from .record import record
-from .runs import Run, build_network, create_run, example_of, export_run, loaders, open_run, train_exits
+from .runs import Run, configure, create_run, export_run, loaders, open_run, tell, train_exits
+from .settings import build_network, example_of
 from .training.checkpoint import load_weights, save_weights
 from .types import Policy
 from .zoo import NETWORKS
@@ -142,6 +143,7 @@ def design_run(
     run = create_run(folder, settings)
     keep_data(folder, data)
     net = build_network(settings, data)
+    configure(run)
     load_weights(net, folder / "warm.safetensors")
     net.selected_on = tuple(filter(None, [advice.selected_on]))
     train_exits(run, net, data, progress)
@@ -218,6 +220,7 @@ def _compared(
     _, val = loaders(run.settings, data)
     static = build_network(replace(base.settings, taps=()), data).backbone
     load_weights(static, _plain(base, "static" if base.settings.static else "baseline"))
+    tell(progress, "recording what the plain network answers, and measuring what the trained design costs")
     wanted = evaluate(record(static, val, progress=False), Policy()).accuracy - max_drop
     cost = measure(
         net,
@@ -238,7 +241,7 @@ def _compared(
         "val_accuracy": choice.outcome.accuracy,
     }
     write_json(run.path / "prediction.json", predicted)
-    model = export_run(run, batch=1 if advice.batch_size == 1 else "dynamic")
+    model = export_run(run, batch=1 if advice.batch_size == 1 else "dynamic", progress=progress)
     plain = evaluate(ExitRecord.load(run.path / "record-static.npz"), Policy()).accuracy
     (row,) = bench(
         model,
@@ -250,7 +253,7 @@ def _compared(
         batches=(advice.batch_size,),
         threads=advice.threads,
         runtime=advice.runtime,
-        progress=print if progress else lambda message: None,
+        progress=lambda line: tell(progress, f"timing the file in {advice.runtime}: {line}"),
     )
     keep_bench(run.path, [row])
     found = Comparison(

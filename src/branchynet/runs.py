@@ -8,15 +8,14 @@ Every file is readable by hand or by a standard tool; each is written whole or n
     checkpoint.safetensors, training.safetensors, train.csv
     data.json             digests of the images that it was trained, chosen and tested on
     record-val.npz, record-test.npz, record-static.npz
-    cost.json, choice.json, model.onnx, bench.json, report.html
+    cost.json, choice.json, model.onnx, bench.json, report.html, tradeoff.png
     design-N/             another run, of the exits that `branchynet design` found best for batches of N
 """
 
 import contextlib
 import copy
-import importlib
-import itertools
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,13 +24,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .attaching import attach_heads
 from .bench import bench
 from .choosing import choose
 from .cost import measure
-from .data import ImageData, affine, flip_crop, load_data, loader, shift
+from .data import ImageData, load_data, loader
 from .decide import evaluate
-from .errors import FileError, InputError, nearest
+from .engine.onnx import RUNTIMES
+from .errors import BranchyNetError, FileError, InputError, nearest
 from .exit_record import ExitRecord
 from .export import export
 from .files import locked, read_json, write_json
@@ -39,56 +38,21 @@ from .fingerprint import fingerprint
 from .fitting import fit_score
 from .guarantee import halves
 from .machine import environment
-from .net import BranchyNet, evaluating
+from .net import BranchyNet
 from .provenance import check_choice, check_data, check_design, keep_bench, keep_data
+from .reasons import why_never
 from .record import record
+from .settings import AUGMENTS, Settings, build_network, check_settings, example_of
 from .stored import read_entry
 from .training.checkpoint import load_weights
+from .training.history import History
 from .training.train import fit
 from .trust import signature, signed
 from .types import PROMISED, Choice, ExitCost, Policy, score_name
 from .zoo import NETWORKS
 
-AUGMENTS = {
-    "none": None,
-    "shift": shift(2),
-    "affine": affine(degrees=10, translate=2 / 28, scale=0.1),
-    "flip-crop": flip_crop(4),
-}
 EVAL_BATCH = 500
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What `train_run` is to do.
-
-    Attributes:
-        network: a zoo network, or ``"package.module:function"`` for a function that returns a `BranchyNet`.
-        data: a name that `load_data` knows.
-        baseline_epochs: of the plain network, before the branches: the warm start; 0 for none.
-        epochs: of joint training.
-        static: also train the plain network on for `epochs`, to compare with; else the warm start is compared with.
-        train: ``"all"`` or ``"branches"``.
-        weights: one loss weight an exit; empty for all 1.
-        augment: one of `AUGMENTS`.
-        taps, heads: early exits instead of the network's own: where, and names as in `branchynet.heads`.
-    """
-
-    network: str = "b_lenet"
-    data: str = "digits"
-    baseline_epochs: int = 10
-    epochs: int = 25
-    static: bool = True
-    train: str = "all"
-    weights: tuple[float, ...] = ()
-    distill: float = 0.0
-    augment: str = "affine"
-    batch_size: int = 128
-    rate: float = 3e-3
-    seed: int = 0
-    mixed_precision: str = "no"
-    taps: tuple[str, ...] = ()
-    heads: tuple[str, ...] = ()
+_MAY_GROW = ("epochs", "static")
 
 
 @dataclass(frozen=True)
@@ -131,55 +95,45 @@ def open_run(path: str | os.PathLike[str], *, trust: bool = False) -> Run:
 
 
 def create_run(path: str | os.PathLike[str], settings: Settings) -> Run:
-    """Make a run folder, or open it where it was made with the same settings.
+    """A run to be trained in a folder: a new one, or what is there with the same settings. Writes nothing yet.
+
+    A run that has not trained an epoch may be given other settings. One that has may be given more epochs, and a plain
+    network to compare with.
 
     Raises:
-        InputError: the folder holds a run with other settings, or a setting is unknown.
+        InputError: the folder holds a run that trained with other settings, or a setting is out of range.
     """
-    run = Run(Path(path), settings)
-    if settings.augment not in AUGMENTS:
-        raise InputError(f"unknown augment {settings.augment!r}{nearest(settings.augment, AUGMENTS)}")
-    if (run.path / "config.json").exists():
-        made = asdict(open_run(path, trust=True).settings)  # the caller names the same function, or is refused
-        other = [f"{k} {made[k]!r}, not {v!r}" for k, v in asdict(settings).items() if made[k] != v]
+    check_settings(settings)
+    if (Path(path) / "config.json").exists() and _trained(Path(path)):
+        # The caller names the same function, or is refused.
+        made = asdict(open_run(path, trust=True).settings)
+        other = [
+            f"{k} {made[k]!r}, not {v!r}"
+            for k, v in asdict(settings).items()
+            if made[k] != v and not (k in _MAY_GROW and v > made[k])
+        ]
         if other:
-            raise InputError(f"{path} was made with {'; '.join(other)}: use these settings, or another folder")
-    else:
-        about = {"settings": asdict(settings), "environment": environment()}
-        if ":" in settings.network:
-            about["signature"] = signature(settings.network)
-        write_json(run.path / "config.json", about)
-    return run
+            raise InputError(
+                f"{path} was trained with {'; '.join(other)}: use these settings, or another folder (a trained run "
+                "takes more epochs, but no other change)"
+            )
+    return Run(Path(path), settings)
 
 
-def build_network(settings: Settings, data: ImageData) -> BranchyNet:
-    """The untrained network of `Settings`. Raises `InputError` for one that cannot be had, or not read the images."""
-    net, example = _named(settings.network, len(data.classes)), example_of(data)
-    try:
-        with torch.no_grad(), evaluating(net):
-            net(example)
-    except RuntimeError as error:
-        raise InputError(
-            f"{settings.network} cannot read the images of {data.name}, of shape {tuple(example.shape[1:])}: {error}"
-        ) from error
-    return attach_heads(net.backbone, settings.taps, settings.heads, example) if settings.taps else net
+def _trained(path: Path) -> bool:
+    """Whether a folder holds an epoch of training."""
+    histories = (path / part / "train.csv" for part in (".", "baseline", "static"))
+    return any(History.load(file).rows for file in histories if file.exists())
 
 
-def _named(name: str, num_classes: int) -> BranchyNet:
-    if name in NETWORKS:
-        return NETWORKS[name](num_classes=num_classes)
-    module, colon, function = name.partition(":")
-    if not colon:
-        raise InputError(
-            f"unknown network {name!r}{nearest(name, NETWORKS)}; for your own, give 'package.module:function'"
-        )
-    try:
-        net = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"cannot take the network from {name!r}: {error}; is the package installed?") from error
-    if not isinstance(net, BranchyNet):
-        raise InputError(f"{name} returned a {type(net).__name__}; it must return a BranchyNet (see attach)")
-    return net
+def configure(run: Run) -> None:
+    """Write the configuration of a run that is about to train, where it is another than the folder's."""
+    if _trained(run.path) and open_run(run.path, trust=True).settings == run.settings:
+        return
+    about: dict[str, Any] = {"settings": asdict(run.settings), "environment": environment()}
+    if ":" in run.settings.network:
+        about["signature"] = signature(run.settings.network)
+    write_json(run.path / "config.json", about)
 
 
 def train_run(run: Run, *, progress: bool = True) -> BranchyNet:
@@ -188,13 +142,14 @@ def train_run(run: Run, *, progress: bool = True) -> BranchyNet:
     Raises:
         FileError: another process is training in the folder.
     """
+    settings = run.settings
+    data = load_data(settings.data)
+    torch.manual_seed(settings.seed)
+    net = build_network(settings, data)
     first = os.environ.get("RANK", "0") == "0"  # of the processes that train together, one locks
     with locked(run.path) if first else contextlib.nullcontext():
-        settings = run.settings
-        data = load_data(settings.data)
         check_data(run.path, data)
-        torch.manual_seed(settings.seed)
-        net = build_network(settings, data)
+        configure(run)
         keep_data(run.path, data)
         if settings.baseline_epochs:
             fit_in(run, "baseline", net.backbone, data, settings.baseline_epochs, settings.seed, progress)
@@ -211,8 +166,19 @@ def train_exits(run: Run, net: BranchyNet, data: ImageData, progress: bool) -> N
     settings = run.settings
     more = {"weights": settings.weights or None, "train": settings.train, "distill": settings.distill}
     fit_in(run, ".", net, data, settings.epochs, settings.seed + 1, progress, **more)
+    tell(progress, "recording what every exit answers")
     for name, split in (("val", data.val), ("test", data.test)):
-        record(net, loader(split, EVAL_BATCH), progress=False).save(run.path / f"record-{name}.npz")
+        found = record(net, loader(split, EVAL_BATCH), progress=False)
+        found.save(run.path / f"record-{name}.npz")
+        for old in run.path.glob("cost*.json"):  # costs of the weights before these are measured anew when asked for
+            if ExitCost.load(old).network != found.network:
+                old.unlink(missing_ok=True)
+
+
+def tell(progress: bool, line: str) -> None:
+    """Say on standard error what begins now, in a log file as soon as on a terminal."""
+    if progress:
+        print(line, file=sys.stderr, flush=True)
 
 
 def fit_in(
@@ -220,8 +186,8 @@ def fit_in(
 ) -> None:
     """One training of a run, its state in a folder of the run's; `more` as `fit` takes it."""
     settings = run.settings
-    if progress:
-        print(f"{folder}: {epochs} epochs of {len(data.train)} images", flush=True)
+    what = "all exits" if folder == "." else f"the plain network ({folder})"
+    tell(progress, f"training {what}: {epochs} epochs of {len(data.train)} images")
     train, val = loaders(settings, data)
     fit(
         network,
@@ -253,22 +219,25 @@ def load_run(run: Run) -> tuple[BranchyNet, ImageData]:
     return net.eval(), data
 
 
-def measure_run(run: Run, score: Any = "entropy") -> ExitCost:
+def measure_run(run: Run, score: Any = "entropy", *, again: bool = False, progress: bool = False) -> ExitCost:
     """The cost of every stage, with that score, at batch 1 and one thread: measured once, and kept.
 
-    In ``cost.json``, or for a score other than entropy in ``cost-NAME.json``.
+    In ``cost.json``, or for a score other than entropy in ``cost-NAME.json``; `again` measures anew.
     """
     name = score_name(score)
     path = run.path / ("cost.json" if name == "entropy" else f"cost-{name}.json")
-    if path.exists():
+    if path.exists() and not again:
         return ExitCost.load(path)
     net, data = load_run(run)
+    tell(progress, "measuring what every stage costs, until the times are steady: seconds, or a minute")
     cost = measure(net, example_of(data), score=score)
     cost.save(path)
     return cost
 
 
-def choose_run(run: Run, *, score: str | None = None, **constraint: Any) -> Choice:
+def choose_run(
+    run: Run, *, score: str | None = None, remeasure: bool = False, progress: bool = False, **constraint: Any
+) -> Choice:
     """Choose thresholds on the validation record; writes ``choice.json``. Arguments as in `choose`.
 
     `score` may also be ``"learned"`` (see `fit_score`): it is fitted on the half of the samples that finds candidates,
@@ -283,18 +252,31 @@ def choose_run(run: Run, *, score: str | None = None, **constraint: Any) -> Choi
         wanted = fit_score(found.take(tuning))
         if constraint.get("confidence", 0.95) is None:
             found = found.take(rest)
-    choice = choose(found, measure_run(run, wanted), score=wanted, **constraint)
+    cost = measure_run(run, wanted, again=remeasure, progress=progress)
+    choice = choose(found, cost, score=wanted, **constraint)
     choice.save(run.path / "choice.json")
     return choice
 
 
-def export_run(run: Run, path: Path | None = None, **options: Any) -> Path:
+def reason_run(run: Run, choice: Choice) -> str:
+    """Why a choice of this run lets no sample leave early, in words; empty where it lets some."""
+    found = ExitRecord.load(run.file("record-val.npz", "train"))
+    if found.digest != choice.record_digest:
+        found = found.take(halves(found.samples)[1])
+    told = why_never(found, measure_run(run, choice.policy.score), choice)
+    return (
+        f"{told}\n`branchynet design {run.path}` looks for exits that pay" if told and not run.settings.taps else told
+    )
+
+
+def export_run(run: Run, path: Path | None = None, *, progress: bool = False, **options: Any) -> Path:
     """Write ``model.onnx`` with the chosen thresholds; `options` as in `export`."""
     choice = Choice.load(run.file("choice.json", "choose"))
     net, data = load_run(run)
     check_choice(run.path, choice, fingerprint(net))
     limit, value = next(iter(choice.constraint.items()))
     told = f"none; chosen for {limit} {value:g} on {choice.outcome.samples} validation samples"
+    tell(progress, "exporting, and comparing the file with PyTorch")
     return export(
         net,
         path or run.path / "model.onnx",
@@ -314,31 +296,47 @@ def bench_run(
     threads: Sequence[int],
     engines: Sequence[Any] = ("onnxruntime",),
     progress: bool = True,
-) -> list[dict[str, Any]]:
-    """Time ``model.onnx`` beside the static network, in each engine; writes ``bench.json``."""
+) -> tuple[list[dict[str, Any]], dict[str, BranchyNetError]]:
+    """Time ``model.onnx`` beside the static network, in one engine after the other; ``bench.json`` grows with each.
+
+    Returns:
+        The rows; and for each engine that failed, why.
+
+    Raises:
+        InputError: an unknown engine.
+        BranchyNetError: what the first engine failed for, where all did.
+    """
+    for name in engines:
+        if name not in RUNTIMES:
+            raise InputError(f"unknown engine {name!r}{nearest(name, RUNTIMES)}")
+    if not (engines and batches and threads):
+        raise InputError("give one batch size, one number of threads and one engine at least")
     model = run.file("model.onnx", "export")
     net, data = load_run(run)
     check_data(run.path, data, ["test"])
     images, labels = data.test.images.float() / 255, data.test.labels
-    accuracy = evaluate(ExitRecord.load(run.file("record-static.npz", "train")), Policy()).accuracy
-    rows = []
-    for runtime, count in itertools.product(engines, threads):
-        rows += bench(
-            model,
-            net,
-            images,
-            labels,
-            network=run.settings.network,
-            accuracy_static=accuracy,
-            batches=batches,
-            threads=count,
-            runtime=runtime,
-            progress=print if progress else lambda message: None,
-        )
-    keep_bench(run.path, rows)
-    return rows
-
-
-def example_of(data: ImageData) -> torch.Tensor:
-    """A few images, as the networks take them."""
-    return data.val.images[:8].float() / 255
+    plain = ExitRecord.load(run.file("record-static.npz", "train"))
+    accuracy = evaluate(plain, Policy()).accuracy if run.settings.plain_epochs else None
+    rows, faults = [], {}
+    for runtime in engines:
+        try:
+            for count in threads:
+                rows += bench(
+                    model,
+                    net,
+                    images,
+                    labels,
+                    network=run.settings.network,
+                    accuracy_static=accuracy,
+                    batches=batches,
+                    threads=count,
+                    runtime=runtime,
+                    progress=lambda line, name=runtime: tell(progress, f"timing in {name}: {line}"),
+                )
+        except BranchyNetError as error:
+            faults[runtime] = error
+        if rows:
+            keep_bench(run.path, rows)
+    if not rows:
+        raise next(iter(faults.values()))
+    return rows, faults

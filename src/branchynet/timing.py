@@ -10,8 +10,13 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
+STEADY = 0.03  # the spread below which times are good enough
+
 _LONG = 0.05  # seconds
 _CALLS = 4
+_PATIENCE = 4
+_BLOCKS = 5
+_T95 = 2.776  # of Student's distribution with one degree of freedom less than there are blocks
 
 
 def interleaved(calls: Sequence[Callable[[], Any]], seconds: float, *, rounds: int = 400) -> list[float]:
@@ -19,13 +24,43 @@ def interleaved(calls: Sequence[Callable[[], Any]], seconds: float, *, rounds: i
     return [float(us) for us in np.median(samples_of(calls, seconds, rounds=rounds), axis=1)]
 
 
+def until_steady(calls: Sequence[Callable[[], Any]], seconds: float, *, rounds: int = 400) -> tuple[list[float], float]:
+    """Median microseconds of each call, taken in turns, and by what share of them they may be off.
+
+    While that is more than `STEADY`, the calls are timed on, up to four times as long.
+    """
+    times: list[list[float]] = [[] for _ in calls]
+    for n in range(_PATIENCE):
+        _take_turns(calls, times, seconds, rounds * (n + 1))
+        level = at_one_pace(times)
+        if spread_of(level) <= STEADY:
+            break
+    return [float(us) for us in np.median(level, axis=1)], spread_of(level)
+
+
+def spread_of(times: Floats) -> float:
+    """By what share of it the median of the least certain call may be off (95 %), from times `(calls, turns)`.
+
+    The turns are cut into five blocks, one after the other, whose medians differ by what slowly changes too.
+    """
+    medians = np.stack([np.median(block, axis=1) for block in np.array_split(times, _BLOCKS, axis=1)])
+    half = _T95 * medians.std(axis=0, ddof=1) / np.sqrt(_BLOCKS)
+    return float((half / np.maximum(medians.mean(axis=0), 1e-9)).max())
+
+
 def samples_of(calls: Sequence[Callable[[], Any]], seconds: float, *, rounds: int = 400) -> Floats:
     """Microseconds of each call, `(calls, turns)`: at least 5 turns, and as many as fit into `seconds`, at one pace."""
     times: list[list[float]] = [[] for _ in calls]
+    _take_turns(calls, times, seconds, rounds)
+    return at_one_pace(times)
+
+
+def _take_turns(calls: Sequence[Callable[[], Any]], times: list[list[float]], seconds: float, rounds: int) -> None:
+    """Add turns to the `times` of each call: at least 5 in all, and as many up to `rounds` as fit into `seconds`."""
     for call in calls:
         call()
     end = time.perf_counter() + seconds
-    while len(times[0]) < 5 or (time.perf_counter() < end and len(times[0]) < rounds):
+    while len(times[0]) < _BLOCKS or (time.perf_counter() < end and len(times[0]) < rounds):
         for call, taken in zip(calls, times, strict=True):
             start = time.perf_counter()
             call()
@@ -36,7 +71,6 @@ def samples_of(calls: Sequence[Callable[[], Any]], seconds: float, *, rounds: in
                     call()
                 once = (time.perf_counter() - start) / _CALLS
             taken.append(once * 1e6)
-    return at_one_pace(times)
 
 
 def at_one_pace(times: Sequence[Sequence[float]]) -> Floats:

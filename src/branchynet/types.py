@@ -39,6 +39,8 @@ class ExitCost:
         batch_size, threads: how the times were taken.
         network: the `fingerprint` of the network that was measured, where known.
         plain_us: microseconds a sample of the backbone alone, timed with the others; None where unknown.
+        spread: by what share of them the times may be off (95 %), as they differed while they were measured; None where
+            unknown.
     """
 
     trunk_us: tuple[float, ...]
@@ -49,6 +51,7 @@ class ExitCost:
     threads: int = 1
     network: str | None = None
     plain_us: float | None = None
+    spread: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("trunk_us", "branch_us", "trunk_macs", "branch_macs"):
@@ -67,7 +70,11 @@ class ExitCost:
         return len(self.trunk_us)
 
     def latency_us(self, enabled: Sequence[bool]) -> Floats:
-        """`(N,)` microseconds to answer at each exit; only the branches marked in `enabled` (N,) are computed."""
+        """`(N,)` microseconds to answer at each exit; only the branches marked in `enabled` (N,) are computed.
+
+        Without an early exit that is the trunk alone, the work of the plain network: the last exit's branch, its score,
+        is then left out too.
+        """
         return _cumulative(self.trunk_us, self.branch_us, enabled)
 
     def macs(self, enabled: Sequence[bool]) -> Floats:
@@ -261,7 +268,8 @@ def score_name(score: Any) -> str:
 def _cumulative(trunk: Sequence[float], branch: Sequence[float], enabled: Sequence[bool]) -> Floats:
     if len(enabled) != len(trunk):
         raise InputError(f"enabled has {len(enabled)} flags for {len(trunk)} exits")
-    return np.cumsum(trunk) + np.cumsum(np.where(enabled, branch, 0.0))
+    counted = [*enabled[:-1], any(enabled[:-1])]
+    return np.cumsum(trunk) + np.cumsum(np.where(counted, branch, 0.0))
 
 
 def set_fields(value: Any, **fields: Any) -> None:

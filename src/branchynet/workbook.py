@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from .data import ImageData, load_data, read_image
+from .data import ImageData, images_in, load_data, read_image
 from .decide import evaluate, frontier
 from .design import Advice
 from .engine.onnx import Engine, load
-from .errors import InputError
+from .errors import FileError, InputError
 from .exit_record import ExitRecord
 from .provenance import check_data, check_report
 from .report import Gallery, write_report
-from .runs import Run, measure_run
+from .runs import Run, measure_run, tell
 from .scores import of_record
 from .stored import read_entry
 from .types import Choice, Prediction
@@ -45,8 +45,22 @@ def predict_files(engine: Engine, images: Sequence[Path]) -> Iterator[dict[str, 
             yield {"image": str(file), "label": name, "exit": int(exit), "score": float(score)}
 
 
-def report_run(run: Run) -> Path:
-    """Write ``report.html`` from what the run holds. Raises `FileError` where a step before it is missing."""
+def model_file(path: Path) -> Path:
+    """The file itself, or the one that a run's folder holds. Raises `FileError` where it has none yet."""
+    if not path.is_dir():
+        return path
+    if not (path / "model.onnx").is_file():
+        raise FileError(f"{path} has no model.onnx yet; run `branchynet export {path}` first")
+    return path / "model.onnx"
+
+
+def image_files(paths: Sequence[Path]) -> list[Path]:
+    """The files, and of folders the images in them and below, by name. Raises `DataError` for a folder without any."""
+    return [file for path in paths for file in (images_in(path) if path.is_dir() else [path])]
+
+
+def report_run(run: Run, *, progress: bool = False) -> Path:
+    """Write ``report.html`` and its curve as ``tradeoff.png``. Raises `FileError` where a step before is missing."""
     choice = Choice.load(run.file("choice.json", "choose"))
     val, test = (ExitRecord.load(run.file(f"record-{part}.npz", "train")) for part in ("val", "test"))
     cost = measure_run(run, choice.policy.score)
@@ -55,6 +69,7 @@ def report_run(run: Run) -> Path:
     engine = load(run.file("model.onnx", "export"))
     check_report(run.path, choice, val, test, engine)
     images = data.test.images.numpy()
+    tell(progress, f"answering the {len(images)} test images, and drawing")
     answer = engine.answer_all(images.astype(np.float32) / 255)
     timed = run.path / "bench.json"
     rows = read_entry(timed, "rows", list[dict[str, Any]], f"`branchynet bench {run.path}`") if timed.exists() else []
@@ -78,10 +93,12 @@ def report_run(run: Run) -> Path:
         ],
         candidates=tried,
         taken=list(zip(run.settings.taps, run.settings.heads, strict=True)),
+        picture=run.path / "tradeoff.png",
         facts={
             **read_entry(run.path / "config.json", "environment", dict[str, Any], "`branchynet train`"),
             "data": run.settings.data,
             "seed": run.settings.seed,
+            **({"static network": run.settings.caveat} if run.settings.caveat else {}),
         },
     )
     return path

@@ -4,7 +4,7 @@ Shape letters: S samples of a split, B samples in a batch, C channels, H rows, W
 """
 
 from .batches import Augment, Growing, affine, compose, flip_crop, loader, shift
-from .images import read_image, save_image
+from .images import images_in, read_image, save_image
 from .sets import ImageData, Split, load_data
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "affine",
     "compose",
     "flip_crop",
+    "images_in",
     "load_data",
     "loader",
     "read_image",

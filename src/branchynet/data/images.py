@@ -34,6 +34,19 @@ def read_image(path: str | os.PathLike[str], shape: tuple[int, int, int]) -> NDA
     return np.divide(decode(path, (height, width), channels)[None], 255, dtype=np.float32)
 
 
+def images_in(folder: Path) -> list[Path]:
+    """The image files in a folder and below, by name, hidden ones left out. Raises `DataError` where there is none."""
+    known = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    found = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in known and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
+    if not found:
+        raise DataError(f"{folder} holds no image file; give image files, or a folder of them")
+    return found
+
+
 def save_image(image: ArrayLike, path: str | os.PathLike[str]) -> None:
     """Write an image `(C, H, W)`, floats in [0, 1] or uint8, C 1 or 3, in the format that the path's ending names.
 

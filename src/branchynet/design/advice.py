@@ -50,7 +50,8 @@ class Design:
         trunk_us, branch_us: microseconds a sample of trunk segments and of branches, as in `ExitCost`.
         break_even: for each early exit, the share of all samples that must leave there for it to save time in this
             design.
-        oracle_us: if every sample left at its first exit that is right: no score can do better with these exits.
+        oracle_us: the least that any rule of leaving could take with these exits at the limit, if it knew which answers
+            are right: no score and no thresholds can do better.
     """
 
     taps: tuple[str, ...]
@@ -144,7 +145,7 @@ class Advice:
             f"{exits}: {self.speedup:.2f}x ({low:.2f}x to {high:.2f}x) faster {each}, "
             f"{self.design.us:.1f} us a sample instead of {self.static_us:.1f}, at {self.design.accuracy:.2%} accuracy "
             f"on validation (without exits {self.accuracy:.2%}); {_shares(self.design.exit_share)} leave at exits 1 to "
-            f"{len(self.design.exit_share)}. A perfect score would make these exits "
+            f"{len(self.design.exit_share)}. No score could make these exits more than "
             f"{self.static_us / self.design.oracle_us:.2f}x faster."
         )
         return told if self.worth else f"Do not bother: the best that was found is {told}"

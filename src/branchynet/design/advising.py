@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..decide import evaluate, first_right, route
+from ..decide import evaluate, route
 from ..engine.onnx import Runtime
 from ..errors import FileError, InputError
 from ..exit_record import ExitRecord
@@ -30,7 +31,7 @@ from ..types import ExitCost, Floats, Policy
 from .advice import Advice, Design, Tried
 from .forest import Forest, plant
 from .stages import StageTimes, time_stages, uncuttable
-from .subsets import Found, Judged, break_even, search
+from .subsets import Found, Judged, break_even, least_us, search
 
 RESOLUTION = 0.045  # difference in accuracy that half of the validation samples must be able to show
 PER_CLASS = 20  # training samples a class that heads need
@@ -107,7 +108,7 @@ def advise(
             reaches, or an argument that does not fit.
         GraphError: a place where the network cannot be cut (the value in the way is named), or none.
     """
-    say: Callable[[str], None] = partial(print, flush=True) if progress else lambda line: None
+    say: Callable[[str], None] = partial(print, flush=True, file=sys.stderr) if progress else lambda line: None
     if exits < 2:
         raise InputError(f"exits must be at least 2, the network's own included; got {exits}")
     if batch_size < 1 or threads < 1:
@@ -128,9 +129,11 @@ def advise(
             f"the network has {accuracy:.2%} accuracy on the validation samples, less than the limit of {limit:.2%}: "
             "exits are chosen not to lose accuracy, not to gain it; ask for less, or train on"
         )
-    say("looking for places and timing what stands there")
+    say("looking for places where exits can stand")
     torch.manual_seed(seed)
     forest, flat = _planted(backbone, example, taps, function)
+    places = f"{len(forest.candidates)} heads at {len(forest.net.taps)} places"
+    say(f"timing {places} in {runtime}: {seconds:.0f} s, after they are exported")
     times = time_stages(forest, flat, example, batch_size=batch_size, threads=threads, runtime=runtime, seconds=seconds)
 
     def learned(net: BranchyNet, epochs: int, name: str) -> tuple[Floats, Floats]:
@@ -153,7 +156,7 @@ def advise(
         net.cpu()
         return of_record(found, score), found.losses.astype(np.float64)
 
-    say(f"training {len(forest.candidates)} heads at {len(forest.net.taps)} places, {epochs} epochs")
+    say(f"training {places}, {epochs} epochs")
     judged = Judged(*learned(forest.net, epochs, "heads"), times.taps, times.cost)
     most = (1 - limit) * validation.samples
     best, least = search(judged, most, exits, say)
@@ -166,7 +169,7 @@ def advise(
         scores, losses = learned(forest.of(kept), final_epochs, name)
         judged = judged.anew(kept, scores[:, :-1], losses[:, :-1])
         best, _ = search(judged, most, exits, say, among=kept)
-    designs = tuple(_design(forest, judged, times, one) for one in best)
+    designs = tuple(_design(forest, judged, times, one, most) for one in best)
     known = validation.sample_digests
     selected_on = "" if known is None else sketch(known[judged.tuning])
     least = min(design.us for design in designs)
@@ -270,7 +273,7 @@ def _planted(backbone: nn.Module, example: Any, taps: Sequence[str] | None, scor
     return forest, flat
 
 
-def _design(forest: Forest, judged: Judged, times: StageTimes, found: Found) -> Design:
+def _design(forest: Forest, judged: Judged, times: StageTimes, found: Found, most_loss: float) -> Design:
     problem = judged.problem(found.chosen)
     cost, samples = problem.cost, len(problem.losses)
     each = cost.latency_us([True] * cost.exits)
@@ -290,7 +293,7 @@ def _design(forest: Forest, judged: Judged, times: StageTimes, found: Found) -> 
         trunk_us=cost.trunk_us,
         branch_us=cost.branch_us,
         break_even=break_even(judged, found),
-        oracle_us=float(each[first_right(problem.losses)].mean()),
+        oracle_us=least_us(each, problem.losses, most_loss * samples / len(judged.losses)),
     )
 
 

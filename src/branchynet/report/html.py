@@ -50,6 +50,7 @@ def write_report(
     candidates: Sequence[Spot] = (),
     taken: Sequence[tuple[str, str]] = (),
     facts: Mapping[str, Any] | None = None,
+    picture: str | os.PathLike[str] | None = None,
 ) -> None:
     """Write one HTML file below 3 MB with the curve, the exits, the scores, the timings and the pictures of a run.
 
@@ -69,6 +70,7 @@ def write_report(
         candidates: exits that were tried where a design was searched for; `taken` are tap and head of those it took.
         taken: see `candidates`.
         facts: machine, versions, seed, data: all that is needed to do it again.
+        picture: also write the curve here, as PNG.
 
     Raises:
         InputError: the values are not for one number of exits and samples.
@@ -81,7 +83,7 @@ def write_report(
         baseline = float(alike["static_us"]), float(alike["accuracy_static"])
     sections = [
         _head(title, choice, outcome, record, alike or next(iter(bench), None)),
-        _tradeoff(choice, outcome, curve, baseline),
+        _tradeoff(choice, outcome, curve, baseline, picture),
         _candidates(candidates, taken, baseline),
         _exits(choice, outcome, cost),
         _scores(choice, record, scores),
@@ -163,7 +165,13 @@ def _head(title: str, choice: Choice, outcome: Outcome, record: ExitRecord, time
     )
 
 
-def _tradeoff(choice: Choice, outcome: Outcome, curve: Curve | None, baseline: tuple[float, float] | None) -> str:
+def _tradeoff(
+    choice: Choice,
+    outcome: Outcome,
+    curve: Curve | None,
+    baseline: tuple[float, float] | None,
+    picture: str | os.PathLike[str] | None,
+) -> str:
     if curve is None:
         return ""
     before, after = choice.outcome, outcome
@@ -175,6 +183,9 @@ def _tradeoff(choice: Choice, outcome: Outcome, curve: Curve | None, baseline: t
         judged=None if after.mean_us is None else (after.mean_us, after.accuracy),
         interval=after.accuracy_interval,
     )
+    if picture is not None:
+        with replacing(picture) as temporary:
+            figure.savefig(temporary, format="png")
     return _figure(
         "tradeoff",
         "Accuracy against time",

@@ -113,6 +113,9 @@ class RunFolder:
     def load(self, net: nn.Module, optimizer: Optimizer) -> tuple[list[EpochRow], dict[str, Any]] | None:
         """Put the stored state into `net` and `optimizer`; the rows so far and the progress, or None for a new folder.
 
+        A folder of no epoch yet is new where it was meant for another training. More epochs may be asked for: the
+        progress then has ``grown``.
+
         Raises:
             FileError: the file is truncated or foreign, or of another architecture.
             InputError: the run was made with other settings.
@@ -132,23 +135,27 @@ class RunFolder:
                 f"{self.training} is not the state of a BranchyNet training ({error!r}); {remedy}"
             ) from error
         weights = {name.removeprefix("weights."): t for name, t in tensors.items() if name.startswith("weights.")}
-        checked = _mismatch(net, weights)
-        if checked:
-            raise FileError(f"{self.training} is of another network: {checked}; {remedy}")
         made = header.settings
-        for name in sorted(made):  # earlier versions kept fewer settings
-            if made[name] != self.settings.get(name):
-                raise InputError(
-                    f"{self.path} was trained with {name}={made[name]!r}, but this call has "
-                    f"{name}={self.settings.get(name)!r}; {remedy}"
-                )
+        grown = made.get("epochs", 0) < self.settings.get("epochs", 0)
+        other = [
+            f"{name}={made[name]!r}, but this call has {name}={self.settings.get(name)!r}"
+            for name in sorted(made)  # earlier versions kept fewer settings
+            if made[name] != self.settings.get(name) and not (name == "epochs" and grown)
+        ]
+        misfit = _mismatch(net, weights)
+        if not rows and (misfit or other):
+            return None
+        if misfit:
+            raise FileError(f"{self.training} is of another network: {misfit}; {remedy}")
+        if other:
+            raise InputError(f"{self.path} was trained with {other[0]}; {remedy}")
         try:
             optimizer.load_state_dict(_restored(optimizer, header, tensors))
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
             raise FileError(f"{self.training} holds no state of this optimizer ({error!r}); {remedy}") from error
         net.load_state_dict(weights)
         self._derive(net, rows)
-        return rows, header.progress
+        return rows, {**header.progress, "grown": grown}
 
     def _derive(self, net: nn.Module, rows: list[EpochRow]) -> None:
         save_weights(net, self.path / "checkpoint.safetensors")
@@ -171,10 +178,20 @@ def _restored(optimizer: Optimizer, header: _Header, tensors: dict[str, Tensor])
     return {"state": state, "param_groups": header.groups}
 
 
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with its metadata sorted: as they are written, their order is another each time."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text + content[start:]
+
+
 def _write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     # Copies, because safetensors refuses tied weights, which share memory, and strides other than the default ones.
     plain = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
-    content = safetensors.torch.save(plain, {**metadata, _CHECKSUM: checksum(_parts(plain, metadata))})
+    content = _in_order(safetensors.torch.save(plain, {**metadata, _CHECKSUM: checksum(_parts(plain, metadata))}))
     with replacing(path) as temporary:
         temporary.write_bytes(content)
 

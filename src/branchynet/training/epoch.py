@@ -59,14 +59,18 @@ class Trainer:
                 f"{folder.training} tells of {steps!r} steps in {len(rows)} epochs of {folder.settings['batches']} "
                 "batches; choose another run folder, or resume=False to start it anew"
             )
+        if progress["grown"]:  # the schedule is another one: its step sizes are computed anew
+            for group in self.optimizer.param_groups:
+                group["lr"] = group.get("initial_lr", group["lr"])
         groups = [dict(group) for group in self.optimizer.param_groups]
         with warnings.catch_warnings():  # torch expects a step of the optimizer before each of these
             warnings.simplefilter("ignore", UserWarning)
             # Replayed rather than stored: some schedulers' own state does not survive JSON.
             for _ in range(steps):
                 self.schedule.step()
-        for group, restored in zip(self.optimizer.param_groups, groups, strict=True):
-            group.update(restored)
+        if not progress["grown"]:
+            for group, restored in zip(self.optimizer.param_groups, groups, strict=True):
+                group.update(restored)
         self.steps = steps
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(progress["scaler"])
