@@ -60,7 +60,7 @@ def main(epochs=6, samples=2000, progress=True):
     print("test:", evaluate(record(net, test_loader, **judge), choice.policy, cost))
 
     with tempfile.TemporaryDirectory() as folder:
-        path = export(net, Path(folder) / "model.onnx", policy=choice.policy, example=example)
+        path = export(net, Path(folder) / "model.onnx", policy=choice, example=example)
         heard, there = test.tensors
         answer = load(path, threads=1)(heard.numpy())
     right = (answer.output > 0) == (there.numpy() > 0.5)  # answer.label, the largest output, means nothing here

@@ -32,7 +32,7 @@ def main(epochs=8, progress=True):
     print("test:", evaluate(record(net, loader(data.test, 100), progress=progress), choice.policy, cost))
 
     with tempfile.TemporaryDirectory() as folder:
-        path = export(net, Path(folder) / "model.onnx", policy=choice.policy, example=example)
+        path = export(net, Path(folder) / "model.onnx", policy=choice, example=example)
         images = data.test.images.float().numpy() / 255
         answer = load(path, threads=1)(images)
     print("left at exit 1:", (answer.exit == 1).mean(), "right:", (answer.label == data.test.labels.numpy()).mean())

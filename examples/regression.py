@@ -61,7 +61,7 @@ def main(epochs=12, samples=6000, progress=True):
     print("test:", evaluate(record(net, test_loader, **judge), choice.policy, cost))
 
     with tempfile.TemporaryDirectory() as folder:
-        path = export(net, Path(folder) / "model.onnx", policy=choice.policy, example=example)
+        path = export(net, Path(folder) / "model.onnx", policy=choice, example=example)
         x, y = test.tensors
         answer = load(path, threads=1)(x.numpy())
     error = abs(answer.output[:, 0] - y.numpy()[:, 0])  # answer.label, the larger output, means nothing here

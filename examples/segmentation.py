@@ -55,7 +55,7 @@ def main(epochs=5, samples=1600, progress=True):
     print("test:", evaluate(record(net, test_loader, loss=pixel_error, progress=progress), choice.policy, cost))
 
     with tempfile.TemporaryDirectory() as folder:
-        path = export(net, Path(folder) / "model.onnx", policy=choice.policy, example=example)
+        path = export(net, Path(folder) / "model.onnx", policy=choice, example=example)
         pictures, masks = test.tensors
         answer = load(path, threads=1)(pictures.numpy())
     print("left at exit 1:", (answer.exit == 1).mean(), "pixels right:", (answer.label == masks.numpy()).mean())
