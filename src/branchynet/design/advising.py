@@ -33,7 +33,7 @@ from .forest import Forest, plant
 from .stages import StageTimes, time_stages, uncuttable
 from .subsets import Found, Judged, break_even, least_us, search
 
-RESOLUTION = 0.045  # difference in accuracy that half of the validation samples must be able to show
+RESOLUTION = 0.05  # difference in accuracy that half of the validation samples must be able to show
 PER_CLASS = 20  # training samples a class that heads need
 ALIKE = 0.01  # of two designs that take as long but for so much, relatively, the one with fewer exits is better
 RATE, DISTILL = 3e-3, 0.5
@@ -249,7 +249,7 @@ def _check_data(alone: ExitRecord, samples: int, accuracy: float, train_loader: 
     if alone.samples < needed:
         raise InputError(
             f"{samples} validation samples cannot rank designs: at {accuracy:.1%} accuracy it takes {2 * needed} to "
-            f"tell apart two that differ by {RESOLUTION:.1%}, on the half of them that is not left for a promise"
+            f"tell apart two that differ by {RESOLUTION:.0%}, on the half of them that is not left for a promise"
         )
     assert alone.outputs is not None
     first = next(iter(train_loader), None)
