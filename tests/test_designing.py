@@ -76,6 +76,9 @@ def test_the_verbs_of_a_run_work_on_it_and_the_report_shows_candidates(base, des
     folder = base.path / "design-1"
     assert call(monkeypatch, "choose", folder, "--max-drop", "0.05", "--no-promise") == 0
     assert call(monkeypatch, "export", folder) == 0
+    assert call(monkeypatch, "report", folder) == 1
+    assert "bench.json was not made from the other files there" in " ".join(capsys.readouterr().err.split())
+    (folder / "bench.json").unlink()
     assert call(monkeypatch, "report", folder) == 0
     page = (folder / "report.html").read_text()
     assert "Where exits could stand" in page

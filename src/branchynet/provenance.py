@@ -100,6 +100,7 @@ def check_report(run: Path, choice: Choice, val: ExitRecord, test: ExitRecord, m
         if any(None not in pair and pair[0] != pair[1] for pair in same):
             raise FileError(
                 f"{run / name} was not made from the other files there; run `branchynet {verb} {run}` again"
+                + ", or remove it" * (verb == "bench")
             )
 
     check("record-val.npz", "train", (val.network, test.network))
