@@ -192,7 +192,8 @@ def test_floats_less_integers_are_exported(tmp_path):
 
 
 UNRUNNABLE = {
-    "bfloat16": lambda x: (x.bfloat16()[:, :, None] @ x.bfloat16()[:, None]).float().sum(2),
+    "softplus of double": lambda x: F.softplus(x.double()).float(),
+    "sums in uint8": lambda x: (x * 9).to(torch.uint8).cumsum(1, dtype=torch.uint8).float(),
     "places in int32": lambda x: x[torch.ones(x.shape[0], x.shape[0]).tril().sum(1).int() - 1],
 }
 
