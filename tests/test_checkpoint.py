@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from branchynet.errors import FileError
-from branchynet.training.checkpoint import load_weights, save_weights
+from branchynet.training.checkpoint import RunFolder, load_weights, save_weights
 from branchynet.training.history import EpochRow, History
 from pictures import equal, loader, make, quiet, state
 
@@ -21,6 +21,20 @@ def test_weights_come_back_bit_for_bit(tmp_path):
     load_weights(other, tmp_path / "w.safetensors")
     assert equal(state(net), state(other))
     assert equal(safetensors.torch.load_file(tmp_path / "w.safetensors"), state(net))
+
+
+def test_equal_states_are_equal_files(tmp_path):
+    """Also in another process, where a dict of Rust has another order; here, every dict has one of its own."""
+    net = make()
+    optimizer = torch.optim.Adam(net.parameters())
+    contents = set()
+    for _ in range(12):
+        RunFolder(tmp_path, {"epochs": 1, "name": "ä"}).save(net, optimizer, [], {"steps": 0})
+        contents.add(tuple((tmp_path / f"{name}.safetensors").read_bytes() for name in ("checkpoint", "training")))
+    assert len(contents) == 1
+    assert equal(safetensors.torch.load_file(tmp_path / "checkpoint.safetensors"), state(net))
+    with safetensors.safe_open(tmp_path / "checkpoint.safetensors", framework="pt") as stored:
+        assert stored.metadata()["format"] == "pt" and len(stored.metadata()["sha256"]) == 64
 
 
 def test_tied_strided_and_low_precision_weights_come_back(tmp_path):
