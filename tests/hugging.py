@@ -91,7 +91,8 @@ VISION = [
     Case("PoolFormerForImageClassification", STAGES, images(64), layers("poolformer.encoder.block", "0.0", "2.0")),
     Case("ViTForImageClassification", PATCHES, images(), layers("vit.layers")),
     Case("DeiTForImageClassification", PATCHES, images(), layers("deit.layers")),
-    Case("DeiTForImageClassificationWithTeacher", PATCHES, images(), layers("deit.layers")),
+    Case("DeiTForImageClassificationWithTeacher", PATCHES, images(), layers("deit.layers"),
+         {"output": lambda out: out.logits}),  # beside the logits of both its heads
     Case(
         "BeitForImageClassification", {**PATCHES, "use_relative_position_bias": True}, images(), layers("beit.layers")
     ),

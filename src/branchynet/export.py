@@ -32,6 +32,7 @@ from .graph.onnx_exits import flat_model, nest
 from .graph.quantize import Batch, Quantize, calibration_batches, check_quantize, quantized
 from .machine import processor
 from .net import arguments, count_exits, evaluating, exits_in
+from .outputs import warn_of_probabilities
 from .types import Choice, Policy
 from .version import __version__
 
@@ -109,6 +110,8 @@ def export(
     score = None if policy is None else scores.resolve(policy.score)
     flat = flatten(net, example, score=score, dynamic=batch == "dynamic")
     expected = _from_network(net, example)
+    if len(expected.outputs) > 1 and (policy is None or scores.is_named(policy.score)):
+        warn_of_probabilities(expected.outputs)
     if quantize:
         batches = calibration_batches(calibration, flat)
         flat, expected, report = _in_int8(flat, batches, quantize, example, expected)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .errors import GraphError, InputError, nearest
+from .outputs import warn_of_further
 from .readable import scripted
 from .versions import EXPORTING, require
 
@@ -220,7 +221,11 @@ def exits_in(net: nn.Module, returned: Any) -> tuple[Tensor, ...]:
     """
     if isinstance(getattr(net, "module", net), BranchyNet):  # DistributedDataParallel keeps the network as its module
         return returned
-    return _several(returned) or (tensor_of(returned, "the network's output"),)
+    if several := _several(returned):
+        return several
+    answer = tensor_of(returned, where := "the network's output")
+    warn_of_further(returned, answer, where, "let its forward return the answer alone")
+    return (answer,)
 
 
 def count_exits(net: nn.Module, example: Any) -> int:
@@ -239,7 +244,9 @@ def one_output(returned: Any, where: str = "the backbone's output") -> Tensor:
             f"{where} is {len(several)} tensors of one shape {tuple(several[0].shape)}, which are exits of its own: "
             "use such a network as it is, without attaching branches, or say which tensor is meant with output="
         )
-    return tensor_of(returned, where)
+    answer = tensor_of(returned, where)
+    warn_of_further(returned, answer, where, "to say which tensor is the answer, or that this one is, give output=")
+    return answer
 
 
 def tensor_of(value: Any, where: str) -> Tensor:

@@ -14,8 +14,9 @@ from .errors import InputError
 from .exit_record import ExitRecord
 from .fingerprint import fingerprint
 from .net import evaluating
+from .outputs import warn_of_probabilities
 from .samples import Digests, digests
-from .scores import Score, resolve
+from .scores import Score, is_named, resolve
 from .training.feed import batches, exits_of, tensors_in
 from .types import Floats, Ints, score_name
 
@@ -74,6 +75,8 @@ def record(
     with torch.no_grad(), evaluating(net):
         for inputs, target in batches(shown, where):
             exits = tuple(exit.float() for exit in exits_of(net, inputs))
+            if not firsts and (loss is None or is_named(score)):
+                warn_of_probabilities(exits)
             first, second = _logits(exits, target) if loss is None else _judged(exits, target, function, loss)
             firsts.append(first)
             seconds.append(second)

@@ -14,7 +14,7 @@ import torch
 
 from .errors import InputError, nearest
 from .exit_record import ExitRecord
-from .meta import check_fitted
+from .meta import FittedScore, check_fitted
 from .sureness import SCORES as SCORES
 from .sureness import Score as Score
 from .sureness import entropy as entropy
@@ -31,6 +31,11 @@ def resolve(score: str | Score) -> Score:
     if score not in SCORES:
         raise InputError(f"unknown score {score!r}{nearest(score, SCORES)}; or pass a callable")
     return SCORES[score]
+
+
+def is_named(score: str | Score) -> bool:
+    """Whether a score is one of ours, which read logits: a name, or fitted."""
+    return isinstance(score, (str, FittedScore)) or score in SCORES.values()
 
 
 def of_choice(record: ExitRecord, score: str | Score | None) -> str | Score:

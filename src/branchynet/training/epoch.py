@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..errors import BranchyNetError, FileError, InputError
 from ..net import evaluating
+from ..outputs import warn_of_probabilities
 from .checkpoint import RunFolder
 from .feed import batches, exits_of
 from .history import EpochRow
@@ -37,6 +38,7 @@ class Trainer:
         self.model, self.optimizer, self.schedule, self.objective = model, optimizer, schedule, objective
         self.accelerator, self.channels_last = accelerator, channels_last
         self.steps = 0
+        self.looked = False  # at whether outputs are logits
 
     def progress(self) -> dict[str, Any]:
         """What the next epoch needs to know besides weights and optimizer, as JSON values."""
@@ -83,6 +85,9 @@ class Trainer:
         lr = 0.0
         for inputs, target in batches(train_loader, self.accelerator.device, self.channels_last):
             outputs, value = self._forward(inputs, target)
+            if not self.looked and _are_classes(outputs[-1], target):
+                warn_of_probabilities(outputs, level=4)
+            self.looked = True
             lr = float(self.optimizer.param_groups[0]["lr"])
             self._step(value)
             tally.add(value.detach(), outputs, target)
