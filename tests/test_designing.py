@@ -1,6 +1,7 @@
 """`branchynet design` on a run that was trained on real digits: what it writes, resumes, refuses and promises."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -93,6 +94,17 @@ def test_the_command_line_tells_the_advice(base, designed, monkeypatch, capsys):
     assert "predicted" in told and "measured" in told and "design-1" in told
     assert call(monkeypatch, "design", base.path, "--max-drop", "0.1", "--quiet") == 1
     assert "was designed with" in " ".join(capsys.readouterr().err.split())
+
+
+def test_that_the_plain_network_is_a_warm_start_is_told(base, designed, monkeypatch, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(base.path, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["settings"]["static"] = False
+    (copy / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("branchynet.designing.design_run", lambda *_, **__: designed)
+    assert call(monkeypatch, "design", copy, "--quiet") == 0
+    assert "the warm start, trained for 6 epochs" in " ".join(capsys.readouterr().out.split())
 
 
 def test_for_another_runtime_there_is_a_design_of_its_own(base, designed, monkeypatch, capsys):

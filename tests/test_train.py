@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from branchynet.errors import BranchyNetError, InputError
 from branchynet.net import BranchyNet
+from branchynet.training import epoch
 from branchynet.training.checkpoint import load_weights
 from branchynet.training.history import History
 from branchynet.training.train import Constant, Cosine, fit, joint_loss
@@ -363,6 +364,14 @@ def test_the_bar_tells_loss_and_accuracy_unless_silenced(capsys):
     assert "epoch 1/2" in told and "epoch 2/2" in told and "loss" in told and told.count("%") == 4
     quiet(make(), loader(), epochs=2)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_log_file_is_told_within_an_epoch(capsys, monkeypatch):
+    monkeypatch.setattr(epoch, "REFRESH_S", -1.0)
+    monkeypatch.setattr(epoch, "LINE_S", -1.0)
+    fit(make(), loader(), epochs=1, device="cpu")
+    told = capsys.readouterr().err
+    assert [f"epoch 1/1: {n} of 6 batches, loss" in told for n in range(8)] == [n in range(1, 6) for n in range(8)]
 
 
 def test_an_epoch_costs_little_more_than_a_bare_loop():

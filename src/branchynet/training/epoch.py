@@ -21,6 +21,7 @@ from .feed import batches, exits_of
 from .history import EpochRow
 
 REFRESH_S = 0.5  # between looks at the running loss: each look waits for the device
+LINE_S = 60.0  # between lines in a log file, where no bar moves
 
 
 class Trainer:
@@ -177,7 +178,10 @@ class Tally:
 
 
 class Bar:
-    """A progress bar over one epoch's batches, or nothing; it stays on the screen as the epoch's line."""
+    """A progress bar over one epoch's batches, or nothing; it stays on the screen as the epoch's line.
+
+    In a log file there are lines instead, one a minute and the epoch's own.
+    """
 
     def __init__(self, title: str, total: int, visible: bool) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -190,7 +194,9 @@ class Bar:
             disable=not visible,
         )
         self.task = self.bar.add_task(title, total=total, told="")
+        self.title, self.total = title, total
         self.done, self.shown = 0, time.monotonic()
+        self.written = self.shown
 
     def __enter__(self) -> None:
         self.bar.start()
@@ -209,6 +215,10 @@ class Bar:
         right = "  ".join(["  right", *(f"{a:.2%}" for a in accuracies)]) if accuracies else ""
         self.bar.update(self.task, completed=self.done, told=f"loss {loss:.4f}{right}", refresh=True)
         self.shown = time.monotonic()
+        out = self.bar.console
+        if not (self.bar.disable or out.is_terminal) and self.shown - self.written > LINE_S and self.done < self.total:
+            out.print(f"{self.title}: {self.done} of {self.total} batches, loss {loss:.4f}{right}", highlight=False)
+            self.written = self.shown
 
 
 def _are_classes(output: Tensor, target: Tensor) -> bool:
