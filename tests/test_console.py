@@ -66,6 +66,7 @@ OPTIONS = {"max_drop": "--max-drop", "confidence": "--confidence", "batch_size":
         ("epochs must be at least 1", "epochs must be at least 1"),
         ("it is no Choice (x); make it with choose(...)", "it is no Choice (x); make it with `branchynet choose`"),
         ("train again with fit(...)", "train again with `branchynet train`"),
+        ("add --trust (in Python, open_run(..., trust=True)).", "add --trust."),
         ("runs/max_drop=1/a.max_drop is not there", "runs/max_drop=1/a.max_drop is not there"),
     ],
 )

@@ -181,6 +181,7 @@ def in_options(message: str, options: Mapping[str, str]) -> str:
         message: such as "max_drop=2 is out of range".
         options: the option of each parameter, such as ``--max-drop`` of ``max_drop``.
     """
+    message = re.sub(r" \(in Python, [^()]*(\([^()]*\))?[^()]*\)", "", message)
     for python, told in _PHRASES.items():
         message = message.replace(python, told)
     message = re.sub(
