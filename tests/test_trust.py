@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from branchynet import trust
 from branchynet.cli import app
 from branchynet.errors import InputError
-from branchynet.runs import Settings, create_run, open_run
+from branchynet.runs import Settings, configure, create_run, open_run
 
 CALLED = []
 
@@ -28,22 +28,27 @@ def own_secret(tmp_path, monkeypatch):
     monkeypatch.setattr(trust, "_place", lambda: tmp_path / "cache" / "secret")
 
 
+def start(path, settings):
+    """What `train` does first."""
+    configure(create_run(path, settings))
+
+
 def stranger(monkeypatch, tmp_path):
     """From here on, another user."""
     monkeypatch.setattr(trust, "_place", lambda: tmp_path / "other" / "secret")
 
 
 def test_what_one_made_oneself_is_opened_also_after_a_move(tmp_path):
-    create_run(tmp_path / "run", Settings(network=NAME))
+    start(tmp_path / "run", Settings(network=NAME))
     assert open_run(tmp_path / "run").settings.network == NAME
-    assert create_run(tmp_path / "run", Settings(network=NAME)).settings.network == NAME
+    start(tmp_path / "run", Settings(network=NAME))
     shutil.move(tmp_path / "run", tmp_path / "moved")
     assert open_run(tmp_path / "moved").settings.network == NAME
     assert trust._place().stat().st_mode & 0o077 == 0
 
 
 def test_what_a_stranger_made_needs_trust(tmp_path, monkeypatch):
-    create_run(tmp_path / "run", Settings(network=NAME))
+    start(tmp_path / "run", Settings(network=NAME))
     stranger(monkeypatch, tmp_path)
     with pytest.raises(InputError, match=rf"{NAME}.*--trust.*trust=True"):
         open_run(tmp_path / "run")
@@ -53,7 +58,7 @@ def test_what_a_stranger_made_needs_trust(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("change", ["network", "none", "number", "text"])
 def test_a_signature_is_of_one_function(tmp_path, change):
-    create_run(tmp_path / "run", Settings(network=NAME))
+    start(tmp_path / "run", Settings(network=NAME))
     config = tmp_path / "run" / "config.json"
     stored = json.loads(config.read_text())
     if change == "network":
@@ -66,7 +71,7 @@ def test_a_signature_is_of_one_function(tmp_path, change):
 
 
 def test_networks_of_the_zoo_need_no_trust(tmp_path, monkeypatch):
-    create_run(tmp_path / "run", Settings())
+    start(tmp_path / "run", Settings())
     assert not trust._place().exists()
     stranger(monkeypatch, tmp_path)
     assert open_run(tmp_path / "run").settings == Settings()
@@ -75,14 +80,14 @@ def test_networks_of_the_zoo_need_no_trust(tmp_path, monkeypatch):
 def test_without_a_place_for_secrets_one_trusts_by_hand(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(trust, "_place", lambda: tmp_path / "file" / "secret")
-    create_run(tmp_path / "run", Settings(network=NAME))
+    start(tmp_path / "run", Settings(network=NAME))
     with pytest.raises(InputError, match="--trust"):
         open_run(tmp_path / "run")
 
 
 @pytest.mark.parametrize("verb", ["choose", "export", "bench", "report", "design"])
 def test_every_verb_asks_for_trust(tmp_path, monkeypatch, verb):
-    create_run(tmp_path / "run", Settings(network=NAME))
+    start(tmp_path / "run", Settings(network=NAME))
     stranger(monkeypatch, tmp_path)
     refused = CliRunner().invoke(app, [verb, str(tmp_path / "run")])
     assert isinstance(refused.exception, InputError) and "--trust" in str(refused.exception)
