@@ -50,12 +50,16 @@ def installed(monkeypatch):
         ("onnx-ir", "0.1.16"),
         ("onnxscript", "0.5.7"),
         ("onnxscript", "0.6.1"),
+        ("openvino", "2025.4.1"),
+        ("openvino", "2026.1.0"),
     ],
 )
 def test_a_wrong_version_is_refused_by_name(installed, package, wrong):
     installed[package] = wrong
     with pytest.raises(VersionError, match=re.escape(f"{package} {wrong} ") + rf".*pip install '{package}\W.*\d'"):
         versions.require(package)
+    if package not in versions.EXPORTING:
+        return
     with pytest.raises(BranchyNetError):
         BranchyNet(nn.Linear(2, 2), {})
     with pytest.raises(ImportError):

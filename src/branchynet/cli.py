@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -227,7 +227,7 @@ def design(
     run: RunArgument,
     batch: Annotated[int, typer.Option(help="Samples a call: the best design depends on it.")] = 1,
     threads: Annotated[int, typer.Option(help="Threads within an operator.")] = 1,
-    runtime: Annotated[Any, _named("What will run it: one of {}.", *ENGINES, metavar="NAME")] = "onnxruntime",
+    runtime: Annotated[str, _named("What will run it: one of {}.", *ENGINES, metavar="NAME")] = "onnxruntime",
     max_drop: Annotated[float, typer.Option(help="Accuracy at most this far below the plain network's.")] = 0.0,
     exits: Annotated[int, typer.Option(help="The most exits, the network's own included.")] = 4,
     epochs: Annotated[int, typer.Option(help="Of all candidates together, on the frozen network.")] = 3,
@@ -243,8 +243,8 @@ def design(
     from .workbook import report_run
 
     advice, comparison = design_run(
-        run, batch_size=batch, threads=threads, runtime=runtime, max_drop=max_drop, exits=exits,
-        epochs=epochs, final_epochs=final_epochs, anyway=anyway, trust=trust, progress=not quiet,
+        run, batch_size=batch, threads=threads, runtime=cast(Any, runtime), max_drop=max_drop,
+        exits=exits, epochs=epochs, final_epochs=final_epochs, anyway=anyway, trust=trust, progress=not quiet,
     )  # fmt: skip
     print_advice(out, advice)
     if comparison is not None:
