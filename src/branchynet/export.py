@@ -1,5 +1,6 @@
 """Writing a network as one ONNX file, checked against PyTorch before it gets its name."""
 
+import copy
 import json
 import math
 import os
@@ -32,6 +33,7 @@ from .graph.onnx_exits import flat_model, nest
 from .graph.quantize import Batch, Quantize, calibration_batches, check_quantize, quantized
 from .machine import processor
 from .net import arguments, count_exits, evaluating, exits_in
+from .notes import class_names, plain_values
 from .outputs import warn_of_probabilities
 from .types import Choice, Policy
 from .version import __version__
@@ -97,7 +99,7 @@ def export(
             f"thresholds must be 'default' or 'input' and batch 'dynamic' or 1; got {thresholds!r}, {batch!r}"
         )
     notes: dict[str, Any] = {"network": fingerprint(net) + (f"-{quantize}" if quantize else "")}
-    notes |= {"labels": list(labels), "preprocessing": preprocessing, "promise": promise}
+    notes |= {"labels": class_names(labels), "preprocessing": plain_values(preprocessing), "promise": promise}
     notes |= {"selected_on": list(getattr(net, "selected_on", ()))}
     if isinstance(policy, Choice):
         check_same_network("the network and the choice", notes["network"], policy.network)
@@ -110,6 +112,9 @@ def export(
     score = None if policy is None else scores.resolve(policy.score)
     flat = flatten(net, example, score=score, dynamic=batch == "dynamic")
     expected = _from_network(net, example)
+    names, classes = notes["labels"], expected.outputs[-1].shape[1]
+    if names and len(names) != classes:
+        raise InputError(f"labels= names {len(names)} classes, but the exits answer with {classes}; give {classes}")
     if len(expected.outputs) > 1 and (policy is None or scores.is_named(policy.score)):
         warn_of_probabilities(expected.outputs)
     if quantize:
@@ -121,8 +126,11 @@ def export(
     with replacing(path) as temporary:
         ir.save(model, temporary)
         seal(temporary)
-        with as_graph_errors():
-            _compare(temporary, policy, example, expected)
+        try:
+            with as_graph_errors():
+                _compare(temporary, policy, example, expected)
+        except GraphError as error:
+            raise GraphError(f"{error}{'' if quantize else _magnified(net, example, expected)}") from error
     return Path(path)
 
 
@@ -300,6 +308,26 @@ def _from_network(net: nn.Module, example: Any, limit: int = 8) -> _Expected:
                 "give an example of real inputs, or look for NaN among the weights"
             )
     return _Expected(outputs, (0.0,) * len(outputs), "the network")
+
+
+def _magnified(net: nn.Module, example: Any, expected: _Expected) -> str:
+    """What to add to an error where the network itself answers otherwise in float64; nothing where it does not."""
+    args, kwargs = arguments(example)
+    exact = {name: t.double() if t.is_floating_point() else t for name, t in (*enumerate(args), *kwargs.items())}
+    try:
+        twin = copy.deepcopy(net).double()
+        want = _from_network(twin, {k: exact[k] for k in kwargs} if kwargs else tuple(exact.values())).outputs
+    except Exception:  # some networks cannot be copied, or hold constants of float32
+        return ""
+    offs = [difference(a.numpy(), b.numpy()) for a, b in zip(expected.outputs, want, strict=True)]
+    n = int(np.argmax(offs))
+    if not offs[n] > 1e-3 * magnitude(want[n].numpy()):
+        return ""
+    return (
+        f" In float64 the network itself answers {offs[n]:.3g} off what it answers in float32 (exit {n + 1}): it "
+        "magnifies rounding, so that no two runtimes agree. Is it trained? Normalise features that hardly differ "
+        "from sample to sample"
+    )
 
 
 def _check(got: NDArray[Any], expected: _Expected, exit: int, rows: slice) -> None:

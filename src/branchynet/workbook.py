@@ -41,7 +41,7 @@ def predict_files(engine: Engine, images: Sequence[Path]) -> Iterator[dict[str, 
         files = images[start : start + BATCH]
         answer = engine.answer_all(np.concatenate([read_image(file, size) for file in files]))
         for file, label, exit, score in zip(files, answer.label, answer.exit, answer.score, strict=True):
-            name = engine.labels[label] if engine.labels else str(label)
+            name = engine.labels[label] if label < len(engine.labels) else str(label)
             yield {"image": str(file), "label": name, "exit": int(exit), "score": float(score)}
 
 
