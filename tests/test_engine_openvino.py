@@ -119,6 +119,24 @@ def test_strided_and_read_only_arrays_are_read_as_they_look(engine):
     alike(engine(*views), engine(image, vector))
 
 
+@pytest.mark.parametrize("op_type", ["Relu", "Identity", "Neg"])
+def test_inputs_are_neither_changed_nor_given_out(folder, op_type):
+    """OpenVINO reads the caller's memory, and would compute some operators in place."""
+    sketch = Sketch()
+    first = sketch.op(op_type, sketch.input("x", 4), shape=[sketch.batch, 4])
+    last = sketch.op("Relu", first, shape=[sketch.batch, 4])
+    flat = sketch.flat([first, last], [sketch.total(first), sketch.total(last)])
+    x = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
+    for policy in (None, Policy(thresholds=(0.0,)), Policy(thresholds=(1e30,))):
+        engine, given = open_engine(folder, policy, flat), x.copy()
+        answers = [*engine.outputs(given), *engine(given)]
+        kept = [a.copy() for a in answers]
+        np.testing.assert_array_equal(given, x)
+        given[:] = np.nan
+        for a, b in zip(answers, kept, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 def test_answers_are_not_overwritten_by_the_next_call(engine):
     first = engine(*arrays(5))
     kept = [a.copy() for a in first]
