@@ -260,3 +260,12 @@ def test_other_contents_have_other_checksums(one, other):
         return [(name, content.encode() if isinstance(content, str) else content) for name, content in value]
 
     assert (checksum(one) == checksum(other)) == (plain(one) == plain(other))
+
+
+def test_systems_without_file_locks_write_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "fcntl", None)
+    (tmp_path / ".x-abc.partial.json").write_text("half")
+    for value in (1, 2):
+        write_json(tmp_path / "x.json", value)
+    assert read_json(tmp_path / "x.json") == 2
+    assert names(tmp_path) == [".x-abc.partial.json", "x.json"]  # who knows whether somebody writes it still

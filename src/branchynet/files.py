@@ -75,14 +75,16 @@ def remove_partial(path: str | os.PathLike[str]) -> None:
                 os.close(handle)
 
 
-def _claimed(final: Path) -> tuple[int, Path]:
+def _claimed(final: Path) -> tuple[int | None, Path]:
     """A new temporary file for `final`, locked for as long as its handle is open: the system unlocks what is killed."""
     while True:
         handle, name = tempfile.mkstemp(prefix=f".{final.stem}-", suffix=f".partial{final.suffix}", dir=final.parent)
-        if fcntl is not None:
-            with contextlib.suppress(OSError):  # a file system without locks: `remove_partial` then removes nothing
-                fcntl.flock(handle, fcntl.LOCK_EX)
-        if fcntl is None or os.fstat(handle).st_nlink:
+        if fcntl is None:
+            os.close(handle)  # Windows renames no open file
+            return None, Path(name)
+        with contextlib.suppress(OSError):  # a file system without locks: `remove_partial` then removes nothing
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:
             return handle, Path(name)
         os.close(handle)  # another process removed it before it was locked
 
