@@ -58,7 +58,10 @@ def test_metadata_says_all_that_is_documented(exported):
         "preprocessing": {"size": [2, 3]},
         "promise": "at most 1 point",
         "network": fingerprint(branchy()),
+        "selected_on": [],
+        "sample_bytes": engine.metadata["sample_bytes"],
     }
+    assert engine.metadata["sample_bytes"] > 0
     assert engine.labels == ("ant", "bee", "cat", "dog") and engine.policy == TWO and engine.exits == 3
     stored = {p.key: p.value for p in onnx.load(exported).metadata_props}
     assert json.loads(stored.pop(METADATA_KEY)) == engine.metadata and list(stored) == [seal.KEY]

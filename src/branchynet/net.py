@@ -33,7 +33,8 @@ class BranchyNet(nn.Module):
             is).
         branches: for each tap, the module fed by it, in the order in which the taps run. A tap is the name of a
             submodule as in ``backbone.named_modules()``, or ``"input"`` for the network's first argument. A branch may
-            be a `BranchyNet` itself (the paper's tree): its exits take its place in the tuple.
+            be a `BranchyNet` itself (the paper's tree): its exits take its place in the tuple. Classifiers give
+            *logits*, as the backbone should: no softmax at their end.
         output: ``output(what the backbone returns) -> Tensor`` where the rule above does not find the last exit. A
             module, such as a head on a headless backbone, is trained and saved with the branches.
         tap: for some taps, ``tap[name](what the submodule returns) -> Tensor`` where the rule above does not find the
