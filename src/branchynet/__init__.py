@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .design import advise as advise
     from .drift import Monitor as Monitor
     from .engine.onnx import load as load
+    from .engine.onnx import verify as verify
     from .errors import BranchyNetError as BranchyNetError
     from .exit_record import ExitRecord as ExitRecord
     from .export import export as export
@@ -72,6 +73,7 @@ _ROOMS = {
     "load": "engine.onnx",
     "measure": "cost",
     "record": "record",
+    "verify": "engine.onnx",
     "zoo": "zoo",
 }
 

@@ -5,6 +5,7 @@ BranchyNetError
 ├── GraphError        a network cannot be tapped, exported or cut           (also ValueError)
 ├── FileError         a file is missing, truncated, foreign or unwritable   (also OSError)
 ├── DataError         a data set is missing or its files are malformed      (also ValueError)
+├── VerificationError a file's own samples are answered otherwise here      (also RuntimeError)
 ├── InfeasibleError   no thresholds meet the constraint                     (also ValueError)
 ├── MissingExtraError an optional dependency is not installed               (also ImportError)
 └── VersionError      a package is installed in a version known to be wrong (also ImportError)
@@ -35,6 +36,10 @@ class FileError(BranchyNetError, OSError):
 
 class DataError(BranchyNetError, ValueError):
     """A data set is missing or its files are malformed."""
+
+
+class VerificationError(BranchyNetError, RuntimeError):
+    """This machine, runtime or provider gives other answers than those stored in an exported file."""
 
 
 class InfeasibleError(BranchyNetError, ValueError):

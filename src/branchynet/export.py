@@ -2,12 +2,11 @@
 
 import copy
 import json
-import math
 import os
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,13 +14,13 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from . import scores
-from .engine.checks import difference, magnitude
 from .engine.exported import FORMAT, METADATA_KEY, Engine
 from .engine.onnx import load
 from .engine.seal import seal
+from .engine.verifying import MAX_SAMPLES, SAMPLES_KEY, Samples, check, pack
 from .errors import GraphError, InputError, as_graph_errors
 from .exit_record import check_same_network
 from .files import replacing
@@ -35,6 +34,7 @@ from .machine import processor
 from .net import arguments, count_exits, evaluating, exits_in
 from .notes import class_names, plain_values
 from .outputs import warn_of_probabilities
+from .sureness import Score
 from .types import Choice, Policy
 from .version import __version__
 
@@ -54,6 +54,7 @@ def export(
     labels: Sequence[str] = (),
     preprocessing: Mapping[str, Any] | None = None,
     promise: str | None = None,
+    samples: int = MAX_SAMPLES,
 ) -> Path:
     """Write a network with its early exits inside one ONNX file.
 
@@ -87,6 +88,8 @@ def export(
         preprocessing: how to make the input, kept likewise, such as ``{"size": [28, 28], "mode": "L", "scale": 1 /
             255}``.
         promise: a sentence on what the thresholds promise, kept likewise; by default that of a `Choice`.
+        samples: how many rows of `example`, at most 8 and about 1 MiB, the file holds with their answers, by which
+            `verify` and ``load(..., verify=True)`` check it on another machine; 0 for none.
 
     Raises:
         InputError: a number of thresholds other than N-1, a `Choice` for another network or other weights, an unknown
@@ -94,6 +97,8 @@ def export(
         GraphError: the network cannot be exported, quantised or cut, or the file disagrees with PyTorch.
         FileError: the file cannot be written; nothing is left half-written under `path`.
     """
+    if not isinstance(samples, Integral) or not 0 <= samples <= MAX_SAMPLES:
+        raise InputError(f"samples must be a number of rows to store, 0 to {MAX_SAMPLES}; got {samples!r}")
     if thresholds not in ("default", "input") or batch not in ("dynamic", 1):
         raise InputError(
             f"thresholds must be 'default' or 'input' and batch 'dynamic' or 1; got {thresholds!r}, {batch!r}"
@@ -111,42 +116,30 @@ def export(
     check_quantize(quantize, calibration)
     score = None if policy is None else scores.resolve(policy.score)
     flat = flatten(net, example, score=score, dynamic=batch == "dynamic")
-    expected = _from_network(net, example)
+    expected, source = _from_network(net, example, score), "the network"
     names, classes = notes["labels"], expected.outputs[-1].shape[1]
     if names and len(names) != classes:
         raise InputError(f"labels= names {len(names)} classes, but the exits answer with {classes}; give {classes}")
     if len(expected.outputs) > 1 and (policy is None or scores.is_named(policy.score)):
-        warn_of_probabilities(expected.outputs)
+        warn_of_probabilities(tuple(torch.from_numpy(o) for o in expected.outputs))
     if quantize:
         batches = calibration_batches(calibration, flat)
-        flat, expected, report = _in_int8(flat, batches, quantize, example, expected)
-        notes["quantize"] = {"scheme": quantize, **report}
+        flat, expected, report = _in_int8(flat, batches, quantize, expected)
+        notes["quantize"], source = {"scheme": quantize, **report}, "its flat int8 graph"
         _warn_of_low_agreement(quantize, report["agreement"])
     model = assemble(flat, policy, thresholds=thresholds, notes=notes)
+    kept = [n for n in _exits(flat) if policy is None or policy.enabled[n - 1]]
+    if stored := pack(expected, kept, samples):
+        model.metadata_props[SAMPLES_KEY] = stored
     with replacing(path) as temporary:
         ir.save(model, temporary)
         seal(temporary)
         try:
             with as_graph_errors():
-                _compare(temporary, policy, example, expected)
+                _compare(temporary, expected, source)
         except GraphError as error:
             raise GraphError(f"{error}{'' if quantize else _magnified(net, example, expected)}") from error
     return Path(path)
-
-
-@dataclass(frozen=True)
-class _Expected:
-    """What every exit should answer for the first rows of the example.
-
-    Attributes:
-        outputs: one `(B, C, ...)` an exit, each row answered alone.
-        slack: one figure an exit: how far off an answer may be, beyond what float32 explains.
-        source: what gave them.
-    """
-
-    outputs: tuple[Tensor, ...]
-    slack: tuple[float, ...]
-    source: str
 
 
 def assemble(
@@ -194,51 +187,68 @@ def assemble(
 
 
 def _in_int8(
-    flat: FlatGraph, batches: Sequence[Batch], quantize: Quantize, example: Any, expected: _Expected
-) -> tuple[FlatGraph, _Expected, dict[str, Any]]:
-    """The graph in int8, what its exits answer for the example, and how far it agrees with the float graph.
+    flat: FlatGraph, batches: Sequence[Batch], quantize: Quantize, expected: Samples
+) -> tuple[FlatGraph, Samples, dict[str, Any]]:
+    """The graph in int8, what its exits answer for the samples, and how far it agrees with the float graph.
 
     The float graph is compared with the network first. Two runs of one int8 graph may round a value to neighbouring
     steps, where float operations between differ in the last bit; so the file that is cut from it may be off by as much
     as int8 is off from float on average, far less than a wrong row or a missing node would make.
     """
     int8 = quantized(flat, batches, quantize)
+    names = [f"{kind}_{n}" for kind in ("output", "score")[: 1 + bool(expected.scores)] for n in _exits(flat)]
     with tempfile.TemporaryDirectory() as folder, as_graph_errors():
         path = Path(folder) / "flat.onnx"
         ir.save(assemble(flat, None), path)
-        _compare(path, None, example, expected)
+        _compare(path, expected, "the network")
+        ir.save(assemble(flat, None, outputs=names), path)
         exact = load(path)
-        ir.save(assemble(int8, None), path)
+        ir.save(assemble(int8, None, outputs=names), path)
         rounded = load(path)
-        report = _disagreement(exact, rounded, batches)
-        rows = [tuple(t[i : i + 1].numpy() for t in tensors_of(example)) for i in range(len(expected.outputs[0]))]
-        answers = [rounded.outputs(*row)[1:] for row in rows]
-    outputs = tuple(torch.from_numpy(np.concatenate(exit)) for exit in zip(*answers, strict=True))
-    return int8, _Expected(outputs, tuple(report["mean_difference"]), "its flat int8 graph"), report
+        report, slack = _disagreement(exact, rounded, batches)
+        rows = [rounded.outputs(*(i[s : s + 1] for i in expected.inputs))[1:] for s in range(len(expected))]
+    answers = [np.concatenate(exit) for exit in zip(*rows, strict=True)]
+    exits = flat.exits
+    return int8, Samples(expected.inputs, tuple(answers[:exits]), tuple(answers[exits:]), *slack), report
 
 
-def _disagreement(exact: Engine, rounded: Engine, batches: Sequence[Batch]) -> dict[str, Any]:
-    """For every exit, the agreement of both over all samples, and the mean difference of outputs.
+def _exits(flat: FlatGraph) -> range:
+    return range(1, flat.exits + 1)
+
+
+def _disagreement(
+    exact: Engine, rounded: Engine, batches: Sequence[Batch]
+) -> tuple[dict[str, Any], tuple[tuple[float, ...], tuple[float, ...]]]:
+    """For every exit, the agreement of both over all samples; and the mean difference of outputs, and of scores.
 
     Agreement is the share of equal labels, or, where there is one output a sample (regression), the share of the float
     outputs' variance that int8 explains (R^2).
     """
-    samples = sum(len(batch[0]) for batch in batches)
-    same, difference, error, first, second = np.zeros((5, exact.exits))
+    exits, samples = exact.exits, sum(len(batch[0]) for batch in batches)
+    same, difference, error, first, second, scores = np.zeros((6, exits))
     for batch in batches:
-        a, b = (np.stack(engine.outputs(*batch)[1:]).astype(np.float64) for engine in (exact, rounded))
-        share = len(batch[0]) / samples
-        classes = a.shape[2]
-        for total, value in (
+        answers = [engine.outputs(*batch)[1:] for engine in (exact, rounded)]
+        a, b = (np.stack(answer[:exits]).astype(np.float64) for answer in answers)
+        sums = [
             (same, a.argmax(axis=2) == b.argmax(axis=2)),
-            (difference, np.abs(a - b)),
-            (error, (a - b) ** 2),
+            (difference, np.abs(_difference(a, b))),
+            (error, _difference(a, b) ** 2),
             (first, a),
             (second, a**2),
-        ):
-            total += share * value.reshape(exact.exits, -1).mean(axis=1)
-    agreement = same if classes > 1 else 1 - error / np.maximum(second - first**2, np.finfo(np.float32).tiny)
-    return {"samples": samples, "agreement": agreement.tolist(), "mean_difference": difference.tolist()}
+        ]
+        if len(answers[0]) > exits:
+            sums.append((scores, np.abs(_difference(*(np.stack(answer[exits:]) for answer in answers)))))
+        for total, value in sums:
+            total += len(batch[0]) / samples * value.reshape(exits, -1).mean(axis=1)
+    several = exact.metadata["output_shape"][0] > 1
+    agreement = same if several else 1 - error / np.maximum(second - first**2, np.finfo(np.float32).tiny)
+    report = {"samples": samples, "agreement": agreement.tolist(), "mean_difference": difference.tolist()}
+    return report, (tuple(difference.tolist()), tuple(scores.tolist()))
+
+
+def _difference(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
+    with np.errstate(invalid="ignore"):  # infinity less infinity
+        return np.where(a == b, 0, a - b)
 
 
 def _warn_of_low_agreement(quantize: Quantize, agreement: Sequence[float]) -> None:
@@ -257,49 +267,28 @@ def _warn_of_low_agreement(quantize: Quantize, agreement: Sequence[float]) -> No
     )
 
 
-def _compare(path: Path, policy: Policy | None, example: Any, expected: _Expected) -> None:
-    """Each exit in turn, by samples alone and by batches, then samples that part.
-
-    Raises:
-        GraphError: they disagree.
-    """
-    engine = load(path, threads=1)
-    inputs = [t[: len(expected.outputs[0])].numpy() for t in tensors_of(example)]
-    dynamic = engine.metadata["batch"] == "dynamic"
-    parts = [slice(row, row + 1) for row in range(len(expected.outputs[0]))] + [slice(None)] * dynamic
-    if policy is None:
-        for n in range(1, engine.exits + 1):
-            for rows in parts:
-                _check(engine.outputs(*(i[rows] for i in inputs))[n], expected, n, rows)
-        return
-    for n in (n for n, enabled in enumerate(policy.enabled, 1) if enabled):
-        forced = [None if t is None or k < n else 3e38 for k, t in enumerate(policy.thresholds, 1)]
-        for rows in parts:
-            answer = engine(*(i[rows] for i in inputs), thresholds=forced)
-            if (answer.exit != n).any():
-                raise GraphError(f"the exported graph leaves at exits {answer.exit} where exit {n} was asked for")
-            _check(answer.output, expected, n, rows)
-    if dynamic:
-        score = scores.resolve(policy.score)
-        halves = [float(score(expected.outputs[:n]).nanmedian()) for n in range(1, policy.exits)]
-        mixed = [
-            None if t is None or math.isnan(half) else half for t, half in zip(policy.thresholds, halves, strict=True)
-        ]
-        answer = engine(*inputs, thresholds=mixed)
-        for row, n in enumerate(answer.exit):
-            _check(answer.output[row : row + 1], expected, n, slice(row, row + 1))
+def _compare(path: Path, expected: Samples, source: str) -> None:
+    """Raises `GraphError` where a file does not answer as expected, in any exit, alone or in a batch."""
+    problems = check(load(path, threads=1), expected, strict=True).problems
+    if problems:
+        raise GraphError(
+            f"the exported graph differs from {source}: {problems[0]}; does its forward depend on values, on random "
+            "numbers, or on other samples of the batch?"
+        )
 
 
 @torch.no_grad()
-def _from_network(net: nn.Module, example: Any, limit: int = 8) -> _Expected:
-    """What the PyTorch network answers for the first rows of the example."""
+def _from_network(net: nn.Module, example: Any, score: Score | None) -> Samples:
+    """What the PyTorch network answers for the first rows of the example, each row alone."""
     args, kwargs = arguments(example)
+    given = [t[:MAX_SAMPLES] for t in tensors_of(example)]
     rows = []
     with evaluating(net):
-        for i in range(min(len(tensors_of(example)[0]), limit)):
+        for i in range(len(given[0])):
             outputs = net(*(t[i : i + 1] for t in args), **{k: t[i : i + 1] for k, t in kwargs.items()})
             rows.append(exits_in(net, outputs))
-    outputs = tuple(torch.cat(exit).float() for exit in zip(*rows, strict=True))
+        outputs = tuple(torch.cat(exit).float() for exit in zip(*rows, strict=True))
+        found = [] if score is None else [score(outputs[:n]).numpy() for n in range(1, len(outputs) + 1)]
     for n, output in enumerate(outputs, 1):
         if output.isnan().any():
             row = int(output.flatten(1).isnan().any(dim=1).nonzero()[0])
@@ -307,35 +296,25 @@ def _from_network(net: nn.Module, example: Any, limit: int = 8) -> _Expected:
                 f"exit {n} gives NaN for row {row} of the example, so that no file could be compared with the network: "
                 "give an example of real inputs, or look for NaN among the weights"
             )
-    return _Expected(outputs, (0.0,) * len(outputs), "the network")
+    none = (0.0,) * len(outputs)
+    return Samples(tuple(t.numpy() for t in given), tuple(o.numpy() for o in outputs), tuple(found), none, none)
 
 
-def _magnified(net: nn.Module, example: Any, expected: _Expected) -> str:
+def _magnified(net: nn.Module, example: Any, expected: Samples) -> str:
     """What to add to an error where the network itself answers otherwise in float64; nothing where it does not."""
     args, kwargs = arguments(example)
     exact = {name: t.double() if t.is_floating_point() else t for name, t in (*enumerate(args), *kwargs.items())}
     try:
         twin = copy.deepcopy(net).double()
-        want = _from_network(twin, {k: exact[k] for k in kwargs} if kwargs else tuple(exact.values())).outputs
+        want = _from_network(twin, {k: exact[k] for k in kwargs} if kwargs else tuple(exact.values()), None).outputs
     except Exception:  # some networks cannot be copied, or hold constants of float32
         return ""
-    offs = [difference(a.numpy(), b.numpy()) for a, b in zip(expected.outputs, want, strict=True)]
+    offs = [difference(a, b) for a, b in zip(expected.outputs, want, strict=True)]
     n = int(np.argmax(offs))
-    if not offs[n] > 1e-3 * magnitude(want[n].numpy()):
+    if not offs[n] > 1e-3 * magnitude(want[n]):
         return ""
     return (
         f" In float64 the network itself answers {offs[n]:.3g} off what it answers in float32 (exit {n + 1}): it "
         "magnifies rounding, so that no two runtimes agree. Is it trained? Normalise features that hardly differ "
         "from sample to sample"
     )
-
-
-def _check(got: NDArray[Any], expected: _Expected, exit: int, rows: slice) -> None:
-    want = expected.outputs[exit - 1][rows].numpy()
-    tolerance = max(1e-3 * magnitude(want), expected.slack[exit - 1])
-    if (off := difference(got, want)) > tolerance:
-        raise GraphError(
-            f"the exported graph differs from {expected.source} by {off:.3g} at exit {exit} "
-            f"(allowed {tolerance:.3g}); "
-            "does its forward depend on values, on random numbers, or on other samples of the batch?"
-        )

@@ -125,11 +125,17 @@ def _mended(inputs: Sequence[Any], named: Mapping[str, Any], wanted: Sequence[In
     return arrays
 
 
+def differences(got: NDArray[Any], want: NDArray[Any]) -> NDArray[Any]:
+    """How far every figure of two answers is off; infinite where they are not finite in the same way."""
+    with np.errstate(invalid="ignore"):  # infinity less infinity
+        apart = np.abs(got - want)
+    same = np.equal(got, want) | (np.isnan(got) & np.isnan(want))
+    return np.where(same, 0.0, np.where(np.isnan(apart), np.inf, apart))
+
+
 def difference(got: NDArray[Any], want: NDArray[Any]) -> float:
     """The largest difference of two answers; infinite where they are not finite in the same way."""
-    same = np.equal(got, want) | (np.isnan(got) & np.isnan(want))
-    apart = np.abs(got[~same] - want[~same])
-    return float(np.where(np.isnan(apart), np.inf, apart).max(initial=0.0))
+    return float(differences(got, want).max(initial=0.0))
 
 
 def magnitude(want: NDArray[Any]) -> float:

@@ -18,6 +18,7 @@ from .exported import METADATA_KEY as METADATA_KEY
 from .exported import Engine, Graph, read_metadata, read_model
 from .openvino import open_in_openvino
 from .seal import check_seal
+from .verifying import Verification, check, check_or_raise, read_samples
 
 Runtime = Literal["onnxruntime", "openvino", "onnxruntime-cuda"]
 RUNTIMES = get_args(Runtime)
@@ -44,6 +45,7 @@ def load(
     threads: int | None = None,
     providers: Sequence[str | Provider] | None = None,
     runtime: Runtime = "onnxruntime",
+    verify: bool = False,
 ) -> Engine:
     """Open a file that `export` wrote.
 
@@ -54,10 +56,12 @@ def load(
             options; by default the CPU.
         runtime: what runs the graph. ``"openvino"``, on the CPU, needs ``pip install 'branchynet[openvino]'``;
             ``"onnxruntime-cuda"`` is ONNX Runtime on an NVIDIA GPU and needs ``onnxruntime-gpu`` in its place.
+        verify: first compare the answers for the samples stored in the file, as `verify` does.
 
     Raises:
         FileError: no such file, or it is damaged (see its checksum), or BranchyNet did not write it, or the runtime
-            cannot run it.
+            cannot run it, or it holds no samples to verify it with.
+        VerificationError: with `verify`, the answers are not those stored in the file.
         InputError: threads below 1, an unknown runtime, malformed providers, or a first provider that this build of
             ONNX Runtime does not have or cannot use on this machine.
         MissingExtraError: OpenVINO is not installed.
@@ -78,7 +82,36 @@ def load(
         raise FileError(f"there is no file {path}; write one with export(...) or `branchynet export`")
     check_seal(regular(path))
     graph = open_in_openvino(path, threads) if runtime == "openvino" else _open(path, threads, chosen)
-    return Engine(runtime, graph, (load, (str(Path(path).absolute()), threads, providers, runtime)))
+    engine = Engine(runtime, graph, (load, (str(Path(path).absolute()), threads, providers, runtime)))
+    if verify:
+        check_or_raise(engine, path)
+    return engine
+
+
+def verify(
+    path: str | os.PathLike[str],
+    threads: int | None = None,
+    providers: Sequence[str | Provider] | None = None,
+    runtime: Runtime = "onnxruntime",
+) -> Verification:
+    """Compare the answers of this machine and runtime with those stored in a file that `export` wrote.
+
+    The samples stored in the file leave at every exit in turn, and by its thresholds. Their outputs may differ from the
+    stored ones by a thousandth of the largest; those of an int8 network, in the mean over all samples, by twice what
+    int8 differs from float. A sample whose score lies within 1e-5 of a threshold may leave on either side of it.
+
+    Args:
+        path: the ``.onnx`` file.
+        threads: as for `load`.
+        providers: as for `load`.
+        runtime: as for `load`.
+
+    Raises:
+        FileError: the file holds no samples, or as `load` raises.
+        InputError: as `load` raises.
+        MissingExtraError: OpenVINO is not installed.
+    """
+    return check(load(path, threads, providers, runtime), read_samples(path))
 
 
 def _pairs(providers: Any) -> list[Provider]:

@@ -1,0 +1,273 @@
+"""Files that check themselves: stored samples, and whether an engine answers them as the file says."""
+
+import base64
+import importlib
+import io
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from ..errors import FileError, VerificationError
+from ..machine import processor
+from ..types import Policy, Prediction
+from .exported import Engine
+
+SAMPLES_KEY = "branchynet.samples"
+MAX_SAMPLES = 8
+_BYTES, _MOST_BYTES = 2**20, 2**24  # of all stored samples, and of one that is stored alone
+_TIE = 1e-5  # engines may decide either way on scores so near to a threshold
+_TAIL = 10  # a sample's score may be off so many times what scores are off in the mean between int8 and float
+_ALWAYS = 3e38  # a threshold that every score passes
+_FLOAT = 1e-3  # of the largest value: what float32 sums in another order, or TF32, may be off
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples and what every exit should answer for them.
+
+    Attributes:
+        inputs: `(S, ...)` in the order of the file's inputs.
+        outputs: `(S, C, ...)`, one an exit.
+        scores: `(S,)`, one an exit; () for a flat file.
+        slack: one an exit: mean difference of outputs between int8 and float; 0 for a float network.
+        score_slack: the same of scores.
+    """
+
+    inputs: tuple[NDArray[Any], ...]
+    outputs: tuple[NDArray[Any], ...]
+    scores: tuple[NDArray[Any], ...]
+    slack: tuple[float, ...]
+    score_slack: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.inputs[0])
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Whether an engine gives the answers that are stored in its file. Made by `verify`.
+
+    Attributes:
+        where: runtime and processor.
+        samples: S, how many were compared.
+        same_labels, same_exits: how many of them got the stored label and left at the stored exit. Others are ties
+            where nothing is listed under `problems`.
+        difference: by exit, how far outputs are off: at most (float), or in the mean over all samples (int8).
+        allowed: by exit, how far they may be off.
+        problems: what is wrong; () where all is well.
+    """
+
+    where: str
+    samples: int
+    same_labels: int
+    same_exits: int
+    difference: dict[int, float]
+    allowed: dict[int, float]
+    problems: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether labels, exits and outputs are those of the file, within `allowed`."""
+        return not self.problems
+
+    def __str__(self) -> str:
+        told = (
+            f"{self.samples} samples in {self.where}: {self.same_labels} labels and {self.same_exits} exits as stored; "
+            + "; ".join(
+                f"exit {n} differs by {d:.2g} (allowed {self.allowed[n]:.2g})" for n, d in self.difference.items()
+            )
+        )
+        return f"{told}. Wrong: {'; '.join(self.problems)}" if self.problems else told
+
+
+def pack(samples: Samples, kept: Sequence[int], limit: int) -> str:
+    """The first samples as text for a file's metadata, "" where even one would be too large.
+
+    Args:
+        samples: as compared when the file is written.
+        kept: the exits that the file has, from 1.
+        limit: how many samples at most.
+    """
+    arrays = {f"input_{i}": a for i, a in enumerate(samples.inputs)}
+    arrays |= {f"output_{n}": samples.outputs[n - 1] for n in kept}
+    arrays |= {f"score_{n}": samples.scores[n - 1] for n in kept if samples.scores}
+    each = sum(a.nbytes for a in arrays.values()) // max(1, len(samples))
+    rows = min(limit, len(samples), max(1, _BYTES // max(1, each)))
+    if rows < 1 or each > _MOST_BYTES:
+        return ""
+    buffer = io.BytesIO()
+    stored: dict[str, Any] = {name: a[:rows] for name, a in arrays.items()}
+    stored |= {"slack": np.array(samples.slack), "score_slack": np.array(samples.score_slack)}
+    np.savez_compressed(buffer, **stored)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def read_samples(path: str | os.PathLike[str]) -> Samples:
+    """What `pack` put into a file. Raises `FileError` where it holds none, or damaged ones."""
+    model = onnx.load(path, load_external_data=False)
+    text = next((p.value for p in model.metadata_props if p.key == SAMPLES_KEY), "")
+    if not text:
+        raise FileError(f"{path} holds no samples to verify it with; export it again, with samples=8")
+    try:
+        with np.load(io.BytesIO(base64.b64decode(text, validate=True)), allow_pickle=False) as stored:
+            arrays = dict(stored)
+        exits, inputs = len(arrays["slack"]), sum(name.startswith("input_") for name in arrays)
+        return Samples(
+            tuple(arrays[f"input_{i}"] for i in range(inputs)),
+            tuple(arrays.get(f"output_{n}", np.empty(0)) for n in range(1, exits + 1)),
+            tuple(arrays.get(f"score_{n}", np.empty(0)) for n in range(1, exits + 1) if f"score_{exits}" in arrays),
+            tuple(arrays["slack"].tolist()),
+            tuple(arrays["score_slack"].tolist()),
+        )
+    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+        raise FileError(f"the samples in {path} cannot be read ({error}); export it again") from error
+
+
+def check_or_raise(engine: Engine, path: str | os.PathLike[str]) -> None:
+    """Raises `VerificationError` where the engine does not give the answers that are stored in its file."""
+    found = check(engine, read_samples(path))
+    if not found.passed:
+        scheme = engine.metadata.get("quantize", {}).get("scheme")
+        remedy = "export it with quantize='int8'" if scheme == "int8-full-range" else "use another runtime or provider"
+        raise VerificationError(f"{path} answers otherwise here than where it was exported; {remedy}. {found}")
+
+
+def check(engine: Engine, samples: Samples, *, strict: bool = False) -> Verification:
+    """Compare an engine's answers with stored ones.
+
+    Every exit is asked for, by one sample a call and by all in one; then samples leave by the file's own thresholds
+    and by thresholds that part them. Outputs of a float network may be off by a thousandth of the largest. Two engines
+    round values of an int8 network to neighbouring steps, so its outputs may be off in the mean by twice what int8 is
+    off from float; sums that saturate are off by five times as much and more.
+
+    Args:
+        engine: of the file that holds the samples.
+        samples: from `read_samples`.
+        strict: ask of every single output of an int8 network what is else asked of their mean.
+    """
+    dynamic = engine.metadata["batch"] == "dynamic"
+    alone = [slice(row, row + 1) for row in range(len(samples))]
+    parts = [*alone, slice(None)] if dynamic else alone
+    seen = _Seen(samples)
+    if engine.policy is None:
+        for part in parts:
+            for n, output in enumerate(engine.outputs(*_rows(samples, part))[1:], 1):
+                seen.output(n, output, part)
+    policy = engine.policy or Policy()
+    for n in (n for n, enabled in enumerate(policy.enabled, 1) if enabled and engine.policy):
+        forced = [None if t is None or k < n else _ALWAYS for k, t in enumerate(policy.thresholds, 1)]
+        for part in parts:
+            answer = engine(*_rows(samples, part), thresholds=forced)
+            if (answer.exit != n).any():
+                seen.problems.append(f"samples leave at exits {answer.exit} where exit {n} is asked for")
+            else:
+                seen.output(n, answer.output, part)
+    for thresholds in _tried(engine, samples):
+        answers = [engine(*_rows(samples, part), thresholds=thresholds) for part in (parts[-1:] if dynamic else alone)]
+        seen.answers(Prediction(*(np.concatenate(a) for a in zip(*answers, strict=True))), thresholds)
+    difference, allowed = seen.differences(strict)
+    return Verification(
+        _where(engine),
+        len(samples),
+        seen.same_labels,
+        seen.same_exits,
+        difference,
+        allowed,
+        tuple(dict.fromkeys(seen.problems)),
+    )
+
+
+def _rows(samples: Samples, part: slice) -> list[NDArray[Any]]:
+    return [i[part] for i in samples.inputs]
+
+
+def _tried(engine: Engine, samples: Samples) -> list[tuple[float | None, ...] | None]:
+    """Thresholds that part the samples, then the file's own; None for a flat file."""
+    if engine.policy is None:
+        return [None]
+    own = engine.policy.thresholds
+    middles = [None if t is None else float(np.median(s)) for t, s in zip(own, samples.scores, strict=False)]
+    return [tuple(t if m is None or np.isnan(m) else m for t, m in zip(own, middles, strict=True)), own]
+
+
+class _Seen:
+    """What an engine answered beside what is stored."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+        self.off: dict[int, list[NDArray[Any]]] = {}
+        self.same_labels = self.same_exits = len(samples)
+        self.problems: list[str] = []
+
+    def output(self, n: int, got: NDArray[Any], rows: slice | NDArray[Any]) -> None:
+        """Outputs of exit n for some of the samples."""
+        want = self.samples.outputs[n - 1][rows]
+        off = _off(got, want) if got.shape == want.shape else np.full(1, np.inf)
+        self.off.setdefault(n, []).append(off.ravel())
+
+    def answers(self, answer: Prediction, thresholds: Sequence[float | None] | None) -> None:
+        """Answers for all samples, each from the exit where it left."""
+        largest = np.take_along_axis(answer.output, answer.label[:, None], axis=1)[:, 0]
+        if not np.array_equal(largest, answer.output.max(axis=1), equal_nan=True):
+            self.problems.append("a label is not the largest of its outputs")
+        wanted = np.array([self.samples.outputs[n - 1][s].argmax(axis=0) for s, n in enumerate(answer.exit)])
+        self.same_labels = int((wanted == answer.label).reshape(len(wanted), -1).all(axis=1).sum())
+        for n in np.unique(answer.exit).tolist():
+            self.output(n, answer.output[answer.exit == n], answer.exit == n)
+        if thresholds is None:
+            return
+        paths = [self._exits(s, thresholds) for s in range(len(self.samples))]
+        self.same_exits = sum(n == path[-1] for n, path in zip(answer.exit.tolist(), paths, strict=True))
+        wrong = sum(n not in path for n, path in zip(answer.exit.tolist(), paths, strict=True))
+        if wrong:
+            self.problems.append(f"{wrong} of {len(paths)} samples leave at another exit, at thresholds {thresholds}")
+
+    def _exits(self, sample: int, thresholds: Sequence[float | None]) -> list[int]:
+        """Where a sample may leave: at ties, and, last in the list, where its stored scores say."""
+        ties, said = [], 0
+        for n, threshold in enumerate([*thresholds, np.inf], 1):
+            if threshold is None:
+                continue
+            score = self.samples.scores[n - 1][sample] if n <= len(thresholds) else -np.inf
+            tie = _TIE * max(1.0, abs(threshold)) + _TAIL * self.samples.score_slack[n - 1]
+            if score < threshold and not said:
+                said = n
+            if score < threshold + tie:
+                ties.append(n)
+            if score < threshold - tie:
+                break
+        return [*ties, said]
+
+    def differences(self, strict: bool) -> tuple[dict[int, float], dict[int, float]]:
+        """By exit, how far outputs are off and may be; puts what is too far before the other `problems`."""
+        difference, allowed, far = {}, {}, []
+        for n, off in sorted(self.off.items()):
+            slack = self.samples.slack[n - 1]
+            every = np.concatenate(off)
+            largest = _FLOAT * max(1.0, float(np.abs(_finite(self.samples.outputs[n - 1])).max(initial=0)))
+            difference[n] = float(every.mean() if slack and not strict else every.max())
+            allowed[n] = max(largest, slack if strict else 2 * slack)
+            if not difference[n] <= allowed[n]:
+                far.append(f"outputs differ by {difference[n]:.3g} at exit {n} (allowed {allowed[n]:.3g})")
+        self.problems[:0] = far
+        return difference, allowed
+
+
+def _off(got: NDArray[Any], want: NDArray[Any]) -> NDArray[Any]:
+    with np.errstate(invalid="ignore"):  # infinity less infinity
+        return np.where((got == want) | (np.isnan(got) & np.isnan(want)), 0, np.abs(got - want))
+
+
+def _finite(array: NDArray[Any]) -> NDArray[Any]:
+    return array[np.isfinite(array)]
+
+
+def _where(engine: Engine) -> str:
+    package = importlib.import_module(engine.runtime.split("-")[0])
+    return f"{engine.runtime} {package.__version__.split('-')[0]} on {processor()}"
