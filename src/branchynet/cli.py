@@ -294,6 +294,21 @@ def inspect(
 
 
 @app.command()
+def verify(
+    model: Annotated[Path, typer.Argument(help="A .onnx file that export wrote, or a run's folder.")],
+    threads: Annotated[int | None, typer.Option(help="Threads within an operator.")] = None,
+    engine: Annotated[Any, typer.Option(metavar="NAME", help=f"What runs it: one of {ENGINES}.")] = "onnxruntime",
+) -> None:
+    """Check that this machine answers a file's own samples as the file says; exit status 1 where it does not."""
+    from .engine.onnx import verify as compare
+
+    found = compare(model / "model.onnx" if model.is_dir() else model, threads, runtime=engine)
+    out.print(f"{'right' if found.passed else 'WRONG'}: {found}", markup=False, highlight=False, soft_wrap=True)
+    if not found.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def reproduce(
     what: Annotated[str, typer.Argument(metavar="WHAT", help="table1, fig3, fig4 or all.")],
     output: Annotated[Path, typer.Option(help="The folder for tables and pictures.")] = Path("reproduced"),

@@ -168,9 +168,12 @@ def check(engine: Engine, samples: Samples, *, strict: bool = False) -> Verifica
                 seen.problems.append(f"samples leave at exits {answer.exit} where exit {n} is asked for")
             else:
                 seen.output(n, answer.output, part)
-    for thresholds in _tried(engine, samples):
+    for thresholds in (None, _middle(policy, samples)) if engine.policy else (None,):
         answers = [engine(*_rows(samples, part), thresholds=thresholds) for part in (parts[-1:] if dynamic else alone)]
-        seen.answers(Prediction(*(np.concatenate(a) for a in zip(*answers, strict=True))), thresholds)
+        answer = Prediction(*(np.concatenate(a) for a in zip(*answers, strict=True)))
+        seen.answer(answer)
+        if engine.policy:
+            seen.exits(answer, thresholds or policy.thresholds)
     difference, allowed = seen.differences(strict)
     return Verification(
         _where(engine),
@@ -187,13 +190,12 @@ def _rows(samples: Samples, part: slice) -> list[NDArray[Any]]:
     return [i[part] for i in samples.inputs]
 
 
-def _tried(engine: Engine, samples: Samples) -> list[tuple[float | None, ...] | None]:
-    """Thresholds that part the samples, then the file's own; None for a flat file."""
-    if engine.policy is None:
-        return [None]
-    own = engine.policy.thresholds
-    middles = [None if t is None else float(np.median(s)) for t, s in zip(own, samples.scores, strict=False)]
-    return [tuple(t if m is None or np.isnan(m) else m for t, m in zip(own, middles, strict=True)), own]
+def _middle(policy: Policy, samples: Samples) -> tuple[float | None, ...]:
+    """Thresholds that part the samples, where the file's own may not."""
+    return tuple(
+        None if t is None else float(np.median(s)) if np.isfinite(s).all() else t
+        for t, s in zip(policy.thresholds, samples.scores, strict=False)
+    )
 
 
 class _Seen:
@@ -211,22 +213,30 @@ class _Seen:
         off = _off(got, want) if got.shape == want.shape else np.full(1, np.inf)
         self.off.setdefault(n, []).append(off.ravel())
 
-    def answers(self, answer: Prediction, thresholds: Sequence[float | None] | None) -> None:
-        """Answers for all samples, each from the exit where it left."""
+    def answer(self, answer: Prediction) -> None:
+        """An answer for all samples, each from the exit where it left."""
         largest = np.take_along_axis(answer.output, answer.label[:, None], axis=1)[:, 0]
         if not np.array_equal(largest, answer.output.max(axis=1), equal_nan=True):
             self.problems.append("a label is not the largest of its outputs")
         wanted = np.array([self.samples.outputs[n - 1][s].argmax(axis=0) for s, n in enumerate(answer.exit)])
-        self.same_labels = int((wanted == answer.label).reshape(len(wanted), -1).all(axis=1).sum())
+        self.same_labels = min(self.same_labels, _same(wanted, answer.label))
         for n in np.unique(answer.exit).tolist():
             self.output(n, answer.output[answer.exit == n], answer.exit == n)
-        if thresholds is None:
-            return
+
+    def exits(self, answer: Prediction, thresholds: Sequence[float | None]) -> None:
+        """Where the samples left, and with what score."""
         paths = [self._exits(s, thresholds) for s in range(len(self.samples))]
-        self.same_exits = sum(n == path[-1] for n, path in zip(answer.exit.tolist(), paths, strict=True))
-        wrong = sum(n not in path for n, path in zip(answer.exit.tolist(), paths, strict=True))
+        left = answer.exit.tolist()
+        self.same_exits = min(self.same_exits, sum(n == path[-1] for n, path in zip(left, paths, strict=True)))
+        wrong = sum(n not in path for n, path in zip(left, paths, strict=True))
         if wrong:
-            self.problems.append(f"{wrong} of {len(paths)} samples leave at another exit, at thresholds {thresholds}")
+            told = ", ".join("never" if t is None else f"{t:.4g}" for t in thresholds)
+            self.problems.append(f"{wrong} of {len(paths)} samples leave at another exit, at thresholds {told}")
+        for s, n in enumerate(left):
+            score, slack = self.samples.scores[n - 1][s], self.samples.score_slack[n - 1]
+            off = float(_off(answer.score[s], score))
+            if not off <= _FLOAT * max(1.0, abs(score)) + _TAIL * slack:
+                self.problems.append(f"scores differ by {off:.3g} at exit {n}")
 
     def _exits(self, sample: int, thresholds: Sequence[float | None]) -> list[int]:
         """Where a sample may leave: at ties, and, last in the list, where its stored scores say."""
@@ -262,6 +272,11 @@ class _Seen:
 def _off(got: NDArray[Any], want: NDArray[Any]) -> NDArray[Any]:
     with np.errstate(invalid="ignore"):  # infinity less infinity
         return np.where((got == want) | (np.isnan(got) & np.isnan(want)), 0, np.abs(got - want))
+
+
+def _same(a: NDArray[Any], b: NDArray[Any]) -> int:
+    """In how many rows the arrays are equal throughout."""
+    return int((a == b).reshape(len(a), -1).all(axis=1).sum())
 
 
 def _finite(array: NDArray[Any]) -> NDArray[Any]:
