@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from branchynet import BranchyNet, Policy, export, load, verify
 from branchynet.cli import app
-from branchynet.engine import verifying
+from branchynet.engine import seal, verifying
 from branchynet.engine.verifying import SAMPLES_KEY, check, read_samples
 from branchynet.errors import FileError, InputError, VerificationError
 
@@ -69,9 +69,12 @@ def files(tmp_path_factory):
 
 
 def changed(path, folder, change):
-    """A copy of a file, its model changed."""
+    """A copy of a file, its model changed, without the checksum that would tell."""
     model = onnx.load(path)
     change(model)
+    kept = [p for p in model.metadata_props if p.key != seal.KEY]
+    del model.metadata_props[:]
+    model.metadata_props.extend(kept)
     onnx.save(model, folder / "changed.onnx")
     return folder / "changed.onnx"
 
@@ -184,6 +187,19 @@ def test_sums_that_saturate_are_found(tmp_path):
     assert len(samples) == 8 and not verify(path).passed
     with pytest.raises(VerificationError, match="quantize='int8'"):
         load(path, verify=True)
+
+
+def test_a_file_whose_thresholds_a_tool_made_constants_is_compared_at_its_own(files, tmp_path):
+    def fix(model):
+        inputs = [i for i in model.graph.input if not i.name.startswith("threshold_")]
+        del model.graph.input[:]
+        model.graph.input.extend(inputs)
+
+    fixed = changed(files["nested"], tmp_path, fix)
+    assert load(fixed).fixed and not load(files["nested"]).fixed
+    assert verify(fixed).passed and verify(fixed).same_exits == 8
+    wrong = changed(fixed, tmp_path, edit("branches.0", lambda a: -a))
+    assert not verify(wrong).passed
 
 
 def test_a_row_that_stands_in_another_place_is_found(files):

@@ -303,7 +303,7 @@ def verify(
     from .engine.onnx import verify as compare
 
     found = compare(model / "model.onnx" if model.is_dir() else model, threads, runtime=engine)
-    out.print(f"{'right' if found.passed else 'WRONG'}: {found}", markup=False, highlight=False, soft_wrap=True)
+    out.print(f"{'right' if found.passed else 'WRONG'}: {found}", highlight=False, soft_wrap=True)
     if not found.passed:
         raise typer.Exit(1)
 

@@ -13,10 +13,10 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from . import scores
+from .engine.checks import differences
 from .engine.exported import FORMAT, METADATA_KEY, Engine
 from .engine.onnx import load
 from .engine.seal import seal
@@ -231,24 +231,19 @@ def _disagreement(
         a, b = (np.stack(answer[:exits]).astype(np.float64) for answer in answers)
         sums = [
             (same, a.argmax(axis=2) == b.argmax(axis=2)),
-            (difference, np.abs(_difference(a, b))),
-            (error, _difference(a, b) ** 2),
+            (difference, differences(a, b)),
+            (error, differences(a, b) ** 2),
             (first, a),
             (second, a**2),
         ]
         if len(answers[0]) > exits:
-            sums.append((scores, np.abs(_difference(*(np.stack(answer[exits:]) for answer in answers)))))
+            sums.append((scores, differences(*(np.stack(answer[exits:]) for answer in answers))))
         for total, value in sums:
             total += len(batch[0]) / samples * value.reshape(exits, -1).mean(axis=1)
     several = exact.metadata["output_shape"][0] > 1
     agreement = same if several else 1 - error / np.maximum(second - first**2, np.finfo(np.float32).tiny)
     report = {"samples": samples, "agreement": agreement.tolist(), "mean_difference": difference.tolist()}
     return report, (tuple(difference.tolist()), tuple(scores.tolist()))
-
-
-def _difference(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
-    with np.errstate(invalid="ignore"):  # infinity less infinity
-        return np.where(a == b, 0, a - b)
 
 
 def _warn_of_low_agreement(quantize: Quantize, agreement: Sequence[float]) -> None:

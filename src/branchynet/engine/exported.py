@@ -81,6 +81,7 @@ class Engine:
         exits: N.
         labels: class names, or () where none were given.
         metadata: all that the file says of itself.
+        fixed: whether its thresholds are constants, as some tools make them, so that a call cannot give others.
     """
 
     def __init__(self, runtime: str, graph: Graph, reopen: tuple[Callable[..., "Engine"], tuple[Any, ...]]) -> None:
@@ -97,6 +98,7 @@ class Engine:
         self._settable = {i.name for i in graph.inputs} - {i.name for i in self.inputs}
         self._override = lru_cache(64)(partial(_override, self.policy, self._settable))  # callers repeat themselves
         own = _threshold_feeds(self.policy.thresholds if self.policy else ())
+        self.fixed = bool(own.keys() - self._settable)
         self._defaults = {name: array for name, array in own.items() if name in graph.required}
 
     def __reduce__(self) -> tuple[Callable[..., "Engine"], tuple[Any, ...]]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ..errors import FileError, VerificationError
 from ..machine import processor
 from ..types import Policy, Prediction
+from .checks import difference, differences, magnitude
 from .exported import Engine
 
 SAMPLES_KEY = "branchynet.samples"
@@ -160,7 +161,8 @@ def check(engine: Engine, samples: Samples, *, strict: bool = False) -> Verifica
             for n, output in enumerate(engine.outputs(*_rows(samples, part))[1:], 1):
                 seen.output(n, output, part)
     policy = engine.policy or Policy()
-    for n in (n for n, enabled in enumerate(policy.enabled, 1) if enabled and engine.policy):
+    movable = engine.policy is not None and not engine.fixed
+    for n in (n for n, enabled in enumerate(policy.enabled, 1) if enabled and movable):
         forced = [None if t is None or k < n else _ALWAYS for k, t in enumerate(policy.thresholds, 1)]
         for part in parts:
             answer = engine(*_rows(samples, part), thresholds=forced)
@@ -168,7 +170,7 @@ def check(engine: Engine, samples: Samples, *, strict: bool = False) -> Verifica
                 seen.problems.append(f"samples leave at exits {answer.exit} where exit {n} is asked for")
             else:
                 seen.output(n, answer.output, part)
-    for thresholds in (None, _middle(policy, samples)) if engine.policy else (None,):
+    for thresholds in (None, _middle(policy, samples)) if movable else (None,):
         answers = [engine(*_rows(samples, part), thresholds=thresholds) for part in (parts[-1:] if dynamic else alone)]
         answer = Prediction(*(np.concatenate(a) for a in zip(*answers, strict=True)))
         seen.answer(answer)
@@ -210,7 +212,7 @@ class _Seen:
     def output(self, n: int, got: NDArray[Any], rows: slice | NDArray[Any]) -> None:
         """Outputs of exit n for some of the samples."""
         want = self.samples.outputs[n - 1][rows]
-        off = _off(got, want) if got.shape == want.shape else np.full(1, np.inf)
+        off = differences(got, want) if got.shape == want.shape else np.full(1, np.inf)
         self.off.setdefault(n, []).append(off.ravel())
 
     def answer(self, answer: Prediction) -> None:
@@ -234,7 +236,7 @@ class _Seen:
             self.problems.append(f"{wrong} of {len(paths)} samples leave at another exit, at thresholds {told}")
         for s, n in enumerate(left):
             score, slack = self.samples.scores[n - 1][s], self.samples.score_slack[n - 1]
-            off = float(_off(answer.score[s], score))
+            off = difference(answer.score[s], score)
             if not off <= _FLOAT * max(1.0, abs(score)) + _TAIL * slack:
                 self.problems.append(f"scores differ by {off:.3g} at exit {n}")
 
@@ -260,7 +262,7 @@ class _Seen:
         for n, off in sorted(self.off.items()):
             slack = self.samples.slack[n - 1]
             every = np.concatenate(off)
-            largest = _FLOAT * max(1.0, float(np.abs(_finite(self.samples.outputs[n - 1])).max(initial=0)))
+            largest = _FLOAT * magnitude(self.samples.outputs[n - 1])
             difference[n] = float(every.mean() if slack and not strict else every.max())
             allowed[n] = max(largest, slack if strict else 2 * slack)
             if not difference[n] <= allowed[n]:
@@ -269,18 +271,9 @@ class _Seen:
         return difference, allowed
 
 
-def _off(got: NDArray[Any], want: NDArray[Any]) -> NDArray[Any]:
-    with np.errstate(invalid="ignore"):  # infinity less infinity
-        return np.where((got == want) | (np.isnan(got) & np.isnan(want)), 0, np.abs(got - want))
-
-
 def _same(a: NDArray[Any], b: NDArray[Any]) -> int:
     """In how many rows the arrays are equal throughout."""
     return int((a == b).reshape(len(a), -1).all(axis=1).sum())
-
-
-def _finite(array: NDArray[Any]) -> NDArray[Any]:
-    return array[np.isfinite(array)]
 
 
 def _where(engine: Engine) -> str:
