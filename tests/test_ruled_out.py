@@ -226,9 +226,7 @@ def test_a_file_with_other_masks_is_told_from_the_network(tmp_path):
         lambda: export(net, tmp_path / "m.onnx", policy=None, example=torch.randn(3, 6)),
         lambda: TorchEngine(net, Policy(thresholds=(1.0,)), torch.randn(3, 6)),
     ):
-        with pytest.raises(
-            GraphError, match=r"differs from the network: outputs differ by inf at exit 1|exit 1 answers inf off"
-        ):
+        with pytest.raises(GraphError, match=r"differ by inf at exit 1|exit 1 answers inf off"):
             attempt()
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from . import scores
-from .engine.checks import differences
+from .engine.checks import difference, differences, magnitude
 from .engine.exported import FORMAT, METADATA_KEY, Engine
 from .engine.onnx import load
 from .engine.seal import seal
