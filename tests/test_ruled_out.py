@@ -165,7 +165,7 @@ def test_from_the_record_to_the_file(score, tmp_path):
     fitted = {"entropy": lambda r: "entropy", "tempered": fit_temperature, "learned": fit_score}[score](answers)
     found = scores.of_record(answers, fitted)
     assert np.isfinite(found).all()
-    choice = choose(answers, max_drop=0.5, score=fitted)
+    choice = choose(answers, max_drop=0.5, score=fitted, confidence=None)
     path = export(net, tmp_path / "m.onnx", policy=choice.policy, example=x[:4])
     answer = load(path, threads=1)(x.numpy())
     left = choice.policy.thresholds
