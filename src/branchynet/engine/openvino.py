@@ -35,12 +35,12 @@ def open_in_openvino(path: str | os.PathLike[str], threads: int | None) -> Graph
     try:
         core = openvino.Core()
         compiled = core.compile_model(core.read_model(model.SerializeToString()), "CPU", options)
-    except RuntimeError as error:
+        inputs = tuple(_input(i) for i in model.graph.input)
+    except Exception as error:  # on a damaged file other errors too, such as one of a message that is no UTF-8
         version = openvino.__version__.split("-")[0]
         raise FileError(
             f"OpenVINO {version} cannot run {path} ({_brief(error)}); load it with runtime='onnxruntime'"
         ) from error
-    inputs = tuple(_input(i) for i in model.graph.input)
     return Graph(
         _Requests(compiled, inputs), inputs, frozenset(i.name for i in inputs), len(compiled.outputs), metadata
     )
