@@ -139,7 +139,8 @@ def _tidy(model: ir.Model, names: Sequence[str]) -> ir.Model:
     ):
         tidy(model)
     _own_outputs(model.graph)
-    passes.ShapeInferencePass()(model)  # torch tells nothing of values inside an operator that becomes several nodes
+    if not any(any(graphs_of(node)) for node in model.graph):  # the pass takes their sequences for tensors
+        passes.ShapeInferencePass()(model)  # torch tells nothing of values inside its operators
     _forget_unknown_lengths(model.graph)
     for value, name in zip(model.graph.outputs, names, strict=True):  # some passes name an output anew
         value.name = name
