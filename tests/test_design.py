@@ -82,7 +82,7 @@ def test_advice_is_what_the_advised_network_does(advice, trained, digits):
     assert np.dot(shares, each) == pytest.approx(design.us, rel=0.02)
     low, high = design.interval_us
     assert low < design.us < high and advice.speedup == advice.static_us / design.us
-    assert design.oracle_us <= design.us
+    assert design.oracle_us <= design.us * (1 + 1e-9)  # summed in another order
 
 
 def test_every_candidate_is_told_with_what_it_must_do_to_pay(advice, trained, digits):

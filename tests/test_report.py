@@ -231,6 +231,8 @@ class TestPage:
     def test_baseline_is_the_row_timed_as_the_cost_was(self, tmp_path):
         tips = lambda **more: [t for t in Page(written(tmp_path, **more)).titles if t.startswith("static network")]  # noqa: E731
         assert tips() == ["static network: 152.5 µs, 96.12 %"]
+        alike = ExitCost((20.5,) * 3, (4.0,) * 3, batch_size=64, threads=2, plain_us=99.0)  # timed with the curve
+        assert tips(cost=alike) == ["static network: 99 µs, 96.12 %"]
         assert tips(baseline=(70.0, 0.5)) == ["static network: 70 µs, 50.00 %"]
         assert tips(bench=[a_row(1, 1)]) == []
         assert tips(bench=[{**a_row(64, 2), "accuracy_static": None}]) == []

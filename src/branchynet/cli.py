@@ -152,7 +152,7 @@ def choose(
     score: Annotated[str | None, _named("What exits are judged by: {}.", *SCORES)] = None,
     confidence: Annotated[float, typer.Option(help="That a limit on accuracy holds for samples not seen.")] = 0.95,
     promise: Annotated[bool, typer.Option(help="Without one, the limit holds on the validation data alone.")] = True,
-    remeasure: Annotated[bool, typer.Option(help="Measure what the stages cost again.")] = False,
+    remeasure: Annotated[bool, typer.Option("--remeasure", help="Measure what the stages cost again.")] = False,
     trust: Trust = False,
     quiet: Quiet = False,
 ) -> None:

@@ -63,8 +63,8 @@ def write_report(
         scores: `(S, N)` scores of `record`, as the policy's score gives them.
         curve: all good thresholds on the validation data (`branchynet.frontier`).
         cost: what each stage costs.
-        baseline: microseconds a sample and accuracy of the static network; else those of the row of `bench` that was
-            timed as `cost` was.
+        baseline: microseconds a sample and accuracy of the static network; else the time in `cost`, where it holds one,
+            and what the row of `bench` tells that was timed as `cost` was.
         bench: rows of `branchynet.bench`.
         galleries: images to show.
         candidates: exits that were tried where a design was searched for; `taken` are tap and head of those it took.
@@ -80,7 +80,9 @@ def write_report(
     _check(choice, outcome, record, scores, cost, bench)
     alike = _timed_alike(bench, cost)
     if baseline is None and alike is not None and alike["accuracy_static"] is not None:
-        baseline = float(alike["static_us"]), float(alike["accuracy_static"])
+        # Of the clock that timed the curve, where it is known: another moment's pace may be another.
+        plain_us = alike["static_us"] if cost is None or cost.plain_us is None else cost.plain_us
+        baseline = float(plain_us), float(alike["accuracy_static"])
     sections = [
         _head(title, choice, outcome, record, alike or next(iter(bench), None)),
         _tradeoff(choice, outcome, curve, baseline, picture),
