@@ -206,7 +206,7 @@ MISTAKES = {
     "unknown engine": (["bench", "{run}", "--engine", "tvm", "--quiet"], "openvino"),
     "other settings": (["train", "{run}", "--epochs", "4"], "epochs"),
     "infeasible": (["choose", "{run}", "--min-accuracy", "1.5"], "1.5"),
-    "two limits": (["choose", "{run}", "--min-accuracy", "0.5", "--max-drop", "0"], "max_drop"),
+    "two limits": (["choose", "{run}", "--min-accuracy", "0.5", "--max-drop", "0"], "--max-drop"),
     "foreign onnx": (["inspect", "{tmp}/foreign.onnx"], "BranchyNet"),
     "truncated onnx": (["inspect", "{tmp}/truncated.onnx"], "truncated.onnx"),
     "no onnx": (["inspect", "{tmp}/none.onnx"], "none.onnx"),

@@ -14,7 +14,7 @@ from ..timing import STEADY
 from ..types import Choice, ExitCost
 
 _FRAME = 3  # characters that a column takes beside its content: a line and two spaces
-_WORD = 12  # characters that a column of words is not narrowed below
+_WORD = 16  # characters that a column of words is not narrowed below
 
 
 def show(
