@@ -30,7 +30,6 @@ EPOCHS = 3
 
 def killed_run(folder, at):
     """For a child process: train into `folder` and die by SIGKILL before the `at`-th sample is drawn."""
-    torch.set_num_threads(1)
     data = loader(interrupt=lambda: os.kill(os.getpid(), signal.SIGKILL), at=int(at))
     fit(make(), data, epochs=EPOCHS, run=folder, device="cpu", progress=False)
 
