@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .branches import DenseBranch, default_branch
+from .checking import calling, network
 from .errors import GraphError, InputError
 from .heads import heads
 from .net import (
@@ -62,6 +63,7 @@ def attach(
         GraphError: a tap that never runs, runs twice, or runs when the output is already there; with ``"auto"``, fewer
             places for exits than asked for.
     """
+    network(backbone)
     if at == "auto":
         exits = 3 if exits is None else exits
         if exits < 2:
@@ -83,10 +85,12 @@ def attach(
         return tensor_in(value)
 
     if any(is_lazy(p) for p in backbone.parameters()):
-        with torch.no_grad(), evaluating(backbone):
+        with torch.no_grad(), evaluating(backbone), calling(backbone, example):
             backbone(*args, **kwargs)  # gives them their sizes
     with torch.no_grad(), evaluating(backbone), surveying(backbone, (args, kwargs), tensor) as survey:
-        last = read_tensor(output or one_output, backbone(*args, **kwargs), "the backbone's output")
+        with calling(backbone, example):
+            returned = backbone(*args, **kwargs)
+        last = read_tensor(output or one_output, returned, "the backbone's output")
     if at == "auto":
         assert exits is not None
         names = spread(survey, last, exits)

@@ -9,6 +9,7 @@ from scipy.optimize import minimize
 from scipy.special import logsumexp, softmax
 from torch import Tensor
 
+from .arguments import instance
 from .errors import InputError
 from .exit_record import ExitRecord, bounded
 from .fingerprint import averaged_fingerprint
@@ -59,6 +60,7 @@ def averaged_record(record: ExitRecord, weights: Weights | None = None, *, of: O
     Raises:
         InputError: a record without outputs, or wrong weights.
     """
+    instance("record", record, ExitRecord, "give what record(...) returns")
     if record.outputs is None or record.labels is None:
         raise InputError("this record holds scores and losses; averaging reads outputs: record without loss=")
     exits = [torch.from_numpy(np.ascontiguousarray(record.outputs[:, n])) for n in range(record.exits)]

@@ -13,6 +13,7 @@ from .errors import InfeasibleError, InputError
 from .exit_record import ExitRecord
 from .guarantee import BOUNDS
 from .promising import allowed_loss, bound_of, check_samples, promised
+from .reading import check_cost
 from .samples import sketch
 from .scores import Score, of_choice
 from .search import Points, Problem, join, sweep
@@ -94,6 +95,7 @@ def choose(
         raise InputError(f"confidence={confidence:g} must lie between 0 and 1, such as 0.95; or None for no promise")
     if bound not in (None, *BOUNDS):
         raise InputError(f"unknown bound {bound!r}; take one of {', '.join(BOUNDS)}, or None for the sharper")
+    check_cost(record, cost)
     score = of_choice(record, score)
     problem = _what_is_searched(record, cost, score, name)
     if name in ("max_latency_us", "max_macs"):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .arguments import instance
 from .ascent import ascend
 from .errors import InputError
 from .exit_record import ExitRecord, check_same_network
@@ -90,6 +91,7 @@ def evaluate(record: ExitRecord, policy: Policy | Choice, cost: ExitCost | None 
                 "this record chose these thresholds, so its figures flatter them: report another record's", stacklevel=2
             )
         policy = policy.policy
+    instance("policy", policy, Policy, "give Policy(thresholds=(...)), or what choose(...) returns")
     if policy.exits != record.exits:
         raise InputError(
             f"the policy has {len(policy.thresholds)} thresholds, but a record of {record.exits} exits needs "
@@ -187,6 +189,8 @@ def frontier(
     Raises:
         InputError: record and cost are not of one network, or the score is unknown or not the record's.
     """
+    instance("cost", cost, ExitCost, "give what measure(...) returns")
+    check_cost(record, cost)
     score = of_choice(record, score)
     points = best_points(problem_of(record, cost, score), vectors)
     return Frontier(

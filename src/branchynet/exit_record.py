@@ -68,7 +68,7 @@ class ExitRecord:
             if labels.min() < 0 or labels.max() >= outputs.shape[2]:
                 raise InputError(
                     f"labels lie in {labels.min()}..{labels.max()}, but outputs have {outputs.shape[2]} classes (0.."
-                    f"{outputs.shape[2] - 1})"
+                    f"{outputs.shape[2] - 1}): count classes from 0, or give the network more of them"
                 )
             losses = (outputs.argmax(axis=2) != labels[:, None]).astype(np.float32)
             set_fields(self, outputs=outputs, labels=labels.astype(np.int64), losses=losses)

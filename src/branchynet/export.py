@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 from . import scores
+from .arguments import instance
+from .checking import network
 from .engine.checks import difference, differences, magnitude
 from .engine.exported import FORMAT, METADATA_KEY, Engine
 from .engine.onnx import load
@@ -103,6 +105,9 @@ def export(
         raise InputError(
             f"thresholds must be 'default' or 'input' and batch 'dynamic' or 1; got {thresholds!r}, {batch!r}"
         )
+    network(net)
+    kinds = (Policy, Choice, type(None))
+    instance("policy", policy, kinds, "give Policy(thresholds=(...)), what choose(...) returns, or None")
     notes: dict[str, Any] = {"network": fingerprint(net) + (f"-{quantize}" if quantize else "")}
     notes |= {"labels": class_names(labels), "preprocessing": plain_values(preprocessing), "promise": promise}
     notes |= {"selected_on": list(getattr(net, "selected_on", ()))}

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .arguments import instance
 from .errors import InputError, nearest
 from .exit_record import ExitRecord, bounded
 from .meta import LearnedScore, TemperedScore
@@ -91,6 +92,7 @@ def _fitted_on(record: ExitRecord) -> str:
 
 def _checked(record: ExitRecord) -> tuple[NDArray[np.floating], NDArray[np.int64], list[bool]]:
     """Outputs, labels, and whether each exit can be fitted; all but the last must."""
+    instance("record", record, ExitRecord, "give what record(...) returns")
     if record.outputs is None or record.labels is None:
         raise InputError("this record holds scores and losses; fitting reads outputs: record without loss=")
     if (record.labels == record.labels[0]).all():

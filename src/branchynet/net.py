@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .checking import calling
 from .errors import GraphError, InputError, nearest
 from .outputs import warn_of_further
 from .readable import scripted
@@ -234,7 +235,7 @@ def count_exits(net: nn.Module, example: Any) -> int:
     if isinstance(net, BranchyNet):
         return net.exits
     args, kwargs = arguments(few(example))
-    with torch.no_grad(), evaluating(net):
+    with torch.no_grad(), evaluating(net), calling(net, example):
         return len(exits_in(net, net(*args, **kwargs)))
 
 

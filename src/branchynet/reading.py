@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from .arguments import instance
 from .errors import InputError
 from .exit_record import ExitRecord, check_same_network
 from .scores import of_record
@@ -45,8 +46,10 @@ def check_exits(record: ExitRecord, policy: Policy) -> None:
 
 def check_cost(record: ExitRecord, cost: ExitCost | None) -> None:
     """Raises `InputError` where record and cost are of different architectures, or not for one number of exits."""
+    instance("record", record, ExitRecord, "give what record(...) returns, and the cost after it")
     if cost is None:
         return
+    instance("cost", cost, ExitCost, "give what measure(...) returns")
     if cost.exits != record.exits:
         raise InputError(
             f"the cost has {cost.exits} exits, but the record has {record.exits}: measure the network that was recorded"

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
+from .checking import check_loader, device_of, network
 from .engine.exported import Engine
 from .errors import InputError
 from .exit_record import ExitRecord
@@ -63,8 +64,10 @@ def record(
         )
     if isinstance(net, Engine):
         net = _every_exit(net, device)
+    network(net)
+    check_loader("loader", loader)
     if device is not None:
-        net.to(device)
+        net.to(device_of(device))
     where = next((t.device for t in (*net.parameters(), *net.buffers())), torch.device("cpu"))
     score = "entropy" if score is None else score
     function = resolve(score)
@@ -84,9 +87,9 @@ def record(
     if not firsts:
         raise InputError("the loader gave no batch; there is nothing to record")
     first, second = _joined(firsts), np.concatenate(seconds)
-    network = net.engine.metadata.get("network") if isinstance(net, _EveryExit) else fingerprint(net)
+    source = net.engine.metadata.get("network") if isinstance(net, _EveryExit) else fingerprint(net)
     known = None if any(part is None for part in seen) else np.concatenate([p for p in seen if p is not None])
-    about: dict[str, Any] = {"network": network, "inputs": known, "selected_on": getattr(net, "selected_on", ())}
+    about: dict[str, Any] = {"network": source, "inputs": known, "selected_on": getattr(net, "selected_on", ())}
     if loss is None:
         return ExitRecord(outputs=first, labels=second, **about)
     return ExitRecord.from_scores(first, second, score, **about)

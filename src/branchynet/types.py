@@ -6,13 +6,14 @@ position n - 1 of a tuple or axis belongs to exit n.
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .arguments import instance
 from .errors import FileError, InputError
 from .files import read_json, write_json
 from .meta import FittedScore, check_fitted, from_json
@@ -55,7 +56,9 @@ class ExitCost:
 
     def __post_init__(self) -> None:
         for name in ("trunk_us", "branch_us", "trunk_macs", "branch_macs"):
-            values = tuple(float(v) for v in getattr(self, name))
+            given = getattr(self, name)
+            instance(f"ExitCost.{name}", given, Iterable, "give one figure per exit, such as (12.5, 40.0)")
+            values = tuple(float(v) for v in given)
             if name.endswith("_macs") and not values:
                 values = (0.0,) * len(self.trunk_us)
             if len(values) != len(self.trunk_us) or not values:

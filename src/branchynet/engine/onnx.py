@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import onnxruntime
 
+from ..arguments import instance
 from ..errors import FileError, InputError
 from ..files import regular
 from ..versions import require
@@ -78,6 +79,7 @@ def load(
     available = onnxruntime.get_available_providers()
     if missing := [name for name, _ in chosen if name not in available]:
         raise InputError(f"ONNX Runtime here has no {missing[0]!r}; it has {available}")
+    instance("path", path, (str, os.PathLike), "give the file that export(...) wrote")
     if not Path(path).exists():
         raise FileError(f"there is no file {path}; write one with export(...) or `branchynet export`")
     check_seal(regular(path))

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..checking import device_of, network
 from ..errors import GraphError
 from ..graph.program import CUDA_ROWS, tensors_of
 from ..graph.torch_stages import cut_stages
@@ -74,9 +75,10 @@ class TorchEngine:
     def __init__(
         self, net: nn.Module, policy: Policy, example: Any, *, device: str | torch.device | None = None
     ) -> None:
+        network(net)
         tensors = tensors_of(example)
         if device is not None:
-            net.to(device)
+            net.to(device_of(device))
         self.device = next((t.device for t in (*net.parameters(), *net.buffers())), torch.device(device or "cpu"))
         tensors = tuple(t.to(self.device) for t in tensors)
         kwargs = arguments(example)[1]

@@ -1,6 +1,7 @@
 """From a PyTorch network to one exported torch program with every exit's output and score, or the reason why not."""
 
 import contextlib
+import inspect
 import io
 import logging
 import traceback
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..arguments import described
+from ..checking import calling
 from ..errors import GraphError, InputError
 from ..net import arguments, evaluating, exits_in
 from ..readable import check_weights
@@ -51,7 +54,10 @@ def tensors_of(example: Any) -> tuple[Tensor, ...]:
     args, kwargs = arguments(example)
     tensors = (*args, *kwargs.values())
     if not tensors or not all(isinstance(t, Tensor) and t.dim() > 0 and len(t) for t in tensors):
-        raise InputError("example must be a tensor, or a tuple or dict of tensors, each with a leading batch dimension")
+        raise InputError(
+            "example must be a tensor, or a tuple or dict of tensors, each with a leading batch dimension; got "
+            + (", ".join(described(t) for t in tensors) or "nothing")
+        )
     if len({len(t) for t in tensors}) > 1:
         raise InputError(f"the tensors of the example have batch sizes {[len(t) for t in tensors]}; they must agree")
     return tuple(t.detach() for t in tensors)
@@ -73,6 +79,7 @@ def program_of(net: nn.Module, example: Any, *, score: Score | None, dynamic: bo
             keep the batch size free, has an exit that needs the last one, or is in training mode whatever one does.
     """
     check_weights(net)
+    _check_no_target(net, example)
     rows = 2 if dynamic else 1  # a batch of 1 in the example would be taken as a constant
     tensors = tuple(_rows(t, rows) for t in tensors_of(example))
     most = CUDA_ROWS if any(t.is_cuda for t in tensors) else None
@@ -91,6 +98,20 @@ def program_of(net: nn.Module, example: Any, *, score: Score | None, dynamic: bo
             raise GraphError(why(error, whole, net)) from error
     _check_samples_apart(exported)
     return Program(exported, exits, kinds, shapes if dynamic else None, whole)
+
+
+def _check_no_target(net: nn.Module, example: Any) -> None:
+    """Refuse labels among the inputs, which would become an input of the file. Raises `InputError`."""
+    named = arguments(example)[1].keys() & {"labels", "label", "label_ids"}
+    if not named:
+        return
+    read = inspect.signature(getattr(net, "backbone", net).forward).parameters
+    for name in sorted(named):
+        if name in read and read[name].default is None:  # a network may well need labels to answer
+            raise InputError(
+                f"the example holds {name!r}, which the network reads only to compute its loss: leave it out, "
+                f"{{k: v for k, v in batch.items() if k != {name!r}}}"
+            )
 
 
 class _AllExits(nn.Module):
@@ -130,10 +151,10 @@ class _AllExits(nn.Module):
         return tuple(output.float() for output in outputs)
 
 
-def _rehearse(whole: nn.Module, tensors: tuple[Tensor, ...], kinds: int) -> int:
+def _rehearse(whole: _AllExits, tensors: tuple[Tensor, ...], kinds: int) -> int:
     """The number of exits, from a plain forward. Raises `GraphError` for an exit that is made of the last one."""
     survey = Survey((), tensors)
-    with survey:
+    with survey, calling(whole.net, tensors):
         results = whole(*tensors)
     exits = len(results) // kinds
     last = survey.node(results[exits - 1])

@@ -3,9 +3,11 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..checking import calling
 from ..errors import InputError
 from ..net import exits_in
 
@@ -18,6 +20,8 @@ def batches(loader: Any, device: torch.device, channels_last: bool = False) -> I
     """
 
     def place(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            value = torch.from_numpy(value)
         if isinstance(value, Tensor):
             value = value.to(device, non_blocking=True)
             return value.contiguous(memory_format=torch.channels_last) if channels_last and value.dim() == 4 else value
@@ -28,14 +32,20 @@ def batches(loader: Any, device: torch.device, channels_last: bool = False) -> I
         return value
 
     for batch in loader:
-        if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor)):
+        if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], (Tensor, np.ndarray))):
             entries = [type(entry).__name__ for entry in batch] if isinstance(batch, (tuple, list)) else ""
             raise InputError(
                 "every batch must be (inputs, target) with a tensor as target; got a "
                 f"{type(batch).__name__} {entries}: wrap the loader, or give the data set a collate_fn, so that it "
                 "yields such pairs"
             )
-        yield place(batch[0]), batch[1].to(device, non_blocking=True)
+        target = place(batch[1])
+        if not target.dim():
+            raise InputError(
+                "the loader gives single samples, not batches: wrap it, such as torch.utils.data.DataLoader(data, "
+                "batch_size=64, shuffle=True)"
+            )
+        yield place(batch[0]), target
 
 
 def tensors_in(inputs: Any) -> Iterator[Tensor]:
@@ -56,11 +66,15 @@ def exits_of(net: nn.Module, inputs: Any) -> tuple[Tensor, ...]:
     Args:
         net: a `BranchyNet`, or any module; see `branchynet.net.exits_in` for which of its outputs are exits.
         inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+
+    Raises:
+        InputError: the network cannot answer to such inputs; the message says what may be wrong with them.
     """
-    if isinstance(inputs, Mapping):
-        value = net(**inputs)
-    elif isinstance(inputs, tuple):
-        value = net(*inputs)
-    else:
-        value = net(inputs)
+    with calling(net, inputs):
+        if isinstance(inputs, Mapping):
+            value = net(**inputs)
+        elif isinstance(inputs, tuple):
+            value = net(*inputs)
+        else:
+            value = net(inputs)
     return exits_in(net, value)

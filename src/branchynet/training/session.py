@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from torch import nn
 
+from ..checking import device_of
 from ..errors import InputError
 from ..net import BranchyNet
 
@@ -18,10 +19,7 @@ from ..net import BranchyNet
 @contextlib.contextmanager
 def accelerating(mixed_precision: str, device: str | torch.device | None) -> Iterator[Accelerator]:
     """An accelerator with just these settings, which leaves the caller's own one alone."""
-    try:
-        wanted = None if device is None else torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"device={device!r} is no device: {error}") from error
+    wanted = None if device is None else device_of(device)
     # accelerate keeps precision and device in process-wide dicts and refuses a second opinion.
     shared = [AcceleratorState._shared_state]
     if not torch.distributed.is_initialized():
@@ -39,7 +37,7 @@ def accelerating(mixed_precision: str, device: str | torch.device | None) -> Ite
         found = accelerator.device
         if wanted is not None and (wanted.type != found.type or (wanted.index or 0) != (found.index or 0)):
             raise InputError(
-                f"device={str(device)!r} is not to be had: accelerate offers {str(found)!r}; choose among GPUs with "
+                f"device={str(device)!r} is not available: accelerate offers {str(found)!r}; choose among GPUs with "
                 "CUDA_VISIBLE_DEVICES"
             )
         yield accelerator

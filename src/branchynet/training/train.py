@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import Dataset
 
+from ..arguments import whole
+from ..checking import check_loader, network
 from ..errors import InputError
 from ..files import locked
 from ..net import BranchyNet
@@ -80,7 +83,10 @@ def joint_loss(
 
 def check_weights(weights: Sequence[float]) -> tuple[float, ...]:
     """The loss weights as floats. Raises `InputError` where one is negative or not finite, or all are 0."""
-    factors = tuple(float(w) for w in weights)
+    try:
+        factors = tuple(float(w) for w in weights)
+    except TypeError:
+        raise InputError(f"weights must be numbers, one per exit; got {weights!r}") from None
     if not all(math.isfinite(w) and w >= 0 for w in factors) or not any(factors):
         raise InputError(f"weights must be finite, not negative, and not all 0; got {factors}")
     return factors
@@ -177,6 +183,8 @@ def fit(
             training in.
         BranchyNetError: the loss is not finite.
     """
+    network(net)
+    _check_makers(loss, optimizer, schedule)
     _check(net, train_loader, epochs, train, seed, mixed_precision)
     with (
         accelerating(mixed_precision, device) as accelerator,
@@ -229,11 +237,30 @@ def fit(
     return History(tuple(rows))
 
 
+def _check_makers(
+    loss: Loss, optimizer: Callable[[Any], Optimizer], schedule: Callable[[Optimizer, int], LRScheduler]
+) -> None:
+    """Functions are wanted that make the optimizer and the schedule, for the parameters that `fit` trains."""
+    if isinstance(optimizer, Optimizer) or not callable(optimizer):
+        named = type(optimizer).__name__ if isinstance(optimizer, Optimizer) else "Adam"
+        raise InputError(
+            f"optimizer must be a function of the parameters; got {type(optimizer).__name__}: give "
+            f"functools.partial(torch.optim.{named}, lr=1e-3)"
+        )
+    if isinstance(schedule, LRScheduler) or not callable(schedule):
+        raise InputError(
+            f"schedule must be a function of the optimizer and the number of steps; got {type(schedule).__name__}: "
+            "give Cosine(), Constant(), or lambda optimizer, steps: your own"
+        )
+    if isinstance(loss, type):
+        raise InputError(
+            f"loss must be a function (output, target) -> scalar; got the class {loss.__name__}: give {loss.__name__}()"
+        )
+
+
 def _check(net: nn.Module, train_loader: Any, epochs: int, train: str, seed: int, mixed_precision: str) -> None:
-    if epochs < 1:
-        raise InputError(f"epochs must be at least 1; got {epochs}")
-    if seed < 0:
-        raise InputError(f"seed must not be negative; got {seed}")
+    whole("epochs", epochs, 1)
+    whole("seed", seed, 0)
     if train not in ("all", "branches"):
         raise InputError(f"train must be 'all' or 'branches'; got {train!r}")
     if train == "branches" and not (isinstance(net, BranchyNet) and len(net.branches)):
@@ -242,6 +269,8 @@ def _check(net: nn.Module, train_loader: Any, epochs: int, train: str, seed: int
         )
     if mixed_precision not in ("no", "bf16", "fp16"):
         raise InputError(f"mixed_precision must be 'no', 'bf16' or 'fp16'; got {mixed_precision!r}")
+    if isinstance(train_loader, Dataset) or not hasattr(train_loader, "__len__"):
+        check_loader("train_loader", train_loader)
     try:
         empty = len(train_loader) == 0
     except TypeError as error:

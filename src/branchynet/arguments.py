@@ -1,0 +1,46 @@
+"""Arguments of the wrong kind, refused in words that name the argument, what was given, and what to give instead."""
+
+import operator
+from typing import Any
+
+from .errors import InputError
+
+
+def instance(name: str, value: Any, kinds: type[Any] | tuple[type[Any], ...], remedy: str) -> None:
+    """Raise `InputError` unless `value` is of one of the `kinds`."""
+    if not isinstance(value, kinds):
+        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+        wanted = " or ".join(_with_article(kind.__name__) for kind in kinds)
+        raise InputError(f"{name} must be {wanted}; got {described(value)}: {remedy}")
+
+
+def whole(name: str, value: Any, least: int) -> int:
+    """`value` as an int. Raises `InputError` unless it is a whole number of at least `least`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise InputError(f"{name} must be a whole number; got {described(value)}") from None
+    if number < least:
+        few = "must not be negative" if least == 0 else f"must be at least {least}"
+        raise InputError(f"{name} {few}; got {number}")
+    return number
+
+
+def described(value: Any) -> str:
+    """What was given, such as ``float32 (8, 3, 32, 32)`` or ``an ExitCost``."""
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        array = "" if type(value).__module__.startswith("torch") else "a numpy array, "
+        return f"{array}{dtype_name(value.dtype)} {tuple(value.shape)}"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    text = repr(value) if value is None or isinstance(value, (str, int, float, tuple, list)) else ""
+    return text if 0 < len(text) < 60 else _with_article(type(value).__name__)
+
+
+def dtype_name(dtype: Any) -> str:
+    """Such as ``float32``, of numpy or PyTorch."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _with_article(name: str) -> str:
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"

@@ -1,0 +1,207 @@
+"""Calls that new users make wrongly: each ends in an error of ours that says what to give, or in the right answer."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from branchynet import (
+    BranchyNetError,
+    ExitCost,
+    ExitRecord,
+    Policy,
+    attach,
+    averaged,
+    choose,
+    evaluate,
+    export,
+    fit,
+    fit_score,
+    fit_temperature,
+    frontier,
+    load,
+    measure,
+    record,
+)
+from branchynet.data import load_data
+from branchynet.engine.torch import TorchEngine
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())
+        self.last = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
+
+    def forward(self, x):
+        return self.last(self.first(x))
+
+
+class WithLoss(nn.Module):
+    """As those of transformers: labels are read for the loss alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 5), nn.Linear(5, 4)
+
+    def forward(self, x, labels=None):
+        return self.last(self.first(x).relu())
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([(torch.rand(3, 8, 8), 0)] * 4)
+
+
+@functools.cache
+def world():
+    """A network with exits, images, labels, their loader, a record, a cost, a policy."""
+    torch.manual_seed(0)
+    x, y = torch.rand(16, 3, 8, 8), torch.arange(16) % 4
+    net = attach(Small(), at=["first"], example=x)
+    loader = DataLoader(TensorDataset(x, y), batch_size=8)
+    found = record(net, loader, progress=False)
+    return net, x, y, loader, found, ExitCost((10.0, 10.0), (1.0, 0.0)), Policy(thresholds=(0.5,))
+
+
+def batches(x, y):
+    return DataLoader(TensorDataset(x, y), batch_size=8)
+
+
+quick = functools.partial(fit, epochs=1, progress=False)
+silent = functools.partial(record, progress=False)
+net, x, y, loader, found, cost, policy = world()
+
+WRONG = {
+    "choose(cost, record)": (
+        lambda: choose(cost, found, max_drop=0.1),
+        "record must be an ExitRecord; got an ExitCost",
+    ),
+    "choose(net)": (lambda: choose(net, cost, max_drop=0.1), "record must be an ExitRecord; got a BranchyNet"),
+    "choose in per cent": (lambda: choose(found, cost, max_drop=5), "out of range: it is a fraction"),
+    "choose(confidence=95)": (lambda: choose(found, cost, max_drop=0.3, confidence=95), "between 0 and 1"),
+    "choose without a limit": (lambda: choose(found, cost), "give exactly one of max_drop"),
+    "choose(score=) misspelt": (lambda: choose(found, cost, max_drop=0.1, score="entropie"), "did you mean 'entropy'"),
+    "evaluate with thresholds": (
+        lambda: evaluate(found, (0.5,)),
+        r"policy must be a Policy; got \(0.5,\).*Policy\(thr",
+    ),
+    "evaluate(policy, record)": (lambda: evaluate(policy, found), "record must be an ExitRecord; got a Policy"),
+    "evaluate with a list of costs": (lambda: evaluate(found, policy, [10, 20]), "cost must be an ExitCost; got"),
+    "frontier without a cost": (lambda: frontier(found, None), "cost must be an ExitCost; got None"),
+    "fit(optimizer=Adam(...))": (
+        lambda: quick(net, loader, optimizer=torch.optim.Adam(net.parameters())),
+        r"optimizer must be a function.*functools.partial\(torch.optim.Adam",
+    ),
+    "fit(optimizer=text)": (lambda: quick(net, loader, optimizer="adam"), "optimizer must be a function"),
+    "fit(schedule=StepLR(...))": (
+        lambda: quick(net, loader, schedule=torch.optim.lr_scheduler.StepLR(torch.optim.Adam(net.parameters()), 1)),
+        "schedule must be a function",
+    ),
+    "fit(loss=class)": (lambda: quick(net, loader, loss=nn.CrossEntropyLoss), r"give CrossEntropyLoss\(\)"),
+    "fit(epochs=text)": (lambda: fit(net, loader, epochs="3"), "epochs must be a whole number; got '3'"),
+    "fit(epochs=fraction)": (lambda: fit(net, loader, epochs=1.5), "epochs must be a whole number; got 1.5"),
+    "fit(weights=number)": (lambda: quick(net, loader, weights=1.0), "weights must be numbers, one per exit"),
+    "fit(seed=fraction)": (lambda: quick(net, loader, seed=0.5), "seed must be a whole number"),
+    "fit on a data set": (lambda: quick(net, loader.dataset), r"is a data set.*DataLoader\(data, batch_size=64"),
+    "fit on a stream of no length": (lambda: quick(net, DataLoader(Stream(), batch_size=2)), "must have a length"),
+    "fit on all parts": (lambda: quick(net, load_data("digits")), "an ImageData, not a loader.*data.loader"),
+    "fit on a part": (lambda: quick(net, load_data("digits").train), "a Split, not a loader.*data.loader"),
+    "record of a data set": (lambda: silent(net, loader.dataset), "DataLoader"),
+    "record of a tensor": (lambda: silent(net, x), "every batch must be"),
+    "record of nothing": (lambda: silent(net, 3), "must yield batches"),
+    "record on a device that is none": (lambda: silent(net, loader, device="gpu"), "no device of PyTorch; give 'cpu'"),
+    "bytes for pixels": (lambda: silent(net, batches((255 * x).byte(), y)), r"uint8.*x.float\(\) / 255"),
+    "bytes in training": (lambda: quick(net, batches((255 * x).byte(), y)), r"uint8.*x.float\(\) / 255"),
+    "float64": (lambda: silent(net, batches(x.double(), y)), r"float64.*computes in float32.*x.to\(torch.float32\)"),
+    "channels last": (lambda: silent(net, batches(x.permute(0, 2, 3, 1), y)), r"channels first.*permute\(0, 3, 1, 2\)"),
+    "labels from 1": (lambda: silent(net, batches(x, y + 1)), r"labels lie in 1..4, but outputs have 4.*from 0"),
+    "labels from 1 in training": (lambda: quick(net, batches(x, y + 1)), "loss of exit 1.*Target 4 is out of bounds"),
+    "float labels": (lambda: quick(net, batches(x, y.float())), "loss of exit 1.*Long"),
+    "labels as a column": (lambda: quick(net, batches(x, y[:, None])), r"target \(8, 1\)"),
+    "labels as one-hot": (lambda: silent(net, batches(x, torch.eye(4)[y])), "labels must be integers"),
+    "attach(class)": (lambda: attach(Small, at=["first"], example=x), r"the class Small: give Small\(\)"),
+    "attach at a name": (lambda: attach(Small(), at="first", example=x), "list of one or more"),
+    "attach to no submodule": (lambda: attach(Small(), at=["layer1"], example=x), "no submodule 'layer1'"),
+    "attach with a shape": (lambda: attach(Small(), at=["first"], example=(3, 8, 8)), "cannot answer to 3, 8, 8"),
+    "attach with a loader": (lambda: attach(Small(), at=["first"], example=loader), r"next\(iter\(loader\)\)\[0\]"),
+    "attach with labels": (lambda: attach(Small(), at=["first"], example=(x, y)), "looks like the labels"),
+    "attach with numpy": (lambda: attach(Small(), at=["first"], example=x.numpy()), r"torch.from_numpy\(array\)"),
+    "attach with one image": (lambda: attach(Small(), at=["first"], example=x[0]), r"give x\[None\]"),
+    "measure with labels": (lambda: measure(net, (x, y)), "looks like the labels"),
+    "measure with a loader": (lambda: measure(net, loader), "example must be a tensor.*got a DataLoader"),
+    "TorchEngine of a record": (
+        lambda: TorchEngine(found, policy, x),
+        "the network must be a Module; got an ExitRecord",
+    ),
+    "export of a record": (lambda: export(found, "a.onnx", policy=policy, example=x), "got an ExitRecord"),
+    "export with thresholds": (lambda: export(net, "a.onnx", policy=(0.5,), example=x), r"policy must.*got \(0.5,\)"),
+    "load(net)": (lambda: load(net), "path must be.*got a BranchyNet: give the file that export"),
+    "averaged(record)": (lambda: averaged(found), "takes a BranchyNet.*got ExitRecord"),
+    "fit_score(net)": (lambda: fit_score(net), "record must be an ExitRecord; got a BranchyNet"),
+    "fit_temperature(net)": (lambda: fit_temperature(net), "record must be an ExitRecord; got a BranchyNet"),
+    "ExitRecord of images": (lambda: ExitRecord(x.numpy(), y.numpy()), r"must have shape \(S, N, C\)"),
+    "ExitCost of numbers": (lambda: ExitCost(10.0, 1.0), "give one figure per exit"),
+    "Policy(0.5)": (lambda: Policy(thresholds=0.5), "thresholds must be numbers.*got 0.5"),
+    "Policy((0.5,))": (lambda: Policy((0.5,)), "score must be a name or a callable"),
+    "load_data misspelt": (lambda: load_data("minst"), "did you mean 'mnist'"),
+}
+
+
+@pytest.mark.parametrize("call", WRONG)
+def test_it_says_what_to_give(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    function, told = WRONG[call]
+    with pytest.raises(BranchyNetError, match=f"(?s){told}"):
+        function()
+    assert not list(tmp_path.iterdir()), "a refused call writes nothing"
+
+
+def test_a_gpu_that_is_not_there():
+    if torch.cuda.is_available():
+        assert silent(net, loader, device="cuda").digest
+        net.cpu()
+        return
+    for call in (silent, quick):
+        with pytest.raises(BranchyNetError, match=r"device='cuda' is not available.*give 'cpu'"):
+            call(net, loader, device="cuda")
+    with pytest.raises(BranchyNetError, match="device='cuda' is not available"):
+        TorchEngine(net, policy, x, device="cuda")
+
+
+def test_numpy_batches_are_read_as_tensors():
+    arrays = [(x.numpy(), y.numpy())]
+    np.testing.assert_array_equal(silent(net, arrays).outputs, silent(net, [(x, y)]).outputs)
+    assert quick(attach(Small(), at=["first"], example=x), arrays).rows[0].train_loss > 0
+
+
+def test_an_optimizer_class_is_a_function_of_the_parameters():
+    assert quick(attach(Small(), at=["first"], example=x), loader, optimizer=torch.optim.SGD).rows[0].lr > 0
+
+
+def test_labels_that_only_a_loss_reads_are_no_input(tmp_path):
+    features = torch.rand(8, 3)
+    told = attach(WithLoss(), at=["first"], example={"x": features})
+    with pytest.raises(BranchyNetError, match=r"'labels'.*only to compute its loss: leave it out"):
+        export(told, tmp_path / "a.onnx", policy=policy, example={"x": features, "labels": y[:8]})
+    assert load(export(told, tmp_path / "a.onnx", policy=policy, example={"x": features})).inputs[0].name == "x"
+
+
+def test_what_the_network_itself_raises_stays_in_the_chain():
+    class Broken(Small):
+        def forward(self, x):
+            raise RuntimeError("out of paper")
+
+    with pytest.raises(BranchyNetError, match="out of paper") as raised:
+        attach(Broken(), at=["first"], example=x)
+    assert isinstance(raised.value.__cause__, RuntimeError)
+
+    class Interrupted(Small):
+        def forward(self, x):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        attach(Interrupted(), at=["first"], example=x)
