@@ -273,7 +273,7 @@ def sweep(problem: Problem, thresholds: Floats, n: int) -> Points:
 
     kept = np.nonzero(loss <= np.append(np.minimum.accumulate(loss[::-1])[::-1][1:], np.inf))[0]
     edge, top = edge[kept], scores[-1:]
-    above = np.append(scores[1:], np.inf)[edge].astype(np.float32)
+    above = np.append(scores[1:], top)[edge]
     rows = np.tile(never, (len(edge) + 1, 1))
     rows[1:, n] = between(scores[edge], above)
     if len(edge):
