@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torch.utils.data import Dataset
 
 from ..arguments import whole
 from ..checking import check_loader, network
@@ -269,8 +268,7 @@ def _check(net: nn.Module, train_loader: Any, epochs: int, train: str, seed: int
         )
     if mixed_precision not in ("no", "bf16", "fp16"):
         raise InputError(f"mixed_precision must be 'no', 'bf16' or 'fp16'; got {mixed_precision!r}")
-    if isinstance(train_loader, Dataset) or not hasattr(train_loader, "__len__"):
-        check_loader("train_loader", train_loader)
+    check_loader("train_loader", train_loader)
     try:
         empty = len(train_loader) == 0
     except TypeError as error:
