@@ -23,7 +23,7 @@ def test_every_name_that_an_option_takes_is_told():
     assert set(cli.SCORES) == {*SCORES, "learned"}
 
 
-COMMANDS = ["demo", "train", "choose", "export", "bench", "design", "predict", "inspect", "reproduce", "report"]
+COMMANDS = list(typer.main.get_command(cli.app).commands)
 
 
 @pytest.mark.parametrize("width", [80, 132])
