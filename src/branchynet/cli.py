@@ -295,15 +295,16 @@ def inspect(
 
 @app.command()
 def verify(
-    model: Annotated[Path, typer.Argument(help="A .onnx file that export wrote, or a run's folder.")],
+    model: ModelArgument,
     threads: Annotated[int | None, typer.Option(help="Threads within an operator.")] = None,
-    engine: Annotated[Any, typer.Option(metavar="NAME", help=f"What runs it: one of {ENGINES}.")] = "onnxruntime",
+    engine: Annotated[Any, _named("One of {}.", *ENGINES, metavar="NAME")] = "onnxruntime",
 ) -> None:
-    """Check that this machine answers a file's own samples as the file says; exit status 1 where it does not."""
+    """Check that a file answers rightly on this machine. It holds samples to compare; exit status 1 if not."""
     from .engine.onnx import verify as compare
+    from .workbook import model_file
 
-    found = compare(model / "model.onnx" if model.is_dir() else model, threads, runtime=engine)
-    out.print(f"{'right' if found.passed else 'WRONG'}: {found}", highlight=False, soft_wrap=True)
+    found = compare(model_file(model), threads, runtime=engine)
+    out.print(f"{'right' if found.passed else 'WRONG'}: {found}", soft_wrap=True)
     if not found.passed:
         raise typer.Exit(1)
 
