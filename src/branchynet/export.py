@@ -143,7 +143,9 @@ def export(
             with as_graph_errors():
                 _compare(temporary, expected, source)
         except GraphError as error:
-            raise GraphError(f"{error}{'' if quantize else _magnified(net, example, expected)}") from error
+            if quantize or not (reason := _magnified(net, example, expected)):
+                raise
+            raise GraphError(f"{error}{reason}") from error
     return Path(path)
 
 
