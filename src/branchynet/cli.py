@@ -297,13 +297,13 @@ def inspect(
 def verify(
     model: ModelArgument,
     threads: Annotated[int | None, typer.Option(help="Threads within an operator.")] = None,
-    engine: Annotated[Any, _named("One of {}.", *ENGINES, metavar="NAME")] = "onnxruntime",
+    engine: Annotated[str, _named("One of {}.", *ENGINES, metavar="NAME")] = "onnxruntime",
 ) -> None:
     """Check that a file answers rightly on this machine. It holds samples to compare; exit status 1 if not."""
     from .engine.onnx import verify as compare
     from .workbook import model_file
 
-    found = compare(model_file(model), threads, runtime=engine)
+    found = compare(model_file(model), threads, runtime=cast(Any, engine))
     out.print(f"{'right' if found.passed else 'WRONG'}: {found}", soft_wrap=True)
     if not found.passed:
         raise typer.Exit(1)
