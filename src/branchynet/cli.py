@@ -11,7 +11,8 @@ from typing import Annotated, Any, cast
 import typer
 from rich.console import Console
 
-from .errors import BranchyNetError, InputError, printable
+from .errors import BranchyNetError, printable
+from .options import AUGMENTS, DATA, ENGINES, NETWORKS, SCORES, image_size, numbers, shares
 
 app = typer.Typer(
     help="Deep networks that answer early when they are sure.",
@@ -21,13 +22,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 out = Console(markup=False, emoji=False, highlight=False)  # names of files and classes are not ours
-
-# What options take, written out so that --help and completion need no torch; a test compares them with their sources.
-ENGINES = ("onnxruntime", "openvino", "onnxruntime-cuda")
-NETWORKS = ("b_lenet", "b_alexnet", "b_resnet20", "b_resnet32", "b_resnet56", "b_resnet110")
-DATA = ("digits", "mnist", "fashion-mnist", "cifar10")
-AUGMENTS = ("none", "shift", "affine", "flip-crop")
-SCORES = ("entropy", "max_probability", "margin", "patience", "learned")
 
 
 def _named(help: str, *names: str, **more: Any) -> Any:
@@ -101,6 +95,15 @@ def train(
         str, _named("{}; or your own, as module:function, from the current folder or installed.", *NETWORKS)
     ] = "b_lenet",
     data: Annotated[str, _named("{}, or folder:PATH with a folder of images for each class.", *DATA)] = "digits",
+    size: Annotated[
+        str, typer.Option(help="Of a folder's images: 64, or 48x64 high and wide; by default their median.")
+    ] = "",
+    split: Annotated[
+        str, typer.Option(help="Shares of a folder's images to train on, choose on and test on; by default 70/15/15.")
+    ] = "",
+    normalize: Annotated[
+        bool, typer.Option("--normalize", help="Bring each channel to mean 0 and deviation 1; predict does the same.")
+    ] = False,
     baseline_epochs: Annotated[int, typer.Option(help="Epochs of the plain network first: the warm start.")] = 10,
     epochs: Annotated[int, typer.Option(help="Epochs of all exits together; a trained run takes more.")] = 25,
     static: Annotated[
@@ -122,11 +125,14 @@ def train(
     settings = Settings(
         network=network,
         data=data,
+        size=image_size(size),
+        split=shares(split),
+        normalize=normalize,
         baseline_epochs=baseline_epochs,
         epochs=epochs,
         static=static,
         train="branches" if branches_only else "all",
-        weights=tuple(_numbers(weights, float)),
+        weights=tuple(numbers(weights, float)),
         distill=distill,
         augment=augment,
         batch_size=batch_size,
@@ -211,7 +217,7 @@ def bench(
     from .report.console import print_bench
     from .runs import bench_run, open_run
 
-    batches, counts = _numbers(batch, int), _numbers(threads, int)
+    batches, counts = numbers(batch, int), numbers(threads, int)
     engines = [name.strip() for name in engine.split(",") if name.strip()]
     found = open_run(run, trust=trust)
     rows, faults = bench_run(found, batches=batches, threads=counts, engines=engines, progress=not quiet)
@@ -359,10 +365,3 @@ def _options(arguments: list[str]) -> dict[str, str]:
     called = next((commands[word] for word in arguments if word in commands), None)
     named = {p.name: p.opts[0] for p in (called.params if called else ()) if p.param_type_name == "option"}
     return {"batch_size": "--batch", **named} if "batch" in named else named
-
-
-def _numbers(text: str, kind: Any) -> list[Any]:
-    try:
-        return [kind(part) for part in text.split(",") if part.strip()]
-    except ValueError as error:
-        raise InputError(f"{text!r} is no list of numbers; write them as 1,64") from error

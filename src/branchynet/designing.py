@@ -19,7 +19,7 @@ from pathlib import Path
 from .bench import bench
 from .choosing import nearest_to
 from .cost import measure
-from .data import ImageData, load_data
+from .data import ImageData
 from .decide import evaluate
 from .design import Advice, advise
 from .engine.onnx import Runtime
@@ -31,7 +31,7 @@ from .net import BranchyNet
 from .provenance import check_data, keep_bench, keep_data
 from .record import record
 from .runs import Run, configure, create_run, export_run, loaders, open_run, tell, train_exits
-from .settings import build_network, example_of
+from .settings import build_network, data_of, example_of
 from .training.checkpoint import load_weights, save_weights
 from .types import Policy
 from .zoo import NETWORKS
@@ -131,7 +131,7 @@ def design_run(
     """
     base = open_run(path, trust=trust)
     base.file("record-static.npz", "train")
-    data = load_data(base.settings.data)
+    data = data_of(base.settings)
     check_data(base.path, data)
     folder = design_folder(base.path, batch_size, runtime)
     advice = _advised(base, data, folder, batch_size, threads, runtime, max_drop, exits, epochs, final_epochs, progress)
@@ -246,7 +246,7 @@ def _compared(
     (row,) = bench(
         model,
         net,
-        data.test.images.float() / 255,
+        data.test.inputs(),
         data.test.labels,
         network=run.settings.network,
         accuracy_static=plain,

@@ -88,7 +88,7 @@ def export(
             same network.
         labels: class names, kept in the file's metadata.
         preprocessing: how to make the input, kept likewise, such as ``{"size": [28, 28], "mode": "L", "scale": 1 /
-            255}``.
+            255}``. ``branchynet predict`` reads ``mean`` and ``std``: one number per channel, of pixels in [0, 1].
         promise: a sentence on what the thresholds promise, kept likewise; by default that of a `Choice`.
         samples: how many rows of `example`, at most 8 and about 1 MiB, the file holds with their answers, by which
             `verify` and ``load(..., verify=True)`` check it on another machine; 0 for none.

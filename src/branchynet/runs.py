@@ -27,7 +27,8 @@ from torch import nn
 from .bench import bench
 from .choosing import choose
 from .cost import measure
-from .data import ImageData, load_data, loader
+from .data import ImageData, loader
+from .data.sets import FOLDER
 from .decide import evaluate
 from .engine.onnx import RUNTIMES
 from .errors import BranchyNetError, FileError, InputError, nearest
@@ -42,7 +43,7 @@ from .net import BranchyNet
 from .provenance import check_choice, check_data, check_design, keep_bench, keep_data
 from .reasons import why_never
 from .record import record
-from .settings import AUGMENTS, Settings, build_network, check_settings, example_of
+from .settings import AUGMENTS, Settings, build_network, check_settings, data_of, example_of
 from .stored import read_entry
 from .training.checkpoint import load_weights
 from .training.history import History
@@ -97,16 +98,20 @@ def open_run(path: str | os.PathLike[str], *, trust: bool = False) -> Run:
 def create_run(path: str | os.PathLike[str], settings: Settings) -> Run:
     """A run to be trained in a folder: a new one, or what is there with the same settings. Writes nothing yet.
 
-    A run that has not trained an epoch may be given other settings. One that has may be given more epochs, and a plain
-    network to compare with.
+    A run that has not trained an epoch may be given other settings. One that has may be given more epochs, a plain
+    network to compare with, and the new place of a folder of images that has moved.
 
     Raises:
         InputError: the folder holds a run that trained with other settings, or a setting is out of range.
+        DataError: the settings name a folder of images that is not there.
     """
     check_settings(settings)
+    settings = settings.placed
     if (Path(path) / "config.json").exists() and _trained(Path(path)):
         # The caller names the same function, or is refused.
         made = asdict(open_run(path, trust=True).settings)
+        if made["data"].startswith(FOLDER) and settings.data.startswith(FOLDER):
+            made["data"] = settings.data  # it may have moved: `check_data` compares the images themselves
         other = [
             f"{k} {made[k]!r}, not {v!r}"
             for k, v in asdict(settings).items()
@@ -143,7 +148,8 @@ def train_run(run: Run, *, progress: bool = True) -> BranchyNet:
         FileError: another process is training in the folder.
     """
     settings = run.settings
-    data = load_data(settings.data)
+    data = data_of(settings)
+    tell(progress, str(data))
     torch.manual_seed(settings.seed)
     net = build_network(settings, data)
     first = os.environ.get("RANK", "0") == "0"  # of the processes that train together, one locks
@@ -213,7 +219,7 @@ def loaders(settings: Settings, data: ImageData) -> tuple[Any, Any]:
 def load_run(run: Run) -> tuple[BranchyNet, ImageData]:
     """The trained network of a run, and its data."""
     weights = run.file("checkpoint.safetensors", "train")
-    data = load_data(run.settings.data)
+    data = data_of(run.settings)
     net = build_network(run.settings, data)
     load_weights(net, weights)
     return net.eval(), data
@@ -283,7 +289,7 @@ def export_run(run: Run, path: Path | None = None, *, progress: bool = False, **
         policy=choice,
         example=example_of(data),
         labels=data.classes,
-        preprocessing={"shape": list(data.shape), "scale": "pixels / 255", "resize": "bilinear"},
+        preprocessing=data.preprocessing,
         promise=told if choice.promise is None else None,
         **options,
     )
@@ -314,7 +320,7 @@ def bench_run(
     model = run.file("model.onnx", "export")
     net, data = load_run(run)
     check_data(run.path, data, ["test"])
-    images, labels = data.test.images.float() / 255, data.test.labels
+    images, labels = data.test.inputs(), data.test.labels
     plain = ExitRecord.load(run.file("record-static.npz", "train"))
     accuracy = evaluate(plain, Policy()).accuracy if run.settings.plain_epochs else None
     rows, faults = [], {}

@@ -5,14 +5,15 @@ import inspect
 import math
 import sys
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .attaching import attach_heads
-from .data import ImageData, affine, flip_crop, shift
+from .data import ImageData, affine, flip_crop, load_data, shift
+from .data.sets import FOLDER, folder_path
 from .errors import BranchyNetError, InputError, nearest
 from .net import BranchyNet, evaluating
 from .training.train import joint_loss
@@ -34,6 +35,7 @@ class Settings:
         network: a zoo network, or ``"package.module:function"`` for a function that returns a `BranchyNet`; where it
             has a parameter ``num_classes``, it is given the number of classes.
         data: a name that `load_data` knows.
+        size, split, normalize: as `load_data` takes them.
         baseline_epochs: of the plain network, before the branches: the warm start; 0 for none.
         epochs: of joint training.
         static: also train the plain network on for `epochs`, to compare with; else the warm start is compared with.
@@ -58,6 +60,16 @@ class Settings:
     mixed_precision: str = "no"
     taps: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
+    size: tuple[int, int] | None = None
+    split: tuple[float, float, float] | None = None
+    normalize: bool = False
+
+    @property
+    def placed(self) -> "Settings":
+        """The same with the absolute path of a folder of images. Raises `DataError` where there is no such folder."""
+        if not self.data.startswith(FOLDER):
+            return self
+        return replace(self, data=f"{FOLDER}{folder_path(self.data)}")
 
     @property
     def plain_epochs(self) -> int:
@@ -96,6 +108,13 @@ def check_settings(settings: Settings) -> None:
         raise InputError(f"distill must be a number, 0 at least; got {settings.distill:g}")
 
 
+_READS = (
+    "it reads colour images of 32 x 32: give size=32 for a folder, or a network of your own",
+    "it reads grey images of 28 x 28: give size=28 for a folder, b_resnet20 and size=32 for colour, or a network of "
+    "your own",
+)
+
+
 def build_network(settings: Settings, data: ImageData) -> BranchyNet:
     """The untrained network of `Settings`, proven on a few images.
 
@@ -111,6 +130,7 @@ def build_network(settings: Settings, data: ImageData) -> BranchyNet:
     except RuntimeError as error:
         raise InputError(
             f"{settings.network} cannot read the images of {data.name}, of shape {tuple(example.shape[1:])}: {error}"
+            + (f"; {_READS[settings.network == 'b_lenet']}" if settings.network in NETWORKS else "")
         ) from error
     if settings.taps:
         net = attach_heads(net.backbone, settings.taps, settings.heads, example)
@@ -183,6 +203,11 @@ def _place(error: BaseException) -> str:
     return f"{frame.filename}:{frame.lineno}"
 
 
+def data_of(settings: Settings) -> ImageData:
+    """The images that `Settings` names. Raises as `load_data` does."""
+    return load_data(settings.data, size=settings.size, split=settings.split, normalize=settings.normalize)
+
+
 def example_of(data: ImageData) -> torch.Tensor:
     """A few images, as the networks take them."""
-    return data.val.images[:8].float() / 255
+    return data.val.inputs(slice(8))

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from .data import ImageData, images_in, load_data, read_image
+from .data import ImageData, images_in, read_image
+from .data.normalization import stored_normalization
 from .decide import evaluate, frontier
 from .design import Advice
 from .engine.onnx import Engine, load
@@ -16,6 +17,7 @@ from .provenance import check_data, check_report
 from .report import Gallery, write_report
 from .runs import Run, measure_run, tell
 from .scores import of_record
+from .settings import data_of
 from .stored import read_entry
 from .types import Choice, Prediction
 
@@ -30,16 +32,18 @@ def predict_files(engine: Engine, images: Sequence[Path]) -> Iterator[dict[str, 
         ``{"image", "label", "exit", "score"}`` for each file, in order.
 
     Raises:
-        InputError: the network does not read one image of fixed size.
+        InputError: the network does not read one image of fixed size, or the file's `mean` and `std` are not numbers.
         DataError: a file is missing or is no image.
     """
     shape = engine.inputs[0].shape
     if len(engine.inputs) != 1 or len(shape) != 3 or None in shape:
         raise InputError(f"this network reads {'; '.join(map(str, engine.inputs))}, not one image; call it from Python")
     size = (int(shape[0] or 0), int(shape[1] or 0), int(shape[2] or 0))
+    normalization = stored_normalization(engine.metadata.get("preprocessing"), size[0])
     for start in range(0, len(images), BATCH):
         files = images[start : start + BATCH]
-        answer = engine.answer_all(np.concatenate([read_image(file, size) for file in files]))
+        batch = np.concatenate([read_image(file, size) for file in files])
+        answer = engine.answer_all(batch if normalization is None else normalization(batch))
         for file, label, exit, score in zip(files, answer.label, answer.exit, answer.score, strict=True):
             name = engine.labels[label] if label < len(engine.labels) else str(label)
             yield {"image": str(file), "label": name, "exit": int(exit), "score": float(score)}
@@ -64,13 +68,12 @@ def report_run(run: Run, *, progress: bool = False) -> Path:
     choice = Choice.load(run.file("choice.json", "choose"))
     val, test = (ExitRecord.load(run.file(f"record-{part}.npz", "train")) for part in ("val", "test"))
     cost = measure_run(run, choice.policy.score)
-    data = load_data(run.settings.data)
+    data = data_of(run.settings)
     check_data(run.path, data, ["test"])
     engine = load(run.file("model.onnx", "export"))
     check_report(run.path, choice, val, test, engine)
-    images = data.test.images.numpy()
-    tell(progress, f"answering the {len(images)} test images, and drawing")
-    answer = engine.answer_all(images.astype(np.float32) / 255)
+    tell(progress, f"answering the {len(data.test)} test images, and drawing")
+    answer = engine.answer_all(data.test.inputs().numpy())
     timed = run.path / "bench.json"
     rows = read_entry(timed, "rows", list[dict[str, Any]], f"`branchynet bench {run.path}`") if timed.exists() else []
     advised = run.path / "advice.json"

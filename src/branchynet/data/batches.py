@@ -35,8 +35,7 @@ class _Images(Dataset[Any]):
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         chosen = torch.as_tensor(indices)
-        images = self.split.images[chosen].float().div_(255)
-        return (self.augment(images) if self.augment else images), self.split.labels[chosen]
+        return self.split.inputs(chosen, self.augment), self.split.labels[chosen]
 
 
 def loader(
@@ -47,7 +46,7 @@ def loader(
     augment: Augment | None = None,
     seed: int | None = None,
 ) -> DataLoader[Any]:
-    """Batches `(images, labels)` of a split: float32 `(B, C, H, W)` in [0, 1] and int64 `(B,)`.
+    """Batches `(images, labels)` of a split: float32 `(B, C, H, W)`, as `Split.inputs` gives them, and int64 `(B,)`.
 
     The last batch may be smaller. Without `seed` all chance comes from torch's global generator.
 

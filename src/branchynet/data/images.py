@@ -1,12 +1,14 @@
 """Single image files: decoding, resizing, writing."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from ..errors import DataError, InputError
 from ..files import replacing
@@ -74,23 +76,38 @@ def decode(
     Raises:
         DataError: a file that is missing, cannot be decoded, or holds more than `MOST_PIXELS` pixels.
     """
+    with _opened(path) as opened:
+        image: Any = ImageOps.exif_transpose(opened)
+        grey = image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I")
+        if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+        if image.mode == "P":  # straight to RGB, a palette with transparency makes Pillow warn
+            image = image.convert("RGBA")
+        image = image.convert("L" if channels == 1 or (channels is None and grey) else "RGB")
+    if size is not None and image.size != size[::-1]:
+        image = image.resize(size[::-1], Image.Resampling.BILINEAR)
+    pixels = np.array(image)
+    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """`(H, W)` of an image file, upright, as its header has it. Raises `DataError` as `decode` does."""
+    with _opened(path) as opened:
+        # A PNG file may hold its orientation behind its pixels, which would all be decoded for it.
+        turned = opened.format != "PNG" and opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        return (opened.width, opened.height) if turned else (opened.height, opened.width)
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    """An image file of at most `MOST_PIXELS` pixels; what fails on it within the block is a `DataError`."""
     if Path(path).exists() and not Path(path).is_file():
         raise DataError(f"cannot read the image {os.fspath(path)}: it is no regular file; replace or remove it")
     try:
         with Image.open(path) as opened:
             if opened.width * opened.height > MOST_PIXELS:
                 raise ValueError(f"{opened.width} x {opened.height} pixels are more than {MOST_PIXELS:,}")
-            image: Any = ImageOps.exif_transpose(opened)
-            grey = image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I")
-            if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-            if image.mode == "P":  # straight to RGB, a palette with transparency makes Pillow warn
-                image = image.convert("RGBA")
-            image = image.convert("L" if channels == 1 or (channels is None and grey) else "RGB")
+            yield opened
     except Exception as error:  # Pillow's readers raise nearly anything on a malformed file
         reason = error.strerror if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
         raise DataError(f"cannot read the image {os.fspath(path)} ({reason}); replace or remove it") from error
-    if size is not None and image.size != size[::-1]:
-        image = image.resize(size[::-1], Image.Resampling.BILINEAR)
-    pixels = np.array(image)
-    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))

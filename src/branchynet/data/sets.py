@@ -2,9 +2,10 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +15,11 @@ from torch import Tensor
 
 from ..errors import DataError, InputError, nearest, printable
 from .archives import ARCHIVES, read_archive
-from .images import decode
+from .folders import PARTS, read_folder
+from .normalization import Normalization, normalization_of
 
 FOLDER = "folder:"  # the prefix of a folder of the user's own images
-MOST_UNASKED = 1 << 20  # pixels that the first image may give all others; one photograph must not fill the memory
-MOST_BYTES = 8 << 30  # of images in memory; more is nearly always a photograph's size taken for want of `size`
+MOST_CLASSES = 20  # that a summary counts one by one
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,13 +29,15 @@ class Split:
     Attributes:
         images: `(S, C, H, W)` uint8.
         labels: `(S,)` int64.
+        normalization: how `inputs` prepares the images; None to leave them in [0, 1].
 
     Raises:
-        InputError: another shape or dtype, no images, or not one label an image.
+        InputError: another shape or dtype, no images, not one label per image, or a normalisation of other channels.
     """
 
     images: Tensor
     labels: Tensor
+    normalization: Normalization | None = None
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
@@ -42,9 +45,24 @@ class Split:
             raise InputError(f"images must be uint8 (S, C, H, W), not empty; got {images.dtype} {tuple(images.shape)}")
         if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
             raise InputError(f"labels must be int64 ({len(images)},); got {labels.dtype} {tuple(labels.shape)}")
+        if self.normalization is not None and len(self.normalization.mean) != images.shape[1]:
+            raise InputError(f"the normalisation {self.normalization} is not for images of {images.shape[1]} channels")
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def inputs(self, rows: Any = slice(None), augment: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Images as a network reads them: `(B, C, H, W)` float32, in [0, 1] or normalised.
+
+        Args:
+            rows: which ones, as a slice or a tensor of indices; all by default.
+            augment: a change of the images in [0, 1], before they are normalised.
+        """
+        images = self.images[rows].float().div_(255)
+        images = augment(images) if augment else images
+        if self.normalization is None:
+            return images
+        return torch.from_numpy(self.normalization(images.numpy()))
 
     @property
     def digest(self) -> str:
@@ -65,6 +83,7 @@ class ImageData:
         train: what the network learns from.
         val: what thresholds are chosen on.
         test: what results are reported on.
+        notes: what to know of how they were read, such as the size that they were given; printing the data tells it.
 
     Raises:
         InputError: parts of different shapes, or a label without a class.
@@ -75,6 +94,7 @@ class ImageData:
     train: Split
     val: Split
     test: Split
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for part, split in (("train", self.train), ("val", self.val), ("test", self.test)):
@@ -91,6 +111,41 @@ class ImageData:
         _, channels, height, width = self.train.images.shape
         return channels, height, width
 
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """`(3, C)`: how many images each class has to train on, to choose on and to test on."""
+        parts = (self.train, self.val, self.test)
+        return np.stack([np.bincount(part.labels.numpy(), minlength=len(self.classes)) for part in parts])
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """How an image file becomes an input, as exported files keep it and ``branchynet predict`` does it."""
+        how = {"shape": list(self.shape), "scale": "pixels / 255", "resize": "bilinear"}
+        normalization = self.train.normalization
+        return how if normalization is None else how | {"mean": normalization.mean, "std": normalization.std}
+
+    def __str__(self) -> str:
+        """How many images of what shape each class has, and the notes."""
+        channels, height, width = self.shape
+        counts = self.counts
+        told = (
+            f"{printable(self.name)}: {counts.sum():,} images of {channels} x {height} x {width} (channels x height x "
+        )
+        lines = [told + f"width), {len(self.classes)} classes"]
+        rows = [("class", *PARTS)]
+        if len(self.classes) <= MOST_CLASSES:
+            rows += [(name, *map(str, column)) for name, column in zip(self.classes, counts.T, strict=True)]
+        else:
+            rows += [(f"{word} in a class", *map(str, pick(counts, 1))) for word, pick in _EXTREMES.items()]
+        rows.append(("all", *map(str, counts.sum(axis=1))))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for name, *numbers in rows:
+            lines.append("  ".join([name.ljust(widths[0]), *map(str.rjust, numbers, widths[1:])]))
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+_EXTREMES = {"fewest": np.min, "most": np.max}
+
 
 def load_data(
     name: str,
@@ -98,6 +153,8 @@ def load_data(
     root: str | os.PathLike[str] | None = None,
     download: bool = True,
     size: tuple[int, int] | None = None,
+    split: Sequence[float] | None = None,
+    normalize: bool = False,
 ) -> ImageData:
     """Load a data set by name, in its one split, which depends on no random state.
 
@@ -108,10 +165,14 @@ def load_data(
     ``mnist``           handwritten digits, (1, 28, 28)                           50,000 / 10,000 / 10,000
     ``fashion-mnist``   articles of clothing, (1, 28, 28)                         50,000 / 10,000 / 10,000
     ``cifar10``         small photographs, (3, 32, 32)                            45,000 / 5,000 / 10,000
-    ``folder:PATH``     your own: one folder a class, images directly in it       about 70 / 15 / 15 %
+    ``folder:PATH``     your own: one folder per class, images directly in it     about 70 / 15 / 15 %
     ==================  ========================================================  ==============================
 
     An image of a folder goes to one of the three by its content, and stays there when others are added or removed.
+    Where the folder has folders ``train``, ``val`` and ``test`` (or ``valid``, ``validation``) instead, each with one
+    folder per class, these are the three; one that is missing is split off the training images.
+
+    ``print(load_data(...))`` shows how many images each class has.
 
     Args:
         name: one of the names above.
@@ -119,17 +180,40 @@ def load_data(
             ``mnist``, ``fashion-mnist``, ``cifar-10-batches-bin``, or as torchvision arranges them; by default the one
             that the environment variable BRANCHYNET_DATA names.
         download: whether to download what is not there, once, into the user's cache folder.
-        size: `(H, W)` that the images of a folder are resized to; by default the size of the first, which may then have
-            `MOST_UNASKED` pixels at most.
+        size: `(H, W)` that the images of a folder are resized to; by default the median height and the median width,
+            which may then have 2**20 pixels at most.
+        split: how many images of a folder are for training, validation and test, as three numbers in proportion, such
+            as ``(70, 15, 15)``, the default.
+        normalize: give the images of all parts the `Normalization` with which the training images have a mean of 0 and
+            a standard deviation of 1 per channel.
 
     Raises:
         DataError: an unknown name, a data set that is missing or cannot be downloaded, or a malformed file.
-        InputError: `size` for a data set that has its own.
+        InputError: `size` or `split` for a data set that has its own, or values that are no size and no split.
     """
+    data = _loaded(name, root, download, size, split)
+    if not normalize:
+        return data
+    normalization = normalization_of(data.train.images.numpy())
+    parts = {part: replace(getattr(data, part), normalization=normalization) for part in PARTS}
+    return replace(data, **parts)
+
+
+def _loaded(
+    name: str,
+    root: str | os.PathLike[str] | None,
+    download: bool,
+    size: tuple[int, int] | None,
+    split: Sequence[float] | None,
+) -> ImageData:
     if name.startswith(FOLDER):
-        return _folder(name, size)
-    if size is not None:
-        raise InputError(f"size={size} is only for {FOLDER}PATH; {name!r} has a size of its own: leave it out")
+        return _folder(name, size, split)
+    for option, value in (("size", size), ("split", split)):
+        if value is not None:
+            shown = "x".join(map(str, value)) if option == "size" else "/".join(map(str, value))
+            raise InputError(
+                f"{option}={shown} is only for {FOLDER}PATH; {name!r} has a {option} of its own: leave it out"
+            )
     if name == "digits":
         return _digits()
     if name not in ARCHIVES:
@@ -141,7 +225,8 @@ def load_data(
     if not 0 < held_out < len(order):
         raise DataError(f"{name}: {len(order)} training images are too few to hold some out for validation; get more")
     parts = (*train, order[:-held_out]), (*train, order[-held_out:]), (*test, np.arange(len(test[1])))
-    return ImageData(name, archive.classes, *(_take(*part) for part in parts))
+    train_part, val_part, test_part = (_take(*part) for part in parts)
+    return ImageData(name, archive.classes, train_part, val_part, test_part)
 
 
 def _order(count: int) -> NDArray[np.int64]:
@@ -161,77 +246,22 @@ def _digits() -> ImageData:
     small = np.rint(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     # Pillow's filters work in integers: the same bytes on every machine.
     images = np.stack([np.array(Image.fromarray(x).resize((28, 28), Image.Resampling.BICUBIC)) for x in small])[:, None]
-    parts = np.split(_order(len(labels)), [1197, 1497])
-    return ImageData("digits", tuple("0123456789"), *(_take(images, labels, part) for part in parts))
+    train, val, test = (_take(images, labels, part) for part in np.split(_order(len(labels)), [1197, 1497]))
+    return ImageData("digits", tuple("0123456789"), train, val, test)
 
 
-def _folder(name: str, size: tuple[int, int] | None) -> ImageData:
-    base = Path(name.removeprefix(FOLDER)).expanduser()
-    if name == FOLDER or not base.is_dir():
-        raise DataError(f"{name!r} names no folder; give {FOLDER}PATH, with one folder of images for each class")
-    folders = sorted(entry.name for entry in base.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    classes = [printable(name) for name in folders]
-    if len(classes) < 2:
-        raise DataError(f"{base} holds {len(classes)} folders {classes}; it must hold one for each class, two at least")
-    files = [_image_files(base / each) for each in folders]
-    height, width = decode(files[0][0]).shape[1:] if size is None else size
-    if size is None and height * width > MOST_UNASKED:
-        raise DataError(
-            f"{files[0][0]}, the first image, is {height} x {width} pixels, and all others would be resized to that; "
-            "give a size=(H, W), such as (224, 224), or remove it"
-        )
-    if height < 1 or width < 1:
-        raise InputError(f"size must be (H, W), both at least 1; got {size}")
-    count = sum(map(len, files))
-    if count * 3 * height * width > MOST_BYTES:
-        raise DataError(f"{base}: {count} images of {height} x {width} do not fit in memory; give a size=(H, W)")
-    decoded = [decode(file, (height, width)) for group in files for file in group]
-    channels = max(len(image) for image in decoded)  # one colour image makes them all RGB
-    images = np.stack([np.broadcast_to(image, (channels, height, width)) for image in decoded])
-    labels = np.repeat(np.arange(len(classes)), [len(group) for group in files])
-    places = np.array([_place(file) for group in files for file in group])
-    return ImageData(name, tuple(classes), *(_take(images, labels, part) for part in _parts(labels, places)))
-
-
-def _image_files(folder: Path) -> list[Path]:
-    known = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    files = sorted(
-        (file for file in folder.iterdir() if file.suffix.lower() in known and not file.name.startswith(".")),
-        key=lambda file: file.name,
-    )
-    if len(files) < 3:
-        raise DataError(
-            f"{folder} holds {len(files)} images directly in it; a class needs three at least, one each to train on, "
-            "to choose on and to test on: add some, or remove the folder"
-        )
-    return files
-
-
-def _place(file: Path) -> float:
-    """Where a file falls between 0 and 1 by its content, wherever it lies and whatever lies beside it."""
+def folder_path(name: str) -> Path:
+    """The absolute path in ``folder:PATH``. Raises `DataError` where there is none."""
     try:
-        return int.from_bytes(hashlib.sha256(file.read_bytes()).digest()[:8], "big") / 2**64
-    except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror or error}; replace or remove it") from error
+        base = Path(name.removeprefix(FOLDER)).expanduser().resolve()
+        if name != FOLDER and base.is_dir():
+            return base
+    except (OSError, ValueError, RuntimeError):  # a null character, links in a circle, the home of nobody
+        pass
+    raise DataError(f"{name!r} names no folder; give {FOLDER}PATH, with one folder of images for each class")
 
 
-def _parts(labels: NDArray[np.integer], places: NDArray[np.floating]) -> Sequence[NDArray[np.int64]]:
-    """Indices of training, validation and test images, mixed: whoever halves a part must not get half of the classes.
-
-    An image goes where it falls, so that another one more or less moves none, and copies of one image stay together:
-    what is tested on was never trained on. Of a class too small for that the lowest one is for testing, the next for
-    validation and the highest for training.
-
-    Args:
-        labels: `(S,)` classes.
-        places: `(S,)` between 0 and 1.
-    """
-    part = np.digitize(places, (0.15, 0.3))  # 0 is the test
-    for label in np.unique(labels):
-        mine = np.flatnonzero(labels == label)
-        mine = mine[np.argsort(places[mine], kind="stable")]
-        for wanted, one in ((2, mine[-1]), (0, mine[0]), (1, mine[1])):
-            if wanted not in part[mine]:
-                part[one] = wanted
-    order = np.argsort(places, kind="stable")
-    return [order[part[order] == n] for n in (2, 1, 0)]
+def _folder(name: str, size: tuple[int, int] | None, split: Sequence[float] | None) -> ImageData:
+    read = read_folder(folder_path(name), size, split)
+    train, val, test = (_take(read.images, read.labels, part) for part in read.parts)
+    return ImageData(name, read.classes, train, val, test, read.notes)

@@ -1,6 +1,7 @@
 """What holds while a training runs and is put back after it: device, random number generators, modes."""
 
 import contextlib
+import copy
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from ..checking import device_of
 from ..errors import InputError
@@ -80,6 +82,42 @@ def prepared(net: nn.Module, train: str, channels_last: bool) -> Iterator[None]:
             net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
+def shared(loader: Any, accelerator: Accelerator, name: str) -> Any:
+    """This process's share of a loader, where several processes train; else the loader itself.
+
+    Args:
+        loader: a DataLoader, or a wrapper that iterates the DataLoader in its attribute `batches`, as
+            `branchynet.data.Growing` does; the wrapper is copied.
+        accelerator: what knows the processes.
+        name: of the argument, for the message.
+
+    Raises:
+        InputError: any other loader, or one that accelerate cannot share.
+    """
+    if accelerator.num_processes == 1:
+        return loader
+    if not isinstance(loader, DataLoader):
+        if not isinstance(getattr(loader, "batches", None), DataLoader):
+            raise InputError(
+                f"{name} is a {type(loader).__name__}, and {accelerator.num_processes} processes share a DataLoader "
+                "only, or a wrapper with one as its attribute `batches`: put the data into a DataLoader, or train in "
+                "one process"
+            )
+        copied = copy.copy(loader)
+        copied.batches = shared(loader.batches, accelerator, f"{name}.batches")
+        return copied
+    try:
+        found = accelerator.prepare_data_loader(loader)
+        if not isinstance(loader.dataset, IterableDataset):
+            len(found)
+        return found
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"accelerate cannot share {name} among {accelerator.num_processes} processes ({error}); give a DataLoader "
+            "with a batch_size, or train in one process"
+        ) from error
+
+
 def seed_all(seed: int, epoch: int, process: int, loaders: Sequence[Any]) -> None:
     """Seed every generator from (seed, epoch), so that an epoch can be run again and nothing of them need be stored."""
     shared, own = (
@@ -88,7 +126,7 @@ def seed_all(seed: int, epoch: int, process: int, loaders: Sequence[Any]) -> Non
     random.seed(own)
     np.random.seed(own)
     torch.manual_seed(own)
-    for loader in loaders:
+    for loader in (*loaders, *(getattr(loader, "batches", None) for loader in loaders)):
         inner = getattr(loader, "batch_sampler", None)
         for holder in (loader, getattr(loader, "sampler", None), inner, getattr(inner, "sampler", None)):
             generator, set_epoch = getattr(holder, "generator", None), getattr(holder, "set_epoch", None)

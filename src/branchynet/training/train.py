@@ -22,7 +22,7 @@ from ..net import BranchyNet
 from .checkpoint import RunFolder
 from .epoch import Bar, Trainer
 from .history import History
-from .session import accelerating, own_generators, prepared, seed_all
+from .session import accelerating, own_generators, prepared, seed_all, shared
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -153,6 +153,7 @@ def fit(
         net: a `BranchyNet`, or any network that gives a tensor or a tuple of tensors.
         train_loader: yields `(inputs, target)` and has a length, such as a DataLoader. `inputs` is a tensor, a tuple of
             arguments or a dict of keyword arguments; `target` is `(B,)` int64 class indices, or what `loss` takes.
+            Several processes share a DataLoader, or the one that a wrapper keeps as its attribute `batches`.
         val_loader: likewise; looked at after every epoch, never trained on.
         epochs: passes over the data.
         weights: one factor an exit in the joint loss; by default all 1.
@@ -196,8 +197,8 @@ def fit(
             raise InputError("the network has no parameter that requires a gradient; nothing can be trained")
         model = net
         if accelerator.num_processes > 1:
-            train_loader = accelerator.prepare_data_loader(train_loader)
-            val_loader = None if val_loader is None else accelerator.prepare_data_loader(val_loader)
+            train_loader = shared(train_loader, accelerator, "train_loader")
+            val_loader = None if val_loader is None else shared(val_loader, accelerator, "val_loader")
             gpus = None if accelerator.device.type == "cpu" else [accelerator.device]
             model = nn.parallel.DistributedDataParallel(net, device_ids=gpus)
         batches = len(train_loader)

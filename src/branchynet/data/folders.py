@@ -1,0 +1,247 @@
+"""Folders of the user's own images: classes, sizes, and which image is trained, validated or tested on.
+
+Either one folder per class, whose images are split by their content; or folders ``train``, ``val`` and ``test``, each
+with one folder per class. A part that such a folder lacks is split off the training images.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..errors import DataError, InputError, printable
+from .images import decode, image_size
+
+MOST_UNASKED = 1 << 20  # pixels that images may have without a size; photographs must not fill the memory
+MOST_BYTES = 8 << 30  # of images in memory; more is nearly always a photograph's size taken for want of `size`
+SPLIT = (70.0, 15.0, 15.0)
+FEW = 10  # images of a class, below which the result is mostly chance
+PARTS = ("train", "val", "test")
+_PART_NAMES = {
+    **dict.fromkeys(("train", "training"), 0),
+    **dict.fromkeys(("val", "valid", "validation"), 1),
+    **dict.fromkeys(("test", "testing"), 2),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Folder:
+    """What was read of a folder.
+
+    Attributes:
+        classes: names, printable.
+        images: `(S, C, H, W)`.
+        labels: `(S,)`.
+        parts: for training, validation and test the indices of its images.
+        notes: sentences about sizes, copies and small classes.
+    """
+
+    classes: tuple[str, ...]
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    parts: tuple[NDArray[np.int64], ...]
+    notes: tuple[str, ...]
+
+
+def read_folder(base: Path, size: tuple[int, int] | None, split: Sequence[float] | None) -> Folder:
+    """Read a folder of images, see `load_data`. Raises `DataError` and `InputError` as it does."""
+    _check_size(size)
+    shares = _shares(split)
+    roots = _roots(base)
+    if roots.keys() == {0, 1, 2} and split is not None:
+        raise InputError(
+            f"split={'/'.join(f'{s:g}' for s in shares)} does not go with {base}, which has folders for all three "
+            "parts: leave it out"
+        )
+    drawn = {n for n in range(3) if n == 0 or n not in roots}  # the parts that the first folder's images fall into
+    names, listed = _listed(roots, len(drawn))
+    files = [file for group, _, _ in listed for file in group]
+    rows = [(label, part) for group, label, part in listed for _ in group]
+    labels, given = np.array(rows, np.int64).reshape(-1, 2).T
+    notes, (height, width) = _size(base, files, size)
+    if len(files) * 3 * height * width > MOST_BYTES:
+        raise DataError(
+            f"{base}: {len(files)} images of {height} x {width} do not fit in memory; give a smaller size (in Python, "
+            "size=(H, W))"
+        )
+    decoded = [decode(file, (height, width)) for file in files]
+    channels = max(len(image) for image in decoded)  # one colour image makes them all RGB
+    images = np.stack([np.broadcast_to(image, (channels, height, width)) for image in decoded])
+    places = np.array([_place(file) for file in files])
+    parts = _divided(labels, places, given, [shares[n] if n in drawn else 0.0 for n in range(3)])
+    for name, part in zip(PARTS, parts, strict=True):
+        if not len(part):
+            raise DataError(f"{base} holds no {name} images; add some, or remove its empty folder")
+    if len(roots) > 1 and len(drawn) > 1:
+        notes.append(f"{' and '.join(PARTS[n] for n in sorted(drawn - {0}))} images are split off the training images")
+    classes = tuple(map(printable, names))
+    return Folder(classes, images, labels, parts, (*notes, *_copies(places, parts), *_small(classes, labels, parts)))
+
+
+def _check_size(size: tuple[int, int] | None) -> None:
+    if size is None:
+        return
+    if not (isinstance(size, (tuple, list)) and len(size) == 2 and all(type(s) is int and s >= 1 for s in size)):
+        raise InputError(f"size must be (H, W), two integers of at least 1; got {size!r}")
+
+
+def _shares(split: Sequence[float] | None) -> tuple[float, ...]:
+    shares = SPLIT if split is None else tuple(split)
+    numbers = all(type(share) in (int, float) and share > 0 for share in shares)
+    if not (len(shares) == 3 and numbers and math.isfinite(sum(shares))):
+        raise InputError(
+            "split must be three numbers above 0, for training, validation and test, such as 70/15/15; got "
+            f"{'/'.join(map(str, shares))}"
+        )
+    return shares
+
+
+def _subfolders(folder: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"cannot read {folder}: {error.strerror or error}; change its permissions") from error
+
+
+def _roots(base: Path) -> dict[int, Path]:
+    """The folders of training, validation and test images by 0, 1 and 2; the folder itself where it has classes."""
+    names = _subfolders(base)
+    parts = [_PART_NAMES.get(name.lower(), -1) for name in names]
+    if 0 not in parts or -1 in parts or not all(_subfolders(base / name) for name in names):
+        return {0: base}
+    for part in parts:
+        if parts.count(part) > 1:
+            same = [name for name, p in zip(names, parts, strict=True) if p == part]
+            raise DataError(f"{base} holds {' and '.join(same)}, which mean the same part: put them together")
+    return dict(sorted((part, base / name) for part, name in zip(parts, names, strict=True)))
+
+
+def _listed(roots: dict[int, Path], least: int) -> tuple[list[str], list[tuple[list[Path], int, int]]]:
+    """Names of the classes, and the images in each of their folders with the number of the class and of the part."""
+    names = _subfolders(roots[0])
+    if len(names) < 2:
+        shown = [printable(name) for name in names]
+        raise DataError(f"{roots[0]} holds {len(names)} folders {shown}; it must hold one for each class, two at least")
+    listed = []
+    for part, root in roots.items():
+        for name in _subfolders(root):
+            if name not in names:
+                raise DataError(
+                    f"{root / name} is a class without training images; add {roots[0] / name}, or remove it"
+                )
+            listed.append((_image_files(root / name, 0 if part else least), names.index(name), part))
+    return names, listed
+
+
+def _image_files(folder: Path, least: int) -> list[Path]:
+    known = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    files = sorted(
+        (file for file in folder.iterdir() if file.suffix.lower() in known and not file.name.startswith(".")),
+        key=lambda file: file.name,
+    )
+    if len(files) < least:
+        needed = {1: "one at least", 2: "two at least", 3: "three at least, one each to train on, to choose on and to "}
+        raise DataError(
+            f"{folder} holds {len(files)} images directly in it; a class needs {needed[least]}"
+            f"{'test on' * (least == 3)}: add some, or remove the folder"
+        )
+    return files
+
+
+def _size(base: Path, files: Sequence[Path], size: tuple[int, int] | None) -> tuple[list[str], tuple[int, int]]:
+    """The size that all images get, and what to tell of it: by default their median height and median width."""
+    if size is not None:
+        return [], size
+    sizes = np.array([image_size(file) for file in files])
+    # A value that occurs, and the one size of most images where most have one.
+    height, width = (int(np.sort(column)[(len(column) - 1) // 2]) for column in sizes.T)
+    if height * width > MOST_UNASKED:
+        raise DataError(
+            f"the images in {base} are {height} x {width} pixels in the median, too large to train on as they are; "
+            "give a size, such as 224 (in Python, size=(224, 224))"
+        )
+    other = int((sizes != (height, width)).any(axis=1).sum())
+    if not other:
+        return [], (height, width)
+    (low, left), (high, right) = sizes.min(axis=0), sizes.max(axis=0)
+    return [
+        f"{other} of {len(files)} images are resized to {height} x {width} (height x width), the median of heights "
+        f"{low} to {high} and widths {left} to {right}; give a size for another"
+    ], (height, width)
+
+
+def _place(file: Path) -> float:
+    """Where a file falls between 0 and 1 by its content, wherever it lies and whatever lies beside it."""
+    try:
+        return int.from_bytes(hashlib.sha256(file.read_bytes()).digest()[:8], "big") / 2**64
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror or error}; replace or remove it") from error
+
+
+def _divided(
+    labels: NDArray[np.int64], places: NDArray[np.floating], given: NDArray[np.int64], shares: Sequence[float]
+) -> tuple[NDArray[np.int64], ...]:
+    """Indices of training, validation and test images, mixed: half of a part must not be half of the classes."""
+    part = given.copy()
+    drawn = np.flatnonzero(given == 0)
+    part[drawn] = split_by_place(labels[drawn], places[drawn], shares)
+    order = np.argsort(places, kind="stable")
+    return tuple(order[part[order] == n] for n in range(3))
+
+
+def split_by_place(
+    labels: NDArray[np.integer], places: NDArray[np.floating], shares: Sequence[float]
+) -> NDArray[np.int64]:
+    """The part of every image: 0 for training, 1 for validation, 2 for test.
+
+    An image goes where it falls, so that another one more or less moves none, and copies of one image stay together:
+    what is tested on was never trained on. Of a class too small for that the lowest one is for testing, the next for
+    validation and the highest for training.
+
+    Args:
+        labels: `(S,)` classes.
+        places: `(S,)` between 0 and 1.
+        shares: of the three parts; a part with a share of 0 gets none.
+    """
+    train, val, test = shares
+    total = train + val + test
+    part = 2 - np.digitize(places, (test / total, (test + val) / total)).astype(np.int64)
+    for label in np.unique(labels):
+        mine = np.flatnonzero(labels == label)
+        mine = mine[np.argsort(places[mine], kind="stable")]
+        held_out = [wanted for wanted in (2, 1) if shares[wanted]]
+        for wanted, one in ((0, mine[-1]), *((wanted, mine[n]) for n, wanted in enumerate(held_out))):
+            if wanted not in part[mine]:
+                part[one] = wanted
+    return part
+
+
+def _copies(places: NDArray[np.floating], parts: Sequence[NDArray[np.int64]]) -> list[str]:
+    """That images to choose or test on are copies of training images, which makes results look too good."""
+    told = []
+    for name, part in zip(PARTS[1:], parts[1:], strict=True):
+        if same := int(np.isin(places[part], places[parts[0]]).sum()):
+            told.append(f"{same} of {len(part)} {name} images are copies of training images: results look too good")
+    return told
+
+
+def _small(classes: Sequence[str], labels: NDArray[np.int64], parts: Sequence[NDArray[np.int64]]) -> list[str]:
+    """That classes have few images, or none in a part."""
+    told = []
+    counts = np.bincount(labels, minlength=len(classes))
+    if few := [f"{classes[n]!r} ({counts[n]})" for n in np.flatnonzero(counts < FEW).tolist()]:
+        told.append(f"classes with fewer than {FEW} images, too few to learn or to judge: {_shown(few)}")
+    for name, part in zip(PARTS, parts, strict=True):
+        none = np.flatnonzero(np.bincount(labels[part], minlength=len(classes)) == 0).tolist()
+        if none:
+            told.append(f"classes without {name} images: {_shown([repr(classes[n]) for n in none])}")
+    return told
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,45 @@
+"""What options of the command line take: names, lists of numbers, sizes of images, shares of a split."""
+
+import re
+from typing import Any
+
+from .errors import InputError
+
+# Written out so that --help and completion need no torch; a test compares them with their sources.
+ENGINES = ("onnxruntime", "openvino", "onnxruntime-cuda")
+NETWORKS = ("b_lenet", "b_alexnet", "b_resnet20", "b_resnet32", "b_resnet56", "b_resnet110")
+DATA = ("digits", "mnist", "fashion-mnist", "cifar10")
+AUGMENTS = ("none", "shift", "affine", "flip-crop")
+SCORES = ("entropy", "max_probability", "margin", "patience", "learned")
+
+
+def numbers(text: str, kind: Any) -> list[Any]:
+    """The numbers in text such as ``1,64``. Raises `InputError`."""
+    try:
+        return [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise InputError(f"{text!r} is no list of numbers; write them as 1,64") from error
+
+
+def image_size(text: str) -> tuple[int, int] | None:
+    """`(H, W)` of ``64`` or ``48x64``; None of empty text. Raises `InputError`."""
+    if not text.strip():
+        return None
+    found = re.fullmatch(r"\s*(\d{1,9})\s*(?:[xX,]\s*(\d{1,9})\s*)?", text, re.ASCII)
+    size = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if min(size) < 1:
+        raise InputError(f"size={text!r} is no size; give one side, such as 64, or height and width, such as 48x64")
+    return size
+
+
+def shares(text: str) -> tuple[float, float, float] | None:
+    """The three numbers of ``70/15/15``; None of empty text. Raises `InputError`."""
+    if not text.strip():
+        return None
+    try:
+        train, val, test = (float(part) for part in re.split("[/,]", text))
+    except ValueError as error:
+        raise InputError(
+            f"split={text!r} is no split; give three numbers, for training, validation and test, such as 70/15/15"
+        ) from error
+    return train, val, test
