@@ -27,13 +27,17 @@ def accelerating(mixed_precision: str, device: str | torch.device | None) -> Ite
     if not torch.distributed.is_initialized():
         shared.append(PartialState._shared_state)
     before = [dict(state) for state in shared]
+    own = not PartialState._shared_state
     for state in shared:
         state.clear()
     try:
         try:
             accelerator = Accelerator(mixed_precision=mixed_precision, cpu=wanted is not None and wanted.type == "cpu")
         except (ValueError, ImportError, RuntimeError) as error:
-            raise InputError(f"mixed_precision={mixed_precision!r} does not work on this machine: {error}") from error
+            if own:  # it is half made
+                PartialState._shared_state.clear()
+            what = "accelerate" if mixed_precision == "no" else f"mixed_precision={mixed_precision!r}"
+            raise InputError(f"{what} does not work on this machine: {error}") from error
         if mixed_precision == "fp16" and accelerator.scaler is None:
             raise InputError(f"mixed_precision='fp16' needs a GPU, not {str(accelerator.device)!r}; use 'bf16' or 'no'")
         found = accelerator.device
