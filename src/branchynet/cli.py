@@ -4,7 +4,6 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -12,7 +11,21 @@ import typer
 from rich.console import Console
 
 from .errors import BranchyNetError, printable
-from .options import AUGMENTS, DATA, ENGINES, NETWORKS, SCORES, image_size, numbers, shares
+from .options import (
+    AUGMENTS,
+    DATA,
+    ENGINES,
+    NETWORKS,
+    SCORES,
+    ModelArgument,
+    Quiet,
+    RunArgument,
+    Trust,
+    image_size,
+    named,
+    numbers,
+    shares,
+)
 
 app = typer.Typer(
     help="Deep networks that answer early when they are sure.",
@@ -22,22 +35,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 out = Console(markup=False, emoji=False, highlight=False)  # names of files and classes are not ours
-
-
-def _named(help: str, *names: str, **more: Any) -> Any:
-    """An option whose values have names, which the shell completes; ``{}`` in `help` stands for them."""
-    complete: Callable[[str], list[str]] = lambda incomplete: [n for n in names if n.startswith(incomplete)]  # noqa: E731
-    return typer.Option(help=help.format(", ".join(names)), autocompletion=complete, **more)
-
-
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")]
-ModelArgument = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="A .onnx file that export wrote, or a run's folder.")
-]
-Trust = Annotated[
-    bool, typer.Option("--trust", help="Run the function that a folder from elsewhere names as its network.")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -92,9 +89,9 @@ def demo(
 def train(
     run: RunArgument,
     network: Annotated[
-        str, _named("{}; or your own, as module:function, from the current folder or installed.", *NETWORKS)
+        str, named("{}; or your own, as module:function, from the current folder or installed.", *NETWORKS)
     ] = "b_lenet",
-    data: Annotated[str, _named("{}, or folder:PATH with a folder of images for each class.", *DATA)] = "digits",
+    data: Annotated[str, named("{}, or folder:PATH with a folder of images for each class.", *DATA)] = "digits",
     size: Annotated[
         str, typer.Option(help="Of a folder's images: 64, or 48x64 high and wide; by default their median.")
     ] = "",
@@ -112,11 +109,11 @@ def train(
     branches_only: Annotated[bool, typer.Option(help="Leave the backbone exactly as it is.")] = False,
     weights: Annotated[str, typer.Option(help="A loss weight for each exit, such as 1,0.3; all 1 by default.")] = "",
     distill: Annotated[float, typer.Option(help="How strongly the last exit teaches the earlier ones.")] = 0.0,
-    augment: Annotated[str, _named("How images are varied: {}.", *AUGMENTS)] = "affine",
+    augment: Annotated[str, named("How images are varied: {}.", *AUGMENTS)] = "affine",
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 128,
     rate: Annotated[float, typer.Option(help="Adam's step size at its highest.")] = 3e-3,
     seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = 0,
-    mixed_precision: Annotated[str, _named("{} (on a GPU).", "no", "bf16", "fp16")] = "no",
+    mixed_precision: Annotated[str, named("{} (on a GPU).", "no", "bf16", "fp16")] = "no",
     quiet: Quiet = False,
 ) -> None:
     """Train a network and its branches. Stopped and called again, it goes on where it was."""
@@ -155,7 +152,7 @@ def choose(
     ] = None,
     max_latency_us: Annotated[float | None, typer.Option(help="Mean microseconds a sample at most this.")] = None,
     max_macs: Annotated[float | None, typer.Option(help="Mean multiply-accumulates a sample at most this.")] = None,
-    score: Annotated[str | None, _named("What exits are judged by: {}.", *SCORES)] = None,
+    score: Annotated[str | None, named("What exits are judged by: {}.", *SCORES)] = None,
     confidence: Annotated[float, typer.Option(help="That a limit on accuracy holds for samples not seen.")] = 0.95,
     promise: Annotated[bool, typer.Option(help="Without one, the limit holds on the validation data alone.")] = True,
     remeasure: Annotated[bool, typer.Option("--remeasure", help="Measure what the stages cost again.")] = False,
@@ -188,7 +185,7 @@ def export(
     run: RunArgument,
     output: Annotated[Path | None, typer.Option(help="Where to write; RUN/model.onnx by default.")] = None,
     thresholds: Annotated[
-        str, _named("default: optional inputs; input: required inputs.", "default", "input")
+        str, named("default: optional inputs; input: required inputs.", "default", "input")
     ] = "default",
     batch: Annotated[str, typer.Option(help="dynamic, or 1 for a file that answers one sample at a time.")] = "dynamic",
     trust: Trust = False,
@@ -207,7 +204,7 @@ def bench(
     run: RunArgument,
     batch: Annotated[str, typer.Option(help="Batch sizes.")] = "1,64",
     threads: Annotated[str, typer.Option(help="Threads within an operator.")] = "1",
-    engine: Annotated[str, _named("Of {}: one, or several with commas.", *ENGINES)] = "onnxruntime",
+    engine: Annotated[str, named("Of {}: one, or several with commas.", *ENGINES)] = "onnxruntime",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows here.")] = None,
     trust: Trust = False,
     quiet: Quiet = False,
@@ -233,7 +230,7 @@ def design(
     run: RunArgument,
     batch: Annotated[int, typer.Option(help="Samples a call: the best design depends on it.")] = 1,
     threads: Annotated[int, typer.Option(help="Threads within an operator.")] = 1,
-    runtime: Annotated[str, _named("What will run it: one of {}.", *ENGINES, metavar="NAME")] = "onnxruntime",
+    runtime: Annotated[str, named("What will run it: one of {}.", *ENGINES, metavar="NAME")] = "onnxruntime",
     max_drop: Annotated[float, typer.Option(help="Accuracy at most this far below the plain network's.")] = 0.0,
     exits: Annotated[int, typer.Option(help="The most exits, the network's own included.")] = 4,
     epochs: Annotated[int, typer.Option(help="Of all candidates together, on the frozen network.")] = 3,
@@ -303,7 +300,7 @@ def inspect(
 def verify(
     model: ModelArgument,
     threads: Annotated[int | None, typer.Option(help="Threads within an operator.")] = None,
-    engine: Annotated[str, _named("One of {}.", *ENGINES, metavar="NAME")] = "onnxruntime",
+    engine: Annotated[str, named("One of {}.", *ENGINES, metavar="NAME")] = "onnxruntime",
 ) -> None:
     """Check that a file answers rightly on this machine. It holds samples to compare; exit status 1 if not."""
     from .engine.onnx import verify as compare

@@ -1,7 +1,11 @@
 """What options of the command line take: names, lists of numbers, sizes of images, shares of a split."""
 
 import re
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
 
 from .errors import InputError
 
@@ -11,6 +15,22 @@ NETWORKS = ("b_lenet", "b_alexnet", "b_resnet20", "b_resnet32", "b_resnet56", "b
 DATA = ("digits", "mnist", "fashion-mnist", "cifar10")
 AUGMENTS = ("none", "shift", "affine", "flip-crop")
 SCORES = ("entropy", "max_probability", "margin", "patience", "learned")
+
+
+def named(help: str, *names: str, **more: Any) -> Any:
+    """An option whose values have names, which the shell completes; ``{}`` in `help` stands for them."""
+    complete: Callable[[str], list[str]] = lambda incomplete: [n for n in names if n.startswith(incomplete)]  # noqa: E731
+    return typer.Option(help=help.format(", ".join(names)), autocompletion=complete, **more)
+
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")]
+ModelArgument = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="A .onnx file that export wrote, or a run's folder.")
+]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Run the function that a folder from elsewhere names as its network.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 
 def numbers(text: str, kind: Any) -> list[Any]:
