@@ -21,6 +21,8 @@ from .options import (
     Quiet,
     RunArgument,
     Trust,
+    Version,
+    called_options,
     image_size,
     named,
     numbers,
@@ -37,20 +39,8 @@ app = typer.Typer(
 out = Console(markup=False, emoji=False, highlight=False)  # names of files and classes are not ours
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        from .version import __version__
-
-        print(f"branchynet {__version__}")
-        raise typer.Exit
-
-
 @app.callback()
-def _main(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
-) -> None:
+def _main(version: Version = False) -> None:
     """Deep networks that answer early when they are sure."""
 
 
@@ -345,7 +335,7 @@ def main() -> None:
     except BranchyNetError as error:
         from .report.console import in_options
 
-        told = in_options(str(error), _options(sys.argv[1:]))
+        told = in_options(str(error), called_options(app, sys.argv[1:]))
         told = "error: " + "\n".join(map(printable, told.splitlines()))
         Console(stderr=True).print(told, style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)
@@ -354,11 +344,3 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-
-
-def _options(arguments: list[str]) -> dict[str, str]:
-    """The option of each parameter of the command that was called; `batch_size` has another name in some."""
-    commands = getattr(typer.main.get_command(app), "commands", {})
-    called = next((commands[word] for word in arguments if word in commands), None)
-    named = {p.name: p.opts[0] for p in (called.params if called else ()) if p.param_type_name == "option"}
-    return {"batch_size": "--batch", **named} if "batch" in named else named

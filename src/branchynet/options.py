@@ -33,6 +33,27 @@ Trust = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from .version import __version__
+
+        print(f"branchynet {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+]
+
+
+def called_options(app: typer.Typer, arguments: list[str]) -> dict[str, str]:
+    """The option of each parameter of the command that was called; `batch_size` has another name in some."""
+    commands = getattr(typer.main.get_command(app), "commands", {})
+    called = next((commands[word] for word in arguments if word in commands), None)
+    named = {p.name: p.opts[0] for p in (called.params if called else ()) if p.param_type_name == "option"}
+    return {"batch_size": "--batch", **named} if "batch" in named else named
+
+
 def numbers(text: str, kind: Any) -> list[Any]:
     """The numbers in text such as ``1,64``. Raises `InputError`."""
     try:
