@@ -149,9 +149,9 @@ def train_run(run: Run, *, progress: bool = True) -> BranchyNet:
     """
     settings = run.settings
     data = data_of(settings)
-    tell(progress, str(data))
     torch.manual_seed(settings.seed)
     net = build_network(settings, data)
+    tell(progress, str(data))
     first = os.environ.get("RANK", "0") == "0"  # of the processes that train together, one locks
     with locked(run.path) if first else contextlib.nullcontext():
         check_data(run.path, data)
