@@ -86,10 +86,11 @@ def quantized(flat: FlatGraph, batches: Sequence[Batch], quantize: Quantize = "i
     proto = ir.to_proto(flat.model)
     onnx.helper.set_model_props(proto, {"onnx.quant.pre_process": "onnxruntime.quant"})  # or it advises what is done
     with tempfile.TemporaryDirectory() as folder, _quiet():
-        path = Path(folder) / "int8.onnx"
+        source, path = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
         try:
+            onnx.save(proto, source, save_as_external_data=True)  # ONNX Runtime 1.20 loses the weights of a proto
             quantize_static(
-                proto,
+                source,
                 path,
                 _Reader(flat, batches),
                 quant_format=QuantFormat.QDQ,
