@@ -218,7 +218,7 @@ def test_it_moves_the_network_where_it_is_told():
     engine = TorchEngine(net, Policy(thresholds=thresholds), inputs, device="cpu")
     assert engine.device == torch.device("cpu")
     agree(engine(*inputs), outputs, thresholds)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(InputError, match=r"'nowhere'.*'cuda'"):
         TorchEngine(net, Policy(thresholds=thresholds), inputs, device="nowhere")
 
 
