@@ -5,7 +5,7 @@
 
 Accuracy is that of every exit on test images: float, `int8` (7 bits of a weight) and `int8-full-range` (all 8). It is
 measured on this processor, and once more without VNNI, where 16-bit sums may saturate: OpenVINO is restricted to AVX2
-by ONEDNN_MAX_CPU_ISA, and ONNX Runtime runs under QEMU's user mode (Debian's qemu-user), which takes about a second per
+by ONEDNN_MAX_CPU_ISA, and ONNX Runtime runs under QEMU's user mode (Debian's qemu-user), which takes up to seconds per
 image, so on few images. The emulated answers are compared with this processor's answers on the same images.
 
 Times are those of five files that take turns on the same images, one thread: the plain network in float and in both
@@ -206,6 +206,7 @@ def keep(network, kind, rows):
     rows = [row for row in stored[kind] if row["network"] != network] + rows
     rows.sort(key=lambda row: list(NETWORKS).index(row["network"]))
     result = {"command": "python benchmarks/int8.py", "environment": environment()}
+    result |= {"max_drop": MAX_DROP, "validation": VALIDATION}
     write_json(RESULTS, {**stored, **result, kind: rows})
 
 
