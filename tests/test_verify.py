@@ -202,6 +202,56 @@ def test_a_file_whose_thresholds_a_tool_made_constants_is_compared_at_its_own(fi
     assert not verify(wrong).passed
 
 
+def as_constants(model):
+    """Thresholds are no longer inputs, and each is the output of a node."""
+    inputs = [i for i in model.graph.input if not i.name.startswith("threshold_")]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    for tensor in [t for t in model.graph.initializer if t.name.startswith("threshold_")]:
+        model.graph.initializer.remove(tensor)
+        model.graph.node.insert(0, onnx.helper.make_node("Constant", [], [tensor.name], value=tensor))
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("then", ["defaults", "constants"])
+@pytest.mark.parametrize("exit", [1, 2])
+@pytest.mark.parametrize("kind", ["nested", "one", "int8"])
+def test_thresholds_that_a_tool_moved_are_found(files, tmp_path, kind, exit, then, runtime):
+    """By so little that no sample leaves elsewhere."""
+    if runtime == "openvino":
+        pytest.importorskip("openvino")
+
+    def move(model):
+        edit(f"threshold_{exit}", lambda a: a + np.float32(1e-5))(model)
+        if then == "constants":
+            as_constants(model)
+
+    path = changed(files[kind], tmp_path, move)
+    told = f"the file's threshold of exit {exit} is .*, its metadata say {TWO.thresholds[exit - 1]}"
+    with pytest.raises(VerificationError, match=told):
+        load(path, verify=True, runtime=runtime)
+    found = verify(path, runtime=runtime)
+    assert len(found.problems) == 1 and not found.passed
+
+
+def test_constants_and_defaults_that_stay_are_right(files, tmp_path):
+    assert verify(changed(files["nested"], tmp_path, as_constants)).passed
+    assert verify(changed(files["never"], tmp_path, lambda model: None)).passed
+
+
+def test_stored_weights_inside_a_branch_are_compared(files, tmp_path):
+    """Every nested graph's own int8 weights, one graph at a time."""
+    model = onnx.load(files["int8"])
+    inner = [
+        t.name for g in list(graphs(model.graph))[1:] for t in g.initializer if t.data_type == onnx.TensorProto.INT8
+    ]
+    large = [name for name in inner if "weight_quantized" in name]
+    assert large, inner
+    for name in large:
+        path = changed(files["int8"], tmp_path, edit(name, lambda a: -a, onnx.TensorProto.INT8))
+        assert not verify(path).passed, name
+
+
 def test_a_row_that_stands_in_another_place_is_found(files):
     engine, samples = load(files["nested"], threads=1), read_samples(files["nested"])
     turned = dataclasses.replace(samples, inputs=tuple(np.roll(i, 1, axis=0) for i in samples.inputs))

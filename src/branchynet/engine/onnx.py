@@ -19,7 +19,7 @@ from .exported import METADATA_KEY as METADATA_KEY
 from .exported import Engine, Graph, read_metadata, read_model
 from .openvino import open_in_openvino
 from .seal import check_seal
-from .verifying import Verification, check, check_or_raise, read_samples
+from .verifying import Verification, check_file, check_or_raise
 
 Runtime = Literal["onnxruntime", "openvino", "onnxruntime-cuda"]
 RUNTIMES = get_args(Runtime)
@@ -101,6 +101,7 @@ def verify(
     The samples stored in the file leave at every exit in turn, and by its thresholds. Their outputs may differ from the
     stored ones by a thousandth of the largest; those of an int8 network, in the mean over all samples, by twice what
     int8 differs from float. A sample whose score lies within 1e-5 of a threshold may leave on either side of it.
+    Thresholds in the graph that are not those of the metadata, as another tool may have written, are wrong.
 
     Args:
         path: the ``.onnx`` file.
@@ -113,7 +114,7 @@ def verify(
         InputError: as `load` raises.
         MissingExtraError: OpenVINO is not installed.
     """
-    return check(load(path, threads, providers, runtime), read_samples(path))
+    return check_file(load(path, threads, providers, runtime), path)
 
 
 def _pairs(providers: Any) -> list[Provider]:

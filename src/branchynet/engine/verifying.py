@@ -6,7 +6,7 @@ import io
 import os
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from ..machine import processor
 from ..types import Policy, Prediction
 from .checks import difference, differences, magnitude
 from .exported import Engine
+from .thresholds import moved_thresholds
 
 SAMPLES_KEY = "branchynet.samples"
 MAX_SAMPLES = 8
@@ -111,7 +112,10 @@ def pack(samples: Samples, kept: Sequence[int], limit: int) -> str:
 
 def read_samples(path: str | os.PathLike[str]) -> Samples:
     """What `pack` put into a file. Raises `FileError` where it holds none, or damaged ones."""
-    model = onnx.load(path, load_external_data=False)
+    return _unpack(onnx.load(path, load_external_data=False), path)
+
+
+def _unpack(model: onnx.ModelProto, path: str | os.PathLike[str]) -> Samples:
     text = next((p.value for p in model.metadata_props if p.key == SAMPLES_KEY), "")
     if not text:
         raise FileError(f"{path} holds no samples to verify it with; export it again, with samples=8")
@@ -130,9 +134,19 @@ def read_samples(path: str | os.PathLike[str]) -> Samples:
         raise FileError(f"the samples in {path} cannot be read ({error}); export it again") from error
 
 
+def check_file(engine: Engine, path: str | os.PathLike[str]) -> Verification:
+    """Compare an engine's answers with those stored in its file, and the file's thresholds with its metadata.
+
+    Raises `FileError` where the file holds no samples, or damaged ones.
+    """
+    model = onnx.load(path, load_external_data=False)
+    found = check(engine, _unpack(model, path))
+    return replace(found, problems=(*moved_thresholds(engine.policy, model, path), *found.problems))
+
+
 def check_or_raise(engine: Engine, path: str | os.PathLike[str]) -> None:
     """Raises `VerificationError` where the engine does not give the answers that are stored in its file."""
-    found = check(engine, read_samples(path))
+    found = check_file(engine, path)
     if not found.passed:
         scheme = engine.metadata.get("quantize", {}).get("scheme")
         remedy = "export it with quantize='int8'" if scheme == "int8-full-range" else "use another runtime or provider"
