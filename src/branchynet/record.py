@@ -74,7 +74,7 @@ def record(
     firsts: list[Floats] = []
     seconds: list[Any] = []  # labels or losses
     seen: list[Digests | None] = []
-    shown = track(loader, "recording", console=Console(stderr=True), disable=not progress)
+    shown = track(loader, "recording", console=Console(stderr=True)) if progress else loader
     with torch.no_grad(), evaluating(net):
         for inputs, target in batches(shown, where):
             exits = tuple(exit.float() for exit in exits_of(net, inputs))

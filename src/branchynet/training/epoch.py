@@ -202,7 +202,8 @@ class Bar:
         self.bar.start()
 
     def __exit__(self, *_: Any) -> None:
-        self.bar.stop()
+        if not self.bar.disable:  # rich 13 ends a bar that it never drew with an empty line
+            self.bar.stop()
 
     def advance(self, tally: Tally) -> None:
         """One batch more; twice a second the running figures are read, which also finds a loss that is not finite."""
