@@ -43,9 +43,8 @@ $(HIDE): tests/processors/hide_avx512.c $(VENV)/.ready
 test-lowest: lowest
 	$(LOWEST)/bin/pytest -n auto --dist loadfile -W ignore::DeprecationWarning $(CORE)
 
-CORE := $(addprefix tests/test_,$(addsuffix .py,attach choosing cli cost cut decide engine_onnx engine_openvino \
-	engine_torch export export_kinds fitting guarantee meta net onnx_exits onnx_file quantize record report scores \
-	torch_stages train types versions zoo))
+CORE := $(addprefix tests/test_,$(addsuffix .py,attach choosing cli cli_help engine_onnx engine_openvino engine_torch \
+	export export_kinds guarantee quantize record report train verify versions zoo))
 
 lowest: $(LOWEST)/.ready
 
