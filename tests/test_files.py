@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -80,6 +81,80 @@ def test_folders_are_made_and_files_in_the_way_are_named(tmp_path):
             write_json(wrong, 2)
     assert read_json(tmp_path / "a" / "b" / "c.json") == 1
     assert [p.name for p in (tmp_path / "a" / "b").iterdir()] == ["c.json"]
+
+
+def node(path, kind):
+    """Something at `path` that is no regular file."""
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+    else:
+        try:
+            os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+        except OSError:
+            pytest.skip("only root makes devices")
+    return path
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs nodes of Unix")
+@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "folder"])
+def test_what_is_no_regular_file_stays(tmp_path, kind, linked):
+    path = node(tmp_path / "node", kind)
+    before = path.stat()
+    if linked:
+        path = tmp_path / "link"
+        path.symlink_to("node")
+    with pytest.raises(FileError, match=rf"cannot write {path}: it is a .*regular file"):
+        write_json(path, 1)
+    after = (tmp_path / "node").stat()
+    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
+    assert names(tmp_path) == (["link", "node"] if linked else ["node"])
+
+
+@pytest.mark.parametrize("old", [None, "old"])
+def test_links_stay_and_their_target_is_written(tmp_path, old):
+    (tmp_path / "there").mkdir()
+    target, link, longer = tmp_path / "there" / "file.json", tmp_path / "link.json", tmp_path / "longer"
+    link.symlink_to("there/file.json")
+    longer.symlink_to("link.json")
+    if old:
+        target.write_text(old)
+    for value, path in enumerate((link, longer)):
+        write_json(path, value)
+        assert read_json(target) == value == read_json(path) and path.is_symlink()
+    assert names(tmp_path / "there") == ["file.json"]
+
+
+def test_a_circle_of_links_is_named(tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(FileError, match=r"cannot write .*a: "):
+        write_json(tmp_path / "a", 1)
+    assert (tmp_path / "a").is_symlink() and names(tmp_path) == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["", "a\0b"])
+def test_names_that_no_file_has_are_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileError, match="path|null"):
+        write_json(name, 1)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("inside", ["file", "file/run", "file/run/file"])
+def test_a_file_in_place_of_a_folder_is_named(tmp_path, inside):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("file")
+    for write in (lambda: write_json(tmp_path / inside / "x.json", 1), lambda: locked(tmp_path / inside).__enter__()):
+        with pytest.raises(FileError, match=rf"cannot write .*: {tmp_path / 'file'} is a file, not a folder"):
+            write()
+    with pytest.raises(FileError, match=r"cannot write .*: .*link is a file, not a folder"):
+        files.make_folder(tmp_path / "link" / "run")
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])

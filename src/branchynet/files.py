@@ -14,7 +14,7 @@ from typing import Any
 
 import filelock
 
-from .errors import FileError
+from .errors import FileError, printable
 
 try:
     import fcntl
@@ -30,15 +30,16 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     A process killed inside the block leaves the previous file as it was; so does a loss of power, because the content
     reaches the disk before it gets its name. The temporary name ends like the final one, so that writers which look at
-    the suffix behave the same. Temporary files of `path` that killed processes left are removed.
+    the suffix behave the same. Temporary files of `path` that killed processes left are removed. A symbolic link stays,
+    and the file that it points to is replaced.
 
     Raises:
-        FileError: the folder cannot be made, or the file cannot be written (disk full, no permission).
+        FileError: the folder cannot be made, the file cannot be written (disk full, no permission), or `path` is a
+            folder, pipe, socket or device.
     """
-    final = Path(path)
+    final = _writable(path)
     temporary = handle = None
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
         remove_partial(final)
         handle, temporary = _claimed(final)
         yield temporary
@@ -50,14 +51,61 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     except FileError:
         raise
     except OSError as error:
-        raise FileError(
-            f"cannot write {final}: {error.strerror or error}; free some space or choose another folder"
-        ) from error
+        raise _unwritable(path, error) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
         if handle is not None:
             os.close(handle)
+
+
+def _writable(path: str | os.PathLike[str]) -> Path:
+    """The regular file, there or yet to be made, that `path` names; its folder is made. Raises `FileError`."""
+    check_path(path)
+    final = Path(path)
+    try:
+        if final.is_symlink():
+            final = Path(os.path.realpath(final))
+        make_folder(final.parent, path)
+        with contextlib.suppress(FileNotFoundError):
+            if what := _no_file(final.stat().st_mode):
+                raise FileError(f"cannot write {path}: it is {what}; give the path of a regular file")
+    except FileError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        raise _unwritable(path, error) from error
+    return final
+
+
+def check_path(path: str | os.PathLike[str]) -> None:
+    """Raises `FileError` for an empty path, which Python would take for the current folder."""
+    if not os.fspath(path):
+        raise FileError("an empty path names no file or folder; give its name, or . for the current folder")
+
+
+def make_folder(folder: str | os.PathLike[str], path: str | os.PathLike[str] | None = None) -> None:
+    """Make a folder, and those above it, to write `path` in. Raises `FileError`."""
+    path = folder if path is None else path
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        above = (Path(folder), *Path(folder).parents)
+        there = next((p for p in above if os.path.lexists(p) and not p.is_dir()), folder)
+        raise FileError(f"cannot write {path}: {there} is a file, not a folder; choose another folder") from error
+    except (OSError, ValueError) as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: str | os.PathLike[str], error: Exception) -> FileError:
+    reason, shown = getattr(error, "strerror", None) or error, printable(os.fspath(path))
+    return FileError(f"cannot write {shown}: {reason}; free some space or choose another folder")
+
+
+def _no_file(mode: int) -> str:
+    """What a path with this mode is, where it is no regular file; else empty."""
+    if stat.S_ISREG(mode):
+        return ""
+    return "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
 
 
 def remove_partial(path: str | os.PathLike[str]) -> None:
@@ -114,7 +162,7 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
     """
     path = Path(folder).resolve() / ".lock"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent, path)
         lock = filelock.FileLock(path, timeout=0, is_singleton=True)
         lock.acquire()
     except filelock.Timeout as error:
@@ -122,10 +170,10 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
             f"{folder} is in use: another process or thread is training in it; wait until it ends, or use another "
             "folder"
         ) from error
+    except FileError:
+        raise
     except OSError as error:
-        raise FileError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"
-        ) from error
+        raise _unwritable(path, error) from error
     try:
         yield
     finally:
@@ -144,8 +192,7 @@ def regular(path: str | os.PathLike[str]) -> Path:
         raise FileError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:  # a path with a null byte
         raise FileError(f"cannot read {os.fspath(path)!r}: {error}") from error
-    if not stat.S_ISREG(mode):
-        what = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+    if what := _no_file(mode):
         raise FileError(f"cannot read {path}: it is {what}; give the path of a regular file")
     return Path(path)
 
