@@ -141,7 +141,7 @@ def test_a_circle_of_links_is_named(tmp_path):
 @pytest.mark.parametrize("name", ["", "a\0b"])
 def test_names_that_no_file_has_are_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileError, match="path|null"):
+    with pytest.raises(FileError, match=r"path|null"):
         write_json(name, 1)
     assert names(tmp_path) == []
 
