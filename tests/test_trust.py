@@ -6,7 +6,7 @@ import shutil
 import pytest
 from typer.testing import CliRunner
 
-from branchynet import trust
+from branchynet import runs, trust
 from branchynet.cli import app
 from branchynet.errors import InputError
 from branchynet.runs import Settings, configure, create_run, open_run
@@ -23,9 +23,9 @@ NAME = f"{__name__}:network"
 
 
 @pytest.fixture(autouse=True)
-def own_secret(tmp_path, monkeypatch):
+def own_cache_folder(tmp_path, monkeypatch):
     CALLED.clear()
-    monkeypatch.setattr(trust, "_place", lambda: tmp_path / "cache" / "secret")
+    monkeypatch.setattr(trust, "_place", lambda: tmp_path / "cache" / "trusted")
 
 
 def start(path, settings):
@@ -35,16 +35,72 @@ def start(path, settings):
 
 def stranger(monkeypatch, tmp_path):
     """From here on, another user."""
-    monkeypatch.setattr(trust, "_place", lambda: tmp_path / "other" / "secret")
+    monkeypatch.setattr(trust, "_place", lambda: tmp_path / "other" / "trusted")
 
 
-def test_what_one_made_oneself_is_opened_also_after_a_move(tmp_path):
+def test_what_one_made_oneself_is_opened(tmp_path, monkeypatch):
     start(tmp_path / "run", Settings(network=NAME))
-    assert open_run(tmp_path / "run").settings.network == NAME
+    (tmp_path / "link").symlink_to("run")
+    monkeypatch.chdir(tmp_path)
+    for way in (tmp_path / "run", "run", "./run/", "link", tmp_path / "run" / ".." / "run"):
+        assert open_run(way).settings.network == NAME
+
+
+@pytest.mark.parametrize("how", [shutil.move, shutil.copytree])
+def test_a_folder_elsewhere_needs_trust_once(tmp_path, how):
     start(tmp_path / "run", Settings(network=NAME))
-    shutil.move(tmp_path / "run", tmp_path / "moved")
-    assert open_run(tmp_path / "moved").settings.network == NAME
-    assert trust._place().stat().st_mode & 0o077 == 0
+    how(tmp_path / "run", tmp_path / "other")
+    with pytest.raises(InputError, match="--trust once"):
+        open_run(tmp_path / "other")
+    open_run(tmp_path / "other", trust=True)
+    assert open_run(tmp_path / "other").settings.network == NAME
+
+
+@pytest.mark.parametrize("whose", ["config.json", "all"])
+def test_what_a_trusted_folder_holds_proves_nothing(tmp_path, whose):
+    """A folder from elsewhere may hold copies of all that lies in one made here."""
+    start(tmp_path / "run", Settings(network=NAME))
+    (tmp_path / "hostile").mkdir()
+    for file in (tmp_path / "run").iterdir() if whose == "all" else [tmp_path / "run" / "config.json"]:
+        shutil.copy(file, tmp_path / "hostile")
+    with pytest.raises(InputError, match="--trust"):
+        open_run(tmp_path / "hostile")
+
+
+@pytest.mark.parametrize("changed", ["top.py", "pack/__init__.py", "pack/inner.py", "space/part.py"])
+@pytest.mark.parametrize("how", ["changed", "gone", "hidden"])
+def test_a_module_of_the_current_folder_counts_with_its_content(tmp_path, monkeypatch, changed, how):
+    module = {"top.py": "top", "space/part.py": "space.part"}.get(changed, "pack.inner")
+    for name in ("top.py", "pack/__init__.py", "pack/inner.py", "space/part.py"):
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f"raise AssertionError('{name} was run')")
+    monkeypatch.chdir(tmp_path)
+    start("run", Settings(network=f"{module}:make"))
+    assert open_run("run").settings.network == f"{module}:make"
+    file = tmp_path / changed
+    if how == "changed":
+        file.write_text("import os")
+    elif how == "gone":
+        file.unlink()
+    else:  # Python prefers a package to a module
+        folder = file.parent if file.name == "__init__.py" else file.with_suffix("")
+        folder.mkdir(exist_ok=True)
+        (folder / "__init__.py").write_text("import os")
+    with pytest.raises(InputError, match="module has changed"):
+        open_run("run")
+    start("run", Settings(network=f"{module}:make"))  # `train` names the function
+    open_run("run")
+
+
+def test_a_refused_training_trusts_nothing(tmp_path, monkeypatch):
+    start(tmp_path / "run", Settings(network="os:getcwd"))
+    stranger(monkeypatch, tmp_path)
+    monkeypatch.setattr(runs, "_trained", lambda path: True)
+    with pytest.raises(InputError, match="was trained with"):
+        create_run(tmp_path / "run", Settings(network=NAME))
+    with pytest.raises(InputError, match="--trust"):
+        open_run(tmp_path / "run")
 
 
 def test_what_a_stranger_made_needs_trust(tmp_path, monkeypatch):
@@ -56,18 +112,15 @@ def test_what_a_stranger_made_needs_trust(tmp_path, monkeypatch):
     assert not CALLED
 
 
-@pytest.mark.parametrize("change", ["network", "none", "number", "text"])
-def test_a_signature_is_of_one_function(tmp_path, change):
+def test_trust_is_of_one_function(tmp_path):
     start(tmp_path / "run", Settings(network=NAME))
     config = tmp_path / "run" / "config.json"
     stored = json.loads(config.read_text())
-    if change == "network":
-        stored["settings"]["network"] = "os:getcwd"
-    else:
-        stored["signature"] = {"none": None, "number": 1, "text": "é"}[change]
-    config.write_text(json.dumps(stored))
-    with pytest.raises(InputError, match="--trust"):
-        open_run(tmp_path / "run")
+    for other in ("os:getcwd", f"{NAME}s", f"{__name__}:", f"{__name__}:open_run"):
+        stored["settings"]["network"] = other
+        config.write_text(json.dumps(stored))
+        with pytest.raises(InputError, match="--trust"):
+            open_run(tmp_path / "run")
 
 
 def test_networks_of_the_zoo_need_no_trust(tmp_path, monkeypatch):
@@ -77,9 +130,9 @@ def test_networks_of_the_zoo_need_no_trust(tmp_path, monkeypatch):
     assert open_run(tmp_path / "run").settings == Settings()
 
 
-def test_without_a_place_for_secrets_one_trusts_by_hand(tmp_path, monkeypatch):
+def test_without_a_cache_folder_one_trusts_by_hand(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(trust, "_place", lambda: tmp_path / "file" / "secret")
+    monkeypatch.setattr(trust, "_place", lambda: tmp_path / "file" / "trusted")
     start(tmp_path / "run", Settings(network=NAME))
     with pytest.raises(InputError, match="--trust"):
         open_run(tmp_path / "run")

@@ -34,7 +34,7 @@ from .engine.onnx import RUNTIMES
 from .errors import BranchyNetError, FileError, InputError, nearest
 from .exit_record import ExitRecord
 from .export import export
-from .files import locked, read_json, write_json
+from .files import locked, write_json
 from .fingerprint import fingerprint
 from .fitting import fit_score
 from .guarantee import halves
@@ -48,7 +48,7 @@ from .stored import read_entry
 from .training.checkpoint import load_weights
 from .training.history import History
 from .training.train import fit
-from .trust import signature, signed
+from .trust import check_trust, remember
 from .types import PROMISED, Choice, ExitCost, Policy, score_name
 from .zoo import NETWORKS
 
@@ -76,23 +76,26 @@ def open_run(path: str | os.PathLike[str], *, trust: bool = False) -> Run:
 
     Args:
         path: the folder.
-        trust: let the function run that the folder names as its network, if it names one. A folder that was made on
-            this machine, by this user, needs no trust; in one from elsewhere the function may do anything.
+        trust: let the function run that the folder names as its network, if it names one; this is remembered. A folder
+            that this user made here needs no trust, until it is moved or copied, or the function's module changes in
+            the current folder. In a folder from elsewhere the function may do anything.
 
     Raises:
         FileError: the folder holds no run.
-        InputError: the folder, made elsewhere, names a function, and `trust` is not given.
+        InputError: the folder names a function, is not trusted to run it, and `trust` is not given.
     """
+    settings = _settings_in(path)
+    if ":" in settings.network:
+        check_trust(path, settings.network, trust)
+    return Run(Path(path), settings)
+
+
+def _settings_in(path: str | os.PathLike[str]) -> Settings:
+    """The settings that a folder holds. Raises `FileError`."""
     config = Path(path) / "config.json"
     if not config.is_file():
         raise FileError(f"{path} is no run folder (it has no config.json); make one with `branchynet train {path}`")
-    settings = read_entry(config, "settings", Settings, f"`branchynet train {path}`")
-    if ":" in settings.network and not trust and not signed(settings.network, read_json(config).get("signature")):
-        raise InputError(
-            f"{path} was not made here, and to open it would run the function {settings.network!r} that it names as "
-            "its network; if you trust it, add --trust (in Python, open_run(..., trust=True))"
-        )
-    return Run(Path(path), settings)
+    return read_entry(config, "settings", Settings, f"`branchynet train {path}`")
 
 
 def create_run(path: str | os.PathLike[str], settings: Settings) -> Run:
@@ -108,8 +111,7 @@ def create_run(path: str | os.PathLike[str], settings: Settings) -> Run:
     check_settings(settings)
     settings = settings.placed
     if (Path(path) / "config.json").exists() and _trained(Path(path)):
-        # The caller names the same function, or is refused.
-        made = asdict(open_run(path, trust=True).settings)
+        made = asdict(_settings_in(path))
         if made["data"].startswith(FOLDER) and settings.data.startswith(FOLDER):
             made["data"] = settings.data  # it may have moved: `check_data` compares the images themselves
         other = [
@@ -133,12 +135,10 @@ def _trained(path: Path) -> bool:
 
 def configure(run: Run) -> None:
     """Write the configuration of a run that is about to train, where it is another than the folder's."""
-    if _trained(run.path) and open_run(run.path, trust=True).settings == run.settings:
-        return
-    about: dict[str, Any] = {"settings": asdict(run.settings), "environment": environment()}
     if ":" in run.settings.network:
-        about["signature"] = signature(run.settings.network)
-    write_json(run.path / "config.json", about)
+        remember(run.path, run.settings.network)
+    if not _trained(run.path) or _settings_in(run.path) != run.settings:
+        write_json(run.path / "config.json", {"settings": asdict(run.settings), "environment": environment()})
 
 
 def train_run(run: Run, *, progress: bool = True) -> BranchyNet:

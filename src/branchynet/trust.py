@@ -1,43 +1,59 @@
 """Which functions of run folders may run: those that this user named, and those of folders that the user trusts.
 
-A run folder made elsewhere may name any function as its network. So a folder made here is signed with a secret of the
-user's, kept in the cache folder, which a folder from elsewhere does not know.
+A run folder made elsewhere may name any function as its network. So the user's cache folder remembers which folder may
+run which function, with which content where its module lies in the current folder: what a folder holds proves nothing.
 """
 
 import contextlib
-import hmac
+import hashlib
+import importlib
 import os
-import secrets
+from importlib.machinery import PathFinder
 from pathlib import Path
 
-
-def signature(function: str) -> str | None:
-    """What shows that this user named `function`; None where no secret can be kept."""
-    secret = _secret()
-    return None if secret is None else hmac.new(secret, function.encode("utf-8", "replace"), "sha256").hexdigest()
+from .errors import InputError
 
 
-def signed(function: str, given: object) -> bool:
-    """Whether `given` is this user's signature of `function`."""
-    own = signature(function)
-    return own is not None and isinstance(given, str) and hmac.compare_digest(own.encode(), given.encode())
+def remember(folder: str | os.PathLike[str], function: str) -> None:
+    """Let `folder` run `function` from now on, unless nothing can be kept in the cache folder."""
+    with contextlib.suppress(OSError):
+        _place().mkdir(parents=True, exist_ok=True)
+        (_place() / _key(folder, function)).touch()
+
+
+def check_trust(folder: str | os.PathLike[str], function: str, trust: bool) -> None:
+    """Raises `InputError` where `folder`, as it lies there, may not run `function`; with `trust` it may from now on."""
+    if trust:
+        remember(folder, function)
+    elif not (_place() / _key(folder, function)).is_file():
+        raise InputError(
+            f"to open {folder} runs the function {function!r} that it names as its network, but the folder was not "
+            "made here, was moved or copied, or the function's module has changed; if you trust it, add --trust once "
+            "(in Python, open_run(..., trust=True))"
+        )
 
 
 def _place() -> Path:
     import pooch
 
-    return Path(pooch.os_cache("branchynet")) / "secret"
+    return Path(pooch.os_cache("branchynet")) / "trusted"
 
 
-def _secret() -> bytes | None:
-    path = _place()
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(secrets.token_bytes(32))
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return None
-    return content if len(content) == 32 else None
+def _key(folder: str | os.PathLike[str], function: str) -> str:
+    parts = [os.fsencode(Path(folder).resolve()), function.encode("utf-8", "surrogatepass")]
+    parts += [file.read_bytes() for file in _sources(function.partition(":")[0])]
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+
+
+def _sources(module: str) -> list[Path]:
+    """The files of the current folder that the import of `module` runs, as far as its name tells; nothing is run."""
+    importlib.invalidate_caches()
+    found, places, names = [], [str(Path.cwd())], module.split(".")
+    for n in range(len(names)):
+        spec = PathFinder.find_spec(".".join(names[: n + 1]), places)
+        if spec is None:
+            break
+        if spec.origin and Path(spec.origin).is_file():
+            found.append(Path(spec.origin))
+        places = list(spec.submodule_search_locations or ())
+    return found
