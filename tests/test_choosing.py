@@ -180,7 +180,7 @@ class TestChoose:
             ({"max_drop": 0.1, "max_latency_us": 3}, r"got max_drop=0.1 and max_latency_us=3"),
             ({"min_accuracy": 99}, r"min_accuracy=99 is out of range.*fraction"),
             ({"max_drop": 2}, r"max_drop=2 is out of range"),
-            ({"max_latency_us": math.nan}, r"max_latency_us=nan is not a finite number"),
+            ({"max_latency_us": math.nan}, r"max_latency_us must be a finite number; got nan"),
         ],
     )
     def test_wrong_limits(self, limits, message):
@@ -214,3 +214,15 @@ def test_nearest_to_an_accuracy(seed):
             assert choice.outcome.mean_us == pytest.approx(min(us for a, us in tried.items() if a >= wanted - 1e-9))
         else:
             assert choice.outcome.accuracy == pytest.approx(max(tried))
+
+
+@pytest.mark.parametrize("exits", [3, 5])
+def test_an_exit_at_which_nobody_leaves_is_out_of_use(exits):
+    """All leave at the first exit: a threshold behind it would be one in name only."""
+    rng = np.random.default_rng(0)
+    scores = np.sort(rng.random((200, exits)), axis=1)[:, ::-1].copy()
+    losses = np.zeros((200, exits))
+    cost = ExitCost((10.0,) * exits, (1.0,) * (exits - 1) + (0.0,))
+    found = choosing.choose(ExitRecord.from_scores(scores, losses), cost, min_accuracy=0.8, confidence=None)
+    assert found.outcome.exit_share[0] == 1.0
+    assert found.policy.thresholds[1:] == (None,) * (exits - 2)

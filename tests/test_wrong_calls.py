@@ -82,6 +82,28 @@ WRONG = {
     ),
     "choose(net)": (lambda: choose(net, cost, max_drop=0.1), "record must be an ExitRecord; got a BranchyNet"),
     "choose in per cent": (lambda: choose(found, cost, max_drop=5), "out of range: it is a fraction"),
+    "choose with a list": (
+        lambda: choose(found, cost, max_drop=[0.1]),
+        r"max_drop must be a finite number; got \[0.1\]",
+    ),
+    "choose with text": (
+        lambda: choose(found, cost, min_accuracy="0.9"),
+        "min_accuracy must be a finite number; got '0.9'",
+    ),
+    "choose with an array": (lambda: choose(found, cost, max_drop=np.array([0.1])), "max_drop must be a finite number"),
+    "choose with a huge number": (lambda: choose(found, cost, max_latency_us=10**400), "must be a finite number"),
+    "choose with a complex number": (lambda: choose(found, cost, max_drop=1j), "must be a finite number"),
+    "choose(confidence=text)": (lambda: choose(found, cost, max_drop=0.1, confidence="0.95"), "confidence must be"),
+    "choose(vectors=-1)": (lambda: choose(found, cost, max_drop=0.1, vectors=-1), "vectors must be at least 1"),
+    "choose(vectors=text)": (lambda: choose(found, cost, max_drop=0.1, vectors="x"), "vectors must be a whole number"),
+    "choose(score=3)": (
+        lambda: choose(found, cost, max_drop=0.1, score=3),
+        "score must be a name or a callable; got 3",
+    ),
+    "choose with a score of nothing": (
+        lambda: choose(found, cost, max_drop=0.1, score=lambda outputs: None),
+        "gave None at exit 1; it must be a tensor",
+    ),
     "choose(confidence=95)": (lambda: choose(found, cost, max_drop=0.3, confidence=95), "between 0 and 1"),
     "choose without a limit": (lambda: choose(found, cost), "give exactly one of max_drop"),
     "choose(score=) misspelt": (lambda: choose(found, cost, max_drop=0.1, score="entropie"), "did you mean 'entropy'"),

@@ -1,5 +1,7 @@
 """Arguments of the wrong kind, refused in words that name the argument, what was given, and what to give instead."""
 
+import contextlib
+import math
 import operator
 from typing import Any
 
@@ -23,6 +25,17 @@ def whole(name: str, value: Any, least: int) -> int:
     if number < least:
         few = "must not be negative" if least == 0 else f"must be at least {least}"
         raise InputError(f"{name} {few}; got {number}")
+    return number
+
+
+def real(name: str, value: Any) -> float:
+    """`value` as a float. Raises `InputError` unless it is one finite real number."""
+    number = None
+    if not isinstance(value, (str, bytes, bool)) and not getattr(value, "ndim", 0):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            number = float(value)
+    if number is None or not math.isfinite(number):
+        raise InputError(f"{name} must be a finite number; got {described(value)}")
     return number
 
 

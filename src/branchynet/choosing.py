@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from .arguments import real, whole
 from .decide import SLACK, best_points, centred, evaluate, optional, problem_of
 from .errors import InfeasibleError, InputError
 from .exit_record import ExitRecord
@@ -91,6 +92,8 @@ def choose(
         max_macs=max_macs,
     )
     ((name, limit),) = constraint.items()
+    vectors = whole("vectors", vectors, 1)
+    confidence = None if confidence is None else real("confidence", confidence)
     if confidence is not None and not 0 < confidence < 1:
         raise InputError(f"confidence={confidence:g} must lie between 0 and 1, such as 0.95; or None for no promise")
     if bound not in (None, *BOUNDS):
@@ -198,13 +201,11 @@ def _refine(problem: Problem, best: Points, most_loss: float, most_us: float) ->
 
 def _constraint(**limits: float | None) -> dict[str, float]:
     """The one limit that was given, checked."""
-    given = {name: float(limit) for name, limit in limits.items() if limit is not None}
+    given = {name: real(name, limit) for name, limit in limits.items() if limit is not None}
     if len(given) != 1:
         shown = " and ".join(f"{name}={limit:g}" for name, limit in given.items()) or "none"
         raise InputError(f"give exactly one of {', '.join(limits)}; got {shown}")
     name, limit = next(iter(given.items()))
-    if not math.isfinite(limit):
-        raise InputError(f"{name}={limit:g} is not a finite number")
     if name not in ("max_latency_us", "max_macs") and not -1 <= limit <= 1:
         raise InputError(f"{name}={limit:g} is out of range: it is a fraction, such as 0.01 for one point")
     return given

@@ -224,7 +224,10 @@ def problem_of(record: ExitRecord, cost: ExitCost, score: str | Score) -> Proble
 
 
 def centred(problem: Problem, thresholds: Floats) -> Floats:
-    """The thresholds moved midway between the scores of those samples that reach each exit: same routes, more room."""
+    """The thresholds moved midway between the scores of those samples that reach each exit: same routes, more room.
+
+    An exit at which nobody leaves is out of use, and its branch costs nothing.
+    """
     position = leaving(problem.scores, thresholds)
     moved = thresholds.copy()
     for n in np.nonzero(~np.isnan(thresholds))[0]:
@@ -234,6 +237,8 @@ def centred(problem: Problem, thresholds: Floats) -> Floats:
             moved[n] = between(leaves.max(keepdims=True), stays.min(keepdims=True))[0]
         elif len(leaves):
             moved[n] = beyond(leaves.max(keepdims=True))[0]
+        else:
+            moved[n] = np.nan
     return moved
 
 

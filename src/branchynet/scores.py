@@ -12,6 +12,7 @@ segmentations, they are the mean over all positions. For several labels a sample
 import numpy as np
 import torch
 
+from .arguments import described
 from .errors import InputError, nearest
 from .exit_record import ExitRecord
 from .meta import FittedScore, check_fitted
@@ -28,6 +29,8 @@ def resolve(score: str | Score) -> Score:
     """The function behind a name; a callable is returned as it is. Raises `InputError` for an unknown name."""
     if callable(score):
         return score
+    if not isinstance(score, str):
+        raise InputError(f"score must be a name or a callable; got {described(score)}: take one of {', '.join(SCORES)}")
     if score not in SCORES:
         raise InputError(f"unknown score {score!r}{nearest(score, SCORES)}; or pass a callable")
     return SCORES[score]
@@ -79,8 +82,8 @@ def of_record(record: ExitRecord, score: str | Score = "entropy") -> Floats:
     outputs = tuple(torch.from_numpy(np.ascontiguousarray(record.outputs[:, n])) for n in range(record.exits))
     scores = [function(outputs[: n + 1]) for n in range(record.exits)]
     for n, values in enumerate(scores, 1):
-        if tuple(values.shape) != (record.samples,):
+        if not isinstance(values, torch.Tensor) or tuple(values.shape) != (record.samples,):
             raise InputError(
-                f"score {score!r} gave shape {tuple(values.shape)} at exit {n}; it must be ({record.samples},)"
+                f"score {score!r} gave {described(values)} at exit {n}; it must be a tensor ({record.samples},)"
             )
     return torch.stack(scores, dim=1).float().numpy()
