@@ -19,7 +19,7 @@ from .samples import Digests, digests, is_sketch
 from .types import Floats, Ints, score_name, set_fields
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ExitRecord:
     """Every exit's answer for every sample of a data set, with what the right answers were.
 
@@ -118,6 +118,12 @@ class ExitRecord:
     def exits(self) -> int:
         """N, the number of exits."""
         return int(self.losses.shape[1])
+
+    def __repr__(self) -> str:
+        classes = "" if self.outputs is None else f", {self.outputs.shape[2]} classes"
+        score = "" if self.score is None else f", scores of {score_name(self.score)!r}"
+        known = "" if self.network is None else f", network {self.network}"
+        return f"ExitRecord({self.samples} samples, {self.exits} exits{classes}{score}{known})"
 
     @functools.cached_property
     def digest(self) -> str:

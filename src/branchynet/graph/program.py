@@ -88,7 +88,7 @@ def program_of(net: nn.Module, example: Any, *, score: Score | None, dynamic: bo
     kinds = ("output",) if score is None else ("output", "score")
     with evaluating(net), torch.no_grad(), quiet():
         whole = _AllExits(net, score, tuple(arguments(example)[1])).eval()
-        exits = _rehearse(whole, tensors, len(kinds))
+        exits = _rehearse(whole, tensors, len(kinds), example)
         _check_still(whole, tensors)
         try:
             exported = torch.export.export(whole, tensors, dynamic_shapes=shapes if dynamic else None, strict=False)
@@ -151,10 +151,10 @@ class _AllExits(nn.Module):
         return tuple(output.float() for output in outputs)
 
 
-def _rehearse(whole: _AllExits, tensors: tuple[Tensor, ...], kinds: int) -> int:
+def _rehearse(whole: _AllExits, tensors: tuple[Tensor, ...], kinds: int, example: Any) -> int:
     """The number of exits, from a plain forward. Raises `GraphError` for an exit that is made of the last one."""
     survey = Survey((), tensors)
-    with survey, calling(whole.net, tensors):
+    with survey, calling(whole.net, example):
         results = whole(*tensors)
     exits = len(results) // kinds
     last = survey.node(results[exits - 1])

@@ -69,7 +69,7 @@ def joint_loss(
         except (IndexError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"the loss of exit {n} cannot compare outputs {tuple(output.shape)} {output.dtype} with a target "
-                f"{tuple(target.shape)} {target.dtype}: {error}"
+                f"{tuple(target.shape)} {target.dtype}: {error}{_hint_at_target(output, target)}"
             ) from error
         if teacher is not None and output is not last:
             log_p = output.log_softmax(dim=1)
@@ -78,6 +78,23 @@ def joint_loss(
             part = part + distill * divergence
         total = total + factor * part
     return total
+
+
+def _hint_at_target(output: Tensor, target: Tensor) -> str:
+    """What is most likely wrong with the labels of a classification, or nothing."""
+    if output.dim() != 2:
+        return ""
+    classes = output.shape[1]
+    if target.shape == (len(output), 1):
+        return "; give one label per sample: target.squeeze(1)"
+    if target.shape == output.shape and not target.is_floating_point():
+        return "; give class indices: target.argmax(1)"
+    if target.dim() == 1 and target.is_floating_point():
+        return "; class indices are integers: target.long()"
+    if target.dim() == 1 and len(target) and int(target.max()) >= classes:
+        low, high = int(target.min()), int(target.max())
+        return f"; labels lie in {low}..{high}, but outputs have {classes} classes (0..{classes - 1}): count from 0"
+    return ""
 
 
 def check_weights(weights: Sequence[float]) -> tuple[float, ...]:
