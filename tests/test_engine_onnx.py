@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from branchynet.engine.onnx import FORMAT, METADATA_KEY, load
+from branchynet.engine.exported import read_model
+from branchynet.engine.onnx import FORMAT, METADATA_KEY, load, verify
+from branchynet.engine.verifying import read_samples
 from branchynet.errors import BranchyNetError, FileError, InputError
 from branchynet.export import assemble
 from branchynet.types import Policy, Prediction
@@ -195,8 +197,11 @@ def test_any_number_of_samples_is_answered_in_calls(engine):
 
 def test_wrong_options_are_named(engine, folder):
     path = folder / "model.onnx"
-    for threads in (0, -1):
-        with pytest.raises(InputError, match=f"threads must be an integer of at least 1; got {threads}"):
+    for threads in (0, -1, True, False, 2.0, "1"):
+        with pytest.raises(InputError, match=f"threads must be an integer of at least 1; got {threads!r}"):
+            load(path, threads=threads)
+    for threads in (1025, 10**12, 2**80):
+        with pytest.raises(InputError, match=f"threads must be at most 1024; got {threads}"):
             load(path, threads=threads)
     for providers in (["AbacusExecutionProvider"], "AbacusExecutionProvider"):
         with pytest.raises(InputError, match=r"'AbacusExecutionProvider'.*CPUExecutionProvider"):
@@ -219,6 +224,29 @@ def test_a_gpu_that_is_not_there_is_told_and_not_replaced_by_the_cpu(folder, mon
         load(path, runtime="onnxruntime-cuda")
     with pytest.raises(InputError, match="'onnxruntime-cuda' takes none"):
         load(path, runtime="onnxruntime-cuda", providers=both)
+
+
+@pytest.mark.parametrize("ending", ["json", "txt", "textproto", "txtpb", "onnxtxt", "onnxjson", "ort", "pb", "x"])
+def test_a_file_is_read_as_what_it_is_whatever_its_name(folder, tmp_path, ending):
+    for name, content in {"text": b"<ir_version: 8>", "json": b'{"irVersion": "8"}', "empty": b""}.items():
+        path = tmp_path / f"{name}.{ending}"
+        path.write_bytes(content)
+        for read in (load, verify, read_samples, read_model):
+            if content or read in (load, verify):  # an empty file is an empty protobuf message
+                with pytest.raises(FileError, match=path.name):
+                    read(path)
+    path = tmp_path / f"sound.{ending}"
+    path.write_bytes((folder / "model.onnx").read_bytes())
+    assert read_model(path) == onnx.load(folder / "model.onnx")
+    same(load(path)(IMAGE, VECTOR), load(folder / "model.onnx")(IMAGE, VECTOR))
+    with pytest.raises(FileError, match="holds no samples"):
+        verify(path)
+
+
+def test_an_empty_path_is_no_file():
+    for read in (load, verify):
+        with pytest.raises(FileError, match="empty path"):
+            read("")
 
 
 def test_missing_and_foreign_files_are_refused(folder):

@@ -101,3 +101,34 @@ def test_the_bar_is_on_stderr_unless_silenced(capsys):
     assert "recording" in capsys.readouterr().err
     record(make(), data, progress=False)
     assert capsys.readouterr() == ("", "")
+
+
+RECORDS = ExitRecord(np.eye(5, 3)[:, None], np.arange(5) % 3), ExitRecord.from_scores(np.eye(5), np.eye(5))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        *([0.5], "x", [True, False], np.ones(6, bool), [5], [-6], [2**70], np.ones((5, 5), bool), None, 3, True),
+        *((0, 0), [[0, 1]], {"a": 1}, slice("a"), slice(0, 3, 0), np.array(["0"]), np.array([0.0]), object()),
+    ],
+    ids=repr,
+)
+def test_rows_that_name_no_samples_are_refused(rows):
+    for made in RECORDS:
+        with pytest.raises(InputError, match="rows must be indices below 5, a mask of 5 booleans or a slice; got"):
+            made.take(rows)
+
+
+@pytest.mark.parametrize(
+    "rows", [[0, 4, -1, 0], range(2, 4), slice(None, None, -2), np.arange(5) > 2, [True] * 5, torch.tensor([1, 2])]
+)
+def test_rows_are_taken_as_numpy_takes_them(rows):
+    for made in RECORDS:
+        np.testing.assert_array_equal(made.take(rows).losses, made.losses[np.arange(5)[rows]])
+
+
+def test_no_rows_are_no_record():
+    for rows in ([], slice(0), np.zeros(5, bool)):
+        with pytest.raises(InputError, match="at least one sample"):
+            RECORDS[1].take(rows)

@@ -335,7 +335,10 @@ def test_a_loss_that_is_not_finite_stops_the_training_by_name(tmp_path):
     ("changes", "told"),
     [
         ({"epochs": 0}, "epochs"),
-        ({"seed": -1}, "seed"),
+        ({"seed": -1}, "seed must not be negative"),
+        ({"seed": 2**32}, "seed must be at most 4294967295; got 4294967296"),
+        ({"seed": 10**20}, "seed must be at most"),
+        ({"seed": True}, "seed must be a whole number; got True"),
         ({"train": "heads"}, "'heads'"),
         ({"train": "branches", "net": nn.Linear(3, 2)}, "Linear"),
         ({"mixed_precision": "fp8"}, "'fp8'"),

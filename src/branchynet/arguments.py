@@ -16,15 +16,27 @@ def instance(name: str, value: Any, kinds: type[Any] | tuple[type[Any], ...], re
         raise InputError(f"{name} must be {wanted}; got {described(value)}: {remedy}")
 
 
-def whole(name: str, value: Any, least: int) -> int:
-    """`value` as an int. Raises `InputError` unless it is a whole number of at least `least`."""
+MOST_SEED = 2**32 - 1  # numpy's legacy generator takes no more
+
+
+def check_seed(seed: Any) -> int:
+    """`seed` as an int. Raises `InputError` unless it is a whole number in 0..2^32 - 1."""
+    return whole("seed", seed, 0, MOST_SEED)
+
+
+def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """`value` as an int. Raises `InputError` unless it is a whole number of at least `least`, at most `most`."""
     try:
+        if isinstance(value, bool):
+            raise TypeError
         number = operator.index(value)
     except TypeError:
         raise InputError(f"{name} must be a whole number; got {described(value)}") from None
     if number < least:
         few = "must not be negative" if least == 0 else f"must be at least {least}"
         raise InputError(f"{name} {few}; got {number}")
+    if most is not None and number > most:
+        raise InputError(f"{name} must be at most {most}; got {number}")
     return number
 
 

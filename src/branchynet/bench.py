@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from . import scores
+from .arguments import check_seed
 from .cost import static_engines
 from .engine.exported import Engine
 from .engine.onnx import Runtime, load
@@ -122,7 +123,7 @@ def bench(
     check_same_network(
         f"{path} and net", engine.metadata.get("network"), fingerprint(net) + (f"-{quantize}" if quantize else "")
     )
-    order = np.random.default_rng(seed).permutation(rows_given)
+    order = np.random.default_rng(check_seed(seed)).permutation(rows_given)
     arrays = tuple(array[order] for array in arrays)
     left, accuracy = _judge(engine, arrays, target[torch.from_numpy(order)], loss)
     enabled = [n for n, on in enumerate(engine.policy.enabled, 1) if on]

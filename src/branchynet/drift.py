@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from .arguments import check_seed
 from .conformal import CHUNK, Capital, Ranks, suspect
 from .errors import InputError
 from .exit_record import ExitRecord
@@ -101,7 +102,7 @@ class Monitor:
         exits, scores, labels = predicted(record, policy)
         self.policy = policy
         self.false_alarm = float(false_alarm)
-        self._rng = np.random.default_rng(seed)
+        self._rng = np.random.default_rng(check_seed(seed))
         self._lock = Lock()
         self._classes = 0 if record.outputs is None else record.outputs.shape[2]
         part = (2 if labels is None else 3) / self.false_alarm  # the capital that a kind of statistics must reach

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .arguments import described
 from .errors import FileError, InputError
 from .files import check_checksum, checksum, regular, replacing
 from .samples import Digests, digests, is_sketch
@@ -143,7 +144,16 @@ class ExitRecord:
         return None if self.outputs is None else digests(self.outputs)
 
     def take(self, rows: Any) -> "ExitRecord":
-        """The record of some of the samples: indices, a mask or a slice `rows`."""
+        """The record of some of the samples: indices, a mask or a slice `rows`. Raises `InputError`."""
+        try:
+            right = np.arange(self.samples)[rows].ndim == 1
+        except (IndexError, TypeError, ValueError, OverflowError):
+            right = False
+        if not right:
+            raise InputError(
+                f"rows must be indices below {self.samples}, a mask of {self.samples} booleans or a slice; got "
+                f"{described(rows)}"
+            )
         about = (self.network, None if self.inputs is None else self.inputs[rows], self.selected_on)
         if self.outputs is not None and self.labels is not None:
             return ExitRecord(self.outputs[rows], self.labels[rows], None, None, None, *about)  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .arguments import MOST_SEED, whole
 from .attaching import attach_heads
 from .data import ImageData, affine, flip_crop, load_data, shift
 from .data.sets import FOLDER, folder_path
@@ -98,10 +99,11 @@ def check_settings(settings: Settings) -> None:
         raise InputError(
             f"unknown mixed_precision {settings.mixed_precision!r}{nearest(settings.mixed_precision, precisions)}"
         )
-    for name, least in {"baseline_epochs": 0, "epochs": 1, "batch_size": 1, "seed": 0}.items():
+    for name, least in {"baseline_epochs": 0, "epochs": 1, "batch_size": 1}.items():
         value = getattr(settings, name)
         if value < least:
             raise InputError(f"{name} must be at least {least}; got {value}")
+    whole("seed", settings.seed, 0, MOST_SEED - 1)  # exits train with the next one
     if not (math.isfinite(settings.rate) and settings.rate > 0):
         raise InputError(f"rate must be a number above 0, such as 0.003; got {settings.rate:g}")
     if not (math.isfinite(settings.distill) and settings.distill >= 0):

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from ..arguments import check_seed
 from ..errors import InputError
 from .sets import Split
 
@@ -58,11 +59,11 @@ def loader(
         seed: fixes the orders (not the augmentation), whatever the state of the global generator.
 
     Raises:
-        InputError: a batch size below 1.
+        InputError: a batch size below 1, or a seed outside 0..2^32 - 1.
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1; got {batch_size}")
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    generator = None if seed is None else torch.Generator().manual_seed(check_seed(seed))
     return DataLoader(_Images(split, augment), batch_size, shuffle=shuffle, collate_fn=_as_is, generator=generator)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..arguments import check_seed
 from ..decide import evaluate, route
 from ..engine.onnx import Runtime
 from ..errors import FileError, InputError
@@ -115,6 +116,7 @@ def advise(
         raise InputError(f"batch_size and threads must be at least 1; got {batch_size} and {threads}")
     if epochs < 1 or final_epochs < 0:
         raise InputError(f"epochs must be at least 1 and final_epochs 0; got {epochs} and {final_epochs}")
+    check_seed(seed)
     function = resolve(score)
     if max_drop is not None and min_accuracy is not None:
         raise InputError("give max_drop or min_accuracy, not both")

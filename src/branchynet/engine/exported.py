@@ -191,10 +191,7 @@ class Engine:
 
 def read_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
     """The file with all its weights. Raises `FileError` for no ONNX file, or where weights that it names are gone."""
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except (DecodeError, ValueError, OSError, RecursionError) as error:
-        raise FileError(f"{path} is no ONNX file ({error}); export it again") from error
+    model = parse_model(path)
     try:
         onnx.load_external_data_for_model(model, str(Path(path).parent))
     except (OSError, ValueError, onnx.checker.ValidationError) as error:
@@ -202,6 +199,17 @@ def read_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
             f"weights that {path} keeps in another file cannot be read ({error}); put that file beside it"
         ) from error
     return model
+
+
+def parse_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
+    """The file without weights that it keeps elsewhere. Raises `FileError` for no ONNX file.
+
+    It is read as what ONNX Runtime reads, whatever its name: by itself onnx would take ``.json`` for another format.
+    """
+    try:
+        return onnx.load(path, format="protobuf", load_external_data=False)
+    except (DecodeError, ValueError, OSError, RecursionError) as error:
+        raise FileError(f"{path} is no ONNX file ({error}); give one that export(...) wrote") from error
 
 
 def read_metadata(properties: dict[str, str], path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import onnxruntime
 
 from ..arguments import instance
 from ..errors import FileError, InputError
-from ..files import regular
+from ..files import check_path, regular
 from ..versions import require
 from .checks import Input
 from .exported import FORMAT as FORMAT
@@ -24,6 +24,7 @@ from .verifying import Verification, check_file, check_or_raise
 Runtime = Literal["onnxruntime", "openvino", "onnxruntime-cuda"]
 RUNTIMES = get_args(Runtime)
 Provider = tuple[str, dict[str, Any]]
+_MOST_THREADS = 1024
 _PROVIDERS = {"onnxruntime-cuda": ("CUDAExecutionProvider", "CPUExecutionProvider")}
 _DTYPES = {
     "tensor(float)": np.float32,
@@ -63,16 +64,15 @@ def load(
         FileError: no such file, or it is damaged (see its checksum), or BranchyNet did not write it, or the runtime
             cannot run it, or it holds no samples to verify it with.
         VerificationError: with `verify`, the answers are not those stored in the file.
-        InputError: threads below 1, an unknown runtime, malformed providers, or a first provider that this build of
-            ONNX Runtime does not have or cannot use on this machine.
+        InputError: threads outside 1..1024, an unknown runtime, malformed providers, or a first provider that this
+            build of ONNX Runtime does not have or cannot use on this machine.
         MissingExtraError: OpenVINO is not installed.
         VersionError: the runtime is installed in a version that is known to be wrong.
     """
     if runtime not in RUNTIMES:
         raise InputError(f"unknown runtime {runtime!r}; it is one of {', '.join(RUNTIMES)}")
     require(runtime.partition("-")[0])
-    if threads is not None and not (isinstance(threads, Integral) and threads >= 1):
-        raise InputError(f"threads must be an integer of at least 1; got {threads!r}")
+    _check_threads(threads)
     if runtime != "onnxruntime" and providers:
         raise InputError(f"providers are for runtime='onnxruntime'; {runtime!r} takes none, got {providers!r}")
     chosen = _pairs(providers or _PROVIDERS.get(runtime, "CPUExecutionProvider"))
@@ -80,6 +80,7 @@ def load(
     if missing := [name for name, _ in chosen if name not in available]:
         raise InputError(f"ONNX Runtime here has no {missing[0]!r}; it has {available}")
     instance("path", path, (str, os.PathLike), "give the file that export(...) wrote")
+    check_path(path)
     if not Path(path).exists():
         raise FileError(f"there is no file {path}; write one with export(...) or `branchynet export`")
     check_seal(regular(path))
@@ -117,6 +118,15 @@ def verify(
     return check_file(load(path, threads, providers, runtime), path)
 
 
+def _check_threads(threads: Any) -> None:
+    if threads is None:
+        return
+    if isinstance(threads, bool) or not isinstance(threads, Integral) or threads < 1:
+        raise InputError(f"threads must be an integer of at least 1; got {threads!r}")
+    if int(threads) > _MOST_THREADS:
+        raise InputError(f"threads must be at most {_MOST_THREADS}; got {threads}: give as many as there are cores")
+
+
 def _pairs(providers: Any) -> list[Provider]:
     """Providers with their options, from names and pairs, or one of either."""
     several = isinstance(providers, Sequence) and not isinstance(providers, str) and not _is_pair(providers)
@@ -132,6 +142,7 @@ def _is_pair(value: Any) -> bool:
 
 def _open(path: str | os.PathLike[str], threads: int | None, providers: Sequence[Provider]) -> Graph:
     options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever the file's name ends in
     options.log_severity_level = 3  # thresholds are inputs with defaults on purpose; the runtime warns of each
     if threads is not None:
         options.intra_op_num_threads = int(threads)

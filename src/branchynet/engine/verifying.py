@@ -17,7 +17,7 @@ from ..errors import FileError, VerificationError
 from ..machine import processor
 from ..types import Policy, Prediction
 from .checks import difference, differences, magnitude
-from .exported import Engine
+from .exported import Engine, parse_model
 from .thresholds import moved_thresholds
 
 SAMPLES_KEY = "branchynet.samples"
@@ -112,7 +112,7 @@ def pack(samples: Samples, kept: Sequence[int], limit: int) -> str:
 
 def read_samples(path: str | os.PathLike[str]) -> Samples:
     """What `pack` put into a file. Raises `FileError` where it holds none, or damaged ones."""
-    return _unpack(onnx.load(path, load_external_data=False), path)
+    return _unpack(parse_model(path), path)
 
 
 def _unpack(model: onnx.ModelProto, path: str | os.PathLike[str]) -> Samples:
@@ -139,7 +139,7 @@ def check_file(engine: Engine, path: str | os.PathLike[str]) -> Verification:
 
     Raises `FileError` where the file holds no samples, or damaged ones.
     """
-    model = onnx.load(path, load_external_data=False)
+    model = parse_model(path)
     found = check(engine, _unpack(model, path))
     return replace(found, problems=(*moved_thresholds(engine.policy, model, path), *found.problems))
 

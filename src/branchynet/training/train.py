@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from ..arguments import whole
+from ..arguments import check_seed, whole
 from ..checking import check_loader, network
 from ..errors import InputError
 from ..files import locked
@@ -277,7 +277,7 @@ def _check_makers(
 
 def _check(net: nn.Module, train_loader: Any, epochs: int, train: str, seed: int, mixed_precision: str) -> None:
     whole("epochs", epochs, 1)
-    whole("seed", seed, 0)
+    check_seed(seed)
     if train not in ("all", "branches"):
         raise InputError(f"train must be 'all' or 'branches'; got {train!r}")
     if train == "branches" and not (isinstance(net, BranchyNet) and len(net.branches)):
