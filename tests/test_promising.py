@@ -15,6 +15,7 @@ from branchynet.exit_record import ExitRecord
 from branchynet.fitting import fit_score, fit_temperature
 from branchynet.guarantee import halves
 from branchynet.samples import digests, is_sketch, repeated, shared, sketch
+from branchynet.scores import of_record
 from branchynet.types import ExitCost
 
 COST = ExitCost((10.0, 10.0), (1.0, 0.0))
@@ -43,7 +44,7 @@ def by_constant(wrong, limit, **options):
     return choose(ExitRecord.from_scores(np.full((len(wrong), 2), 0.25), losses), COST, max_drop=limit, **options)
 
 
-@pytest.mark.filterwarnings("ignore:no thresholds keep")
+@pytest.mark.filterwarnings("ignore:no thresholds keep", "ignore:.*copies of others")
 @pytest.mark.parametrize(
     ("samples", "limit", "chosen"),
     [
@@ -160,7 +161,7 @@ def told_of(record):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         choose(record, ExitCost((10.0,) * record.exits, (0.0,) * record.exits), max_drop=0.05)
-    return any("distinct ones that occur again" in str(w.message) for w in seen)
+    return any("are copies of others" in str(w.message) for w in seen)
 
 
 def test_the_same_data_recorded_several_times_are_told():
@@ -172,7 +173,83 @@ def test_the_same_data_recorded_several_times_are_told():
     coarse = ExitRecord.from_scores(rng.integers(1, 4, (1000, 3)) / 3, rng.random((1000, 3)) < 0.1)
     assert not told_of(coarse)  # few distinct scores are no sample twice
     again = ExitRecord.from_scores(coarse.scores, coarse.losses, inputs=np.arange(1000, dtype=np.uint64) // 2)
-    assert told_of(again) and repeated(again.inputs) == 0.5
+    with pytest.raises(InputError, match=r"50% of the record's 1000 samples are copies of others, by their inputs"):
+        told_of(again)
+
+
+def test_any_number_of_copies_is_told():
+    """Of outputs, of inputs and of scores alone."""
+    for copies in (2, 10, 30, 60, 300):
+        distinct = max(3000 // copies, 40)
+        record = answers(distinct).take(np.tile(np.arange(distinct), copies))
+        told = 1 - 1 / copies
+        assert repeated(record.sample_digests) == pytest.approx(told) and told_of(record)
+        scores = np.random.default_rng(0).random((distinct, 2))[np.arange(record.samples) % distinct]
+        assert told_of(ExitRecord.from_scores(scores, record.losses))
+        with pytest.raises(InputError, match="copies of others, by their inputs"):
+            told_of(ExitRecord(record.outputs, record.labels, inputs=record.sample_digests))
+
+
+def test_scores_that_samples_share_are_no_copies():
+    rng = np.random.default_rng(0)
+    sure = np.where(rng.random((1000, 2)) < 0.7, 0, rng.random((1000, 2)))  # most are as sure as can be
+    losses = rng.random((1000, 2)) < 0.1
+    for scores in (sure, rng.integers(0, 3, (1000, 2)), np.full((1000, 2), 0.5)):
+        assert not told_of(ExitRecord.from_scores(scores, losses))
+
+
+@pytest.mark.parametrize(("samples", "step"), [(4000, 10), (20000, 8), (20000, 20), (400, 1), (700, 2)])
+def test_a_small_part_of_what_was_fitted_is_noticed(samples, step):
+    """And other samples are not, though some occur in both."""
+    every = np.random.default_rng(samples + step).integers(0, 2**63, 2 * samples).astype(np.uint64)
+    known, others = sketch(every[:samples]), every[samples:]
+    assert shared(known, every[:samples:step]) and not shared(known, others[::step])
+    few = np.r_[others, every[: samples // 50]]
+    assert not shared(known, few) and not shared(sketch(few), every[:samples])
+    assert shared(known, np.r_[others[: samples // 2], every[: samples // 2]])
+
+
+def test_sketches_of_earlier_versions_serve():
+    every = np.random.default_rng(0).integers(0, 2**63, 4000).astype(np.uint64)
+    old = sketch(every[:2000])[: 32 * 16]
+    assert is_sketch(old) and shared(old, every[:2000:4]) and not shared(old, every[2000:])
+
+
+@pytest.mark.filterwarnings("ignore:.*copies of others")
+def test_where_few_samples_are_distinct_equal_ones_prove_nothing():
+    rng = np.random.default_rng(0)
+    distinct = answers(60)
+    record = distinct.take(rng.integers(0, 60, 3000))
+    score = fit_temperature(record.take(slice(0, None, 2)))
+    with pytest.warns(UserWarning, match="few distinct samples; unless equal ones were drawn one by one, the tempered"):
+        choice = choose(record.take(slice(1, None, 2)), COST, max_drop=0.1, score=score)
+    assert choice.promise is not None
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_record_of_a_fitted_score_knows_its_samples_on_disk(tmp_path, known):
+    record = answers(2000)
+    score = fit_score(record)
+    inputs = record.sample_digests if known else None
+    ExitRecord.from_scores(of_record(record, score), record.losses, score, inputs=inputs).save(tmp_path / "r.npz")
+    again = ExitRecord.load(tmp_path / "r.npz")
+    assert again.score == "learned" and again.selected_on == (score.fitted_on,)
+    if known:
+        with pytest.raises(InputError, match="score was fitted on them"):
+            choose(again, COST, max_drop=0.05)
+    else:
+        with pytest.warns(UserWarning, match="cannot be checked"):
+            choose(again, COST, max_drop=0.05)
+
+
+def test_a_score_fitted_on_outputs_is_known_where_inputs_are():
+    record = answers(2000)
+    later = ExitRecord(record.outputs, record.labels, inputs=np.arange(2000, dtype=np.uint64))
+    with pytest.raises(InputError, match="score was fitted on samples that would test"):
+        choose(later, COST, max_drop=0.05, score=fit_score(record))
+    scored = ExitRecord.from_scores(of_record(record, fit_score(record)), record.losses, fit_score(record))
+    with pytest.warns(UserWarning, match=r"learned score was fitted .* cannot be checked.*inputs="):
+        choose(scored, COST, max_drop=0.05)
 
 
 def test_judging_on_samples_that_chose_or_fitted_is_noticed():

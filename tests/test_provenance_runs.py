@@ -119,7 +119,7 @@ def test_what_a_run_of_today_lacks_is_no_fault(run):
         ExitRecord(old.outputs, old.labels).save(path)
     stored = json.loads((run.path / "choice.json").read_text())
     (run.path / "choice.json").write_text(
-        json.dumps({k: v for k, v in stored.items() if k not in ("samples", "network")})
+        json.dumps({k: v for k, v in stored.items() if k not in ("samples", "network", "sha256")})
     )
     (run.path / "data.json").unlink()
     export_run(run)

@@ -11,6 +11,7 @@ import torch
 from branchynet import ExitCost, ExitRecord, Policy, ascent, choose, evaluate, guarantee, record
 from branchynet.guarantee import accepted, best_bet, betting_p
 from branchynet.search import Problem, grid, leaving, sweep
+from branchynet.types import BOUNDS
 from networks import build, draw, residual
 
 
@@ -100,7 +101,7 @@ def test_candidates_are_made_one_at_a_time_and_no_further_than_the_first_that_fa
             yield np.where(np.arange(2000) % 100 < 100 * share, 1.0, 0.0)
 
     tried = [0.0, 0.0, 0.5, 0.0]
-    for bound in guarantee.BOUNDS:
+    for bound in BOUNDS:
         made.clear()
         assert accepted(differences(tried), differences(tried), 0.05, 0.05, bound) == 2
         assert max(made) == 2

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from branchynet.errors import BranchyNetError, FileError, InputError
 from branchynet.exit_record import ExitRecord
 from branchynet.files import read_json, replacing, write_json
-from branchynet.types import Choice, ExitCost, Outcome, Policy
+from branchynet.types import Choice, ExitCost, Outcome, Policy, Promise
 
 
 def a_record(samples=6, exits=3, classes=4):
@@ -287,6 +287,46 @@ class TestChoice:
         assert again == a_choice()
         assert isinstance(again.outcome, Outcome) and isinstance(again.outcome.exit_share, tuple)
         assert json.loads((tmp_path / "choice.json").read_text())["policy"]["thresholds"] == [0.1, None]
+
+    @pytest.mark.parametrize(
+        ("place", "value"),
+        [
+            (("policy", "thresholds"), [0.2, None]),
+            (("constraint", "max_drop"), 0.001),
+            (("record_digest",), "other"),
+            (("samples",), "0" * 16),
+            (("sha256",), None),
+        ],
+    )
+    def test_what_was_edited_is_refused(self, tmp_path, place, value):
+        path = tmp_path / "choice.json"
+        a_choice().save(path)
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps(dict(reversed(content.items()))))  # laid out otherwise, the same
+        assert Choice.load(path) == a_choice()
+        part = content
+        for name in place[:-1]:
+            part = part[name]
+        assert part[place[-1]] != value
+        part[place[-1]] = value
+        path.write_text(json.dumps(content))
+        with pytest.raises(FileError, match=r"choice\.json .*was edited.*make it again with `branchynet choose`"):
+            Choice.load(path)
+        del content["sha256"]  # as in the files of earlier versions
+        path.write_text(json.dumps(content))
+        assert (Choice.load(path) == a_choice()) == (place == ("sha256",))
+
+    @pytest.mark.parametrize(
+        ("name", "value"), [("limit", "x"), ("limit", "max_macs"), ("limit", ""), ("bound", "b"), ("bound", "Betting")]
+    )
+    def test_a_promise_has_a_known_limit_and_bound(self, tmp_path, name, value):
+        told = dataclasses.asdict(Promise("max_drop", 0.1, 0.95, "betting", 2, 2))
+        assert "With 95 % confidence" in str(Promise(**told))
+        with pytest.raises(InputError, match=f"unknown {name} '{value}' of a promise; take one of"):
+            Promise(**{**told, name: value})
+        (tmp_path / "c.json").write_text(json.dumps({**GOOD, "promise": {**told, name: value}}))
+        with pytest.raises(FileError, match=rf"c\.json is no Choice .*unknown {name}"):
+            Choice.load(tmp_path / "c.json")
 
     @settings(max_examples=50, deadline=None)
     @given(st.lists(st.none() | st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=4))

@@ -12,13 +12,12 @@ from .arguments import real, whole
 from .decide import SLACK, best_points, centred, evaluate, optional, problem_of
 from .errors import InfeasibleError, InputError
 from .exit_record import ExitRecord
-from .guarantee import BOUNDS
 from .promising import allowed_loss, bound_of, check_samples, promised
 from .reading import check_cost
 from .samples import sketch
 from .scores import Score, of_choice
 from .search import Points, Problem, join, sweep
-from .types import Choice, ExitCost, Floats, Policy, Promise
+from .types import BOUNDS, Choice, ExitCost, Floats, Policy, Promise
 
 
 def choose(

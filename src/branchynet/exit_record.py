@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from .arguments import described
 from .errors import FileError, InputError
 from .files import check_checksum, checksum, regular, replacing
+from .meta import FittedScore
 from .samples import Digests, digests, is_sketch
 from .types import Floats, Ints, score_name, set_fields
 
@@ -38,7 +39,7 @@ class ExitRecord:
         inputs: `(S,)` uint64 digests of the samples' inputs, which tell whether two records share samples; None where
             the inputs are not known.
         selected_on: sketches (see `branchynet.samples`) of the samples that the network's exits, or its averages, were
-            selected on: `choose` tests no promise on these.
+            selected on, or the score of a loaded record was fitted on: `choose` tests no promise on these.
 
     Raises:
         InputError: shapes disagree, no samples, a label outside 0..C-1, or outputs that hold NaN or plus infinity, or
@@ -161,7 +162,10 @@ class ExitRecord:
         return ExitRecord.from_scores(self.scores[rows], self.losses[rows], self.score, *about)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write an ``.npz`` file, whole or not at all; of a callable score the name is kept. Raises `FileError`."""
+        """Write an ``.npz`` file, whole or not at all; of a callable score the name is kept.
+
+        Of a fitted one the samples that it was fitted on are kept too. Raises `FileError`.
+        """
         names = ("outputs", "labels") if self.outputs is not None else ("scores", "losses")
         arrays: dict[str, Any] = {name: getattr(self, name) for name in names}
         if self.score is not None:
@@ -170,8 +174,9 @@ class ExitRecord:
             arrays["network"] = np.array(self.network)
         if self.inputs is not None:
             arrays["inputs"] = self.inputs
-        if self.selected_on:
-            arrays["selected_on"] = np.array(self.selected_on)
+        fitted = self.score.fitted_on if isinstance(self.score, FittedScore) else ""
+        if self.selected_on or fitted:
+            arrays["selected_on"] = np.array([*self.selected_on, *filter(None, [fitted])])
         arrays["sha256"] = np.array(checksum(_parts(arrays)))
         with replacing(path) as temporary, temporary.open("wb") as stream:
             np.savez_compressed(stream, **arrays)

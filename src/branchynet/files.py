@@ -246,9 +246,14 @@ def checksum(parts: Iterable[tuple[str, Any]]) -> str:
     return digest.hexdigest()
 
 
-def check_checksum(path: str | os.PathLike[str], stored: str, parts: Iterable[tuple[str, Any]]) -> None:
+def check_checksum(
+    path: str | os.PathLike[str],
+    stored: Any,
+    parts: Iterable[tuple[str, Any]],
+    remedy: str = "copy it again, or make it again",
+) -> None:
     """Raises `FileError` where `parts` are not what had the checksum `stored`."""
     if checksum(parts) != stored:
         raise FileError(
-            f"{path} is damaged: its content does not have the SHA-256 stored in it; copy it again, or make it again"
+            f"{path} is damaged or was edited: its content does not have the SHA-256 stored in it; {remedy}"
         )

@@ -21,7 +21,6 @@ from scipy.stats import binom
 
 from .types import Floats, Ints
 
-BOUNDS = ("betting", "binomial")
 _MOST = 0.999  # of the largest bet, which would lose everything at once
 _BLOCK = 4096  # samples whose capital is in memory at once
 _SEED = 1709_01686  # unlike those that data are drawn with

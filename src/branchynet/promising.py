@@ -14,7 +14,7 @@ from .errors import InfeasibleError, InputError
 from .exit_record import ExitRecord
 from .guarantee import accepted, fewest, halves
 from .meta import FittedScore
-from .samples import REPEATED, digests, repeated, shared
+from .samples import COPIED, REPEATED, digests, repeated, repeated_rows, shared
 from .scores import Score
 from .search import Problem, leaving, mean_cost
 from .types import Floats
@@ -27,37 +27,74 @@ def check_samples(record: ExitRecord, score: str | Score) -> None:
     """A promise is tested on samples that neither fitted nor selected what is promised of.
 
     Raises:
-        InputError: they did.
+        InputError: they did; or half of the samples or more are copies of others, by their inputs.
 
     Warns:
-        UserWarning: many samples stand in the record more than once, perhaps in both halves.
+        UserWarning: many samples stand in the record more than once, perhaps in both halves; or the samples that fitted
+            or selected cannot be told from those that test.
     """
-    known, (_, calibration) = record.sample_digests, halves(record.samples)
-    if known is not None:
-        fitted = score.fitted_on if isinstance(score, FittedScore) else ""
-        if shared(fitted, known[calibration]):
-            raise InputError(
-                f"the {score} score was fitted on samples that would test the promise, which then would not hold: fit "
-                "it on some of the samples, record.take(slice(0, None, 2)), and choose on the others, "
-                "record.take(slice(1, None, 2)), or ask for no promise with confidence=None"
-            )
-        if any(shared(selected, known[calibration]) for selected in record.selected_on):
-            raise InputError(
-                "this network's exits or averages were selected on samples that would test the promise, which then "
-                "would not hold: give a record of other samples, or, after advise, the whole record of its validation "
-                "samples in the same order, of which it left half alone; or ask for no promise with confidence=None"
-            )
-        share = repeated(known)
-    else:  # whole rows that occur again, of scores that are not few values anyway
-        assert record.scores is not None
-        one = max(repeated(column) for column in record.scores.T)
-        share = min(one, repeated(digests(record.scores, record.losses))) if one > REPEATED else one
+    fitted = score.fitted_on if isinstance(score, FittedScore) else ""
+    share = _copies(record)
+    if share >= COPIED and record.inputs is not None:
+        raise InputError(
+            f"{share:.0%} of the record's {record.samples} samples are copies of others, by their inputs, so that both "
+            "halves hold the same samples and a promise would not hold: record every sample once, or ask for no "
+            "promise with confidence=None; where equal samples were drawn one by one, leave their inputs out: "
+            "ExitRecord(record.outputs, record.labels)"
+        )
     if share > REPEATED:
         warnings.warn(
-            f"{share:.0%} of the record's {record.samples} samples are distinct ones that occur again: where the same "
-            "data were recorded several times, the promise does not hold; record every sample once",
+            f"{share:.0%} of the record's {record.samples} samples are copies of others: where the same data were "
+            "recorded several times, the promise does not hold; record every sample once",
             stacklevel=3,
         )
+    if record.sample_digests is None:
+        if fitted or record.selected_on:
+            what = f"the {score} score" if fitted else "the network or the score"
+            warnings.warn(
+                f"{what} was fitted or selected on samples that may be among these, which cannot be checked, since the "
+                "record does not know its samples: give it inputs=, the digests of their inputs",
+                stacklevel=3,
+            )
+    elif _used(record, (fitted,)):
+        _refuse(
+            f"the {score} score was fitted on samples that would test the promise, which then would not hold: fit "
+            "it on some of the samples, record.take(slice(0, None, 2)), and choose on the others, "
+            "record.take(slice(1, None, 2)), or ask for no promise with confidence=None",
+            share,
+        )
+    elif _used(record, record.selected_on):
+        _refuse(
+            "this network's exits or averages were selected on samples that would test the promise, or the record's "
+            "score was fitted on them, and it then would not hold: give a record of other samples, or, after advise, "
+            "the whole record of its validation samples in the same order, of which it left half alone; or ask for no "
+            "promise with confidence=None",
+            share,
+        )
+
+
+def _copies(record: ExitRecord) -> float:
+    """The share of the samples that are copies, as far as the record can tell."""
+    if record.sample_digests is not None:
+        return repeated(record.sample_digests)
+    assert record.scores is not None
+    return repeated_rows(record.scores, record.losses)
+
+
+def _used(record: ExitRecord, before: tuple[str, ...]) -> bool:
+    """Whether a set whose sketch `before` holds, of inputs or of outputs, shares samples with those that test."""
+    if not any(before):
+        return False
+    known = [record.inputs, None if record.outputs is None else digests(record.outputs)]
+    _, calibration = halves(record.samples)
+    return any(shared(one, found[calibration]) for one in before for found in known if found is not None)
+
+
+def _refuse(why: str, copies: float) -> None:
+    """Raises `InputError`, or warns where samples are often equal, so that equal ones may be different draws."""
+    if copies < COPIED:
+        raise InputError(why)
+    warnings.warn(f"the record has few distinct samples; unless equal ones were drawn one by one, {why}", stacklevel=4)
 
 
 def bound_of(problem: Problem, name: str, bound: str | None) -> str:

@@ -4,6 +4,7 @@ Shape letters: S samples recorded, B samples in a batch, N exits, C classes. Exi
 position n - 1 of a tuple or axis belongs to exit n.
 """
 
+import json
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -15,15 +16,23 @@ from numpy.typing import NDArray
 
 from .arguments import instance
 from .errors import FileError, InputError
-from .files import read_json, write_json
+from .files import check_checksum, checksum, read_json, write_json
 from .meta import FittedScore, check_fitted, from_json
 from .stored import from_stored
 
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
 
-PROMISED = ("max_drop", "min_accuracy", "max_disagreement")
+_SAID = {
+    "max_drop": "accuracy is at most {} points below the last exit's",
+    "min_accuracy": "accuracy is at least {} %",
+    "max_disagreement": "at most {} % of the answers differ from the last exit's",
+}
+PROMISED = tuple(_SAID)
 """The limits of `choose` that come with a promise."""
+
+BOUNDS = ("betting", "binomial")
+"""How a promise can be tested."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +195,9 @@ class Promise:
         bound: ``"betting"`` or ``"binomial"``: how it was tested.
         tuning: how many samples found the candidates.
         calibration: how many others tested them.
+
+    Raises:
+        InputError: an unknown limit or bound.
     """
 
     limit: str
@@ -195,14 +207,14 @@ class Promise:
     tuning: int
     calibration: int
 
+    def __post_init__(self) -> None:
+        for name, value, known in (("limit", self.limit, PROMISED), ("bound", self.bound, BOUNDS)):
+            if value not in known:
+                raise InputError(f"unknown {name} {value!r} of a promise; take one of {', '.join(known)}")
+
     def __str__(self) -> str:
         """Such as: With 95 % confidence, accuracy is at most 0.50 points below the last exit's, on data like these."""
-        points = f"{100 * self.value:.2f}"
-        what = {
-            "max_drop": f"accuracy is at most {points} points below the last exit's",
-            "min_accuracy": f"accuracy is at least {points} %",
-            "max_disagreement": f"at most {points} % of the answers differ from the last exit's",
-        }[self.limit]
+        what = _SAID[self.limit].format(f"{100 * self.value:.2f}")
         return (
             f"With {100 * self.confidence:g} % confidence, {what}, on data like the {self.tuning + self.calibration:,} "
             f"samples that chose ({self.calibration:,} of them tested it, {self.bound} bound)."
@@ -232,18 +244,30 @@ class Choice:
     samples: str = ""
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write as JSON. Raises `FileError`."""
-        write_json(path, {**asdict(self), "policy": self.policy.to_json()})
+        """Write as JSON, with a checksum of it. Raises `FileError`."""
+        content = {**asdict(self), "policy": self.policy.to_json()}
+        write_json(path, {**content, "sha256": checksum(_sealed(content))})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Choice":
-        """Read what `save` wrote. Raises `FileError`."""
+        """Read what `save` wrote, and as it wrote it: other thresholds have no promise. Raises `FileError`."""
         stored = read_json(path)
         try:
+            if isinstance(stored, dict) and "sha256" in stored:  # choices of earlier versions have none
+                known = stored.pop("sha256")
+                check_checksum(path, known, _sealed(stored), _AGAIN)
             policy = Policy.from_json(stored["policy"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise FileError(f"{path} is no Choice ({error}); make it with choose(...)") from error
         return from_stored(cls, {**stored, "policy": policy}, path, "choose(...)")
+
+
+_AGAIN = "make it again with `branchynet choose` or choose(...); for thresholds of your own take Policy"
+
+
+def _sealed(content: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a choice's checksum is of: its content, however the file is laid out."""
+    return [("choice", json.dumps(content, sort_keys=True))]
 
 
 class Prediction(NamedTuple):
