@@ -51,6 +51,7 @@ def test_metadata_says_all_that_is_documented(exported):
         "format": 1,
         "version": __version__,
         "policy": {"score": "entropy", "thresholds": [0.9, 0.9]},
+        "inputs": [i.name for i in engine.inputs],
         "exits": 3,
         "thresholds": "default",
         "batch": "dynamic",

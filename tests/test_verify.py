@@ -1,6 +1,7 @@
 """Files that check themselves: what `verify` accepts and what it tells."""
 
 import dataclasses
+import json
 
 import numpy as np
 import onnx
@@ -256,6 +257,61 @@ def test_a_row_that_stands_in_another_place_is_found(files):
     engine, samples = load(files["nested"], threads=1), read_samples(files["nested"])
     turned = dataclasses.replace(samples, inputs=tuple(np.roll(i, 1, axis=0) for i in samples.inputs))
     assert not check(engine, turned).passed
+
+
+# Inputs in another order
+
+
+class Joined(nn.Module):
+    """Three inputs of one shape and type, none of which may stand for another."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.fc = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x, y, z):
+        return self.fc(torch.relu(self.a(x) + 2 * y) - 3 * z)
+
+
+@pytest.fixture(scope="module")
+def joined(tmp_path_factory):
+    torch.manual_seed(0)
+    net = BranchyNet(Joined(), {"a": nn.Linear(6, 4)}).eval()
+    example, folder = tuple(torch.randn(3, 8, 6)), tmp_path_factory.mktemp("joined")
+    policies = {"nested": Policy(thresholds=(1.2,)), "flat": None}
+    return {kind: export(net, folder / f"{kind}.onnx", policy=p, example=example) for kind, p in policies.items()}
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("order", [(0, 2, 1), (2, 1, 0), (1, 2, 0)])
+@pytest.mark.parametrize("kind", ["nested", "flat"])
+def test_a_file_whose_inputs_a_tool_reordered_answers_as_before(joined, tmp_path, kind, order, runtime):
+    if runtime == "openvino":
+        pytest.importorskip("openvino")
+
+    def reorder(model):
+        inputs = list(model.graph.input)
+        del model.graph.input[:]
+        model.graph.input.extend([*inputs[3:], *(inputs[i] for i in order)])
+
+    path = changed(joined[kind], tmp_path, reorder)
+    engine, own = load(path, runtime=runtime), load(joined[kind], runtime=runtime)
+    assert [i.name for i in engine.inputs] == ["x", "y", "z"] and verify(path, runtime=runtime).passed
+    inputs = read_samples(path).inputs
+    for a, b in zip(engine(*inputs), own(*inputs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)  # sums may be in another order
+
+
+@pytest.mark.parametrize("names", [None, ["x"], ["x", "y", "w"], ["x", "x", "y", "z"]])
+def test_where_the_metadata_name_other_inputs_those_of_the_graph_count(joined, tmp_path, names):
+    def rename(model):
+        entry = next(p for p in model.metadata_props if p.key == "branchynet")
+        stored = json.loads(entry.value)
+        del stored["inputs"]
+        entry.value = json.dumps(stored if names is None else {**stored, "inputs": names})
+
+    path = changed(joined["nested"], tmp_path, rename)
+    assert [i.name for i in load(path).inputs] == ["x", "y", "z"] and verify(path).passed
 
 
 # What the file holds

@@ -180,6 +180,7 @@ def assemble(
         "format": FORMAT,
         "version": __version__,
         "policy": None if policy is None else policy.to_json(),
+        "inputs": [value.name for value in flat.model.graph.inputs],
         "exits": flat.exits,
         "thresholds": thresholds,
         "batch": "dynamic" if flat.dynamic else 1,

@@ -4,7 +4,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache, partial
 from numbers import Integral
 from pathlib import Path
@@ -40,6 +40,7 @@ class _Read:
     batch: Literal["dynamic", 1]
     output_shape: tuple[int, ...]
     labels: tuple[str, ...]
+    inputs: tuple[str, ...] = ()  # older files do not say
 
     def __post_init__(self) -> None:
         if self.exits < 1 or min(self.output_shape, default=0) < 0:
@@ -47,6 +48,7 @@ class _Read:
 
 
 _FIELDS = {field.name for field in fields(_Read)}
+_REQUIRED = {field.name for field in fields(_Read) if field.default is MISSING}
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Engine:
 
     Attributes:
         runtime: as `load` was told.
-        inputs: what the network reads.
+        inputs: what the network reads, in the order of its arguments, whatever order another tool gave them.
         policy: score and default thresholds; None for a flat file (exported with ``policy=None``).
         exits: N.
         labels: class names, or () where none were given.
@@ -90,7 +92,7 @@ class Engine:
         self.policy = None if self.metadata["policy"] is None else Policy.from_json(self.metadata["policy"])
         self.exits: int = self.metadata["exits"]
         self.labels: tuple[str, ...] = tuple(self.metadata["labels"])
-        self.inputs = tuple(i for i in graph.inputs if not _THRESHOLD.fullmatch(i.name))
+        self.inputs = _in_exported_order(graph, self.metadata.get("inputs", ()))
         self._run = graph.run
         self._outputs = graph.outputs
         self._reopen = reopen
@@ -223,9 +225,9 @@ def read_metadata(properties: dict[str, str], path: str | os.PathLike[str]) -> d
         raise FileError(f"the metadata of {path} cannot be read ({error}); export it again") from error
     if newer:
         raise FileError(f"{path} has format {metadata['format']}, newer than {FORMAT}; upgrade branchynet")
-    if not metadata.keys() >= _FIELDS:
-        raise FileError(f"the metadata of {path} lacks {sorted(_FIELDS - metadata.keys())}; export it again")
-    read = from_stored(_Read, {name: metadata[name] for name in _FIELDS}, path, "export(...)")
+    if not metadata.keys() >= _REQUIRED:
+        raise FileError(f"the metadata of {path} lacks {sorted(_REQUIRED - metadata.keys())}; export it again")
+    read = from_stored(_Read, {name: metadata[name] for name in _FIELDS & metadata.keys()}, path, "export(...)")
     try:
         policy = None if read.policy is None else Policy.from_json(read.policy)
     except (KeyError, TypeError, ValueError) as error:
@@ -233,6 +235,12 @@ def read_metadata(properties: dict[str, str], path: str | os.PathLike[str]) -> d
     if policy is not None and policy.exits != read.exits:
         raise FileError(f"the policy in {path} has {policy.exits} exits, the network {read.exits}; export it again")
     return metadata
+
+
+def _in_exported_order(graph: Graph, names: Sequence[str]) -> tuple[Input, ...]:
+    """What the network reads, in the order of `names`; in that of the graph where it has other inputs."""
+    found = {i.name: i for i in graph.inputs if not _THRESHOLD.fullmatch(i.name)}
+    return tuple(found[name] for name in (names if sorted(names) == sorted(found) else found))
 
 
 def _override(policy: Policy | None, settable: Set[str], thresholds: Sequence[float | None]) -> Feeds:
