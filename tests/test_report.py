@@ -126,7 +126,7 @@ class TestPage:
             "1 entropy < 0.3 33.3 % 99.00 % 20.5 4 1,000 70",
             "2 never (left out) 33.3 % 20.5",
             "3 always",
-            "stage costs a sample at batch 64, 2 thread(s)",
+            "stage costs a sample at batch 64, 2 threads",
             "b_lenet onnxruntime 1 1 89.5 30.2 29 2.93× 1.043 96.12 % 95.10 % 50.0, 30.0, 20.0 0.3, never",
             "b_lenet onnxruntime 64 2 152.5",
             "Left first",

@@ -16,7 +16,7 @@ from .arguments import check_seed
 from .cost import static_engines
 from .engine.exported import Engine
 from .engine.onnx import Runtime, load
-from .errors import InputError
+from .errors import InputError, counted
 from .exit_record import check_same_network
 from .fingerprint import fingerprint
 from .graph.flat import flatten, tensors_of
@@ -139,7 +139,7 @@ def bench(
     with tempfile.TemporaryDirectory() as folder:
         static = static_engines(flat, Path(folder), threads, plain=plain, enabled=enabled, alone=False, runtime=runtime)
         for batch in batches:
-            progress(f"batch {batch}, {threads} thread(s)")
+            progress(f"batch {batch}, {counted(threads, 'thread')}")
             count = max(1, min(samples, rows_given) // batch) * batch
             timed = tuple(array[:count] for array in arrays)
             # Ties may be decided otherwise at another batch size, so the exits are those of this one.

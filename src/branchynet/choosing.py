@@ -12,12 +12,12 @@ from .arguments import real, whole
 from .decide import SLACK, best_points, centred, evaluate, optional, problem_of
 from .errors import InfeasibleError, InputError
 from .exit_record import ExitRecord
-from .promising import allowed_loss, bound_of, check_samples, promised
+from .promising import allowed_loss, bound_of, check_samples, check_size, promised
 from .reading import check_cost
 from .samples import sketch
 from .scores import Score, of_choice
 from .search import Points, Problem, join, sweep
-from .types import BOUNDS, Choice, ExitCost, Floats, Policy, Promise
+from .types import BOUNDS, PROMISED, Choice, ExitCost, Floats, Policy, Promise
 
 
 def choose(
@@ -83,7 +83,9 @@ def choose(
     Source: Teerapittayanon et al. 2016, section V-B (screening under an accuracy or a time constraint); the promise as
     in `branchynet.guarantee`.
     """
-    constraint = _constraint(
+    constraint = check_limit(
+        confidence,
+        bound,
         max_drop=max_drop,
         min_accuracy=min_accuracy,
         max_disagreement=max_disagreement,
@@ -93,10 +95,6 @@ def choose(
     ((name, limit),) = constraint.items()
     vectors = whole("vectors", vectors, 1)
     confidence = None if confidence is None else real("confidence", confidence)
-    if confidence is not None and not 0 < confidence < 1:
-        raise InputError(f"confidence={confidence:g} must lie between 0 and 1, such as 0.95; or None for no promise")
-    if bound not in (None, *BOUNDS):
-        raise InputError(f"unknown bound {bound!r}; take one of {', '.join(BOUNDS)}, or None for the sharper")
     check_cost(record, cost)
     score = of_choice(record, score)
     problem = _what_is_searched(record, cost, score, name)
@@ -198,8 +196,31 @@ def _refine(problem: Problem, best: Points, most_loss: float, most_us: float) ->
     return best
 
 
-def _constraint(**limits: float | None) -> dict[str, float]:
-    """The one limit that was given, checked."""
+def check_call(
+    record: ExitRecord,
+    *,
+    confidence: float | None = 0.95,
+    bound: str | None = None,
+    vectors: int = 1,
+    **limits: float | None,
+) -> bool:
+    """Whether `choose` would promise something; raises what it would for these arguments, before costs are measured."""
+    ((name, limit),) = check_limit(confidence, bound, **limits).items()
+    if confidence is None or name not in PROMISED:
+        return False
+    if record.labels is not None:
+        bound = bound or ("betting" if name == "max_drop" else "binomial")
+        check_size(record.samples, name, limit, 1 - confidence, bound)
+    return True
+
+
+def check_limit(confidence: float | None, bound: str | None = None, **limits: float | None) -> dict[str, float]:
+    """The one limit that was given, by name. Raises `InputError` for any of these that is out of range."""
+    confidence = None if confidence is None else real("confidence", confidence)
+    if confidence is not None and not 0 < confidence < 1:
+        raise InputError(f"confidence={confidence:g} must lie between 0 and 1, such as 0.95; or None for no promise")
+    if bound not in (None, *BOUNDS):
+        raise InputError(f"unknown bound {bound!r}; take one of {', '.join(BOUNDS)}, or None for the sharper")
     given = {name: real(name, limit) for name, limit in limits.items() if limit is not None}
     if len(given) != 1:
         shown = " and ".join(f"{name}={limit:g}" for name, limit in given.items()) or "none"

@@ -108,6 +108,7 @@ def train(
 ) -> None:
     """Train a network and its branches. Stopped and called again, it goes on where it was."""
     from .runs import Settings, create_run, train_run
+    from .workbook import after_training
 
     settings = Settings(
         network=network,
@@ -129,7 +130,7 @@ def train(
     )
     made = create_run(run, settings)
     train_run(made, progress=not quiet)
-    out.print(f"trained; next: branchynet choose {run}", soft_wrap=True)
+    out.print(*after_training(made), sep="\n", soft_wrap=True)
 
 
 @app.command()
@@ -151,7 +152,8 @@ def choose(
 ) -> None:
     """Choose thresholds on the validation data. By default accuracy is at most 0.005 below the last exit's."""
     from .report.console import print_choice
-    from .runs import choose_run, measure_run, open_run, reason_run
+    from .runs import choose_run, measure_run, open_run
+    from .workbook import reason_run
 
     limits = {
         "max_drop": max_drop,

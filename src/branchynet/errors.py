@@ -54,6 +54,11 @@ class VersionError(BranchyNetError, ImportError):
     """A package is installed in a version that is known to be wrong."""
 
 
+def counted(number: int, thing: str) -> str:
+    """``1 epoch``, ``2 epochs``."""
+    return f"{number} {thing}{'s' * (number != 1)}"
+
+
 def printable(text: str) -> str:
     """`text` with hexadecimal escapes for control characters and for bytes that are no UTF-8.
 

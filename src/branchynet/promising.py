@@ -3,6 +3,7 @@
 Shape letters: S samples, N exits.
 """
 
+import bisect
 import math
 import warnings
 from functools import partial
@@ -113,6 +114,40 @@ def allowed_loss(problem: Problem, name: str, limit: float) -> float:
     return float(problem.losses[:, -1].sum()) + (limit + SLACK) * samples
 
 
+def check_size(samples: int, name: str, limit: float, delta: float, bound: str) -> None:
+    """Raises `InputError` where so many samples cannot carry a promise; names the smallest limit that they can."""
+    needed = fewest(1 - limit if name == "min_accuracy" else limit, delta, bound)
+    if len(halves(samples)[1]) >= needed:
+        return
+    carried = tightest(samples, delta, bound, absolute=name == "min_accuracy")
+    other = "" if carried is None else f"take {name}={carried:g}, the tightest limit that so many can carry, "
+    raise InputError(
+        f"a promise of {name}={limit:g} at {1 - delta:.0%} confidence by the {bound} bound needs at least "
+        f"{2 * needed} samples, half of them to find candidates and half to test them; the record has {samples}, so "
+        f"that none could leave early: {other}record more, or ask for no promise with confidence=None"
+    )
+
+
+_LIMITS = tuple(float(f"{digits}e-{power}") for power in range(6, 1, -1) for digits in range(10, 100))[:-49]
+"""Limits that an error may name: two digits, up to 0.5, beyond which nobody promises anything."""
+
+
+def tightest(samples: int, delta: float, bound: str, *, absolute: bool = False) -> float | None:
+    """The smallest limit, in two digits, that so many samples can carry a promise of; None where they carry none.
+
+    Args:
+        samples: of the record, half of which test the promise.
+        delta: 1 - confidence.
+        bound: one of `guarantee.BOUNDS`.
+        absolute: give the largest accuracy instead, 1 less such a limit.
+    """
+    size = len(halves(samples)[1])
+    limits = [round(1 - limit, 8) for limit in _LIMITS] if absolute else _LIMITS
+    enough = lambda limit: fewest(1 - limit if absolute else limit, delta, bound) <= size  # noqa: E731
+    found = bisect.bisect_left(limits, True, key=enough)
+    return limits[found] if found < len(limits) else None
+
+
 def promised(
     problem: Problem, name: str, limit: float, delta: float, bound: str, vectors: int
 ) -> tuple[Floats, tuple[int, int]]:
@@ -120,14 +155,7 @@ def promised(
     risk = 1 - limit if name == "min_accuracy" else limit
     tuning_rows, calibration_rows = halves(len(problem.scores))
     sizes = len(tuning_rows), len(calibration_rows)
-    needed = fewest(risk, delta, bound)
-    if sizes[1] < needed:
-        raise InputError(
-            f"a promise of {name}={limit:g} at {1 - delta:.0%} confidence by the {bound} bound needs at least "
-            f"{2 * needed} samples, half of them to find candidates and half to test them; the record has "
-            f"{len(problem.scores)}, so that none could leave early: record more, take another limit, or ask for no "
-            "promise with confidence=None"
-        )
+    check_size(len(problem.scores), name, limit, delta, bound)
     tuning, calibration = problem.take(tuning_rows), problem.take(calibration_rows)
     points = best_points(tuning, vectors)
     room = 2 * math.sqrt(sizes[0] * max(risk, 0))  # the tuning half may be the unlucky one: two standard errors

@@ -5,14 +5,14 @@ files carry the fingerprint of their network; a choice names the record that cho
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .data import ImageData
 from .data.sets import FOLDER
 from .design import Advice
-from .engine.exported import Engine
+from .engine.exported import Engine, model_metadata
 from .errors import DataError, FileError
 from .exit_record import ExitRecord
 from .files import read_json, write_json
@@ -71,6 +71,50 @@ def check_choice(run: Path, choice: Choice, network: str) -> None:
         f"{run / 'choice.json'} was chosen for other weights ({choice.network}) than those there ({network}); run "
         f"`branchynet {verb} {run}` again"
     )
+
+
+def check_model(run: Path, about: Mapping[str, Any]) -> None:
+    """Raises `FileError` where a run's file was not made of its weights or with its thresholds.
+
+    Args:
+        run: the folder.
+        about: the metadata of its ``model.onnx``.
+    """
+    records, chosen = run / "record-val.npz", run / "choice.json"
+    current = ExitRecord.load(records).network if records.exists() else None
+    if not _same_weights(about, current):
+        raise FileError(
+            f"{run / 'model.onnx'} was made of other weights than those that {run} has now: {_remake(run, current)}"
+        )
+    choice = Choice.load(chosen) if chosen.exists() else None
+    if choice is not None and about.get("policy") is not None and about["policy"] != choice.policy.to_json():
+        raise FileError(
+            f"{run / 'model.onnx'} has other thresholds than {chosen} has now: run `branchynet export {run}` again"
+        )
+
+
+def outdated(run: Path) -> list[str]:
+    """The names of a run's files that were made of other weights than it has now, in the order that they are made."""
+    current = ExitRecord.load(run / "record-val.npz").network
+    old = []
+    if (run / "choice.json").exists() and Choice.load(run / "choice.json").network not in (None, current):
+        old.append("choice.json")
+    model = run / "model.onnx"
+    if model.exists() and not _same_weights(model_metadata(model), current):
+        old += ["model.onnx", *(name for name in ("bench.json", "report.html") if (run / name).exists())]
+    return old
+
+
+def _same_weights(about: Mapping[str, Any], current: str | None) -> bool:
+    made = about.get("network")
+    return None in (made, current) or made == current or str(made).startswith(f"{current}-")  # int8 of it
+
+
+def _remake(run: Path, current: str | None) -> str:
+    """The commands that make ``model.onnx`` of the weights there."""
+    chosen = run / "choice.json"
+    fits = chosen.exists() and Choice.load(chosen).network in (None, current)
+    return "run " + f"`branchynet choose {run}` and " * (not fits) + f"`branchynet export {run}` again"
 
 
 def keep_bench(run: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -25,13 +25,14 @@ import torch
 from torch import nn
 
 from .bench import bench
-from .choosing import choose
+from .choosing import check_call, choose
 from .cost import measure
 from .data import ImageData, loader
 from .data.sets import FOLDER
 from .decide import evaluate
+from .engine.exported import model_metadata
 from .engine.onnx import RUNTIMES
-from .errors import BranchyNetError, FileError, InputError, nearest
+from .errors import BranchyNetError, FileError, InputError, counted, nearest
 from .exit_record import ExitRecord
 from .export import export
 from .files import locked, write_json
@@ -40,16 +41,16 @@ from .fitting import fit_score
 from .guarantee import halves
 from .machine import environment
 from .net import BranchyNet
-from .provenance import check_choice, check_data, check_design, keep_bench, keep_data
-from .reasons import why_never
+from .provenance import check_choice, check_data, check_design, check_model, keep_bench, keep_data
 from .record import record
+from .scores import resolve
 from .settings import AUGMENTS, Settings, build_network, check_settings, data_of, example_of
 from .stored import read_entry
 from .training.checkpoint import load_weights
 from .training.history import History
 from .training.train import fit
 from .trust import check_trust, remember
-from .types import PROMISED, Choice, ExitCost, Policy, score_name
+from .types import Choice, ExitCost, Policy, score_name
 from .zoo import NETWORKS
 
 EVAL_BATCH = 500
@@ -193,7 +194,7 @@ def fit_in(
     """One training of a run, its state in a folder of the run's; `more` as `fit` takes it."""
     settings = run.settings
     what = "all exits" if folder == "." else f"the plain network ({folder})"
-    tell(progress, f"training {what}: {epochs} epochs of {len(data.train)} images")
+    tell(progress, f"training {what}: {counted(epochs, 'epoch')} of {len(data.train)} images")
     train, val = loaders(settings, data)
     fit(
         network,
@@ -250,9 +251,11 @@ def choose_run(
     and a promise is tested on the other; without a promise the thresholds are chosen on the other.
     """
     found = ExitRecord.load(run.file("record-val.npz", "train"))
-    if constraint.get("confidence", 0.95) is not None and any(constraint.get(name) is not None for name in PROMISED):
-        check_design(run.path)
     wanted: Any = score or "entropy"
+    if wanted != "learned":
+        resolve(wanted)
+    if check_call(found, **constraint):
+        check_design(run.path)
     if wanted == "learned":
         tuning, rest = halves(found.samples)
         wanted = fit_score(found.take(tuning))
@@ -262,17 +265,6 @@ def choose_run(
     choice = choose(found, cost, score=wanted, **constraint)
     choice.save(run.path / "choice.json")
     return choice
-
-
-def reason_run(run: Run, choice: Choice) -> str:
-    """Why a choice of this run lets no sample leave early, in words; empty where it lets some."""
-    found = ExitRecord.load(run.file("record-val.npz", "train"))
-    if found.digest != choice.record_digest:
-        found = found.take(halves(found.samples)[1])
-    told = why_never(found, measure_run(run, choice.policy.score), choice)
-    return (
-        f"{told}\n`branchynet design {run.path}` looks for exits that pay" if told and not run.settings.taps else told
-    )
 
 
 def export_run(run: Run, path: Path | None = None, *, progress: bool = False, **options: Any) -> Path:
@@ -318,6 +310,7 @@ def bench_run(
     if not (engines and batches and threads):
         raise InputError("give one batch size, one number of threads and one engine at least")
     model = run.file("model.onnx", "export")
+    check_model(run.path, model_metadata(model))
     net, data = load_run(run)
     check_data(run.path, data, ["test"])
     images, labels = data.test.inputs(), data.test.labels

@@ -15,7 +15,7 @@ from .arguments import MOST_SEED, whole
 from .attaching import attach_heads
 from .data import ImageData, affine, flip_crop, load_data, shift
 from .data.sets import FOLDER, folder_path
-from .errors import BranchyNetError, InputError, nearest
+from .errors import BranchyNetError, InputError, counted, nearest
 from .net import BranchyNet, evaluating
 from .training.train import joint_loss
 from .zoo import NETWORKS
@@ -85,8 +85,8 @@ class Settings:
         if not self.baseline_epochs:
             return "the static network was never trained, so its accuracy is not told: train without --no-static"
         return (
-            f"the static network is the warm start, trained for {self.baseline_epochs} epochs; with exits it trained "
-            f"for {self.epochs} more: train again with --static to compare with one that had as many"
+            f"the static network is the warm start, trained for {counted(self.baseline_epochs, 'epoch')}; with exits "
+            f"it trained for {self.epochs} more: train again with --static to compare with one that had as many"
         )
 
 

@@ -10,10 +10,14 @@ from .data import ImageData, images_in, read_image
 from .data.normalization import stored_normalization
 from .decide import evaluate, frontier
 from .design import Advice
+from .engine.exported import model_metadata
 from .engine.onnx import Engine, load
 from .errors import FileError, InputError
 from .exit_record import ExitRecord
-from .provenance import check_data, check_report
+from .guarantee import halves
+from .promising import tightest
+from .provenance import check_data, check_model, check_report, outdated
+from .reasons import why_never
 from .report import Gallery, write_report
 from .runs import Run, measure_run, tell
 from .scores import of_record
@@ -23,6 +27,7 @@ from .types import Choice, Prediction
 
 SHOWN = 24  # pictures a gallery
 BATCH = 64
+LIMITS = (0.005, 0.01, 0.02, 0.05, 0.1)  # of accuracy that one may want to promise; the first is the default of choose
 
 
 def predict_files(engine: Engine, images: Sequence[Path]) -> Iterator[dict[str, Any]]:
@@ -50,17 +55,43 @@ def predict_files(engine: Engine, images: Sequence[Path]) -> Iterator[dict[str, 
 
 
 def model_file(path: Path) -> Path:
-    """The file itself, or the one that a run's folder holds. Raises `FileError` where it has none yet."""
+    """The file itself, or the one that a run's folder holds. Raises `FileError` where it has none, or an old one."""
     if not path.is_dir():
         return path
     if not (path / "model.onnx").is_file():
         raise FileError(f"{path} has no model.onnx yet; run `branchynet export {path}` first")
+    check_model(path, model_metadata(path / "model.onnx"))
     return path / "model.onnx"
 
 
 def image_files(paths: Sequence[Path]) -> list[Path]:
     """The files, and of folders the images in them and below, by name. Raises `DataError` for a folder without any."""
     return [file for path in paths for file in (images_in(path) if path.is_dir() else [path])]
+
+
+def after_training(run: Run) -> list[str]:
+    """What to tell when a run is trained: files of earlier weights, and the command that comes next.
+
+    That command has a limit that the run's samples can carry.
+    """
+    samples = ExitRecord.load(run.file("record-val.npz", "train")).samples
+    carried = tightest(samples, 0.05, "betting")
+    limit = next((limit for limit in LIMITS if carried is not None and limit >= carried), None)
+    how = " --no-promise" if limit is None else "" if limit == LIMITS[0] else f" --max-drop {limit:g}"
+    old = outdated(run.path)
+    told = [f"out of date, as they were made of earlier weights: {', '.join(old)}"] if old else []
+    return [*told, f"trained; next: branchynet choose {run.path}{how}"]
+
+
+def reason_run(run: Run, choice: Choice) -> str:
+    """Why a choice of this run lets no sample leave early, in words; empty where it lets some."""
+    found = ExitRecord.load(run.file("record-val.npz", "train"))
+    if found.digest != choice.record_digest:
+        found = found.take(halves(found.samples)[1])
+    told = why_never(found, measure_run(run, choice.policy.score), choice)
+    return (
+        f"{told}\n`branchynet design {run.path}` looks for exits that pay" if told and not run.settings.taps else told
+    )
 
 
 def report_run(run: Run, *, progress: bool = False) -> Path:

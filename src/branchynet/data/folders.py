@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..errors import DataError, InputError, printable
+from ..errors import DataError, InputError, counted, printable
 from .images import decode, image_size
 
 MOST_UNASKED = 1 << 20  # pixels that images may have without a size; photographs must not fill the memory
@@ -125,8 +125,8 @@ def _listed(roots: dict[int, Path], least: int) -> tuple[list[str], list[tuple[l
     """Names of the classes, and the images in each of their folders with the number of the class and of the part."""
     names = _subfolders(roots[0])
     if len(names) < 2:
-        shown = [printable(name) for name in names]
-        raise DataError(f"{roots[0]} holds {len(names)} folders {shown}; it must hold one for each class, two at least")
+        shown = f"one folder alone, {printable(names[0])!r}" if names else "no folders"
+        raise DataError(f"{roots[0]} holds {shown}; it must hold one for each class, two at least")
     listed = []
     for part, root in roots.items():
         for name in _subfolders(root):
@@ -147,7 +147,7 @@ def _image_files(folder: Path, least: int) -> list[Path]:
     if len(files) < least:
         needed = {1: "one at least", 2: "two at least", 3: "three at least, one each to train on, to choose on and to "}
         raise DataError(
-            f"{folder} holds {len(files)} images directly in it; a class needs {needed[least]}"
+            f"{folder} holds {counted(len(files), 'image')} directly in it; a class needs {needed[least]}"
             f"{'test on' * (least == 3)}: add some, or remove the folder"
         )
     return files

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 from ..engine.onnx import Runtime
-from ..errors import InputError
+from ..errors import InputError, counted
 from ..files import read_json, write_json
 from ..net import BranchyNet
 from ..stored import from_stored
@@ -133,7 +133,7 @@ class Advice:
 
     def __str__(self) -> str:
         """The advice in words."""
-        each = f"at batch {self.batch_size}, {self.threads} thread{'s' * (self.threads > 1)}"
+        each = f"at batch {self.batch_size}, {counted(self.threads, 'thread')}"
         each += f" in {self.runtime}" * (self.runtime != "onnxruntime")
         if not self.design.taps:
             return f"Do not bother: no early exit helps {each} at {self.min_accuracy:.2%} accuracy. {self._least()}"

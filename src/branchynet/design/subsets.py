@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..decide import SLACK, best_points, optional, route
+from ..errors import counted
 from ..guarantee import halves
 from ..search import Problem
 from ..types import ExitCost, Floats, Ints
@@ -100,7 +101,7 @@ def search(
         else:
             sets = sorted({tuple(sorted((*f.chosen, i))) for f in here for i in everyone if i not in f.chosen})
         sets = [s for s in sets if len({judged.taps[i] for i in s}) == size]
-        report(f"trying {len(sets)} sets of {size} early exit{'s' * (size > 1)}")
+        report(f"trying {len(sets)} sets of {counted(size, 'early exit')}")
         tried = [t for t in (_best(judged, s, most_loss, _COARSE) for s in sets) if t is not None]
         for found in tried:
             least[list(found.chosen)] = np.minimum(least[list(found.chosen)], found.us)

@@ -243,6 +243,11 @@ def _in_exported_order(graph: Graph, names: Sequence[str]) -> tuple[Input, ...]:
     return tuple(found[name] for name in (names if sorted(names) == sorted(found) else found))
 
 
+def model_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a file says of itself, read without a runtime. Raises `FileError`."""
+    return read_metadata({entry.key: entry.value for entry in parse_model(path).metadata_props}, path)
+
+
 def _override(policy: Policy | None, settable: Set[str], thresholds: Sequence[float | None]) -> Feeds:
     """What a call's own thresholds feed. Raises `InputError` where the file does not take them."""
     if policy is None:

@@ -82,7 +82,7 @@ def load(
     instance("path", path, (str, os.PathLike), "give the file that export(...) wrote")
     check_path(path)
     if not Path(path).exists():
-        raise FileError(f"there is no file {path}; write one with export(...) or `branchynet export`")
+        raise FileError(f"there is no file {path}; write one with export(...)")
     check_seal(regular(path))
     graph = open_in_openvino(path, threads) if runtime == "openvino" else _open(path, threads, chosen)
     engine = Engine(runtime, graph, (load, (str(Path(path).absolute()), threads, providers, runtime)))

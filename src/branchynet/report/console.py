@@ -9,7 +9,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import printable
+from ..errors import counted, printable
 from ..timing import STEADY
 from ..types import Choice, ExitCost
 
@@ -128,7 +128,7 @@ def print_bench(out: Console, rows: Sequence[Mapping[str, Any]], note: str = "")
     lines = []
     for row in rows:
         shares = ", ".join(f"{share:.1%}" for share in row["exit_share"])
-        threads = f"{row['threads']} thread{'s' * (row['threads'] > 1)}"
+        threads = f"{counted(row['threads'], 'thread')}"
         right = "" if row["accuracy_static"] is None else f"{row['accuracy_static']:.2%}"
         branchy = f"{row['accuracy_branchy']:.2%}"
         for where, name, us, accuracy, told in (

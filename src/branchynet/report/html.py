@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..errors import InputError
+from ..errors import InputError, counted
 from ..exit_record import ExitRecord
 from ..files import replacing
 from ..types import Choice, ExitCost, Outcome
@@ -230,7 +230,7 @@ def _exits(choice: Choice, outcome: Outcome, cost: ExitCost | None) -> str:
     caption = "Exits on test data"
     if cost is not None:
         head += ["trunk µs", "branch µs", "trunk MACs", "branch MACs"]
-        caption += f"; stage costs a sample at batch {cost.batch_size}, {cost.threads} thread(s)"
+        caption += f"; stage costs a sample at batch {cost.batch_size}, {counted(cost.threads, 'thread')}"
     told = "; ".join(f"exit {row[0]}: {row[2]} of the samples" for row in rows)
     figure = figure_shares(outcome.exit_share, outcome.exit_accuracy)
     return _figure("shares", "Who leaves where", figure, f"Shares of the test samples. {told}.", "") + _table(
