@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from branchynet.engine.exported import read_model
 from branchynet.engine.onnx import FORMAT, METADATA_KEY, load, verify
-from branchynet.engine.verifying import read_samples
+from branchynet.engine.samples import read_samples
 from branchynet.errors import BranchyNetError, FileError, InputError
 from branchynet.export import assemble
 from branchynet.types import Policy, Prediction

@@ -20,7 +20,7 @@ from torch import nn
 import branchynet
 from branchynet.engine import seal
 from branchynet.engine.onnx import METADATA_KEY, load
-from branchynet.engine.verifying import SAMPLES_KEY
+from branchynet.engine.samples import SAMPLES_KEY
 from branchynet.errors import FileError, GraphError, InputError
 from branchynet.export import export
 from branchynet.fingerprint import fingerprint

@@ -1,6 +1,8 @@
 """Files that check themselves: what `verify` accepts and what it tells."""
 
+import base64
 import dataclasses
+import io
 import json
 
 import numpy as np
@@ -13,8 +15,10 @@ from typer.testing import CliRunner
 
 from branchynet import BranchyNet, Policy, export, load, verify
 from branchynet.cli import app
-from branchynet.engine import seal, verifying
-from branchynet.engine.verifying import SAMPLES_KEY, check, read_samples
+from branchynet.engine import samples as stored_samples
+from branchynet.engine import seal
+from branchynet.engine.samples import SAMPLES_KEY, read_samples
+from branchynet.engine.verifying import check
 from branchynet.errors import FileError, InputError, VerificationError
 
 
@@ -339,10 +343,10 @@ def test_another_number_is_refused(tmp_path, given):
 def test_large_samples_are_fewer_and_the_largest_none(tmp_path, monkeypatch):
     each = images(1).numpy().nbytes + 3 * (5 + 1) * 4
     for budget, most, rows in ((4 * each, 100 * each, 4), (each // 2, each, 1)):
-        monkeypatch.setattr(verifying, "_BYTES", budget)
-        monkeypatch.setattr(verifying, "_MOST_BYTES", most)
+        monkeypatch.setattr(stored_samples, "_BYTES", budget)
+        monkeypatch.setattr(stored_samples, "_MOST_BYTES", most)
         assert len(read_samples(export(network(), tmp_path / "m.onnx", policy=TWO, example=images()))) == rows
-    monkeypatch.setattr(verifying, "_MOST_BYTES", each - 1)
+    monkeypatch.setattr(stored_samples, "_MOST_BYTES", each - 1)
     with pytest.raises(FileError, match="no samples"):
         verify(export(network(), tmp_path / "m.onnx", policy=TWO, example=images()))
 
@@ -357,6 +361,78 @@ def test_damaged_samples_are_told(files, tmp_path, damage):
     assert load(path).exits == 3
     with pytest.raises(FileError, match=r"samples in .*changed\.onnx cannot be read.*export it again"):
         verify(path)
+
+
+def with_arrays(path, folder, change):
+    """A copy of a file, the arrays of its samples changed in place."""
+
+    def edit_arrays(model):
+        entry = next(p for p in model.metadata_props if p.key == SAMPLES_KEY)
+        with np.load(io.BytesIO(base64.b64decode(entry.value))) as stored:
+            arrays = dict(stored)
+        change(arrays)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)
+        entry.value = base64.b64encode(buffer.getvalue()).decode()
+
+    return changed(path, folder, edit_arrays)
+
+
+def each(name, function):
+    """Change the arrays whose name begins so."""
+    return lambda arrays: arrays.update({k: function(a) for k, a in arrays.items() if k.startswith(name)})
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (each("slack", lambda a: np.float64(0)), r"slack is float64 \(\)"),
+        (each("score_slack", lambda a: a[:1]), "slack of 3 exits and 1 of scores"),
+        (lambda a: (each("slack", lambda s: s[:2])(a), each("score_slack", lambda s: s[:2])(a)), "slack of 2 exits"),
+        (each("slack", lambda a: a + np.nan), "slack is"),
+        (each("slack", lambda a: a - 1), "slack is"),
+        (each("slack", lambda a: a + 1e9), "slack is .*metadata"),
+        (each("slack", lambda a: a + 0.1), "slack is .*metadata"),
+        (each("score_slack", lambda a: a + 1e9), "slack of score 1 is 1e\\+09"),
+        (each("output_2", lambda a: a[:3]), r"output 2 is float32 \(3, 5\)"),
+        (each("output_2", lambda a: a[:, :3]), r"output 2 is float32 \(8, 3\)"),
+        (each("output_3", lambda a: np.array(["x"] * len(a))), "output 3 is <U1"),
+        (each("output_1", lambda a: a[0, 0]), r"output 1 is float32 \(\)"),
+        (each("score_1", lambda a: a[:2]), r"score 1 is float32 \(2,\)"),
+        (each("score_2", lambda a: a.astype("U4")), "score 2 is <U4"),
+        (lambda a: a.pop("score_2"), "score 2 is"),
+        (lambda a: a.pop("output_1"), "output 1 is"),
+        (lambda a: a.pop("input_0"), "they have 0 inputs"),
+        (lambda a: a.update(input_1=a["input_0"]), "they have 2 inputs"),
+        (each("input_0", lambda a: a.astype("f8")), "input 'x' is float64"),
+        (each("input_0", lambda a: a[:, :1]), "input 'x' is float32"),
+        (
+            lambda a: [each(name, lambda v: v[:0])(a) for name in ("input", "output", "score_1", "score_2", "score_3")],
+            "0",
+        ),
+        (lambda a: a.clear(), "slack"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["nested", "int8"])
+def test_samples_of_another_kind_are_damage(files, tmp_path, kind, change, told):
+    path = with_arrays(files[kind], tmp_path, change)
+    with pytest.raises(FileError, match=rf"samples in .*changed\.onnx cannot be read \(.*{told}.*export it again"):
+        verify(path)
+    with pytest.raises(FileError, match="cannot be read"):
+        load(path, verify=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "other", "told"), [("nested", "flat", "a flat file"), ("flat", "nested", "early exits")]
+)
+def test_samples_of_another_file_are_damage(files, tmp_path, kind, other, told):
+    text = next(p.value for p in onnx.load(files[other]).metadata_props if p.key == SAMPLES_KEY)
+
+    def swap(model):
+        next(p for p in model.metadata_props if p.key == SAMPLES_KEY).value = text
+
+    with pytest.raises(FileError, match=told):
+        verify(changed(files[kind], tmp_path, swap))
 
 
 # On the command line

@@ -21,8 +21,9 @@ from .checking import network
 from .engine.checks import difference, differences, magnitude
 from .engine.exported import FORMAT, METADATA_KEY, Engine
 from .engine.onnx import load
+from .engine.samples import MAX_SAMPLES, SAMPLES_KEY, Samples, pack
 from .engine.seal import seal
-from .engine.verifying import MAX_SAMPLES, SAMPLES_KEY, Samples, check, pack
+from .engine.verifying import check
 from .errors import GraphError, InputError, as_graph_errors
 from .exit_record import check_same_network
 from .files import replacing

@@ -1,54 +1,26 @@
-"""Files that check themselves: stored samples, and whether an engine answers them as the file says."""
+"""Files that check themselves: whether an engine answers the stored samples as the file says."""
 
-import base64
 import importlib
-import io
 import os
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
-from ..errors import FileError, VerificationError
+from ..errors import VerificationError
 from ..machine import processor
 from ..types import Policy, Prediction
 from .checks import difference, differences, magnitude
 from .exported import Engine, parse_model
+from .samples import Samples, samples_in
 from .thresholds import moved_thresholds
 
-SAMPLES_KEY = "branchynet.samples"
-MAX_SAMPLES = 8
-_BYTES, _MOST_BYTES = 2**20, 2**24  # of all stored samples, and of one that is stored alone
 _TIE = 1e-5  # engines may decide either way on scores so near to a threshold
 _TAIL = 10  # a sample's score may be off so many times what scores are off in the mean between int8 and float
 _ALWAYS = 3e38  # a threshold that every score passes
 _FLOAT = 1e-3  # of the largest value: what float32 sums in another order, or TF32, may be off
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Samples and what every exit should answer for them.
-
-    Attributes:
-        inputs: `(S, ...)` in the order of the file's inputs.
-        outputs: `(S, C, ...)`, one an exit.
-        scores: `(S,)`, one an exit; () for a flat file.
-        slack: one an exit: mean difference of outputs between int8 and float; 0 for a float network.
-        score_slack: the same of scores.
-    """
-
-    inputs: tuple[NDArray[Any], ...]
-    outputs: tuple[NDArray[Any], ...]
-    scores: tuple[NDArray[Any], ...]
-    slack: tuple[float, ...]
-    score_slack: tuple[float, ...]
-
-    def __len__(self) -> int:
-        return len(self.inputs[0])
 
 
 @dataclass(frozen=True)
@@ -88,59 +60,13 @@ class Verification:
         return f"{told}. Wrong: {'; '.join(self.problems)}" if self.problems else told
 
 
-def pack(samples: Samples, kept: Sequence[int], limit: int) -> str:
-    """The first samples as text for a file's metadata, "" where even one would be too large.
-
-    Args:
-        samples: as compared when the file is written.
-        kept: the exits that the file has, from 1.
-        limit: how many samples at most.
-    """
-    arrays = {f"input_{i}": a for i, a in enumerate(samples.inputs)}
-    arrays |= {f"output_{n}": samples.outputs[n - 1] for n in kept}
-    arrays |= {f"score_{n}": samples.scores[n - 1] for n in kept if samples.scores}
-    each = sum(a.nbytes for a in arrays.values()) // max(1, len(samples))
-    rows = min(limit, len(samples), max(1, _BYTES // max(1, each)))
-    if rows < 1 or each > _MOST_BYTES:
-        return ""
-    buffer = io.BytesIO()
-    stored: dict[str, Any] = {name: a[:rows] for name, a in arrays.items()}
-    stored |= {"slack": np.array(samples.slack), "score_slack": np.array(samples.score_slack)}
-    np.savez_compressed(buffer, **stored)
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def read_samples(path: str | os.PathLike[str]) -> Samples:
-    """What `pack` put into a file. Raises `FileError` where it holds none, or damaged ones."""
-    return _unpack(parse_model(path), path)
-
-
-def _unpack(model: onnx.ModelProto, path: str | os.PathLike[str]) -> Samples:
-    text = next((p.value for p in model.metadata_props if p.key == SAMPLES_KEY), "")
-    if not text:
-        raise FileError(f"{path} holds no samples to verify it with; export it again, with samples=8")
-    try:
-        with np.load(io.BytesIO(base64.b64decode(text, validate=True)), allow_pickle=False) as stored:
-            arrays = dict(stored)
-        exits, inputs = len(arrays["slack"]), sum(name.startswith("input_") for name in arrays)
-        return Samples(
-            tuple(arrays[f"input_{i}"] for i in range(inputs)),
-            tuple(arrays.get(f"output_{n}", np.empty(0)) for n in range(1, exits + 1)),
-            tuple(arrays.get(f"score_{n}", np.empty(0)) for n in range(1, exits + 1) if f"score_{exits}" in arrays),
-            tuple(arrays["slack"].tolist()),
-            tuple(arrays["score_slack"].tolist()),
-        )
-    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
-        raise FileError(f"the samples in {path} cannot be read ({error}); export it again") from error
-
-
 def check_file(engine: Engine, path: str | os.PathLike[str]) -> Verification:
     """Compare an engine's answers with those stored in its file, and the file's thresholds with its metadata.
 
     Raises `FileError` where the file holds no samples, or damaged ones.
     """
     model = parse_model(path)
-    found = check(engine, _unpack(model, path))
+    found = check(engine, samples_in(model, path, engine))
     return replace(found, problems=(*moved_thresholds(engine.policy, model, path), *found.problems))
 
 
