@@ -110,7 +110,7 @@ def test_predict_answers_the_images_of_folders(run, monkeypatch, tmp_path, capsy
     assert call(monkeypatch, "predict", run, tmp_path / "e.bmp", tmp_path / "a", tmp_path, "--json") == 0
     answers = [json.loads(line)["image"] for line in capsys.readouterr().out.splitlines()]
     inside = [str(tmp_path / name) for name in ("a/b/d.jpg", "a/c.png")]
-    assert answers == [str(tmp_path / "e.bmp"), *inside, *inside, str(tmp_path / "b.png"), str(tmp_path / "e.bmp")]
+    assert answers == [str(tmp_path / "e.bmp"), *inside, str(tmp_path / "b.png")]  # each once
 
 
 def test_choose_promises_and_takes_a_score(run, tmp_path, monkeypatch, capsys):

@@ -1,11 +1,14 @@
 """What the command line says next, and what it checks before it starts."""
 
+import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 
 from branchynet import ExitRecord, runs
+from branchynet.data import save_image
 from branchynet.errors import InputError, counted
 from branchynet.guarantee import fewest, halves
 from branchynet.promising import check_size, tightest
@@ -164,3 +167,47 @@ def test_one_epoch_is_no_plural_in_a_run(tmp_path, monkeypatch, capsys):
     arguments = ("train", tmp_path / "run", "--baseline-epochs", 1, "--epochs", 1, "--no-static")
     assert call(monkeypatch, *arguments) == 0
     assert "1 epoch of" in (told := capsys.readouterr().err) and "1 epochs" not in told
+
+
+def test_predict_answers_the_good_files_and_says_which_failed(run, tmp_path, monkeypatch, capsys):
+    finished(run)
+    files = [tmp_path / f"{n}.png" for n in range(70)]  # more than a batch
+    for file in files:
+        save_image(np.full((1, 28, 28), 0.5), file)
+    bad = [tmp_path / "none.png", tmp_path / "text.png", tmp_path / "cut.png"]
+    bad[1].write_text("no image")
+    bad[2].write_bytes(files[0].read_bytes()[:40])
+    capsys.readouterr()
+    given = (bad[0], *files[:30], bad[1], *files[30:], files[0], bad[2], bad[0])
+    assert call(monkeypatch, "predict", run, *given, "--json") == 1
+    told = capsys.readouterr()
+    assert [json.loads(line)["image"] for line in told.out.splitlines()] == [str(file) for file in files]
+    assert len(told.err.splitlines()) == 1 and all(told.err.count(file.name) == 1 for file in bad)
+    assert call(monkeypatch, "predict", run, bad[0], files[3]) == 1
+    told = capsys.readouterr()
+    assert "3.png" in told.out and "none.png" in told.err
+    assert call(monkeypatch, "predict", run, bad[0]) == 1
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("network", "channels", "told"),
+    [
+        ("b_lenet", 3, "reads grey images of 28 x 28; give --network b_resnet20 --size 32,"),
+        ("b_lenet", 1, "reads grey images of 28 x 28; give --size 28,"),
+        ("b_resnet20", 1, "reads colour images of 32 x 32; give --network b_lenet --size 28,"),
+        ("b_alexnet", 1, "reads colour images of 32 x 32; give --network b_lenet --size 28,"),
+    ],
+)
+def test_what_a_network_reads_is_told(network, channels, told, tmp_path, capsys):
+    for name in ("ant", "bee"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for n in range(8):
+            image = np.random.default_rng(n).random((channels, 20, 20))
+            save_image(image, tmp_path / "images" / name / f"{n}.png")
+    arguments = ("train", tmp_path / "run", "--data", f"folder:{tmp_path / 'images'}", "--network", network, "--quiet")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.warn", lambda *_, **__: None)
+        assert call(patch, *arguments) == 1
+    error = capsys.readouterr().err
+    assert told in error and "Given groups" not in error

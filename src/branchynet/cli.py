@@ -20,6 +20,8 @@ from .options import (
     ModelArgument,
     Quiet,
     RunArgument,
+    Size,
+    Split,
     Trust,
     Version,
     called_options,
@@ -82,12 +84,8 @@ def train(
         str, named("{}; or your own, as module:function, from the current folder or installed.", *NETWORKS)
     ] = "b_lenet",
     data: Annotated[str, named("{}, or folder:PATH with a folder of images for each class.", *DATA)] = "digits",
-    size: Annotated[
-        str, typer.Option(help="Of a folder's images: 64, or 48x64 high and wide; by default their median.")
-    ] = "",
-    split: Annotated[
-        str, typer.Option(help="Shares of a folder's images to train on, choose on and test on; by default 70/15/15.")
-    ] = "",
+    size: Size = "",
+    split: Split = "",
     normalize: Annotated[
         bool, typer.Option("--normalize", help="Bring each channel to mean 0 and deviation 1; predict does the same.")
     ] = False,
@@ -259,17 +257,20 @@ def predict(
 ) -> None:
     """Answer image files: label, exit and score of each."""
     from .engine.onnx import load
-    from .report.console import show
+    from .report.console import print_answers
     from .workbook import image_files, model_file, predict_files
 
-    rows = []
+    answers, faults = [], []
     for answer in predict_files(load(model_file(model)), image_files(images)):
-        if as_json:
+        if "error" in answer:
+            faults.append(answer["error"])
+        elif as_json:
             print(json.dumps(answer))
         else:
-            rows.append((answer["image"], answer["label"], str(answer["exit"]), f"{answer['score']:.4g}"))
-    if not as_json:
-        show(out, {"image": True, "label": True, "exit": False, "score": False}, rows)
+            answers.append(answer)
+    print_answers(out, answers)
+    if faults:
+        raise BranchyNetError("; ".join(faults))
 
 
 @app.command()

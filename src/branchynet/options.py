@@ -27,6 +27,10 @@ RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The run's fold
 ModelArgument = Annotated[
     Path, typer.Argument(metavar="MODEL", help="A .onnx file that export wrote, or a run's folder.")
 ]
+Size = Annotated[str, typer.Option(help="Of a folder's images: 64, or 48x64 high and wide; by default their median.")]
+Split = Annotated[
+    str, typer.Option(help="Shares of a folder's images to train on, choose on and test on; by default 70/15/15.")
+]
 Trust = Annotated[
     bool, typer.Option("--trust", help="Run the function that a folder from elsewhere names as its network.")
 ]

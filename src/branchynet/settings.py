@@ -110,11 +110,18 @@ def check_settings(settings: Settings) -> None:
         raise InputError(f"distill must be a number, 0 at least; got {settings.distill:g}")
 
 
-_READS = (
-    "it reads colour images of 32 x 32: give size=32 for a folder, or a network of your own",
-    "it reads grey images of 28 x 28: give size=28 for a folder, b_resnet20 and size=32 for colour, or a network of "
-    "your own",
-)
+def _cannot_read(settings: Settings, data: ImageData, error: Exception) -> InputError:
+    """That a network does not take the images, and for one of the zoo which it takes, and which other takes these."""
+    shape, folder = tuple(data.shape), data.name.startswith(FOLDER)
+    told = f"{settings.network} cannot read the images of {data.name}, of shape {shape}: "
+    if settings.network not in NETWORKS:
+        return InputError(f"{told}{error}")
+    grey = shape[0] == 1
+    other, side = ("b_lenet", 28) if grey else ("b_resnet20", 32)
+    remedy = "" if (settings.network == "b_lenet") == grey else f"network={other}"
+    remedy = " ".join(filter(None, [remedy, f"size={side}" if folder else ""]))
+    reads = "grey images of 28 x 28" if settings.network == "b_lenet" else "colour images of 32 x 32"
+    return InputError(f"{told}it reads {reads}; give {remedy}, or a network of your own")
 
 
 def build_network(settings: Settings, data: ImageData) -> BranchyNet:
@@ -130,10 +137,7 @@ def build_network(settings: Settings, data: ImageData) -> BranchyNet:
         with torch.no_grad(), evaluating(net):
             net(example)
     except RuntimeError as error:
-        raise InputError(
-            f"{settings.network} cannot read the images of {data.name}, of shape {tuple(example.shape[1:])}: {error}"
-            + (f"; {_READS[settings.network == 'b_lenet']}" if settings.network in NETWORKS else "")
-        ) from error
+        raise _cannot_read(settings, data, error) from error
     if settings.taps:
         net = attach_heads(net.backbone, settings.taps, settings.heads, example)
     if settings.train == "branches" and not len(net.branches):

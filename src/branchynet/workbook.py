@@ -12,7 +12,7 @@ from .decide import evaluate, frontier
 from .design import Advice
 from .engine.exported import model_metadata
 from .engine.onnx import Engine, load
-from .errors import FileError, InputError
+from .errors import DataError, FileError, InputError
 from .exit_record import ExitRecord
 from .guarantee import halves
 from .promising import tightest
@@ -34,11 +34,11 @@ def predict_files(engine: Engine, images: Sequence[Path]) -> Iterator[dict[str, 
     """Answer image files, prepared as the training images were.
 
     Yields:
-        ``{"image", "label", "exit", "score"}`` for each file, in order.
+        ``{"image", "label", "exit", "score"}`` for each file, in order; ``{"image", "error"}`` for one that is missing
+        or is no image.
 
     Raises:
         InputError: the network does not read one image of fixed size, or the file's `mean` and `std` are not numbers.
-        DataError: a file is missing or is no image.
     """
     shape = engine.inputs[0].shape
     if len(engine.inputs) != 1 or len(shape) != 3 or None in shape:
@@ -47,11 +47,25 @@ def predict_files(engine: Engine, images: Sequence[Path]) -> Iterator[dict[str, 
     normalization = stored_normalization(engine.metadata.get("preprocessing"), size[0])
     for start in range(0, len(images), BATCH):
         files = images[start : start + BATCH]
-        batch = np.concatenate([read_image(file, size) for file in files])
-        answer = engine.answer_all(batch if normalization is None else normalization(batch))
-        for file, label, exit, score in zip(files, answer.label, answer.exit, answer.score, strict=True):
-            name = engine.labels[label] if label < len(engine.labels) else str(label)
-            yield {"image": str(file), "label": name, "exit": int(exit), "score": float(score)}
+        read = {file: _image(file, size) for file in files}
+        good = [file for file in files if not isinstance(read[file], DataError)]
+        answers: dict[Path, dict[str, Any]] = {}
+        if good:
+            batch = np.concatenate([read[file] for file in good])
+            answer = engine.answer_all(batch if normalization is None else normalization(batch))
+            for file, label, exit, score in zip(good, answer.label, answer.exit, answer.score, strict=True):
+                name = engine.labels[label] if label < len(engine.labels) else str(label)
+                answers[file] = {"image": str(file), "label": name, "exit": int(exit), "score": float(score)}
+        for file in files:
+            yield answers.get(file) or {"image": str(file), "error": str(read[file])}
+
+
+def _image(file: Path, size: tuple[int, int, int]) -> Any:
+    """The image in a file, or the `DataError` that says why there is none."""
+    try:
+        return read_image(file, size)
+    except DataError as error:
+        return error
 
 
 def model_file(path: Path) -> Path:
@@ -65,8 +79,12 @@ def model_file(path: Path) -> Path:
 
 
 def image_files(paths: Sequence[Path]) -> list[Path]:
-    """The files, and of folders the images in them and below, by name. Raises `DataError` for a folder without any."""
-    return [file for path in paths for file in (images_in(path) if path.is_dir() else [path])]
+    """The files, and of folders the images in them and below, by name, each once.
+
+    Raises `DataError` for a folder without any.
+    """
+    found = [file for path in paths for file in (images_in(path) if path.is_dir() else [path])]
+    return list({file.absolute(): file for file in found}.values())
 
 
 def after_training(run: Run) -> list[str]:

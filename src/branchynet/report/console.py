@@ -144,6 +144,13 @@ def print_bench(out: Console, rows: Sequence[Mapping[str, Any]], note: str = "")
         out.print(note)
 
 
+def print_answers(out: Console, answers: Sequence[Mapping[str, Any]]) -> None:
+    """What `predict_files` answers of each image; nothing where there is none."""
+    rows = [(a["image"], a["label"], str(a["exit"]), f"{a['score']:.4g}") for a in answers]
+    if rows:
+        show(out, {"image": True, "label": True, "exit": False, "score": False}, rows)
+
+
 def print_model(out: Console, engine: Any) -> None:
     """What an exported file holds: inputs, exits, thresholds, labels, preprocessing."""
     rows = [("inputs", "\n".join(str(i) for i in engine.inputs))]
