@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from branchynet import Policy, attach, export, load
+from branchynet import Policy, attach, export, load, measure
 from branchynet.engine.torch import TorchEngine
 from branchynet.errors import GraphError
 from branchynet.net import BranchyNet, evaluating
@@ -226,6 +226,42 @@ def test_a_network_that_moves_its_buffers_is_refused_and_left_as_it_was(move, tm
         with pytest.raises(GraphError, match=r"changes its buffer '(mean|norm\.running_mean|kept)'.*training"):
             make(Policy(thresholds=(0.5,)))
         assert same(before, held(net))
+
+
+class Writes(nn.Module):
+    """Changes a parameter of its own in every forward under no_grad, in one of several ways."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.a, self.fc, self.how = nn.Linear(5, 5), nn.Linear(5, 3), how
+        self.emb = nn.Embedding(4, 5, max_norm=0.1 if how == "renormalises" else None)
+
+    def forward(self, x):
+        y = torch.relu(self.a(x)) + self.emb(torch.zeros_like(x[:, 0], dtype=torch.int64))
+        with torch.no_grad():
+            if self.how == "adds":
+                self.emb.weight.add_(1e-6)
+            elif self.how == "copies":
+                self.emb.weight[1].copy_(self.emb.weight[0])
+            elif self.how == "replaces":
+                self.emb.weight = nn.Parameter(self.emb.weight * 0.999)
+        return self.fc(y)
+
+
+@pytest.mark.parametrize("how", ["adds", "copies", "replaces", "renormalises", None])
+def test_a_network_that_changes_its_parameters_is_refused(how, tmp_path):
+    net, policy = BranchyNet(Writes(how), {"a": head()}), Policy(thresholds=(0.5,))
+    for make in (
+        lambda: export(net, tmp_path / "model.onnx", policy=policy, example=X),
+        lambda: TorchEngine(net, policy, X),
+        lambda: measure(net, X, seconds=0.01),
+    ):
+        if how is None:
+            make()
+            continue
+        with pytest.raises(GraphError, match=r"changes its parameter 'emb\.weight'"):
+            make()
+    assert (tmp_path / "model.onnx").exists() is (how is None)
 
 
 def keeps(net, y):

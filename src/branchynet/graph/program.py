@@ -6,7 +6,7 @@ import io
 import logging
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,17 +204,27 @@ def told_path(path: str) -> str:
 
 
 def _check_still(whole: nn.Module, tensors: tuple[Tensor, ...]) -> None:
-    """Refuse a network that changes its buffers when it answers. Raises `GraphError`.
+    """Refuse a network that changes its parameters or buffers when it answers. Raises `GraphError`.
 
-    To be called when it has answered once, so that what it keeps from its first answer on is there.
+    Parameters may be too large to copy, so only their counts of writes are compared. To be called when it has answered
+    once, so that what it keeps from its first answer on is there.
     """
 
-    def now() -> dict[str, tuple[Tensor, int]]:
-        return {name: (b, 0 if b.is_inference() else b._version) for name, b in whole.named_buffers()}
+    def now(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[Tensor, int]]:
+        return {name: (t, 0 if t.is_inference() else t._version) for name, t in tensors}
 
-    before, values = now(), {name: buffer.clone() for name, buffer in whole.named_buffers()}
+    own = now(whole.named_parameters())
+    before, values = now(whole.named_buffers()), {name: buffer.clone() for name, buffer in whole.named_buffers()}
     whole(*tensors)
-    for name, (buffer, writes) in now().items():
+    for name, (parameter, writes) in now(whole.named_parameters()).items():
+        then = own.get(name, (None, 0))
+        if then[0] is not parameter or then[1] != writes:
+            raise GraphError(
+                f"the network changes its parameter {told_path(name)!r} when it answers, so that answers would depend "
+                "on those before: change parameters under `if self.training:` alone, and leave max_norm= out of "
+                "embeddings (set emb.max_norm = None once emb.weight is renormalised)"
+            )
+    for name, (buffer, writes) in now(whole.named_buffers()).items():
         then = before.get(name, (None, 0))
         # Writing through .data is not counted, but shows; NaN differs from itself.
         if then[0] is not buffer or then[1] != writes or (buffer != values[name]).logical_and(buffer == buffer).any():
