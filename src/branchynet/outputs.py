@@ -45,14 +45,20 @@ def warn_of_further(returned: Any, answer: Tensor, where: str, remedy: str) -> N
         returned = vars(returned)
     named = returned.items() if isinstance(returned, Mapping) else enumerate(returned, 1)
     further = [
-        f"{name!r} {tuple(value.shape)}" if isinstance(name, str) else f"entry {name} {tuple(value.shape)}"
+        f"{name!r} {_shape(value)}" if isinstance(name, str) else f"entry {name} {_shape(value)}"
         for name, value in named
         if isinstance(value, Tensor) and value is not answer and value.dim() and len(value) == len(answer)
     ]
     if further:
         more = ", …" if len(further) > 3 else ""
         warnings.warn(
-            f"{where} holds more than the answer {tuple(answer.shape)}: {', '.join(further[:3])}{more}, which exits "
+            f"{where} holds more than the answer {_shape(answer)}: {', '.join(further[:3])}{more}, which exits "
             f"and files leave out; {remedy}",
             stacklevel=3,
         )
+
+
+def _shape(tensor: Tensor) -> str:
+    """Without the batch size, so that Python shows the warning once, whatever the batches of a call."""
+    sizes = ["B", *(str(size) for size in tensor.shape[1:])]
+    return f"({', '.join(sizes)})"
