@@ -1,7 +1,7 @@
 """How much do speed-ups depend on the processor? Designed exits with all instructions, and with AVX2 alone.
 
-Shipped weights; thresholds are chosen once, on 2,000 validation images, for the plain network's accuracy there. The same
-files are then timed in processes of their own, in turns: as the machine is, and with AVX-512, VNNI and AMX hidden
+Shipped weights; thresholds are chosen once, on 2,000 validation images, for the plain network's accuracy there. The
+same files are then timed in processes of their own, in turns: as the machine is, and with AVX-512, VNNI and AMX hidden
 (tests/processors/hide_avx512.c), as on an AMD EPYC (Zen 2). Frequency and caches stay those of this machine, so the
 second is no EPYC, but runs the kernels that one would run.
 
