@@ -86,6 +86,17 @@ def test_what_is_wrong_with_a_network_is_told_before_anything_is_written(here, n
     assert not (here / "run").exists()
 
 
+def test_who_stops_a_training_is_told_that_it_goes_on(tmp_path, monkeypatch, capsys):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "fit", stopped)
+        assert call(monkeypatch, "train", tmp_path / "run", *SHORT) == 130
+    assert "stopped; the same command goes on" in capsys.readouterr().err
+    assert call(monkeypatch, "train", tmp_path / "run", *SHORT) == 0
+
+
 # Runs that change
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from branchynet import Policy, attach, export, load
-from branchynet.engine import checks
+from branchynet.engine import checks, seal
 from branchynet.engine.torch import TorchEngine
 from branchynet.errors import FileError, InputError
 from branchynet.export import assemble
@@ -199,6 +199,28 @@ def test_bytes_of_a_sample_do_not_depend_on_the_batch_of_the_example():
 
 def copies(engine):
     return [pickle.loads(pickle.dumps(engine)), copy.deepcopy(engine), copy.copy(engine)]
+
+
+@pytest.mark.parametrize("other", ["exported", "truncated", "gone"])
+def test_a_copy_of_an_engine_refuses_another_file(file, tmp_path, other):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(file.read_bytes())
+    seal.seal(path)
+    sealed = path.read_bytes()
+    engine = load(path)
+    stored = pickle.dumps(engine)
+    path.unlink()
+    if other == "exported":
+        ir.save(assemble(flat_of(two_inputs)[2], Policy(thresholds=(0.5, 0.6))), path)
+        seal.seal(path)
+        assert load(path).policy != engine.policy
+    elif other == "truncated":
+        path.write_bytes(sealed[:-10])
+    for again in (lambda: pickle.loads(stored), lambda: copy.copy(engine), lambda: copy.deepcopy(engine)):
+        with pytest.raises(FileError, match=r"another file than when|cannot read"):
+            again()
+    path.write_bytes(sealed)
+    same(pickle.loads(stored)(*tensors(3)), engine(*tensors(3)))
 
 
 def test_an_engine_pickles_and_copies_by_its_path(file, folder, monkeypatch):

@@ -28,7 +28,9 @@ from .options import (
     image_size,
     named,
     numbers,
+    path,
     shares,
+    stoppable,
 )
 
 app = typer.Typer(
@@ -48,7 +50,7 @@ def _main(version: Version = False) -> None:
 
 @app.command()
 def demo(
-    run: Annotated[Path, typer.Option(help="Where to put the run.")] = Path("runs/demo"),
+    run: Annotated[Path, typer.Option(help="Where to put the run.", parser=path)] = Path("runs/demo"),
     data: Annotated[str, typer.Option(help="digits, mnist, fashion-mnist or folder:PATH (28 x 28 grey).")] = "digits",
     quiet: Quiet = False,
 ) -> None:
@@ -65,8 +67,9 @@ def demo(
         taps=("input", "pool1"),  # a cheap exit and a good one, between which there is something to choose
         heads=("linear", "hidden-64"),
     )
-    made = create_run(run, settings)
-    train_run(made, progress=not quiet)
+    with stoppable():
+        made = create_run(run, settings)
+        train_run(made, progress=not quiet)
     choice = choose_run(made, max_drop=0.005, confidence=None, progress=not quiet)
     print_choice(out, choice, measure_run(made))
     model = export_run(made, progress=not quiet)
@@ -126,8 +129,9 @@ def train(
         seed=seed,
         mixed_precision=mixed_precision,
     )
-    made = create_run(run, settings)
-    train_run(made, progress=not quiet)
+    with stoppable():
+        made = create_run(run, settings)
+        train_run(made, progress=not quiet)
     out.print(*after_training(made), sep="\n", soft_wrap=True)
 
 
@@ -173,7 +177,7 @@ def choose(
 @app.command()
 def export(
     run: RunArgument,
-    output: Annotated[Path | None, typer.Option(help="Where to write; RUN/model.onnx by default.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Where to write; RUN/model.onnx by default.", parser=path)] = None,
     thresholds: Annotated[
         str, named("default: optional inputs; input: required inputs.", "default", "input")
     ] = "default",
@@ -195,7 +199,7 @@ def bench(
     batch: Annotated[str, typer.Option(help="Batch sizes.")] = "1,64",
     threads: Annotated[str, typer.Option(help="Threads within an operator.")] = "1",
     engine: Annotated[str, named("Of {}: one, or several with commas.", *ENGINES)] = "onnxruntime",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows here.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows here.", parser=path)] = None,
     trust: Trust = False,
     quiet: Quiet = False,
 ) -> None:
@@ -252,7 +256,7 @@ def design(
 @app.command()
 def predict(
     model: ModelArgument,
-    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", parser=path)],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Answer image files: label, exit and score of each."""
@@ -308,7 +312,7 @@ def verify(
 @app.command()
 def reproduce(
     what: Annotated[str, typer.Argument(metavar="WHAT", help="table1, fig3, fig4 or all.")],
-    output: Annotated[Path, typer.Option(help="The folder for tables and pictures.")] = Path("reproduced"),
+    output: Annotated[Path, typer.Option(help="The folder for tables and pictures.", parser=path)] = Path("reproduced"),
     networks: Annotated[str, typer.Option(help="Which of the paper's, with commas between; or all.")] = "all",
     from_nothing: Annotated[bool, typer.Option(help="Train them first: hours. Goes on where it was stopped.")] = False,
     precision: Annotated[str, typer.Option(help="Of that training: no, bf16, or fp16 on a GPU.")] = "no",

@@ -83,6 +83,13 @@ def check_path(path: str | os.PathLike[str]) -> None:
         raise FileError("an empty path names no file or folder; give its name, or . for the current folder")
 
 
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """Raises `FileError` for an empty path, and for one that is there but is no folder."""
+    check_path(path)
+    if Path(path).exists() and not Path(path).is_dir():
+        raise FileError(f"{path} is a file, not a folder; give the path of a run's folder")
+
+
 def make_folder(folder: str | os.PathLike[str], path: str | os.PathLike[str] | None = None) -> None:
     """Make a folder, and those above it, to write `path` in. Raises `FileError`."""
     path = folder if path is None else path
@@ -160,6 +167,7 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
     Raises:
         FileError: another process or thread holds it, or the folder cannot be written.
     """
+    check_path(folder)
     path = Path(folder).resolve() / ".lock"
     try:
         make_folder(path.parent, path)
@@ -186,6 +194,7 @@ def regular(path: str | os.PathLike[str]) -> Path:
     Raises:
         FileError: there is nothing, or a folder, pipe, socket or device.
     """
+    check_path(path)
     try:
         mode = Path(path).stat().st_mode
     except OSError as error:

@@ -1,13 +1,16 @@
 """What options of the command line take: names, lists of numbers, sizes of images, shares of a split."""
 
+import contextlib
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .errors import InputError
+from .files import check_path
 
 # Written out so that --help and completion need no torch; a test compares them with their sources.
 ENGINES = ("onnxruntime", "openvino", "onnxruntime-cuda")
@@ -23,9 +26,15 @@ def named(help: str, *names: str, **more: Any) -> Any:
     return typer.Option(help=help.format(", ".join(names)), autocompletion=complete, **more)
 
 
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")]
+def path(text: str) -> Path:
+    """The parser of all paths. Raises `FileError` for an empty one."""
+    check_path(text)
+    return Path(text)
+
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.", parser=path)]
 ModelArgument = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="A .onnx file that export wrote, or a run's folder.")
+    Path, typer.Argument(metavar="MODEL", help="A .onnx file that export wrote, or a run's folder.", parser=path)
 ]
 Size = Annotated[str, typer.Option(help="Of a folder's images: 64, or 48x64 high and wide; by default their median.")]
 Split = Annotated[
@@ -58,10 +67,20 @@ def called_options(app: typer.Typer, arguments: list[str]) -> dict[str, str]:
     return {"batch_size": "--batch", **named} if "batch" in named else named
 
 
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """A command that goes on where it was: who stops it is told so."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the last whole epoch", file=sys.stderr)
+        raise
+
+
 def numbers(text: str, kind: Any) -> list[Any]:
     """The numbers in text such as ``1,64``. Raises `InputError`."""
     try:
-        return [kind(part) for part in text.split(",") if part.strip()]
+        return [kind(part) for part in text.split(",")] if text.strip() else []
     except ValueError as error:
         raise InputError(f"{text!r} is no list of numbers; write them as 1,64") from error
 

@@ -35,7 +35,7 @@ from .engine.onnx import RUNTIMES
 from .errors import BranchyNetError, FileError, InputError, counted, nearest
 from .exit_record import ExitRecord
 from .export import export
-from .files import locked, write_json
+from .files import check_folder, locked, write_json
 from .fingerprint import fingerprint
 from .fitting import fit_score
 from .guarantee import halves
@@ -93,6 +93,7 @@ def open_run(path: str | os.PathLike[str], *, trust: bool = False) -> Run:
 
 def _settings_in(path: str | os.PathLike[str]) -> Settings:
     """The settings that a folder holds. Raises `FileError`."""
+    check_folder(path)
     config = Path(path) / "config.json"
     if not config.is_file():
         raise FileError(f"{path} is no run folder (it has no config.json); make one with `branchynet train {path}`")
@@ -110,6 +111,7 @@ def create_run(path: str | os.PathLike[str], settings: Settings) -> Run:
         DataError: the settings name a folder of images that is not there.
     """
     check_settings(settings)
+    check_folder(path)
     settings = settings.placed
     if (Path(path) / "config.json").exists() and _trained(Path(path)):
         made = asdict(_settings_in(path))
@@ -251,7 +253,7 @@ def choose_run(
     and a promise is tested on the other; without a promise the thresholds are chosen on the other.
     """
     found = ExitRecord.load(run.file("record-val.npz", "train"))
-    wanted: Any = score or "entropy"
+    wanted: Any = "entropy" if score is None else score
     if wanted != "learned":
         resolve(wanted)
     if check_call(found, **constraint):

@@ -17,6 +17,7 @@ from .data import ImageData, affine, flip_crop, load_data, shift
 from .data.sets import FOLDER, folder_path
 from .errors import BranchyNetError, InputError, counted, nearest
 from .net import BranchyNet, evaluating
+from .training.session import accelerating
 from .training.train import joint_loss
 from .zoo import NETWORKS
 
@@ -91,7 +92,7 @@ class Settings:
 
 
 def check_settings(settings: Settings) -> None:
-    """Raises `InputError` for a value that no training takes, before any data are read."""
+    """Raises `InputError` for a value that no training takes on this machine, before any data are read."""
     if settings.augment not in AUGMENTS:
         raise InputError(f"unknown augment {settings.augment!r}{nearest(settings.augment, AUGMENTS)}")
     precisions = ("no", "bf16", "fp16")
@@ -99,6 +100,9 @@ def check_settings(settings: Settings) -> None:
         raise InputError(
             f"unknown mixed_precision {settings.mixed_precision!r}{nearest(settings.mixed_precision, precisions)}"
         )
+    if settings.mixed_precision != "no":
+        with accelerating(settings.mixed_precision, None):  # raises where this machine cannot
+            pass
     for name, least in {"baseline_epochs": 0, "epochs": 1, "batch_size": 1}.items():
         value = getattr(settings, name)
         if value < least:

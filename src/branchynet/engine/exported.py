@@ -74,7 +74,8 @@ class Engine:
     """An exported network, ready to answer. Made by `load`.
 
     Calls are thread-safe: an engine holds no state between calls, and all runtimes may be called concurrently. An
-    engine pickles and deep-copies as the arguments of `load`: the copy reads the file again from its absolute path.
+    engine pickles and deep-copies as the arguments of `load`: the copy reads the file again from its absolute path, and
+    refuses another file there.
 
     Attributes:
         runtime: as `load` was told.

@@ -83,12 +83,19 @@ def load(
     check_path(path)
     if not Path(path).exists():
         raise FileError(f"there is no file {path}; write one with export(...)")
-    check_seal(regular(path))
+    sealed = check_seal(regular(path))
     graph = open_in_openvino(path, threads) if runtime == "openvino" else _open(path, threads, chosen)
-    engine = Engine(runtime, graph, (load, (str(Path(path).absolute()), threads, providers, runtime)))
+    engine = Engine(runtime, graph, (_reopened, (str(Path(path).absolute()), threads, providers, runtime, sealed)))
     if verify:
         check_or_raise(engine, path)
     return engine
+
+
+def _reopened(path: str, threads: Any, providers: Any, runtime: Any, sealed: str | None) -> Engine:
+    """The engine of a pickle or copy, of a file with the checksum `sealed`. Raises as `load`, and `FileError`."""
+    if check_seal(regular(path)) != sealed:
+        raise FileError(f"{path} is another file than when this engine was opened; open the new one with load(...)")
+    return load(path, threads, providers, runtime)
 
 
 def verify(

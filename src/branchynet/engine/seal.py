@@ -24,8 +24,8 @@ def seal(path: str | os.PathLike[str]) -> None:
         stream.write(entry)
 
 
-def check_seal(path: str | os.PathLike[str]) -> None:
-    """Compare a file with its checksum, where it has one.
+def check_seal(path: str | os.PathLike[str]) -> str | None:
+    """Compare a file with its checksum, where it has one, and give that.
 
     Raises:
         FileError: they disagree, or the file cannot be read.
@@ -33,13 +33,15 @@ def check_seal(path: str | os.PathLike[str]) -> None:
     try:
         size = Path(path).stat().st_size - _LENGTH
         if size < 0:
-            return
+            return None
         with Path(path).open("rb") as stream:
             stream.seek(size)
             entry = stream.read()
         head = _entry(size, "")[-21:]  # the length of the file, and a space
-        if KEY.encode() not in entry or head not in entry or entry == _entry(size, _sha256(path, size)):
-            return
+        if KEY.encode() not in entry or head not in entry:
+            return None
+        if entry == _entry(size, digest := _sha256(path, size)):
+            return digest
     except OSError as error:
         raise FileError(f"cannot read {path}: {error.strerror or error}") from error
     raise FileError(
