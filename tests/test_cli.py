@@ -193,7 +193,6 @@ MISTAKES = {
     "a folder without a file": (["inspect", "{tmp}/empty"], "branchynet export"),
     "lists of nothing": (["bench", "{run}", "--threads", "1,"], "no list of numbers"),
     "weights of nothing": (["train", "{tmp}/new", "--weights", ","], "no list of numbers"),
-    "a score of no name": (["choose", "{run}", "--score", ""], "score"),
     "a seed beyond all": (["train", "{tmp}/new", "--seed", "99999999999999999999"], "seed must be at most"),
     "a seed whose next is beyond": (["train", "{tmp}/new", "--seed", "4294967295"], "seed must be at most"),
     "half precision without a GPU": (["train", "{tmp}/new", "--mixed-precision", "fp16"], "GPU"),
@@ -252,6 +251,11 @@ def test_a_mistake_is_one_clear_line(mistake, run, monkeypatch, tmp_path, capsys
     words = told.replace(str(tmp_path), "").replace(str(run), "")
     assert not re.search(r"\w=|\bNone\b|\(\.\.\.\)|\b(max|min|batch|baseline|mixed)_", words), "advice in Python"
     assert not (tmp_path / "new").exists()
+
+
+def test_a_score_without_a_name_is_refused(run, monkeypatch, capsys):
+    assert call(monkeypatch, "choose", run, "--score", "", "--no-promise") == 1
+    assert "unknown score ''" in capsys.readouterr().err
 
 
 def test_wrong_usage_is_status_2_and_a_real_process_says_the_same(run):

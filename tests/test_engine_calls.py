@@ -217,7 +217,7 @@ def test_a_copy_of_an_engine_refuses_another_file(file, tmp_path, other):
     elif other == "truncated":
         path.write_bytes(sealed[:-10])
     for again in (lambda: pickle.loads(stored), lambda: copy.copy(engine), lambda: copy.deepcopy(engine)):
-        with pytest.raises(FileError, match=r"another file than when|cannot read"):
+        with pytest.raises(FileError, match="another file than when" if other == "exported" else r"model\.onnx"):
             again()
     path.write_bytes(sealed)
     same(pickle.loads(stored)(*tensors(3)), engine(*tensors(3)))

@@ -93,9 +93,10 @@ def load(
 
 def _reopened(path: str, threads: Any, providers: Any, runtime: Any, sealed: str | None) -> Engine:
     """The engine of a pickle or copy, of a file with the checksum `sealed`. Raises as `load`, and `FileError`."""
-    if check_seal(regular(path)) != sealed:
+    engine = load(path, threads, providers, runtime)
+    if engine.__reduce__()[1][-1] != sealed:
         raise FileError(f"{path} is another file than when this engine was opened; open the new one with load(...)")
-    return load(path, threads, providers, runtime)
+    return engine
 
 
 def verify(
