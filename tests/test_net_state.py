@@ -251,6 +251,7 @@ class Writes(nn.Module):
 @pytest.mark.parametrize("how", ["adds", "copies", "replaces", "renormalises", None])
 def test_a_network_that_changes_its_parameters_is_refused(how, tmp_path):
     net, policy = BranchyNet(Writes(how), {"a": head()}), Policy(thresholds=(0.5,))
+    own = dict(net.named_parameters())
     for make in (
         lambda: export(net, tmp_path / "model.onnx", policy=policy, example=X),
         lambda: TorchEngine(net, policy, X),
@@ -262,6 +263,7 @@ def test_a_network_that_changes_its_parameters_is_refused(how, tmp_path):
         with pytest.raises(GraphError, match=r"changes its parameter 'emb\.weight'"):
             make()
     assert (tmp_path / "model.onnx").exists() is (how is None)
+    assert all(parameter is own[name] for name, parameter in net.named_parameters())
 
 
 def keeps(net, y):

@@ -192,6 +192,7 @@ _slow_path = _SlowPath()
 def evaluating(net: nn.Module) -> Iterator[None]:
     """Put every module of `net` into eval mode for the block; modes and buffers are put back after it.
 
+    So are parameters that a forward replaces; what it writes into them stays, since they may be too large to copy.
     Within the block torch's fast path for transformers is off.
     """
     modes = [(module, module.training) for module in net.modules()]
@@ -201,6 +202,7 @@ def evaluating(net: nn.Module) -> Iterator[None]:
         for name, tensor in module._buffers.items()
         if tensor is None or not is_lazy(tensor)  # a lazy module gives them their sizes
     ]
+    parameters = [(module, *named) for module in net.modules() for named in module._parameters.items()]
     net.eval()
     try:
         with _slow_path:
@@ -208,6 +210,8 @@ def evaluating(net: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+        for module, name, parameter in parameters:
+            module._parameters[name] = parameter
         with torch.no_grad():
             for module, name, tensor, copy in buffers:
                 module._buffers[name] = tensor
