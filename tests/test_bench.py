@@ -24,7 +24,7 @@ from graphs import flat_lenet
 module = importlib.import_module("branchynet.bench")
 KEYS = {
     "network", "engine", "batch", "threads", "static_us", "branchy_us", "limit_us", "limit_in_order_us", "speedup",
-    "overhead", "overhead_sorted", "accuracy_static", "accuracy_branchy", "exit_share", "thresholds",
+    "spread", "overhead", "overhead_sorted", "accuracy_static", "accuracy_branchy", "exit_share", "thresholds",
 }  # fmt: skip
 SAMPLES = 70
 
@@ -109,7 +109,7 @@ def test_the_limit_weighs_static_times_with_the_share_among_those_timed(file, da
         seen.append((inputs, exits))
         assert static.keys() == {"plain", "upto_1", "upto_2"} and (size, repeats) == (batch, 4)
         one = {"in_order": 50.0, "sorted": 55.0} if batch == 1 else {}
-        return {"branchy": 60.0, "plain": 90.0, "upto_1": 20.0, "upto_2": 110.0, **one}
+        return {"branchy": 60.0, "plain": 90.0, "upto_1": 20.0, "upto_2": 110.0, **one}, 0.1
 
     seen = []
     monkeypatch.setattr(module, "_time", fake)
@@ -128,7 +128,9 @@ def test_the_limit_weighs_static_times_with_the_share_among_those_timed(file, da
 def test_the_order_is_random_and_the_seeds(file, data, monkeypatch):
     orders = []
     times = {"branchy": 1.0, "plain": 1.0, "upto_1": 1.0, "upto_2": 1.0, "in_order": 1.0, "sorted": 1.0}
-    monkeypatch.setattr(module, "_time", lambda engine, static, inputs, *rest: orders.append(inputs[0]) or times)
+    monkeypatch.setattr(
+        module, "_time", lambda engine, static, inputs, *rest: orders.append(inputs[0]) or (times, None)
+    )
     for seed in (0, 0, 1):
         rows_of(file, data, batches=(1,), seed=seed)
     assert np.array_equal(orders[0], orders[1]) and not np.array_equal(orders[0], orders[2])
@@ -240,8 +242,8 @@ def test_one_sample_a_call_goes_through_the_graph_of_its_exit():
 
     inputs, left = np.arange(100), np.where(np.arange(100) % 3, 1, 3)
     static = {name: Fake(name) for name in ("plain", "upto_1", "upto_3")}
-    times = _time(Fake("branchy"), static, (inputs,), left, batch=1, repeats=1)
-    assert times.keys() == {"branchy", "in_order", "sorted", *static}
+    times, spread = _time(Fake("branchy"), static, (inputs,), left, batch=1, repeats=1)
+    assert spread is None and times.keys() == {"branchy", "in_order", "sorted", *static}
     for i in inputs:
         ran = {name: log[name, i] for name in ("branchy", *static)}
         assert ran == {"branchy": 4, "plain": 2, "upto_1": 2, "upto_3": 2, f"upto_{left[i]}": 4}
@@ -296,9 +298,9 @@ def test_sorted_are_the_same_samples_by_their_exits(file, data, monkeypatch):
         for name in ("sorted", "branchy"):
             each = calls[name] if isinstance(calls[name], list) else [calls[name]] * len(batches)
             met[name] = [call(*batch).exit.item() for call, batch in zip(each, batches, strict=True)]
-        return dict.fromkeys(calls, 1.0)
+        return dict.fromkeys(calls, np.ones(1))
 
-    monkeypatch.setattr(module, "in_turns", fake)
+    monkeypatch.setattr(module, "passes_in_turns", fake)
     rows_of(file, data, batches=(1,), samples=40, repeats=1)
     assert met["branchy"] != sorted(met["branchy"])
     assert met["sorted"] == sorted(met["branchy"]) and len(met["sorted"]) == 40
@@ -312,7 +314,7 @@ def test_averaged_answers_stand_beside_the_network_without_branches(tmp_path, da
     def watched(calls, batches, repeats):
         seen["plain"] = calls["plain"](*batches[0])[-1]
         seen["nodes"] = len(onnx.load(seen["path"]).graph.node)
-        return dict.fromkeys(calls, 1.0)
+        return dict.fromkeys(calls, np.ones(1))
 
     real = module.static_engines
 
@@ -322,7 +324,7 @@ def test_averaged_answers_stand_beside_the_network_without_branches(tmp_path, da
         return engines
 
     monkeypatch.setattr(module, "static_engines", spying)
-    monkeypatch.setattr(module, "in_turns", watched)
+    monkeypatch.setattr(module, "passes_in_turns", watched)
     monkeypatch.setattr(module, "flatten", flatten)
     path = export(net, tmp_path / "m.onnx", policy=Policy(thresholds=(0.5,)), example=data[0][:8])
     bench(path, net, *data, network="n", accuracy_static=0.0, batches=(64,), seed=0)

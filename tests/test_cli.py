@@ -64,7 +64,8 @@ def test_bench_rows_are_complete_and_consistent(run):
     for row in rows:
         assert list(row) == [
             "network", "engine", "batch", "threads", "static_us", "branchy_us", "limit_us", "limit_in_order_us",
-            "speedup", "overhead", "overhead_sorted", "accuracy_static", "accuracy_branchy", "exit_share", "thresholds",
+            "speedup", "spread", "overhead", "overhead_sorted", "accuracy_static", "accuracy_branchy",
+            "exit_share", "thresholds",
         ]  # fmt: skip
         assert row["speedup"] == pytest.approx(row["static_us"] / row["branchy_us"])
         assert row["overhead"] == pytest.approx(row["branchy_us"] / row["limit_us"])

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from branchynet import ExitRecord, runs
+from branchynet import Choice, ExitRecord, evaluate, runs
 from branchynet.data import save_image
 from branchynet.errors import InputError, counted
 from branchynet.guarantee import fewest, halves
@@ -182,7 +182,7 @@ def test_predict_answers_the_good_files_and_says_which_failed(run, tmp_path, mon
     assert call(monkeypatch, "predict", run, *given, "--json") == 1
     told = capsys.readouterr()
     assert [json.loads(line)["image"] for line in told.out.splitlines()] == [str(file) for file in files]
-    assert len(told.err.splitlines()) == 1 and all(told.err.count(file.name) == 1 for file in bad)
+    assert len(told.err.splitlines()) == 1 and all(told.err.count(f"the image {file}") == 1 for file in bad)
     assert call(monkeypatch, "predict", run, bad[0], files[3]) == 1
     told = capsys.readouterr()
     assert "3.png" in told.out and "none.png" in told.err
@@ -211,3 +211,28 @@ def test_what_a_network_reads_is_told(network, channels, told, tmp_path, capsys)
         assert call(patch, *arguments) == 1
     error = capsys.readouterr().err
     assert told in error and "Given groups" not in error
+
+
+def test_bench_tells_the_last_exit_the_promise_and_an_unsteady_clock(run, monkeypatch, capsys):
+    row = {
+        "network": "b_lenet", "engine": "onnxruntime", "batch": 1, "threads": 1, "static_us": 80.0, "branchy_us": 50.0,
+        "limit_us": 40.0, "speedup": 1.6, "overhead": 1.25, "accuracy_static": 0.99, "accuracy_branchy": 0.9,
+        "exit_share": [0.5, 0.5], "thresholds": [0.1],
+    }  # fmt: skip
+    test = ExitRecord.load(run / "record-test.npz")
+    assert call(monkeypatch, "choose", run, "--max-drop", 0.4, "--quiet") == 0
+    assert call(monkeypatch, "export", run, "--quiet") == 0
+    outcome = evaluate(test, Choice.load(run / "choice.json").policy)
+    for spread, steady in ((None, True), (0.02, True), (0.2, False)):
+        monkeypatch.setattr(runs, "bench", lambda *_, spread=spread, **__: [row | {"spread": spread}])
+        capsys.readouterr()
+        assert call(monkeypatch, "bench", run, "--batch", "1", "--quiet") == 0
+        told = capsys.readouterr().out
+        assert ("not steady" in told) != steady
+        assert f"the last exit alone has {outcome.last_accuracy:.2%}" in told
+        assert "promised beside the last exit" in told and f"{outcome.last_accuracy - outcome.accuracy:+.2%}" in told
+    assert call(monkeypatch, "choose", run, "--max-drop", 0.4, "--no-promise", "--quiet") == 0
+    assert call(monkeypatch, "export", run, "--quiet") == 0
+    capsys.readouterr()
+    assert call(monkeypatch, "bench", run, "--batch", "1", "--quiet") == 0
+    assert "promised" not in capsys.readouterr().out

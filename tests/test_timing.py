@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from branchynet import timing
-from branchynet.timing import STEADY, at_one_pace, in_turns, interleaved, spread_of, until_steady
+from branchynet.timing import STEADY, at_one_pace, in_turns, interleaved, ratio_spread, spread_of, until_steady
 
 
 class Clock:
@@ -126,3 +126,11 @@ def test_passes_go_over_all_batches_in_turns_and_the_first_does_not_count(size, 
     )
     with pytest.raises(ValueError, match="zip"):
         in_turns({"few": [fast] * 4}, batches, repeats=1)
+
+
+def test_the_spread_of_a_speed_up_looks_at_paired_passes():
+    rng = np.random.default_rng(0)
+    pace = 1 + rng.random(15)  # which slows both down alike
+    assert ratio_spread(80 * pace, 50 * pace) == pytest.approx(0, abs=1e-9)  # rounding alone
+    assert ratio_spread(80 * pace, np.full(15, 50.0)) > STEADY
+    assert ratio_spread(np.ones(4), np.ones(4)) is None

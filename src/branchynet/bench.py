@@ -25,7 +25,7 @@ from .meta import FittedScore
 from .net import count_exits, few, plain_of
 from .record import Loss
 from .scores import SCORES, Score
-from .timing import in_turns
+from .timing import passes_in_turns, ratio_spread
 from .types import score_name
 
 Progress = Callable[[str], None]
@@ -85,8 +85,8 @@ def bench(
 
     Returns:
         Rows with ``network, engine, batch, threads, static_us, branchy_us, limit_us, limit_in_order_us, speedup,
-        overhead, overhead_sorted, accuracy_static, accuracy_branchy, exit_share, thresholds``; times are microseconds a
-        sample.
+        spread, overhead, overhead_sorted, accuracy_static, accuracy_branchy, exit_share, thresholds``; times are
+        microseconds a sample, and ``spread`` is the share by which the speed-up may be off (95 %).
 
     Raises:
         InputError: a flat file, one of another network, an int8 file without `calibration`, a score of your own without
@@ -145,7 +145,7 @@ def bench(
             # Ties may be decided otherwise at another batch size, so the exits are those of this one.
             chunks = range(0, count, batch)
             here = np.concatenate([engine(*(a[i : i + batch] for a in timed)).exit for i in chunks])
-            us = _time(engine, static, timed, here, batch, repeats)
+            us, spread = _time(engine, static, timed, here, batch, repeats)
             limit = sum(float((here == n).mean()) * us[f"upto_{n}"] for n in enabled)
             rows.append(
                 {
@@ -158,6 +158,7 @@ def bench(
                     "limit_us": limit,
                     "limit_in_order_us": us.get("in_order"),
                     "speedup": us["plain"] / us["branchy"],
+                    "spread": spread,
                     "overhead": us["branchy"] / limit,
                     "overhead_sorted": us["sorted"] / limit if batch == 1 else None,
                     "accuracy_static": accuracy_static,
@@ -201,8 +202,8 @@ def _judge(engine: Engine, arrays: Arrays, target: Tensor, loss: Loss | None) ->
 
 def _time(
     engine: Engine, static: dict[str, Engine], arrays: Arrays, left: NDArray[Any], batch: int, repeats: int
-) -> dict[str, float]:
-    """Median microseconds a sample over `repeats` passes.
+) -> tuple[dict[str, float], float | None]:
+    """Median microseconds a sample over `repeats` passes, and the spread of the speed-up (see `ratio_spread`).
 
     For one sample a call, ``in_order`` runs for each the static graph of the exit at which it `left`, and ``sorted`` is
     the file where those that leave at one exit come one after the other.
@@ -213,7 +214,8 @@ def _time(
     if batch == 1:
         calls["in_order"] = [static[f"upto_{n}"].outputs for n in left]
         calls["sorted"] = [_instead(engine, batches[i]) for i in np.argsort(left, kind="stable")]
-    return in_turns(calls, batches, repeats)
+    passes = passes_in_turns(calls, batches, repeats)
+    return {name: float(np.median(us)) for name, us in passes.items()}, ratio_spread(passes["plain"], passes["branchy"])
 
 
 def _instead(engine: Engine, batch: Arrays) -> Callable[..., Any]:

@@ -22,6 +22,7 @@ from .options import (
     RunArgument,
     Size,
     Split,
+    Thresholds,
     Trust,
     Version,
     called_options,
@@ -178,9 +179,7 @@ def choose(
 def export(
     run: RunArgument,
     output: Annotated[Path | None, typer.Option(help="Where to write; RUN/model.onnx by default.", parser=path)] = None,
-    thresholds: Annotated[
-        str, named("default: optional inputs; input: required inputs.", "default", "input")
-    ] = "default",
+    thresholds: Thresholds = "default",
     batch: Annotated[str, typer.Option(help="dynamic, or 1 for a file that answers one sample at a time.")] = "dynamic",
     trust: Trust = False,
     quiet: Quiet = False,
@@ -207,6 +206,7 @@ def bench(
     from .files import write_json
     from .report.console import print_bench
     from .runs import bench_run, open_run
+    from .workbook import bench_notes
 
     batches, counts = numbers(batch, int), numbers(threads, int)
     engines = [name.strip() for name in engine.split(",") if name.strip()]
@@ -214,7 +214,7 @@ def bench(
     rows, faults = bench_run(found, batches=batches, threads=counts, engines=engines, progress=not quiet)
     if json_file:
         write_json(json_file, rows)
-    print_bench(out, rows, found.settings.caveat)
+    print_bench(out, rows, bench_notes(found))
     if faults:
         raise BranchyNetError("; ".join(f"not timed in {name}: {error}" for name, error in faults.items()))
 

@@ -40,6 +40,7 @@ Size = Annotated[str, typer.Option(help="Of a folder's images: 64, or 48x64 high
 Split = Annotated[
     str, typer.Option(help="Shares of a folder's images to train on, choose on and test on; by default 70/15/15.")
 ]
+Thresholds = Annotated[str, named("default: optional inputs; input: required inputs.", "default", "input")]
 Trust = Annotated[
     bool, typer.Option("--trust", help="Run the function that a folder from elsewhere names as its network.")
 ]

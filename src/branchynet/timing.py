@@ -90,7 +90,16 @@ def in_turns(
     batches: Sequence[Sequence[Any]],
     repeats: int,
 ) -> dict[str, float]:
-    """Median microseconds a sample of passes over all batches, at one pace; names take turns.
+    """Median microseconds a sample of the passes that `passes_in_turns` times."""
+    return {name: float(np.median(us)) for name, us in passes_in_turns(calls, batches, repeats).items()}
+
+
+def passes_in_turns(
+    calls: Mapping[str, Callable[..., Any] | Sequence[Callable[..., Any]]],
+    batches: Sequence[Sequence[Any]],
+    repeats: int,
+) -> dict[str, Floats]:
+    """Microseconds a sample of each of `repeats` passes over all batches, at one pace; names take turns.
 
     A turn is 64 samples, and four calls at least. Who has its turn finds its weights cold, so turns of few calls would
     tell of that alone. Who goes first finds the inputs cold and what it computes with evicted, so that turn goes round
@@ -120,6 +129,9 @@ def in_turns(
         if repeat:
             for name, seconds in total.items():
                 passes[name].append(seconds * 1e6 / samples)
-    return {
-        name: float(us) for name, us in zip(passes, np.median(at_one_pace([*passes.values()]), axis=1), strict=True)
-    }
+    return dict(zip(passes, at_one_pace([*passes.values()]), strict=True))
+
+
+def ratio_spread(first: Floats, second: Floats) -> float | None:
+    """By what share of it the ratio of two times may be off (95 %), from paired passes; None of fewer than five."""
+    return spread_of((first / np.maximum(second, 1e-9))[None]) if len(first) >= _BLOCKS else None

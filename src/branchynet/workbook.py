@@ -112,6 +112,22 @@ def reason_run(run: Run, choice: Choice) -> str:
     )
 
 
+def bench_notes(run: Run) -> str:
+    """Below the times of a run: the last exit's accuracy on test images, and what was promised beside it."""
+    choice = Choice.load(run.file("choice.json", "choose"))
+    outcome = evaluate(ExitRecord.load(run.file("record-test.npz", "train")), choice.policy)
+    told = [
+        f"on the test images the last exit alone has {outcome.last_accuracy:.2%}, with early exits "
+        f"{outcome.accuracy:.2%}"
+    ]
+    if choice.promise is not None:
+        told.append(
+            f"promised beside the last exit, not the static network: {choice.promise}; the test images show a drop of "
+            f"{outcome.last_accuracy - outcome.accuracy:+.2%}"
+        )
+    return "\n".join(filter(None, [*told, run.settings.caveat]))
+
+
 def report_run(run: Run, *, progress: bool = False) -> Path:
     """Write ``report.html`` and its curve as ``tradeoff.png``. Raises `FileError` where a step before is missing."""
     choice = Choice.load(run.file("choice.json", "choose"))

@@ -140,8 +140,15 @@ def print_bench(out: Console, rows: Sequence[Mapping[str, Any]], note: str = "")
     show(out, columns, lines, title="microseconds a sample, everything timed; accuracy on test images", every=3)
     if rows and all(threshold is None for threshold in rows[0]["thresholds"]):
         out.print("no sample leaves early with these thresholds: the file does the plain network's work, and its score")
+    spread = max((row.get("spread") or 0.0 for row in rows), default=0.0)
+    if spread > STEADY:
+        out.print(
+            f"the times were not steady (a speed-up is off by up to {spread:.1%}), as other work keeps this machine "
+            "busy: time again when it is quiet",
+            soft_wrap=True,
+        )
     if note:
-        out.print(note)
+        out.print(note, soft_wrap=True)
 
 
 def print_answers(out: Console, answers: Sequence[Mapping[str, Any]]) -> None:
