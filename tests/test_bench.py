@@ -175,7 +175,7 @@ def test_every_engine_runs_the_same_batches_in_turns():
         outputs = __call__
 
     inputs = np.arange(300)
-    times = _time(Fake("branchy"), {n: Fake(n) for n in ("plain", "upto_1")}, (inputs,), inputs, batch=3, repeats=2)
+    times, _ = _time(Fake("branchy"), {n: Fake(n) for n in ("plain", "upto_1")}, (inputs,), inputs, batch=3, repeats=2)
     assert times.keys() == {"branchy", "plain", "upto_1"} and all(t > 0 for t in times.values())
     calls = Counter((name, tuple(rows)) for name, rows in log)
     batches = [tuple(range(i, i + 3)) for i in range(0, 300, 3)]

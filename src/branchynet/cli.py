@@ -17,11 +17,13 @@ from .options import (
     ENGINES,
     NETWORKS,
     SCORES,
+    Disagreement,
     ModelArgument,
     Quiet,
     RunArgument,
     Size,
     Split,
+    Static,
     Thresholds,
     Trust,
     Version,
@@ -95,9 +97,7 @@ def train(
     ] = False,
     baseline_epochs: Annotated[int, typer.Option(help="Epochs of the plain network first: the warm start.")] = 10,
     epochs: Annotated[int, typer.Option(help="Epochs of all exits together; a trained run takes more.")] = 25,
-    static: Annotated[
-        bool, typer.Option(help="Also train the plain network on as long, to compare with; else with the warm start.")
-    ] = True,
+    static: Static = True,
     branches_only: Annotated[bool, typer.Option(help="Leave the backbone exactly as it is.")] = False,
     weights: Annotated[str, typer.Option(help="A loss weight for each exit, such as 1,0.3; all 1 by default.")] = "",
     distill: Annotated[float, typer.Option(help="How strongly the last exit teaches the earlier ones.")] = 0.0,
@@ -141,9 +141,7 @@ def choose(
     run: RunArgument,
     max_drop: Annotated[float | None, typer.Option(help="Accuracy at most this far below the last exit's.")] = None,
     min_accuracy: Annotated[float | None, typer.Option(help="Accuracy at least this.")] = None,
-    max_disagreement: Annotated[
-        float | None, typer.Option(help="Another class than the last exit's for at most this share.")
-    ] = None,
+    max_disagreement: Disagreement = None,
     max_latency_us: Annotated[float | None, typer.Option(help="Mean microseconds a sample at most this.")] = None,
     max_macs: Annotated[float | None, typer.Option(help="Mean multiply-accumulates a sample at most this.")] = None,
     score: Annotated[str | None, named("What exits are judged by: {}.", *SCORES)] = None,
@@ -245,9 +243,7 @@ def design(
     )  # fmt: skip
     print_advice(out, advice)
     if comparison is not None:
-        out.print(str(comparison))
-        if caveat := open_run(run, trust=trust).settings.caveat:
-            out.print(caveat)
+        out.print(*filter(None, [str(comparison), open_run(run, trust=trust).settings.caveat]), sep="\n")
         folder = design_folder(run, batch, runtime)
         report = report_run(open_run(folder, trust=trust), progress=not quiet)
         out.print(f"a run of its own: {folder}; the report: {report}", soft_wrap=True)

@@ -40,6 +40,10 @@ Size = Annotated[str, typer.Option(help="Of a folder's images: 64, or 48x64 high
 Split = Annotated[
     str, typer.Option(help="Shares of a folder's images to train on, choose on and test on; by default 70/15/15.")
 ]
+Disagreement = Annotated[float | None, typer.Option(help="Another class than the last exit's for at most this share.")]
+Static = Annotated[
+    bool, typer.Option(help="Also train the plain network on as long, to compare with; else with the warm start.")
+]
 Thresholds = Annotated[str, named("default: optional inputs; input: required inputs.", "default", "input")]
 Trust = Annotated[
     bool, typer.Option("--trust", help="Run the function that a folder from elsewhere names as its network.")
