@@ -9,10 +9,12 @@ import pytest
 
 from branchynet import Choice, ExitRecord, evaluate, runs
 from branchynet.data import save_image
+from branchynet.designing import what_else
 from branchynet.errors import InputError, counted
 from branchynet.guarantee import fewest, halves
 from branchynet.promising import check_size, tightest
 from branchynet.runs import Settings, create_run, train_run
+from branchynet.training.history import EpochRow, History
 from branchynet.types import ExitCost
 from command import call
 
@@ -236,3 +238,21 @@ def test_bench_tells_the_last_exit_the_promise_and_an_unsteady_clock(run, monkey
     capsys.readouterr()
     assert call(monkeypatch, "bench", run, "--batch", "1", "--quiet") == 0
     assert "promised" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("losses", "asked", "told"),
+    [
+        ([1.0], (2, 1, 0), "--epochs 3 --final-epochs 3 --exits 4"),
+        ([1.0, 0.5, 0.4], (4, 3, 0), "--epochs 6 --final-epochs 6`"),
+        ([1.0, 0.5, 0.5], (3, 3, 0), "design RUN --exits 4`"),
+        ([1.0, 0.5, 0.5], (4, 3, 0), ""),
+    ],
+)
+def test_design_tells_what_may_change_its_verdict(losses, asked, told, tmp_path):
+    rows = tuple(EpochRow(n, 1.0, 0.1, 1.0, val_loss=loss) for n, loss in enumerate(losses, 1))
+    (tmp_path / "candidates").mkdir()
+    History(rows).save(tmp_path / "candidates" / "train.csv")
+    found = what_else(tmp_path / "design-1", *asked).replace(str(tmp_path), "RUN")
+    assert told in found and bool(found) == bool(told)
+    assert ("still improving" in found) == (len(losses) < 2 or losses[-1] < losses[-2])

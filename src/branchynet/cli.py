@@ -232,7 +232,7 @@ def design(
     quiet: Quiet = False,
 ) -> None:
     """Find where early exits help, and build them. They are trained, exported and timed beside the prediction."""
-    from .designing import design_folder, design_run
+    from .designing import design_folder, design_run, what_else
     from .report.console import print_advice
     from .runs import open_run
     from .workbook import report_run
@@ -241,10 +241,10 @@ def design(
         run, batch_size=batch, threads=threads, runtime=cast(Any, runtime), max_drop=max_drop,
         exits=exits, epochs=epochs, final_epochs=final_epochs, anyway=anyway, trust=trust, progress=not quiet,
     )  # fmt: skip
-    print_advice(out, advice)
+    folder = design_folder(run, batch, runtime)
+    print_advice(out, advice, "" if advice.worth else what_else(folder, exits, epochs, final_epochs))
     if comparison is not None:
         out.print(*filter(None, [str(comparison), open_run(run, trust=trust).settings.caveat]), sep="\n")
-        folder = design_folder(run, batch, runtime)
         report = report_run(open_run(folder, trust=trust), progress=not quiet)
         out.print(f"a run of its own: {folder}; the report: {report}", soft_wrap=True)
 

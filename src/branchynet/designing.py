@@ -33,11 +33,13 @@ from .record import record
 from .runs import Run, configure, create_run, export_run, loaders, open_run, tell, train_exits
 from .settings import build_network, data_of, example_of
 from .training.checkpoint import load_weights, save_weights
+from .training.history import History
 from .types import Policy
 from .zoo import NETWORKS
 
 DISTILL = 0.5
 TIMING_S = 10.0
+_IMPROVES = 0.98  # of the last epoch's validation loss to the one before, below which more epochs help
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,27 @@ def design_run(
     with replacing(folder / "record-static.npz") as temporary:
         temporary.write_bytes((base.path / "record-static.npz").read_bytes())
     return advice, _compared(base, run, net, data, advice, max_drop, progress)
+
+
+def what_else(folder: Path, exits: int, epochs: int, final_epochs: int) -> str:
+    """What may change a verdict that exits are not worth it: options below their defaults, heads that still improve.
+
+    `folder` is the design's, inside the run's; the others are as `design_run` took them.
+    """
+    path = folder.parent
+    histories = [History.load(file).rows for file in sorted((path / "candidates").rglob("train.csv"))]
+    losses = [[row.val_loss for row in rows if row.val_loss is not None] for rows in histories]
+    improving = any(len(loss) < 2 or loss[-1] < _IMPROVES * loss[-2] for loss in losses)
+    longer = max(2 * epochs, 3) if improving else max(epochs, 3)
+    options = [
+        *([f"--epochs {longer}"] if longer > epochs else []),
+        *([f"--final-epochs {longer}"] if improving and final_epochs < longer else []),
+        *(["--exits 4"] if exits < 4 else []),
+    ]
+    if not options:
+        return ""
+    still = "the candidates were still improving: " if improving else ""
+    return f"{still}more may change this; remove {folder} and run `branchynet design {path} {' '.join(options)}`"
 
 
 def design_folder(run: Path, batch_size: int, runtime: str) -> Path:

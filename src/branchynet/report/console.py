@@ -100,8 +100,8 @@ def speed_told(choice: Choice, cost: ExitCost) -> list[str]:
     return lines
 
 
-def print_advice(out: Console, advice: Any) -> None:
-    """The best design of each number of exits, and what is advised."""
+def print_advice(out: Console, advice: Any, note: str = "") -> None:
+    """The best design of each number of exits, what is advised, and a note below."""
     columns = {
         "exits": False, "early exits": True, "us": False, "95 %": False, "speed-up": False, "at best": False,
         "accuracy": False,
@@ -117,6 +117,8 @@ def print_advice(out: Console, advice: Any) -> None:
         ))  # fmt: skip
     show(out, columns, rows, title="predicted")
     out.print(str(advice))
+    if note:
+        out.print(note, soft_wrap=True)
 
 
 def print_bench(out: Console, rows: Sequence[Mapping[str, Any]], note: str = "") -> None:
