@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import PartialState
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from branchynet import BranchyNetError
@@ -149,6 +150,7 @@ def test_accelerate_that_cannot_start_says_why_each_time_and_then_starts(precisi
     """As where a user has joined the processes and left out where the first one is."""
     with monkeypatch.context() as patch:
         patch.setattr(torch.distributed, "is_initialized", lambda: joined)
+        patch.setattr(PartialState, "_shared_state", {})  # as in a new process, whatever trained in this one before
         for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}.items():
             patch.setenv(name, value)
         patch.setenv("MASTER_PORT", "1")

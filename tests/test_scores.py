@@ -111,7 +111,7 @@ class TestOfRecord:
 
     @pytest.mark.parametrize("shape", [(5, 1), (5, 4), (), (1,)])
     def test_wrong_shape(self, shape):
-        with pytest.raises(InputError, match=r"gave shape \(.*at exit 1; it must be \(5,\)"):
+        with pytest.raises(InputError, match=r"gave float32 \(.*at exit 1; it must be a tensor \(5,\)"):
             of_record(self.record, lambda outputs: torch.zeros(shape))
 
     def test_recorded_scores_are_returned(self):
