@@ -25,10 +25,10 @@ imports: $(VENV)/.ready
 unit: $(VENV)/.ready
 	$(BIN)/pytest -n auto --dist loadfile
 
-# Tests of what depends on the processor's kernels, as on an AMD EPYC with AVX2 alone: on Linux for x86-64, where the
+# Tests of what depends on the processor's kernels, as on a processor with AVX2 alone: on Linux for x86-64, where the
 # processor lets a process hide instructions. It says so where it cannot.
 HIDE := $(VENV)/hide_avx512.so
-HIDDEN := HIDE_AS_AMD=1 LD_PRELOAD=$(CURDIR)/$(HIDE)
+HIDDEN := LD_PRELOAD=$(CURDIR)/$(HIDE)
 test-avx2: $(VENV)/.ready $(HIDE)
 	@if $(HIDDEN) $(BIN)/python -c ""; then \
 		$(HIDDEN) $(BIN)/pytest -p no:faulthandler -n auto --dist loadfile \

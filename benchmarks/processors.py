@@ -2,8 +2,8 @@
 
 Shipped weights; thresholds are chosen once, on 2,000 validation images, for the plain network's accuracy there. The
 same files are then timed in processes of their own, in turns: as the machine is, and with AVX-512, VNNI and AMX hidden
-(tests/processors/hide_avx512.c), as on an AMD EPYC (Zen 2). Frequency and caches stay those of this machine, so the
-second is no EPYC, but runs the kernels that one would run.
+(tests/processors/hide_avx512.c). Frequency and caches stay those of this machine: the second is no other processor, but
+runs the kernels that one with AVX2 alone would run.
 
     python benchmarks/processors.py        # about ten minutes; writes benchmarks/results/processors.json
 """
@@ -76,7 +76,7 @@ def timed(path):
 
 
 def in_a_process(path, kind, hide):
-    changed = {} if kind == KINDS[0] else {"LD_PRELOAD": str(hide), "HIDE_AS_AMD": "1"}
+    changed = {} if kind == KINDS[0] else {"LD_PRELOAD": str(hide)}
     command = [sys.executable, __file__, "--time", str(path)]
     done = subprocess.run(command, env=os.environ | changed, capture_output=True, text=True)
     if done.returncode:

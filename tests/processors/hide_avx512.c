@@ -6,6 +6,9 @@
        cc -O2 -shared -fPIC -o hide_avx512.so hide_avx512.c
        LD_PRELOAD=./hide_avx512.so python ...
 
+   As an AMD, caches that only an AMD describes are unknown, and OpenVINO's int8 answers are wrong; whether a real one
+   has that fault is not known.
+
    The program ends with status 77 where the processor or the kernel cannot do this. */
 #define _GNU_SOURCE
 #include <signal.h>
