@@ -99,6 +99,16 @@ def kept(request, tmp_path_factory):
     return path, path.read_bytes(), read, read(path)
 
 
+def noticed(path, read, right):
+    """The file gives what it gave before the damage, or an error that names it."""
+    try:
+        found = read(path)
+    except FileError as error:
+        assert path.name in str(error)
+    else:
+        assert same(found, right)
+
+
 @often
 @given(data=st.data())
 def test_damage_is_noticed(kept, data):
@@ -107,12 +117,7 @@ def test_damage_is_noticed(kept, data):
     damaged = bytearray(content)
     damaged[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     path.write_bytes(damaged)
-    try:
-        found = read(path)
-    except FileError as error:
-        assert path.name in str(error)
-    else:
-        assert same(found, right)
+    noticed(path, read, right)
 
 
 @often
@@ -121,12 +126,7 @@ def test_missing_added_and_exchanged_bytes_are_noticed(kept, data):
     path, content, read, right = kept
     start, end = sorted(data.draw(st.tuples(*[st.integers(0, len(content))] * 2)))
     path.write_bytes(content[:start] + data.draw(st.binary(max_size=40)) + content[end:])
-    try:
-        found = read(path)
-    except FileError as error:
-        assert path.name in str(error)
-    else:
-        assert same(found, right)
+    noticed(path, read, right)
 
 
 @given(content=st.binary(max_size=200))

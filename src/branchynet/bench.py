@@ -86,7 +86,7 @@ def bench(
     Returns:
         Rows with ``network, engine, batch, threads, static_us, branchy_us, limit_us, limit_in_order_us, speedup,
         spread, overhead, overhead_sorted, accuracy_static, accuracy_branchy, exit_share, thresholds``; times are
-        microseconds a sample, and ``spread`` is the share by which the speed-up may be off (95 %).
+        microseconds per sample, and ``spread`` is the share by which the speed-up may be off (95 %).
 
     Raises:
         InputError: a flat file, one of another network, an int8 file without `calibration`, a score of your own without
@@ -203,7 +203,7 @@ def _judge(engine: Engine, arrays: Arrays, target: Tensor, loss: Loss | None) ->
 def _time(
     engine: Engine, static: dict[str, Engine], arrays: Arrays, left: NDArray[Any], batch: int, repeats: int
 ) -> tuple[dict[str, float], float | None]:
-    """Median microseconds a sample over `repeats` passes, and the spread of the speed-up (see `ratio_spread`).
+    """Median microseconds per sample over `repeats` passes, and the spread of the speed-up (see `ratio_spread`).
 
     For one sample a call, ``in_order`` runs for each the static graph of the exit at which it `left`, and ``sorted`` is
     the file where those that leave at one exit come one after the other.

@@ -74,7 +74,7 @@ def called_options(app: typer.Typer, arguments: list[str]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """A command that goes on where it was: who stops it is told so."""
+    """Run a command that can be resumed; on Ctrl-C, say that the same command resumes it."""
     try:
         yield
     except KeyboardInterrupt:

@@ -90,7 +90,7 @@ def in_turns(
     batches: Sequence[Sequence[Any]],
     repeats: int,
 ) -> dict[str, float]:
-    """Median microseconds a sample of the passes that `passes_in_turns` times."""
+    """Median microseconds per sample of the passes that `passes_in_turns` times."""
     return {name: float(np.median(us)) for name, us in passes_in_turns(calls, batches, repeats).items()}
 
 
@@ -99,7 +99,7 @@ def passes_in_turns(
     batches: Sequence[Sequence[Any]],
     repeats: int,
 ) -> dict[str, Floats]:
-    """Microseconds a sample of each of `repeats` passes over all batches, at one pace; names take turns.
+    """Microseconds per sample of each of `repeats` passes over all batches, at one pace; names take turns.
 
     A turn is 64 samples, and four calls at least. Who has its turn finds its weights cold, so turns of few calls would
     tell of that alone. Who goes first finds the inputs cold and what it computes with evicted, so that turn goes round

@@ -144,7 +144,7 @@ def break_even(judged: Judged, found: Found) -> tuple[float, ...]:
 
 
 def least_us(each: Floats, losses: Floats, most_loss: float) -> float:
-    """The least mean microseconds a sample that any rule of leaving could reach with the exits of a design.
+    """The lower bound on mean microseconds per sample, over all exit rules, with the exits of a design.
 
     It knows which answers are right: samples leave at the first exit that is, but for as many as the limit lets be
     wrong. Those are the ones that no exit answers rightly, and those that save most by leaving wrongly.

@@ -15,7 +15,7 @@ Shape = list[int | None]
 
 
 def exit_macs(flat: FlatGraph) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """`(trunk, branch)`, one figure an exit each: multiply-accumulates per sample of what is listed in `COUNTED`.
+    """`(trunk, branch)`, one number per exit each: multiply-accumulates per sample of what is listed in `COUNTED`.
 
     What only exit n needs is its branch; what a later exit, or its score, needs as well is the trunk's segment up to
     exit n. Both are empty where a product has a size that depends on values, so that nobody can count.
