@@ -108,7 +108,8 @@ def main():
                 medians = {key: statistics.median(t[key] for t in trials) for key in trials[0]}
                 rows.append({**about, "kind": kind, **medians, "trials": [t["speedup"] for t in trials]})
                 print(json.dumps(rows[-1]), flush=True)
-    write_json(RESULTS, {"command": "python benchmarks/processors.py", "environment": environment(), "rows": rows})
+    about = {"command": "python benchmarks/processors.py", "environment": environment(), "chosen_on": CHOSEN_ON}
+    write_json(RESULTS, {**about, "rows": rows})
 
 
 if __name__ == "__main__":
