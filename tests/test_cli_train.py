@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from branchynet import ExitRecord, runs
+from branchynet import ExitRecord, designing, reproduce, runs
 from branchynet.training.history import History
 from command import call
 
@@ -95,6 +95,28 @@ def test_who_stops_a_training_is_told_that_it_goes_on(tmp_path, monkeypatch, cap
         assert call(monkeypatch, "train", tmp_path / "run", *SHORT) == 130
     assert "stopped; the same command goes on" in capsys.readouterr().err
     assert call(monkeypatch, "train", tmp_path / "run", *SHORT) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "where", "resumes"),
+    [
+        (("demo", "--run", "{tmp}/run"), (runs, "train_run"), True),
+        (("demo", "--run", "{tmp}/run"), (runs, "create_run"), True),
+        (("design", "{tmp}/run"), (designing, "design_run"), True),
+        (("reproduce", "all", "--from-nothing", "--output", "{tmp}/out"), (reproduce, "reproduce"), True),
+        (("reproduce", "all", "--output", "{tmp}/out"), (reproduce, "reproduce"), False),
+        (("choose", "{tmp}/run"), (runs, "open_run"), False),
+    ],
+)
+def test_every_command_that_resumes_says_so_when_it_is_stopped(
+    arguments, where, resumes, tmp_path, monkeypatch, capsys
+):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(*where, stopped)
+    assert call(monkeypatch, *(a.format(tmp=tmp_path) for a in arguments)) == 130
+    assert ("the same command goes on" in capsys.readouterr().err) == resumes
 
 
 # Runs that change

@@ -1,5 +1,6 @@
 """The command line: one verb a step, over run folders. Thin: the work is done elsewhere."""
 
+import contextlib
 import io
 import json
 import os
@@ -52,6 +53,7 @@ def _main(version: Version = False) -> None:
 
 
 @app.command()
+@stoppable()
 def demo(
     run: Annotated[Path, typer.Option(help="Where to put the run.", parser=path)] = Path("runs/demo"),
     data: Annotated[str, typer.Option(help="digits, mnist, fashion-mnist or folder:PATH (28 x 28 grey).")] = "digits",
@@ -70,9 +72,8 @@ def demo(
         taps=("input", "pool1"),  # a cheap exit and a good one, between which there is something to choose
         heads=("linear", "hidden-64"),
     )
-    with stoppable():
-        made = create_run(run, settings)
-        train_run(made, progress=not quiet)
+    made = create_run(run, settings)
+    train_run(made, progress=not quiet)
     choice = choose_run(made, max_drop=0.005, confidence=None, progress=not quiet)
     print_choice(out, choice, measure_run(made))
     model = export_run(made, progress=not quiet)
@@ -84,6 +85,7 @@ def demo(
 
 
 @app.command()
+@stoppable()
 def train(
     run: RunArgument,
     network: Annotated[
@@ -130,9 +132,8 @@ def train(
         seed=seed,
         mixed_precision=mixed_precision,
     )
-    with stoppable():
-        made = create_run(run, settings)
-        train_run(made, progress=not quiet)
+    made = create_run(run, settings)
+    train_run(made, progress=not quiet)
     out.print(*after_training(made), sep="\n", soft_wrap=True)
 
 
@@ -218,6 +219,7 @@ def bench(
 
 
 @app.command()
+@stoppable()
 def design(
     run: RunArgument,
     batch: Annotated[int, typer.Option(help="Samples a call: the best design depends on it.")] = 1,
@@ -316,7 +318,8 @@ def reproduce(
     """Make the paper's table and figures again. From shipped weights, or from nothing."""
     from .reproduce import reproduce as make
 
-    lines = make(what, output, networks=networks, from_nothing=from_nothing, precision=precision)
+    with stoppable() if from_nothing else contextlib.nullcontext():
+        lines = make(what, output, networks=networks, from_nothing=from_nothing, precision=precision)
     out.print(*lines, f"the tables and pictures: {output}", sep="\n", soft_wrap=True)
 
 
