@@ -1,6 +1,7 @@
 import functools
 import json
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -226,3 +227,22 @@ def test_an_exit_at_which_nobody_leaves_is_out_of_use(exits):
     found = choosing.choose(ExitRecord.from_scores(scores, losses), cost, min_accuracy=0.8, confidence=None)
     assert found.outcome.exit_share[0] == 1.0
     assert found.policy.thresholds[1:] == (None,) * (exits - 2)
+
+
+FIVE = ExitRecord(np.eye(2, dtype=np.float32)[np.array([[0, 0], [1, 0], [0, 0], [1, 1], [0, 1]])], [0, 0, 0, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("limit", "give"),
+    [({"max_drop": 0.5}, "0.005"), ({"max_drop": 1}, "0.01"), ({"max_disagreement": 0.25}, "0.0025")],
+)
+def test_a_limit_that_may_be_meant_in_percent_is_warned_of(limit, give):
+    with pytest.warns(UserWarning, match=f"points give {give}$"):
+        choose(FIVE, **limit, confidence=None)
+
+
+@pytest.mark.parametrize("limit", [{"max_drop": 0.2}, {"max_disagreement": 0.2}, {"min_accuracy": 0.5}])
+def test_other_limits_are_taken_as_they_are(limit):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        choose(FIVE, **limit, confidence=None)

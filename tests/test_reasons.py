@@ -81,3 +81,40 @@ def test_a_promise_that_takes_more_samples_is_named_as_the_reason():
     promise = Promise("max_drop", 0.0, 0.95, "betting", 30, 30)
     held = replace(free, policy=Policy(free.policy.score, (None,)), promise=promise)
     assert "too few to promise" in why_never(record, cost, held)
+    assert "too few to promise" in why_never(record, None, held)
+
+
+COSTS = [None, ExitCost((10, 30), (25, 0)), ExitCost((10, 30), (35, 0)), ExitCost((9, 9), (9, 0))]
+FREE = {"confidence": None}
+
+
+@pytest.mark.filterwarnings("ignore:no thresholds keep")
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize(
+    "limit", [{"max_drop": 0.05}, {"max_drop": 0.0} | FREE, {"min_accuracy": 1.0} | FREE, {"max_latency_us": 1e6}]
+)
+def test_a_choice_says_why_nobody_leaves_early(cost, limit):
+    """The first exit is wrong where it is sure, the last is right: no threshold lets anybody leave."""
+    scores = np.linspace(0, 1, 200)[:, None].repeat(2, axis=1)
+    record = ExitRecord.from_scores(scores, np.stack([scores[:, 0] < 0.5, np.zeros(200)], axis=1))
+    if cost is None and "max_latency_us" in limit:
+        return  # is refused
+    choice = choose(record, cost, **limit)
+    assert choice.policy.thresholds == (None,)
+    assert choice.reason == why_never(record, cost, choice) != ""
+    told = str(choice).splitlines()
+    assert told[:2] == ["exit 1 answers 0.0%: never", "exit 2 answers 100.0%: always"]
+    assert choice.reason in told[-1] and "`advise`" in told[-1]
+    assert (" us" in choice.reason) == (cost is not None and "max_latency_us" not in limit)
+
+
+def test_a_choice_that_lets_samples_leave_has_no_reason():
+    scores = [[0.1, 0.1], [0.2, 0.1], [0.9, 0.1], [0.95, 0.1]]
+    record = ExitRecord.from_scores(scores, [[0, 0], [0, 0], [1, 0], [1, 0]])
+    choice = choose(record, max_drop=0.0, confidence=None)
+    assert choice.reason == "" and "advise" not in str(choice)
+    assert str(choice).splitlines() == [
+        "exit 1 answers 50.0%: entropy < 0.55",
+        "exit 2 answers 50.0%: always",
+        "accuracy 100.00%, last exit alone 100.00%, on the 4 samples that chose",
+    ]

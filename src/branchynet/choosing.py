@@ -4,6 +4,7 @@ Shape letters: S samples, N exits, P threshold vectors.
 """
 
 import math
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -14,10 +15,14 @@ from .errors import InfeasibleError, InputError
 from .exit_record import ExitRecord
 from .promising import allowed_loss, bound_of, check_samples, check_size, promised
 from .reading import check_cost
+from .reasons import why_never
 from .samples import sketch
 from .scores import Score, of_choice
 from .search import Points, Problem, join, sweep
 from .types import BOUNDS, PROMISED, Choice, ExitCost, Floats, Policy, Promise
+
+_LARGE = 0.2
+"""A larger drop in accuracy is hardly ever meant."""
 
 
 def choose(
@@ -67,7 +72,8 @@ def choose(
         vectors: how many combinations to search, as in `frontier`.
 
     Returns:
-        The choice, with its promise, and its outcome on all of `record`.
+        The choice, with its promise, and its outcome on all of `record`. Where no sample leaves early, `reason` says
+        why; ``print(choice)`` shows all of it.
 
     Raises:
         InputError: not exactly one limit, a limit or confidence out of range, no cost for a limit on cost, record and
@@ -78,7 +84,8 @@ def choose(
 
     Warns:
         UserWarning: under a promise, no thresholds are sure enough, so that no sample leaves early; or many samples
-            stand in the record more than once.
+            stand in the record more than once; or ``max_drop`` or ``max_disagreement`` is so large that it may be
+            meant in percent.
 
     Source: Teerapittayanon et al. 2016, section V-B (screening under an accuracy or a time constraint); the promise as
     in `branchynet.guarantee`.
@@ -93,6 +100,7 @@ def choose(
         max_macs=max_macs,
     )
     ((name, limit),) = constraint.items()
+    _warn_of_percent(name, limit)
     vectors = whole("vectors", vectors, 1)
     confidence = None if confidence is None else real("confidence", confidence)
     check_cost(record, cost)
@@ -111,7 +119,7 @@ def choose(
         promise = Promise(name, limit, confidence, bound, *sizes)
     policy = Policy(score, optional(best))
     known = record.sample_digests
-    return Choice(
+    choice = Choice(
         policy,
         constraint,
         evaluate(record, policy, cost),
@@ -120,6 +128,7 @@ def choose(
         record.network,
         samples="" if known is None else sketch(known),
     )
+    return replace(choice, reason=why_never(record, cost, choice))
 
 
 def nearest_to(
@@ -229,6 +238,15 @@ def check_limit(confidence: float | None, bound: str | None = None, **limits: fl
     if name not in ("max_latency_us", "max_macs") and not -1 <= limit <= 1:
         raise InputError(f"{name}={limit:g} is out of range: it is a fraction, such as 0.01 for one point")
     return given
+
+
+def _warn_of_percent(name: str, limit: float) -> None:
+    if name in ("max_drop", "max_disagreement") and limit > _LARGE:
+        warnings.warn(
+            f"{name}={limit:g} allows {100 * limit:g} points: it is a fraction; for {limit:g} points give "
+            f"{limit / 100:g}",
+            stacklevel=3,
+        )
 
 
 def _unreachable(constraint: dict[str, float], points: Points, samples: int) -> str:

@@ -41,5 +41,5 @@ def scripted(net: nn.Module, path: str) -> str | None:
 
 _FLOAT_FIRST = (
     "use the network as it was before (full-size weights), and quantise the file instead: "
-    "export(..., quantize='int8', calibration=loader)"
+    "export(..., quantize='int8', calibration=batches)"
 )

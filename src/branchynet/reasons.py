@@ -11,7 +11,7 @@ import numpy as np
 from .decide import SLACK
 from .exit_record import ExitRecord
 from .scores import of_record
-from .types import Choice, ExitCost
+from .types import PROMISED, Choice, ExitCost
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def lone_exits(record: ExitRecord, cost: ExitCost, choice: Choice) -> tuple[Lone
         added, saved = float(each[-1]) - plain, plain - float(each[n])
         needed = added / (added + saved) if saved > 0 else math.inf
         possible = None
-        if name in ("max_drop", "min_accuracy", "max_disagreement"):
+        if name in PROMISED:
             allowed = limit if name != "min_accuracy" else 1 - limit - float(losses[:, -1].mean())
             possible = _most(scores[:, n], losses[:, n] - losses[:, -1], allowed)
         found.append(LoneExit(n + 1, added, saved, needed, possible))
@@ -79,12 +79,20 @@ def _most(scores: np.ndarray, gain: np.ndarray, allowed: float) -> float:
     return float(fit[-1] + 1) / len(scores) if len(fit) else 0.0
 
 
-def why_never(record: ExitRecord, cost: ExitCost, choice: Choice) -> str:
-    """The reason, in words, why a choice lets no sample leave early; empty where it lets some."""
+def why_never(record: ExitRecord, cost: ExitCost | None, choice: Choice) -> str:
+    """The reason, in words, why a choice lets no sample leave early; empty where it lets some.
+
+    `cost` is None where the choice knew none, and branches counted as nothing.
+    """
     if any(choice.policy.enabled[:-1]) or choice.policy.exits == 1:
         return ""
-    exits = lone_exits(record, cost, choice)
-    told = f"no early exit pays at this limit: {'. '.join(map(str, exits))}."
+    if not choice.constraint.keys() & set(PROMISED):
+        return "the last exit keeps this limit and no early exit is more accurate: lower the limit to save time."
+    free = ExitCost((1.0,) * choice.policy.exits, (0.0,) * choice.policy.exits)
+    exits = lone_exits(record, cost or free, choice)
+    told = "no early exit is sure enough for this limit."
+    if cost is not None:
+        told = f"no early exit pays at this limit: {'. '.join(map(str, exits))}."
     if choice.promise is not None and any(e.possible is not None and e.possible > e.needed for e in exits):
         told += (
             f" On these {record.samples:,} samples as they are one would pay, but they are too few to promise it for "

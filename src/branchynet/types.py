@@ -223,7 +223,7 @@ class Promise:
 
 @dataclass(frozen=True)
 class Choice:
-    """The policy that `choose` found, on what grounds, and what it did on the data that chose it.
+    """The policy that `choose` found, on what grounds, and what it did on the data that chose it. `str()` says it.
 
     Attributes:
         policy: score and thresholds.
@@ -233,6 +233,7 @@ class Choice:
         promise: what holds for other samples, or None where no promise was asked for.
         network: the `fingerprint` of the network whose record chose, where known.
         samples: the sketch (see `branchynet.samples`) of those that chose, where known.
+        reason: why no sample leaves early; empty where some do.
     """
 
     policy: Policy
@@ -242,6 +243,23 @@ class Choice:
     promise: Promise | None = None
     network: str | None = None
     samples: str = ""
+    reason: str = ""
+
+    def __str__(self) -> str:
+        """One line per exit, then the accuracy, the promise, and the reason where no sample leaves early."""
+        name, outcome = score_name(self.policy.score), self.outcome
+        rules = ["never" if t is None else f"{name} < {t:.4g}" for t in self.policy.thresholds]
+        lines = [
+            f"exit {n} answers {share:.1%}: {rule}"
+            for n, (rule, share) in enumerate(zip([*rules, "always"], outcome.exit_share, strict=True), 1)
+        ]
+        accuracy = (
+            f"accuracy {outcome.accuracy:.2%}, last exit alone {outcome.last_accuracy:.2%}, on the "
+            f"{outcome.samples:,} samples that chose"
+        )
+        promise = "" if self.promise is None else str(self.promise)
+        advice = self.reason and f"{self.reason} `advise` looks for exits that pay."
+        return "\n".join(filter(None, [*lines, accuracy, promise, advice]))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON, with a checksum of it. Raises `FileError`."""

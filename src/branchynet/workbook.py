@@ -14,10 +14,8 @@ from .engine.exported import model_metadata
 from .engine.onnx import Engine, load
 from .errors import DataError, FileError, InputError
 from .exit_record import ExitRecord
-from .guarantee import halves
 from .promising import tightest
 from .provenance import check_data, check_model, check_report, outdated
-from .reasons import why_never
 from .report import Gallery, write_report
 from .runs import Run, measure_run, tell
 from .scores import of_record
@@ -103,13 +101,8 @@ def after_training(run: Run) -> list[str]:
 
 def reason_run(run: Run, choice: Choice) -> str:
     """Why a choice of this run lets no sample leave early, in words; empty where it lets some."""
-    found = ExitRecord.load(run.file("record-val.npz", "train"))
-    if found.digest != choice.record_digest:
-        found = found.take(halves(found.samples)[1])
-    told = why_never(found, measure_run(run, choice.policy.score), choice)
-    return (
-        f"{told}\n`branchynet design {run.path}` looks for exits that pay" if told and not run.settings.taps else told
-    )
+    design = f"\n`branchynet design {run.path}` looks for exits that pay"
+    return choice.reason + design if choice.reason and not run.settings.taps else choice.reason
 
 
 def bench_notes(run: Run) -> str:

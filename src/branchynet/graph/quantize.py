@@ -42,7 +42,10 @@ def check_quantize(quantize: str | None, calibration: Any) -> None:
     if quantize not in (None, *get_args(Quantize)):
         raise InputError(f"quantize must be 'int8', 'int8-full-range', or None for float; got {quantize!r}")
     if quantize and calibration is None:
-        raise InputError(f"quantize={quantize!r} needs calibration=, a loader of some hundreds of training samples")
+        raise InputError(
+            f"quantize={quantize!r} needs calibration=, a list of batches with some hundreds of training "
+            "samples, such as list(itertools.islice(train_loader, 8))"
+        )
     if calibration is not None and not quantize:
         raise InputError("calibration= is for quantize='int8'; give both, or neither")
     if isinstance(calibration, (Tensor, str, Mapping)) or not isinstance(calibration, Iterable | None):
@@ -64,7 +67,7 @@ def calibration_batches(loader: Iterable[Any], flat: FlatGraph) -> list[Batch]:
     """
     found = [batch for batch in (_arrays(batch, flat) for batch in loader) if len(batch[0])]
     if not found:
-        raise InputError("the calibration loader gave no samples; give it some hundreds of the training data")
+        raise InputError("calibration= gave no samples; give a list of batches with some hundreds of training samples")
     if flat.dynamic:
         return found
     return [tuple(a[i : i + 1] for a in batch) for batch in found for i in range(len(batch[0]))]
