@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads for small networks on a busy machine wait for each other
 
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # so that tests train alike beside a GPU; test_cuda.py takes it
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings

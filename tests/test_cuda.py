@@ -12,6 +12,12 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an 
 
 
 @pytest.fixture(autouse=True)
+def gpu(monkeypatch):
+    """accelerate may take the GPU."""
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+
+
+@pytest.fixture(autouse=True)
 def full_precision():
     """TF32 rounds to 10 bits, which is more than the oracle allows."""
     modules = torch.backends.cuda.matmul, torch.backends.cudnn
