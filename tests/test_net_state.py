@@ -1,5 +1,6 @@
 """BranchyNet in training and in place: what it keeps of the backbone, of features and of threads."""
 
+import contextlib
 import copy
 import gc
 import weakref
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from branchynet import Policy, attach, export, load, measure
+from branchynet import Policy, attach, export, load, measure, record
 from branchynet.engine.torch import TorchEngine
 from branchynet.errors import GraphError
 from branchynet.net import BranchyNet, evaluating
@@ -264,6 +265,19 @@ def test_a_network_that_changes_its_parameters_is_refused(how, tmp_path):
             make()
     assert (tmp_path / "model.onnx").exists() is (how is None)
     assert all(parameter is own[name] for name, parameter in net.named_parameters())
+
+
+@pytest.mark.parametrize("how", ["adds", "copies", "replaces", "renormalises", None])
+def test_a_record_of_a_network_that_changes_its_parameters_is_warned_of(how):
+    net, data = BranchyNet(Writes(how), {"a": head()}), [(X, torch.zeros(len(X), dtype=torch.int64))] * 2
+    told = pytest.warns(UserWarning, match=r"'backbone\.emb\.weight'.*order of the samples")
+    with contextlib.nullcontext() if how is None else told:
+        record(net, data, progress=False)
+
+
+def test_parameters_that_get_their_sizes_are_not_warned_of():
+    net, data = nn.Sequential(nn.LazyLinear(5), nn.Linear(5, 3)), [(X, torch.zeros(len(X), dtype=torch.int64))] * 2
+    assert record(net, data, progress=False).exits == 1
 
 
 def keeps(net, y):

@@ -1,12 +1,13 @@
 """Networks, devices, loaders and inputs that users often mix up, refused with what to give instead."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .arguments import described, dtype_name, instance
 from .errors import BranchyNetError, InputError
@@ -50,6 +51,27 @@ def check_loader(name: str, value: Any) -> None:
         raise InputError(f"{name} is a data set, {described(value)}, which gives single samples: {remedy}")
     if not hasattr(value, "__iter__") and not hasattr(value, "__getitem__"):
         raise InputError(f"{name} must yield batches (inputs, target); got {described(value)}: {remedy}")
+
+
+def written(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[Tensor, int]]:
+    """Each tensor by its name, and how often it was written to, as far as torch counts; -1 before it has a size."""
+    return {name: (t, -1 if is_lazy(t) else 0 if t.is_inference() else t._version) for name, t in tensors}
+
+
+def changed(before: Mapping[str, tuple[Tensor, int]], after: Mapping[str, tuple[Tensor, int]]) -> str | None:
+    """The first of the tensors `after`, as `written` gives them, that is another one or was written to; or None."""
+    for name, (tensor, writes) in after.items():
+        then = before.get(name, (None, 0))
+        if then[0] is not tensor or then[1] not in (writes, -1):
+            return name
+    return None
+
+
+STILL = (
+    "change parameters under `if self.training:` alone, and leave max_norm= out of embeddings (set emb.max_norm = None "
+    "once emb.weight is renormalised)"
+)
+"""What to do with a network that changes its parameters when it answers."""
 
 
 @contextlib.contextmanager

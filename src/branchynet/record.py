@@ -1,5 +1,6 @@
 """From a trained network to an `ExitRecord`: every exit's answer for every sample of a data set."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from .checking import check_loader, device_of, network
+from .checking import STILL, changed, check_loader, device_of, network, written
 from .engine.exported import Engine
 from .errors import InputError
 from .exit_record import ExitRecord
@@ -56,6 +57,9 @@ def record(
     Raises:
         InputError: no batch; exits of different shapes; outputs that are not `(B, C)`, or a NaN or infinite one; with
             `loss`, a loss or score that is not `(B,)`, or a loss outside [0, 1].
+
+    Warns:
+        UserWarning: the exits give probabilities, or the network changes its parameters when it answers.
     """
     if score is not None and loss is None:
         raise InputError(
@@ -71,22 +75,30 @@ def record(
     where = next((t.device for t in (*net.parameters(), *net.buffers())), torch.device("cpu"))
     score = "entropy" if score is None else score
     function = resolve(score)
-    firsts: list[Floats] = []
+    firsts = _Rows()
     seconds: list[Any] = []  # labels or losses
     seen: list[Digests | None] = []
     shown = track(loader, "recording", console=Console(stderr=True)) if progress else loader
+    before = written(net.named_parameters())
     with torch.no_grad(), evaluating(net):
         for inputs, target in batches(shown, where):
             exits = tuple(exit.float() for exit in exits_of(net, inputs))
-            if not firsts and (loss is None or is_named(score)):
+            if not seen and (loss is None or is_named(score)):
                 warn_of_probabilities(exits)
             first, second = _logits(exits, target) if loss is None else _judged(exits, target, function, loss)
-            firsts.append(first)
+            firsts.add(first)
             seconds.append(second)
             seen.append(_digests(inputs, len(target)))
-    if not firsts:
+        name = changed(before, written(net.named_parameters()))
+    if name is not None:
+        warnings.warn(
+            f"the network changes its parameter {name!r} when it answers, so that the record depends on the order of "
+            f"the samples, and export refuses the network: {STILL}",
+            stacklevel=2,
+        )
+    if not seen:
         raise InputError("the loader gave no batch; there is nothing to record")
-    first, second = _joined(firsts), np.concatenate(seconds)
+    first, second = firsts.whole(), np.concatenate(seconds)
     source = net.engine.metadata.get("network") if isinstance(net, _EveryExit) else fingerprint(net)
     known = None if any(part is None for part in seen) else np.concatenate([p for p in seen if p is not None])
     about: dict[str, Any] = {"network": source, "inputs": known, "selected_on": getattr(net, "selected_on", ())}
@@ -95,16 +107,32 @@ def record(
     return ExitRecord.from_scores(first, second, score, **about)
 
 
-def _joined(parts: list[Floats]) -> Floats:
-    """All parts in one array; each is let go as soon as it is copied, so that memory holds them about once."""
-    parts.reverse()
-    whole = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
-    start = 0
-    while parts:
-        part = parts.pop()
-        whole[start : start + len(part)] = part
-        start += len(part)
-    return whole
+class _Rows:
+    """Rows in one array, which grows in place by an eighth, so that memory holds them about once."""
+
+    def __init__(self) -> None:
+        self._rows: Floats | None = None
+        self._used = 0
+
+    def add(self, rows: Floats) -> None:
+        """Append `rows` (B, ...)."""
+        if self._rows is None:
+            self._rows = np.empty_like(rows)
+        end = self._used + len(rows)
+        if end > len(self._rows):
+            self._resize(max(end, len(self._rows) + len(self._rows) // 8))
+        self._rows[self._used : end] = rows
+        self._used = end
+
+    def whole(self) -> Floats:
+        """All rows."""
+        self._resize(self._used)
+        assert self._rows is not None
+        return self._rows
+
+    def _resize(self, rows: int) -> None:
+        assert self._rows is not None
+        self._rows.resize((rows, *self._rows.shape[1:]), refcheck=False)  # nothing else holds it
 
 
 def _digests(inputs: Any, samples: int) -> Digests | None:

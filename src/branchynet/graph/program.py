@@ -6,7 +6,7 @@ import io
 import logging
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..arguments import described
-from ..checking import calling
+from ..checking import STILL, calling, changed, written
 from ..errors import GraphError, InputError
 from ..net import arguments, evaluating, exits_in
 from ..readable import check_weights
@@ -209,22 +209,15 @@ def _check_still(whole: nn.Module, tensors: tuple[Tensor, ...]) -> None:
     Parameters may be too large to copy, so only their counts of writes are compared. To be called when it has answered
     once, so that what it keeps from its first answer on is there.
     """
-
-    def now(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[Tensor, int]]:
-        return {name: (t, 0 if t.is_inference() else t._version) for name, t in tensors}
-
-    own = now(whole.named_parameters())
-    before, values = now(whole.named_buffers()), {name: buffer.clone() for name, buffer in whole.named_buffers()}
+    own = written(whole.named_parameters())
+    before, values = written(whole.named_buffers()), {name: buffer.clone() for name, buffer in whole.named_buffers()}
     whole(*tensors)
-    for name, (parameter, writes) in now(whole.named_parameters()).items():
-        then = own.get(name, (None, 0))
-        if then[0] is not parameter or then[1] != writes:
-            raise GraphError(
-                f"the network changes its parameter {told_path(name)!r} when it answers, so that answers would depend "
-                "on those before: change parameters under `if self.training:` alone, and leave max_norm= out of "
-                "embeddings (set emb.max_norm = None once emb.weight is renormalised)"
-            )
-    for name, (buffer, writes) in now(whole.named_buffers()).items():
+    if (name := changed(own, written(whole.named_parameters()))) is not None:
+        raise GraphError(
+            f"the network changes its parameter {told_path(name)!r} when it answers, so that answers would depend on "
+            f"those before: {STILL}"
+        )
+    for name, (buffer, writes) in written(whole.named_buffers()).items():
         then = before.get(name, (None, 0))
         # Writing through .data is not counted, but shows; NaN differs from itself.
         if then[0] is not buffer or then[1] != writes or (buffer != values[name]).logical_and(buffer == buffer).any():

@@ -166,6 +166,10 @@ def fit(
     same weights, bit for bit on a CPU: generators are seeded from (seed, epoch), so the broken epoch starts again from
     its beginning. (A loader with ``persistent_workers`` keeps generators of its own, which nobody can seed.)
 
+    Training starts from the weights that the network has. A network whose forward writes into its own parameters, such
+    as ``nn.Embedding(max_norm=)``, is trained, and they change with ``train="branches"`` too; `record` warns of it, and
+    `export` refuses it.
+
     Args:
         net: a `BranchyNet`, or any network that gives a tensor or a tuple of tensors.
         train_loader: yields `(inputs, target)` and has a length, such as a DataLoader. `inputs` is a tensor, a tuple of
