@@ -10,7 +10,7 @@ import torch
 
 from branchynet import ExitCost, ExitRecord, Policy, ascent, choose, evaluate, guarantee, record
 from branchynet.guarantee import accepted, best_bet, betting_p
-from branchynet.search import Problem, grid, leaving, sweep
+from branchynet.search import Points, Problem, best_of, grid, join, leaving, sweep
 from branchynet.types import BOUNDS
 from networks import build, draw, residual
 
@@ -78,6 +78,18 @@ def test_climbing_on_some_of_the_samples_is_judged_on_all(monkeypatch):
     reached = exact.take(np.nonzero(exact.loss >= found.loss.min())[0])
     gaps = [found.us[found.loss <= loss].min() / us - 1 for loss, us in zip(reached.loss, reached.us, strict=True)]
     assert min(gaps) >= -1e-9 and np.mean(gaps) < 0.05
+
+
+@pytest.mark.parametrize("sets", [1, 2, 7])
+def test_the_best_of_sets_one_by_one_are_the_best_of_all(sets):
+    rng = np.random.default_rng(sets)
+    made = []
+    for size in rng.integers(1, 30, sets):
+        loss, us = rng.integers(0, 12, (2, size)).astype(np.float64)  # with ties
+        made.append(Points(rng.random((size, 2)).astype(np.float32), loss, us, rng.random((size, 3))))
+    one_by_one, at_once = best_of(iter(made)), join(made).pareto()
+    for name in ("thresholds", "loss", "us", "counts"):
+        np.testing.assert_array_equal(getattr(one_by_one, name), getattr(at_once, name))
 
 
 @pytest.mark.parametrize("samples", [1, 7, 8, 100])

@@ -3,9 +3,11 @@
 Shape letters: S samples, N exits.
 """
 
+import itertools
+
 import numpy as np
 
-from .search import Points, Problem, around, cuts, join, leaving, mean_cost, sweep, thinned
+from .search import Points, Problem, around, best_of, cuts, join, leaving, mean_cost, sweep, thinned
 from .types import Floats
 
 CLIMBED = 30_000
@@ -29,7 +31,7 @@ def ascend(problem: Problem, prices: int = 24) -> Points:
     points = _judged(problem, rough.thresholds[_spread(len(rough.loss), _JUDGED)]).pareto()
     most_accurate = _climb(problem, points.thresholds[-1], float(_prices(problem, prices)[0]))  # whether a limit is met
     starts = [*(points.thresholds[i] for i in _spread(len(points.loss), _SWEPT)), most_accurate]
-    return join([points, *(around(problem, start) for start in starts)]).pareto()
+    return best_of(itertools.chain([points], (around(problem, start) for start in starts)))
 
 
 def _prices(problem: Problem, prices: int) -> Floats:

@@ -6,7 +6,7 @@ Shape letters: S samples, N exits, P threshold vectors, K candidate thresholds o
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -73,6 +73,15 @@ def join(points: list[Points]) -> Points:
     """All points in one."""
     names = ("thresholds", "loss", "us", "counts")
     return Points(*(np.concatenate([getattr(p, name) for p in points]) for name in names))
+
+
+def best_of(sets: Iterable[Points]) -> Points:
+    """The Pareto set of all points in several sets, of which only one at a time is in memory; of equals the first."""
+    found: Points | None = None
+    for points in sets:
+        found = (points if found is None else join([found, points])).pareto()
+    assert found is not None
+    return found
 
 
 def mean_cost(counts: Floats | Sequence[Floats], each: Floats, samples: int) -> Floats:
@@ -152,7 +161,7 @@ def grid(problem: Problem, vectors: int) -> Points:
     if exact:
         return points
     spread = np.unique(np.linspace(0, len(points.loss) - 1, _FILLS).astype(int))
-    return join([points, *(around(problem, points.thresholds[i]) for i in spread)]).pareto()
+    return best_of(itertools.chain([points], (around(problem, points.thresholds[i]) for i in spread)))
 
 
 def _candidates(problem: Problem, used: tuple[int, ...]) -> list[Floats]:
@@ -173,11 +182,10 @@ def _in_parts(problem: Problem, used: tuple[int, ...], candidates: list[Floats],
     if not used:
         return _combinations(problem, used, candidates)
     rows = max(1, vectors // math.prod(map(len, candidates[1:])))
-    points: list[Points] = []
-    for start in range(0, len(candidates[0]), rows):
-        part = _combinations(problem, used, [candidates[0][start : start + rows], *candidates[1:]])
-        points = [join([*points, part]).pareto()]
-    return points[0]
+    return best_of(
+        _combinations(problem, used, [candidates[0][start : start + rows], *candidates[1:]])
+        for start in range(0, len(candidates[0]), rows)
+    )
 
 
 def _combinations(problem: Problem, used: tuple[int, ...], candidates: list[Floats]) -> Points:
@@ -288,4 +296,4 @@ def sweep(problem: Problem, thresholds: Floats, n: int) -> Points:
 
 def around(problem: Problem, point: Floats) -> Points:
     """The Pareto set of all vectors that differ from `point` in one threshold."""
-    return join([sweep(problem, point, n) for n in range(len(point))]).pareto()
+    return best_of(sweep(problem, point, n) for n in range(len(point)))
