@@ -225,6 +225,10 @@ class TestPage:
         page = Page(written(tmp_path, choice=replace(run()["choice"], promise=promise)))
         assert str(promise) in page.text and "confidence" not in Page(written(tmp_path)).text
 
+    def test_says_why_no_sample_leaves_early(self, tmp_path):
+        page = Page(written(tmp_path, choice=replace(run()["choice"], reason="no <exit> pays")))
+        assert "no <exit> pays" in page.text and "no <exit> pays" not in Page(written(tmp_path)).text
+
     def test_is_the_same_again(self, tmp_path):
         assert written(tmp_path) == written(tmp_path)
 

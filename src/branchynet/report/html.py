@@ -153,7 +153,8 @@ def _head(title: str, choice: Choice, outcome: Outcome, record: ExitRecord, time
             '<p class="warning" role="note">The thresholds were chosen on the very data that they are reported on: '
             "these figures are optimistic.</p>"
         )
-    promise = "" if choice.promise is None else f'<p class="lead">{escape(str(choice.promise))}</p>\n'
+    said = [str(choice.promise) if choice.promise else "", choice.reason]
+    grounds = "".join(f'<p class="lead">{escape(text)}</p>\n' for text in said if text)
     shown = "".join(
         f'<div><dt>{escape(name)}</dt><dd class="value">{value}</dd><dd class="note">{note}</dd></div>'
         for name, value, note in cards
@@ -162,7 +163,7 @@ def _head(title: str, choice: Choice, outcome: Outcome, record: ExitRecord, time
         f'<header>\n<h1>{escape(title)}</h1>\n<p class="lead">Samples leave at the first exit that is sure enough. '
         f"The thresholds were chosen on {choice.outcome.samples:,} validation samples under "
         f"<strong>{escape(limit)}</strong>; the figures here are of {outcome.samples:,} test samples.</p>\n"
-        f"{promise}{warning}"
+        f"{grounds}{warning}"
         f'<dl class="cards">{shown}</dl>\n</header>'
     )
 
