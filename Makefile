@@ -33,7 +33,8 @@ test-amd: export HIDE_AS_AMD := 1
 test-avx2 test-amd: $(VENV)/.ready $(HIDE)
 	@if $(HIDDEN) $(BIN)/python -c ""; then \
 		$(HIDDEN) $(BIN)/pytest -p no:faulthandler -n auto --dist loadfile \
-			$(addprefix tests/test_,$(addsuffix .py,engine_onnx engine_openvino parity quantize verify)); \
+			$(addprefix tests/,deploy/test_engine_onnx.py deploy/test_engine_openvino.py deploy/test_parity.py \
+			deploy/test_verification.py graph/test_quantize.py); \
 	else echo "NOT TESTED as on another processor: this machine cannot hide instructions"; fi
 
 $(HIDE): tests/processors/hide_avx512.c $(VENV)/.ready
@@ -44,8 +45,9 @@ $(HIDE): tests/processors/hide_avx512.c $(VENV)/.ready
 test-lowest: lowest
 	$(LOWEST)/bin/pytest -n auto --dist loadfile -W ignore::DeprecationWarning $(CORE)
 
-CORE := $(addprefix tests/test_,$(addsuffix .py,attach choosing cli cli_help engine_onnx engine_openvino engine_torch \
-	export export_kinds guarantee quantize record report train verify versions zoo))
+CORE := tests/cli tests/deploy tests/zoo $(addprefix tests/,graph/test_quantize.py nn/test_attaching.py \
+	policy/test_choosing.py policy/test_risk_tests.py profiling/test_recording.py report/test_html.py \
+	test_environment.py training/test_loop.py)
 
 lowest: $(LOWEST)/.ready
 

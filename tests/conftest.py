@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from branchynet.data import archives
-from networks import FAMILIES
+from helpers.networks import FAMILIES
 
 # How fast the machine is decides nothing, and in CI all runs draw the same examples.
 settings.register_profile(

@@ -1,12 +1,12 @@
-"""What runs on an NVIDIA GPU gives the answers of the CPU; needs one, see benchmarks/gpu/tests.sh."""
+"""What runs on an NVIDIA GPU gives the answers of the CPU; needs one, see benchmarks/experiments/gpu/tests.sh."""
 
 import pytest
 import torch
 
 from branchynet import Policy, fit, record
-from branchynet.engine.torch import TorchEngine
-from networks import build, draw
-from oracle import QUANTILES, agree, agree_everywhere, every_exit, safe_thresholds
+from branchynet.deploy.torch_engine import TorchEngine
+from helpers.loop import QUANTILES, agree, agree_everywhere, every_exit, safe_thresholds
+from helpers.networks import build, draw
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -33,7 +33,7 @@ def test_the_engine_agrees_with_the_loop(family):
     net, example = build(family, 0)
     inputs = draw(example, 64, 0)
     outputs = every_exit(net, inputs)
-    thresholds = safe_thresholds(outputs, QUANTILES[1][: net.exits - 1])
+    thresholds = safe_thresholds(outputs, QUANTILES[1][: net.num_exits - 1])
     engine = TorchEngine(net, Policy(thresholds=thresholds), inputs, device="cuda")
     agree(engine(*(i.numpy() for i in inputs)), outputs, thresholds)
     agree(engine(*(i.cuda() for i in inputs)), outputs, thresholds)
@@ -44,10 +44,10 @@ def test_the_engine_agrees_with_the_loop(family):
 def test_half_precision_leaves_where_its_own_outputs_say(family, dtype):
     net, example = build(family, 0)
     inputs = tuple(i.to(dtype) if i.is_floating_point() else i for i in draw(example, 16, 0))
-    engine = TorchEngine(net.to(dtype), Policy(thresholds=(0.0,) * (net.exits - 1)), inputs, device="cuda")
+    engine = TorchEngine(net.to(dtype), Policy(thresholds=(0.0,) * (net.num_exits - 1)), inputs, device="cuda")
     answer = engine(*(i.cuda() for i in inputs))
-    assert (answer.exit == net.exits).all()
-    answer = engine(*(i.cuda() for i in inputs), thresholds=(float("inf"),) * (net.exits - 1))
+    assert (answer.exit == net.num_exits).all()
+    answer = engine(*(i.cuda() for i in inputs), thresholds=(float("inf"),) * (net.num_exits - 1))
     assert (answer.exit == 1).all()
 
 

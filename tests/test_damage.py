@@ -18,15 +18,16 @@ from torch import nn
 
 from branchynet import export, load
 from branchynet.data import read_image
-from branchynet.engine import seal
-from branchynet.engine.exported import METADATA_KEY
+from branchynet.deploy import seal
+from branchynet.deploy.engine import METADATA_KEY
 from branchynet.errors import DataError, FileError, InputError
-from branchynet.exit_record import ExitRecord
 from branchynet.files import read_json
-from branchynet.net import BranchyNet
-from branchynet.training.checkpoint import RunFolder, load_weights, save_weights
+from branchynet.nn.network import BranchyNet
+from branchynet.nn.weights import load_weights, save_weights
+from branchynet.policy.exit_record import ExitRecord
+from branchynet.policy.values import Policy
+from branchynet.training.checkpoint import RunFolder
 from branchynet.training.history import EpochRow, History
-from branchynet.types import Policy
 
 often = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 ROW = EpochRow(1, 0.5, 0.1, 2.0, (0.5, 0.5), 2.0, (0.5, 0.5))

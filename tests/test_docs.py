@@ -13,17 +13,17 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_generated_blocks_are_up_to_date(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks" / "pages"), *sys.path])
     import tables
 
     for page in tables.PAGES:
         text = (ROOT / page).read_text()
         assert "<!-- generated: " in text
-        assert tables.filled(text) == text, f"{page} is stale; run python benchmarks/tables.py"
+        assert tables.filled(text) == text, f"{page} is stale; run python benchmarks/pages/tables.py"
 
 
 def test_blocks_that_tell_times_name_the_processor_and_mix_none(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks" / "pages"), *sys.path])
     import blocks
     import tables
 

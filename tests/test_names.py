@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from branchynet import cli, export
+from branchynet import export
+from branchynet.cli import verbs
 from branchynet.errors import printable
-from branchynet.net import BranchyNet
-from branchynet.types import Policy
+from branchynet.nn.network import BranchyNet
+from branchynet.policy.values import Policy
 
 MARKUP = ("[red]a[/red]", "[/]", ":smile:", "[link=https://x.y]z[/link]", "a\\[b", "[[x]]")
 CONTROL = ("a\x1b[31mb", "bell\a", "caf\udce9", "half\ud800", "line\nbreak", "right\u202eleft")
@@ -54,7 +55,7 @@ def files(tmp_path_factory):
 def call(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["branchynet", *map(str, arguments)])
     monkeypatch.setenv("COLUMNS", "300")
-    cli.app(standalone_mode=False)
+    verbs.app(standalone_mode=False)
 
 
 def test_predict_shows_class_names_as_they_are(files, monkeypatch, capfd):

@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from branchynet.design.advice import Advice, Design, Tried
+from branchynet.design.advice import Advice, CandidateResult, Design
 from branchynet.errors import FileError, InputError
-from branchynet.meta import LearnedScore, TemperedScore
-from branchynet.runs import Settings, open_run
+from branchynet.policy.fitted_scores import LearnedScore, TemperedScore
+from branchynet.policy.values import Choice, ExitCost, Outcome, Policy, Promise
+from branchynet.runs.run import open_run
+from branchynet.runs.settings import Settings
 from branchynet.stored import from_stored, read_entry
-from branchynet.types import Choice, ExitCost, Outcome, Policy, Promise
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,9 @@ CHOICE = Choice(
 LEARNED = LearnedScore(classes=2, earlier=True, weights=((0.5, 1.0, 2.0), (0.5, 1.0, 2.0, 3.0)), bias=(0.1, 0.2))
 OTHERS = [replace(CHOICE, policy=Policy(score, (0.5,))) for score in (LEARNED, TemperedScore("margin", (1.0, 2.0)))]
 DESIGN = Design(("a",), ("pool",), (0.5,), 1.0, (0.9, 1.1), 0.5, (0.5, 0.5), (1.0, 1.0), (0.1, 0.0), (0.2,), 0.5)
-ADVICE = Advice(1, 1, "entropy", 2.0, 0.5, 0.5, 4, (DESIGN,), (Tried("a", "pool", 0.5, 0.5, 1.0, 0.1, None),), 0, "f")
+ADVICE = Advice(
+    1, 1, "entropy", 2.0, 0.5, 0.5, 4, (DESIGN,), (CandidateResult("a", "pool", 0.5, 0.5, 1.0, 0.1, None),), 0, "f"
+)
 
 
 def save_settings(path):

@@ -33,16 +33,17 @@ from branchynet import (
     measure,
     record,
 )
-from branchynet.engine.torch import TorchEngine
+from branchynet.deploy.torch_engine import TorchEngine
 from branchynet.errors import GraphError, InputError
 from branchynet.losses import pixel_error
-from branchynet.scores import SCORES, of_record
-from branchynet.training.epoch import Bar, Tally
-from tasks import SAMPLES, TASKS, Task, disagreement, hamming, log_variance, squashed
+from branchynet.policy.record_scores import scores_of_record
+from branchynet.policy.scores import SCORES
+from branchynet.training.trainer import EpochTotals, ProgressBar
+from helpers.tasks import SAMPLES, TASKS, Task, disagreement, hamming, log_variance, squashed
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
+class TrainedNetwork:
     """A task after attach, fit and record, beside what the loop says of every sample."""
 
     task: Task
@@ -68,11 +69,11 @@ def trained(request):
     net.eval()
     with torch.no_grad():
         outputs = [[o.numpy()[0] for o in net(inputs[i : i + 1])] for i in range(SAMPLES)]
-    exits = range(1, net.exits + 1)
+    exits = range(1, net.num_exits + 1)
     scores = np.array([[task.slow_score(sample[:n]) for n in exits] for sample in outputs])
     labels = targets.numpy()
     losses = np.array([[task.slow_loss(o, labels[i]) for o in sample] for i, sample in enumerate(outputs)])
-    return Trained(task, net, inputs, targets, made, history, outputs, scores, losses)
+    return TrainedNetwork(task, net, inputs, targets, made, history, outputs, scores, losses)
 
 
 def adam(parameters):
@@ -115,12 +116,14 @@ def test_evaluate_is_what_the_loop_does(trained):
         thresholds = in_gaps(trained.scores, share)
         exits = np.array([leave(row, thresholds) for row in trained.scores])
         outcome = evaluate(trained.made, Policy(trained.task.score, thresholds))
-        np.testing.assert_allclose(outcome.exit_share, [(exits == n).mean() for n in range(1, trained.net.exits + 1)])
+        np.testing.assert_allclose(
+            outcome.exit_share, [(exits == n).mean() for n in range(1, trained.net.num_exits + 1)]
+        )
         assert outcome.accuracy == pytest.approx(1 - trained.losses[range(SAMPLES), exits - 1].mean(), abs=1e-5)
 
 
 def test_choose_keeps_its_promise_with_the_score_of_the_record(trained):
-    cost = ExitCost((1.0,) * trained.net.exits, (0.1,) * trained.net.exits)
+    cost = ExitCost((1.0,) * trained.net.num_exits, (0.1,) * trained.net.num_exits)
     chosen = choose(trained.made, cost, max_drop=0.02, confidence=None)
     assert chosen.policy.score == trained.task.score
     assert frontier(trained.made, cost).score == trained.task.score
@@ -172,7 +175,7 @@ def test_training_tells_accuracies_of_classes_alone(trained):
 
 def test_measure_takes_the_score(trained):
     cost = measure(trained.net, trained.inputs[:4], score=trained.task.score, seconds=0.05)
-    assert cost.exits == trained.net.exits and sum(cost.trunk_us) > 0
+    assert cost.num_exits == trained.net.num_exits and sum(cost.trunk_us) > 0
 
 
 # Recording
@@ -278,7 +281,7 @@ class TestWhichScore:
         made.save(tmp_path / "record.npz")
         for known in (made, ExitRecord.load(tmp_path / "record.npz")):
             assert known.score is None and choose(known, max_drop=0.0, confidence=None).policy.score == "entropy"
-            assert of_record(known, "margin") is known.scores
+            assert scores_of_record(known, "margin") is known.scores
 
     def test_logits_have_no_score_of_their_own(self):
         with pytest.raises(InputError, match="not both"):
@@ -325,7 +328,7 @@ def test_the_default_score_is_refused_for_one_number_at_every_step(tmp_path):
 
 
 def tallied(output, target):
-    tally = Tally("here")
+    tally = EpochTotals("here")
     tally.add(torch.tensor(1.0), (output, output), target)
     return tally.read()[1]
 
@@ -353,7 +356,7 @@ def test_positions_that_the_loss_ignores_do_not_count():
 
 def test_the_bar_speaks_of_right_answers_only_where_there_are_any(capsys):
     for accuracies in ((), (0.5, 0.75)):
-        bar = Bar("epoch", 1, visible=True)
+        bar = ProgressBar("epoch", 1, visible=True)
         with bar:
             bar.show(0.25, accuracies)
         told = capsys.readouterr().err

@@ -27,7 +27,7 @@ from branchynet import (
     record,
 )
 from branchynet.data import load_data
-from branchynet.engine.torch import TorchEngine
+from branchynet.deploy.torch_engine import TorchEngine
 
 
 class Small(nn.Module):

@@ -1,5 +1,5 @@
 """``python -m branchynet`` is the command line."""
 
-from .cli import main
+from .cli.verbs import main
 
 main()

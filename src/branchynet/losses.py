@@ -5,8 +5,12 @@ as images' `(B, C, H, W)` and `(B, H, W)`. Positions whose target is `ignore_ind
 else has the loss 0. These judge trained networks; they have no gradient.
 """
 
+import math
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .errors import InputError
 
@@ -62,3 +66,87 @@ def _counted(output: Tensor, target: Tensor, ignore_index: int) -> Tensor:
             f"{tuple(target.shape)}"
         )
     return target != ignore_index
+
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def joint_loss(
+    outputs: Sequence[Tensor],
+    target: Tensor,
+    weights: Sequence[float] | None = None,
+    loss: Loss = F.cross_entropy,
+    distill: float = 0.0,
+) -> Tensor:
+    """The weighted sum of every exit's loss, to minimise in any training loop (paper, section III-B).
+
+    Args:
+        outputs: one tensor an exit, all of one shape: for classification logits `(B, C)`, or `(B, C, ...)`.
+        target: what `loss` compares them with: for classification `(B,)` or `(B, ...)` int64 class indices.
+        weights: one factor an exit, not negative; by default all 1.
+        loss: ``loss(output, target) -> scalar``.
+        distill: adds to each earlier exit's loss this many times its Kullback-Leibler divergence, in nats, from the
+            last exit's softmax over axis 1, which itself gets no gradient by it (self-distillation, arXiv:1905.08094).
+
+    Returns:
+        A scalar tensor.
+
+    Raises:
+        InputError: a wrong number of weights or a negative one, outputs of different shapes, or a target that `loss`
+            refuses.
+    """
+    outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+    factors = (1.0,) * len(outputs) if weights is None else check_weights(weights)
+    if len(factors) != len(outputs):
+        raise InputError(f"weights {factors} are {len(factors)} for {len(outputs)} exits; give one weight an exit")
+    last = outputs[-1]
+    teacher = last.detach().softmax(dim=1) if distill else None
+    total = last.new_zeros(())
+    for n, (factor, output) in enumerate(zip(factors, outputs, strict=True), start=1):
+        if output.shape != last.shape:
+            raise InputError(
+                f"exit {n} gives outputs of shape {tuple(output.shape)}, but the last exit {tuple(last.shape)}; "
+                "give every branch the shape of the backbone's output"
+            )
+        try:
+            part = loss(output, target)
+        except (IndexError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"the loss of exit {n} cannot compare outputs {tuple(output.shape)} {output.dtype} with a target "
+                f"{tuple(target.shape)} {target.dtype}: {error}{_hint_at_target(output, target)}"
+            ) from error
+        if teacher is not None and output is not last:
+            log_p = output.log_softmax(dim=1)
+            log_p = log_p.masked_fill(log_p == -math.inf, 0.0)  # a class that is ruled out has nothing to learn
+            divergence = F.kl_div(log_p, teacher, reduction="none").sum(dim=1).mean()
+            part = part + distill * divergence
+        total = total + factor * part
+    return total
+
+
+def _hint_at_target(output: Tensor, target: Tensor) -> str:
+    """What is most likely wrong with the labels of a classification, or nothing."""
+    if output.dim() != 2:
+        return ""
+    classes = output.shape[1]
+    if target.shape == (len(output), 1):
+        return "; give one label per sample: target.squeeze(1)"
+    if target.shape == output.shape and not target.is_floating_point():
+        return "; give class indices: target.argmax(1)"
+    if target.dim() == 1 and target.is_floating_point():
+        return "; class indices are integers: target.long()"
+    if target.dim() == 1 and len(target) and int(target.max()) >= classes:
+        low, high = int(target.min()), int(target.max())
+        return f"; labels lie in {low}..{high}, but outputs have {classes} classes (0..{classes - 1}): count from 0"
+    return ""
+
+
+def check_weights(weights: Sequence[float]) -> tuple[float, ...]:
+    """The loss weights as floats. Raises `InputError` where one is negative or not finite, or all are 0."""
+    try:
+        factors = tuple(float(w) for w in weights)
+    except TypeError:
+        raise InputError(f"weights must be numbers, one per exit; got {weights!r}") from None
+    if not all(math.isfinite(w) and w >= 0 for w in factors) or not any(factors):
+        raise InputError(f"weights must be finite, not negative, and not all 0; got {factors}")
+    return factors

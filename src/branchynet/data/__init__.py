@@ -3,16 +3,16 @@
 Shape letters: S samples of a split, B samples in a batch, C channels, H rows, W columns.
 """
 
-from .batches import Augment, Growing, affine, compose, flip_crop, loader, shift
+from .datasets import ImageData, Split, load_data
 from .images import images_in, read_image, save_image
+from .loaders import Augment, ProgressiveLoader, affine, compose, flip_crop, loader, shift
 from .normalization import Normalization
-from .sets import ImageData, Split, load_data
 
 __all__ = [
     "Augment",
-    "Growing",
     "ImageData",
     "Normalization",
+    "ProgressiveLoader",
     "Split",
     "affine",
     "compose",

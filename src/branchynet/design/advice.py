@@ -4,18 +4,18 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 
-from ..engine.onnx import Runtime
+from ..deploy.loading import Runtime
 from ..errors import InputError, counted
 from ..files import read_json, write_json
-from ..net import BranchyNet
+from ..nn.network import BranchyNet
+from ..policy.values import ExitCost
 from ..stored import from_stored
-from ..types import ExitCost
 
 WORTH = 1.05  # times faster, for sure, below which exits are not worth their trouble
 
 
 @dataclass(frozen=True)
-class Tried:
+class CandidateResult:
     """One candidate by itself.
 
     Attributes:
@@ -81,8 +81,8 @@ class Advice:
         tried: every candidate by itself.
         best: which of the designs takes least; of those that take as long, the one with fewest exits.
         fingerprint: of the network advised on.
-        selected_on: the sketch (see `branchynet.samples`) of the validation samples that chose the design, half of
-            them; empty where the inputs' tensors could not be told apart.
+        selected_on: the sketch (see `branchynet.policy.digests`) of the validation samples that chose the design, half
+            of them; empty where the inputs' tensors could not be told apart.
         network: the best design, its heads trained on the frozen network; not kept on disk.
     """
 
@@ -94,7 +94,7 @@ class Advice:
     min_accuracy: float
     samples: int
     designs: tuple[Design, ...]
-    tried: tuple[Tried, ...]
+    tried: tuple[CandidateResult, ...]
     best: int
     fingerprint: str
     selected_on: str = ""

@@ -13,26 +13,28 @@ import torch
 from torch import nn
 
 from ..arguments import check_seed
-from ..decide import evaluate, route
-from ..engine.onnx import Runtime
+from ..deploy.loading import Runtime
 from ..errors import FileError, InputError
-from ..exit_record import ExitRecord
 from ..files import write_json
-from ..fingerprint import fingerprint
-from ..graph.flat import FlatGraph, flatten
-from ..guarantee import halves
-from ..net import BranchyNet
-from ..record import record
-from ..samples import sketch
-from ..scores import of_record, resolve
-from ..search import mean_cost
+from ..graph.onnx_flat import FlatGraph, flatten
+from ..nn.fingerprint import fingerprint
+from ..nn.network import BranchyNet
+from ..policy.digests import sketch
+from ..policy.evaluation import evaluate
+from ..policy.exit_record import ExitRecord
+from ..policy.exit_rule import route
+from ..policy.record_scores import scores_of_record
+from ..policy.risk_tests import halves
+from ..policy.scores import resolve
+from ..policy.search import mean_cost
+from ..policy.values import ExitCost, Floats, Policy
+from ..profiling.recording import record
 from ..stored import read_entry
-from ..training.train import fit
-from ..types import ExitCost, Floats, Policy
-from .advice import Advice, Design, Tried
-from .forest import Forest, plant
-from .stages import StageTimes, time_stages, uncuttable
-from .subsets import Found, Judged, break_even, least_us, search
+from ..training.loop import fit
+from .advice import Advice, CandidateResult, Design
+from .candidates import CandidateNetwork, attach_candidates
+from .exit_search import CandidateScores, ExitSet, break_even, least_us, search_exit_sets
+from .part_times import StageTimes, time_stages, uncuttable
 
 RESOLUTION = 0.05  # difference in accuracy that half of the validation samples must be able to show
 PER_CLASS = 20  # training samples a class that heads need
@@ -54,7 +56,7 @@ def advise(
     runtime: Runtime = "onnxruntime",
     max_drop: float | None = None,
     min_accuracy: float | None = None,
-    exits: int = 4,
+    num_exits: int = 4,
     taps: Sequence[str] | None = None,
     score: str = "entropy",
     epochs: int = 3,
@@ -85,7 +87,7 @@ def advise(
         runtime: what will run the deployed file, as for `load`: on a GPU the best design is another one again.
         max_drop: accuracy on validation at most so far below the network's own; by default 0.
         min_accuracy: an accuracy instead.
-        exits: the most a design may have, the network's own included.
+        num_exits: the most a design may have, the network's own included.
         taps: places to try instead, names as in ``named_modules()`` or ``"input"``.
         score: the name of the score by which samples leave.
         epochs: passes over the training data, for all heads together.
@@ -110,8 +112,8 @@ def advise(
         GraphError: a place where the network cannot be cut (the value in the way is named), or none.
     """
     say: Callable[[str], None] = partial(print, flush=True, file=sys.stderr) if progress else lambda line: None
-    if exits < 2:
-        raise InputError(f"exits must be at least 2, the network's own included; got {exits}")
+    if num_exits < 2:
+        raise InputError(f"num_exits must be at least 2, the network's own included; got {num_exits}")
     if batch_size < 1 or threads < 1:
         raise InputError(f"batch_size and threads must be at least 1; got {batch_size} and {threads}")
     if epochs < 1 or final_epochs < 0:
@@ -156,21 +158,21 @@ def advise(
         )
         found = record(net, val_loader, device=device, progress=progress)
         net.cpu()
-        return of_record(found, score), found.losses.astype(np.float64)
+        return scores_of_record(found, score), found.losses.astype(np.float64)
 
     say(f"training {places}, {epochs} epochs")
-    judged = Judged(*learned(forest.net, epochs, "heads"), times.taps, times.cost)
+    judged = CandidateScores(*learned(forest.net, epochs, "heads"), times.taps, times.cost)
     most = (1 - limit) * validation.samples
-    best, least = search(judged, most, exits, say)
+    best, least = search_exit_sets(judged, most, num_exits, say)
     if final_epochs and np.isfinite(least).any():
         name = f"final-{runtime}-batch-{batch_size}-threads-{threads}-{score}-{limit:.4f}"
         kept = _finalists(
-            None if run is None else Path(run) / name / "finalists.json", judged, least, max(PLACES, exits - 1)
+            None if run is None else Path(run) / name / "finalists.json", judged, least, max(PLACES, num_exits - 1)
         )
         say(f"training {len(kept)} of them on, {final_epochs} epochs")
         scores, losses = learned(forest.of(kept), final_epochs, name)
-        judged = judged.anew(kept, scores[:, :-1], losses[:, :-1])
-        best, _ = search(judged, most, exits, say, among=kept)
+        judged = judged.replaced(kept, scores[:, :-1], losses[:, :-1])
+        best, _ = search_exit_sets(judged, most, num_exits, say, among=kept)
     designs = tuple(_design(forest, judged, times, one, most) for one in best)
     known = validation.sample_digests
     selected_on = "" if known is None else sketch(known[judged.tuning])
@@ -199,7 +201,7 @@ def _selected(net: BranchyNet, known: str) -> BranchyNet:
     return net
 
 
-def _finalists(path: Path | None, judged: Judged, least: Floats, places: int) -> list[int]:
+def _finalists(path: Path | None, judged: CandidateScores, least: Floats, places: int) -> list[int]:
     """The candidates that learn on, in running order; those in a file where it is there, so that training goes on.
 
     At each of the places where the best sets have exits these are the head that does best there so far, and the most
@@ -263,9 +265,11 @@ def _check_data(alone: ExitRecord, samples: int, accuracy: float, train_loader: 
         )
 
 
-def _planted(backbone: nn.Module, example: Any, taps: Sequence[str] | None, score: Any) -> tuple[Forest, FlatGraph]:
+def _planted(
+    backbone: nn.Module, example: Any, taps: Sequence[str] | None, score: Any
+) -> tuple[CandidateNetwork, FlatGraph]:
     """The forest and its graph; of places found by itself those where the graph cannot be cut are passed over."""
-    forest = plant(backbone, example, taps)
+    forest = attach_candidates(backbone, example, taps)
     flat = flatten(forest.net, example, score=score)
     faults = uncuttable(forest, flat)
     if faults and (taps is not None or len(faults) == len(forest.net.taps)):
@@ -275,12 +279,14 @@ def _planted(backbone: nn.Module, example: Any, taps: Sequence[str] | None, scor
     return forest, flat
 
 
-def _design(forest: Forest, judged: Judged, times: StageTimes, found: Found, most_loss: float) -> Design:
+def _design(
+    forest: CandidateNetwork, judged: CandidateScores, times: StageTimes, found: ExitSet, most_loss: float
+) -> Design:
     problem = judged.problem(found.chosen)
     cost, samples = problem.cost, len(problem.losses)
-    each = cost.latency_us([True] * cost.exits)
+    each = cost.latency_us([True] * cost.num_exits)
     position = route(problem.scores, found.thresholds) - 1
-    counts = np.bincount(position, minlength=cost.exits).astype(np.float64)
+    counts = np.bincount(position, minlength=cost.num_exits).astype(np.float64)
     mean = float(mean_cost(counts, each, samples))
     half = _Z95 * math.hypot(each[position].std() / math.sqrt(samples), max(times.spread, _CLOCK) * mean)
     chosen = [forest.candidates[i] for i in found.chosen]
@@ -299,14 +305,14 @@ def _design(forest: Forest, judged: Judged, times: StageTimes, found: Found, mos
     )
 
 
-def _tried(forest: Forest, judged: Judged, times: StageTimes) -> tuple[Tried, ...]:
+def _tried(forest: CandidateNetwork, judged: CandidateScores, times: StageTimes) -> tuple[CandidateResult, ...]:
     rows = []
     for i, candidate in enumerate(forest.candidates):
         cost: ExitCost = times.cost((i,))
         early, late = cost.latency_us([True, True])
         needed = (late - times.static_us) / (late - early) if late > early else math.inf
         rows.append(
-            Tried(
+            CandidateResult(
                 tap=candidate.tap,
                 head=candidate.head,
                 depth=candidate.depth,

@@ -1,5 +1,5 @@
 """Graphs: exporting a network flat, cutting it at its exits, nesting the exits."""
 
-from ..versions import EXPORTING, require
+from ..environment import EXPORTING, require
 
 require(*EXPORTING)  # before modules of theirs are imported that other versions do not have

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 import onnx_ir as ir
 
 from .cut import cut
-from .flat import FlatGraph
-from .nested import graphs_of
-from .onnx_exits import parents
-from .section import BATCH
+from .onnx_builder import BATCH
+from .onnx_flat import FlatGraph
+from .onnx_nest import parents
+from .subgraphs import graphs_of
 
 Shape = list[int | None]
 
@@ -21,15 +21,17 @@ def exit_macs(flat: FlatGraph) -> tuple[tuple[float, ...], tuple[float, ...]]:
     exit n. Both are empty where a product has a size that depends on values, so that nobody can count.
     """
     named = {value.name: value for value in flat.model.graph.outputs}
-    exits = [[named[name] for name in (f"output_{n}", f"score_{n}") if name in named] for n in range(1, flat.exits + 1)]
+    exits = [
+        [named[name] for name in (f"output_{n}", f"score_{n}") if name in named] for n in range(1, flat.num_exits + 1)
+    ]
     first = cut(exits, parents)
     last = cut(exits[::-1], parents)  # the last exit that needs it, counted from the end
-    trunk, branch = [0.0] * flat.exits, [0.0] * flat.exits
+    trunk, branch = [0.0] * flat.num_exits, [0.0] * flat.num_exits
     for node in flat.model.graph:
         n = min((first[v] for v in node.outputs if v in first), default=None)
         if n is not None:
-            latest = flat.exits + 1 - min(last[v] for v in node.outputs if v in last)
-            (branch if latest == n < flat.exits else trunk)[n - 1] += _node_macs(node)
+            latest = flat.num_exits + 1 - min(last[v] for v in node.outputs if v in last)
+            (branch if latest == n < flat.num_exits else trunk)[n - 1] += _node_macs(node)
     if math.isnan(sum(trunk) + sum(branch)):
         return (), ()
     return tuple(trunk), tuple(branch)

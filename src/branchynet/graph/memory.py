@@ -4,8 +4,8 @@ import math
 
 import onnx_ir as ir
 
-from .flat import FlatGraph
-from .section import BATCH
+from .onnx_builder import BATCH
+from .onnx_flat import FlatGraph
 
 
 def sample_bytes(flat: FlatGraph) -> int:

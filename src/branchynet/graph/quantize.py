@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from torch import Tensor
 
+from ..arguments import in_order
 from ..errors import GraphError, InputError
-from ..keywords import in_order
 from .cut import cut
-from .flat import FlatGraph
-from .onnx_exits import parents
+from .onnx_flat import FlatGraph
+from .onnx_nest import parents
 
 Batch = tuple[NDArray[Any], ...]  # one array an input of the graph
 Quantize = Literal["int8", "int8-full-range"]
@@ -132,7 +132,7 @@ class _Reader(CalibrationDataReader):
 
 def _tail(flat: FlatGraph) -> list[str]:
     """Names of the nodes behind the last product of every exit: what makes its output of that, and the scores."""
-    exits = cut([[flat.value(f"output_{n}") for n in range(1, flat.exits + 1)]], parents)
+    exits = cut([[flat.value(f"output_{n}") for n in range(1, flat.num_exits + 1)]], parents)
     weighed = {n for n in flat.model.graph if n.op_type in _WEIGHED and n.outputs[0] in exits}
     before = cut([[v for node in weighed for v in node.inputs if v is not None]], parents)
     return [

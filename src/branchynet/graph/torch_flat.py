@@ -15,8 +15,8 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_leaves
 
 from ..errors import GraphError
-from ..scores import Score
-from .program import NOT_THE_NETWORKS, argument_of, program_of, quiet, told_path, why
+from ..policy.scores import Score
+from .torch_program import NOT_THE_NETWORKS, argument_of, export_failure, program_of, quiet_export, readable_path
 
 _aten = torch.ops.aten
 _ANY_LAYOUT = {_aten.view.default: _aten.reshape.default, _aten._unsafe_view.default: _aten.reshape.default}
@@ -47,7 +47,7 @@ def torch_flatten(net: nn.Module, example: Any, score: Score) -> TorchGraph:
     """Export a network with a free batch size, in eval mode, to one graph.
 
     Args:
-        net: a `BranchyNet`, or any network; see `branchynet.net.exits_in` for which of its outputs are exits.
+        net: a `BranchyNet`, or any network; see `branchynet.nn.network.exits_in` for which of its outputs are exits.
         example: one batch of inputs: a tensor, a tuple of tensors, or a dict of keyword arguments.
         score: computed in the graph for every exit.
 
@@ -55,11 +55,11 @@ def torch_flatten(net: nn.Module, example: Any, score: Score) -> TorchGraph:
         InputError, GraphError: as `program_of`.
     """
     program = program_of(net, example, score=score)
-    with torch.no_grad(), quiet():
+    with torch.no_grad(), quiet_export():
         try:  # takes no operator apart, but nothing is overwritten now
             exported = program.exported.run_decompositions({})
         except Exception as error:
-            raise GraphError(why(error, program.whole, net)) from error
+            raise GraphError(export_failure(error, program.whole, net)) from error
     signature, graph = exported.graph_signature, exported.graph
     constants = _constants(exported, program.whole)
     inputs = tuple(node for node in graph.nodes if node.name in signature.user_inputs)
@@ -67,7 +67,7 @@ def torch_flatten(net: nn.Module, example: Any, score: Score) -> TorchGraph:
     returned: Any = graph.output_node().args[0]
     results = returned[-len(signature.user_outputs) :]  # behind them stand inputs that the network overwrites
     batch = inputs[0].meta["val"].shape[0].node.expr
-    outputs, scores = results[: program.exits], results[program.exits :]
+    outputs, scores = results[: program.num_exits], results[program.num_exits :]
     return TorchGraph(tuple(graph.nodes), inputs, outputs, scores, constants, batch)
 
 
@@ -102,7 +102,7 @@ def name_of(node: fx.Node) -> str:
 
 def place_of(node: fx.Node) -> str:
     """Such as `` in 'layers.0' at net.py:12``: the module and line that made a node, as far as torch tells."""
-    modules = [told_path(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    modules = [readable_path(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
     frames = [text for text in node.meta.get("stack_trace", "").splitlines() if text.startswith('  File "')]
     lines = [text.split('"')[1] + ":" + text.split("line ")[1].split(",")[0] for text in frames]
     lines = [text for text in lines if not text.startswith(NOT_THE_NETWORKS)]

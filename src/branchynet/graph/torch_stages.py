@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor, fx, nn
 
-from .. import scores
 from ..errors import GraphError, InputError
-from ..net import arguments, count_exits
-from ..types import Policy
+from ..nn.calls import arguments
+from ..nn.network import count_exits
+from ..policy.scores import resolve
+from ..policy.values import Policy
 from .cut import Dependence, cut
-from .flat import input_names
+from .onnx_flat import input_names
 from .torch_flat import TorchGraph, check, name_of, place_of, torch_flatten
 
 _HEAVY = {
@@ -26,7 +27,7 @@ _LOOKUPS = {"index", "index_select", "gather", "take_along_dim", "index_put", "s
 
 
 @dataclass(frozen=True)
-class Taken:
+class StageInput:
     """A value that a stage takes: its name, and which of its dimensions is the batch (None: it has no batch)."""
 
     name: str
@@ -47,7 +48,7 @@ class Stage:
 
     exit: int
     module: fx.GraphModule
-    takes: tuple[Taken, ...]
+    takes: tuple[StageInput, ...]
     gives: tuple[str, ...]
 
 
@@ -72,8 +73,8 @@ def cut_stages(net: nn.Module, example: Any, policy: Policy) -> Stages:
     """Cut a network at the exits that `policy` enables, scores included.
 
     Args:
-        net: a `BranchyNet`, or any network; see `branchynet.net.exits_in` for which of its outputs are exits. It is
-            exported in eval mode; the stages share its parameters and buffers.
+        net: a `BranchyNet`, or any network; see `branchynet.nn.network.exits_in` for which of its outputs are exits.
+            It is exported in eval mode; the stages share its parameters and buffers.
         example: one batch of inputs: a tensor, a tuple of tensors, or a dict of keyword arguments.
         policy: N-1 thresholds; an exit whose threshold is None is left out with its branch.
 
@@ -85,10 +86,10 @@ def cut_stages(net: nn.Module, example: Any, policy: Policy) -> Stages:
             cheaply computed again. Each names the module and the line where torch tells them.
     """
     exits = count_exits(net, example)
-    if policy.exits != exits:
+    if policy.num_exits != exits:
         raise InputError(f"the policy has {len(policy.thresholds)} thresholds; {exits} exits need {exits - 1}")
     args, kwargs = arguments(example)
-    graph = torch_flatten(net, example, scores.resolve(policy.score))
+    graph = torch_flatten(net, example, resolve(policy.score))
     return Stages(
         stages=_Cut(graph, [n for n, enabled in enumerate(policy.enabled, 1) if enabled]).stages(),
         inputs=tuple(node.name for node in graph.inputs),
@@ -120,7 +121,7 @@ class _Cut:
         self.last = [graph.placeholder("rows") for graph in self.graphs]  # of the placeholders, which come first
         self.rows = list(self.last)
         self.values: list[dict[fx.Node, fx.Node]] = [{} for _ in exits]  # node of the flat graph -> node at that level
-        self.takes: list[dict[fx.Node, Taken]] = [{} for _ in exits]
+        self.takes: list[dict[fx.Node, StageInput]] = [{} for _ in exits]
         self.constants: list[dict[str, Any]] = [{} for _ in exits]
 
     def stages(self) -> tuple[Stage, ...]:
@@ -150,7 +151,7 @@ class _Cut:
         elif self._is_batch_size(node):
             here[node] = self.rows[i]
         elif node.op == "placeholder" or (self.level[node] < i and self._crosses(node)):
-            self.takes[i][node] = Taken(node.name, self._axis(node) if self.dependence.varies(node) else None)
+            self.takes[i][node] = StageInput(node.name, self._axis(node) if self.dependence.varies(node) else None)
             with self.graphs[i].inserting_after(self.last[i]):
                 here[node] = self.last[i] = self.graphs[i].placeholder(node.name)
         else:

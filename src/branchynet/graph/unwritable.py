@@ -8,13 +8,13 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from ..errors import GraphError
-from .program import told_path
 from .torch_flat import name_of, place_of
+from .torch_program import readable_path
 
 LIMIT = (1 << 31) - (1 << 24)  # bytes of weights: protobuf allows 2 GiB in all, and the graph needs room as well
 _COMPUTED = {torch.float16, torch.float32, torch.float64, torch.bool, torch.uint8, torch.uint16, torch.uint32}
 _COMPUTED |= {torch.uint64, torch.int8, torch.int16, torch.int32, torch.int64}
-_ALTERNATIVE = "or answer in PyTorch, with branchynet.engine.torch.TorchEngine"
+_ALTERNATIVE = "or answer in PyTorch, with branchynet.deploy.torch_engine.TorchEngine"
 
 
 def check_writable(exported: torch.export.ExportedProgram, inputs: Sequence[str]) -> None:
@@ -30,7 +30,7 @@ def check_writable(exported: torch.export.ExportedProgram, inputs: Sequence[str]
     """
     signature = exported.graph_signature
     stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    names = {node: f"the weight {told_path(path)!r}" for node, path in stored.items()}
+    names = {node: f"the weight {readable_path(path)!r}" for node, path in stored.items()}
     names |= {node: f"the input {name!r}" for node, name in zip(signature.user_inputs, inputs, strict=True)}
     sizes: dict[int, int] = {}
     for node in exported.graph.nodes:

@@ -1,7 +1,7 @@
 """One offline HTML page about a run, and its figures by themselves. Reads values only: no network, no search."""
 
-from .figures import figure_leaving, figure_scores, figure_shares, figure_tradeoff
+from .gallery import Gallery
 from .html import write_report
-from .pictures import Gallery
+from .plots import figure_leaving, figure_scores, figure_shares, figure_tradeoff
 
 __all__ = ["Gallery", "figure_leaving", "figure_scores", "figure_shares", "figure_tradeoff", "write_report"]

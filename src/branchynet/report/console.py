@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import counted, printable
-from ..timing import STEADY
-from ..types import Choice, ExitCost
+from ..policy.values import STEADY, Choice, ExitCost
 
 _FRAME = 3  # characters that a column takes beside its content: a line and two spaces
 _WORD = 16  # characters that a column of words is not narrowed below
@@ -164,7 +163,7 @@ def print_model(out: Console, engine: Any) -> None:
     """What an exported file holds: inputs, exits, thresholds, labels, preprocessing."""
     rows = [("inputs", "\n".join(str(i) for i in engine.inputs))]
     if engine.policy is None:
-        rows.append(("exits", f"{engine.exits}, flat: none leaves early"))
+        rows.append(("exits", f"{engine.num_exits}, flat: none leaves early"))
     else:
         told = [
             "never (left out)" if t is None else f"{engine.policy.score} < {t:.6g}" for t in engine.policy.thresholds

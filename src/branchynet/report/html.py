@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import InputError, counted
-from ..exit_record import ExitRecord
 from ..files import replacing
-from ..types import Choice, ExitCost, Outcome
-from .figures import Spot, figure_candidates, figure_scores, figure_shares, figure_tradeoff, microseconds
-from .pictures import Gallery, gallery_section
+from ..policy.exit_record import ExitRecord
+from ..policy.values import Choice, ExitCost, Outcome
+from .gallery import Gallery, gallery_section
+from .plots import CandidatePoint, figure_candidates, figure_scores, figure_shares, figure_tradeoff, microseconds
 from .svg import inline
 
 _UNITS = {"entropy": "entropy (nats)", "max_probability": "1 − largest probability", "margin": "1 − margin"}
@@ -47,7 +47,7 @@ def write_report(
     baseline: tuple[float, float] | None = None,
     bench: Sequence[Mapping[str, Any]] = (),
     galleries: Sequence[Gallery] = (),
-    candidates: Sequence[Spot] = (),
+    candidates: Sequence[CandidatePoint] = (),
     taken: Sequence[tuple[str, str]] = (),
     facts: Mapping[str, Any] | None = None,
     picture: str | os.PathLike[str] | None = None,
@@ -116,17 +116,17 @@ def _check(
     bench: Sequence[Mapping[str, Any]],
 ) -> None:
     exits = {
-        "the policy": choice.policy.exits,
+        "the policy": choice.policy.num_exits,
         "the outcome": len(outcome.exit_share),
-        "the record": record.exits,
-        "the cost": record.exits if cost is None else cost.exits,
+        "the record": record.num_exits,
+        "the cost": record.num_exits if cost is None else cost.num_exits,
     }
     if len(set(exits.values())) > 1:
         raise InputError("all must be of one network, but " + ", ".join(f"{k} has {n} exits" for k, n in exits.items()))
     if scores.shape != record.losses.shape or outcome.samples != record.samples:
         raise InputError(
             f"scores of shape {scores.shape} and an outcome of {outcome.samples} samples are not of this record, "
-            f"which has {record.samples} samples of {record.exits} exits"
+            f"which has {record.samples} samples of {record.num_exits} exits"
         )
     for row in bench:
         if missing := _COLUMNS.keys() - row.keys():
@@ -200,7 +200,9 @@ def _tradeoff(
     )
 
 
-def _candidates(tried: Sequence[Spot], taken: Sequence[tuple[str, str]], baseline: tuple[float, float] | None) -> str:
+def _candidates(
+    tried: Sequence[CandidatePoint], taken: Sequence[tuple[str, str]], baseline: tuple[float, float] | None
+) -> str:
     if not tried:
         return ""
     return _figure(
@@ -246,7 +248,7 @@ def _scores(choice: Choice, record: ExitRecord, scores: NDArray[Any]) -> str:
         "scores",
         "How sure each exit is",
         figure,
-        f"Histograms of the {name} at each of {record.exits} exits, for right and wrong answers.",
+        f"Histograms of the {name} at each of {record.num_exits} exits, for right and wrong answers.",
         "All test samples at every exit, whether they would have arrived there or not; smaller is surer. A good exit "
         "keeps its wrong answers to the right of its threshold. The vertical axis is logarithmic.",
     )

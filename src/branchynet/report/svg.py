@@ -6,15 +6,15 @@ from xml.etree import ElementTree
 import matplotlib
 from matplotlib.figure import Figure
 
-from . import figures
+from . import plots
 
 _COLOURS = {
-    figures.INK: "var(--ink)",
-    figures.MUTED: "var(--muted)",
-    figures.RULE: "var(--rule)",
-    figures.RIGHT: "var(--right)",
-    figures.WRONG: "var(--wrong)",
-    figures.CHOSEN: "var(--chosen)",
+    plots.INK: "var(--ink)",
+    plots.MUTED: "var(--muted)",
+    plots.RULE: "var(--rule)",
+    plots.RIGHT: "var(--right)",
+    plots.WRONG: "var(--wrong)",
+    plots.CHOSEN: "var(--chosen)",
 }
 
 

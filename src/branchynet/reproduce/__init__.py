@@ -8,13 +8,13 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ..data import load_data
+from ..environment import environment
 from ..errors import InputError
 from ..files import read_json, replacing, write_json
-from ..machine import environment
+from ..reproduce import table1
 from ..stored import read_entry
-from . import table1
 from .figures import figure_3, figure_4
-from .measured import Measured, measured
+from .judging import NetworkResult, judge_network
 from .recipes import RECIPES, Recipe, Training, recipes, shipped
 
 WHAT = ("table1", "fig3", "fig4")
@@ -72,7 +72,7 @@ def reproduce(
             nets = Training(recipe, data, folder / "training" / recipe.name, precision=precision).all()
         else:
             nets = shipped(recipe)
-        found = measured(recipe, nets, data, samples=samples, repeats=repeats, say=say)
+        found = judge_network(recipe, nets, data, samples=samples, repeats=repeats, say=say)
         row = table1.rows(found)
         if "table1" in wanted:
             stored = _write(folder, "table1", row, about)
@@ -107,4 +107,4 @@ def _write(folder: Path, what: str, row: dict[str, Any], about: dict[str, Any]) 
     return networks
 
 
-__all__ = ["Measured", "Recipe", "Training", "reproduce"]
+__all__ = ["NetworkResult", "Recipe", "Training", "reproduce"]

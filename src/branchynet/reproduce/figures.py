@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..decide import evaluate, frontier
+from ..policy.evaluation import evaluate, frontier
+from ..policy.record_scores import scores_of_record
+from ..policy.search import between, beyond
+from ..policy.values import Policy
 from ..report import figure_leaving, figure_tradeoff
-from ..scores import of_record
-from ..search import between, beyond
-from ..types import Policy
-from .measured import Measured
+from .judging import NetworkResult
 
 SWEEP = 17
 """Values a threshold in the paper's sweep; ours are spaced geometrically up to the largest entropy."""
@@ -23,7 +23,7 @@ SWEEP = 17
 _CURVE = 200  # points of a frontier that are kept
 
 
-def figure_3(found: Measured) -> tuple[dict[str, Any], Figure]:
+def figure_3(found: NetworkResult) -> tuple[dict[str, Any], Figure]:
     """Accuracy against mean time: thresholds of the frontier on validation images, all judged on test images.
 
     Under it a sweep of `SWEEP` values an exit, *never* included; beside it the plain network and smaller ones.
@@ -32,7 +32,7 @@ def figure_3(found: Measured) -> tuple[dict[str, Any], Figure]:
     places = np.unique(np.linspace(0, len(curve) - 1, min(len(curve), _CURVE)).astype(int))
     best = [_judged(found, curve.policy(int(i))) for i in places]
     ladder = np.geomspace(1e-4, 1.0, SWEEP) * _most(found)
-    combinations = itertools.product((None, *ladder), repeat=found.cost.exits - 1)
+    combinations = itertools.product((None, *ladder), repeat=found.cost.num_exits - 1)
     sweep = [_judged(found, Policy(thresholds=c)) for c in combinations]
     point = found.points[0]
     outcome = point.outcome
@@ -61,12 +61,12 @@ def figure_3(found: Measured) -> tuple[dict[str, Any], Figure]:
     return data, picture
 
 
-def figure_4(found: Measured) -> tuple[dict[str, Any], Figure]:
+def figure_4(found: NetworkResult) -> tuple[dict[str, Any], Figure]:
     """Accuracy and the largest entropy, against the share of test images that leave at exit 1; only it and the last.
 
     The knee of the entropy, which rises slowly and then fast, is the farthest point below the chord between both ends.
     """
-    entropy = of_record(found.test)[:, 0].astype(np.float64)
+    entropy = scores_of_record(found.test)[:, 0].astype(np.float64)
     order = np.argsort(entropy, kind="stable")
     gain = found.test.losses[order, 0].astype(np.float64) - found.test.losses[order, -1]
     loss = found.test.losses[:, -1].sum(dtype=np.float64) + np.cumsum(gain)
@@ -94,12 +94,12 @@ def figure_4(found: Measured) -> tuple[dict[str, Any], Figure]:
     return data, figure_leaving(share, accuracy, largest, knee=knee)
 
 
-def _judged(found: Measured, policy: Policy) -> dict[str, Any]:
+def _judged(found: NetworkResult, policy: Policy) -> dict[str, Any]:
     outcome = evaluate(found.test, policy, found.cost)
     return {"thresholds": list(policy.thresholds), "us": outcome.mean_us, "accuracy": outcome.accuracy}
 
 
-def _most(found: Measured) -> float:
+def _most(found: NetworkResult) -> float:
     """The largest entropy there is: of that many classes."""
     assert found.test.outputs is not None
     return math.log(found.test.outputs.shape[2])

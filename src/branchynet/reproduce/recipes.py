@@ -17,14 +17,15 @@ import torch
 from torch import nn
 
 from .. import zoo
-from ..data import Augment, Growing, ImageData, affine, flip_crop, loader
+from ..data import Augment, ImageData, ProgressiveLoader, affine, flip_crop, loader
 from ..errors import InputError
-from ..net import BranchyNet
-from ..training.checkpoint import load_weights
-from ..training.train import Cosine, fit
+from ..nn.network import BranchyNet
+from ..nn.weights import load_weights
+from ..training.loop import fit
+from ..training.schedules import Cosine
 from ..zoo.alexnet import AlexNet
 from ..zoo.lenet import LeNet
-from ..zoo.weights import ship
+from ..zoo.weights import load_shipped
 
 Make = Callable[[], nn.Module]
 
@@ -133,7 +134,7 @@ RECIPES = {
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedNetwork:
     """The networks of one recipe, ready to be judged.
 
     Attributes:
@@ -147,10 +148,10 @@ class Trained:
     smaller: dict[str, nn.Module]
 
 
-def shipped(recipe: Recipe) -> Trained:
+def shipped(recipe: Recipe) -> TrainedNetwork:
     """The networks with the weights that the package ships. Raises `InputError` where none ship."""
-    smaller = {name: ship(make(), weights, 10, 10) for name, make, weights in recipe.smaller}
-    return Trained(recipe.branchy(pretrained=True), recipe.plain(pretrained=True), smaller)
+    smaller = {name: load_shipped(make(), weights, 10, 10) for name, make, weights in recipe.smaller}
+    return TrainedNetwork(recipe.branchy(pretrained=True), recipe.plain(pretrained=True), smaller)
 
 
 @dataclass(frozen=True)
@@ -213,11 +214,11 @@ class Training:
         for _, make, weights in self.recipe.smaller:
             yield weights, self._go_on(self._begin(make, f"{weights}/baseline"), f"{weights}/continued")
 
-    def all(self) -> Trained:
+    def all(self) -> TrainedNetwork:
         """Everything; hours for AlexNet, a day for ResNet-110 on one core."""
         titles = {weights: title for title, _, weights in self.recipe.smaller}
         branchy, plain = self.joint(), self.continued()
-        return Trained(branchy.eval(), plain.eval(), {titles[w]: net.eval() for w, net in self.smaller()})
+        return TrainedNetwork(branchy.eval(), plain.eval(), {titles[w]: net.eval() for w, net in self.smaller()})
 
     def _begin(self, make: Make, run: str) -> nn.Module:
         torch.manual_seed(self.seed)
@@ -238,7 +239,7 @@ class Training:
             print(f"{recipe.title}, {run}: {epochs} epochs", flush=True)
         fit(
             net,
-            Growing(batches, sides) if sides else batches,
+            ProgressiveLoader(batches, sides) if sides else batches,
             loader(self.data.val, 500),
             epochs=epochs,
             train=train,

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..decide import first_right
-from .measured import Measured, Operating
-from .published import TABLE_1
+from ..policy.evaluation import first_correct
+from .judging import NetworkResult, OperatingPoint
+from .paper import TABLE_1
 
 HEADER = (
     "| network | accuracy | us | gain | overhead | limit, us | M MACs | thresholds | leave at exit, % |\n"
@@ -13,26 +13,26 @@ HEADER = (
 )
 
 
-def rows(found: Measured) -> dict[str, Any]:
+def rows(found: NetworkResult) -> dict[str, Any]:
     """The rows of one network as data; ``oracle_gain`` if every image left at the first exit that is right."""
     cost, plain = found.cost, found.plain
     published = TABLE_1[found.recipe.name]
-    each = cost.latency_us([True] * cost.exits)
+    each = cost.latency_us([True] * cost.num_exits)
     return {
         "name": found.recipe.name,
         "plain": {
             "network": plain.name, "accuracy": plain.accuracy, "us": plain.us,
-            "macs": float(cost.macs([False] * (cost.exits - 1) + [True])[-1]),
+            "macs": float(cost.macs([False] * (cost.num_exits - 1) + [True])[-1]),
         },
         "branchy": [_point(point) for point in found.points],
         "exit_accuracy": [float(a) for a in 1 - found.test.losses.mean(axis=0)],
-        "oracle_gain": float(cost.plain_us / each[first_right(found.test.losses)].mean()),
+        "oracle_gain": float(cost.plain_us / each[first_correct(found.test.losses)].mean()),
         "smaller": [{"network": s.name, "accuracy": s.accuracy, "us": s.us} for s in found.smaller],
         "published": {**vars(published), "cpu_gain": published.cpu_gain},
     }  # fmt: skip
 
 
-def _point(point: Operating) -> dict[str, Any]:
+def _point(point: OperatingPoint) -> dict[str, Any]:
     outcome, row = point.outcome, point.bench
     return {
         "network": point.name,

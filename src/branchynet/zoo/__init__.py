@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
-from ..net import BranchyNet
+from ..nn.network import BranchyNet
 from .alexnet import alexnet, b_alexnet
 from .lenet import b_lenet, lenet
 from .resnet import b_resnet, resnet

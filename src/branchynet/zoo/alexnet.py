@@ -5,10 +5,10 @@ Both take pixels in [0, 1], `(B, 3, 32, 32)` float32, normalize them inside, and
 
 from torch import Tensor, nn
 
-from ..net import BranchyNet
+from ..nn.network import BranchyNet
 from .designs import check_branches, designed
 from .layers import LocalResponseNorm, Normalize, initialize
-from .weights import ship
+from .weights import load_shipped
 
 
 def _pool() -> nn.MaxPool2d:
@@ -74,7 +74,7 @@ def alexnet(num_classes: int = 10, *, pretrained: bool = False) -> AlexNet:
         InputError: pretrained weights for other than 10 classes, or none ship.
     """
     net = AlexNet(num_classes)
-    return ship(net, "alexnet-cifar10", num_classes, 10) if pretrained else net
+    return load_shipped(net, "alexnet-cifar10", num_classes, 10) if pretrained else net
 
 
 # Behind which convolutions the three sources put the two branches.
@@ -84,7 +84,7 @@ _PLACES = {"text": (1, 2), "figure": (1, 3), "code": (2, 3)}
 _TAPS = {1: ("block1", 32, 16), 2: ("block2", 64, 8), 3: ("relu3", 96, 8)}
 
 
-# Where `advise` put exits, by target; see benchmarks/design.py.
+# Where `advise` put exits, by target; see benchmarks/experiments/design.py.
 _DESIGNS = {
     "latency": {"block1": "conv-64-64-128", "conv4": "hidden-64"},
     "batch": {"input": "conv-32-64", "block1": "conv-64-64-128"},
@@ -112,13 +112,13 @@ def b_alexnet(
     check_branches(branches, ("designed", *_PLACES))
     if branches == "designed":
         net = designed(AlexNet(num_classes), _DESIGNS, target, (3, 32, 32))
-        return ship(net, f"b_alexnet-{target}-cifar10", num_classes, 10) if pretrained else net
+        return load_shipped(net, f"b_alexnet-{target}-cifar10", num_classes, 10) if pretrained else net
     early, late = _PLACES[branches]
     net = BranchyNet(
         AlexNet(num_classes),
         {_TAPS[early][0]: _branch(early, 2, num_classes), _TAPS[late][0]: _branch(late, 1, num_classes)},
     )
-    return ship(net, f"b_alexnet-{branches}-cifar10", num_classes, 10) if pretrained else net
+    return load_shipped(net, f"b_alexnet-{branches}-cifar10", num_classes, 10) if pretrained else net
 
 
 def _branch(place: int, convolutions: int, num_classes: int) -> nn.Sequential:

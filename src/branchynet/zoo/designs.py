@@ -1,13 +1,13 @@
-"""The paper's networks with exits where `branchynet.advise` put them, as ``benchmarks/design.py`` found them."""
+"""The paper's networks with exits where `branchynet.advise` put them, found by ``benchmarks/experiments/design.py``."""
 
 from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from ..attaching import attach_heads
 from ..errors import InputError, nearest
-from ..net import BranchyNet
+from ..nn.attaching import attach_heads
+from ..nn.network import BranchyNet
 
 Places = Mapping[str, str]
 """Heads by the taps they stand at, in running order; names as in `heads`."""

@@ -5,9 +5,9 @@ Both take pixels in [0, 1], `(B, 1, 28, 28)` float32, and give logits `(B, 10)`.
 
 from torch import Tensor, nn
 
-from ..net import BranchyNet
+from ..nn.network import BranchyNet
 from .designs import check_branches, designed
-from .weights import ship
+from .weights import load_shipped
 
 
 def _pool() -> nn.Sequential:
@@ -50,10 +50,10 @@ def lenet(num_classes: int = 10, *, pretrained: bool = False) -> LeNet:
         InputError: pretrained weights for other than 10 classes.
     """
     net = LeNet(num_classes)
-    return ship(net, "lenet-mnist", num_classes, 10) if pretrained else net
+    return load_shipped(net, "lenet-mnist", num_classes, 10) if pretrained else net
 
 
-# Where `advise` put exits, by target; see benchmarks/design.py.
+# Where `advise` put exits, by target; see benchmarks/experiments/design.py.
 _DESIGNS = {
     "latency": {"input": "conv-16-32", "pool1": "conv-16-32", "pool3": "hidden-64"},
     "batch": {"input": "conv-16-32", "pool2": "hidden-64"},
@@ -78,7 +78,7 @@ def b_lenet(
     check_branches(branches, ("designed", "published"))
     if branches == "designed":
         net = designed(LeNet(num_classes), _DESIGNS, target, (1, 28, 28))
-        return ship(net, f"b_lenet-{target}-mnist", num_classes, 10) if pretrained else net
+        return load_shipped(net, f"b_lenet-{target}-mnist", num_classes, 10) if pretrained else net
     branch = nn.Sequential(
         _pool(),
         nn.Conv2d(5, 10, 3, padding=1),
@@ -87,4 +87,4 @@ def b_lenet(
         nn.Linear(640, num_classes),
     )
     net = BranchyNet(LeNet(num_classes), {"conv1": branch})
-    return ship(net, "b_lenet-mnist", num_classes, 10) if pretrained else net
+    return load_shipped(net, "b_lenet-mnist", num_classes, 10) if pretrained else net

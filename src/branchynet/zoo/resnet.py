@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import InputError
-from ..net import BranchyNet
+from ..nn.network import BranchyNet
 from .designs import check_branches, designed
 from .layers import LocalResponseNorm, Normalize, initialize
-from .weights import ship
+from .weights import load_shipped
 
 
 def _conv(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
@@ -87,10 +87,10 @@ def resnet(n: int, num_classes: int = 10, *, pretrained: bool = False) -> ResNet
         InputError: another `n`, pretrained weights for other than 10 classes, or none ship.
     """
     net = ResNet(_blocks(n), num_classes)
-    return ship(net, f"resnet{n}-cifar10", num_classes, 10) if pretrained else net
+    return load_shipped(net, f"resnet{n}-cifar10", num_classes, 10) if pretrained else net
 
 
-# Where `advise` put exits on ResNet-110, the same for both targets; see benchmarks/design.py.
+# Where `advise` put exits on ResNet-110, the same for both targets; see benchmarks/experiments/design.py.
 _DESIGN = {"input": "conv-64-64-128", "stage1.4": "conv-64x2-128x2-128", "stage1.10": "conv-64x2-128x2-128"}
 
 
@@ -122,7 +122,7 @@ def b_resnet(
                 "place them on your trained network"
             )
         net = designed(trunk, {"latency": _DESIGN, "batch": _DESIGN}, target, (3, 32, 32))
-        return ship(net, f"b_resnet{n}-latency-cifar10", num_classes, 10) if pretrained else net
+        return load_shipped(net, f"b_resnet{n}-latency-cifar10", num_classes, 10) if pretrained else net
     first = nn.Sequential(
         nn.Conv2d(16, 64, 5, padding=2),
         nn.ReLU(),
@@ -136,7 +136,7 @@ def b_resnet(
     )
     second = nn.Sequential(BasicBlock(16, 16), nn.Flatten(), nn.Linear(16 * 32 * 32, num_classes))
     net = BranchyNet(trunk, {"stem": initialize(first), "stage1": initialize(second)})
-    return ship(net, f"b_resnet{n}-cifar10", num_classes, 10) if pretrained else net
+    return load_shipped(net, f"b_resnet{n}-cifar10", num_classes, 10) if pretrained else net
 
 
 def _blocks(n: int) -> int:

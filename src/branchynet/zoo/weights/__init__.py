@@ -6,12 +6,12 @@ from typing import TypeVar
 from torch import nn
 
 from ...errors import InputError
-from ...training.checkpoint import load_weights
+from ...nn.weights import load_weights
 
 Net = TypeVar("Net", bound=nn.Module)
 
 
-def ship(net: Net, name: str, num_classes: int, trained_classes: int) -> Net:
+def load_shipped(net: Net, name: str, num_classes: int, trained_classes: int) -> Net:
     """Load shipped weights into `net`, in eval mode. Raises `InputError` where none ship, or for other classes."""
     if num_classes != trained_classes:
         raise InputError(

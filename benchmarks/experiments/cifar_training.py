@@ -1,0 +1,127 @@
+"""AlexNet and ResNet-110 on CIFAR-10, with and without the paper's branches, and smaller plain networks beside them.
+
+The recipes are those of `branchynet.reproduce`: a plain baseline is trained from nothing; from its weights go on, for
+the same number of epochs and with the same augmentation, once the network with its branches (joint) and once the plain
+network alone (continued). B-ResNet-110's branches first learn on the frozen baseline, which teaches the trunk nothing:
+untrained ones undo what so short a training cannot mend. The smaller plain networks get the same epochs in the same two
+parts.
+
+    python benchmarks/experiments/cifar_training.py b_alexnet --phase baseline
+    python benchmarks/experiments/cifar_training.py b_alexnet  # all phases; resumes where it was stopped
+    python benchmarks/experiments/cifar_training.py b_resnet110 --precision no  # on a processor without bfloat16
+    python benchmarks/experiments/cifar_training.py b_alexnet --ship  # also writes the weights that the package ships
+    python benchmarks/experiments/cifar_training.py b_alexnet --shipped-baseline  # the second part alone
+
+Every phase first makes sure of those before it, and then writes its accuracies and seconds into
+benchmarks/results/cifar_training-NETWORK.json. On one core of a server an epoch of AlexNet takes about 50 to 75
+seconds, of ResNet-20 90 to 120 and of ResNet-110 nine to thirteen minutes, which is why ResNets train for few epochs,
+the first of them on smaller images.
+"""
+
+import argparse
+import copy
+import json
+import os
+import statistics
+from pathlib import Path
+
+import torch
+
+from branchynet import record
+from branchynet.data import load_data, loader
+from branchynet.environment import environment
+from branchynet.files import read_json, write_json
+from branchynet.nn.weights import load_weights, save_weights
+from branchynet.reproduce.recipes import RECIPES, Training
+from branchynet.training.history import History
+
+PHASES = ("baseline", "joint", "continued", "smaller")
+ROOT = Path(__file__).parents[1]
+RUNS = ROOT.parent / "runs" / "cifar"
+RESULTS = ROOT / "results"
+SHIPPED = ROOT.parent / "src" / "branchynet" / "zoo" / "weights"
+
+
+def trained(task, phase):
+    """Yield `(name, network, its run folders)` for each network of a phase; what was trained before is read."""
+    first = () if task.start else ("baseline",)
+    if phase == "smaller":
+        for name, net in task.smaller():
+            yield name, net, (f"{name}/baseline", f"{name}/continued")
+    elif phase == "baseline":
+        yield phase, task.baseline(), first
+    else:
+        warm = ("joint-warm",) if phase == "joint" and task.recipe.warm else ()
+        yield phase, getattr(task, phase)(), (*first, *warm, phase)
+
+
+def accuracies(net, split):
+    """Every exit's, over all images."""
+    return [float(a) for a in 1 - record(net, loader(split, 500), progress=False).losses.mean(axis=0)]
+
+
+def row(task, net, runs):
+    """Every exit's accuracy over all validation and all test images, and what the training took."""
+    parts = [task.folder / run / "train.csv" for run in runs]
+    history = [History.load(part) for part in parts if part.exists()]  # there is none of a part without epochs
+    accuracy = {f"{part}_accuracy": accuracies(net, getattr(task.data, part)) for part in ("val", "test")}
+    epochs = sum(len(h.rows) for h in history)
+    # Medians, since the machine had other work at times, and stood still.
+    seconds = sum(len(h.rows) * statistics.median(r.seconds for r in h.rows) for h in history)
+    start = {"start": task.start.stem} if task.start else {}
+    how = {"seed": task.seed, "precision": task.precision, "processor": environment()["processor"]}
+    return {**accuracy, **start, "epochs": epochs, "seconds": seconds, **how}
+
+
+def approximate_images():
+    """How many images of this copy of the data set are stand-ins for the published ones, as a list beside it says."""
+    listed = Path(os.environ.get("BRANCHYNET_DATA", ".")) / "cifar-10-batches-bin" / "approx_indices.json"
+    return {part: len(indices) for part, indices in read_json(listed).items()} if listed.exists() else {}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("network", choices=[name for name in RECIPES if name != "b_lenet"])
+    parser.add_argument("--phase", choices=PHASES, help="by default all of them, in this order")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--precision", choices=("bf16", "no"), default="bf16", help="no where bfloat16 is slow")
+    parser.add_argument("--shipped-baseline", action="store_true", help="begin from the baseline that ships")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--ship", action="store_true", help="write the weights that the package ships")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    recipe = RECIPES[options.network]
+    folder = RUNS / options.network.removeprefix("b_") / f"seed-{options.seed}"
+    start = SHIPPED / f"{recipe.baseline}.safetensors" if options.shipped_baseline else None
+    task = Training(recipe, load_data(recipe.data), folder, options.seed, options.precision, start=start)
+    results = RESULTS / f"cifar_training-{options.network}.json"
+    weights = {"baseline": recipe.baseline, "joint": recipe.weights[0], "continued": recipe.weights[1]}
+    for phase in [options.phase] if options.phase else PHASES[start is not None :]:
+        for name, net, runs in trained(task, phase):
+            rows = (read_json(results)["rows"] if results.exists() else {}) | {name: row(task, net, runs)}
+            result = {
+                "command": f"python benchmarks/experiments/cifar_training.py {options.network}",
+                "environment": environment(),
+                "recipe": {
+                    "batch": recipe.batch,
+                    "epochs": recipe.epochs,
+                    "rates": recipe.rates,
+                    "warm": recipe.warm,
+                    "sides": recipe.sides,
+                    "distill": recipe.distill,
+                    "optimizer": recipe.optimizer.__doc__,
+                },
+                "approximate_images": approximate_images(),
+                "rows": rows,
+            }
+            if options.ship:
+                path = SHIPPED / f"{weights.get(name, name)}.safetensors"
+                save_weights(copy.deepcopy(net).half(), path)
+                load_weights(net, path)  # what half the bits leave of its accuracy
+                rows[name]["shipped_test_accuracy"] = accuracies(net, task.data.test)
+            write_json(results, result)
+            print(name, json.dumps(rows[name]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

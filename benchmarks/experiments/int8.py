@@ -1,0 +1,237 @@
+"""What does int8 do to a network with early exits? Accuracy and time beside float, in ONNX Runtime and OpenVINO.
+
+    python benchmarks/experiments/int8.py                    # every network, about 20 minutes
+    python benchmarks/experiments/int8.py B-LeNet            # one of them; the rows of the others stay
+
+Accuracy is that of every exit on test images: float, `int8` (7 bits of a weight) and `int8-full-range` (all 8). It is
+measured on this processor, and once more without VNNI, where 16-bit sums may saturate: OpenVINO is restricted to AVX2
+by ONEDNN_MAX_CPU_ISA, and ONNX Runtime runs under QEMU's user mode (Debian's qemu-user), which takes up to seconds per
+image, so on few images. The emulated answers are compared with this processor's answers on the same images.
+
+Times are those of five files that take turns on the same images, one thread: the plain network in float and in both
+kinds of int8, and the network with exits in float and int8. Its thresholds are chosen on validation images, for int8 on
+what the flat int8 file answers. Medians over REPEATS passes; on a busy machine only their ratios mean something.
+
+Writes benchmarks/results/int8.json.
+"""
+
+import argparse
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from branchynet import choose, export, load, measure, record, zoo
+from branchynet.data import load_data, loader
+from branchynet.data.datasets import Split
+from branchynet.environment import environment
+from branchynet.files import read_json, write_json
+from branchynet.profiling.clock import in_turns
+
+# Constructor and data set; test images, emulated images, what is answered without VNNI, timed images. The whole test
+# sets of CIFAR-10 would take B-AlexNet minutes and B-ResNet-110 half an hour.
+NETWORKS = {
+    "B-LeNet": (zoo.b_lenet, "mnist", 10_000, 200, ("float", "int8", "int8-full-range"), 1024),
+    "B-AlexNet": (zoo.b_alexnet, "cifar10", 2_000, 100, ("int8", "int8-full-range"), 256),
+    "B-ResNet-110": (partial(zoo.b_resnet, 110), "cifar10", 1_000, 20, ("int8", "int8-full-range"), 64),
+}
+KINDS, RUNTIMES, BATCHES = ("float", "int8", "int8-full-range"), ("onnxruntime", "openvino"), (1, 64)
+CALIBRATION, VALIDATION, MAX_DROP, REPEATS = 256, 1_000, 0.005, 11
+EMULATOR, EMULATED = "qemu-x86_64", "Haswell"  # AVX2, no VNNI
+RESULTS = Path(__file__).parents[1] / "results" / "int8.json"
+
+# What runs elsewhere: MODEL IMAGES ANSWERS. Under QEMU only ONNX Runtime and NumPy are imported; PyTorch takes minutes.
+ANSWER = """
+import sys
+import numpy as np
+images = np.load(sys.argv[2])
+answers = [call(images[at : at + 50])[1:] for at in range(0, len(images), 50)]
+np.savez(sys.argv[3], *(np.concatenate(parts) for parts in zip(*answers)))
+"""
+ORT_ALONE = """
+import sys
+import onnxruntime
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads, options.log_severity_level = 1, 3
+session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+call = lambda images: session.run(None, {session.get_inputs()[0].name: images})
+"""
+OPENVINO = """
+import sys
+from branchynet import load
+call = load(sys.argv[1], threads=1, runtime="openvino").outputs
+"""
+
+
+def first(split, samples):
+    """The first so many images of a split."""
+    return Split(split.images[:samples], split.labels[:samples])
+
+
+def asked(kind, calibration):
+    """The arguments of `export` for float or a kind of int8."""
+    return {} if kind == "float" else {"quantize": kind, "calibration": calibration}
+
+
+def answers(path, images, runtime):
+    """What every exit of a flat file answers here: an array (S, C) per exit."""
+    engine = load(path, threads=1, runtime=runtime)
+    parts = [engine.outputs(images[at : at + 50])[1:] for at in range(0, len(images), 50)]
+    return [np.concatenate(exit) for exit in zip(*parts, strict=True)]
+
+
+def answers_elsewhere(path, images, code, command, **variables):
+    """What every exit of a flat file answers in another process, which `command` and the environment change."""
+    with tempfile.TemporaryDirectory() as name:
+        given, taken = Path(name) / "images.npy", Path(name) / "answers.npz"
+        np.save(given, images)
+        done = subprocess.run(
+            [*command, "-c", code + ANSWER, path, given, taken],
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(map(str, command))} failed on {path.name}:\n{done.stderr}")
+        with np.load(taken) as found:
+            return [found[name] for name in found.files]
+
+
+def emulated(path, images):
+    """What ONNX Runtime answers under QEMU."""
+    command = [EMULATOR, "-cpu", EMULATED, Path(sys.executable).resolve()]
+    return answers_elsewhere(path, images, ORT_ALONE, command, PYTHONPATH=sysconfig.get_paths()["purelib"])
+
+
+def restricted(path, images):
+    """What OpenVINO answers with AVX2 alone."""
+    return answers_elsewhere(path, images, OPENVINO, [sys.executable], ONEDNN_MAX_CPU_ISA="AVX2")
+
+
+def judged(found, here, labels):
+    """Accuracy per exit by kind, and the kinds whose outputs are this machine's to the last bit."""
+    images = len(found["int8"][0])
+    return {
+        "images": images,
+        "accuracy": {
+            kind: [float((exit.argmax(1) == labels[:images]).mean()) for exit in exits] for kind, exits in found.items()
+        },
+        "as_here": [
+            kind
+            for kind, exits in found.items()
+            if all(np.array_equal(a, b[:images]) for a, b in zip(exits, here[kind], strict=True))
+        ],
+    }
+
+
+def accuracies(network, flats, images, labels):
+    """A row for each engine and processor, this one and those without VNNI."""
+    _, _, _, few, kinds, _ = NETWORKS[network]
+    name, rows = environment()["processor"], []
+    for runtime in RUNTIMES:
+        here = {kind: answers(path, images, runtime) for kind, path in flats.items()}
+        row = {"network": network, "engine": runtime}
+        rows.append({**row, "processor": name, "vnni": has_vnni(), **judged(here, here, labels)})
+        print(rows[-1], flush=True)
+        if runtime == "openvino":
+            where = f"{name}, AVX2 alone"
+            found = {kind: restricted(flats[kind], images) for kind in kinds}
+        elif shutil.which(EMULATOR) and platform.machine() == "x86_64":
+            version = subprocess.run([EMULATOR, "--version"], capture_output=True, text=True).stdout.split()[2]
+            where = f"{EMULATED}, emulated by QEMU {version}"
+            found = {kind: emulated(flats[kind], images[:few]) for kind in kinds}
+        else:
+            print(f"{network}: ONNX Runtime without VNNI is left out: it needs {EMULATOR} on x86-64", flush=True)
+            continue
+        rows.append({**row, "processor": where, "vnni": False, **judged(found, here, labels)})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def has_vnni():
+    """Whether Linux names VNNI among this processor's features."""
+    info = Path("/proc/cpuinfo")
+    return info.exists() and "_vnni" in info.read_text()
+
+
+def times(network, net, flats, folder, data, calibration):
+    """A row for each engine and batch size: how much faster than the plain float network."""
+    _, _, tested, _, _, timed = NETWORKS[network]
+    test, example = first(data.test, tested), data.test.images[:8].float() / 255
+    images = (data.test.images[:timed].float() / 255).numpy()
+    cost, paths = measure(net, example), {}
+    for kind in KINDS:
+        more = asked(kind, calibration)
+        flat = load(flats[kind], threads=1)
+        paths[f"{kind}_static"] = export(
+            net.backbone, folder / f"plain-{kind}.onnx", policy=None, example=example, **more
+        )
+        if kind != "int8-full-range":
+            val = record(flat, loader(first(data.val, VALIDATION), 50), progress=False)
+            policy = choose(val, cost, max_drop=MAX_DROP, confidence=None).policy
+            paths[f"{kind}_exits"] = export(net, folder / f"exits-{kind}.onnx", policy=policy, example=example, **more)
+    rows = []
+    for runtime in RUNTIMES:
+        engines = {name: load(path, threads=1, runtime=runtime) for name, path in paths.items()}
+        calls = {name: engine.outputs if "static" in name else engine for name, engine in engines.items()}
+        right = [engines["int8_exits"](x.numpy()).label == y.numpy() for x, y in loader(test, 50)]
+        for batch in BATCHES:
+            us = in_turns(calls, [(images[at : at + batch],) for at in range(0, len(images), batch)], REPEATS)
+            rows.append(
+                {
+                    "network": network,
+                    "engine": runtime,
+                    "batch": batch,
+                    "processor": environment()["processor"],
+                    "us": us,
+                    "speedup": {name: us["float_static"] / taken for name, taken in us.items()},
+                    "accuracy_both": float(np.mean(right)),
+                }
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
+def keep(network, kind, rows):
+    """Store a network's rows of one kind in place of its earlier ones."""
+    stored = read_json(RESULTS) if RESULTS.exists() else {"accuracy": [], "times": []}
+    rows = [row for row in stored[kind] if row["network"] != network] + rows
+    rows.sort(key=lambda row: list(NETWORKS).index(row["network"]))
+    result = {"command": "python benchmarks/experiments/int8.py", "environment": environment()}
+    result |= {"max_drop": MAX_DROP, "validation": VALIDATION}
+    write_json(RESULTS, {**stored, **result, kind: rows})
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("network", nargs="?", choices=NETWORKS)
+    chosen = parser.parse_args().network
+    torch.set_num_threads(1)
+    for network in [chosen] if chosen else NETWORKS:
+        make, name, tested, _, _, _ = NETWORKS[network]
+        data, net = load_data(name), make(pretrained=True)
+        calibration = list(loader(first(data.train, CALIBRATION), 64))
+        images = data.test.images[:tested].float() / 255
+        with tempfile.TemporaryDirectory() as at:
+            folder = Path(at)
+            flats = {
+                kind: export(
+                    net, folder / f"flat-{kind}.onnx", policy=None, example=images[:8], **asked(kind, calibration)
+                )
+                for kind in KINDS
+            }
+            rows = accuracies(network, flats, images.numpy(), data.test.labels[:tested].numpy())
+            keep(network, "accuracy", rows)
+            keep(network, "times", times(network, net, flats, folder, data, calibration))
+
+
+if __name__ == "__main__":
+    main()

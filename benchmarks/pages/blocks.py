@@ -1,0 +1,246 @@
+"""More generated blocks for `tables.py`: third-party networks, int8, choosing. Each returns the lines of one block."""
+
+import json
+import statistics
+from pathlib import Path
+
+RESULTS = Path(__file__).parents[1] / "results"
+INT8_TARGET = 0.5  # points below float, at most
+
+
+def results(name):
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def processor(*found):
+    """The processor of result files or rows, which is one: no table mixes what was measured on several."""
+    names = {f["processor"] if "processor" in f else f["environment"]["processor"] for f in found}
+    if len(names) > 1:
+        raise ValueError(f"one table would mix processors: {sorted(names)}")
+    return names.pop()
+
+
+def _shares(row):
+    return "/".join(f"{share:.0%}".rstrip("%") for share in row["exit_share"])
+
+
+def _middle(trials, ratio):
+    """The median over trials of a ratio, and how far the trials lie apart where there are several."""
+    values = [ratio(trial) for trial in trials]
+    apart = f" ({min(values):.2f}-{max(values):.2f})" if len(values) > 1 else ""
+    return f"{statistics.median(values):.2f}{apart}"
+
+
+def architectures():
+    found = results("architectures")
+    lines = [
+        "| network | static, batch 1 | leave at, % | overhead, batch 1 | graphs in order | samples sorted | batch 64 |",
+        "|---|--:|---|--:|--:|--:|--:|",
+    ]
+    for network in found["networks"]:
+        for k in range(2):
+            ones, manys = (
+                [row for trial in network["trials"] for row in trial["three"][k]["rows"] if row["batch"] == batch]
+                for batch in (1, 64)
+            )
+            lines.append(
+                f"| {network['network']} | {statistics.median(o['static_us'] for o in ones) / 1000:.1f} ms "
+                f"| {_shares(ones[0])} | {_middle(ones, lambda o: o['overhead'])} "
+                f"| {_middle(ones, lambda o: o['branchy_us'] / o['limit_in_order_us'])} "
+                f"| {_middle(ones, lambda o: o['overhead_sorted'])} "
+                f"| {_middle(manys, lambda m: m['overhead'])} |"
+            )
+    where = found["environment"]
+    return [
+        *lines,
+        "",
+        f'Three exits by `attach(at="auto")`, one thread, {found["samples"]} samples in random order; medians of all '
+        f"trials, and their range; {where['processor']}, ONNX Runtime {where['onnxruntime']}. Made by "
+        f"`{found['command']}`.",
+    ]
+
+
+def elsewhere():
+    """What the same question had for an answer on another processor."""
+    found = results("architectures-epyc")
+    ones = [
+        statistics.median(trial["three"][k]["rows"][0]["overhead"] for trial in network["trials"])
+        for network in found["networks"]
+        for k in range(2)
+    ]
+    return [
+        f"Earlier, on {found['environment']['processor']}: {min(ones):.2f}-{max(ones):.2f} at batch 1, "
+        f"{sum(o > 1.1 for o in ones)} of {len(ones)} rows above 1.10 (`benchmarks/results/architectures-epyc.json`)."
+    ]
+
+
+def halves():
+    found = results("architectures")
+    lines = ["| network | first exit's cost of the whole | speed-up |", "|---|--:|--:|"]
+    rows = []
+    for network in found["networks"]:
+        all_halves = [trial["half"] for trial in network["trials"] if "half" in trial]
+        share, speedup = (statistics.median(h[key] for h in all_halves) for key in ("cost_share", "speedup"))
+        rows.append((share, f"| {network['network']} | {share:.0%} | **{speedup:.2f}x** |"))
+    deep = found["deep"]
+    return [
+        *lines,
+        *(line for _, line in sorted(rows)),
+        "",
+        f"Batches of 64, {processor(found)}, half of them leaving at the first of two exits. "
+        f"{deep['network']} with two branches is exported in {deep['export_seconds']:.0f} s; its file is "
+        f"{deep['bytes'] / deep['static_plus_heads_bytes'] - 1:+.1%} beside the static file plus the "
+        f"weights of the branches. Made by `{found['command']}`.",
+    ]
+
+
+def layout():
+    found = results("layout")
+    lines = ["| batch | static | without pooling | none leaves early | without pooling |", "|--:|--:|--:|--:|--:|"]
+    for r in found["rows"]:
+        cells = [
+            f"{r[name]['us'] / r['batch']:.0f} us | +{r[name]['us_without'] / r[name]['us'] - 1:.1%}"
+            for name in ("static", "exits")
+        ]
+        lines.append(f"| {r['batch']} | {' | '.join(cells)} |")
+    return [
+        *lines,
+        "",
+        f"{found['network']} with two early exits, microseconds a sample, one thread; "
+        f"{found['environment']['processor']}. Made by `{found['command']}`.",
+    ]
+
+
+def int8_accuracy():
+    found = results("int8")
+    rows = found["accuracy"]
+    lines = [
+        "| network | engine | processor | images | float | int8 | int8-full-range | same bits |",
+        "|---|---|---|--:|--:|--:|--:|---|",
+    ]
+    lines += [
+        f"| {r['network']} | {r['engine']} | {r['processor']} | {r['images']:,} "
+        f"| {_exits(r, 'float')} | {_exits(r, 'int8')} | {_exits(r, 'int8-full-range')} "
+        f"| {'' if r is _of(rows, r)[0] else 'yes' if 'int8' in r['as_here'] else 'no'} |"
+        for r in rows
+    ]
+    return [
+        *lines,
+        "",
+        "Accuracy per exit, in %. *Same bits*: whether the outputs of the `int8` file equal, bit by bit on all images "
+        "of the row, those on the first processor.",
+        "",
+        f"The target is `int8` at most {INT8_TARGET} points below float at every exit on a processor without VNNI. "
+        "Below stands the worst exit: of `int8` beside float, and of `int8-full-range` beside `int8` without VNNI. "
+        "Under QEMU images are few; where its outputs are the same bits, `int8` is judged on the images of the first "
+        "processor.",
+        "",
+        *(_verdict(rows, network) for network in dict.fromkeys(r["network"] for r in rows)),
+        "",
+        f"Made by `{found['command']}`.",
+    ]
+
+
+def _exits(row, kind):
+    return " / ".join(f"{100 * accuracy:.1f}" for accuracy in row["accuracy"].get(kind, []))
+
+
+def _verdict(rows, network):
+    """Whether `int8` is near enough to float without VNNI, and what the full range loses there, by engine."""
+    told = []
+    for engine in dict.fromkeys(r["engine"] for r in rows):
+        found = _of(rows, {"network": network, "engine": engine})
+        here, without = found[0], [r for r in found if not r["vnni"]]
+        # The same outputs are the same accuracy, on however few images they were compared.
+        judged = here if all("int8" in r["as_here"] for r in without) else without[-1]
+        if not without or "float" not in judged["accuracy"]:
+            told.append(f"{engine} not measured")
+            continue
+        lead, full = _least(judged, "int8", "float"), _least(without[-1], "int8-full-range", "int8")
+        reached = "reached" if lead >= -INT8_TARGET else "missed"
+        told.append(f"{engine} {reached}, {lead:+.2f} points (full range {full:+.2f})")
+    return f"- {network}: {'; '.join(told)}."
+
+
+def _of(rows, row):
+    """The rows of one network and engine; the first is of the machine that measured."""
+    return [r for r in rows if (r["network"], r["engine"]) == (row["network"], row["engine"])]
+
+
+def _least(row, kind, than):
+    """The least, over exits, of how many points one kind of file is above another."""
+    return 100 * min(a - b for a, b in zip(row["accuracy"][kind], row["accuracy"][than], strict=True))
+
+
+def int8_times():
+    found = results("int8")
+    lines = [
+        "| network | engine | batch | exits | int8 | int8-full-range | both | accuracy float, both |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for r in found["times"]:
+        faster, float_exits = r["speedup"], _of(found["accuracy"], r)[0]["accuracy"]["float"]
+        lines.append(
+            f"| {r['network']} | {r['engine']} | {r['batch']} | {faster['float_exits']:.2f}x "
+            f"| {faster['int8_static']:.2f}x | {faster['int8-full-range_static']:.2f}x "
+            f"| **{faster['int8_exits']:.2f}x** | {float_exits[-1]:.1%}, {r['accuracy_both']:.1%} |"
+        )
+    return [
+        *lines,
+        "",
+        "Speed-up over the plain float network in the same engine: of exits in float, of the plain network in int8, "
+        "and of both exits and `int8`. "
+        f"Thresholds lose at most {100 * found['max_drop']:g} points on {found['validation']:,} validation images, "
+        "those of `int8` on the answers of its flat file, without a promise for other images. "
+        f"{processor(*found['times'])}, one thread, medians. Made by `{found['command']}`.",
+    ]
+
+
+def searching():
+    found = results("choosing")
+    lines = ["| search, 10,000 samples | exits | threshold vectors | seconds | memory |", "|---|--:|--:|--:|--:|"]
+    for s in found["search"]:
+        vectors = "" if s["vectors"] is None else f"{s['vectors']:,}"
+        lines.append(f"| {s['search']} | {s['exits']} | {vectors} | {s['seconds']:.2f} | {s['megabytes']:.0f} MB |")
+    lines += ["", "| record | rival | its points | our cost at its accuracy, worst | median |", "|---|---|--:|--:|--:|"]
+    lines += [
+        f"| {n['network']} | {r['rival']} | {r['points']:,} | {r['worst']:.3f} | {r['median']:.3f} |"
+        for n in found["rivals"]
+        for r in n["rows"]
+    ]
+    return [*lines, "", f"{processor(found)}. Made by `{found['command']}`."]
+
+
+def promises():
+    found = results("choosing")
+    lines = [
+        "| record | limit | bound | broken | mean cost | without a promise | never early |",
+        "|---|---|---|--:|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {c['network']} | {c['limit']} {c['value']:g} | {c['bound']} | {c['broken']:.1%} | {c['mean_us']:.1f} us "
+        f"| {c['mean_us_without_promise']:.1f} us | {c['never_us']:.1f} us |"
+        for c in found["coverage"]
+    ]
+    first = found["coverage"][0]
+    price = "; ".join(f"{p['network']} {p['ratio_on_validation']:.3f}" for p in found["price"])
+    return [
+        *lines,
+        "",
+        f"{first['draws']:,} redraws a row, 95 % confidence: at most 5 % may be broken. Cost of the promised choice "
+        f"over that of the one without, one point of drop, half of the validation images calibrating "
+        f"(5,000 on MNIST and Fashion-MNIST, 2,500 on CIFAR-10): {price}. Costs are of {processor(found)}. "
+        f"Made by `{found['command']}`.",
+    ]
+
+
+BLOCKS = {
+    "architectures": architectures,
+    "elsewhere": elsewhere,
+    "halves": halves,
+    "int8_accuracy": int8_accuracy,
+    "int8_times": int8_times,
+    "layout": layout,
+    "promises": promises,
+    "searching": searching,
+}

@@ -1,0 +1,221 @@
+"""Generated blocks for `tables.py` about where exits go, from benchmarks/results/design.json."""
+
+import statistics
+from collections import Counter
+
+from blocks import processor, results
+
+TITLES = {"b_lenet": "LeNet, MNIST", "b_alexnet": "AlexNet, CIFAR-10", "b_resnet110": "ResNet-110, CIFAR-10"}
+TITLES |= {"text": "transformer, source code"}
+GOALS = {("b_lenet", 1): 2.5, ("b_lenet", 64): 6.0, ("b_alexnet", 1): 2.2, ("b_resnet110", 1): 3.0}  # at least
+ORDER = ("published", "even", "designed")
+NEARLY_ALL = 0.995
+
+
+def _here():
+    """The processor that design.json has the most rows of."""
+    return Counter(processor(row) for row in results("design")["rows"]).most_common(1)[0][0]
+
+
+def _rows():
+    """Measured rows of one processor, in the order of tables.
+
+    Of limits out of reach that have the same thresholds, the first alone.
+    """
+    rows, seen, here = [], set(), _here()
+    for row in results("design")["rows"]:
+        if processor(row) != here:
+            continue
+        kind = row["network"], row["batch"], row["design"], row["answers"], *row.get("exit_share", ())
+        if "measured_us" in row and (row["reached"] or kind not in seen):
+            rows.append(row)
+            seen |= set() if row["reached"] else {kind}
+    return sorted(rows, key=lambda r: (list(TITLES).index(r["network"]), r["batch"], ORDER.index(r["design"])))
+
+
+def _asked(row):
+    below = row["below_points"]
+    told = "" if not below else f", {-below:+.1f} points asked"
+    return told if row["reached"] else f"{told}, not reached"
+
+
+def first_table():
+    """LeNet with the paper's branch and with designed exits; every answer is that of the exit taken."""
+    lines = [
+        "| batch | exits | static | with exits | limit | speed-up | overhead | accuracy static | with exits | exit 1 |",
+        "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {r['batch']} | {r['design']}{_asked(r)} | {r['static_us']:.1f} us | {r['measured_us']:.1f} us "
+        f"| {r['measured_us'] / r['overhead']:.1f} us | **{r['speedup']:.2f}x** | {r['overhead']:.2f} "
+        f"| {r['accuracy_baseline']:.2%} | {r['accuracy']:.2%} | {r['exit_share'][0]:.1%} |"
+        for r in _rows()
+        if r["network"] == "b_lenet" and r["answers"] == "of the exit" and r["design"] != "even"
+    ]
+    return [
+        *lines,
+        "",
+        f"Microseconds a sample, one thread; {_machine()}. Made by `python benchmarks/experiments/design.py b_lenet`.",
+    ]
+
+
+def _machine():
+    return f"{_here()}, ONNX Runtime {results('design')['environment']['onnxruntime']}"
+
+
+def processors():
+    """Speed-ups on this machine with all instructions and with some hidden, and what another processor gave."""
+    here = results("processors")
+    found = {(r["network"], r["batch"], r["kind"]): r["speedup"] for r in here["rows"]}
+    kinds = list(dict.fromkeys(kind for _, _, kind in found))
+    lines = ["| designed exits | batch | " + " | ".join(kinds) + " |", "|---|--:|" + "--:|" * len(kinds)]
+    for network, batch in sorted({key[:2] for key in found}, key=lambda key: (key[0] != "B-LeNet", *key)):
+        lines.append(f"| {network} | {batch} | {' | '.join(f'{found[network, batch, k]:.2f}x' for k in kinds)} |")
+    far = results("mnist_speed")
+    speed = " and ".join(f"{r['speedup']:.2f}x at batch {r['batch']}" for r in far["rows"])
+    return [
+        "**Speed-ups depend on the processor**, and no table mixes several.",
+        "",
+        *lines,
+        "",
+        f"One thread; {processor(here)}, as it is and with AVX-512, VNNI and AMX hidden from the runtime, which then "
+        "runs the kernels of a processor that has AVX2 alone. Clock and caches stay those of this machine. "
+        f"Thresholds are chosen on {here['chosen_on']:,} validation images, so that the speed-ups differ from "
+        f"those of other tables. Made by `{here['command']}`.",
+        "",
+        f"On {processor(far)}, B-LeNet with the published branch, where "
+        f"{far['rows'][0]['exit_share'][0]:.1%} leave, has {speed} ([Where the time goes](docs/speed.md)). "
+        "[Networks](docs/networks.md) has the overheads of other networks on "
+        f"{processor(results('architectures-epyc'))}. `branchynet bench` measures your processor.",
+    ]
+
+
+def designs():
+    """Every design, measured beside what was predicted."""
+    lines = [
+        "| network | batch | exits | answers | accuracy | plain | exits alone | speed-up | predicted | us | predicted "
+        "| overhead |",
+        "|---|--:|---|---|--:|--:|---|--:|--:|--:|--:|--:|",
+    ]
+    for r in _rows():
+        lines.append(
+            f"| {TITLES[r['network']]} | {r['batch']} | {r['design']}: {', '.join(r['taps'])}{_asked(r)} "
+            f"| {r['answers']} | {r['accuracy']:.2%} | {r['accuracy_baseline']:.2%} "
+            f"| {', '.join(f'{a:.1%}' for a in r['exit_accuracy'])} | **{r['speedup']:.2f}x** "
+            f"| {r['predicted_speedup']:.2f}x | {r['measured_us']:.1f} | {r['predicted_us']:.1f} ({_off(r):+.0%}) "
+            f"| {r['overhead']:.2f} |"
+        )
+    return [
+        *lines,
+        "",
+        f"One thread, {_machine()}. Made by `python benchmarks/experiments/design.py "
+        "NETWORK`; what is predicted is on disk before anything is measured.",
+    ]
+
+
+def predictions():
+    """How far measured times are off the predicted ones, and what of it is the machine's pace."""
+    rows = _rows()
+    off, beside = [[abs(which(row)) for row in rows] for which in (_off, _off_beside_plain)]
+    pace = [abs(row["static_us"] / (row["predicted_speedup"] * row["predicted_us"]) - 1) for row in rows]
+    told = [
+        f"Beside the plain network's, measured times of the {len(rows)} rows are off the predicted ones by "
+        f"{statistics.median(beside):.0%} in the median and {max(beside):.0%} at most; wanted are 15 %. They "
+        f"are of {_here()}."
+    ]
+    beyond = [_where(row) for row in rows if abs(_off_beside_plain(row)) > 0.15]
+    if beyond:
+        told.append(f"Beyond that are {len(beyond)}: {'; '.join(beyond)}.")
+    told.append(
+        f"In microseconds they are off by {statistics.median(off):.0%} in the median and {max(off):.0%} at most, with "
+        f"{sum(o > 0.15 for o in off)} beyond 15 %: the machine's pace changed between the two moments, the plain "
+        f"network itself by {statistics.median(pace):.0%} in the median and {max(pace):.0%} at most."
+    )
+    return told
+
+
+def single_exits():
+    """Designs of which one exit answers nearly everything."""
+    return [
+        f"On {TITLES[row['network']]}, batch {row['batch']}, {row['exit_share'][0]:.1%} leave at the first designed "
+        f"exit, whose accuracy alone is {row['exit_accuracy'][0]:.2%}, the plain network's "
+        f"{row['accuracy_baseline']:.2%}: what the designer found there is a better small network, and the stages "
+        "behind it are only in the way. Take that exit alone then."
+        for row in _rows()
+        if row["design"] == "designed" and row["answers"] == "of the exit" and not row["below_points"]
+        if row["exit_share"][0] > NEARLY_ALL
+    ]
+
+
+def _off(row):
+    return row["measured_us"] / row["predicted_us"] - 1
+
+
+def _off_beside_plain(row):
+    return row["predicted_speedup"] / row["speedup"] - 1
+
+
+def _where(row):
+    where = f"{TITLES[row['network']]}, batch {row['batch']}, {row['design']}, {row['answers']}"
+    return f"{where}{_asked(row)} ({_off_beside_plain(row):+.0%})"
+
+
+def design_goals():
+    """What was wanted of the designed exits, and what holds them back."""
+    lines = [
+        "| network | batch | answers | wanted | speed-up | beside plain, points | at best | engine's floor |",
+        "|---|--:|---|--:|---|--:|--:|--:|",
+    ]
+    for r in _rows():
+        goal = GOALS.get((r["network"], r["batch"]))
+        if r["design"] == "designed" and goal is not None:
+            best = r["predicted_speedup"] * r["predicted_us"] / r["oracle_us"]  # both of the same moment
+            short = f", short by {goal - r['speedup']:.2f}" if r["speedup"] < goal else ""
+            lines.append(
+                f"| {TITLES[r['network']]} | {r['batch']} | {r['answers']}{_asked(r)} | {goal:.1f}x "
+                f"| **{r['speedup']:.2f}x**{short} | {100 * (r['accuracy'] - r['accuracy_baseline']):+.2f} "
+                f"| {best:.1f}x | {r['static_us'] / r['floor_us']:.1f}x |"
+            )
+    return [*lines, "", f"One thread, {_machine()}."]
+
+
+def design_rivals():
+    """What a user would pick instead of designed exits."""
+    told = []
+    table = results("reproduce/table1")
+    for row in table["networks"]:
+        plain = row["plain"]
+        others = [f"{s['network']} {s['accuracy']:.2%} at {plain['us'] / s['us']:.2f}x" for s in row["smaller"]]
+        told.append(f"beside {plain['network']} ({plain['accuracy']:.2%}) {', '.join(others)}")
+    whole, *fewer = results("text_smaller")["rows"]
+    others = [
+        f"{row['blocks']} blocks {row['accuracy']:.2%} at {whole['us_batch_1'] / row['us_batch_1']:.2f}x "
+        f"(of 64: {whole['us_batch_64'] / row['us_batch_64']:.2f}x)"
+        for row in fewer
+    ]
+    told.append(f"beside the transformer of {whole['blocks']} blocks ({whole['accuracy']:.2%}) {', '.join(others)}")
+    where = processor(table, results("text_smaller"))
+    return [f"Smaller plain networks by the same recipe, one sample a call, {where}: {'; '.join(told)}."]
+
+
+def advising():
+    """How long advice takes."""
+    found = results("advising")
+    told = "; ".join(
+        f"{r['network']} {r['minutes']:.1f} minutes for {r['candidates']} heads (wanted: {r['wanted_minutes']})"
+        for r in found["rows"]
+    )
+    where = f"{found['environment']['cores']} cores, {processor(found)}"
+    return [f"`advise` on {where}: {told}. Made by `{found['command']}`."]
+
+
+DESIGN = {
+    "advising": advising,
+    "first_table": first_table,
+    "processors": processors,
+    "designs": designs,
+    "predictions": predictions,
+    "single_exits": single_exits,
+    "design_goals": design_goals,
+    "design_rivals": design_rivals,
+}

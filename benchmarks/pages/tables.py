@@ -1,0 +1,313 @@
+"""Write the generated tables into README.md and docs/ from benchmarks/results/*.json; numbers in prose are never typed.
+
+python benchmarks/pages/tables.py            # rewrites the blocks between <!-- generated: NAME --> and <!-- end -->
+"""
+
+import re
+import statistics
+from pathlib import Path
+
+from blocks import BLOCKS, processor, results
+from design_blocks import DESIGN
+from paper_blocks import PAPER
+
+ROOT = Path(__file__).parents[2]
+PAGES = (
+    "README.md",
+    "docs/choosing.md",
+    "docs/designing.md",
+    "docs/drift.md",
+    "docs/int8.md",
+    "docs/networks.md",
+    "docs/reproducing.md",
+    "docs/scores.md",
+    "docs/speed.md",
+)
+
+
+def speed():
+    found = results("mnist_speed")
+    lines = [
+        "| batch | static | B-LeNet | limit | speed-up | overhead | accuracy static | accuracy B-LeNet | exit 1 |",
+        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {r['batch']} | {r['static_us']:.1f} us | {r['branchy_us']:.1f} us | {r['limit_us']:.1f} us "
+        f"| **{r['speedup']:.2f}x** | {r['overhead']:.2f} | {r['accuracy_static']:.2%} | {r['accuracy_branchy']:.2%} "
+        f"| {r['exit_share'][0]:.1%} |"
+        for r in found["rows"]
+    ]
+    where = found["environment"]
+    return [
+        *lines,
+        "",
+        f"Microseconds a sample, one thread, medians of {len(found['trials']) // len(found['rows'])} trials; "
+        f"{where['processor']}, ONNX Runtime {where['onnxruntime']}. Made by `{found['command']}`.",
+    ]
+
+
+def training():
+    found = results("mnist_training")
+    rows = found["rows"]
+    mean = {k: sum(r[k] for r in rows) / len(rows) for k in ("lenet_test", "last_exit_test", "b_lenet_test")}
+    share = sum(r["exit_share_test"][0] for r in rows) / len(rows)
+    shipped = next(r for r in rows if r["seed"] == found["shipped_seed"])
+    low, high = min(r["lenet_test"] for r in rows), max(r["lenet_test"] for r in rows)
+    lift, whole = found["last_exit_minus_lenet"], found["b_lenet_minus_lenet"]
+    return [
+        f"Does joint training lift the final exit? Over {len(rows)} seeds, each side trained for the same total "
+        f"epochs with the same augmentation: LeNet {mean['lenet_test']:.2%}, "
+        f"B-LeNet's last exit alone {mean['last_exit_test']:.2%}: "
+        f"{_verdict(lift)} B-LeNet with early exits: {mean['b_lenet_test']:.2%} with {share:.1%} leaving at exit 1: "
+        f"{_verdict(whole)} The shipped pair is that of seed {shipped['seed']}, picked by B-LeNet's validation "
+        f"accuracy; its LeNet has {shipped['lenet_test']:.2%} on test, where the five range from {low:.2%} to "
+        f"{high:.2%}, so the gap between the two is luck of the draw. Made by `{found['command']}`.",
+    ]
+
+
+def _verdict(difference):
+    low, high = difference["interval_points"]
+    told = f"{difference['mean_points']:+.3f} points, 95 % interval {low:+.3f} to {high:+.3f}"
+    if low > 0:
+        return f"{told}, a gain."
+    return f"{told}, a loss." if high < 0 else f"{told}, no difference that five seeds can show."
+
+
+def overhead():
+    found = results("overhead_profile")
+    lines = [
+        "| batch | branchy, a call | static up to exit 1, a call | difference | overhead |",
+        "|--:|--:|--:|--:|--:|",
+    ]
+    for r in found["rows"]:
+        ours, limit = r["branchy_us_a_call"], r["static_upto_exit_1_us_a_call"]
+        lines.append(f"| {r['batch']} | {ours:.1f} us | {limit:.1f} us | {ours - limit:.1f} us | {ours / limit:.2f} |")
+    kinds = sorted(found["rows"][0]["profiled_share"], key=lambda k: -found["rows"][0]["profiled_share"][k])
+    lines += [
+        "",
+        "| share of a profiled run, all leaving at exit 1 |" + "".join(f" batch {r['batch']} |" for r in found["rows"]),
+    ]
+    lines += ["|---|" + "--:|" * len(found["rows"])]
+    lines += [
+        f"| {kind} |" + "".join(f" {r['profiled_share'].get(kind, 0):.1%} |" for r in found["rows"]) for kind in kinds
+    ]
+    return [*lines, "", f"One thread, {processor(found)}. Made by `{found['command']}`."]
+
+
+def calls():
+    """What a call takes beyond the session's own run, a table for each processor."""
+    found = results("call_overhead")
+    lines = []
+    for machine in found["machines"]:
+        lines += [f"| {processor(machine)} | a call | beyond `session.run` |", "|---|--:|--:|"]
+        lines += [f"| `{r['call']}` | {r['us']:.1f} us | {r['beyond_us']:.1f} us |" for r in machine["rows"]]
+        lines.append("")
+    return [*lines, f"B-LeNet, one sample a call, one thread; medians. Made by `{found['command']}`."]
+
+
+def smaller():
+    found = results("mnist_smaller")
+    b_lenet = found["rows"][0]
+    lines = ["| network | accuracy | batch 1 | batch 64 |", "|---|--:|--:|--:|"]
+    lines += [
+        f"| {r['network']} | {r['accuracy']:.2%} | {r['us_batch_1']:.1f} us | {r['us_batch_64']:.1f} us |"
+        for r in sorted(found["rows"], key=lambda r: r["us_batch_1"])
+    ]
+    equal = [r for r in found["rows"][1:] if r["accuracy"] >= b_lenet["accuracy"] - 0.0005]
+    best = min(equal, key=lambda r: r["us_batch_1"])
+    return [
+        *lines,
+        "",
+        f"The cheapest static network within 0.05 points of B-LeNet or above it is {best['network']}: B-LeNet is "
+        f"{best['us_batch_1'] / b_lenet['us_batch_1']:.2f}x faster at batch 1 and "
+        f"{best['us_batch_64'] / b_lenet['us_batch_64']:.2f}x at batch 64. The names give the channels of the three "
+        f"convolutions; LeNet itself has 5-10-20. One seed each; {processor(found)}. Made by `{found['command']}`.",
+    ]
+
+
+def training_cost():
+    found = results("training_cost")
+    return [
+        f"An epoch of joint training of B-LeNet takes {found['ratio']:.2f} times an epoch of LeNet; its work, "
+        f"counted in multiply-accumulates, is {found['work_ratio']:.2f} times as much; {processor(found)}. "
+        f"Made by `{found['command']}`.",
+    ]
+
+
+_DRIFTS = {"none": "none", "noise": "growing noise", "rotation": "rotation", "classes": "digits 5 to 9 only"}
+_DRIFTS |= {"five": "only five digits, drawn anew", "eight": "only eight digits, drawn anew"}
+
+
+def drift_false():
+    found = results("drift")
+    rates = [a["stated"] for a in found["unshifted"][0]["alarms"]]
+    lines = ["| calibration and stream | samples a stream |" + "".join(f" stated {r:.0%} |" for r in rates)]
+    lines += ["|---|--:|" + "--:|" * len(rates)]
+    lines += [
+        f"| {r['setting']} | {r['samples']:,} |" + "".join(f" {a['alarms'] / r['streams']:.1%} |" for a in r["alarms"])
+        for r in found["unshifted"]
+    ]
+    return [*lines, "", f"{found['unshifted'][0]['streams']:,} streams a row. Made by `{found['command']}`."]
+
+
+def drift_seen():
+    found = results("drift")
+    rows = [*found["shifted"], *found["classes"]]
+    lines = [
+        "| drift | quiet before | seen in time | median delay | 95 % delay | false alarms before |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {_DRIFTS[r['kind']]}{'' if r['labels_too'] else ', labels not given'} | {r['quiet']:,} "
+        f"| {r['seen_within_delay'] / r['streams']:.1%} | {_samples(r['delay_median'])} | {_samples(r['delay_95'])} "
+        f"| {r['alarms_before_the_change'] / r['streams']:.1%} |"
+        for r in rows
+    ]
+    return [
+        *lines,
+        "",
+        f"Delays in samples; in time means within {rows[0]['delay_allowed']:,} samples of the change, while noise "
+        "grows from nothing to a standard deviation of 0.6 (pixels lie in 0 to 1) and rotation to 60 degrees; classes "
+        f"change from one sample to the next. {rows[0]['streams']:,} streams a row, {found['calibration']:,} images "
+        "calibrate, 1 % stated. "
+        f"Made by `{found['command']}`.",
+    ]
+
+
+def _samples(delay):
+    return "never" if delay is None else f"{delay:,.0f}"
+
+
+def drift_budget():
+    found = results("drift")
+    rows = found["budget"]
+    lines = [
+        "| drift | goal | batch | worst error | worst error of any 2,000 | cost, thresholds fixed "
+        "| accuracy held | accuracy fixed |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {_DRIFTS[r['kind']]} | {r['goal_us']:.1f} us | {r['batch']} | {r['error_after_2000_worst']:.1%} "
+        f"| {r['error_rolling_2000_worst']:.1%} | {r['fixed_error']:+.1%} | {r['accuracy']:.2%} "
+        f"| {r['fixed_accuracy']:.2%} |"
+        for r in rows
+    ]
+    low, high = found["cost_us"][0], found["cost_us"][-1]
+    return [
+        *lines,
+        "",
+        f"Errors are relative to the goal; worst over {rows[0]['streams']} streams of {rows[0]['samples']:,} samples. "
+        f"Leaving at exit 1 costs {low:.1f} us, at exit 2 {high:.1f} us (batch 1, one thread, "
+        f"{processor(found)}, a busy machine). Made by `{found['command']}`.",
+    ]
+
+
+def drift_deployed():
+    found = results("drift")["deployed"]
+    quiet = "alarmed" if found["clean_alarmed"] else "did not alarm"
+    return [
+        f"The exported file on {found['samples']:,} test images, batches of 64, calibrated on a PyTorch record of the "
+        f"validation images. Shuffled: the monitor {quiet}. In the file's order: {found['ordered_alarm']}. With noise "
+        f"that grows: {found['noisy_alarm']}; with the controller's thresholds the same images cost "
+        f"{found['mean_us']:.2f} us in the mean for a goal of {found['goal_us']:.2f} us; "
+        f"{processor(results('drift'))}.",
+    ]
+
+
+def scores():
+    found = results("scores")
+    networks = {}
+    for network in found["networks"]:
+        rows = {row["score"]: row for row in network["rows"]}
+        networks.setdefault(network["network"], []).append((network["last_accuracy"], rows))
+    names = [row["score"] for row in found["networks"][-1]["rows"]]
+    titles = "".join(f" {name}{f', {len(n)} seeds' if len(n) > 1 else ''} |" for name, n in networks.items())
+    lines = [f"| work, % of the plain network's |{titles} the score's time |", "|---|" + "--:|" * (len(networks) + 1)]
+    for name in names:
+        told = "".join(f" {_work([rows[name] for _, rows in n if name in rows])} |" for n in networks.values())
+        us = found["score_us"].get(name)
+        lines.append(f"| {name} |{told} {'' if us is None else f'{us:.1f} us'} |")
+    lines += ["", f"| AUROC, early exits |{titles}", "|---|" + "--:|" * len(networks)]
+    for name in names:
+        told = "".join(f" {_auroc([rows[name] for _, rows in n if name in rows])} |" for n in networks.values())
+        lines.append(f"| {name} |{told}")
+    lines += ["", f"| accuracy, last exit |{titles}", "|---|" + "--:|" * len(networks)]
+    lines.append("| alone |" + "".join(f" {_mean([last for last, _ in n]):.2%} |" for n in networks.values()))
+    for name in ("equal", "logits", "fitted"):
+        at = f"average ({name}), max_probability"
+        told = "".join(f" {_mean([rows[at]['last_accuracy'] for _, rows in n]):.2%} |" for n in networks.values())
+        lines.append(f"| average ({name}) |{told}")
+    return [
+        *lines,
+        "",
+        f"Means over {len(found['splits'])} random halvings of the validation images, and over seeds of training, on "
+        "test. Work is multiply-accumulates to reach the plain last exit's accuracy, then "
+        f"{100 * found['targets'][1]:g} points below it; bold where it is below entropy's by more than chance explains "
+        "(paired, 95 %; over seeds where there are several, else over halvings alone). All scores choose on one half, "
+        "though named ones could choose on both. The score's time is what it adds to an exit at batch 1, in a network "
+        f"whose first two exits take {found['score_us']['network']:.0f} us without; {processor(found)}. "
+        f"Made by `{found['command']}`.",
+    ]
+
+
+T_HALVINGS, T_SEEDS = 2.093, {2: 12.706, 3: 4.303, 4: 3.182}  # Student's t, 97.5 %
+
+
+def _mean(values):
+    return sum(values) / len(values)
+
+
+def _work(rows):
+    """Means over seeds, bold where surely below entropy."""
+    told = []
+    for i in range(len(rows[0]["cost"]) if rows else 0):
+        cost, less = (_mean([row[key][i] for row in rows]) for key in ("cost", "minus_entropy"))
+        if len(rows) == 1:
+            allowed = T_HALVINGS * rows[0]["minus_entropy_error"][i]
+        else:
+            spread = statistics.stdev(row["minus_entropy"][i] for row in rows)
+            allowed = T_SEEDS[len(rows)] * spread / len(rows) ** 0.5
+        told.append(f"**{cost:.1f}**" if less < -allowed else f"{cost:.1f}")
+    return " / ".join(told)
+
+
+def _auroc(rows):
+    exits = zip(*(row["auroc"][:-1] for row in rows), strict=True)
+    return " / ".join(f"{_mean(exit):.3f}" for exit in exits)
+
+
+TABLES = {
+    **BLOCKS,
+    **DESIGN,
+    **PAPER,
+    "calls": calls,
+    "drift_budget": drift_budget,
+    "drift_deployed": drift_deployed,
+    "drift_false": drift_false,
+    "drift_seen": drift_seen,
+    "overhead": overhead,
+    "scores": scores,
+    "smaller": smaller,
+    "speed": speed,
+    "training": training,
+    "training_cost": training_cost,
+}
+
+
+def filled(text):
+    """The page with every generated block made anew."""
+
+    def block(match):
+        return "\n".join([match[1], *TABLES[match[2]](), "<!-- end -->"])
+
+    return re.sub(r"(<!-- generated: (\w+) -->)\n.*?<!-- end -->", block, text, flags=re.DOTALL)
+
+
+def main():
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(filled(path.read_text()))
+
+
+if __name__ == "__main__":
+    main()

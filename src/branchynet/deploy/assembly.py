@@ -1,0 +1,161 @@
+"""From a flat graph to the ONNX graph that is exported: quantized, cut and nested."""
+
+import json
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from branchynet.errors import GraphError
+
+from ..environment import __version__, processor
+from ..errors import as_graph_errors
+from ..graph.memory import sample_bytes
+from ..graph.onnx_flat import FlatGraph
+from ..graph.onnx_layout import keep_blocks
+from ..graph.onnx_nest import flat_model, nest
+from ..graph.quantize import Batch, Quantize, quantized
+from ..policy.values import Policy
+from .engine import FORMAT, METADATA_KEY, Engine
+from .inputs import differences
+from .loading import load
+from .stored_samples import Samples
+from .verification import check
+
+LOW_AGREEMENT = 0.95  # of int8 with float; the networks of the zoo reach 0.98
+
+
+def assemble(
+    flat: FlatGraph,
+    policy: Policy | None,
+    *,
+    thresholds: str = "default",
+    outputs: Sequence[str] = (),
+    notes: Mapping[str, Any] | None = None,
+) -> ir.Model:
+    """The finished model of a flat graph, with what an engine must know in its metadata.
+
+    Args:
+        flat: with scores where there is a policy.
+        policy: None for a flat model.
+        thresholds: ``"default"`` or ``"input"``.
+        outputs: for a flat model, which of the flat graph's outputs to keep (all exits' by default); the first that is
+            an exit's output gets the ``label`` where they are named, else the last.
+        notes: labels, preprocessing and promise, as `export` takes them.
+    """
+    with as_graph_errors():
+        if policy is None:
+            kept = list(outputs) or [f"output_{n}" for n in range(1, flat.num_exits + 1)]
+            model = flat_model(flat, kept, kept[0] if outputs else kept[-1])
+        else:
+            model = nest(flat, policy, thresholds=thresholds)
+        keep_blocks(model)
+    shape = flat.value("output_1").shape
+    assert shape is not None
+    about = {
+        "format": FORMAT,
+        "version": __version__,
+        "policy": None if policy is None else policy.to_json(),
+        "inputs": [value.name for value in flat.model.graph.inputs],
+        "exits": flat.num_exits,
+        "thresholds": thresholds,
+        "batch": "dynamic" if flat.dynamic else 1,
+        "sample_bytes": sample_bytes(flat),
+        "output_shape": [d if isinstance(d, int) else 0 for d in list(shape)[1:]],
+        "labels": [],
+        "preprocessing": None,
+        "promise": None,
+    }
+    model.metadata_props[METADATA_KEY] = json.dumps({**about, **(notes or {})})
+    return model
+
+
+def check_answers(path: Path, expected: Samples, source: str) -> None:
+    """Raises `GraphError` where a file does not answer as expected, in any exit, alone or in a batch."""
+    problems = check(load(path, threads=1), expected, strict=True).problems
+    if problems:
+        raise GraphError(
+            f"the exported graph differs from {source}: {problems[0]}; does its forward depend on values, on random "
+            "numbers, or on other samples of the batch?"
+        )
+
+
+def _in_int8(
+    flat: FlatGraph, batches: Sequence[Batch], quantize: Quantize, expected: Samples
+) -> tuple[FlatGraph, Samples, dict[str, Any]]:
+    """The graph in int8, what its exits answer for the samples, and how far it agrees with the float graph.
+
+    The float graph is compared with the network first. Two runs of one int8 graph may round a value to neighbouring
+    steps, where float operations between differ in the last bit; so the file that is cut from it may be off by as much
+    as int8 is off from float on average, far less than a wrong row or a missing node would make.
+    """
+    int8 = quantized(flat, batches, quantize)
+    names = [f"{kind}_{n}" for kind in ("output", "score")[: 1 + bool(expected.scores)] for n in exits_of_graph(flat)]
+    with tempfile.TemporaryDirectory() as folder, as_graph_errors():
+        path = Path(folder) / "flat.onnx"
+        ir.save(assemble(flat, None), path)
+        check_answers(path, expected, "the network")
+        ir.save(assemble(flat, None, outputs=names), path)
+        exact = load(path)
+        ir.save(assemble(int8, None, outputs=names), path)
+        rounded = load(path)
+        report, slack = _disagreement(exact, rounded, batches)
+        rows = [rounded.outputs(*(i[s : s + 1] for i in expected.inputs))[1:] for s in range(len(expected))]
+    answers = [np.concatenate(exit) for exit in zip(*rows, strict=True)]
+    exits = flat.num_exits
+    return int8, Samples(expected.inputs, tuple(answers[:exits]), tuple(answers[exits:]), *slack), report
+
+
+def exits_of_graph(flat: FlatGraph) -> range:
+    """Exits by number, from 1."""
+    return range(1, flat.num_exits + 1)
+
+
+def _disagreement(
+    exact: Engine, rounded: Engine, batches: Sequence[Batch]
+) -> tuple[dict[str, Any], tuple[tuple[float, ...], tuple[float, ...]]]:
+    """For every exit, the agreement of both over all samples; and the mean difference of outputs, and of scores.
+
+    Agreement is the share of equal labels, or, where there is one output a sample (regression), the share of the float
+    outputs' variance that int8 explains (R^2).
+    """
+    exits, samples = exact.num_exits, sum(len(batch[0]) for batch in batches)
+    same, difference, error, first, second, scores = np.zeros((6, exits))
+    for batch in batches:
+        answers = [engine.outputs(*batch)[1:] for engine in (exact, rounded)]
+        a, b = (np.stack(answer[:exits]).astype(np.float64) for answer in answers)
+        sums = [
+            (same, a.argmax(axis=2) == b.argmax(axis=2)),
+            (difference, differences(a, b)),
+            (error, differences(a, b) ** 2),
+            (first, a),
+            (second, a**2),
+        ]
+        if len(answers[0]) > exits:
+            sums.append((scores, differences(*(np.stack(answer[exits:]) for answer in answers))))
+        for total, value in sums:
+            total += len(batch[0]) / samples * value.reshape(exits, -1).mean(axis=1)
+    several = exact.metadata["output_shape"][0] > 1
+    agreement = same if several else 1 - error / np.maximum(second - first**2, np.finfo(np.float32).tiny)
+    report = {"samples": samples, "agreement": agreement.tolist(), "mean_difference": difference.tolist()}
+    return report, (tuple(difference.tolist()), tuple(scores.tolist()))
+
+
+def _warn_of_low_agreement(quantize: Quantize, agreement: Sequence[float]) -> None:
+    worst = int(np.argmin(agreement))
+    if agreement[worst] >= LOW_AGREEMENT:
+        return
+    remedy = (
+        "give more calibration samples, of the kind that it will see, or export in float"
+        if quantize == "int8"
+        else "where this processor lacks VNNI, sums of 16 bits saturate: use quantize='int8'"
+    )
+    warnings.warn(
+        f"the {quantize} network agrees with the float network in only {agreement[worst]:.1%} of the calibration "
+        f"samples at exit {worst + 1} on this machine ({processor()}); {remedy}",
+        stacklevel=3,
+    )

@@ -1,0 +1,178 @@
+"""Writing a network as one ONNX file, checked against PyTorch before it gets its name."""
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from ..arguments import instance
+from ..errors import GraphError, InputError, as_graph_errors
+from ..files import replacing
+from ..graph.onnx_flat import flatten
+from ..graph.quantize import Quantize, calibration_batches, check_quantize
+from ..graph.torch_program import tensors_of
+from ..nn.calls import arguments
+from ..nn.checks import check_network
+from ..nn.fingerprint import fingerprint
+from ..nn.network import count_exits
+from ..nn.outputs import warn_of_probabilities
+from ..policy.exit_record import check_same_network
+from ..policy.record_scores import is_named
+from ..policy.scores import Score, resolve
+from ..policy.values import Choice, Policy
+from .assembly import _in_int8, _warn_of_low_agreement, assemble, check_answers, exits_of_graph
+from .inputs import difference, magnitude
+from .notes import class_names, plain_values
+from .oracle import answers_alone
+from .seal import seal
+from .stored_samples import MAX_SAMPLES, SAMPLES_KEY, Samples, pack
+
+
+def export(
+    net: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    policy: Policy | Choice | None,
+    example: Any,
+    thresholds: Literal["default", "input"] = "default",
+    batch: Literal["dynamic", 1] = "dynamic",
+    quantize: Quantize | None = None,
+    calibration: Any = None,
+    labels: Sequence[str] = (),
+    preprocessing: Mapping[str, Any] | None = None,
+    promise: str | None = None,
+    samples: int = MAX_SAMPLES,
+) -> Path:
+    """Write a network with its early exits inside one ONNX file.
+
+    The file's inputs are the network's own and one ``threshold_n`` (1,) float32 for each enabled exit but the last; its
+    outputs are ``label``, ``exit`` (from 1), ``score`` and ``output``, as in `Prediction`. It is compared with the
+    PyTorch network on `example`, exit by exit, before it is renamed into place. It ends in a checksum, which `load`
+    compares.
+
+    Args:
+        net: a `BranchyNet`, or a network that returns a tuple of its exits' outputs; with ``policy=None`` any network.
+        path: where to write.
+        policy: score and thresholds. None writes the network flat: every exit's output, none of them early
+            (``label``, then ``output``, or ``output_1..N`` where there are several), with the same graph treatment. A
+            `Choice` gives its policy and its promise, and the metadata name the record that chose.
+        example: one batch of inputs: a tensor, a tuple of tensors, or a dict of keyword arguments. With two rows or
+            more, a network whose answer to one sample depends on the others is refused.
+        thresholds: ``"default"`` makes thresholds inputs with default values, which a caller may omit; ``"input"``
+            makes them required inputs, for runtimes that drop inputs with defaults.
+        batch: leave the batch size free, or fix it at 1 for the smallest overhead a sample.
+        quantize: ``"int8"`` computes convolutions and matrix products in 8 bits; outputs and scores stay float32. The
+            int8 network is another network than the float one: choose its thresholds on its own answers (`record` of a
+            flat int8 file). The file is compared with PyTorch before it is quantised and with the flat int8 graph
+            after. Its metadata says in what share of the calibration samples int8 and float agree, and a `UserWarning`
+            says so where that is less than 95 %. ``"int8"`` uses 7 of a weight's 8 bits, so that the file answers alike
+            on every processor; ``"int8-full-range"`` uses all 8 and is wrong on x86 processors without VNNI, where
+            16-bit sums saturate.
+        calibration: with ``quantize``, a loader of inputs or `(inputs, target)` batches, some hundreds of training
+            samples, held in memory; the ranges of all values are taken from them, so that the same samples give the
+            same network.
+        labels: class names, kept in the file's metadata.
+        preprocessing: how to make the input, kept likewise, such as ``{"size": [28, 28], "mode": "L", "scale": 1 /
+            255}``. ``branchynet predict`` reads ``mean`` and ``std``: one number per channel, of pixels in [0, 1].
+        promise: a sentence on what the thresholds promise, kept likewise; by default that of a `Choice`.
+        samples: how many rows of `example`, at most 8 and about 1 MiB, the file holds with their answers, by which
+            `verify` and ``load(..., verify=True)`` check it on another machine; 0 for none.
+
+    Raises:
+        InputError: a number of thresholds other than N-1, a `Choice` for another network or other weights, an unknown
+            score or option, or calibration batches that the network does not read.
+        GraphError: the network cannot be exported, quantised or cut, or the file disagrees with PyTorch.
+        FileError: the file cannot be written; nothing is left half-written under `path`.
+    """
+    if not isinstance(samples, Integral) or not 0 <= samples <= MAX_SAMPLES:
+        raise InputError(f"samples must be a number of rows to store, 0 to {MAX_SAMPLES}; got {samples!r}")
+    if thresholds not in ("default", "input") or batch not in ("dynamic", 1):
+        raise InputError(
+            f"thresholds must be 'default' or 'input' and batch 'dynamic' or 1; got {thresholds!r}, {batch!r}"
+        )
+    check_network(net)
+    kinds = (Policy, Choice, type(None))
+    instance("policy", policy, kinds, "give Policy(thresholds=(...)), what choose(...) returns, or None")
+    notes: dict[str, Any] = {"network": fingerprint(net) + (f"-{quantize}" if quantize else "")}
+    notes |= {"labels": class_names(labels), "preprocessing": plain_values(preprocessing), "promise": promise}
+    notes |= {"selected_on": list(getattr(net, "selected_on", ()))}
+    if isinstance(policy, Choice):
+        check_same_network("the network and the choice", notes["network"], policy.network)
+        notes["chosen_on"] = policy.record_digest
+        notes["promise"] = promise or (policy.promise and str(policy.promise))
+        policy = policy.policy
+    if policy is not None and policy.num_exits != (exits := count_exits(net, example)):
+        raise InputError(f"the policy has {len(policy.thresholds)} thresholds; {exits} exits need {exits - 1}")
+    check_quantize(quantize, calibration)
+    score = None if policy is None else resolve(policy.score)
+    flat = flatten(net, example, score=score, dynamic=batch == "dynamic")
+    expected, source = _from_network(net, example, score), "the network"
+    names, classes = notes["labels"], expected.outputs[-1].shape[1]
+    if names and len(names) != classes:
+        raise InputError(f"labels= names {len(names)} classes, but the exits answer with {classes}; give {classes}")
+    if len(expected.outputs) > 1 and (policy is None or is_named(policy.score)):
+        warn_of_probabilities(tuple(torch.from_numpy(o) for o in expected.outputs))
+    if quantize:
+        batches = calibration_batches(calibration, flat)
+        flat, expected, report = _in_int8(flat, batches, quantize, expected)
+        notes["quantize"], source = {"scheme": quantize, **report}, "its flat int8 graph"
+        _warn_of_low_agreement(quantize, report["agreement"])
+    model = assemble(flat, policy, thresholds=thresholds, notes=notes)
+    kept = [n for n in exits_of_graph(flat) if policy is None or policy.enabled[n - 1]]
+    if stored := pack(expected, kept, samples):
+        model.metadata_props[SAMPLES_KEY] = stored
+    with replacing(path) as temporary:
+        ir.save(model, temporary)
+        seal(temporary)
+        try:
+            with as_graph_errors():
+                check_answers(temporary, expected, source)
+        except GraphError as error:
+            if quantize or not (reason := _magnified(net, example, expected)):
+                raise
+            raise GraphError(f"{error}{reason}") from error
+    return Path(path)
+
+
+@torch.no_grad()
+def _from_network(net: nn.Module, example: Any, score: Score | None) -> Samples:
+    """What the PyTorch network answers for the first rows of the example, each row alone."""
+    given = [t[:MAX_SAMPLES] for t in tensors_of(example)]
+    outputs = answers_alone(net, example, MAX_SAMPLES)
+    found = [] if score is None else [score(outputs[:n]).numpy() for n in range(1, len(outputs) + 1)]
+    for n, output in enumerate(outputs, 1):
+        if output.isnan().any():
+            row = int(output.flatten(1).isnan().any(dim=1).nonzero()[0])
+            raise GraphError(
+                f"exit {n} gives NaN for row {row} of the example, so that no file could be compared with the network: "
+                "give an example of real inputs, or look for NaN among the weights"
+            )
+    none = (0.0,) * len(outputs)
+    return Samples(tuple(t.numpy() for t in given), tuple(o.numpy() for o in outputs), tuple(found), none, none)
+
+
+def _magnified(net: nn.Module, example: Any, expected: Samples) -> str:
+    """What to add to an error where the network itself answers otherwise in float64; nothing where it does not."""
+    args, kwargs = arguments(example)
+    exact = {name: t.double() if t.is_floating_point() else t for name, t in (*enumerate(args), *kwargs.items())}
+    try:
+        twin = copy.deepcopy(net).double()
+        want = _from_network(twin, {k: exact[k] for k in kwargs} if kwargs else tuple(exact.values()), None).outputs
+    except Exception:  # some networks cannot be copied, or hold constants of float32
+        return ""
+    offs = [difference(a, b) for a, b in zip(expected.outputs, want, strict=True)]
+    n = int(np.argmax(offs))
+    if not offs[n] > 1e-3 * magnitude(want[n]):
+        return ""
+    return (
+        f" In float64 the network itself answers {offs[n]:.3g} off what it answers in float32 (exit {n + 1}): it "
+        "magnifies rounding, so that no two runtimes agree. Is it trained? Normalise features that hardly differ "
+        "from sample to sample"
+    )

@@ -1,0 +1,188 @@
+"""Opening an exported file: in ONNX Runtime here, on CPU or GPU, and in OpenVINO where that is asked for."""
+
+import os
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import onnxruntime
+
+from ..arguments import instance
+from ..environment import require
+from ..errors import FileError, InputError
+from ..files import check_path, regular
+from .engine import FORMAT as FORMAT
+from .engine import METADATA_KEY as METADATA_KEY
+from .engine import Engine, Graph, read_metadata, read_model
+from .inputs import Input
+from .openvino_engine import open_in_openvino
+from .seal import check_seal
+from .verification import Verification, check_file, check_or_raise
+
+Runtime = Literal["onnxruntime", "openvino", "onnxruntime-cuda"]
+RUNTIMES = get_args(Runtime)
+Provider = tuple[str, dict[str, Any]]
+_MOST_THREADS = 1024
+_PROVIDERS = {"onnxruntime-cuda": ("CUDAExecutionProvider", "CPUExecutionProvider")}
+_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(int16)": np.int16,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+    "tensor(uint16)": np.uint16,
+    "tensor(uint32)": np.uint32,
+    "tensor(uint64)": np.uint64,
+    "tensor(bool)": np.bool_,
+}
+
+
+def load(
+    path: str | os.PathLike[str],
+    threads: int | None = None,
+    providers: Sequence[str | Provider] | None = None,
+    runtime: Runtime = "onnxruntime",
+    verify: bool = False,
+) -> Engine:
+    """Open a file that `export` wrote.
+
+    Args:
+        path: the ``.onnx`` file.
+        threads: threads within an operator; by default as many as the runtime chooses.
+        providers: ONNX Runtime execution providers, in order of preference, each a name or a pair of a name and its
+            options; by default the CPU.
+        runtime: what runs the graph. ``"openvino"``, on the CPU, needs ``pip install 'branchynet[openvino]'``;
+            ``"onnxruntime-cuda"`` is ONNX Runtime on an NVIDIA GPU and needs ``onnxruntime-gpu`` in its place.
+        verify: first compare the answers for the samples stored in the file, as `verify` does.
+
+    Raises:
+        FileError: no such file, or it is damaged (see its checksum), or BranchyNet did not write it, or the runtime
+            cannot run it, or it holds no samples to verify it with.
+        VerificationError: with `verify`, the answers are not those stored in the file.
+        InputError: threads outside 1..1024, an unknown runtime, malformed providers, or a first provider that this
+            build of ONNX Runtime does not have or cannot use on this machine.
+        MissingExtraError: OpenVINO is not installed.
+        VersionError: the runtime is installed in a version that is known to be wrong.
+    """
+    if runtime not in RUNTIMES:
+        raise InputError(f"unknown runtime {runtime!r}; it is one of {', '.join(RUNTIMES)}")
+    require(runtime.partition("-")[0])
+    _check_threads(threads)
+    if runtime != "onnxruntime" and providers:
+        raise InputError(f"providers are for runtime='onnxruntime'; {runtime!r} takes none, got {providers!r}")
+    chosen = _pairs(providers or _PROVIDERS.get(runtime, "CPUExecutionProvider"))
+    available = onnxruntime.get_available_providers()
+    if missing := [name for name, _ in chosen if name not in available]:
+        raise InputError(f"ONNX Runtime here has no {missing[0]!r}; it has {available}")
+    instance("path", path, (str, os.PathLike), "give the file that export(...) wrote")
+    check_path(path)
+    if not Path(path).exists():
+        raise FileError(f"there is no file {path}; write one with export(...)")
+    sealed = check_seal(regular(path))
+    graph = open_in_openvino(path, threads) if runtime == "openvino" else _open(path, threads, chosen)
+    engine = Engine(runtime, graph, (_reopened, (str(Path(path).absolute()), threads, providers, runtime, sealed)))
+    if verify:
+        check_or_raise(engine, path)
+    return engine
+
+
+def _reopened(path: str, threads: Any, providers: Any, runtime: Any, sealed: str | None) -> Engine:
+    """The engine of a pickle or copy, of a file with the checksum `sealed`. Raises as `load`, and `FileError`."""
+    engine = load(path, threads, providers, runtime)
+    if engine.__reduce__()[1][-1] != sealed:
+        raise FileError(f"{path} is another file than when this engine was opened; open the new one with load(...)")
+    return engine
+
+
+def verify(
+    path: str | os.PathLike[str],
+    threads: int | None = None,
+    providers: Sequence[str | Provider] | None = None,
+    runtime: Runtime = "onnxruntime",
+) -> Verification:
+    """Compare the answers of this machine and runtime with those stored in a file that `export` wrote.
+
+    The samples stored in the file leave at every exit in turn, and by its thresholds. Their outputs may differ from the
+    stored ones by a thousandth of the largest; those of an int8 network, in the mean over all samples, by twice what
+    int8 differs from float. A sample whose score lies within 1e-5 of a threshold may leave on either side of it.
+    Thresholds in the graph that are not those of the metadata, as another tool may have written, are wrong.
+
+    Args:
+        path: the ``.onnx`` file.
+        threads: as for `load`.
+        providers: as for `load`.
+        runtime: as for `load`.
+
+    Raises:
+        FileError: the file holds no samples, or as `load` raises.
+        InputError: as `load` raises.
+        MissingExtraError: OpenVINO is not installed.
+    """
+    return check_file(load(path, threads, providers, runtime), path)
+
+
+def _check_threads(threads: Any) -> None:
+    if threads is None:
+        return
+    if isinstance(threads, bool) or not isinstance(threads, Integral) or threads < 1:
+        raise InputError(f"threads must be an integer of at least 1; got {threads!r}")
+    if int(threads) > _MOST_THREADS:
+        raise InputError(f"threads must be at most {_MOST_THREADS}; got {threads}: give as many as there are cores")
+
+
+def _pairs(providers: Any) -> list[Provider]:
+    """Providers with their options, from names and pairs, or one of either."""
+    several = isinstance(providers, Sequence) and not isinstance(providers, str) and not _is_pair(providers)
+    pairs: list[Any] = [p if _is_pair(p) else (p, {}) for p in (providers if several else [providers])]
+    if wrong := [name for name, _ in pairs if not isinstance(name, str)]:
+        raise InputError(f"providers must be names, or pairs of a name and a dict of options; got {wrong[0]!r}")
+    return [(name, dict(options)) for name, options in pairs]
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 2 and isinstance(value[1], Mapping)
+
+
+def _open(path: str | os.PathLike[str], threads: int | None, providers: Sequence[Provider]) -> Graph:
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever the file's name ends in
+    options.log_severity_level = 3  # thresholds are inputs with defaults on purpose; the runtime warns of each
+    if threads is not None:
+        options.intra_op_num_threads = int(threads)
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # ONNX Runtime's errors share no base class of their own
+        read_model(path)
+        version = onnxruntime.__version__
+        raise FileError(f"ONNX Runtime {version} cannot run {path} ({_brief(error)}); export it again") from error
+    first = providers[0][0]
+    if first not in session.get_providers():  # it goes on without, and says so only in a log
+        raise InputError(
+            f"ONNX Runtime cannot use {first!r} on this machine, only {session.get_providers()}; its log tells "
+            "what is missing"
+        )
+    names = [output.name for output in session.get_outputs()]
+    run: Any = getattr(session, "_sess", session).run  # the engine has checked what `run` would check once more
+    required = session.get_inputs()
+    return Graph(
+        lambda feeds: run(names, feeds, None),
+        tuple(_input(i) for i in (*required, *session.get_overridable_initializers())),
+        frozenset(i.name for i in required),
+        len(names),
+        read_metadata(session.get_modelmeta().custom_metadata_map, path),
+    )
+
+
+def _input(value: Any) -> Input:
+    shape = tuple(d if isinstance(d, int) else None for d in value.shape[1:])
+    return Input(value.name, _DTYPES.get(value.type, value.type), shape)
+
+
+def _brief(error: Exception) -> str:
+    text = str(error).splitlines()
+    return text[0][:200] if text else type(error).__name__

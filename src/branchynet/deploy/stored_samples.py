@@ -1,0 +1,157 @@
+"""Samples that a file stores with what its exits answer, to be compared on another machine."""
+
+import base64
+import io
+import os
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from ..errors import FileError
+from .engine import Engine, parse_model
+from .inputs import magnitude
+
+SAMPLES_KEY = "branchynet.policy.digests"
+MAX_SAMPLES = 8
+_BYTES, _MOST_BYTES = 2**20, 2**24  # of all stored samples, and of one that is stored alone
+_FAR = 10  # mean differences of scores are below so many times the largest stored score
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples and what every exit should answer for them.
+
+    Attributes:
+        inputs: `(S, ...)` in the order of the file's inputs.
+        outputs: `(S, C, ...)`, one an exit.
+        scores: `(S,)`, one an exit; () for a flat file.
+        slack: one an exit: mean difference of outputs between int8 and float; 0 for a float network.
+        score_slack: the same of scores.
+    """
+
+    inputs: tuple[NDArray[Any], ...]
+    outputs: tuple[NDArray[Any], ...]
+    scores: tuple[NDArray[Any], ...]
+    slack: tuple[float, ...]
+    score_slack: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.inputs[0])
+
+
+def pack(samples: Samples, kept: Sequence[int], limit: int) -> str:
+    """The first samples as text for a file's metadata, "" where even one would be too large.
+
+    Args:
+        samples: as compared when the file is written.
+        kept: the exits that the file has, from 1.
+        limit: how many samples at most.
+    """
+    arrays = {f"input_{i}": a for i, a in enumerate(samples.inputs)}
+    arrays |= {f"output_{n}": samples.outputs[n - 1] for n in kept}
+    arrays |= {f"score_{n}": samples.scores[n - 1] for n in kept if samples.scores}
+    each = sum(a.nbytes for a in arrays.values()) // max(1, len(samples))
+    rows = min(limit, len(samples), max(1, _BYTES // max(1, each)))
+    if rows < 1 or each > _MOST_BYTES:
+        return ""
+    buffer = io.BytesIO()
+    stored: dict[str, Any] = {name: a[:rows] for name, a in arrays.items()}
+    stored |= {"slack": np.array(samples.slack), "score_slack": np.array(samples.score_slack)}
+    np.savez_compressed(buffer, **stored)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def read_samples(path: str | os.PathLike[str]) -> Samples:
+    """What `pack` put into a file. Raises `FileError` where it holds none, or damaged ones."""
+    return samples_in(parse_model(path), path)
+
+
+def samples_in(model: onnx.ModelProto, path: str | os.PathLike[str], engine: Engine | None = None) -> Samples:
+    """What `pack` put into a model. Raises `FileError` where it holds none, or damaged ones.
+
+    Args:
+        model: as read from `path`.
+        path: for the message.
+        engine: of that file; samples that do not fit it are damaged too.
+    """
+    text = next((p.value for p in model.metadata_props if p.key == SAMPLES_KEY), "")
+    if not text:
+        raise FileError(f"{path} holds no samples to verify it with; export it again, with samples=8")
+    try:
+        found = _unpack(base64.b64decode(text, validate=True))
+        if engine is not None:
+            _check_fit(found, engine)
+    except (ValueError, KeyError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise FileError(f"the samples in {path} cannot be read ({error}); export it again") from error
+    return found
+
+
+def _unpack(content: bytes) -> Samples:
+    if not zipfile.is_zipfile(io.BytesIO(content)):
+        raise ValueError("they are no archive")
+    with np.load(io.BytesIO(content), allow_pickle=False) as stored:
+        arrays = dict(stored)
+    slack, score_slack = arrays["slack"], arrays["score_slack"]
+    for name, array in (("slack", slack), ("score_slack", score_slack)):
+        if array.ndim != 1 or array.dtype.kind != "f" or not (np.isfinite(array) & (array >= 0)).all():
+            raise ValueError(f"{name} is {array.dtype} {array.shape}, not one number an exit")
+    exits, inputs = len(slack), sum(name.startswith("input_") for name in arrays)
+    return Samples(
+        tuple(arrays[f"input_{i}"] for i in range(inputs)),
+        tuple(arrays.get(f"output_{n}", np.empty(0)) for n in range(1, exits + 1)),
+        tuple(arrays.get(f"score_{n}", np.empty(0)) for n in range(1, exits + 1) if f"score_{exits}" in arrays),
+        tuple(slack.tolist()),
+        tuple(score_slack.tolist()),
+    )
+
+
+def _check_fit(samples: Samples, engine: Engine) -> None:
+    """Raises `ValueError` for samples that are none of this engine's file."""
+    if len(samples.slack) != engine.num_exits or len(samples.score_slack) != engine.num_exits:
+        raise ValueError(
+            f"they have slack of {len(samples.slack)} exits and {len(samples.score_slack)} of scores, the file "
+            f"{engine.num_exits} exits"
+        )
+    if len(samples.inputs) != len(engine.inputs):
+        raise ValueError(f"they have {len(samples.inputs)} inputs, the file {len(engine.inputs)}")
+    for array, want in zip(samples.inputs, engine.inputs, strict=True):
+        if not want.accepts(array):
+            raise ValueError(f"input {want.name!r} is {want.describe(array)}, the file reads {want}")
+    rows = len(samples)
+    if rows < 1 or any(len(array) != rows for array in samples.inputs):
+        raise ValueError(f"their inputs have {[len(array) for array in samples.inputs]} rows")
+    if bool(samples.scores) != (engine.policy is not None):
+        raise ValueError("they are of a flat file" if engine.policy else "they are of a file with early exits")
+    tail = tuple(engine.metadata["output_shape"])
+    for n in range(1, engine.num_exits + 1):
+        if engine.policy is not None and not engine.policy.enabled[n - 1]:
+            continue
+        _check_array(f"output {n}", samples.outputs[n - 1], (rows, *tail))
+        if samples.scores:
+            _check_array(f"score {n}", samples.scores[n - 1], (rows,))
+    _check_slack(samples, engine)
+
+
+def _check_array(name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
+    """Raises `ValueError` unless `array` has floats in this shape, where 0 stands for any size."""
+    fits = array.ndim == len(shape) and all(want in (0, have) for have, want in zip(array.shape, shape, strict=True))
+    if array.dtype.kind != "f" or not fits:
+        raise ValueError(f"{name} is {array.dtype} {array.shape}, not floats {shape}")
+
+
+def _check_slack(samples: Samples, engine: Engine) -> None:
+    """Raises `ValueError` for slack that `export` does not write, which would let wrong answers pass."""
+    quantize = engine.metadata.get("quantize")
+    report = quantize.get("mean_difference") if isinstance(quantize, dict) else [0.0] * engine.num_exits
+    if list(samples.slack) != report:
+        raise ValueError(f"slack is {samples.slack}, and int8 is off by {report} in the metadata")
+    for n, slack in enumerate(samples.score_slack, 1):
+        most = _FAR * magnitude(samples.scores[n - 1]) if quantize and samples.scores else 0.0
+        if slack > most:
+            raise ValueError(f"the slack of score {n} is {slack:.3g}, beyond {most:.3g}")

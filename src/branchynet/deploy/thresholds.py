@@ -1,0 +1,57 @@
+"""The thresholds that a file's graph holds, against the policy in its metadata."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from ..errors import FileError
+from ..policy.values import Policy
+
+
+def moved_thresholds(policy: Policy | None, model: onnx.ModelProto, path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """What is wrong with the thresholds in a file's graph: default values or constants other than the policy's.
+
+    Args:
+        policy: from the metadata; None for a flat file.
+        model: as read from `path`, its weights not needed.
+        path: where weights may lie beside it.
+    """
+    held = dict(_constants(model.graph, str(Path(path).parent), path))
+    problems = []
+    for n, threshold in enumerate(policy.thresholds if policy else (), 1):
+        value = held.get(f"threshold_{n}")
+        if value is None:
+            continue
+        if threshold is None:
+            problems.append(f"the file has a threshold of exit {n}, its metadata say never")
+            continue
+        with np.errstate(over="ignore"):  # beyond float32 is infinite, as in the file
+            want = np.float32(threshold).astype(value.dtype)
+        if value.size != 1 or value.item() != want:
+            told = f"{value.item():.6g}" if value.size == 1 else f"{value.size} values"
+            problems.append(f"the file's threshold of exit {n} is {told}, its metadata say {threshold:.6g}")
+    return tuple(problems)
+
+
+def _constants(
+    graph: onnx.GraphProto, folder: str, path: str | os.PathLike[str]
+) -> Iterator[tuple[str, NDArray[np.generic]]]:
+    """Every initializer and constant named as a threshold, at any level."""
+    tensors = [(tensor.name, tensor) for tensor in graph.initializer]
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _constants(attribute.g, folder, path)
+            elif node.op_type == "Constant" and attribute.name == "value":
+                tensors.append((node.output[0], attribute.t))
+    for name, tensor in tensors:
+        if name.startswith("threshold_"):
+            try:
+                yield name, numpy_helper.to_array(tensor, folder)
+            except (ValueError, TypeError, OSError, onnx.checker.ValidationError) as error:
+                raise FileError(f"{name} in {path} cannot be read ({error}); export it again") from error

@@ -1,0 +1,212 @@
+"""The PyTorch engine: a network run stage by stage in PyTorch itself, on any device, without exporting a file."""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..errors import GraphError
+from ..graph.torch_program import CUDA_ROWS, tensors_of
+from ..graph.torch_stages import cut_stages
+from ..nn.calls import arguments
+from ..nn.checks import check_network, resolve_device
+from ..policy.values import Policy, Prediction
+from .inputs import Input, check_thresholds, checked_inputs, difference, magnitude
+from .oracle import answers_alone
+
+
+@dataclass(frozen=True)
+class TensorInput(Input):
+    """An input that may be given as a torch tensor too, on any device."""
+
+    tensor_dtype: torch.dtype
+
+    def accepts(self, array: Any) -> bool:
+        """Whether `array` has this dtype and this shape behind its batch dimension."""
+        if isinstance(array, Tensor):
+            return array.dtype == self.tensor_dtype and self.fits(tuple(array.shape))
+        return self.dtype is not None and super().accepts(array)
+
+    def taken(self, given: Any) -> Any:
+        """What was given, as it is."""
+        return given
+
+    @property
+    def dtype_name(self) -> str:
+        """Such as ``float32``."""
+        return str(self.tensor_dtype).removeprefix("torch.")
+
+
+class TorchEngine:
+    """A network with early exits, ready to answer in PyTorch: what an exported file does, without the file.
+
+    Each exit costs one `nonzero`, where a GPU waits for the host, and one `index_select` a tensor that the next stage
+    reads. Stages share the network's parameters and buffers: change these in place (``optimizer.step()``,
+    ``load_state_dict``) and the next call answers with the new ones; make a new engine after replacing or moving them.
+
+    Calls are thread-safe: an engine holds no state between calls.
+
+    Args:
+        net: a `BranchyNet`, or any network; see `branchynet.nn.network.exits_in` for which of its outputs are exits. It
+            answers as in eval mode, whatever mode it is in.
+        policy: score and default thresholds; an exit whose threshold is None is left out with its branch.
+        example: one batch of inputs: a tensor, a tuple of tensors, or a dict of keyword arguments. With two rows or
+            more, a network whose answer to one sample depends on the others is refused.
+        device: where to run; by default where `net` is. `net` is moved there and stays there.
+
+    Attributes:
+        inputs: what the network reads.
+        policy: as given.
+        exits: N.
+        device: where it runs.
+
+    Raises:
+        InputError: the policy has a number of thresholds other than N-1, or an unknown score; the example holds no
+            tensors with a leading batch dimension.
+        GraphError: the network cannot be exported with a free batch size or cut into stages (see `cut_stages`), or
+            stage by stage it does not answer as it does for each row alone.
+    """
+
+    def __init__(
+        self, net: nn.Module, policy: Policy, example: Any, *, device: str | torch.device | None = None
+    ) -> None:
+        check_network(net)
+        tensors = tensors_of(example)
+        if device is not None:
+            net.to(resolve_device(device))
+        self.device = next((t.device for t in (*net.parameters(), *net.buffers())), torch.device(device or "cpu"))
+        tensors = tuple(t.to(self.device) for t in tensors)
+        kwargs = arguments(example)[1]
+        moved = dict(zip(kwargs, tensors, strict=True)) if kwargs else tensors
+        cut = cut_stages(net, moved, policy)
+        self.policy = policy
+        self.num_exits = policy.num_exits
+        self.inputs = tuple(_input(name, tensor) for name, tensor in zip(cut.arguments, tensors, strict=True))
+        self._cut = cut
+        self._most = CUDA_ROWS if self.device.type == "cuda" else sys.maxsize
+        self._exits = tuple(stage.exit for stage in cut.stages)
+        self._later = tuple({t.name for s in cut.stages[i + 1 :] for t in s.takes} for i in range(len(cut.stages)))
+        self._check(net, moved)
+
+    def __call__(self, /, *inputs: Any, thresholds: Sequence[float | None] | None = None, **named: Any) -> Prediction:
+        """Answer a batch of any size, zero included, each sample at the first exit that is sure enough.
+
+        Args:
+            inputs: arrays or tensors as `inputs` says, all with the same leading batch size B; or one mapping from
+                input names to them.
+            thresholds: N-1 figures to use in this call instead of the policy's; None at an exit means never leave
+                there.
+            named: inputs by name, for those that are not given by position.
+
+        Returns:
+            numpy arrays, whatever the inputs were.
+
+        Raises:
+            InputError: wrong number, names, shape or dtype of inputs, or wrong number of thresholds.
+        """
+        taken, rows = checked_inputs(inputs, named, self.inputs)
+        if rows > self._most:
+            parts = [slice(start, start + self._most) for start in range(0, rows, self._most)]
+            answers = [self(*(given[part] for given in taken.values()), thresholds=thresholds) for part in parts]
+            return Prediction(*(np.concatenate(each) for each in zip(*answers, strict=True)))
+        used = self.policy.thresholds
+        if thresholds is not None:
+            remedy = "make an engine with a threshold there"
+            used = check_thresholds(thresholds, self.policy, where="this engine", remedy=remedy)
+        if not rows:
+            tail = self._cut.output_shape
+            output, label = np.empty((0, *tail), np.float32), np.empty((0, *tail[1:]), np.int64)
+            return Prediction(label, np.empty(0, np.int64), np.empty(0, np.float32), output)
+        with torch.inference_mode(), np.errstate(over="ignore"):  # a threshold beyond float32 is infinite, as in a file
+            limits = [float(np.float32(t)) for t in used if t is not None]
+            output, score, exit = self._answer([_tensor(given).to(self.device) for given in taken.values()], limits)
+            return Prediction(*(t.cpu().numpy() for t in (output.argmax(dim=1), exit, score, output)))
+
+    def _answer(self, inputs: Sequence[Tensor], thresholds: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+        """Every sample's (output, score, exit); thresholds are of the enabled exits but the last."""
+        held = {name: (tensor, 0) for name, tensor in zip(self._cut.inputs, inputs, strict=True)}
+        left: list[Tensor | None] = [None]  # of the batch after each narrowing, the rows that are left; None for all
+        rows = len(inputs[0])
+        answer: tuple[Tensor, Tensor, Tensor] | None = None
+        for stage, later, threshold in zip(self._cut.stages, self._later, (*thresholds, None), strict=True):
+            for taken in stage.takes:
+                held[taken.name] = _pick(*held[taken.name], taken.axis, left)
+            output, score, *given = stage.module(rows, *(held[taken.name][0] for taken in stage.takes))
+            held.update((name, (value, len(left) - 1)) for name, value in zip(stage.gives, given, strict=True))
+            held = {name: value for name, value in held.items() if name in later}
+            del given  # so that nothing of the larger batch is kept while later stages run
+            answer = _put_back(answer, output, score, stage.exit, left[0])
+            if threshold is None:
+                break
+            stays = (score < threshold).logical_not_().nonzero().squeeze(1)  # NaN is not below: it goes deeper
+            if not len(stays):
+                break
+            if len(stays) < rows:
+                rows = len(stays)
+                left = [stays if picked is None else picked.index_select(0, stays) for picked in left] + [None]
+        assert answer is not None
+        return answer
+
+    def _check(self, net: nn.Module, example: Any) -> None:
+        """Each exit in turn, then samples that part, against the network on each row alone. Raises `GraphError`."""
+        expected = torch.stack(answers_alone(net, example, 4), dim=1).numpy()
+        inputs = [t[: len(expected)] for t in tensors_of(example)]
+        coarsest = max((torch.finfo(p.dtype).eps for p in net.parameters() if p.is_floating_point()), default=0.0)
+        tolerance = max(1e-2, 16 * coarsest)  # TF32 and half precision answer a batch and its rows a little apart
+        parting: list[float | None] = [None] * (self.num_exits - 1)
+        forced = [tuple(None if k != n else math.inf for k in range(1, self.num_exits)) for n in self._exits]
+        for n, thresholds in zip((*self._exits, None), (*forced, parting), strict=True):
+            answer = self(*inputs, thresholds=thresholds)
+            wanted = expected[range(len(expected)), answer.exit - 1]
+            for got, want, exit in zip(answer.output, wanted, answer.exit, strict=True):
+                allowed = tolerance * magnitude(want)
+                if (off := difference(got, want)) > allowed:
+                    raise GraphError(
+                        f"exit {exit} answers {off:.3g} off what it answers to the same row alone "
+                        f"(allowed {allowed:.3g}); does the network's forward depend on the other samples of the batch?"
+                    )
+            if n is not None and n < self.num_exits:
+                middle = float(np.sort(answer.score)[len(answer.score) // 2])
+                parting[n - 1] = None if math.isnan(middle) else middle
+
+
+def _input(name: str, tensor: Tensor) -> TensorInput:
+    try:
+        dtype: Any = torch.empty(0, dtype=tensor.dtype).numpy().dtype
+    except TypeError:  # numpy has no bfloat16: such an input is given as a tensor
+        dtype = None
+    return TensorInput(name, dtype, tuple(tensor.shape[1:]), tensor.dtype)
+
+
+def _tensor(given: NDArray[Any] | Tensor) -> Tensor:
+    if isinstance(given, Tensor):
+        return given
+    if not given.flags.writeable or min(given.strides) < 0:  # torch takes neither as it is
+        given = given.copy()
+    return torch.from_numpy(given)
+
+
+def _pick(value: Tensor, narrowing: int, axis: int | None, left: Sequence[Tensor | None]) -> tuple[Tensor, int]:
+    """The rows that are left of a value, which has those of a narrowing; and which narrowing's it has now."""
+    rows = left[narrowing]
+    if axis is None or rows is None:
+        return value, narrowing
+    return value.index_select(axis, rows), len(left) - 1
+
+
+def _put_back(
+    answer: tuple[Tensor, Tensor, Tensor] | None, output: Tensor, score: Tensor, exit: int, rows: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The whole batch's (output, score, exit), with those of one exit at its rows (all of them for None)."""
+    if answer is None or rows is None:
+        exits = torch.full_like(score, exit, dtype=torch.int64)
+        # An output may be a view of an input or a parameter, and is written to below.
+        return output.clone(memory_format=torch.contiguous_format), score.clone(), exits
+    outputs, scores, exits = answer
+    return outputs.index_copy_(0, rows, output), scores.index_copy_(0, rows, score), exits.index_fill_(0, rows, exit)

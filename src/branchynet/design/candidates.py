@@ -1,0 +1,164 @@
+"""A trained trunk with every candidate head on it, as one network with many exits."""
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import GraphError, InputError
+from ..nn.attaching import BranchFactory, attach
+from ..nn.calls import INPUT, arguments, evaluating, find_tensor, first_input, first_rows, single_output
+from ..nn.heads import DEEP, heads
+from ..nn.network import BranchyNet
+from ..nn.placement import spread_exits
+from ..nn.trace import Trace, tracing
+
+_MOST = 0.25  # of the work that is left, for a deep head
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One head at one tap.
+
+    Attributes:
+        tap: a submodule's name, or ``"input"``.
+        head: the head's name.
+        depth: share of the trunk's multiply-accumulates that lie before the tap.
+    """
+
+    tap: str
+    head: str
+    depth: float
+
+
+@dataclass(frozen=True, eq=False)
+class CandidateNetwork:
+    """All candidates on a trunk.
+
+    Attributes:
+        net: the trunk with all heads: one exit a candidate, in this order, then the trunk's own.
+        candidates: by running order of their taps, and cheapest first at each.
+    """
+
+    net: BranchyNet
+    candidates: tuple[Candidate, ...]
+
+    def at(self, tap: str) -> list[int]:
+        """The positions of the candidates at a tap."""
+        return [i for i, c in enumerate(self.candidates) if c.tap == tap]
+
+    def network(self, chosen: Sequence[int]) -> BranchyNet:
+        """A copy of the trunk with the candidates at these positions, in running order and one a tap."""
+        return copy.deepcopy(self.of(chosen))
+
+    def of(self, chosen: Sequence[int]) -> BranchyNet:
+        """The trunk itself with the candidates at these positions, in running order, as many a tap as there are."""
+        every = [head for branch in self.net.branches for head in _heads(branch)]
+        picked: dict[str, nn.Module] = {}
+        for i in chosen:
+            tap = self.candidates[i].tap
+            picked[tap] = _together(picked.get(tap), every[i])
+        return BranchyNet(self.net.backbone, picked)
+
+
+def attach_candidates(
+    trunk: nn.Module, example: Any, taps: Sequence[str] | None = None, most: int = 8
+) -> CandidateNetwork:
+    """Heads of several sizes at the input and at up to `most` other places, evenly spread by multiply-accumulates.
+
+    Of a place's heads all but the first have less work than what is left of the trunk there: others could save nothing.
+    Deep ones have less than a quarter of it: they take most of the training, and pay where much is left.
+
+    Args:
+        trunk: gives logits `(B, C)`; it is not changed.
+        example: one batch of inputs.
+        taps: the names to try instead, in any order.
+        most: places beside the input.
+
+    Raises:
+        InputError: an unknown tap, or outputs that are not `(B, C)`.
+        GraphError: a tap that never runs, runs twice, or runs when the output is there; or no place for an exit at all.
+    """
+    args, kwargs = arguments(first_rows(example))
+    with (
+        torch.no_grad(),
+        evaluating(trunk),
+        tracing(trunk, (args, kwargs), lambda _, value: find_tensor(value)) as survey,
+    ):
+        last = single_output(trunk(*args, **kwargs), "the network's output")
+    if last.dim() != 2:
+        raise InputError(f"the network gives outputs of shape {tuple(last.shape)}; advice is for logits (B, C)")
+    if taps is None:
+        names = list(spread_exits(survey, last, most + 1))
+        if heads(first_input(args, kwargs), last.shape[1]):
+            names.insert(0, INPUT)
+        if not names:
+            raise GraphError(
+                "no place for an exit was found by itself: the network runs its layers several times, or nothing that "
+                "it learns passes through one submodule alone; name places with taps="
+            )
+    else:
+        names = list(taps)
+    ran = {INPUT, *(m.name for m in survey.moments)}
+    depths = {tap: _depth(survey, tap) for tap in names if tap in ran}  # `attach` refuses the others
+    total = survey.operations[-1].macs
+    maker = _EveryCandidate(total * (1 - depth) for depth in sorted(depths.values()))
+    net = attach(trunk, names, example=example, branch=maker)
+    named = [(tap, name) for tap, made in zip(net.taps, maker.names, strict=True) for name in made]
+    return CandidateNetwork(net, tuple(Candidate(tap, name, depths[tap]) for tap, name in named))
+
+
+class _EveryCandidate(BranchFactory):
+    """Every head that may pay for the features at a tap, as one branch; remembers their names, tap by tap."""
+
+    def __init__(self, left: Iterable[float]) -> None:
+        self.left = list(left)  # multiply-accumulates behind each tap, in running order
+        self.names: list[list[str]] = []
+
+    def __call__(self, features: Tensor, num_classes: int, feature_dim: int | None = None) -> nn.Module:
+        """A branch with one exit a head."""
+        made = heads(features, num_classes, feature_dim)
+        if not made:
+            raise InputError(
+                f"no classifier reads {features.dtype} features of shape {tuple(features.shape)}; name another tap"
+            )
+        left = self.left.pop(0)
+        (cheapest, first), *others = made.items()
+        names = [cheapest]
+        for name, head in others:
+            if _work(head, features) < left * (_MOST if name in DEEP else 1):
+                first = _together(first, head)
+                names.append(name)
+        self.names.append(names)
+        return first
+
+
+def _work(head: nn.Module, features: Tensor) -> float:
+    """Multiply-accumulates of a head."""
+    with torch.no_grad(), evaluating(head), tracing(head, ((features,), {}), lambda _, v: find_tensor(v)) as survey:
+        head(features)
+    return survey.operations[-1].macs
+
+
+def _together(branch: nn.Module | None, head: nn.Module) -> nn.Module:
+    """One more head in a branch, as its last exit."""
+    return head if branch is None else BranchyNet(head, {INPUT: branch})
+
+
+def _heads(branch: nn.Module) -> list[nn.Module]:
+    """The heads in a branch that `_together` made."""
+    if isinstance(branch, BranchyNet):
+        return [*_heads(branch.branches[0]), branch.backbone]
+    return [branch]
+
+
+def _depth(survey: Trace, tap: str) -> float:
+    """Share of the multiply-accumulates before a tap."""
+    total = survey.operations[-1].macs
+    if tap == INPUT or not total:
+        return 0.0
+    moment = next(m for m in survey.moments if m.name == tap)
+    return survey.operations[moment.time - 1].macs / total

@@ -1,0 +1,207 @@
+"""From a PyTorch network to one flat ONNX graph that computes every exit, tidied before it is cut.
+
+The static baseline goes through the same function, so that it gets every rewrite that our graphs get.
+"""
+
+import inspect
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+import torch
+from onnxscript import rewriter
+from onnxscript.rewriter.rules.common import fuse_batchnorm_into_conv_rule, fuse_batchnorm_into_gemm_rule
+from torch import nn
+
+from ..errors import GraphError
+from ..nn.calls import arguments
+from ..nn.network import BranchyNet
+from ..policy.scores import Score
+from .onnx_builder import BATCH, reserved
+from .subgraphs import graphs_of, nodes_of
+from .torch_program import AllExits as AllExits
+from .torch_program import _rows as _rows
+from .torch_program import program_of, quiet_export
+from .torch_program import tensors_of as tensors_of
+from .unwritable import check_writable
+
+OPSET = 20  # the first whose ReduceMin takes booleans; ONNX Runtime 1.17 and later read it
+IR_VERSION = 9
+_RANDOM = {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
+
+
+@dataclass(frozen=True)
+class FlatGraph:
+    """A flat ONNX graph with every exit's output, and its score where asked for.
+
+    Attributes:
+        model: outputs are named ``output_1..N`` and, with scores, ``score_1..N``.
+        exits: N.
+        dynamic: whether the leading dimension of every input is the free symbol ``batch``, or fixed at 1.
+    """
+
+    model: ir.Model
+    num_exits: int
+    dynamic: bool
+
+    def value(self, name: str) -> ir.Value:
+        """The graph output of that name."""
+        return next(v for v in self.model.graph.outputs if v.name == name)
+
+
+def flatten(net: nn.Module, example: Any, *, score: Score | None = None, dynamic: bool = True) -> FlatGraph:
+    """Export a network to a flat graph: all exits' outputs and, with `score`, their scores.
+
+    Args:
+        net: a `BranchyNet`, or any network; see `branchynet.nn.network.exits_in` for which of its outputs are exits.
+        example: one batch of inputs: a tensor, a tuple of tensors, or a dict of keyword arguments.
+        score: computed in the graph for every exit.
+        dynamic: leave the batch size free; else it is fixed at 1.
+
+    Raises:
+        InputError: the example holds no tensors with a leading batch dimension, or `score` does not give one number a
+            sample.
+        GraphError: as `program_of` and `check_writable`, or the network draws random numbers.
+    """
+    args, kwargs = arguments(example)
+    program = program_of(net, example, score=score, dynamic=dynamic)
+    inputs = input_names(net, len(args), tuple(kwargs))
+    check_writable(program.exported, inputs)
+    names = [f"{kind}_{n}" for kind in program.kinds for n in range(1, program.num_exits + 1)]
+    try:
+        with torch.no_grad(), quiet_export():
+            _promote(program.exported)
+            converted = torch.onnx.export(
+                program.exported,
+                (),
+                input_names=inputs,
+                output_names=names,
+                dynamic_shapes=program.dynamic_shapes,
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
+            )
+            assert converted is not None
+            model = _tidy(converted.model, names)
+    except Exception as error:  # torch and onnxscript pass on whatever a step of theirs raises
+        raise GraphError(f"{type(net).__name__} cannot be written as ONNX: {_first_cause(error)}") from error
+    random = sorted({node.op_type for node in nodes_of(model.graph) if _is_random(node)})
+    if random:
+        raise GraphError(
+            f"the network draws random numbers when it answers ({', '.join(random)}); make eval mode deterministic"
+        )
+    return FlatGraph(model, program.num_exits, dynamic)
+
+
+def input_names(net: nn.Module, count: int, keywords: Sequence[str] = ()) -> list[str]:
+    """Names of the first `count` positional arguments of the network's own forward, then `keywords`.
+
+    A name that the graph needs for itself gets an underscore behind it.
+    """
+    forward = (net.backbone if isinstance(net, BranchyNet) else net).forward
+    own = [p.name for p in inspect.signature(forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    names: list[str] = []
+    for name in (*(own[i] if i < len(own) else f"input_{i + 1}" for i in range(count)), *keywords):
+        while reserved(name) or re.fullmatch(r"(output|score)_\d+", name) or name in names:
+            name += "_"
+        names.append(name)
+    return names
+
+
+def _promote(exported: torch.export.ExportedProgram) -> None:
+    """Cast integers before a float is reduced by them: torch's own converter fails on ``1.0 - mask``."""
+    for node in list(exported.graph.nodes):
+        if node.target is torch.ops.aten.rsub.Scalar and node.args[0].meta["val"].dtype != node.meta["val"].dtype:
+            whole, wanted = node.args[0], node.meta["val"].dtype
+            with exported.graph.inserting_before(node):
+                cast = exported.graph.call_function(torch.ops.aten.to.dtype, (whole, wanted))
+            cast.meta["val"] = whole.meta["val"].to(wanted)
+            node.replace_input_with(whole, cast)
+
+
+def _tidy(model: ir.Model, names: Sequence[str]) -> ir.Model:
+    """Fold, fuse and merge, so that what trunk and branches share is computed and carried across the cut once."""
+    passes.InlinePass()(model)
+    rewriter.rewrite(model, pattern_rewrite_rules=[fuse_batchnorm_into_conv_rule, fuse_batchnorm_into_gemm_rule])
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    passes.IdentityEliminationPass()(model)
+    passes.CommonSubexpressionEliminationPass()(model)
+    _relu_before_pool(model.graph)
+    for tidy in (
+        passes.DeduplicateInitializersPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.ClearMetadataAndDocStringPass(),
+        passes.OutputFixPass(),
+        passes.TopologicalSortPass(),
+    ):
+        tidy(model)
+    _own_outputs(model.graph)
+    if not any(any(graphs_of(node)) for node in model.graph):  # the pass takes their sequences for tensors
+        passes.ShapeInferencePass()(model)  # torch tells nothing of values inside its operators
+    _forget_unknown_lengths(model.graph)
+    for value, name in zip(model.graph.outputs, names, strict=True):  # some passes name an output anew
+        value.name = name
+    passes.NameFixPass()(model)  # an input may be called like a value that the exporter has named
+    model.ir_version = IR_VERSION
+    return model
+
+
+def _forget_unknown_lengths(graph: ir.Graph) -> None:
+    """Leave no names for lengths but the batch's: each level of a nested graph would give the same one to another."""
+    for value in (v for node in nodes_of(graph) for v in node.outputs):
+        if value.shape is not None:
+            value.shape = ir.Shape([d if isinstance(d, int) or _is_of_batch(d) else None for d in value.shape])
+
+
+def _is_of_batch(dim: ir.SymbolicDim) -> bool:
+    return dim.value is not None and set(re.findall(r"[A-Za-z_]\w*", dim.value)) <= {BATCH}
+
+
+def _own_outputs(graph: ir.Graph) -> None:
+    """Let a graph inside a node give out what its own nodes make; the passes leave it values from around it."""
+    for inner in (inner for node in nodes_of(graph) for inner in graphs_of(node)):
+        for place, value in enumerate(inner.outputs):
+            maker = value.producer()
+            if maker is None or maker.graph is not inner:
+                same = ir.node("Identity", [value])
+                output = same.outputs[0]
+                output.name, output.type, output.shape = f"{value.name}_out", value.type, value.shape
+                inner.append(same)
+                inner.outputs[place] = output
+
+
+def _is_random(node: ir.Node) -> bool:
+    if node.op_type == "Dropout" and len(node.inputs) > 2 and node.inputs[2] is not None:
+        training = node.inputs[2].const_value
+        return training is None or bool(training.numpy())
+    return node.op_type in _RANDOM
+
+
+def _relu_before_pool(graph: ir.Graph) -> None:
+    """ReLU(MaxPool(x)) becomes MaxPool(ReLU(x)): equal, and the runtime can fuse the ReLU into a convolution."""
+    for relu in list(graph):
+        pool = relu.inputs[0].producer() if relu.op_type == "Relu" and relu.inputs[0] is not None else None
+        if pool is None or pool.op_type != "MaxPool" or len(pool.outputs) != 1:
+            continue
+        pooled, source = pool.outputs[0], pool.inputs[0]
+        if len(pooled.uses()) != 1 or pooled.is_graph_output():
+            continue
+        assert source is not None
+        before = ir.node("Relu", [source])
+        before.outputs[0].shape, before.outputs[0].type = source.shape, source.type
+        before.outputs[0].name = f"{relu.outputs[0].name}_before_pool"
+        graph.insert_before(pool, before)
+        pool.replace_input_with(0, before.outputs[0])
+        ir.convenience.replace_all_uses_with(relu.outputs[0], pooled, replace_graph_outputs=True)
+        graph.remove(relu, safe=True)
+
+
+def _first_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,274 @@
+"""From a PyTorch network to one exported torch program with every exit's output and score, or the reason why not."""
+
+import contextlib
+import inspect
+import io
+import logging
+import traceback
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..arguments import described
+from ..errors import GraphError, InputError
+from ..nn.calls import arguments, evaluating
+from ..nn.checks import STILL, calling, changed, written
+from ..nn.network import exit_outputs
+from ..nn.readable import check_weights
+from ..nn.trace import Trace
+from ..policy.scores import Score
+from .onnx_builder import BATCH
+
+# Code that is not the network's own.
+NOT_THE_NETWORKS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+
+# The largest batch that convolutions and pooling export with on a GPU: the second side of a CUDA grid.
+CUDA_ROWS = 65_535
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """An exported program.
+
+    Attributes:
+        exported: functional; its outputs are every exit's output, then with scores every exit's score.
+        exits: N.
+        kinds: ``("output",)``, or ``("output", "score")``.
+        dynamic_shapes: of the inputs, as `torch.export` takes them.
+        whole: the module that was exported.
+    """
+
+    exported: torch.export.ExportedProgram
+    num_exits: int
+    kinds: tuple[str, ...]
+    dynamic_shapes: Any
+    whole: nn.Module
+
+
+def tensors_of(example: Any) -> tuple[Tensor, ...]:
+    """The tensors of an example, positional ones first. Raises `InputError` where they are not one batch of tensors."""
+    args, kwargs = arguments(example)
+    tensors = (*args, *kwargs.values())
+    if not tensors or not all(isinstance(t, Tensor) and t.dim() > 0 and len(t) for t in tensors):
+        raise InputError(
+            "example must be a tensor, or a tuple or dict of tensors, each with a leading batch dimension; got "
+            + (", ".join(described(t) for t in tensors) or "nothing")
+        )
+    if len({len(t) for t in tensors}) > 1:
+        raise InputError(f"the tensors of the example have batch sizes {[len(t) for t in tensors]}; they must agree")
+    return tuple(t.detach() for t in tensors)
+
+
+def program_of(net: nn.Module, example: Any, *, score: Score | None, dynamic: bool = True) -> Program:
+    """Export a network in eval mode, after one plain forward, in which most mistakes show at once.
+
+    Args:
+        net: a `BranchyNet`, or any network; see `branchynet.nn.network.exits_in` for which of its outputs are exits.
+        example: one batch of inputs: a tensor, a tuple of tensors, or a dict of keyword arguments.
+        score: computed for every exit.
+        dynamic: leave the batch size free; else it is fixed at 1.
+
+    Raises:
+        InputError: the example holds no tensors with a leading batch dimension, or `score` does not give one number a
+            sample.
+        GraphError: as `check_weights`; the network cannot be exported (module and line are named where known), does not
+            keep the batch size free, has an exit that needs the last one, or is in training mode whatever one does.
+    """
+    check_weights(net)
+    _check_no_target(net, example)
+    rows = 2 if dynamic else 1  # a batch of 1 in the example would be taken as a constant
+    tensors = tuple(_rows(t, rows) for t in tensors_of(example))
+    most = CUDA_ROWS if any(t.is_cuda for t in tensors) else None
+    free = {0: torch.export.Dim(BATCH, max=most)} if dynamic else None
+    shapes = (tuple(free for _ in tensors),)
+    kinds = ("output",) if score is None else ("output", "score")
+    with evaluating(net), torch.no_grad(), quiet_export():
+        whole = AllExits(net, score, tuple(arguments(example)[1])).eval()
+        exits = _rehearse(whole, tensors, len(kinds), example)
+        _check_still(whole, tensors)
+        try:
+            exported = torch.export.export(whole, tensors, dynamic_shapes=shapes if dynamic else None, strict=False)
+        except (GraphError, InputError):
+            raise
+        except Exception as error:  # torch passes on whatever the network's own code raises
+            raise GraphError(export_failure(error, whole, net)) from error
+    _check_samples_apart(exported)
+    return Program(exported, exits, kinds, shapes if dynamic else None, whole)
+
+
+def _check_no_target(net: nn.Module, example: Any) -> None:
+    """Refuse labels among the inputs, which would become an input of the file. Raises `InputError`."""
+    named = arguments(example)[1].keys() & {"labels", "label", "label_ids"}
+    if not named:
+        return
+    read = inspect.signature(getattr(net, "backbone", net).forward).parameters
+    for name in sorted(named):
+        if name in read and read[name].default is None:  # a network may well need labels to answer
+            raise InputError(
+                f"the example holds {name!r}, which the network reads only to compute its loss: leave it out, "
+                f"{{k: v for k, v in batch.items() if k != {name!r}}}"
+            )
+
+
+class AllExits(nn.Module):
+    """Outputs, then scores, as one tuple; the last of its positional inputs go to the network by keyword."""
+
+    def __init__(self, net: nn.Module, score: Score | None, keywords: tuple[str, ...]) -> None:
+        super().__init__()
+        self.net = net
+        self.score = score
+        self.keywords = keywords
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Every exit's output, and then its score where there is one."""
+        outputs = self._outputs(inputs)
+        if self.score is None:
+            return outputs
+        scores = [self.score(outputs[: n + 1]) for n in range(len(outputs))]
+        for n, (score, output) in enumerate(zip(scores, outputs, strict=True), 1):
+            if not isinstance(score, Tensor) or score.shape != output.shape[:1]:
+                given = f"shape {tuple(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
+                raise InputError(
+                    f"the score gives {given} for output {tuple(output.shape)} at exit {n}; it must give one number a "
+                    "sample, (B,): reduce the other dimensions in a callable"
+                )
+        return (*outputs, *(score.float() for score in scores))
+
+    def _outputs(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        positional = len(inputs) - len(self.keywords)
+        returned = self.net(*inputs[:positional], **dict(zip(self.keywords, inputs[positional:], strict=True)))
+        outputs = exit_outputs(self.net, returned)
+        for n, output in enumerate(outputs, 1):
+            if output.dim() < 2 or output.shape[1:] != outputs[-1].shape[1:]:
+                raise GraphError(
+                    f"exit {n} gives shape {tuple(output.shape)} and the last exit {tuple(outputs[-1].shape)}; "
+                    "all exits must give (B, C, ...) of one shape: give every branch the shape of the backbone's "
+                    "output, and one number a sample as (B, 1)"
+                )
+        return tuple(output.float() for output in outputs)
+
+
+def _rehearse(whole: AllExits, tensors: tuple[Tensor, ...], kinds: int, example: Any) -> int:
+    """The number of exits, from a plain forward. Raises `GraphError` for an exit that is made of the last one."""
+    survey = Trace((), tensors)
+    with survey, calling(whole.net, example):
+        results = whole(*tensors)
+    exits = len(results) // kinds
+    last = survey.node(results[exits - 1])
+    for n, output in enumerate(results[: exits - 1], 1):
+        if survey.node(output) != last and last in survey.needed_until(survey.node(output)):
+            raise GraphError(
+                f"exit {n} is computed from the last exit's output, so leaving there could save nothing; tap a "
+                "submodule that runs before the output"
+            )
+    return exits
+
+
+def _rows(tensor: Tensor, rows: int) -> Tensor:
+    return torch.cat([tensor] * rows)[:rows] if tensor.shape[0] < rows else tensor[:rows]
+
+
+def export_failure(error: Exception, whole: nn.Module, net: nn.Module) -> str:
+    """What went wrong, in which module and at which line of the network's own code."""
+    names = {id(module): (name, module) for name, module in whole.named_modules()}
+    place = line = ""
+    module: nn.Module = whole
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        name, module = names.get(id(frame.f_locals.get("self")), ("", whole))
+        if readable_path(name):
+            place = f"{readable_path(name)!r} ({type(module).__name__})"
+        if not frame.f_code.co_filename.startswith((*NOT_THE_NETWORKS, "<")):
+            line = f"{frame.f_code.co_filename}:{number}"
+    told = [text.strip(" -") for text in str(error).splitlines() if text.strip()] or [type(error).__name__]
+    cause = told[0]
+    if cause.startswith("Constraints violated"):
+        cause = (
+            f"the batch size, dimension 0 of every input, cannot stay free ({told[1]}); write the batch as x.shape[0] "
+            "or -1 in shapes and do not compare it, or export with batch=1"
+        )
+        place = line = ""
+    elif isinstance(module, torch.jit.ScriptModule):
+        cause += "; TorchScript cannot be exported: give the nn.Module that it was made of"
+    elif "data-dependent" in cause:
+        cause += "; its forward decides by a tensor's values: write that with torch.where"
+    at = f" (in {place} at {line})" if place and line else f" (at {line})" if line else ""
+    return f"{type(net).__name__} cannot be exported{at}: {cause}"
+
+
+def readable_path(path: str) -> str:
+    """A path in the exported wrapper as the user knows it."""
+    return path.removeprefix("net").removeprefix(".").removeprefix("backbone.")
+
+
+def _check_still(whole: nn.Module, tensors: tuple[Tensor, ...]) -> None:
+    """Refuse a network that changes its parameters or buffers when it answers. Raises `GraphError`.
+
+    Parameters may be too large to copy, so only their counts of writes are compared. To be called when it has answered
+    once, so that what it keeps from its first answer on is there.
+    """
+    own = written(whole.named_parameters())
+    before, values = written(whole.named_buffers()), {name: buffer.clone() for name, buffer in whole.named_buffers()}
+    whole(*tensors)
+    if (name := changed(own, written(whole.named_parameters()))) is not None:
+        raise GraphError(
+            f"the network changes its parameter {readable_path(name)!r} when it answers, so that answers would "
+            f"depend on those before: {STILL}"
+        )
+    for name, (buffer, writes) in written(whole.named_buffers()).items():
+        then = before.get(name, (None, 0))
+        # Writing through .data is not counted, but shows; NaN differs from itself.
+        if then[0] is not buffer or then[1] != writes or (buffer != values[name]).logical_and(buffer == buffer).any():
+            raise GraphError(
+                f"the network changes its buffer {readable_path(name)!r} when it answers, so that answers would depend "
+                "on those before: is a batch norm in training mode? change buffers under `if self.training:` alone"
+            )
+
+
+def _check_samples_apart(exported: torch.export.ExportedProgram) -> None:
+    """Refuse a batch norm that averages over the samples of a batch, as in training. Raises `GraphError`."""
+    for node in exported.graph.nodes:
+        trains = _name(node) == "_native_batch_norm_legit" or (
+            _name(node) == "batch_norm" and argument_of(node, "training")
+        )
+        if trains and any(isinstance(d, torch.SymInt) for d in node.args[0].meta["val"].shape):  # weights may well be
+            modules = [readable_path(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
+            place = next((name for name in reversed(modules) if name), "the network")
+            raise GraphError(
+                f"a batch norm in {place!r} averages over the samples of a batch, as in training; use running "
+                "statistics in eval mode"
+            )
+
+
+def _name(node: fx.Node) -> str:
+    target = node.target
+    return target._schema.name.removeprefix("aten::") if isinstance(target, torch._ops.OpOverload) else node.name
+
+
+def argument_of(node: fx.Node, name: str) -> Any:
+    """The value that a node gives to an operator's argument of that name."""
+    for place, argument in enumerate(getattr(node.target, "_schema").arguments):  # noqa: B009  # not typed
+        if argument.name == name:
+            return node.args[place] if place < len(node.args) else node.kwargs.get(name, argument.default_value)
+    return None
+
+
+@contextlib.contextmanager
+def quiet_export() -> Iterator[None]:
+    """Silence torch's notices of packages that are not there, deprecations and retries; errors still raise."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx.experimental.symbolic_shapes", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        aside = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stdout(aside), contextlib.redirect_stderr(aside):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,1 @@
+"""Watching a deployed network: drift alarms and budgets."""

@@ -1,0 +1,138 @@
+"""Exits, scores and labels, as a record predicts them and as an engine reports them."""
+
+import threading
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ..errors import InputError
+from ..policy.exit_record import ExitRecord
+from ..policy.exit_rule import deployed, leaving
+from ..policy.record_scores import scores_of_record
+from ..policy.values import Floats, Ints, Policy, Prediction
+
+
+class PicklableLock:
+    """A lock for what threads share; it is copied and pickled as a new one, which nobody holds."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: Any) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PicklableLock, ()
+
+
+def check_exits(record: ExitRecord, policy: Policy) -> None:
+    """Raises `InputError` where record and policy are not for one number of exits, or no exit is in use."""
+    if policy.num_exits != record.num_exits:
+        raise InputError(
+            f"the policy is for {policy.num_exits} exits, but the record has {record.num_exits}: give the record of "
+            "the network that the policy was chosen for"
+        )
+    if not any(policy.enabled[:-1]):
+        raise InputError(
+            "the policy uses no early exit (every threshold is never), so nothing can be watched or moved: choose one "
+            "with at least one threshold"
+        )
+
+
+def predicted(record: ExitRecord, policy: Policy) -> tuple[Ints, Floats, Ints | None]:
+    """The exit `(S,)`, from 1, at which each recorded sample leaves, its score there `(S,)`, and its answer `(S,)`.
+
+    The answers are class indices, or None for a record of scores and losses.
+
+    Raises:
+        InputError: as `check_exits`; the record holds another score than the policy's; a score is NaN.
+    """
+    check_exits(record, policy)
+    scores = scores_of_record(record, policy.score)
+    position = leaving(scores, deployed(policy.thresholds))
+    rows = np.arange(record.samples)
+    left = scores[rows, position]
+    if np.isnan(left).any():
+        raise InputError(
+            f"the record holds a score of NaN at sample {int(np.isnan(left).argmax())}, exit "
+            f"{position[np.isnan(left).argmax()] + 1}: leave that sample out"
+        )
+    labels = None if record.outputs is None else record.outputs[rows, position].argmax(axis=1)
+    return position + 1, left, labels
+
+
+def answered(prediction: Any, policy: Policy) -> Ints:
+    """The exits `(B,)` of a `Prediction`, or of an array of exits.
+
+    Raises:
+        InputError: empty, no integers, or an exit that the policy does not have or does not use.
+    """
+    exits = np.asarray(prediction.exit if isinstance(prediction, Prediction) else prediction)
+    if exits.ndim != 1 or not len(exits) or exits.dtype.kind not in "iu":
+        raise InputError(
+            f"exits must be integers of shape (B,) with at least one sample; got {exits.dtype} of shape {exits.shape}"
+        )
+    known = np.array([False, *policy.enabled, False])[np.clip(exits, 0, policy.num_exits + 1)]
+    if not known.all():
+        used = [n for n, enabled in enumerate(policy.enabled, 1) if enabled]
+        raise InputError(
+            f"a sample left at exit {exits[~known][0]}, but the policy of {policy.num_exits} exits uses {used}: give "
+            "the predictions of the network and thresholds that the policy is for"
+        )
+    return exits.astype(np.int64)
+
+
+def answered_scores(prediction: Any, scores: ArrayLike | None, samples: int) -> Floats:
+    """The scores `(B,)` float64 of a `Prediction`, or of an array beside one of exits.
+
+    Raises:
+        InputError: none given, given twice, not one a sample, or NaN.
+    """
+    if isinstance(prediction, Prediction):
+        if scores is not None:
+            raise InputError("give a Prediction, or exits and scores, not a Prediction and scores")
+        scores = prediction.score
+    if scores is None:
+        raise InputError("exits were given without scores: give the engine's Prediction, or update(exits, scores)")
+    try:
+        values = np.asarray(scores, np.float64)
+    except (TypeError, ValueError):
+        raise InputError(f"scores must be numbers, one a sample; got {type(scores).__name__}") from None
+    if values.shape != (samples,):
+        raise InputError(f"scores must have shape ({samples},), one a sample of exits; got {values.shape}")
+    if np.isnan(values).any():
+        raise InputError(
+            f"the score of sample {int(np.isnan(values).argmax())} of the batch is NaN: the network gave NaN there, or "
+            "the file was exported with policy=None; leave such samples out"
+        )
+    return values
+
+
+def answered_labels(prediction: Any, labels: ArrayLike | None, samples: int, classes: int) -> Ints | None:
+    """The labels `(B,)` of a `Prediction`, or of an array beside one of exits; None where none were given.
+
+    Raises:
+        InputError: given twice, not one integer a sample, or outside 0..C-1.
+    """
+    if isinstance(prediction, Prediction):
+        if labels is not None:
+            raise InputError("give a Prediction, or exits, scores and labels, not a Prediction and labels")
+        labels = prediction.label
+    if labels is None:
+        return None
+    values = np.asarray(labels)
+    if values.shape != (samples,) or values.dtype.kind not in "iu":
+        raise InputError(
+            f"labels must be integers of shape ({samples},), one a sample of exits; got {values.dtype} of shape "
+            f"{values.shape}"
+        )
+    if values.min() < 0 or values.max() >= classes:
+        raise InputError(
+            f"labels lie in {values.min()}..{values.max()}, but the record has {classes} classes (0..{classes - 1}): "
+            "give the predictions of the network that was recorded"
+        )
+    return values.astype(np.int64)

@@ -1,0 +1,1 @@
+"""Networks with side branches: attaching, tracing, placing exits, averaging, weights."""

@@ -1,0 +1,80 @@
+"""One way to feed a batch to a network, shared by training and recording."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from .checks import calling
+from .network import exit_outputs
+
+
+def batches(loader: Any, device: torch.device, channels_last: bool = False) -> Iterator[tuple[Any, Tensor]]:
+    """The `(inputs, target)` pairs of a loader, on `device`; 4-d inputs in channels-last memory order where asked.
+
+    Raises:
+        InputError: a batch that is no `(inputs, target)` pair, or a target that is no tensor.
+    """
+
+    def place(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            value = torch.from_numpy(value)
+        if isinstance(value, Tensor):
+            value = value.to(device, non_blocking=True)
+            return value.contiguous(memory_format=torch.channels_last) if channels_last and value.dim() == 4 else value
+        if isinstance(value, Mapping):
+            return {key: place(entry) for key, entry in value.items()}
+        if isinstance(value, (tuple, list)):
+            return tuple(place(entry) for entry in value)
+        return value
+
+    for batch in loader:
+        if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], (Tensor, np.ndarray))):
+            entries = [type(entry).__name__ for entry in batch] if isinstance(batch, (tuple, list)) else ""
+            raise InputError(
+                "every batch must be (inputs, target) with a tensor as target; got a "
+                f"{type(batch).__name__} {entries}: wrap the loader, or give the data set a collate_fn, so that it "
+                "yields such pairs"
+            )
+        target = place(batch[1])
+        if not target.dim():
+            raise InputError(
+                "the loader gives single samples, not batches: wrap it, such as torch.utils.data.DataLoader(data, "
+                "batch_size=64, shuffle=True)"
+            )
+        yield place(batch[0]), target
+
+
+def tensors_in(inputs: Any) -> Iterator[Tensor]:
+    """The tensors in a batch's inputs, in an order of their own."""
+    if isinstance(inputs, Tensor):
+        yield inputs
+    elif isinstance(inputs, Mapping):
+        for key in sorted(inputs):
+            yield from tensors_in(inputs[key])
+    elif isinstance(inputs, (tuple, list)):
+        for entry in inputs:
+            yield from tensors_in(entry)
+
+
+def batch_exits(net: nn.Module, inputs: Any) -> tuple[Tensor, ...]:
+    """Every exit's output for one batch, earliest first; a network with a single output has one exit.
+
+    Args:
+        net: a `BranchyNet`, or any module; see `branchynet.nn.network.exits_in` for which of its outputs are exits.
+        inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+
+    Raises:
+        InputError: the network cannot answer to such inputs; the message says what may be wrong with them.
+    """
+    with calling(net, inputs):
+        if isinstance(inputs, Mapping):
+            value = net(**inputs)
+        elif isinstance(inputs, tuple):
+            value = net(*inputs)
+        else:
+            value = net(inputs)
+    return exit_outputs(net, value)

@@ -1,0 +1,129 @@
+"""Networks, devices, loaders and inputs that users often mix up, refused with what to give instead."""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ..arguments import described, dtype_name, instance
+from ..errors import BranchyNetError, InputError
+
+_IMAGE_CHANNELS = (1, 3, 4)
+# What torch and a network's own code raise for inputs that do not fit. An import, memory or user's error of another
+# kind is none of the inputs' making.
+_MISFITS = (RuntimeError, TypeError, ValueError, IndexError)
+
+
+def check_network(net: Any) -> None:
+    """Raise `InputError` unless `net` is an `nn.Module`."""
+    if isinstance(net, type):
+        raise InputError(f"the network must be an nn.Module; got the class {net.__name__}: give {net.__name__}()")
+    instance("the network", net, nn.Module, "give the PyTorch network itself")
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device of that name. Raises `InputError` for an unknown one, or one that this machine does not have."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        names = "'cpu', 'cuda', 'cuda:1' or 'mps'"
+        raise InputError(f"device={device!r} is no device of PyTorch; give {names}, or leave it out") from error
+    try:
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise InputError(
+            f"device={str(device)!r} is not available on this machine ({lines[0]}); leave device out, or give 'cpu'"
+        ) from error
+    return found
+
+
+def check_loader(name: str, value: Any) -> None:
+    """Raise `InputError` for what is no loader of batches."""
+    if not hasattr(value, "__iter__") and (hasattr(value, "images") or hasattr(value, "train")):  # of branchynet.data
+        raise InputError(f"{name} is {described(value)}, not a loader: give branchynet.data.loader(data.train, 64)")
+    remedy = "wrap it, such as torch.utils.data.DataLoader(data, batch_size=64, shuffle=True)"
+    if isinstance(value, torch.utils.data.Dataset):
+        raise InputError(f"{name} is a data set, {described(value)}, which gives single samples: {remedy}")
+    if not hasattr(value, "__iter__") and not hasattr(value, "__getitem__"):
+        raise InputError(f"{name} must yield batches (inputs, target); got {described(value)}: {remedy}")
+
+
+def written(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[Tensor, int]]:
+    """Each tensor by its name, and how often it was written to, as far as torch counts; -1 before it has a size."""
+    return {name: (t, -1 if is_lazy(t) else 0 if t.is_inference() else t._version) for name, t in tensors}
+
+
+def changed(before: Mapping[str, tuple[Tensor, int]], after: Mapping[str, tuple[Tensor, int]]) -> str | None:
+    """The first of the tensors `after`, as `written` gives them, that is another one or was written to; or None."""
+    for name, (tensor, writes) in after.items():
+        then = before.get(name, (None, 0))
+        if then[0] is not tensor or then[1] not in (writes, -1):
+            return name
+    return None
+
+
+STILL = (
+    "change parameters under `if self.training:` alone, and leave max_norm= out of embeddings (set emb.max_norm = None "
+    "once emb.weight is renormalised)"
+)
+"""What to do with a network that changes its parameters when it answers."""
+
+
+@contextlib.contextmanager
+def calling(net: nn.Module, inputs: Any) -> Iterator[None]:
+    """Within the block, what `net` cannot do with these inputs is raised as `InputError`, with what may be wrong.
+
+    Args:
+        net: the network that is called.
+        inputs: a tensor, a tuple of arguments, or a dict of keyword arguments.
+    """
+    try:
+        yield
+    except _MISFITS as error:
+        if isinstance(error, (BranchyNetError, torch.OutOfMemoryError)):
+            raise
+        lines = str(error).splitlines() or [type(error).__name__]
+        given = ", ".join(described(value) for value in _values(inputs)) or "nothing"
+        raise InputError(
+            f"{type(net).__name__} cannot answer to {given} ({lines[0][:300]}){_hint(net, inputs)}"
+        ) from error
+
+
+def _hint(net: nn.Module, inputs: Any) -> str:
+    """What is most likely wrong with the inputs, or nothing."""
+    values = _values(inputs)
+    inner = getattr(net, "module", net)
+    dtypes = {p.dtype for p in inner.parameters() if p.is_floating_point()}
+    alien = [v for v in values if not isinstance(v, Tensor)]
+    if any(isinstance(v, np.ndarray) for v in alien):
+        return ": give tensors, torch.from_numpy(array)"
+    if any(isinstance(v, torch.utils.data.DataLoader) for v in alien):
+        return ": give one batch of inputs, such as next(iter(loader))[0]"
+    tensors = [v for v in values if isinstance(v, Tensor)]
+    if not isinstance(inputs, Mapping) and len(values) == 2 and len(tensors) == 2 and _is_target(*tensors):
+        return ": the second looks like the labels of the first; give the inputs alone"
+    for value in tensors:
+        if value.dtype == torch.uint8 and dtypes:
+            return ": pixels must be floats, x.float() / 255, as the network was trained"
+        if value.is_floating_point() and len(dtypes) == 1 and value.dtype not in dtypes:
+            return f": the network computes in {dtype_name(next(iter(dtypes)))}; give x.to({next(iter(dtypes))})"
+        if value.dim() == 4 and value.shape[3] in _IMAGE_CHANNELS and value.shape[1] not in _IMAGE_CHANNELS:
+            return ": images come channels first, (B, C, H, W); give x.permute(0, 3, 1, 2)"
+        if value.dim() == 3 and value.shape[0] in _IMAGE_CHANNELS:
+            return ": the batch dimension comes first, (B, C, H, W); give x[None]"
+    return ""
+
+
+def _is_target(inputs: Tensor, target: Tensor) -> bool:
+    return target.dim() == 1 and not target.is_floating_point() and inputs.shape[:1] == target.shape
+
+
+def _values(inputs: Any) -> list[Any]:
+    if isinstance(inputs, Mapping):
+        return list(inputs.values())
+    return list(inputs) if isinstance(inputs, (tuple, list)) else [inputs]

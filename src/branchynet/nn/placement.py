@@ -1,0 +1,71 @@
+"""Where exits can stand in a network."""
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from .trace import ModuleOutput, Trace
+
+
+def exit_places(survey: Trace, output: Tensor) -> list[tuple[float, ModuleOutput]]:
+    """Where an exit may stand, in running order, each with the share of the multiply-accumulates that lie before it.
+
+    Only a submodule will do that runs once and at whose return everything learned so far is in its own output, so that
+    no other such value is needed later: the end of a residual block, not its inside.
+    """
+    until = survey.needed_until(survey.node(output))
+    total = survey.operations[-1].macs
+    runs: Mapping[str, int] = _counted(moment.name for moment in survey.moments)
+    found = []
+    for moment in survey.moments:
+        share = survey.operations[moment.time - 1].macs / total if total and moment.time else 0.0
+        if runs[moment.name] == 1 and 0 < share < 1 and _usable(moment, output) and _alone(survey, moment, until):
+            found.append((share, moment))
+    return found
+
+
+def spread_exits(survey: Trace, output: Tensor, num_exits: int) -> tuple[str, ...]:
+    """Names of `exits` - 1 submodules that divide the forward into parts of about equal multiply-accumulates.
+
+    Of the `exit_places` that stand at about the same share, the one with the smallest output is taken, and of these the
+    outermost.
+
+    Returns:
+        The names in running order; fewer where there are not so many places.
+    """
+    here = exit_places(survey, output)
+    chosen: list[tuple[float, ModuleOutput]] = []
+    for k in range(1, num_exits):
+        after = chosen[-1][0] if chosen else 0.0
+        free = [(share, moment) for share, moment in here if share > after]
+        if not free:
+            break
+        nearest = min(abs(share - k / num_exits) for share, _ in free)
+        near = [(s, m) for s, m in free if abs(s - k / num_exits) <= nearest + 0.02]
+        chosen.append(min(near, key=lambda p: (p[1].features.numel(), p[1].name.count("."), p[0])))  # type: ignore[union-attr]
+    return tuple(moment.name for _, moment in chosen)
+
+
+def _usable(moment: ModuleOutput, output: Tensor) -> bool:
+    features = moment.features
+    return (
+        features is not None
+        and features.is_floating_point()
+        and features.dim() > 1
+        and features.shape[0] == output.shape[0]
+    )
+
+
+def _alone(survey: Trace, moment: ModuleOutput, until: Mapping[int, int]) -> bool:
+    """Whether of all that is learned so far nothing but this moment's output is needed later."""
+    for number, operation in enumerate(survey.operations[: moment.time]):
+        if operation.data and operation.weighed and number != moment.node and until.get(number, -1) >= moment.time:
+            return False
+    return moment.node in until
+
+
+def _counted(names: Iterable[str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for name in names:
+        counts[name] = counts.get(name, 0) + 1
+    return counts

@@ -1,0 +1,220 @@
+"""One forward of a network, watched: which operation reads what, what each submodule gives out, and what it costs.
+
+It sees tensors and operations only, so that any network can be surveyed; nothing is known of any architecture.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+from ..errors import GraphError
+from .readable import scripted_submodule
+
+aten = torch.ops.aten
+# Operations that tell which dimension of what they read holds the features: the second, or the last.
+_SECOND = {"convolution", "native_batch_norm", "_native_batch_norm_legit_no_training", "native_group_norm",
+           "max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "upsample_nearest2d",
+           "upsample_bilinear2d"}  # fmt: skip
+_LAST = {"native_layer_norm", "addmm", "mm"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a tensor's elements lie: sizes and strides, by which views of one memory can be compared."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """Something computed: the operation's name, what it read (by number, with layouts) and what it gave."""
+
+    name: str
+    read: tuple[tuple[int, Layout], ...]
+    gave: Layout | None
+    data: bool  # a function of inputs
+    weighed: bool  # a function of parameters; of both: what is learned of the inputs, not merely a mask or a weight
+    macs: float  # of the whole forward up to and with this
+
+
+@dataclass(frozen=True)
+class ModuleOutput:
+    """A submodule has just returned.
+
+    Attributes:
+        name: of the submodule.
+        features: what it gave, as its reader sees it; None where that is no tensor.
+        node: the operation that made them.
+        time: how many operations had run.
+    """
+
+    name: str
+    features: Tensor | None
+    node: int
+    time: int
+
+
+class Trace(TorchDispatchMode):
+    """The operations of one forward, in order. Views share a memory, and so a number, with what they view.
+
+    Attributes:
+        operations: by number; inputs and parameters are among them.
+        moments: each return of a submodule, in order.
+    """
+
+    supports_higher_order_operators = True  # that is, they come here, to be refused by name
+
+    def __init__(self, parameters: Iterable[Tensor], inputs: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.operations: list[Operation] = []
+        self.moments: list[ModuleOutput] = []
+        self._latest: dict[int, int] = {}  # memory -> the operation that wrote it last
+        self._kept: list[Any] = []  # a memory that is freed may be given out again under the same address
+        for parameter in parameters:
+            self._add("parameter", (), [parameter], weighed=True)
+        for given in inputs:
+            self._add("input", (), [given], data=True)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation and note it."""
+        kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            raise GraphError(
+                f"the network holds torch's {func.name()!r}, control flow that a tensor's values decide or an operator "
+                "that takes functions; its graph must be one course of action for all samples: use torch.where"
+            )
+        out = func(*args, **kwargs)
+        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        known = {_memory(t) for t in read}
+        fresh = made if func._schema.is_mutable else [t for t in made if _memory(t) not in known]  # others are views
+        reads = tuple((self.node(t), _layout(t)) for t in read)
+        self._add(func._overloadpacket.__name__, reads, fresh, macs=_macs(func, args, kwargs, out))
+        return out
+
+    def node(self, tensor: Tensor) -> int:
+        """The number of the operation that last wrote this tensor's memory."""
+        found = self._latest.get(_memory(tensor))
+        return self._add("constant", (), [tensor]) if found is None else found
+
+    def _add(
+        self,
+        name: str,
+        read: tuple[tuple[int, Layout], ...],
+        made: Sequence[Tensor],
+        *,
+        data: bool = False,
+        weighed: bool = False,
+        macs: float = 0.0,
+    ) -> int:
+        parents = [self.operations[n] for n, _ in read]
+        data, weighed = data or any(p.data for p in parents), weighed or any(p.weighed for p in parents)
+        before = self.operations[-1].macs if self.operations else 0.0
+        number = len(self.operations)
+        gave = _layout(made[0]) if made else None
+        self.operations.append(Operation(name, read, gave, data, weighed, before + macs))
+        for tensor in made:
+            self._latest[_memory(tensor)] = number
+            self._kept.append(tensor)
+        return number
+
+    def needed_until(self, output: int) -> dict[int, int]:
+        """For every operation that operation `output` depends on, the last of those that reads it."""
+        until = {output: len(self.operations)}
+        for number in range(output, -1, -1):
+            if number in until:
+                for parent, _ in self.operations[number].read:
+                    if parent != number:
+                        until[parent] = max(until.get(parent, 0), number)
+        return until
+
+    def feature_dim(self, moment: ModuleOutput) -> int | None:
+        """Which dimension of a submodule's output holds its features, as the operations that read it next take it."""
+        assert moment.features is not None
+        shape, views = tuple(moment.features.shape), {moment.node: _layout(moment.features)}
+        for number, operation in enumerate(self.operations[moment.time :], moment.time):
+            for read, layout in operation.read:
+                if read not in views:
+                    continue
+                dims = _matched(views[read], layout)
+                place = 1 if operation.name in _SECOND else -1 if operation.name in _LAST else None
+                if place is not None and len(layout.shape) > 1:
+                    found = dims.get(place % len(layout.shape))
+                    if found is not None and found > 0:
+                        return found
+                gave = operation.gave
+                if gave is not None and gave.shape == layout.shape and number not in views:
+                    strides = {dims[d]: gave.stride[d] for d in dims}  # followed through what changes no shape
+                    views[number] = Layout(shape, tuple(strides.get(d, 0) for d in range(len(shape))))
+        return None
+
+
+@contextmanager
+def tracing(backbone: nn.Module, inputs: Iterable[Any], tensor: Callable[[str, Any], Tensor | None]) -> Iterator[Trace]:
+    """Watch the forwards of `backbone` within the block.
+
+    Args:
+        backbone: its parameters are told from other constants.
+        inputs: what it is about to be given.
+        tensor: the tensor in a named submodule's output, or None.
+    """
+    survey = Trace(backbone.parameters(), [t for t in tree_leaves(list(inputs)) if isinstance(t, Tensor)])
+
+    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def returned(_module: nn.Module, _args: Any, output: Any) -> None:
+            features = tensor(name, output)
+            node = -1 if features is None else survey.node(features)
+            survey.moments.append(ModuleOutput(name, features, node, len(survey.operations)))
+
+        return returned
+
+    handles = [
+        module.register_forward_hook(hook(name))
+        for name, module in backbone.named_modules()
+        if name and scripted_submodule(backbone, name) is None
+    ]
+    try:
+        with survey:
+            yield survey
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _matched(known: Layout, view: Layout) -> dict[int, int]:
+    """For dimensions of `view`, which dimension of `known`, a view of the same memory, each is."""
+    places = {
+        (size, stride): d for d, (size, stride) in enumerate(zip(known.shape, known.stride, strict=True)) if size > 1
+    }
+    found = {}
+    for d, key in enumerate(zip(view.shape, view.stride, strict=True)):
+        if key in places:
+            found[d] = places[key]
+    return found
+
+
+def _layout(tensor: Tensor) -> Layout:
+    return Layout(tuple(tensor.shape), tensor.stride() if tensor.layout is torch.strided else ())
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _macs(func: Any, args: Any, kwargs: Any, out: Any) -> float:
+    packet = func._overloadpacket
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu:  # which the registry forgets
+        return sdpa_flop_count(*(tuple(t.shape) for t in args[:3])) / 2
+    if packet in (aten.mkldnn_rnn_layer, aten._cudnn_rnn):  # likewise: every step reads all weights of input and state
+        weights = args[1] if isinstance(args[1], (list, tuple)) else args[1:3]
+        return args[0].shape[0] * args[0].shape[1] * float(sum(w.numel() for w in weights if w.dim() == 2))
+    return flop_registry[packet](*args, **kwargs, out_val=out) / 2 if packet in flop_registry else 0.0

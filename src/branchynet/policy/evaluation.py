@@ -1,0 +1,228 @@
+"""Judging thresholds, on recorded outputs and measured costs alone: evaluate, frontier.
+
+A threshold acts as the float32 number that the deployed network compares with, so a policy routes the recorded samples
+there as it does here. Shape letters: S samples, N exits, P policies.
+"""
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..arguments import instance
+from ..errors import InputError
+from .coordinate_ascent import ascend
+from .digests import share_samples
+from .exit_record import ExitRecord, check_cost, check_same_network
+from .exit_rule import leaving, route
+from .fitted_scores import FittedScore
+from .record_scores import score_in_use, scores_of_record
+from .scores import Score
+from .search import SearchPoints, SearchProblem, between, beyond, grid, mean_cost
+from .values import Choice, ExitCost, Floats, Ints, Outcome, Policy
+
+GRID_EXITS = 3
+"""Up to so many thresholds all combinations are searched; beyond, coordinate ascent."""
+
+SLACK = 1e-9
+"""Limits count as met to within this much, so that a limit written as a decimal means what it says."""
+
+_Z95 = 1.959963984540054
+
+
+def first_correct(losses: Floats) -> Ints:
+    """`(S,)` the position of the first exit that is right, of losses `(S, N)`; the last where none is."""
+    right = losses < 0.5
+    right[:, -1] = True
+    return right.argmax(axis=1).astype(np.int64)
+
+
+def evaluate(record: ExitRecord, policy: Policy | Choice, cost: ExitCost | None = None) -> Outcome:
+    """What `policy` does on `record`: accuracy, who leaves where and, given `cost`, time and MACs.
+
+    Leaving at exit n costs the trunk up to n and the branches in use up to n; a branch whose threshold is None costs
+    nothing. The accuracy's interval is Wilson's, at 95 %; for losses between 0 and 1 it is conservative, since none
+    varies more than a 0/1 loss of the same mean.
+
+    Args:
+        record: S samples, N exits.
+        policy: a score and N-1 thresholds. Given a `Choice`, its policy, with a warning where `record` is the data that
+            chose it, which flatters.
+        cost: N stages, or None to leave the costs out.
+
+    Returns:
+        The outcome; `p95_us` and `worst_us` are over the samples of the record.
+
+    Raises:
+        InputError: record, policy and cost are not for one number of exits, or not of one network.
+
+    Source: Teerapittayanon et al. 2016, Figure 2; interval: Wilson 1927, doi:10.1080/01621459.1927.10502953.
+    """
+    check_cost(record, cost)
+    if isinstance(policy, Choice):
+        check_same_network("the record and the choice", record.network, policy.network)
+        if policy.record_digest == record.digest or _chose(policy, record):
+            warnings.warn(
+                "this record chose these thresholds, so its figures flatter them: report another record's", stacklevel=2
+            )
+        policy = policy.policy
+    instance("policy", policy, Policy, "give Policy(thresholds=(...)), or what choose(...) returns")
+    if policy.num_exits != record.num_exits:
+        raise InputError(
+            f"the policy has {len(policy.thresholds)} thresholds, but a record of {record.num_exits} exits needs "
+            f"{record.num_exits - 1}, one an exit but the last: give None for an exit that is not to be used"
+        )
+    position = route(scores_of_record(record, policy.score), policy.thresholds) - 1
+    losses = record.losses.astype(np.float64)
+    loss = losses[np.arange(record.samples), position]
+    counts = np.bincount(position, minlength=record.num_exits).astype(np.float64)
+    wrong = np.bincount(position, loss, minlength=record.num_exits)
+    accuracy = _accuracy(loss.sum(), record.samples)
+    costs = {}
+    if cost is not None:
+        us, macs = cost.latency_us(policy.enabled), cost.macs(policy.enabled)
+        costs = {
+            "mean_us": float(mean_cost(counts, us, record.samples)),
+            "p95_us": float(np.quantile(us[position], 0.95, method="inverted_cdf")),
+            "worst_us": float(us[position].max()),
+            "mean_macs": float(mean_cost(counts, macs, record.samples)),
+        }
+    return Outcome(
+        samples=record.samples,
+        accuracy=accuracy,
+        accuracy_interval=wilson(accuracy, record.samples),
+        last_accuracy=_accuracy(losses[:, -1].sum(), record.samples),
+        exit_share=tuple(float(c) / record.samples for c in counts),
+        exit_accuracy=tuple(_accuracy(w, c) if c else None for w, c in zip(wrong, counts, strict=True)),
+        **costs,
+    )
+
+
+def _chose(choice: Choice, record: ExitRecord) -> bool:
+    """Whether samples of the record chose the thresholds, or the score was fitted on them."""
+    score = choice.policy.score
+    known = [choice.samples, score.fitted_on if isinstance(score, FittedScore) else ""]
+    found = record.sample_digests if any(known) else None
+    return found is not None and any(share_samples(one, found) for one in known)
+
+
+@dataclass(frozen=True, eq=False)
+class Frontier:
+    """The threshold vectors that no other beats in both accuracy and mean time, cheapest and least accurate first.
+
+    Attributes:
+        thresholds: `(P, N-1)` float32, NaN for never.
+        accuracy: `(P,)` float64, 1 - mean loss.
+        mean_us: `(P,)` float64, microseconds a sample.
+        share: `(P, N)` float64, share of the samples that leave at each exit.
+        score: what the thresholds are compared with.
+    """
+
+    thresholds: Floats
+    accuracy: Floats
+    mean_us: Floats
+    share: Floats
+    score: str | Score = "entropy"
+
+    def __len__(self) -> int:
+        """P, the number of policies."""
+        return len(self.accuracy)
+
+    @property
+    def knee(self) -> int:
+        """The position where accuracy begins to cost much time: the farthest above the chord between both ends.
+
+        Time and accuracy are scaled to [0, 1] (Satopaa et al. 2011, Finding a "Kneedle" in a Haystack).
+        """
+        us, accuracy = (np.ptp(v) or 1.0 for v in (self.mean_us, self.accuracy))
+        return int(((self.accuracy - self.accuracy[0]) / accuracy - (self.mean_us - self.mean_us[0]) / us).argmax())
+
+    def policy(self, index: int) -> Policy:
+        """The policy at position `index`."""
+        return Policy(self.score, policy_thresholds(self.thresholds[index]))
+
+
+def frontier(
+    record: ExitRecord, cost: ExitCost, score: str | Score | None = None, *, vectors: int = 1_000_000
+) -> Frontier:
+    """The best accuracy for every mean time that thresholds can give on `record`.
+
+    Thresholds lie midway between neighbouring recorded scores, and *never*, which removes an exit and its cost, is one
+    of them. One threshold: exact. Two or three: exact over all distinct scores while the combinations that no looser
+    one beats for sure are at most `vectors`, for two a hundred times as many; else on a grid of about that size, then
+    exact along one threshold at a time. More: coordinate ascent from several starts.
+
+    Args:
+        record: S samples, N exits.
+        cost: N stages.
+        score: a name in `branchynet.policy.record_scores`, or a callable; by default the one that `record` holds, or
+            else entropy.
+        vectors: how many combinations to search for each set of exits in use; 1,000,000 take about 0.1 s and 50 MB.
+
+    Returns:
+        The Pareto set on this record: optimistic for other data, the more so the smaller the record.
+
+    Raises:
+        InputError: record and cost are not of one network, or the score is unknown or not the record's.
+    """
+    instance("cost", cost, ExitCost, "give what measure(...) returns")
+    check_cost(record, cost)
+    score = score_in_use(record, score)
+    points = best_points(problem_of(record, cost, score), vectors)
+    return Frontier(
+        thresholds=points.thresholds,
+        accuracy=1 - points.loss / record.samples,
+        mean_us=points.us,
+        share=points.counts / record.samples,
+        score=score,
+    )
+
+
+def wilson(share: float, samples: int) -> tuple[float, float]:
+    """Wilson's 95 % interval for a `share` seen in so many `samples`."""
+    spread = _Z95**2 / samples
+    middle = (share + spread / 2) / (1 + spread)
+    half = math.sqrt(share * (1 - share) * spread + spread**2 / 4) / (1 + spread)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def best_points(problem: SearchProblem, vectors: int) -> SearchPoints:
+    """The Pareto set: over all combinations for up to `GRID_EXITS` thresholds, else by coordinate ascent."""
+    return grid(problem, vectors) if problem.scores.shape[1] - 1 <= GRID_EXITS else ascend(problem)
+
+
+def problem_of(record: ExitRecord, cost: ExitCost, score: str | Score) -> SearchProblem:
+    """What is searched. Raises `InputError` where record and cost are not of one network."""
+    check_cost(record, cost)
+    # Column after column, as they are searched.
+    scores = np.asfortranarray(scores_of_record(record, score))
+    return SearchProblem(scores, record.losses.astype(np.float64, order="F"), cost)
+
+
+def centred(problem: SearchProblem, thresholds: Floats) -> Floats:
+    """The thresholds moved midway between the scores of those samples that reach each exit: same routes, more room.
+
+    An exit at which nobody leaves is out of use, and its branch costs nothing.
+    """
+    position = leaving(problem.scores, thresholds)
+    moved = thresholds.copy()
+    for n in np.nonzero(~np.isnan(thresholds))[0]:
+        leaves, stays = problem.scores[position == n, n], problem.scores[position > n, n]
+        stays = stays[stays < np.inf]
+        if len(leaves) and len(stays):
+            moved[n] = between(leaves.max(keepdims=True), stays.min(keepdims=True))[0]
+        elif len(leaves):
+            moved[n] = beyond(leaves.max(keepdims=True))[0]
+        else:
+            moved[n] = np.nan
+    return moved
+
+
+def _accuracy(loss: float, samples: int) -> float:
+    return 1 - float(loss) / int(samples)
+
+
+def policy_thresholds(thresholds: Floats) -> tuple[float | None, ...]:
+    """Thresholds of a `Policy` from an array with NaN for never."""
+    return tuple(None if np.isnan(t) else float(t) for t in thresholds)

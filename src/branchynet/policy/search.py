@@ -1,0 +1,284 @@
+"""The accuracy and cost of very many threshold vectors at once, by counting instead of by trying.
+
+Shape letters: S samples, N exits, P threshold vectors, K candidate thresholds of one exit. A threshold of NaN means
+*never* here (None in a `Policy`): that exit's branch is left out, and its cost with it.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from .exit_rule import leaving
+from .values import ExitCost, Floats, Ints
+
+_FILLS = 16
+_ROUNDS = 100  # of so many combinations each, for the exact answer with two thresholds
+
+
+@dataclass(frozen=True, eq=False)
+class SearchProblem:
+    """What is searched: scores `(S, N)` float32, losses `(S, N)`, and what each exit costs."""
+
+    scores: Floats
+    losses: Floats
+    cost: ExitCost
+
+    def take(self, rows: Ints) -> "SearchProblem":
+        """The problem of some of the samples."""
+        return SearchProblem(self.scores.T[:, rows].T, self.losses.T[:, rows].T, self.cost)
+
+    @cached_property
+    def order(self) -> list[Ints]:
+        """For each early exit, the samples from surest to least sure; NaN and infinity never leave and are left out."""
+        orders = []
+        for column in self.scores[:, :-1].T:
+            order = np.argsort(column, kind="stable")
+            orders.append(order[column[order] < np.inf])
+        return orders
+
+
+@dataclass(frozen=True, eq=False)
+class SearchPoints:
+    """Threshold vectors and what each does.
+
+    Attributes:
+        thresholds: `(P, N-1)` float32, NaN for never.
+        loss: `(P,)` summed loss of the answers given.
+        us: `(P,)` mean microseconds a sample.
+        counts: `(P, N)` how many samples leave at each exit.
+    """
+
+    thresholds: Floats
+    loss: Floats
+    us: Floats
+    counts: Floats
+
+    def take(self, index: Ints) -> "SearchPoints":
+        """The points at `index`, in that order."""
+        return SearchPoints(self.thresholds[index], self.loss[index], self.us[index], self.counts[index])
+
+    def pareto(self) -> "SearchPoints":
+        """The points that no other beats, cheapest first; of equals the first stays."""
+        order = np.lexsort((self.loss, self.us))
+        loss = self.loss[order]
+        better = np.ones(len(loss), bool)
+        better[1:] = loss[1:] < np.minimum.accumulate(loss)[:-1]
+        return self.take(order[better])
+
+
+def join(points: list[SearchPoints]) -> SearchPoints:
+    """All points in one."""
+    names = ("thresholds", "loss", "us", "counts")
+    return SearchPoints(*(np.concatenate([getattr(p, name) for p in points]) for name in names))
+
+
+def best_of(sets: Iterable[SearchPoints]) -> SearchPoints:
+    """The Pareto set of all points in several sets, of which only one at a time is in memory; of equals the first."""
+    found: SearchPoints | None = None
+    for points in sets:
+        found = (points if found is None else join([found, points])).pareto()
+    assert found is not None
+    return found
+
+
+def mean_cost(counts: Floats | Sequence[Floats], each: Floats, samples: int) -> Floats:
+    """Mean cost of so many `counts` (N, ...) of samples that leave at exits of cost `each` (N,).
+
+    Summed exit by exit, so that one vector and a million give the same bits, and a limit met here is met in `evaluate`.
+    """
+    total = np.zeros(())
+    for count, cost in zip(counts, each, strict=True):
+        total = total + count * cost
+    return total / samples
+
+
+def between(below: Floats, above: Floats) -> Floats:
+    """Float32 thresholds midway between neighbours, which `below` passes (strictly less) and `above` does not."""
+    middle = ((below.astype(np.float64) + above.astype(np.float64)) / 2).astype(np.float32)
+    return np.where(middle > below, middle, above)  # between adjacent floats the middle may round down
+
+
+def beyond(top: Floats) -> Floats:
+    """A threshold that every recorded score up to `top` passes, with room for an engine's rounding."""
+    limit = np.finfo(np.float32)
+    top = np.maximum(top, limit.min).astype(np.float64)
+    return np.minimum(top + 1e-3 * np.maximum(np.abs(top), 1), limit.max).astype(np.float32)
+
+
+def cuts(scores: Floats, harmed: np.ndarray | None = None) -> Floats:
+    """Candidate thresholds `(K,)` for one exit: between all neighbouring distinct scores `(S,)`, and beyond the last.
+
+    Where samples that leaving there harms are marked in `harmed` `(S,)`, only those thresholds stay that a looser one
+    does not beat for sure: the last, and those right below a sample that is harmed.
+    """
+    finite = scores < np.inf
+    values = np.unique(scores[finite])
+    if not len(values):
+        return np.empty(0, np.float32)
+    thresholds = np.append(between(values[:-1], values[1:]), beyond(values[-1:]))
+    if harmed is None:
+        return thresholds
+    kept = np.zeros(len(values), bool)
+    kept[np.searchsorted(values, scores[finite & harmed])] = True
+    return thresholds[np.append(kept[1:], True)]
+
+
+def thinned(scores: Floats, thresholds: Floats, most: int) -> Floats:
+    """At most so many of the candidates: such that both samples and candidates are cut into about equal parts."""
+    if len(thresholds) <= most:
+        return thresholds
+    samples = np.searchsorted(np.sort(scores), thresholds) / len(scores)
+    position = samples / max(samples[-1], 1e-9) + np.arange(1, len(thresholds) + 1) / len(thresholds)
+    return thresholds[np.unique(np.searchsorted(position / 2, np.arange(1, most + 1) / most - 1e-12))]
+
+
+def grid(problem: SearchProblem, vectors: int) -> SearchPoints:
+    """The Pareto set over all combinations of candidate thresholds, for every set of exits in use.
+
+    Thresholds that a looser one beats for sure are passed over: those where no sample would lose by leaving too. Exact
+    where the rest have at most `vectors` combinations, for two thresholds at most a hundred times as many. Else on a
+    part of them of about that many for each set of exits, with the gaps filled by sweeps over all distinct scores from
+    points along the set.
+    """
+    early = problem.scores.shape[1] - 1
+    found, exact = [], True
+    for size in range(early + 1):  # fewest exits first: of equals the simplest stays
+        for used in itertools.combinations(range(early), size):
+            candidates = _candidates(problem, used)
+            count = math.prod(map(len, candidates))
+            if count > vectors * (_ROUNDS if size <= 2 else 1):
+                exact, room = False, vectors
+                for k, i in enumerate(sorted(range(size), key=lambda i: len(candidates[i])), start=1):
+                    most = max(2, int(room ** (1 / (size + 1 - k)) + 1e-9))
+                    candidates[i] = thinned(problem.scores[:, used[i]], candidates[i], most)
+                    room = max(1, room // len(candidates[i]))
+            if all(map(len, candidates)):
+                found.append(_in_parts(problem, used, candidates, vectors))
+    points = join(found).pareto()
+    if exact:
+        return points
+    spread = np.unique(np.linspace(0, len(points.loss) - 1, _FILLS).astype(int))
+    return best_of(itertools.chain([points], (around(problem, points.thresholds[i]) for i in spread)))
+
+
+def _candidates(problem: SearchProblem, used: tuple[int, ...]) -> list[Floats]:
+    """For each of the exits `used` (from 0) the thresholds that a looser one need not beat.
+
+    Leaving there is never dearer than leaving later, and no less accurate but for a sample that a later exit in use
+    answers better.
+    """
+    later, found = problem.losses[:, -1], []
+    for n in reversed(used):
+        found.append(cuts(problem.scores[:, n], problem.losses[:, n] > later))
+        later = np.minimum(later, problem.losses[:, n])
+    return found[::-1]
+
+
+def _in_parts(problem: SearchProblem, used: tuple[int, ...], candidates: list[Floats], vectors: int) -> SearchPoints:
+    """The Pareto set of all combinations, at most about `vectors` of them in memory at once."""
+    if not used:
+        return _combinations(problem, used, candidates)
+    rows = max(1, vectors // math.prod(map(len, candidates[1:])))
+    return best_of(
+        _combinations(problem, used, [candidates[0][start : start + rows], *candidates[1:]])
+        for start in range(0, len(candidates[0]), rows)
+    )
+
+
+def _combinations(problem: SearchProblem, used: tuple[int, ...], candidates: list[Floats]) -> SearchPoints:
+    """The undominated ones of all combinations of `candidates`, for the early exits `used` (positions from 0)."""
+    samples, exits = problem.scores.shape
+    last = problem.losses[:, -1]
+    # A sample in bin b leaves at the candidates with index >= b; one in bin K leaves at none.
+    bins = [np.searchsorted(c, problem.scores[:, n], side="right") for n, c in zip(used, candidates, strict=True)]
+    loss = np.full((), last.sum())
+    counts: list[Floats] = [np.zeros(())] * exits
+    for i, n in enumerate(used):
+        shape = tuple(len(c) + 1 for c in candidates[: i + 1])
+        cell = np.ravel_multi_index(bins[: i + 1], shape)
+        right = (slice(None),) * (i + 1) + (None,) * (len(used) - i - 1)
+        counts[n] = _leaving(cell, None, shape)[right]
+        loss = loss + _leaving(cell, problem.losses[:, n] - last, shape)[right]
+    counts[-1] = samples - sum(counts[:-1], np.zeros(loss.shape))
+    enabled = [n in used for n in range(exits - 1)]
+    us = mean_cost(counts, problem.cost.latency_us([*enabled, True]), samples)
+    index = np.nonzero(_not_dominated(loss).ravel())[0]
+    where = np.unravel_index(index, loss.shape) if used else ()
+    thresholds = np.full((len(index), exits - 1), np.nan, np.float32)
+    for n, c, i in zip(used, candidates, where, strict=True):
+        thresholds[:, n] = c[i]
+    kept = np.stack([np.broadcast_to(c, loss.shape).ravel()[index] for c in counts], axis=1)
+    return SearchPoints(thresholds, loss.ravel()[index], np.broadcast_to(us, loss.shape).ravel()[index], kept)
+
+
+def _leaving(cell: Ints, weights: Floats | None, shape: tuple[int, ...]) -> Floats:
+    """Sum of `weights` (or the count) over the samples that pass all axes but the last and leave at the last."""
+    total = np.bincount(cell, weights, minlength=int(np.prod(shape))).reshape(shape)
+    total = np.cumsum(total, axis=-1)[..., :-1]
+    for axis in range(len(shape) - 1):
+        total = np.flip(np.cumsum(np.flip(total, axis), axis=axis), axis)
+        total = total[(slice(None),) * axis + (slice(1, None),)]
+    return total.astype(np.float64, copy=False)
+
+
+def _not_dominated(loss: Floats) -> np.ndarray:
+    """Which combinations lose less than all looser ones, which with the same exits are never dearer."""
+    if not loss.ndim:
+        return np.ones((), bool)
+    best = np.pad(loss, [(0, 1)] * loss.ndim, constant_values=np.inf)
+    for axis in range(loss.ndim):
+        best = np.flip(np.minimum.accumulate(np.flip(best, axis), axis=axis), axis)
+    keep = np.ones(loss.shape, bool)
+    for axis in range(loss.ndim):
+        keep &= loss < best[tuple(slice(1, None) if a == axis else slice(None, -1) for a in range(loss.ndim))]
+    return keep
+
+
+def sweep(problem: SearchProblem, thresholds: Floats, n: int) -> SearchPoints:
+    """The thresholds of the early exit n (from 0) that no looser one beats, with the others as given.
+
+    Leaving at n is never dearer than leaving later. *Never* is included, and stands first.
+    """
+    samples, exits = problem.scores.shape
+    never = thresholds.copy()
+    never[n] = np.nan
+    answering = leaving(problem.scores, never)
+    answered = problem.losses[np.arange(samples), answering]
+    first = np.bincount(answering, minlength=exits).astype(np.float64)
+    base = answered.sum()
+    enabled = [*~np.isnan(never), True]
+
+    order = problem.order[n]
+    order = order[answering[order] > n]  # those that reach exit n
+    scores, later = problem.scores[order, n], answering[order]
+    edge = np.nonzero(np.append(scores[:-1] < scores[1:], True))[0] if len(order) else np.empty(0, np.int64)
+    loss = base + np.cumsum(problem.losses[order, n] - answered[order])[edge]
+    counts = [np.broadcast_to(first[m], edge.shape) for m in range(exits)]
+    counts[n] = first[n] + edge + 1
+    for m in range(n + 1, exits):
+        if first[m]:
+            counts[m] = first[m] - np.cumsum(later == m)[edge]
+    us = mean_cost(counts, problem.cost.latency_us([e or i == n for i, e in enumerate(enabled)]), samples)
+
+    kept = np.nonzero(loss <= np.append(np.minimum.accumulate(loss[::-1])[::-1][1:], np.inf))[0]
+    edge, top = edge[kept], scores[-1:]
+    above = np.append(scores[1:], top)[edge]
+    rows = np.tile(never, (len(edge) + 1, 1))
+    rows[1:, n] = between(scores[edge], above)
+    if len(edge):
+        rows[-1, n] = beyond(top)[0]  # the loosest is beaten by none
+    return SearchPoints(
+        thresholds=rows,
+        loss=np.append(base, loss[kept]),
+        us=np.append(mean_cost(first, problem.cost.latency_us(enabled), samples), us[kept]),
+        counts=np.vstack([first, np.stack([c[kept] for c in counts], axis=1)]),
+    )
+
+
+def around(problem: SearchProblem, point: Floats) -> SearchPoints:
+    """The Pareto set of all vectors that differ from `point` in one threshold."""
+    return best_of(sweep(problem, point, n) for n in range(len(point)))

@@ -1,0 +1,1 @@
+"""Recording every exit and measuring costs, with one fair clock."""

@@ -1,0 +1,339 @@
+"""The report's figures, as matplotlib Figures that save as PNG, SVG or PDF.
+
+Shape letters: S samples, N exits, P threshold vectors. Colours are of one palette, which `svg.inline` turns into the
+page's own, light or dark. A name (gid) beginning with ``tip:`` is shown there when the pointer rests on the shape.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import matplotlib
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from numpy.typing import ArrayLike, NDArray
+
+from ..errors import InputError
+
+INK, MUTED, RULE, PAPER = "#1f2328", "#5c6670", "#dde2e7", "#ffffff"
+RIGHT, WRONG, CHOSEN = "#0b62c4", "#c2410c", "#8a3ffc"
+
+_STYLE: Any = {
+    "font.size": 10.5,
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.labelsize": 10.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.facecolor": "none",
+    "figure.facecolor": PAPER,
+    "grid.color": RULE,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "legend.frameon": False,
+}
+
+
+def figure_tradeoff(
+    mean_us: ArrayLike,
+    accuracy: ArrayLike,
+    *,
+    baseline: tuple[float, float] | None = None,
+    chosen: tuple[float, float] | None = None,
+    judged: tuple[float, float] | None = None,
+    interval: tuple[float, float] | None = None,
+    rivals: Mapping[str, tuple[float, float]] | None = None,
+    sweep: tuple[ArrayLike, ArrayLike] | None = None,
+    most: int = 300,
+) -> Figure:
+    """Accuracy against mean time a sample, as in the paper's Figure 3.
+
+    Args:
+        mean_us: `(P,)` microseconds a sample of each threshold vector, on the data that chose.
+        accuracy: `(P,)` fractions.
+        baseline: microseconds and accuracy of the static network, drawn as a diamond.
+        chosen: those of the chosen thresholds on the data that chose, a star.
+        judged: those of the same thresholds on other data, a ring, with the 95 % `interval` of its accuracy.
+        interval: lower and upper accuracy.
+        rivals: microseconds and accuracy of other static networks by name, drawn as small diamonds.
+        sweep: microseconds and accuracy of other threshold vectors, drawn small under the curve.
+        most: draw at most so many points of the curve.
+
+    Raises:
+        InputError: `mean_us` and `accuracy` are not of one length, or empty.
+
+    Source: Teerapittayanon et al. 2016, Figure 3.
+    """
+    us, percent = np.asarray(mean_us, np.float64), 100 * np.asarray(accuracy, np.float64)
+    if us.ndim != 1 or us.shape != percent.shape or not len(us):
+        raise InputError(f"mean_us {us.shape} and accuracy {percent.shape} must be of one shape (P,), not empty")
+    points = [point for point in (baseline, chosen, judged, *(rivals or {}).values()) if point is not None]
+    top = max(percent.max(), *(100 * point[1] for point in points), -math.inf)
+    low = min(top - 2, *(100 * point[1] for point in points), math.inf)
+    keep = np.argsort(us, kind="stable")
+    keep = keep[percent[keep] >= min(percent.max(), 2 * low - top)]  # the knee matters: what lies far below is left out
+    keep = keep[_spread(len(keep), most)]
+    us, percent = us[keep], percent[keep]
+
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _new(7.4, 4.3)
+        axes.plot(us, percent, color=RIGHT, lw=1.4, drawstyle="steps-post", alpha=0.6, zorder=2)
+        dots = axes.scatter(us, percent, s=11, color=RIGHT, lw=0, zorder=3, label="the best of all thresholds")
+        dots.set_gid("tip:" + "|".join(f"{microseconds(u)}, {p:.2f} %" for u, p in zip(us, percent, strict=True)))
+        marks = (
+            (baseline, "D", 62, MUTED, MUTED, "static network"),
+            (chosen, "*", 230, CHOSEN, CHOSEN, "chosen, on the data that chose"),
+            (judged, "o", 80, "none", CHOSEN, "the same thresholds on test data, 95 %"),
+        )
+        for point, marker, size, face, edge, label in marks:
+            if point is not None:
+                x, y = point[0], 100 * point[1]
+                spot = axes.scatter(x, y, marker=marker, s=size, color=face, edgecolors=edge, lw=1.8, zorder=5)
+                spot.set_gid(f"tip:{label}: {microseconds(x)}, {y:.2f} %")
+                spot.set_label(label)
+        if sweep is not None:
+            tried_us, tried = np.asarray(sweep[0], np.float64), 100 * np.asarray(sweep[1], np.float64)
+            shown = tried >= percent.min()
+            axes.scatter(tried_us[shown], tried[shown], s=7, color=MUTED, alpha=0.5, lw=0, zorder=1, label="a sweep")
+        for name, (x, y) in (rivals or {}).items():
+            spot = axes.scatter(x, 100 * y, marker="D", s=26, color="none", edgecolors=MUTED, lw=1.3, zorder=4)
+            spot.set_gid(f"tip:{name}: {microseconds(x)}, {100 * y:.2f} %")
+            axes.annotate(name, (x, 100 * y), xytext=(6, -9), textcoords="offset points", fontsize=8, color=MUTED)
+        if judged and interval:
+            axes.vlines(judged[0], 100 * interval[0], 100 * interval[1], color=CHOSEN, lw=1.6, alpha=0.5, zorder=4)
+        if judged and baseline and baseline[0] > judged[0]:
+            axes.annotate(
+                f"←  {baseline[0] / judged[0]:.1f}× faster", ((judged[0] + baseline[0]) / 2, 100 * judged[1]),
+                xytext=(0, -16), textcoords="offset points", ha="center", color=CHOSEN, weight="bold", zorder=6,
+            )  # fmt: skip
+        axes.set_xlabel("mean time per sample (µs)")
+        axes.set_ylabel("accuracy (%)")
+        axes.set_xlim(left=0)
+        figure.legend(loc="outside upper left", ncols=2, handletextpad=0.4)  # never over the curve
+    return figure
+
+
+class CandidatePoint(Protocol):
+    """A candidate exit by itself, as `branchynet.design.advice.CandidateResult` is."""
+
+    @property
+    def tap(self) -> str:
+        """Where it stands."""
+        ...
+
+    @property
+    def head(self) -> str:
+        """What stands there."""
+        ...
+
+    @property
+    def us(self) -> float:
+        """Microseconds a sample until it has answered."""
+        ...
+
+    @property
+    def accuracy(self) -> float:
+        """A fraction."""
+        ...
+
+
+def figure_candidates(
+    tried: Sequence[CandidatePoint], chosen: Sequence[tuple[str, str]] = (), static: tuple[float, float] | None = None
+) -> Figure:
+    """Candidate exits along the trunk: what each costs until it answers against its accuracy alone.
+
+    Args:
+        tried: in running order of their taps, one or several a tap; a tap's are joined by a line.
+        chosen: tap and head of those that the design took, ringed.
+        static: microseconds and accuracy of the network without exits, a diamond.
+
+    Raises:
+        InputError: nothing was tried.
+    """
+    if not tried:
+        raise InputError("no candidates to draw; give those of an Advice")
+    taps = list(dict.fromkeys(spot.tap for spot in tried))
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _new(7.4, 4.6)
+        for n, tap in enumerate(taps):
+            here = sorted((spot for spot in tried if spot.tap == tap), key=lambda spot: spot.us)
+            us, percent = [spot.us for spot in here], [100 * spot.accuracy for spot in here]
+            axes.plot(us, percent, color=RIGHT, lw=0.8, alpha=0.35, zorder=2)
+            dots = axes.scatter(us, percent, s=22, color=RIGHT, alpha=0.35 + 0.65 * (n + 1) / len(taps), lw=0, zorder=3)
+            dots.set_gid(
+                "tip:" + "|".join(f"{s.head} at {s.tap}: {microseconds(s.us)}, {100 * s.accuracy:.2f} %" for s in here)
+            )
+            top = max(range(len(here)), key=lambda i: percent[i])
+            axes.annotate(
+                tap, (us[top], percent[top]), xytext=(5, 4), textcoords="offset points", fontsize=8, color=INK
+            )
+        rings = [spot for spot in tried if (spot.tap, spot.head) in set(chosen)]
+        if rings:
+            axes.scatter(
+                [s.us for s in rings], [100 * s.accuracy for s in rings], s=130, color="none", edgecolors=CHOSEN, lw=2,
+                zorder=5, label="chosen together",
+            )  # fmt: skip
+        if static is not None:
+            axes.scatter(static[0], 100 * static[1], marker="D", s=62, color=MUTED, label="without exits", zorder=4)
+        axes.set_xlabel("time until the exit has answered (µs per sample)")
+        axes.set_ylabel("accuracy of the exit alone (%)")
+        axes.set_xlim(left=0)
+        if rings or static is not None:
+            axes.legend(loc="lower right", handletextpad=0.4)
+    return figure
+
+
+def figure_shares(share: Sequence[float], accuracy: Sequence[float | None]) -> Figure:
+    """How many samples leave at each exit, and how many of those answers are right.
+
+    Args:
+        share: `(N,)` shares, summing to 1.
+        accuracy: `(N,)` accuracy among those that leave there; None where nobody does.
+
+    Raises:
+        InputError: the lengths differ.
+    """
+    if len(share) != len(accuracy) or not len(share):
+        raise InputError(f"{len(share)} shares and {len(accuracy)} accuracies; there must be one of each an exit")
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _new(7.4, 0.5 + 0.5 * len(share))
+        for n, (part, right) in enumerate(zip(share, accuracy, strict=True), 1):
+            told = f"{100 * part:.1f} %" + (f", {100 * right:.2f} % of them right" if right is not None else "")
+            known = right or 0.0
+            for left, width, colour in ((0, part * known, RIGHT), (part * known, part * (1 - known), WRONG)):
+                bar = axes.barh(n, 100 * width, left=100 * left, height=0.62, color=colour)[0]
+                bar.set_gid(f"tip:exit {n}: {told}")
+            axes.text(100 * part + 1, n, told, va="center")
+        axes.set_yticks(range(1, len(share) + 1), [f"exit {n}" for n in range(1, len(share) + 1)], color=INK)
+        axes.set_xlim(0, 135)  # room for the words beside a full bar
+        axes.set_xticks([])
+        axes.spines["bottom"].set_visible(False)
+        axes.invert_yaxis()
+        axes.grid(visible=False)
+        axes.tick_params(axis="y", length=0)
+        handles = [Patch(color=RIGHT, label="right"), Patch(color=WRONG, label="wrong")]
+        figure.legend(handles=handles, loc="outside upper right", ncols=2)
+    return figure
+
+
+def figure_leaving(share: ArrayLike, accuracy: ArrayLike, largest: ArrayLike, *, knee: int | None = None) -> Figure:
+    """Accuracy, and the largest entropy that leaves, against the share of samples that leave at the first exit.
+
+    Args:
+        share: `(P,)` fractions, rising.
+        accuracy: `(P,)` fractions.
+        largest: `(P,)` nats.
+        knee: the position to mark.
+
+    Raises:
+        InputError: not of one shape (P,), or empty.
+
+    Source: Teerapittayanon et al. 2016, Figure 4.
+    """
+    x, y, top = (np.asarray(values, np.float64) for values in (share, accuracy, largest))
+    if x.ndim != 1 or not x.shape == y.shape == top.shape or not len(x):
+        raise InputError(f"share {x.shape}, accuracy {y.shape} and largest {top.shape} must be of one shape (P,)")
+    with matplotlib.rc_context(_STYLE):
+        figure, (above, below) = _new(7.4, 4.6, rows=2, sharey=False)
+        for axes, values, label in ((above, 100 * y, "accuracy (%)"), (below, top, "largest entropy (nats)")):
+            axes.plot(100 * x, values, color=RIGHT, lw=1.6)
+            axes.set_ylabel(label)
+            if knee is not None:
+                spot = axes.scatter(100 * x[knee], values[knee], marker="*", s=180, color=CHOSEN, zorder=5)
+                spot.set_gid(f"tip:the knee of the entropy: {100 * x[knee]:.1f} % leave, {values[knee]:.4g}")
+        below.set_xlabel("samples that leave at exit 1 (%)")
+    return figure
+
+
+def figure_scores(
+    scores: ArrayLike,
+    losses: ArrayLike,
+    thresholds: Sequence[float | None] = (),
+    *,
+    name: str = "entropy (nats)",
+    bins: int = 40,
+) -> Figure:
+    """Histograms of the scores at each exit, right and wrong answers apart, with the thresholds.
+
+    Args:
+        scores: `(S, N)`, smaller = surer; NaN and infinity are left out.
+        losses: `(S, N)`; an answer counts as right where it is below one half.
+        thresholds: N-1 thresholds, None for never; or none at all.
+        name: what the score is, with its unit.
+        bins: bars a histogram.
+
+    Raises:
+        InputError: the shapes differ.
+    """
+    values, wrong = np.asarray(scores, np.float64), np.asarray(losses) >= 0.5
+    if values.ndim != 2 or values.shape != wrong.shape:
+        raise InputError(f"scores {values.shape} and losses {wrong.shape} must be of one shape (S, N)")
+    exits = values.shape[1]
+    columns = min(exits, 3)
+    rows = math.ceil(exits / columns)
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
+    edges = np.linspace(low, high if high > low else low + 1, bins + 1)
+    limits = [*thresholds, *[None] * (exits - len(thresholds))]
+    with matplotlib.rc_context(_STYLE):
+        figure, panels = _new(7.4, 0.6 + 2.3 * rows, rows, columns)
+        most = 1
+        for n, axes in enumerate(np.ravel(panels)):
+            if n >= exits:
+                axes.set_visible(False)
+                continue
+            most = max(most, _histogram(axes, values[:, n], wrong[:, n], edges))
+            limit = limits[n]
+            if limit is not None and edges[0] <= limit <= edges[-1]:
+                line = axes.axvline(limit, color=CHOSEN, lw=1.6, ls=(0, (4, 2)))
+                line.set_gid(f"tip:exit {n + 1} answers below {limit:.4g}")
+            axes.set_title(f"exit {n + 1}", fontsize=10.5, loc="left")
+            axes.set_xlim(edges[0], edges[-1])
+            axes.set_ylim(0.7, 1.6 * most)
+        figure.supxlabel(name, fontsize=10.5, parse_math=False)
+        figure.supylabel("samples", fontsize=10.5)
+        handles: list[Artist] = [Patch(color=RIGHT, label="right"), Patch(color=WRONG, label="wrong")]
+        if any(limit is not None for limit in limits):
+            handles.append(Line2D([], [], color=CHOSEN, lw=1.6, ls=(0, (4, 2)), label="threshold"))
+        figure.legend(handles=handles, loc="outside upper right", ncols=3)
+    return figure
+
+
+def _histogram(axes: Axes, values: NDArray[np.float64], wrong: NDArray[np.bool_], edges: NDArray[np.float64]) -> int:
+    """The largest count. Right and wrong are not stacked: on a logarithmic axis stacked lengths would mislead."""
+    finite = np.isfinite(values)
+    right, wrong = (np.histogram(values[finite & those], edges)[0] for those in (~wrong, wrong))
+    for counts, colour in ((right, RIGHT), (wrong, WRONG)):
+        axes.stairs(counts, edges, fill=True, color=colour, alpha=0.22, lw=0)
+        axes.stairs(counts, edges, color=colour, lw=1.3, baseline=None)
+    # Nothing to see, only for the pointer to rest on.
+    hover = axes.bar(edges[:-1], np.maximum(right, wrong), np.diff(edges), align="edge", color=RIGHT, alpha=0)
+    for bar, yes, no, start, stop in zip(hover, right, wrong, edges[:-1], edges[1:], strict=True):
+        bar.set_gid(f"tip:{yes} right, {no} wrong at {start:.3g} to {stop:.3g}")
+    axes.set_ylim(0.7, 1.6)  # before the scale, which warns of a panel without samples
+    axes.set_yscale("log")
+    axes.grid(visible=False, axis="x")
+    return max(right.max(), wrong.max())
+
+
+def _new(width: float, height: float, rows: int = 1, columns: int = 1, sharey: bool = True) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    return figure, figure.subplots(rows, columns, sharex=True, sharey=sharey)
+
+
+def _spread(count: int, most: int) -> NDArray[np.intp]:
+    """At most `most` of `count` positions, evenly, with both ends."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.intp))
+
+
+def microseconds(us: float) -> str:
+    """A time in words, such as 41.2 µs."""
+    return f"{us / 1000:.4g} ms" if us >= 10_000 else f"{us:.4g} µs"

@@ -1,0 +1,319 @@
+"""From a trained run to a designed one: advise, train on, choose again, export, measure, compare.
+
+The design's folder, ``RUN/design-BATCH``, is a run folder itself, so that every verb works on it; for other runtimes
+than ONNX Runtime on the CPU it is ``RUN/design-BATCH-RUNTIME``. More files are::
+
+    asked.json            what was asked of the designer
+    advice.json           what was found, and predicted, before anything was built
+    warm.safetensors      the best design with its heads so far
+    prediction.json       what the trained design should take, written before it is measured
+    comparison.json       what it takes
+
+``RUN/candidates`` keeps the training of all candidates on the frozen network, which serves every batch size.
+"""
+
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from ..data import ImageData
+from ..deploy.loading import Runtime
+from ..design import Advice, advise
+from ..errors import FileError, InputError
+from ..files import read_json, replacing, write_json
+from ..nn.fingerprint import fingerprint
+from ..nn.network import BranchyNet
+from ..nn.weights import load_weights, save_weights
+from ..policy.choosing import nearest_to
+from ..policy.evaluation import evaluate
+from ..policy.exit_record import ExitRecord
+from ..policy.values import Policy
+from ..profiling.benchmark import bench
+from ..profiling.cost import measure
+from ..profiling.recording import record
+from ..training.history import History
+from ..zoo import NETWORKS
+from .provenance import check_data, keep_bench, keep_data
+from .run import Run, configure, create_run, loaders, open_run, report_progress
+from .settings import build_network, data_of, example_of
+from .steps import export_run, train_exits
+
+DISTILL = 0.5
+TIMING_S = 10.0
+_IMPROVES = 0.98  # of the last epoch's validation loss to the one before, below which more epochs help
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A design, what was predicted of it, and what it does.
+
+    Attributes:
+        network, batch, threads: what was designed for.
+        taps, heads: of the early exits.
+        advised_us: predicted microseconds a sample with heads on the frozen network.
+        predicted_us, predicted_speedup: from the trained design's answers on validation, before it was timed; the
+            second beside the plain network of that moment, so that it holds where the machine's pace has changed.
+        measured_us, static_us, limit_us: timed together, everything inside the clock.
+        accuracy, accuracy_baseline: on test: with exits, and of the network without, trained for as long.
+        reached: whether thresholds of the network's own validation accuracy were found; else the most accurate ones
+            stand here.
+    """
+
+    network: str
+    batch: int
+    threads: int
+    taps: tuple[str, ...]
+    heads: tuple[str, ...]
+    advised_us: float
+    predicted_us: float
+    predicted_speedup: float
+    measured_us: float
+    static_us: float
+    limit_us: float
+    accuracy: float
+    accuracy_baseline: float
+    exit_share: tuple[float, ...]
+    reached: bool
+
+    @property
+    def speedup(self) -> float:
+        """Measured, beside the network without exits."""
+        return self.static_us / self.measured_us
+
+    @property
+    def error(self) -> float:
+        """By how much of it the measured time is beyond the prediction, or short of it."""
+        return self.measured_us / self.predicted_us - 1
+
+    def __str__(self) -> str:
+        """The comparison in words."""
+        held = "" if self.reached else " (its validation accuracy was not reached; these are the best thresholds)"
+        return (
+            f"measured {self.measured_us:.1f} us a sample, {self.error:+.0%} beside the predicted "
+            f"{self.predicted_us:.1f}; {self.speedup:.2f}x faster than {self.static_us:.1f} without exits, predicted "
+            f"{self.predicted_speedup:.2f}x; test accuracy {self.accuracy:.2%}, without exits "
+            f"{self.accuracy_baseline:.2%}{held}"
+        )
+
+
+def design_run(
+    path: str | os.PathLike[str],
+    *,
+    batch_size: int = 1,
+    threads: int = 1,
+    runtime: Runtime = "onnxruntime",
+    max_drop: float = 0.0,
+    num_exits: int = 4,
+    epochs: int = 3,
+    final_epochs: int = 0,
+    anyway: bool = False,
+    trust: bool = False,
+    progress: bool = True,
+) -> tuple[Advice, Comparison | None]:
+    """Find, train, export and time the exits that suit a trained run's network; goes on where it was stopped.
+
+    Args:
+        path: a trained run's folder; its plain network is what exits are designed for, and what they are compared with.
+        batch_size: samples a call of the deployed file.
+        threads: threads within an operator.
+        runtime: what will run the deployed file, as for `load`.
+        max_drop: accuracy on validation at most so far below the plain network's.
+        num_exits: the most the design may have, the network's own included.
+        epochs: for all candidate heads together; all exits are then trained for as long as the run's were.
+        final_epochs: as `advise` takes it.
+        anyway: go on with a design that is not worth it.
+        trust: as for `open_run`.
+        progress: show bars and tell what is being done.
+
+    Returns:
+        The advice; and the comparison, or None where exits are not worth it.
+
+    Raises:
+        InputError, GraphError: as `advise`; a design in this folder with another limit.
+        FileError: the run is not trained, or has no plain network.
+    """
+    base = open_run(path, trust=trust)
+    base.file("record-static.npz", "train")
+    data = data_of(base.settings)
+    check_data(base.path, data)
+    folder = design_folder(base.path, batch_size, runtime)
+    advice = _advised(
+        base, data, folder, batch_size, threads, runtime, max_drop, num_exits, epochs, final_epochs, progress
+    )
+    if not advice.design.taps or not (advice.worth or anyway):
+        return advice, None
+    settings = replace(
+        base.settings, taps=advice.design.taps, heads=advice.design.heads, distill=DISTILL, weights=(), train="all"
+    )
+    run = create_run(folder, settings)
+    keep_data(folder, data)
+    net = build_network(settings, data)
+    configure(run)
+    load_weights(net, folder / "warm.safetensors")
+    net.selected_on = tuple(filter(None, [advice.selected_on]))
+    train_exits(run, net, data, progress)
+    with replacing(folder / "record-static.npz") as temporary:
+        temporary.write_bytes((base.path / "record-static.npz").read_bytes())
+    return advice, _compared(base, run, net, data, advice, max_drop, progress)
+
+
+def next_steps(folder: Path, num_exits: int, epochs: int, final_epochs: int) -> str:
+    """What may change a verdict that exits are not worth it: options below their defaults, heads that still improve.
+
+    `folder` is the design's, inside the run's; the others are as `design_run` took them.
+    """
+    path = folder.parent
+    histories = [History.load(file).rows for file in sorted((path / "candidates").rglob("train.csv"))]
+    losses = [[row.val_loss for row in rows if row.val_loss is not None] for rows in histories]
+    improving = any(len(loss) < 2 or loss[-1] < _IMPROVES * loss[-2] for loss in losses)
+    longer = max(2 * epochs, 3) if improving else max(epochs, 3)
+    options = [
+        *([f"--epochs {longer}"] if longer > epochs else []),
+        *([f"--final-epochs {longer}"] if improving and final_epochs < longer else []),
+        *(["--num-exits 4"] if num_exits < 4 else []),
+    ]
+    if not options:
+        return ""
+    still = "the candidates were still improving: " if improving else ""
+    return f"{still}more may change this; remove {folder} and run `branchynet design {path} {' '.join(options)}`"
+
+
+def design_folder(run: Path, batch_size: int, runtime: str) -> Path:
+    """Where a run's design for a batch size and a runtime lies."""
+    return run / (f"design-{batch_size}" if runtime == "onnxruntime" else f"design-{batch_size}-{runtime}")
+
+
+def _advised(
+    base: Run,
+    data: ImageData,
+    folder: Path,
+    batch_size: int,
+    threads: int,
+    runtime: Runtime,
+    max_drop: float,
+    num_exits: int,
+    epochs: int,
+    final_epochs: int,
+    progress: bool,
+) -> Advice:
+    """The advice in the folder, or a new one."""
+    asked = {
+        "threads": threads,
+        "max_drop": max_drop,
+        "exits": num_exits,
+        "epochs": epochs,
+        "final_epochs": final_epochs,
+    }
+    path = folder / "advice.json"
+    settings = base.settings
+    trunk = build_network(replace(settings, taps=()), data).backbone
+    load_weights(trunk, _plain(base, "baseline" if settings.baseline_epochs else "static"))
+    if path.exists():
+        made = read_json(folder / "asked.json")
+        if made != asked:
+            raise InputError(f"{folder} was designed with {made}, not {asked}: ask for the same, or remove the folder")
+        advice = Advice.load(path)
+        if advice.fingerprint != fingerprint(trunk):
+            raise FileError(
+                f"{path} is advice on other weights than those there; remove {folder} and {base.path / 'candidates'}, "
+                "and design again"
+            )
+        return advice
+    train, val = loaders(settings, data)
+    advice = advise(
+        trunk,
+        train,
+        val,
+        example_of(data),
+        batch_size=batch_size,
+        threads=threads,
+        runtime=runtime,
+        max_drop=max_drop,
+        num_exits=num_exits,
+        epochs=epochs,
+        final_epochs=final_epochs,
+        seed=settings.seed,
+        mixed_precision=settings.mixed_precision,
+        channels_last=settings.network in NETWORKS,
+        run=base.path / "candidates",
+        progress=progress,
+    )
+    assert advice.network is not None
+    save_weights(advice.network, folder / "warm.safetensors")
+    write_json(folder / "asked.json", asked)
+    advice.save(path)  # last: with it, all is there
+    return advice
+
+
+def _compared(
+    base: Run, run: Run, net: BranchyNet, data: ImageData, advice: Advice, max_drop: float, progress: bool
+) -> Comparison:
+    """Choose at the plain network's accuracy, predict, then export and time."""
+    _, val = loaders(run.settings, data)
+    static = build_network(replace(base.settings, taps=()), data).backbone
+    load_weights(static, _plain(base, "static" if base.settings.static else "baseline"))
+    report_progress(progress, "recording what the plain network answers, and measuring what the trained design costs")
+    wanted = evaluate(record(static, val, progress=False), Policy()).accuracy - max_drop
+    cost = measure(
+        net,
+        example_of(data),
+        batch_size=advice.batch_size,
+        threads=advice.threads,
+        runtime=advice.runtime,
+        seconds=TIMING_S,
+    )
+    choice, reached = nearest_to(ExitRecord.load(run.path / "record-val.npz"), cost, wanted)
+    choice.save(run.path / "choice.json")
+    cost.save(run.path / "cost.json")
+    assert choice.outcome.mean_us is not None and cost.plain_us is not None
+    predicted = {
+        "us": choice.outcome.mean_us,
+        "speedup": cost.plain_us / choice.outcome.mean_us,
+        "advised_us": advice.design.us,
+        "val_accuracy": choice.outcome.accuracy,
+    }
+    write_json(run.path / "prediction.json", predicted)
+    model = export_run(run, batch=1 if advice.batch_size == 1 else "dynamic", progress=progress)
+    plain = evaluate(ExitRecord.load(run.path / "record-static.npz"), Policy()).accuracy
+    (row,) = bench(
+        model,
+        net,
+        data.test.inputs(),
+        data.test.labels,
+        network=run.settings.network,
+        accuracy_static=plain,
+        batches=(advice.batch_size,),
+        threads=advice.threads,
+        runtime=advice.runtime,
+        progress=lambda line: report_progress(progress, f"timing the file in {advice.runtime}: {line}"),
+    )
+    keep_bench(run.path, [row])
+    found = Comparison(
+        network=run.settings.network,
+        batch=advice.batch_size,
+        threads=advice.threads,
+        taps=advice.design.taps,
+        heads=advice.design.heads,
+        advised_us=advice.design.us,
+        predicted_us=predicted["us"],
+        predicted_speedup=predicted["speedup"],
+        measured_us=row["branchy_us"],
+        static_us=row["static_us"],
+        limit_us=row["limit_us"],
+        accuracy=row["accuracy_branchy"],
+        accuracy_baseline=plain,
+        exit_share=tuple(row["exit_share"]),
+        reached=reached,
+    )
+    write_json(run.path / "comparison.json", asdict(found))
+    return found
+
+
+def _plain(base: Run, name: str) -> Path:
+    """The weights of a plain network of the run. Raises `FileError` where it trained none."""
+    path = base.path / name / "checkpoint.safetensors"
+    if not path.exists():
+        raise FileError(
+            f"{base.path} has no {name}/ network to design exits for; train the run with --baseline-epochs above 0"
+        )
+    return path

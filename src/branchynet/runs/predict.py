@@ -1,0 +1,72 @@
+"""Answers to image files."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data import images_in, read_image
+from ..data.normalization import stored_normalization
+from ..deploy.engine import Engine, model_metadata
+from ..errors import DataError, FileError, InputError
+from .provenance import check_model
+
+BATCH = 64
+
+
+def predict_files(engine: Engine, images: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    """Answer image files, prepared as the training images were.
+
+    Yields:
+        ``{"image", "label", "exit", "score"}`` for each file, in order; ``{"image", "error"}`` for one that is missing
+        or is no image.
+
+    Raises:
+        InputError: the network does not read one image of fixed size, or the file's `mean` and `std` are not numbers.
+    """
+    shape = engine.inputs[0].shape
+    if len(engine.inputs) != 1 or len(shape) != 3 or None in shape:
+        raise InputError(f"this network reads {'; '.join(map(str, engine.inputs))}, not one image; call it from Python")
+    size = (int(shape[0] or 0), int(shape[1] or 0), int(shape[2] or 0))
+    normalization = stored_normalization(engine.metadata.get("preprocessing"), size[0])
+    for start in range(0, len(images), BATCH):
+        files = images[start : start + BATCH]
+        read = {file: _image(file, size) for file in files}
+        good = [file for file in files if not isinstance(read[file], DataError)]
+        answers: dict[Path, dict[str, Any]] = {}
+        if good:
+            batch = np.concatenate([read[file] for file in good])
+            answer = engine.answer_all(batch if normalization is None else normalization(batch))
+            for file, label, exit, score in zip(good, answer.label, answer.exit, answer.score, strict=True):
+                name = engine.labels[label] if label < len(engine.labels) else str(label)
+                answers[file] = {"image": str(file), "label": name, "exit": int(exit), "score": float(score)}
+        for file in files:
+            yield answers.get(file) or {"image": str(file), "error": str(read[file])}
+
+
+def _image(file: Path, size: tuple[int, int, int]) -> Any:
+    """The image in a file, or the `DataError` that says why there is none."""
+    try:
+        return read_image(file, size)
+    except DataError as error:
+        return error
+
+
+def model_file(path: Path) -> Path:
+    """The file itself, or the one that a run's folder holds. Raises `FileError` where it has none, or an old one."""
+    if not path.is_dir():
+        return path
+    if not (path / "model.onnx").is_file():
+        raise FileError(f"{path} has no model.onnx yet; run `branchynet export {path}` first")
+    check_model(path, model_metadata(path / "model.onnx"))
+    return path / "model.onnx"
+
+
+def image_files(paths: Sequence[Path]) -> list[Path]:
+    """The files, and of folders the images in them and below, by name, each once.
+
+    Raises `DataError` for a folder without any.
+    """
+    found = [file for path in paths for file in (images_in(path) if path.is_dir() else [path])]
+    return list({file.absolute(): file for file in found}.values())

@@ -1,0 +1,163 @@
+"""What the files of a run were made from: each names it, and what does not belong together is refused by name.
+
+``data.json`` holds a digest of the training, validation and test images of a run. Records, costs, choices and exported
+files carry the fingerprint of their network; a choice names the record that chose, and ``bench.json`` the file timed.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..data import ImageData
+from ..data.datasets import FOLDER
+from ..deploy.engine import Engine, model_metadata
+from ..design import Advice
+from ..environment import environment
+from ..errors import DataError, FileError
+from ..files import read_json, write_json
+from ..policy.exit_record import ExitRecord
+from ..policy.values import Choice
+from ..stored import read_entry
+
+PARTS = ("train", "val", "test")
+_FILE = "data.json"
+
+
+def keep_data(run: Path, data: ImageData) -> None:
+    """Write which images a run is made with."""
+    digests = {part: getattr(data, part).digest for part in PARTS}
+    write_json(run / _FILE, {"name": data.name, "digests": digests})
+
+
+def check_data(run: Path, data: ImageData, parts: Sequence[str] = PARTS) -> None:
+    """Raises `DataError` where these parts of the data are not those that the run was made with."""
+    if not any((run / part / "train.csv").exists() for part in (".", "baseline", "static")):
+        return  # nothing has been made yet
+    if not (run / _FILE).exists():
+        if data.name.startswith(FOLDER):
+            raise DataError(
+                f"{run} has no {_FILE}: its images were split in another way, so that those to test on now may have "
+                f"been trained on; train again into a new folder: `branchynet train NEW --data {data.name}`"
+            )
+        return
+    made = read_entry(run / _FILE, "digests", dict[str, str], "train")
+    for part in parts:
+        if made.get(part) != getattr(data, part).digest:
+            raise DataError(
+                f"the {part} images of {data.name} are not those that {run} was made with; put these back, or train "
+                f"again into a new folder: `branchynet train NEW --data {data.name}`"
+            )
+
+
+def check_design(run: Path) -> None:
+    """Raises `FileError` for a design that was selected on all validation samples, which leaves none for a promise."""
+    path = run / "advice.json"
+    if path.exists() and not Advice.load(path).selected_on:
+        raise FileError(
+            f"{path} does not say which samples selected the design: it was made by a version that took all "
+            f"validation samples, which leaves none to test a promise. Remove {run} and run `branchynet design "
+            f"{run.parent}` again, or ask for no promise (--no-promise)"
+        )
+
+
+def check_choice(run: Path, choice: Choice, network: str) -> None:
+    """Raises `FileError` where a choice is not of the weights there, whose fingerprint is `network`."""
+    if choice.network in (None, network):
+        return
+    recorded = ExitRecord.load(run / "record-val.npz").network if (run / "record-val.npz").exists() else None
+    verb = "choose" if recorded == network else "train"
+    raise FileError(
+        f"{run / 'choice.json'} was chosen for other weights ({choice.network}) than those there ({network}); run "
+        f"`branchynet {verb} {run}` again"
+    )
+
+
+def check_model(run: Path, about: Mapping[str, Any]) -> None:
+    """Raises `FileError` where a run's file was not made of its weights or with its thresholds.
+
+    Args:
+        run: the folder.
+        about: the metadata of its ``model.onnx``.
+    """
+    records, chosen = run / "record-val.npz", run / "choice.json"
+    current = ExitRecord.load(records).network if records.exists() else None
+    if not _same_weights(about, current):
+        raise FileError(
+            f"{run / 'model.onnx'} was made of other weights than those that {run} has now: {_remake(run, current)}"
+        )
+    choice = Choice.load(chosen) if chosen.exists() else None
+    if choice is not None and about.get("policy") is not None and about["policy"] != choice.policy.to_json():
+        raise FileError(
+            f"{run / 'model.onnx'} has other thresholds than {chosen} has now: run `branchynet export {run}` again"
+        )
+
+
+def outdated(run: Path) -> list[str]:
+    """The names of a run's files that were made of other weights than it has now, in the order that they are made."""
+    current = ExitRecord.load(run / "record-val.npz").network
+    old = []
+    if (run / "choice.json").exists() and Choice.load(run / "choice.json").network not in (None, current):
+        old.append("choice.json")
+    model = run / "model.onnx"
+    if model.exists() and not _same_weights(model_metadata(model), current):
+        old += ["model.onnx", *(name for name in ("bench.json", "report.html") if (run / name).exists())]
+    return old
+
+
+def _same_weights(about: Mapping[str, Any], current: str | None) -> bool:
+    made = about.get("network")
+    return None in (made, current) or made == current or str(made).startswith(f"{current}-")  # int8 of it
+
+
+def _remake(run: Path, current: str | None) -> str:
+    """The commands that make ``model.onnx`` of the weights there."""
+    chosen = run / "choice.json"
+    fits = chosen.exists() and Choice.load(chosen).network in (None, current)
+    return "run " + f"`branchynet choose {run}` and " * (not fits) + f"`branchynet export {run}` again"
+
+
+def keep_bench(run: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write ``bench.json`` with the file that was timed."""
+    write_json(run / "bench.json", {"environment": environment(), "model": _digest(run / "model.onnx"), "rows": rows})
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def check_report(run: Path, choice: Choice, val: ExitRecord, test: ExitRecord, model: Engine) -> None:
+    """What a report puts together belongs together.
+
+    Args:
+        run: the folder.
+        choice: of thresholds.
+        val: the validation record.
+        test: the test record.
+        model: the exported file.
+
+    Raises:
+        FileError: a file was made from others than those there; the command that makes it again is named.
+    """
+
+    def check(name: str, verb: str, *same: tuple[Any, Any]) -> None:
+        if any(None not in pair and pair[0] != pair[1] for pair in same):
+            raise FileError(
+                f"{run / name} was not made from the other files there; run `branchynet {verb} {run}` again"
+                + ", or remove it" * (verb == "bench")
+            )
+
+    check("record-val.npz", "train", (val.network, test.network))
+    check("choice.json", "choose", (choice.network, val.network))
+    about = model.metadata
+    policy = {} if model.policy is None else model.policy.to_json()
+    check(
+        "model.onnx",
+        "export",
+        (about.get("network"), choice.network),
+        (policy, choice.policy.to_json()),
+        (about.get("chosen_on"), choice.record_digest),
+    )
+    if (timed := run / "bench.json").exists():
+        about = read_json(timed)
+        check("bench.json", "bench", (isinstance(about, dict) and about.get("model", ""), _digest(run / "model.onnx")))

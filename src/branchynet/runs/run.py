@@ -1,0 +1,132 @@
+"""A run folder: opening, creating, configuring and loading it."""
+
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..data import ImageData, loader
+from ..data.datasets import FOLDER
+from ..environment import environment
+from ..errors import FileError, InputError
+from ..files import check_folder, write_json
+from ..nn.network import BranchyNet
+from ..nn.weights import load_weights
+from ..stored import read_entry
+from ..training.history import History
+from .settings import AUGMENTS, Settings, build_network, check_settings, data_of
+from .trust import check_trust, remember
+
+EVAL_BATCH = 500
+
+
+MAY_GROW = ("epochs", "static")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and the settings that made it."""
+
+    path: Path
+    settings: Settings
+
+    def file(self, name: str, made_by: str) -> Path:
+        """The path of one of its files. Raises `FileError`, naming the command that makes it, where it is not there."""
+        path = self.path / name
+        if not path.is_file():
+            raise FileError(f"{self.path} has no {name} yet; run `branchynet {made_by} {self.path}` first")
+        return path
+
+
+def open_run(path: str | os.PathLike[str], *, trust: bool = False) -> Run:
+    """The run in a folder.
+
+    Args:
+        path: the folder.
+        trust: let the function run that the folder names as its network, if it names one; this is remembered. A folder
+            that this user made here needs no trust, until it is moved or copied, or the function's module changes in
+            the current folder. In a folder from elsewhere the function may do anything.
+
+    Raises:
+        FileError: the folder holds no run.
+        InputError: the folder names a function, is not trusted to run it, and `trust` is not given.
+    """
+    settings = settings_in(path)
+    if ":" in settings.network:
+        check_trust(path, settings.network, trust)
+    return Run(Path(path), settings)
+
+
+def settings_in(path: str | os.PathLike[str]) -> Settings:
+    """The settings that a folder holds. Raises `FileError`."""
+    check_folder(path)
+    config = Path(path) / "config.json"
+    if not config.is_file():
+        raise FileError(f"{path} is no run folder (it has no config.json); make one with `branchynet train {path}`")
+    return read_entry(config, "settings", Settings, f"`branchynet train {path}`")
+
+
+def create_run(path: str | os.PathLike[str], settings: Settings) -> Run:
+    """A run to be trained in a folder: a new one, or what is there with the same settings. Writes nothing yet.
+
+    A run that has not trained an epoch may be given other settings. One that has may be given more epochs, a plain
+    network to compare with, and the new place of a folder of images that has moved.
+
+    Raises:
+        InputError: the folder holds a run that trained with other settings, or a setting is out of range.
+        DataError: the settings name a folder of images that is not there.
+    """
+    check_settings(settings)
+    check_folder(path)
+    settings = settings.placed
+    if (Path(path) / "config.json").exists() and is_trained(Path(path)):
+        made = asdict(settings_in(path))
+        if made["data"].startswith(FOLDER) and settings.data.startswith(FOLDER):
+            made["data"] = settings.data  # it may have moved: `check_data` compares the images themselves
+        other = [
+            f"{k} {made[k]!r}, not {v!r}"
+            for k, v in asdict(settings).items()
+            if made[k] != v and not (k in MAY_GROW and v > made[k])
+        ]
+        if other:
+            raise InputError(
+                f"{path} was trained with {'; '.join(other)}: use these settings, or another folder (a trained run "
+                "takes more epochs, but no other change)"
+            )
+    return Run(Path(path), settings)
+
+
+def is_trained(path: Path) -> bool:
+    """Whether a folder holds an epoch of training."""
+    histories = (path / part / "train.csv" for part in (".", "baseline", "static"))
+    return any(History.load(file).rows for file in histories if file.exists())
+
+
+def configure(run: Run) -> None:
+    """Write the configuration of a run that is about to train, where it is another than the folder's."""
+    if ":" in run.settings.network:
+        remember(run.path, run.settings.network)
+    if not is_trained(run.path) or settings_in(run.path) != run.settings:
+        write_json(run.path / "config.json", {"settings": asdict(run.settings), "environment": environment()})
+
+
+def report_progress(progress: bool, line: str) -> None:
+    """Say on standard error what begins now, in a log file as soon as on a terminal."""
+    if progress:
+        print(line, file=sys.stderr, flush=True)
+
+
+def loaders(settings: Settings, data: ImageData) -> tuple[Any, Any]:
+    """What trains, augmented and shuffled, and what validates."""
+    augment = AUGMENTS[settings.augment]
+    return loader(data.train, settings.batch_size, shuffle=True, augment=augment), loader(data.val, EVAL_BATCH)
+
+
+def load_run(run: Run) -> tuple[BranchyNet, ImageData]:
+    """The trained network of a run, and its data."""
+    weights = run.file("checkpoint.safetensors", "train")
+    data = data_of(run.settings)
+    net = build_network(run.settings, data)
+    load_weights(net, weights)
+    return net.eval(), data

@@ -1,0 +1,224 @@
+"""What a run is to do, and what is checked before its first epoch: the settings, and the network that they name."""
+
+import importlib
+import inspect
+import math
+import sys
+import traceback
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..arguments import MOST_SEED, whole
+from ..data import ImageData, affine, flip_crop, load_data, shift
+from ..data.datasets import FOLDER, folder_path
+from ..errors import BranchyNetError, InputError, counted, nearest
+from ..losses import joint_loss
+from ..nn.attaching import attach_heads
+from ..nn.calls import evaluating
+from ..nn.network import BranchyNet
+from ..training.context import accelerating
+from ..zoo import NETWORKS
+
+AUGMENTS = {
+    "none": None,
+    "shift": shift(2),
+    "affine": affine(degrees=10, translate=2 / 28, scale=0.1),
+    "flip-crop": flip_crop(4),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `train_run` is to do.
+
+    Attributes:
+        network: a zoo network, or ``"package.module:function"`` for a function that returns a `BranchyNet`; where it
+            has a parameter ``num_classes``, it is given the number of classes.
+        data: a name that `load_data` knows.
+        size, split, normalize: as `load_data` takes them.
+        baseline_epochs: of the plain network, before the branches: the warm start; 0 for none.
+        epochs: of joint training.
+        static: also train the plain network on for `epochs`, to compare with; else the warm start is compared with.
+        train: ``"all"`` or ``"branches"``.
+        weights: one loss weight an exit; empty for all 1.
+        augment: one of `AUGMENTS`.
+        taps, heads: early exits instead of the network's own: where, and names as in `branchynet.nn.heads`.
+    """
+
+    network: str = "b_lenet"
+    data: str = "digits"
+    baseline_epochs: int = 10
+    epochs: int = 25
+    static: bool = True
+    train: str = "all"
+    weights: tuple[float, ...] = ()
+    distill: float = 0.0
+    augment: str = "affine"
+    batch_size: int = 128
+    rate: float = 3e-3
+    seed: int = 0
+    mixed_precision: str = "no"
+    taps: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+    size: tuple[int, int] | None = None
+    split: tuple[float, float, float] | None = None
+    normalize: bool = False
+
+    @property
+    def placed(self) -> "Settings":
+        """The same with the absolute path of a folder of images. Raises `DataError` where there is no such folder."""
+        if not self.data.startswith(FOLDER):
+            return self
+        return replace(self, data=f"{FOLDER}{folder_path(self.data)}")
+
+    @property
+    def plain_epochs(self) -> int:
+        """How many epochs the plain network that exits are compared with has trained."""
+        return self.baseline_epochs + self.epochs * self.static
+
+    @property
+    def caveat(self) -> str:
+        """What a comparison with the plain network must say, where it did not train for as long; else empty."""
+        if self.static:
+            return ""
+        if not self.baseline_epochs:
+            return "the static network was never trained, so its accuracy is not told: train without --no-static"
+        return (
+            f"the static network is the warm start, trained for {counted(self.baseline_epochs, 'epoch')}; with exits "
+            f"it trained for {self.epochs} more: train again with --static to compare with one that had as many"
+        )
+
+
+def check_settings(settings: Settings) -> None:
+    """Raises `InputError` for a value that no training takes on this machine, before any data are read."""
+    if settings.augment not in AUGMENTS:
+        raise InputError(f"unknown augment {settings.augment!r}{nearest(settings.augment, AUGMENTS)}")
+    precisions = ("no", "bf16", "fp16")
+    if settings.mixed_precision not in precisions:
+        raise InputError(
+            f"unknown mixed_precision {settings.mixed_precision!r}{nearest(settings.mixed_precision, precisions)}"
+        )
+    if settings.mixed_precision != "no":
+        with accelerating(settings.mixed_precision, None):  # raises where this machine cannot
+            pass
+    for name, least in {"baseline_epochs": 0, "epochs": 1, "batch_size": 1}.items():
+        value = getattr(settings, name)
+        if value < least:
+            raise InputError(f"{name} must be at least {least}; got {value}")
+    whole("seed", settings.seed, 0, MOST_SEED - 1)  # exits train with the next one
+    if not (math.isfinite(settings.rate) and settings.rate > 0):
+        raise InputError(f"rate must be a number above 0, such as 0.003; got {settings.rate:g}")
+    if not (math.isfinite(settings.distill) and settings.distill >= 0):
+        raise InputError(f"distill must be a number, 0 at least; got {settings.distill:g}")
+
+
+def _cannot_read(settings: Settings, data: ImageData, error: Exception) -> InputError:
+    """That a network does not take the images, and for one of the zoo which it takes, and which other takes these."""
+    shape, folder = tuple(data.shape), data.name.startswith(FOLDER)
+    told = f"{settings.network} cannot read the images of {data.name}, of shape {shape}: "
+    if settings.network not in NETWORKS:
+        return InputError(f"{told}{error}")
+    grey = shape[0] == 1
+    other, side = ("b_lenet", 28) if grey else ("b_resnet20", 32)
+    remedy = "" if (settings.network == "b_lenet") == grey else f"network={other}"
+    remedy = " ".join(filter(None, [remedy, f"size={side}" if folder else ""]))
+    reads = "grey images of 28 x 28" if settings.network == "b_lenet" else "colour images of 32 x 32"
+    return InputError(f"{told}it reads {reads}; give {remedy}, or a network of your own")
+
+
+def build_network(settings: Settings, data: ImageData) -> BranchyNet:
+    """The untrained network of `Settings`, proven on a few images.
+
+    Raises:
+        InputError: a network that cannot be had or cannot read the images, another number of outputs than of classes,
+            or weights that are not one an exit.
+    """
+    example, labels = example_of(data), data.val.labels[:8]
+    net = named_network(settings.network, len(data.classes))
+    try:
+        with torch.no_grad(), evaluating(net):
+            net(example)
+    except RuntimeError as error:
+        raise _cannot_read(settings, data, error) from error
+    if settings.taps:
+        net = attach_heads(net.backbone, settings.taps, settings.heads, example)
+    if settings.train == "branches" and not len(net.branches):
+        raise InputError(f"{settings.network} has no branches to train alone; attach some, or train the whole network")
+    with torch.no_grad(), evaluating(net):
+        outputs = net(example)
+        for n, output in enumerate(outputs, 1):
+            if output.ndim < 2 or output.shape[1] != len(data.classes):
+                raise InputError(
+                    f"exit {n} of {settings.network} gives outputs of shape {tuple(output.shape)} for {len(labels)} "
+                    f"images, but {data.name} has {len(data.classes)} classes: build it for so many (a function with a "
+                    "parameter num_classes is told how many)"
+                )
+        joint_loss(outputs, labels, settings.weights or None, distill=settings.distill)
+    return net
+
+
+def named_network(name: str, num_classes: int) -> BranchyNet:
+    """A network of the zoo, or what a function of the user's returns. Raises `InputError`."""
+    if name in NETWORKS:
+        return NETWORKS[name](num_classes=num_classes)
+    module, colon, function = name.partition(":")
+    if not (module and colon and function):
+        raise InputError(
+            f"unknown network {name!r}{nearest(name, NETWORKS)}; for your own, give 'package.module:function'"
+        )
+    make = _imported(module, function)
+    try:
+        taken = inspect.signature(make).parameters
+        net = make(num_classes=num_classes) if "num_classes" in taken else make()
+    except BranchyNetError:
+        raise
+    except Exception as error:
+        raise InputError(f"{name} failed at {_place(error)}: {type(error).__name__}: {error}") from error
+    if not isinstance(net, BranchyNet):
+        raise InputError(f"{name} returned a {type(net).__name__}; it must return a BranchyNet (see attach)")
+    return net
+
+
+def _imported(module: str, function: str) -> Any:
+    """A function of a module, which may also lie in the current folder."""
+    here = str(Path.cwd())
+    if not {here, ""} & set(sys.path):
+        sys.path.append(here)  # last, so that no file there stands in for an installed package
+    importlib.invalidate_caches()
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and (module == error.name or module.startswith(error.name + ".")):
+            raise InputError(
+                f"there is no module {error.name!r}, neither installed nor in the current folder {here}: go to the "
+                "folder where it is, or install its package"
+            ) from error
+        raise InputError(f"cannot import {module!r}: {error}") from error
+    except Exception as error:
+        raise InputError(f"cannot import {module!r}: {type(error).__name__} at {_place(error)}: {error}") from error
+    make = getattr(found, function, None)
+    if not callable(make):
+        where = getattr(found, "__file__", None) or "built into Python"
+        raise InputError(
+            f"the module {module!r} ({where}) has no function {function!r}{nearest(function, vars(found))}"
+        )
+    return make
+
+
+def _place(error: BaseException) -> str:
+    """The file and line where an error arose."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.filename}:{frame.lineno}"
+
+
+def data_of(settings: Settings) -> ImageData:
+    """The images that `Settings` names. Raises as `load_data` does."""
+    return load_data(settings.data, size=settings.size, split=settings.split, normalize=settings.normalize)
+
+
+def example_of(data: ImageData) -> torch.Tensor:
+    """A few images, as the networks take them."""
+    return data.val.inputs(slice(8))

@@ -1,0 +1,226 @@
+"""A run folder and the steps that fill it: train, choose, export, bench, report.
+
+Every file is readable by hand or by a standard tool; each is written whole or not at all::
+
+    config.json           what was asked for, and on what machine
+    baseline/             the plain network, trained first: the warm start
+    static/               the plain network, trained on for as many epochs as the branches: what we are compared with
+    checkpoint.safetensors, training.safetensors, train.csv
+    data.json             digests of the images that it was trained, chosen and tested on
+    record-val.npz, record-test.npz, record-static.npz
+    cost.json, choice.json, model.onnx, bench.json, report.html, tradeoff.png
+    design-N/             another run, of the exits that `branchynet design` found best for batches of N
+"""
+
+import contextlib
+import copy
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from branchynet.runs.run import EVAL_BATCH, Run, configure, load_run, loaders, report_progress
+
+from ..data import ImageData, loader
+from ..deploy.engine import model_metadata
+from ..deploy.exporting import export
+from ..deploy.loading import RUNTIMES
+from ..errors import BranchyNetError, InputError, counted, nearest
+from ..files import locked
+from ..nn.fingerprint import fingerprint
+from ..nn.network import BranchyNet
+from ..policy.choosing import check_call, choose
+from ..policy.evaluation import evaluate
+from ..policy.exit_record import ExitRecord
+from ..policy.risk_tests import halves
+from ..policy.score_fitting import fit_score
+from ..policy.scores import resolve
+from ..policy.values import Choice, ExitCost, Policy, score_name
+from ..profiling.benchmark import bench
+from ..profiling.cost import measure
+from ..profiling.recording import record
+from ..training.loop import fit
+from ..zoo import NETWORKS
+from .provenance import check_choice, check_data, check_design, check_model, keep_bench, keep_data
+from .settings import build_network, data_of, example_of
+
+
+def train_run(run: Run, *, progress: bool = True) -> BranchyNet:
+    """Train the baseline, the static network and all exits together, then record; goes on where it was stopped.
+
+    Raises:
+        FileError: another process is training in the folder.
+    """
+    settings = run.settings
+    data = data_of(settings)
+    torch.manual_seed(settings.seed)
+    net = build_network(settings, data)
+    report_progress(progress, str(data))
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that train together, one locks
+    with locked(run.path) if first else contextlib.nullcontext():
+        check_data(run.path, data)
+        configure(run)
+        keep_data(run.path, data)
+        if settings.baseline_epochs:
+            fit_in(run, "baseline", net.backbone, data, settings.baseline_epochs, settings.seed, progress)
+        static = copy.deepcopy(net.backbone)
+        if settings.static:
+            fit_in(run, "static", static, data, settings.epochs, settings.seed + 1, progress)
+        train_exits(run, net, data, progress)
+        record(static, loader(data.test, EVAL_BATCH), progress=False).save(run.path / "record-static.npz")
+        return net
+
+
+def train_exits(run: Run, net: BranchyNet, data: ImageData, progress: bool) -> None:
+    """Train all exits of `net` together as the settings say, and record them; goes on where it was stopped."""
+    settings = run.settings
+    more = {"weights": settings.weights or None, "train": settings.train, "distill": settings.distill}
+    fit_in(run, ".", net, data, settings.epochs, settings.seed + 1, progress, **more)
+    report_progress(progress, "recording what every exit answers")
+    for name, split in (("val", data.val), ("test", data.test)):
+        found = record(net, loader(split, EVAL_BATCH), progress=False)
+        found.save(run.path / f"record-{name}.npz")
+        for old in run.path.glob("cost*.json"):  # costs of the weights before these are measured anew when asked for
+            if ExitCost.load(old).network != found.network:
+                old.unlink(missing_ok=True)
+
+
+def fit_in(
+    run: Run, folder: str, network: nn.Module, data: ImageData, epochs: int, seed: int, progress: bool, **more: Any
+) -> None:
+    """One training of a run, its state in a folder of the run's; `more` as `fit` takes it."""
+    settings = run.settings
+    what = "all exits" if folder == "." else f"the plain network ({folder})"
+    report_progress(progress, f"training {what}: {counted(epochs, 'epoch')} of {len(data.train)} images")
+    train, val = loaders(settings, data)
+    fit(
+        network,
+        train,
+        val,
+        epochs=epochs,
+        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=settings.rate),
+        seed=seed,
+        mixed_precision=settings.mixed_precision,
+        channels_last=settings.network in NETWORKS,  # a network of the user's may not bear it
+        run=run.path / folder,
+        progress=progress,
+        **more,
+    )
+
+
+def measure_run(run: Run, score: Any = "entropy", *, again: bool = False, progress: bool = False) -> ExitCost:
+    """The cost of every stage, with that score, at batch 1 and one thread: measured once, and kept.
+
+    In ``cost.json``, or for a score other than entropy in ``cost-NAME.json``; `again` measures anew.
+    """
+    name = score_name(score)
+    path = run.path / ("cost.json" if name == "entropy" else f"cost-{name}.json")
+    if path.exists() and not again:
+        return ExitCost.load(path)
+    net, data = load_run(run)
+    report_progress(progress, "measuring what every stage costs, until the times are steady: seconds, or a minute")
+    cost = measure(net, example_of(data), score=score)
+    cost.save(path)
+    return cost
+
+
+def choose_run(
+    run: Run, *, score: str | None = None, remeasure: bool = False, progress: bool = False, **constraint: Any
+) -> Choice:
+    """Choose thresholds on the validation record; writes ``choice.json``. Arguments as in `choose`.
+
+    `score` may also be ``"learned"`` (see `fit_score`): it is fitted on the half of the samples that finds candidates,
+    and a promise is tested on the other; without a promise the thresholds are chosen on the other.
+    """
+    found = ExitRecord.load(run.file("record-val.npz", "train"))
+    wanted: Any = "entropy" if score is None else score
+    if wanted != "learned":
+        resolve(wanted)
+    if check_call(found, **constraint):
+        check_design(run.path)
+    if wanted == "learned":
+        tuning, rest = halves(found.samples)
+        wanted = fit_score(found.take(tuning))
+        if constraint.get("confidence", 0.95) is None:
+            found = found.take(rest)
+    cost = measure_run(run, wanted, again=remeasure, progress=progress)
+    choice = choose(found, cost, score=wanted, **constraint)
+    choice.save(run.path / "choice.json")
+    return choice
+
+
+def export_run(run: Run, path: Path | None = None, *, progress: bool = False, **options: Any) -> Path:
+    """Write ``model.onnx`` with the chosen thresholds; `options` as in `export`."""
+    choice = Choice.load(run.file("choice.json", "choose"))
+    net, data = load_run(run)
+    check_choice(run.path, choice, fingerprint(net))
+    limit, value = next(iter(choice.constraint.items()))
+    told = f"none; chosen for {limit} {value:g} on {choice.outcome.samples} validation samples"
+    report_progress(progress, "exporting, and comparing the file with PyTorch")
+    return export(
+        net,
+        path or run.path / "model.onnx",
+        policy=choice,
+        example=example_of(data),
+        labels=data.classes,
+        preprocessing=data.preprocessing,
+        promise=told if choice.promise is None else None,
+        **options,
+    )
+
+
+def bench_run(
+    run: Run,
+    *,
+    batches: Sequence[int],
+    threads: Sequence[int],
+    engines: Sequence[Any] = ("onnxruntime",),
+    progress: bool = True,
+) -> tuple[list[dict[str, Any]], dict[str, BranchyNetError]]:
+    """Time ``model.onnx`` beside the static network, in one engine after the other; ``bench.json`` grows with each.
+
+    Returns:
+        The rows; and for each engine that failed, why.
+
+    Raises:
+        InputError: an unknown engine.
+        BranchyNetError: what the first engine failed for, where all did.
+    """
+    for name in engines:
+        if name not in RUNTIMES:
+            raise InputError(f"unknown engine {name!r}{nearest(name, RUNTIMES)}")
+    if not (engines and batches and threads):
+        raise InputError("give one batch size, one number of threads and one engine at least")
+    model = run.file("model.onnx", "export")
+    check_model(run.path, model_metadata(model))
+    net, data = load_run(run)
+    check_data(run.path, data, ["test"])
+    images, labels = data.test.inputs(), data.test.labels
+    plain = ExitRecord.load(run.file("record-static.npz", "train"))
+    accuracy = evaluate(plain, Policy()).accuracy if run.settings.plain_epochs else None
+    rows, faults = [], {}
+    for runtime in engines:
+        try:
+            for count in threads:
+                rows += bench(
+                    model,
+                    net,
+                    images,
+                    labels,
+                    network=run.settings.network,
+                    accuracy_static=accuracy,
+                    batches=batches,
+                    threads=count,
+                    runtime=runtime,
+                    progress=lambda line, name=runtime: report_progress(progress, f"timing in {name}: {line}"),
+                )
+        except BranchyNetError as error:
+            faults[runtime] = error
+        if rows:
+            keep_bench(run.path, rows)
+    if not rows:
+        raise next(iter(faults.values()))
+    return rows, faults

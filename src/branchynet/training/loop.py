@@ -1,0 +1,188 @@
+"""Training every exit together, or the branches alone on a frozen backbone."""
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from ..arguments import check_seed, whole
+from ..errors import InputError
+from ..files import locked
+from ..losses import Loss, check_weights, joint_loss
+from ..nn.checks import check_loader, check_network
+from ..nn.network import BranchyNet
+from .checkpoint import RunFolder
+from .context import accelerating, own_generators, prepared, seed_all, sharded_loader
+from .history import History
+from .schedules import Cosine, adam
+from .trainer import ProgressBar, Trainer
+
+
+def fit(
+    net: nn.Module,
+    train_loader: Any,
+    val_loader: Any = None,
+    *,
+    epochs: int,
+    weights: Sequence[float] | None = None,
+    train: str = "all",
+    loss: Loss = F.cross_entropy,
+    distill: float = 0.0,
+    optimizer: Callable[[Any], Optimizer] = adam,
+    schedule: Callable[[Optimizer, int], LRScheduler] = Cosine(),
+    seed: int = 0,
+    mixed_precision: str = "no",
+    device: str | torch.device | None = None,
+    channels_last: bool = False,
+    run: str | os.PathLike[str] | None = None,
+    resume: bool = True,
+    progress: bool = True,
+) -> History:
+    """Train every exit of `net` together, in place; a plain network is trained as one exit, so that baselines compare.
+
+    With a `run` folder the state is kept after every epoch, and the same call after a kill goes on from there to the
+    same weights, bit for bit on a CPU: generators are seeded from (seed, epoch), so the broken epoch starts again from
+    its beginning. (A loader with ``persistent_workers`` keeps generators of its own, which nobody can seed.)
+
+    Training starts from the weights that the network has. A network whose forward writes into its own parameters, such
+    as ``nn.Embedding(max_norm=)``, is trained, and they change with ``train="branches"`` too; `record` warns of it, and
+    `export` refuses it.
+
+    Args:
+        net: a `BranchyNet`, or any network that gives a tensor or a tuple of tensors.
+        train_loader: yields `(inputs, target)` and has a length, such as a DataLoader. `inputs` is a tensor, a tuple of
+            arguments or a dict of keyword arguments; `target` is `(B,)` int64 class indices, or what `loss` takes.
+            Several processes share a DataLoader, or the one that a wrapper keeps as its attribute `batches`.
+        val_loader: likewise; looked at after every epoch, never trained on.
+        epochs: passes over the data.
+        weights: one factor an exit in the joint loss; by default all 1.
+        train: ``"all"``, or ``"branches"`` to leave the backbone exactly as it is: frozen and in eval mode.
+        loss: ``loss(output, target) -> scalar``; for label smoothing
+            ``functools.partial(F.cross_entropy, label_smoothing=0.1)``.
+        distill: weight of self-distillation from the last exit, see `joint_loss`; for classes that exclude each other.
+        optimizer: ``optimizer(parameters) -> Optimizer``.
+        schedule: ``schedule(optimizer, total_steps) -> LRScheduler``, stepped after every batch: `Cosine()`,
+            `Constant()` or your own.
+        seed: for shuffling, dropout and augmentation.
+        mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"`` (which needs a GPU).
+        device: by default what accelerate finds; ``"cpu"`` keeps off a GPU. `net` stays on that device.
+        channels_last: train in channels-last memory order, up to 1.5 times faster for convolutions; the network must
+            then not ``view`` feature maps (``flatten`` and ``reshape`` are fine). Weights come back in the usual order.
+        run: a folder for ``checkpoint.safetensors``, ``training.safetensors`` and ``train.csv``; locked meanwhile.
+        resume: go on with what `run` holds; False starts anew.
+        progress: show a bar.
+
+    Returns:
+        The history of all epochs, those before a resume included.
+
+    Raises:
+        InputError: an argument or a batch that does not fit, or a `run` made with other settings: each worker of a
+            loader draws its own random numbers, so another number of workers is another training.
+        FileError: a `run` that cannot be read or written, that is of another network, or that another process is
+            training in.
+        BranchyNetError: the loss is not finite.
+    """
+    check_network(net)
+    _check_makers(loss, optimizer, schedule)
+    _check(net, train_loader, epochs, train, seed, mixed_precision)
+    with (
+        accelerating(mixed_precision, device) as accelerator,
+        own_generators(accelerator.device),
+        prepared(net.to(accelerator.device), train, channels_last),
+        locked(run) if run is not None and accelerator.is_main_process else contextlib.nullcontext(),
+    ):
+        parameters = [p for p in net.parameters() if p.requires_grad]
+        if not parameters:
+            raise InputError("the network has no parameter that requires a gradient; nothing can be trained")
+        model = net
+        if accelerator.num_processes > 1:
+            train_loader = sharded_loader(train_loader, accelerator, "train_loader")
+            val_loader = None if val_loader is None else sharded_loader(val_loader, accelerator, "val_loader")
+            gpus = None if accelerator.device.type == "cpu" else [accelerator.device]
+            model = nn.parallel.DistributedDataParallel(net, device_ids=gpus)
+        batches = len(train_loader)
+        opt = optimizer(parameters)
+        settings = {
+            "epochs": epochs,
+            "batches": batches,
+            "batch_size": getattr(train_loader, "batch_size", None),
+            "workers": getattr(train_loader, "num_workers", None),
+            "processes": accelerator.num_processes,
+            "weights": None if weights is None else check_weights(weights),
+            "train": train,
+            "loss": _named(loss),
+            "distill": distill,
+            "optimizer": f"{type(opt).__name__} {_named([{**g, 'params': None} for g in opt.param_groups])}",
+            "schedule": _named(schedule),
+            "seed": seed,
+            "mixed_precision": mixed_precision,
+            "channels_last": channels_last,
+        }
+
+        def objective(outputs: Sequence[Tensor], target: Tensor) -> Tensor:
+            return joint_loss(outputs, target, weights, loss, distill)
+
+        trainer = Trainer(model, opt, schedule(opt, epochs * batches), objective, accelerator, channels_last)
+        folder = None if run is None else RunFolder(run, settings)
+        rows = trainer.resume(folder, net, resume) if folder else []
+        for epoch in range(len(rows) + 1, epochs + 1):
+            seed_all(seed, epoch, accelerator.process_index, (train_loader, val_loader))
+            bar = ProgressBar(f"epoch {epoch}/{epochs}", batches, progress and accelerator.is_main_process)
+            with bar:
+                rows.append(trainer.epoch(epoch, train_loader, val_loader, bar))
+            if folder and accelerator.is_main_process:
+                folder.save(net, opt, rows, trainer.progress())
+        accelerator.wait_for_everyone()
+    return History(tuple(rows))
+
+
+def _check_makers(
+    loss: Loss, optimizer: Callable[[Any], Optimizer], schedule: Callable[[Optimizer, int], LRScheduler]
+) -> None:
+    """Functions are wanted that make the optimizer and the schedule, for the parameters that `fit` trains."""
+    if isinstance(optimizer, Optimizer) or not callable(optimizer):
+        named = type(optimizer).__name__ if isinstance(optimizer, Optimizer) else "Adam"
+        raise InputError(
+            f"optimizer must be a function of the parameters; got {type(optimizer).__name__}: give "
+            f"functools.partial(torch.optim.{named}, lr=1e-3)"
+        )
+    if isinstance(schedule, LRScheduler) or not callable(schedule):
+        raise InputError(
+            f"schedule must be a function of the optimizer and the number of steps; got {type(schedule).__name__}: "
+            "give Cosine(), Constant(), or lambda optimizer, steps: your own"
+        )
+    if isinstance(loss, type):
+        raise InputError(
+            f"loss must be a function (output, target) -> scalar; got the class {loss.__name__}: give {loss.__name__}()"
+        )
+
+
+def _check(net: nn.Module, train_loader: Any, epochs: int, train: str, seed: int, mixed_precision: str) -> None:
+    whole("epochs", epochs, 1)
+    check_seed(seed)
+    if train not in ("all", "branches"):
+        raise InputError(f"train must be 'all' or 'branches'; got {train!r}")
+    if train == "branches" and not (isinstance(net, BranchyNet) and len(net.branches)):
+        raise InputError(
+            f"train='branches' needs a BranchyNet with branches; got {type(net).__name__}: attach some first"
+        )
+    if mixed_precision not in ("no", "bf16", "fp16"):
+        raise InputError(f"mixed_precision must be 'no', 'bf16' or 'fp16'; got {mixed_precision!r}")
+    check_loader("train_loader", train_loader)
+    try:
+        empty = len(train_loader) == 0
+    except TypeError as error:
+        raise InputError(f"train_loader must have a length, as the schedule is planned from it: {error}") from error
+    if empty:
+        raise InputError("train_loader has no batches; give it data, or drop_last=False")
+
+
+def _named(value: Any) -> str:
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))

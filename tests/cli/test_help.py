@@ -1,0 +1,77 @@
+"""What the command line says of itself: help, names, version, completion."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from branchynet import __version__
+from branchynet.cli import verbs
+from branchynet.data import archives
+from branchynet.deploy.loading import RUNTIMES
+from branchynet.policy.scores import SCORES
+from branchynet.runs.settings import AUGMENTS
+from branchynet.zoo import NETWORKS
+from helpers.command import call
+
+
+def test_every_name_that_an_option_takes_is_told():
+    assert verbs.ENGINES == RUNTIMES
+    assert verbs.NETWORKS == tuple(NETWORKS) and verbs.AUGMENTS == tuple(AUGMENTS)
+    assert set(verbs.DATA) == {"digits", *archives.ARCHIVES}
+    assert set(verbs.SCORES) == {*SCORES, "learned"}
+
+
+COMMANDS = list(typer.main.get_command(verbs.app).commands)
+
+
+@pytest.mark.parametrize("width", [80, 132])
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help_is_whole_and_fits(command, width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert call(monkeypatch, *[command] * (command is not None), "-h") == 0
+    told = capsys.readouterr().out
+    assert "…" not in told
+    assert all(len(line) <= width for line in told.splitlines())
+    group = typer.main.get_command(verbs.app)
+    for parameter in (group.commands[command] if command else group).params:
+        assert [word for word in parameter.help.split() if word not in told.split()] == []
+
+
+def test_every_command_is_told_in_one_line(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert call(monkeypatch, "--help") == 0
+    told = capsys.readouterr().out.split("Commands:")[1]
+    assert [line.split()[0] for line in told.strip().splitlines()] == COMMANDS and "..." not in told
+
+
+def test_zoo_networks_are_in_help_and_in_the_docs(monkeypatch, capsys):
+    assert call(monkeypatch, "train", "--help") == 0
+    told, page = capsys.readouterr().out, (Path(__file__).parents[2] / "docs" / "networks.md").read_text()
+    for name in NETWORKS:
+        assert name in told and f"`{name}`" in page
+
+
+def test_the_version_is_told_and_python_m_is_the_command_line():
+    command = [sys.executable, "-m", "branchynet", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == f"branchynet {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("branchynet pre", ["predict"]),
+        ("branchynet train run --network b_resnet1", ["b_resnet110"]),
+        ("branchynet train run --augment fl", ["flip-crop"]),
+        ("branchynet choose run --score m", ["max_probability", "margin"]),
+        ("branchynet bench run --engine open", ["openvino"]),
+    ],
+)
+def test_the_shell_completes(typed, completed, monkeypatch, capsys):
+    monkeypatch.setenv("_BRANCHYNET_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) - 1))
+    assert call(monkeypatch) == 0
+    assert capsys.readouterr().out.split() == completed

@@ -1,0 +1,261 @@
+"""What the command line says next, and what it checks before it starts."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from branchynet import Choice, ExitRecord, evaluate
+from branchynet.data import save_image
+from branchynet.errors import InputError, counted
+from branchynet.policy.promise import check_size, tightest
+from branchynet.policy.risk_tests import fewest, halves
+from branchynet.policy.values import ExitCost
+from branchynet.runs import steps
+from branchynet.runs.design import next_steps
+from branchynet.runs.run import create_run
+from branchynet.runs.settings import Settings
+from branchynet.runs.steps import train_run
+from branchynet.training.history import EpochRow, History
+from helpers.command import call
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of one epoch, with costs, so that no test waits for a clock."""
+    run = create_run(tmp_path_factory.mktemp("words") / "run", Settings(baseline_epochs=1, epochs=1, static=False))
+    train_run(run, progress=False)
+    ExitCost((20.0, 60.0), (5.0, 0.0), plain_us=80.0).save(run.path / "cost.json")
+    return run.path
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of that run."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+@pytest.mark.parametrize("bound", ["betting", "binomial"])
+@pytest.mark.parametrize("samples", [20, 101, 300, 1386, 9999, 200_000])
+def test_the_tightest_limit_is_carried_and_one_step_less_is_not(samples, bound):
+    size = len(halves(samples)[1])
+    limit = tightest(samples, 0.05, bound)
+    assert fewest(limit, 0.05, bound) <= size and limit <= 0.5
+    assert fewest(limit * 0.9, 0.05, bound) > size
+    assert 1 - tightest(samples, 0.05, bound, absolute=True) == pytest.approx(limit, abs=0.011 * limit)
+    for name, least in (("max_drop", limit), ("min_accuracy", tightest(samples, 0.05, bound, absolute=True))):
+        check_size(samples, name, least, 0.05, bound)
+        less = 1 - 0.9 * limit if name == "min_accuracy" else 0.9 * limit
+        with pytest.raises(InputError, match=f"take {name}={re.escape(f'{least:g}')}, .*confidence=None"):
+            check_size(samples, name, less, 0.05, bound)
+
+
+def test_too_few_samples_for_anything_name_no_limit():
+    assert tightest(2, 0.05, "betting") is None
+    with pytest.raises(InputError, match=r"early: record more, or ask for no promise"):
+        check_size(2, "max_drop", 0.1, 0.05, "betting")
+
+
+@pytest.mark.parametrize(
+    ("samples", "told"), [(None, "--max-drop 0.05"), (60, "--no-promise"), (120, "--max-drop 0.1")]
+)
+def test_the_next_command_after_training_works(run, samples, told, monkeypatch, capsys):
+    arguments = ("train", run, "--baseline-epochs", 1, "--epochs", 1, "--no-static", "--quiet")
+    if samples:
+        whole = ExitRecord.load(run / "record-val.npz")
+        monkeypatch.setattr(steps, "record", lambda *_, **__: whole.take(slice(0, samples)))
+    assert call(monkeypatch, *arguments) == 0
+    (command,) = re.findall("next: branchynet (.*)", capsys.readouterr().out)
+    assert command.endswith(told)
+    ExitCost((20.0, 60.0), (5.0, 0.0), plain_us=80.0).save(run / "cost.json")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.warn", lambda *_, **__: None)
+        assert call(patch, *command.split(), "--quiet") == 0
+
+
+def test_the_limit_that_an_error_names_can_be_typed(run, monkeypatch, capsys):
+    for asked in (("--max-drop", 0.005), ("--min-accuracy", 0.999), ("--max-disagreement", 0.001)):
+        assert call(monkeypatch, "choose", run, *asked, "--quiet") == 1
+        told = capsys.readouterr().err
+        option, value = re.search(r"take (--[a-z-]+) ([0-9.]+),", told).groups()
+        assert option == asked[0] and "--no-promise" in told
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("warnings.warn", lambda *_, **__: None)
+            call(patch, "choose", run, option, value, "--quiet")  # may be infeasible, which is another matter
+        assert "needs at least" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--max-drop", 5),
+        ("--max-drop", 0.005),
+        ("--max-drop", 0.1, "--max-macs", 5),
+        ("--max-latency-us", "nan"),
+        ("--confidence", 2),
+        ("--max-drop", 0.1, "--score", "entropi"),
+    ],
+)
+def test_nothing_is_measured_for_arguments_that_are_refused(run, arguments, monkeypatch, capsys):
+    (run / "cost.json").unlink()
+    monkeypatch.setattr(steps, "measure", lambda *_, **__: pytest.fail("measured"))
+    assert call(monkeypatch, "choose", run, *arguments) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and len(told.splitlines()) == 1
+
+
+def finished(run):
+    """The run with a choice and a file."""
+    with pytest.MonkeyPatch.context() as patch:
+        assert call(patch, "choose", run, "--max-drop", 0.5, "--no-promise", "--quiet") == 0
+        assert call(patch, "export", run, "--quiet") == 0
+    return run / "model.onnx"
+
+
+VERBS = {
+    "predict": lambda run: ("predict", run, run / "none.png"),
+    "inspect": lambda run: ("inspect", run),
+    "verify": lambda run: ("verify", run),
+    "bench": lambda run: ("bench", run, "--quiet"),
+}
+
+
+def test_after_more_epochs_no_verb_answers_with_the_old_file(run, monkeypatch, capsys):
+    model = finished(run)
+    train = ("train", run, "--baseline-epochs", 1, "--no-static", "--quiet")
+    assert call(monkeypatch, *train, "--epochs", 1) == 0
+    assert "out of date" not in capsys.readouterr().out
+    assert call(monkeypatch, *train, "--epochs", 2) == 0
+    told = capsys.readouterr().out
+    assert "out of date, as they were made of earlier weights: choice.json, model.onnx\n" in told
+    for verb, arguments in VERBS.items():
+        assert call(monkeypatch, *arguments(run)) == 1, verb
+        told = capsys.readouterr().err
+        assert "model.onnx was made of other weights" in told, verb
+        assert f"`branchynet choose {run}` and `branchynet export {run}` again" in told, verb
+    assert call(monkeypatch, "inspect", model) == 0  # the file itself is what was asked for
+    ExitCost((20.0, 60.0), (5.0, 0.0), plain_us=80.0).save(run / "cost.json")
+    assert call(monkeypatch, "choose", run, "--max-drop", 0.5, "--no-promise", "--quiet") == 0
+    capsys.readouterr()
+    for verb, arguments in VERBS.items():
+        assert call(monkeypatch, *arguments(run)) == 1, verb
+        told = capsys.readouterr().err
+        assert "other weights" in told and f"run `branchynet export {run}` again" in told, verb
+    assert call(monkeypatch, "export", run, "--quiet") == 0
+    assert call(monkeypatch, "inspect", run) == 0 and call(monkeypatch, "verify", run) == 0
+
+
+def test_after_another_choice_no_verb_answers_with_the_old_thresholds(run, monkeypatch, capsys):
+    finished(run)
+    ExitCost((20.0, 60.0), (5.0, 0.0), plain_us=80.0).save(run / "cost-margin.json")
+    assert call(monkeypatch, "choose", run, "--max-drop", 0.5, "--no-promise", "--score", "margin", "--quiet") == 0
+    capsys.readouterr()
+    for verb, arguments in VERBS.items():
+        assert call(monkeypatch, *arguments(run)) == 1, verb
+        assert f"has other thresholds than {run / 'choice.json'}" in capsys.readouterr().err, verb
+
+
+@pytest.mark.parametrize("verb", ["inspect", "verify"])
+def test_a_missing_file_names_the_command_once(verb, tmp_path, monkeypatch, capsys):
+    assert call(monkeypatch, verb, tmp_path / "nope.onnx") == 1
+    assert capsys.readouterr().err.endswith("nope.onnx; write one with `branchynet export`\n")
+
+
+@pytest.mark.parametrize(("number", "told"), [(0, "0 epochs"), (1, "1 epoch"), (2, "2 epochs"), (11, "11 epochs")])
+def test_one_thing_is_no_plural(number, told):
+    assert counted(number, "epoch") == told
+
+
+def test_one_epoch_is_no_plural_in_a_run(tmp_path, monkeypatch, capsys):
+    arguments = ("train", tmp_path / "run", "--baseline-epochs", 1, "--epochs", 1, "--no-static")
+    assert call(monkeypatch, *arguments) == 0
+    assert "1 epoch of" in (told := capsys.readouterr().err) and "1 epochs" not in told
+
+
+def test_predict_answers_the_good_files_and_says_which_failed(run, tmp_path, monkeypatch, capsys):
+    finished(run)
+    files = [tmp_path / f"{n}.png" for n in range(70)]  # more than a batch
+    for file in files:
+        save_image(np.full((1, 28, 28), 0.5), file)
+    bad = [tmp_path / "none.png", tmp_path / "text.png", tmp_path / "cut.png"]
+    bad[1].write_text("no image")
+    bad[2].write_bytes(files[0].read_bytes()[:40])
+    capsys.readouterr()
+    given = (bad[0], *files[:30], bad[1], *files[30:], files[0], bad[2], bad[0])
+    assert call(monkeypatch, "predict", run, *given, "--json") == 1
+    told = capsys.readouterr()
+    assert [json.loads(line)["image"] for line in told.out.splitlines()] == [str(file) for file in files]
+    assert len(told.err.splitlines()) == 1 and all(told.err.count(f"the image {file}") == 1 for file in bad)
+    assert call(monkeypatch, "predict", run, bad[0], files[3]) == 1
+    told = capsys.readouterr()
+    assert "3.png" in told.out and "none.png" in told.err
+    assert call(monkeypatch, "predict", run, bad[0]) == 1
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("network", "channels", "told"),
+    [
+        ("b_lenet", 3, "reads grey images of 28 x 28; give --network b_resnet20 --size 32,"),
+        ("b_lenet", 1, "reads grey images of 28 x 28; give --size 28,"),
+        ("b_resnet20", 1, "reads colour images of 32 x 32; give --network b_lenet --size 28,"),
+        ("b_alexnet", 1, "reads colour images of 32 x 32; give --network b_lenet --size 28,"),
+    ],
+)
+def test_what_a_network_reads_is_told(network, channels, told, tmp_path, capsys):
+    for name in ("ant", "bee"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for n in range(8):
+            image = np.random.default_rng(n).random((channels, 20, 20))
+            save_image(image, tmp_path / "images" / name / f"{n}.png")
+    arguments = ("train", tmp_path / "run", "--data", f"folder:{tmp_path / 'images'}", "--network", network, "--quiet")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.warn", lambda *_, **__: None)
+        assert call(patch, *arguments) == 1
+    error = capsys.readouterr().err
+    assert told in error and "Given groups" not in error
+
+
+def test_bench_tells_the_last_exit_the_promise_and_an_unsteady_clock(run, monkeypatch, capsys):
+    row = {
+        "network": "b_lenet", "engine": "onnxruntime", "batch": 1, "threads": 1, "static_us": 80.0, "branchy_us": 50.0,
+        "limit_us": 40.0, "speedup": 1.6, "overhead": 1.25, "accuracy_static": 0.99, "accuracy_branchy": 0.9,
+        "exit_share": [0.5, 0.5], "thresholds": [0.1],
+    }  # fmt: skip
+    test = ExitRecord.load(run / "record-test.npz")
+    assert call(monkeypatch, "choose", run, "--max-drop", 0.4, "--quiet") == 0
+    assert call(monkeypatch, "export", run, "--quiet") == 0
+    outcome = evaluate(test, Choice.load(run / "choice.json").policy)
+    for spread, steady in ((None, True), (0.02, True), (0.2, False)):
+        monkeypatch.setattr(steps, "bench", lambda *_, spread=spread, **__: [row | {"spread": spread}])
+        capsys.readouterr()
+        assert call(monkeypatch, "bench", run, "--batch", "1", "--quiet") == 0
+        told = capsys.readouterr().out
+        assert ("not steady" in told) != steady
+        assert f"the last exit alone has {outcome.last_accuracy:.2%}" in told
+        assert "promised beside the last exit" in told and f"{outcome.last_accuracy - outcome.accuracy:+.2%}" in told
+    assert call(monkeypatch, "choose", run, "--max-drop", 0.4, "--no-promise", "--quiet") == 0
+    assert call(monkeypatch, "export", run, "--quiet") == 0
+    capsys.readouterr()
+    assert call(monkeypatch, "bench", run, "--batch", "1", "--quiet") == 0
+    assert "promised" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("losses", "asked", "told"),
+    [
+        ([1.0], (2, 1, 0), "--epochs 3 --final-epochs 3 --num-exits 4"),
+        ([1.0, 0.5, 0.4], (4, 3, 0), "--epochs 6 --final-epochs 6`"),
+        ([1.0, 0.5, 0.5], (3, 3, 0), "design RUN --num-exits 4`"),
+        ([1.0, 0.5, 0.5], (4, 3, 0), ""),
+    ],
+)
+def test_design_tells_what_may_change_its_verdict(losses, asked, told, tmp_path):
+    rows = tuple(EpochRow(n, 1.0, 0.1, 1.0, val_loss=loss) for n, loss in enumerate(losses, 1))
+    (tmp_path / "candidates").mkdir()
+    History(rows).save(tmp_path / "candidates" / "train.csv")
+    found = next_steps(tmp_path / "design-1", *asked).replace(str(tmp_path), "RUN")
+    assert told in found and bool(found) == bool(told)
+    assert ("still improving" in found) == (len(losses) < 2 or losses[-1] < losses[-2])

@@ -1,0 +1,158 @@
+"""`branchynet train`: networks of the user's own, and runs that change."""
+
+import json
+import sys
+
+import pytest
+
+from branchynet import ExitRecord, reproduce
+from branchynet.runs import design, run, steps
+from branchynet.training.history import History
+from helpers.command import call
+
+# Networks of the user's own
+
+OWN = """
+from torch import nn
+from branchynet import BranchyNet
+
+def make(num_classes):
+    return of(num_classes)
+
+def fixed():
+    return of(10)
+
+def seven():
+    return of(7)
+
+def broken():
+    return 1 / 0
+
+def needy(width):
+    return of(width)
+
+def bare():
+    return nn.Flatten()
+
+def of(classes):
+    layers = nn.Flatten(), nn.Linear(784, 8), nn.ReLU(), nn.Linear(8, classes)
+    return BranchyNet(nn.Sequential(*layers), {"1": nn.Linear(8, classes)})
+
+not_one = 3
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with a module, where the command line is called."""
+    (tmp_path / "own_networks.py").write_text(OWN)
+    (tmp_path / "unfinished.py").write_text("import nothing_of_this_name")
+    (tmp_path / "wrong.py").write_text("def make(:")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    for module in ("own_networks", "unfinished", "wrong"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    return tmp_path
+
+
+SHORT = ("--baseline-epochs", 1, "--epochs", 1, "--batch-size", 64, "--augment", "none", "--quiet")
+
+
+@pytest.mark.parametrize("function", ["make", "fixed"])
+def test_a_network_of_the_current_folder_is_trained(here, function, monkeypatch):
+    assert call(monkeypatch, "train", "run", "--network", f"own_networks:{function}", *SHORT) == 0
+    assert ExitRecord.load("run/record-val.npz").num_exits == 2
+
+
+@pytest.mark.parametrize(
+    ("network", "told"),
+    [
+        ("own_networks:seven", "has 10 classes"),
+        ("own_networks:broken", "own_networks.py:15: ZeroDivisionError"),
+        ("own_networks:needy", "missing 1 required positional argument: 'width'"),
+        ("own_networks:bare", "returned a Flatten"),
+        ("own_networks:not_one", "no function 'not_one'"),
+        ("own_networks:mak", "did you mean 'make'"),
+        ("own_network:make", "no module 'own_network', neither installed nor in the current folder"),
+        ("unfinished:make", "nothing_of_this_name"),
+        ("wrong:make", "SyntaxError"),
+        ("own_networks", "module:function"),
+        ("own_networks:", "module:function"),
+    ],
+)
+def test_what_is_wrong_with_a_network_is_told_before_anything_is_written(here, network, told, monkeypatch, capsys):
+    assert call(monkeypatch, "train", "run", "--network", network, *SHORT) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and told in error and len(error.splitlines()) == 1
+    assert not (here / "run").exists()
+
+
+def test_who_stops_a_training_is_told_that_it_goes_on(tmp_path, monkeypatch, capsys):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "fit", stopped)
+        assert call(monkeypatch, "train", tmp_path / "run", *SHORT) == 130
+    assert "stopped; the same command goes on" in capsys.readouterr().err
+    assert call(monkeypatch, "train", tmp_path / "run", *SHORT) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "where", "resumes"),
+    [
+        (("demo", "--run", "{tmp}/run"), (steps, "train_run"), True),
+        (("demo", "--run", "{tmp}/run"), (run, "create_run"), True),
+        (("design", "{tmp}/run"), (design, "design_run"), True),
+        (("reproduce", "all", "--from-nothing", "--output", "{tmp}/out"), (reproduce, "reproduce"), True),
+        (("reproduce", "all", "--output", "{tmp}/out"), (reproduce, "reproduce"), False),
+        (("choose", "{tmp}/run"), (run, "open_run"), False),
+    ],
+)
+def test_every_command_that_resumes_says_so_when_it_is_stopped(
+    arguments, where, resumes, tmp_path, monkeypatch, capsys
+):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(*where, stopped)
+    assert call(monkeypatch, *(a.format(tmp=tmp_path) for a in arguments)) == 130
+    assert ("the same command goes on" in capsys.readouterr().err) == resumes
+
+
+# Runs that change
+
+
+def test_a_run_that_never_trained_can_be_changed(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    with pytest.raises(RuntimeError), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "fit", fail)
+        call(monkeypatch, "train", folder, *SHORT)
+    assert (folder / "config.json").exists()
+    assert call(monkeypatch, "train", folder, *SHORT, "--seed", 3, "--weights", "1,0.5") == 0
+    settings = json.loads((folder / "config.json").read_text())["settings"]
+    assert settings["seed"] == 3 and settings["weights"] == [1, 0.5]
+
+
+def fail(*_, **__):
+    raise RuntimeError
+
+
+def test_a_trained_run_takes_more_epochs_and_a_plain_network_to_compare_with(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    train = ("train", folder, "--baseline-epochs", 1, "--batch-size", 64, "--augment", "none", "--quiet")
+    assert call(monkeypatch, *train, "--epochs", 1, "--no-static") == 0
+    assert call(monkeypatch, "choose", folder, "--no-promise", "--quiet") == 0
+    before = ExitRecord.load(folder / "record-val.npz"), ExitRecord.load(folder / "record-static.npz")
+    assert call(monkeypatch, *train, "--epochs", 2) == 0
+    after = ExitRecord.load(folder / "record-val.npz"), ExitRecord.load(folder / "record-static.npz")
+    assert [History.load(folder / part / "train.csv").last.epoch for part in (".", "static", "baseline")] == [2, 2, 1]
+    assert all(old.digest != new.digest for old, new in zip(before, after, strict=True))
+    capsys.readouterr()
+    assert call(monkeypatch, "export", folder) == 1  # what was chosen before is not of this network
+    assert "branchynet choose" in capsys.readouterr().err
+    for verb in (("choose", "--no-promise"), ("export",)):
+        assert call(monkeypatch, verb[0], folder, *verb[1:], "--quiet") == 0
+    for other in (("--epochs", 1), ("--epochs", 2, "--no-static"), ("--epochs", 2, "--seed", 1)):
+        assert call(monkeypatch, *train, *other) == 1
+        assert "was trained with" in capsys.readouterr().err

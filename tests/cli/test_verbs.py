@@ -1,0 +1,348 @@
+"""The command line as a person uses it: a run from training to report, and every way to get it wrong."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from branchynet import Choice, ExitCost, ExitRecord, Policy, evaluate, load
+from branchynet.data import load_data, save_image
+from branchynet.errors import GraphError
+from branchynet.policy.risk_tests import fewest, halves
+from branchynet.runs import steps
+from helpers.command import call
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with everything in it, made by the verbs in turn."""
+    path = tmp_path_factory.mktemp("cli") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        train = ("train", path, "--baseline-epochs", 2, "--epochs", 3, "--batch-size", 64, "--quiet")
+        assert call(patch, *train) == 0
+        assert call(patch, "choose", path, "--max-drop", 0.02, "--no-promise") == 0
+        assert call(patch, "export", path) == 0
+        bench = ("bench", path, "--batch", "1,7", "--engine", "onnxruntime,openvino", "--json", path / "rows.json")
+        assert call(patch, *bench, "--quiet") == 0
+        assert call(patch, "report", path) == 0
+    return path
+
+
+def test_a_run_holds_what_the_design_says(run):
+    files = {p.name for p in run.iterdir()}
+    assert files >= {
+        "config.json", "baseline", "static", "checkpoint.safetensors", "training.safetensors", "train.csv",
+        "record-val.npz", "record-test.npz", "cost.json", "choice.json", "model.onnx", "bench.json", "report.html",
+        "tradeoff.png",
+    }  # fmt: skip
+    assert not [name for name in files if "partial" in name]
+    config = json.loads((run / "config.json").read_text())
+    assert config["settings"]["epochs"] == 3 and config["environment"]["torch"]
+
+
+def test_the_file_does_on_test_images_what_the_record_says(run):
+    engine = load(run / "model.onnx", threads=1)
+    test = load_data("digits").test
+    answer = engine(test.images.numpy().astype(np.float32) / 255)
+    outcome = evaluate(ExitRecord.load(run / "record-test.npz"), Policy.from_json(engine.metadata["policy"]))
+    share = [(answer.exit == n).mean() for n in (1, 2)]
+    np.testing.assert_allclose(share, outcome.exit_share, atol=1.5 / len(test))
+    assert (answer.label == test.labels.numpy()).mean() == pytest.approx(outcome.accuracy, abs=1.5 / len(test))
+
+
+def test_bench_rows_are_complete_and_consistent(run):
+    rows = json.loads((run / "rows.json").read_text())
+    assert [(row["engine"], row["batch"]) for row in rows] == [
+        (engine, batch) for engine in ("onnxruntime", "openvino") for batch in (1, 7)
+    ]
+    for row in rows:
+        assert list(row) == [
+            "network", "engine", "batch", "threads", "static_us", "branchy_us", "limit_us", "limit_in_order_us",
+            "speedup", "spread", "overhead", "overhead_sorted", "accuracy_static", "accuracy_branchy",
+            "exit_share", "thresholds",
+        ]  # fmt: skip
+        assert row["speedup"] == pytest.approx(row["static_us"] / row["branchy_us"])
+        assert row["overhead"] == pytest.approx(row["branchy_us"] / row["limit_us"])
+        assert sum(row["exit_share"]) == pytest.approx(1)
+
+
+def test_the_report_is_one_offline_page(run):
+    page = (run / "report.html").read_text()
+    assert len(page) < 3_000_000
+    assert not re.search(r"(src|href)=[\"']?(https?:)?//", page)
+    HTMLParser().feed(page)
+
+
+def test_training_again_with_the_same_settings_changes_nothing(run, monkeypatch):
+    before = (run / "checkpoint.safetensors").read_bytes()
+    train = ("train", run, "--baseline-epochs", 2, "--epochs", 3, "--batch-size", 64, "--quiet")
+    assert call(monkeypatch, *train) == 0
+    assert (run / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_predict_answers_image_files(run, monkeypatch, tmp_path, capsys):
+    test = load_data("digits").test
+    files = [tmp_path / f"{i}.png" for i in range(5)]
+    for file, image in zip(files, test.images, strict=False):
+        save_image(image.numpy(), file)
+    assert call(monkeypatch, "predict", run, *files, "--json") == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    direct = load(run / "model.onnx")(test.images[:5].numpy().astype(np.float32) / 255)
+    assert [a["label"] for a in answers] == [str(n) for n in direct.label]
+    assert [a["exit"] for a in answers] == direct.exit.tolist()
+    np.testing.assert_allclose([a["score"] for a in answers], direct.score, atol=1e-6)
+    assert call(monkeypatch, "predict", run / "model.onnx", files[0]) == 0
+    told = re.sub(r"[^\w./-]", "", capsys.readouterr().out)
+    assert "image" in told and "0.png" in told
+
+
+def test_predict_answers_the_images_of_folders(run, monkeypatch, tmp_path, capsys):
+    test = load_data("digits").test
+    for name, image in zip(("b.png", "a/c.png", "a/.hidden.png", "a/b/d.jpg", "e.bmp"), test.images, strict=False):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        save_image(image.numpy(), tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    assert call(monkeypatch, "predict", run, tmp_path / "e.bmp", tmp_path / "a", tmp_path, "--json") == 0
+    answers = [json.loads(line)["image"] for line in capsys.readouterr().out.splitlines()]
+    inside = [str(tmp_path / name) for name in ("a/b/d.jpg", "a/c.png")]
+    assert answers == [str(tmp_path / "e.bmp"), *inside, str(tmp_path / "b.png")]  # each once
+
+
+def test_choose_promises_and_takes_a_score(run, tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    assert call(monkeypatch, "choose", copy, "--max-drop", 0.05, "--confidence", 0.9, "--score", "margin") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "With 90 % confidence, accuracy is at most 5.00 points below the last exit's" in told
+    choice = Choice.load(copy / "choice.json")
+    assert choice.policy.score == "margin" and str(choice.promise) in told
+    plain_us = ExitCost.load(copy / "cost-margin.json").plain_us
+    assert f"{plain_us / choice.outcome.mean_us:.2f}x the speed of the network without exits" in told
+    assert call(monkeypatch, "choose", copy, "--max-drop", 0.001) == 1
+    assert f"needs at least {2 * fewest(0.001, 0.05, 'betting')} samples" in " ".join(capsys.readouterr().err.split())
+    assert Choice.load(copy / "choice.json") == choice
+
+
+def test_a_learned_score_is_fitted_chosen_exported_and_reported(run, tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    assert call(monkeypatch, "choose", copy, "--max-drop", 0.05, "--no-promise", "--score", "learned") == 0
+    assert "learned < " in capsys.readouterr().out
+    choice = Choice.load(copy / "choice.json")
+    val = ExitRecord.load(copy / "record-val.npz")
+    others = val.take(halves(val.samples)[1])
+    assert choice.record_digest == others.digest and choice.outcome == evaluate(
+        others, choice.policy, ExitCost.load(copy / "cost-learned.json")
+    )
+    (copy / "bench.json").unlink()  # of another file
+    for verb in ("export", "report"):
+        assert call(monkeypatch, verb, copy) == 0
+    test = ExitRecord.load(copy / "record-test.npz")
+    left = load(copy / "model.onnx")(load_data("digits").test.images.numpy().astype(np.float32) / 255).exit
+    share = evaluate(test, choice).exit_share[0]
+    assert abs(np.mean(left == 1) - share) <= 2 / test.samples  # ties may be decided otherwise
+
+
+def test_what_another_network_recorded_is_not_reported(run, tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    made = ExitRecord.load(copy / "record-test.npz")
+    ExitRecord(made.outputs, made.labels, network=made.network[:-1] + "x").save(copy / "record-test.npz")
+    assert call(monkeypatch, "report", copy) == 1
+    assert "record-val.npz was not made from the other files" in " ".join(capsys.readouterr().err.split())
+
+
+def test_inspect_tells_exits_thresholds_and_preprocessing(run, monkeypatch, capsys):
+    assert call(monkeypatch, "inspect", run / "model.onnx") == 0
+    told = capsys.readouterr().out
+    threshold = load(run / "model.onnx").policy.thresholds[0]
+    assert f"entropy < {threshold:.6g}" in told and "pixels / 255" in told and "(B, 1, 28, 28)" in told
+    assert call(monkeypatch, "inspect", run) == 0
+    assert capsys.readouterr().out == told
+    assert call(monkeypatch, "inspect", run / "model.onnx", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["policy"]["thresholds"] == [threshold]
+
+
+def foreign(path):
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["a"], ["b"])],
+        "g",
+        [helper.make_tensor_value_info("a", TensorProto.FLOAT, [1])],
+        [helper.make_tensor_value_info("b", TensorProto.FLOAT, [1])],
+    )
+    onnx.save(helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 18)]), path)
+
+
+MISTAKES = {
+    "too many weights for two exits": (["train", "{tmp}/new", "--weights", "1,1,1", "--quiet"], "3 for 2 exits"),
+    "a negative weight": (["train", "{tmp}/new", "--weights", "1,-1"], "not negative"),
+    "a step size of nothing": (["train", "{tmp}/new", "--rate", "0"], "rate"),
+    "no images a step": (["train", "{tmp}/new", "--batch-size", "0"], "--batch-size must be at least 1"),
+    "epochs below nothing": (["train", "{tmp}/new", "--baseline-epochs", "-1"], "--baseline-epochs"),
+    "distilled backwards": (["train", "{tmp}/new", "--distill", "nan"], "distill"),
+    "unknown precision": (["train", "{tmp}/new", "--mixed-precision", "bf61"], "bf16"),
+    "a promise that takes more samples": (["choose", "{run}", "--max-drop", "0.001"], "--no-promise"),
+    "a confidence beyond 1": (["choose", "{run}", "--confidence", "2"], "--no-promise"),
+    "no batch": (["bench", "{run}", "--batch", ""], "one batch size"),
+    "a folder without images": (["predict", "{run}", "{tmp}/empty"], "empty"),
+    "a folder without a file": (["inspect", "{tmp}/empty"], "branchynet export"),
+    "lists of nothing": (["bench", "{run}", "--threads", "1,"], "no list of numbers"),
+    "weights of nothing": (["train", "{tmp}/new", "--weights", ","], "no list of numbers"),
+    "a seed beyond all": (["train", "{tmp}/new", "--seed", "99999999999999999999"], "seed must be at most"),
+    "a seed whose next is beyond": (["train", "{tmp}/new", "--seed", "4294967295"], "seed must be at most"),
+    "half precision without a GPU": (["train", "{tmp}/new", "--mixed-precision", "fp16"], "GPU"),
+    "a run without a name": (["train", ""], "empty path"),
+    "a run to choose without a name": (["choose", ""], "empty path"),
+    "a file without a name": (["inspect", ""], "empty path"),
+    "an image without a name": (["predict", "{run}", ""], "empty path"),
+    "an output without a name": (["export", "{run}", "--output", ""], "empty path"),
+    "rows without a name": (["bench", "{run}", "--json", ""], "empty path"),
+    "a file to train in": (["train", "{run}/config.json"], "config.json is a file, not a folder"),
+    "a file to choose in": (["choose", "{run}/model.onnx"], "model.onnx is a file, not a folder"),
+    "a folder in a file": (["train", "{run}/config.json/new", "--quiet"], "config.json is a file, not a folder"),
+    "settings to verify": (["verify", "{run}/config.json"], "config.json"),
+    "no run": (["choose", "{tmp}/nowhere"], "branchynet train"),
+    "not trained": (["choose", "{tmp}/empty"], "branchynet train"),
+    "unknown network": (["train", "{tmp}/new", "--network", "b_lenett"], "b_lenet"),
+    "data that the network cannot read": (
+        ["train", "{tmp}/new", "--network", "b_alexnet", "--data", "digits"],
+        "(1, 28, 28)",
+    ),
+    "unknown data": (["train", "{tmp}/new", "--data", "mnits"], "mnist"),
+    "missing data": (["train", "{tmp}/new", "--data", "folder:{tmp}/none"], "none"),
+    "unknown augment": (["train", "{tmp}/new", "--augment", "afine"], "affine"),
+    "not numbers": (["bench", "{run}", "--batch", "one"], "one"),
+    "batch too large": (["bench", "{run}", "--batch", "100000", "--quiet"], "100000"),
+    "unknown engine": (["bench", "{run}", "--engine", "tvm", "--quiet"], "openvino"),
+    "other settings": (["train", "{run}", "--epochs", "4"], "epochs"),
+    "infeasible": (["choose", "{run}", "--min-accuracy", "1.5"], "1.5"),
+    "two limits": (["choose", "{run}", "--min-accuracy", "0.5", "--max-drop", "0"], "--max-drop"),
+    "foreign onnx": (["inspect", "{tmp}/foreign.onnx"], "BranchyNet"),
+    "truncated onnx": (["inspect", "{tmp}/truncated.onnx"], "truncated.onnx"),
+    "no onnx": (["inspect", "{tmp}/none.onnx"], "none.onnx"),
+    "no image": (["predict", "{run}", "{tmp}/none.png"], "none.png"),
+    "text as image": (["predict", "{run}", "{tmp}/text.png"], "text.png"),
+    "truncated record": (["choose", "{tmp}/broken"], "record-val.npz"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_clear_line(mistake, run, monkeypatch, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    for folder in ("empty", "broken"):
+        (tmp_path / folder / "config.json").write_bytes((run / "config.json").read_bytes())
+    (tmp_path / "broken" / "record-val.npz").write_bytes((run / "record-val.npz").read_bytes()[:2000])
+    foreign(tmp_path / "foreign.onnx")
+    (tmp_path / "truncated.onnx").write_bytes((run / "model.onnx").read_bytes()[:5000])
+    (tmp_path / "text.png").write_text("no image")
+    arguments, expected = MISTAKES[mistake]
+    status = call(monkeypatch, *(a.format(tmp=tmp_path, run=run) for a in arguments))
+    told = capsys.readouterr().err
+    assert status == 1
+    told = "".join(line for line in told.splitlines(keepends=True) if not line.startswith(("measuring", "exporting")))
+    assert told.startswith("error: ") and expected in told and "Traceback" not in told
+    assert len(told.strip().splitlines()) == 1
+    words = told.replace(str(tmp_path), "").replace(str(run), "")
+    assert not re.search(r"\w=|\bNone\b|\(\.\.\.\)|\b(max|min|batch|baseline|mixed)_", words), "advice in Python"
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_score_without_a_name_is_refused(run, monkeypatch, capsys):
+    assert call(monkeypatch, "choose", run, "--score", "", "--no-promise") == 1
+    assert "unknown score ''" in capsys.readouterr().err
+
+
+def test_wrong_usage_is_status_2_and_a_real_process_says_the_same(run):
+    command = [sys.executable, "-m", "branchynet"]
+    wrong = subprocess.run([*command, "chose"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "No such command" in wrong.stderr
+    missing = subprocess.run([*command, "inspect", str(run / "none.onnx")], capture_output=True, text=True)
+    assert missing.returncode == 1 and missing.stderr.startswith("error: ")
+
+
+# What is told
+
+
+def test_costs_are_measured_again_when_asked_for(run, tmp_path, monkeypatch):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    stored = json.loads((copy / "cost.json").read_text())
+    (copy / "cost.json").write_text(json.dumps(stored | {"plain_us": 12345.0}))
+    choose = ("choose", copy, "--max-drop", 0.02, "--no-promise", "--quiet")
+    assert call(monkeypatch, *choose) == 0 and ExitCost.load(copy / "cost.json").plain_us == 12345.0
+    assert call(monkeypatch, *choose, "--remeasure") == 0 and ExitCost.load(copy / "cost.json").plain_us != 12345.0
+
+
+def test_where_none_leaves_early_the_reason_and_the_next_step_are_told(run, tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    stored = json.loads((copy / "cost.json").read_text())
+    branch = [10 * sum(stored["trunk_us"]), 0.0]
+    (copy / "cost.json").write_text(json.dumps(stored | {"branch_us": branch, "plain_us": sum(stored["trunk_us"])}))
+    assert call(monkeypatch, "choose", copy, "--max-drop", 0.02, "--no-promise") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "1.00x the speed" in told and f"exit 1 adds {branch[0]:.1f} us" in told and "saves nothing" in told
+    assert "branchynet design" in told
+
+
+def test_an_engine_that_fails_costs_the_others_nothing(run, tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    timed = json.loads((copy / "bench.json").read_text())["rows"]
+
+    def bench(*_, runtime, batches, **__):
+        if runtime == "openvino":
+            raise GraphError("it has no such operator")
+        return [row | {"engine": runtime} for row in timed[: len(batches)]]
+
+    monkeypatch.setattr(steps, "bench", bench)
+    arguments = ("bench", copy, "--engine", "onnxruntime,openvino,onnxruntime-cuda", "--json", tmp_path / "rows.json")
+    assert call(monkeypatch, *arguments, "--batch", "1,7", "--quiet") == 1
+    told = capsys.readouterr()
+    assert told.err == "error: not timed in openvino: it has no such operator\n" and "onnxruntime-cuda" in told.out
+    for rows in (
+        json.loads((copy / "bench.json").read_text())["rows"],
+        json.loads((tmp_path / "rows.json").read_text()),
+    ):
+        assert [row["engine"] for row in rows] == ["onnxruntime"] * 2 + ["onnxruntime-cuda"] * 2
+    monkeypatch.setattr(steps, "bench", lambda *_, **__: bench(runtime="openvino", batches=()))
+    assert call(monkeypatch, "bench", copy, "--quiet") == 1
+    assert capsys.readouterr().err == "error: it has no such operator\n"
+
+
+def test_what_the_static_network_is_not_is_told(run, tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    config = json.loads((copy / "config.json").read_text())
+    rows = json.loads((copy / "bench.json").read_text())["rows"]
+    monkeypatch.setattr(steps, "bench", lambda *_, **given: [rows[0] | {"accuracy_static": given["accuracy_static"]}])
+    for baseline, told in ((2, "trained for 2 epochs"), (0, "never trained")):
+        config["settings"] |= {"static": False, "baseline_epochs": baseline}
+        (copy / "config.json").write_text(json.dumps(config))
+        assert call(monkeypatch, "bench", copy, "--quiet") == 0
+        assert told in " ".join(capsys.readouterr().out.split())
+    assert json.loads((copy / "bench.json").read_text())["rows"][0]["accuracy_static"] is None
+
+
+def test_long_steps_say_what_they_do_unless_they_are_to_be_quiet(run, tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    steps = {
+        "measuring": ("choose", copy, "--max-drop", 0.02, "--no-promise", "--remeasure"),
+        "exporting": ("export", copy),
+        "timing in onnxruntime": ("bench", copy, "--batch", 1),
+        "answering": ("report", copy),
+    }
+    for told, step in steps.items():
+        assert call(monkeypatch, *step) == 0
+        assert told in capsys.readouterr().err
+        assert call(monkeypatch, *step, "--quiet") == 0
+        assert capsys.readouterr().err == ""

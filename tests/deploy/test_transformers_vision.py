@@ -1,0 +1,10 @@
+"""Vision networks of `transformers`: two branches each, without a line about any of them in the library."""
+
+import pytest
+
+from helpers.transformers_models import VISION, check
+
+
+@pytest.mark.parametrize("case", VISION, ids=str)
+def test_vision_networks_leave_early_as_the_naive_loop_does(case, tmp_path):
+    check(case, tmp_path)

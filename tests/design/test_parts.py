@@ -1,0 +1,345 @@
+"""The designer's parts beside naive searches and models of their times."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from branchynet import zoo
+from branchynet.design import part_times
+from branchynet.design.advising import _finalists
+from branchynet.design.candidates import Candidate, CandidateNetwork, attach_candidates
+from branchynet.design.exit_search import CandidateScores, ExitSet, break_even, least_us, search_exit_sets
+from branchynet.design.part_times import Batch, StageTimes, time_stages
+from branchynet.graph.macs import exit_macs
+from branchynet.graph.onnx_flat import flatten
+from branchynet.nn.attaching import attach_heads
+from branchynet.nn.heads import heads
+from branchynet.policy.risk_tests import halves
+from branchynet.policy.scores import entropy
+from branchynet.policy.values import ExitCost
+
+DEEP = "conv-64x2-128x2-128"
+MAPS = [(1, 28, 28), (3, 32, 32), (16, 32, 31), (64, 8, 8), (96, 4, 5), (32, 2, 2), (5, 1, 1), (2048, 7, 7)]
+
+
+@pytest.mark.parametrize("shape", MAPS)
+def test_heads_read_maps_of_any_size(shape):
+    made = heads(torch.rand(3, *shape), 7)
+    assert {"linear", "hidden-64"} <= made.keys()
+    assert any(name.startswith("conv") for name in made) == (min(shape[1:]) >= 2)
+    for name, head in made.items():
+        assert head(torch.rand(3, *shape)).shape == (3, 7), name
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((9, 12), None), ((12,), None), ((12, 9), 1), ((5, 4, 12), -1)])
+def test_heads_read_tokens_wherever_their_features_are(shape, dim):
+    for head in heads(torch.rand(2, *shape), 7, dim).values():
+        assert head(torch.rand(2, *shape)).shape == (2, 7)
+        assert next(m for m in head.modules() if isinstance(m, nn.Linear)).in_features == 12
+
+
+def test_no_head_reads_integers():
+    assert heads(torch.ones(2, 9, dtype=torch.int64), 7) == {}
+
+
+class Residual(nn.Module):
+    """Two blocks; nothing inside of them is a place for an exit."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 6, 3, padding=1)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.ReLU(inplace=True)) for _ in "ab")
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.fc(x.mean((2, 3)))
+
+
+def test_a_forest_is_all_heads_on_one_trunk():
+    torch.manual_seed(0)
+    trunk, images = Residual().eval(), torch.rand(5, 1, 9, 9)
+    forest = attach_candidates(trunk, images)
+    forest.net.eval()
+    assert forest.net.taps[0] == "input" and "stem" in forest.net.taps and "blocks.0.0" not in forest.net.taps
+    assert [c.tap for c in forest.candidates] == sorted(
+        (c.tap for c in forest.candidates), key=forest.net.taps.index
+    ) and len(set(forest.candidates)) == len(forest.candidates) == forest.net.num_exits - 1
+    depths = [c.depth for c in forest.candidates]
+    assert depths == sorted(depths) and depths[0] == 0 and 0 < depths[-1] < 1
+    with torch.no_grad():
+        every = forest.net(images)
+        assert torch.equal(every[-1], trunk(images))
+        some = [i for i in range(len(forest.candidates)) if i % 3]
+        few = forest.of(some)
+        assert few.backbone is forest.net.backbone  # no copy: it learns with the forest
+        assert all(torch.equal(a, every[i]) for a, i in zip(few.eval()(images), [*some, -1], strict=True))
+        for i, candidate in enumerate(forest.candidates):
+            net = forest.network([i])
+            assert net.taps == (candidate.tap,)
+            assert torch.allclose(net(images)[0], every[i], atol=1e-5) and torch.equal(net(images)[1], every[-1])
+            assert net.backbone is not trunk  # a copy: training it leaves the trunk alone
+            rebuilt = attach_heads(trunk, [candidate.tap], [candidate.head], images)
+            assert [p.shape for p in rebuilt.parameters()] == [p.shape for p in net.parameters()]
+
+
+def macs(net, x):
+    """Multiply-accumulates of a plain network, counted on its exported graph."""
+    return sum(exit_macs(flatten(net.eval(), x, score=entropy))[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wide", [False, True])
+def test_of_a_places_heads_those_stay_that_have_less_work_than_the_rest_of_the_trunk(wide):
+    """Deep ones, of several convolutions between two poolings, where they have less than a quarter of it."""
+    a, b = (64, 320) if wide else (8, 16)
+    trunk, images = nn.Sequential(
+        nn.Conv2d(1, a, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(a, b, 5, padding=2), nn.ReLU(),
+        nn.Conv2d(b, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 10),
+    ), torch.rand(2, 1, 28, 28)  # fmt: skip
+    forest, kept = attach_candidates(trunk, images), {}
+    for tap in forest.net.taps:
+        upto = 0 if tap == "input" else int(tap) + 1
+        features = trunk[:upto](images)
+        (first, _), *others = heads(features, 10).items()
+        left = macs(trunk[upto:], features)
+        kept[tap] = [forest.candidates[i].head for i in forest.at(tap)]
+        within = {name: left / 4 if name == DEEP else left for name, _ in others}
+        assert kept[tap] == [first, *(name for name, head in others if macs(head, features) < within[name])]
+    assert len(kept["input"]) > len(kept[forest.net.taps[-1]])
+    assert [DEEP in names for names in kept.values()] == [wide, *[False] * (len(kept) - 1)]
+
+
+def random_times(generator, taps, candidates, rows):
+    reach = np.cumsum(generator.uniform(5, 20, taps + 1))
+    position = np.sort(generator.integers(0, taps, candidates))
+    one = Batch(rows, reach * rows, reach[-1] * rows, generator.uniform(1, 9, candidates) * rows,
+                generator.uniform(0, 1, taps) * rows, generator.uniform(1, 3, taps) * rows)  # fmt: skip
+    return one, tuple(int(t) for t in position)
+
+
+def seconds_of(part, true, taps):
+    """What a graph that `_Parts` times takes, by a model in which parts add up; `taps` are the heads' positions."""
+    name, _, n = part.partition(" ")
+    n = int(n or 0)
+    here = [i for i, tap in enumerate(taps) if tap == n]
+    return {
+        "plain": lambda: true.plain,
+        "last": lambda: true.reach[-1],
+        "alone": lambda: true.reach[taps[n]] + true.head[n],
+        "all": lambda: true.reach[n] + true.head[here].sum(),
+        "both": lambda: true.reach[-1] + true.head[here[0]],
+        "leave": lambda: true.reach[n] + true.head[here[0]] + true.leave[n],
+        "stay": lambda: true.reach[-1] + true.head[here[0]] + true.stay[n],
+    }[name]()
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_times_of_parts_follow_from_those_of_whole_graphs(single, monkeypatch):
+    """Where many heads stand, and where one does: the trunk before a tap is not counted with its head."""
+    net, x = zoo.b_lenet(branches="published").eval(), torch.rand(4, 1, 28, 28)
+    forest = (
+        CandidateNetwork(net, (Candidate(net.taps[0], "", 0.1),))
+        if single
+        else attach_candidates(zoo.lenet().eval(), x)
+    )
+    flat = flatten(forest.net, x, score=entropy)
+    taps = [forest.net.taps.index(c.tap) for c in forest.candidates]
+    generator, names = np.random.default_rng(0), []
+    reach = np.cumsum(generator.uniform(5, 20, len(forest.net.taps) + 1))
+    true = Batch(1, reach, reach[-1] - 1, generator.uniform(1, 9, len(taps)),
+                 generator.uniform(0, 1, len(reach) - 1), generator.uniform(1, 3, len(reach) - 1))  # fmt: skip
+    made = part_times._Parts.__init__
+
+    def remembered(self, *args):
+        made(self, *args)
+        names[:] = self.calls
+
+    monkeypatch.setattr(part_times._Parts, "__init__", remembered)
+    monkeypatch.setattr(
+        part_times, "samples_of", lambda calls, _: np.array([[seconds_of(name, true, taps)] * 3 for name in names])
+    )
+    found = time_stages(forest, flat, x, batch_size=1, threads=1, runtime="onnxruntime", seconds=0.1).whole
+    for field in ("reach", "head", "leave", "stay", "plain"):
+        np.testing.assert_allclose(getattr(found, field), getattr(true, field), err_msg=field)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_design_costs_the_sum_of_what_a_sample_meets(seed):
+    generator = np.random.default_rng(seed)
+    whole, taps = random_times(generator, 3, 6, 1)
+    times = StageTimes(whole, whole, taps, 1, 0.0)
+    for chosen in itertools.combinations(range(6), 2):
+        if taps[chosen[0]] == taps[chosen[1]]:
+            continue
+        cost = times.cost(chosen)
+        met, expected = 0.0, []
+        for i in chosen:
+            met += whole.head[i]
+            expected.append(whole.reach[taps[i]] + met + whole.leave[taps[i]])
+            met += whole.stay[taps[i]]
+        expected.append(whole.reach[-1] + met)
+        before = sum(whole.leave[taps[i]] for i in chosen[:1])
+        got = cost.latency_us([True] * 3)
+        assert got[0] == pytest.approx(expected[0])
+        assert got[1] == pytest.approx(expected[1]) and got[2] == pytest.approx(expected[2])
+        assert before >= 0 and cost.threads == 1 and cost.batch_size == 1
+
+
+def test_of_a_batch_the_fixed_part_of_each_stage_is_paid_by_all():
+    """Calls of b rows take 8 + b us to the tap, 4 + 2b for the head, 20 + 5b from there to the end."""
+
+    def batch(b):
+        return Batch(
+            b, np.array([8.0 + b, 28 + 6 * b]), 28.0 + 6 * b, np.array([4.0 + 2 * b]), np.zeros(1), np.zeros(1)
+        )
+
+    times = StageTimes(batch(64), batch(16), (0,), 1, 0.0)
+    cost = times.cost([0])
+    leave, stay = cost.latency_us([True, True])
+    assert leave == pytest.approx(1 + 2 + (8 + 4 + 20) / 64) and stay - leave == pytest.approx(5)
+    assert times.static_us == pytest.approx(6 + 28 / 64)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_search_finds_what_trying_everything_finds(seed):
+    generator = np.random.default_rng(seed)
+    samples, taps = 120, (0, 0, 1, 2)
+    scores = generator.integers(0, 6, (samples, 5)).astype(np.float32)
+    losses = (generator.random((samples, 5)) < scores / 8).astype(np.float64)
+    heads_us, reach = generator.uniform(1, 4, 4), np.array([2.0, 9.0, 14.0, 30.0])
+
+    def cost(chosen):
+        trunk = np.diff([0.0, *reach[[taps[i] for i in chosen]], reach[-1]])
+        return ExitCost(tuple(trunk), (*heads_us[list(chosen)], 0.0))
+
+    judged = CandidateScores(scores, losses, taps, cost)
+    scores, losses = scores[judged.tuning], losses[judged.tuning]
+    most = losses[:, -1].sum() + 2
+    found, least = search_exit_sets(judged, 2 * most, 4, lambda line: None)
+    assert found[0].chosen == () and found[0].us == 30
+    best, lowest = found[0].us, np.full(4, np.inf)
+    for size in (1, 2, 3):
+        for chosen in itertools.combinations(range(4), size):
+            if len({taps[i] for i in chosen}) < size:
+                continue
+            each = cost(chosen).latency_us([True] * (size + 1))
+            for thresholds in itertools.product(np.arange(0.5, 7), repeat=size):
+                left = [next((n for n, i in enumerate(chosen) if s[i] < thresholds[n]), size) for s in scores]
+                columns = [*chosen, 4]
+                loss = sum(losses[k, columns[n]] for k, n in enumerate(left))
+                if loss <= most:
+                    best = min(best, us := float(np.mean([each[n] for n in left])))
+                    lowest[list(chosen)] = np.minimum(lowest[list(chosen)], us)
+        # With sets of which an exit is best left unused the search does not bother: a smaller set does the same.
+        assert min(f.us for f in found if len(f.chosen) <= size) == pytest.approx(best)
+    assert (least >= lowest - 1e-9).all()  # nor with all that a set may do: see above
+    assert all(least[i] == pytest.approx(best) for f in found[1:] if f.us == pytest.approx(best) for i in f.chosen)
+    assert [len(f.chosen) for f in found] == sorted({len(f.chosen) for f in found})
+    assert all(len({taps[i] for i in f.chosen}) == len(f.chosen) == len(f.thresholds) for f in found)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_search_among_some_is_that_of_these_alone(seed):
+    """After some have learned on: their new answers, and of the others nothing."""
+    generator = np.random.default_rng(seed)
+    samples, taps, kept = 80, (0, 0, 1, 2, 2), [0, 2, 4]
+    scores = generator.random((samples, 6)).astype(np.float32)
+    losses = (generator.random((samples, 6)) < scores).astype(np.float64)
+    new = scores[:, kept] / 2, losses[:, kept] * (generator.random((samples, 3)) < 0.5)
+    heads_us, reach = generator.uniform(1, 4, 5), np.array([2.0, 9.0, 14.0, 30.0])
+
+    def cost(chosen, positions=range(5)):
+        chosen = [positions[i] for i in chosen]
+        trunk = np.diff([0.0, *reach[[taps[i] for i in chosen]], reach[-1]])
+        return ExitCost(tuple(trunk), (*heads_us[chosen], 0.0))
+
+    some = CandidateScores(scores, losses, taps, cost).replaced(kept, *new)
+    alone = CandidateScores(
+        np.column_stack([new[0], scores[:, -1]]),
+        np.column_stack([new[1], losses[:, -1]]),
+        (0, 1, 2),
+        lambda chosen: cost(chosen, kept),
+    )
+    most = losses[:, -1].sum()
+    found, least = search_exit_sets(some, most, 4, lambda line: None, among=kept)
+    expected, lowest = search_exit_sets(alone, most, 4, lambda line: None)
+    assert [(f.chosen, f.thresholds) for f in found] == [
+        (tuple(kept[i] for i in f.chosen), f.thresholds) for f in expected
+    ]
+    assert np.array_equal(least[kept], lowest) and np.isinf(least[[1, 3]]).all()
+    assert np.isfinite(lowest).any() and len(found) > 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_two_heads_learn_on_at_each_of_the_best_places(seed, tmp_path):
+    """The one in the best set there is, and the most accurate of those in any; none that no set has."""
+    generator = np.random.default_rng(seed)
+    taps = tuple(int(t) for t in np.sort(generator.integers(0, 6, 15)))
+    losses, least = generator.random((30, 16)).round(), generator.permutation(15).astype(float)
+    least[generator.random(15) < 0.3] = np.inf
+    useful = [i for i in range(15) if least[i] < np.inf]
+    best = {
+        tap: min((i for i in useful if taps[i] == tap), key=lambda i: least[i]) for tap in {taps[i] for i in useful}
+    }
+    places = sorted(best, key=lambda tap: least[best[tap]])[:3]
+    kept = _finalists(tmp_path / "kept.json", CandidateScores(losses, losses, taps, lambda chosen: None), least, 3)
+    assert kept == sorted(set(kept)) and set(kept) <= set(useful) and {taps[i] for i in kept} == set(places)
+    for tap in places:
+        here, others = [i for i in kept if taps[i] == tap], [i for i in useful if taps[i] == tap]
+        assert best[tap] in here and len(here) <= 2
+        wrong = losses[halves(30)[0]].sum(axis=0)
+        assert min(wrong[here]) == min(wrong[others])
+    assert (
+        _finalists(tmp_path / "kept.json", CandidateScores(losses, losses, taps, lambda chosen: None), -least, 3)
+        == kept
+    )
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_an_exit_saves_time_where_more_leave_than_must(seed):
+    """Beside the same design without it, sample by sample."""
+    generator = np.random.default_rng(seed)
+    samples, reach = 50, np.array([2.0, 9.0, 14.0, 30.0])
+    every, heads_us = generator.random((2 * samples, 4)).astype(np.float32), generator.uniform(0, 9, 3)
+
+    def cost(chosen):
+        trunk = np.diff([0.0, *reach[list(chosen)], reach[-1]])
+        return ExitCost(tuple(trunk), (*heads_us[list(chosen)], 0.0))
+
+    judged = CandidateScores(every, np.zeros((2 * samples, 4)), (0, 1, 2), cost)
+    scores = every[judged.tuning]
+    thresholds = tuple(generator.uniform(0, 0.6, 3))
+
+    def mean_and_first(chosen):
+        each = cost(chosen).latency_us([True] * (len(chosen) + 1))
+        left = [next((n for n, i in enumerate(chosen) if s[i] < thresholds[i]), len(chosen)) for s in scores]
+        return np.mean([each[n] for n in left]), np.bincount(left, minlength=len(chosen) + 1) / samples
+
+    mean, share = mean_and_first((0, 1, 2))
+    needed = break_even(judged, ExitSet((0, 1, 2), thresholds, mean))
+    for n in range(3):
+        without, _ = mean_and_first(tuple(i for i in range(3) if i != n))
+        assert 0 <= needed[n] <= 1 and (share[n] >= needed[n]) == (mean <= without)
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.data())
+def test_the_bound_is_the_best_of_all_ways_to_leave(exits, samples, data):
+    """And so no thresholds beat it: what they do is one of these ways."""
+    each = np.cumsum(data.draw(st.lists(st.floats(0, 10), min_size=exits, max_size=exits)))
+    wrong = st.lists(st.integers(0, 1), min_size=exits, max_size=exits)
+    losses = np.array(data.draw(st.lists(wrong, min_size=samples, max_size=samples)), float)
+    ways = [
+        (losses[np.arange(samples), left].sum(), each[list(left)].mean())
+        for left in itertools.product(range(exits), repeat=samples)
+    ]
+    most = data.draw(st.integers(int(min(loss for loss, _ in ways)), samples))
+    best = min(us for loss, us in ways if loss <= most)
+    assert least_us(each, losses, float(most)) == pytest.approx(best, abs=1e-9)

@@ -1,0 +1,16 @@
+"""Calling the command line as a person does."""
+
+import sys
+
+import pytest
+
+from branchynet.cli import verbs
+
+
+def call(monkeypatch, *arguments):
+    """Run the command line in this process and return its exit status."""
+    monkeypatch.setattr(sys, "argv", ["branchynet", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        verbs.main()
+        raise SystemExit(0)
+    return stop.value.code or 0

@@ -1,0 +1,104 @@
+"""What was recorded, measured and chosen of one network is not mixed with another's."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from branchynet import (
+    BudgetController,
+    Choice,
+    ExitCost,
+    ExitRecord,
+    Policy,
+    bench,
+    choose,
+    evaluate,
+    export,
+    frontier,
+    load,
+    measure,
+    record,
+    zoo,
+)
+from branchynet.errors import InputError
+from branchynet.nn.fingerprint import fingerprint
+
+
+def b_lenet(seed=0, **options):
+    torch.manual_seed(seed)
+    return zoo.b_lenet(branches="published", **options).eval()
+
+
+def batches(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.rand(40, 1, 28, 28, generator=generator), torch.arange(40) % 10)]
+
+
+def test_it_tells_architectures_and_trainings_apart():
+    net = b_lenet()
+    assert fingerprint(net) == fingerprint(copy.deepcopy(net)) == fingerprint(b_lenet())
+    structure, weights = fingerprint(net).split("-")
+    assert fingerprint(b_lenet(1)).startswith(structure) and not fingerprint(b_lenet(1)).endswith(weights)
+    changed = copy.deepcopy(net)
+    with torch.no_grad():
+        next(changed.parameters()).view(-1)[0] += 1e-6
+    assert fingerprint(changed) != fingerprint(net)
+    assert fingerprint(b_lenet(num_classes=9)).split("-")[0] != structure
+    assert fingerprint(net.backbone).split("-")[0] != structure
+
+
+def test_records_costs_and_choices_carry_it(tmp_path):
+    net = b_lenet()
+    made, cost = record(net, batches(), progress=False), measure(net, batches()[0][0], seconds=0.1)
+    choice = choose(made, cost, max_drop=1.0, confidence=None)
+    assert made.network == cost.network == choice.network == fingerprint(net)
+    made.save(tmp_path / "r.npz"), cost.save(tmp_path / "c.json"), choice.save(tmp_path / "o.json")
+    assert ExitRecord.load(tmp_path / "r.npz").network == made.network
+    assert ExitCost.load(tmp_path / "c.json") == cost and Choice.load(tmp_path / "o.json") == choice
+    losses = record(net, batches(), loss=lambda o, t: (o.argmax(1) != t).float(), progress=False)
+    losses.save(tmp_path / "l.npz")
+    assert ExitRecord.load(tmp_path / "l.npz").network == made.network == made.take(slice(3)).network
+    path = export(net, tmp_path / "flat.onnx", policy=None, example=batches()[0][0])
+    assert record(load(path), batches(), progress=False).network == made.network
+
+
+def test_another_training_is_refused_where_its_answers_matter():
+    one, other = (record(b_lenet(seed), batches(), progress=False) for seed in (0, 1))
+    cost = measure(b_lenet(2), batches()[0][0], seconds=0.1)
+    choice = choose(one, cost, max_drop=1.0, confidence=None)  # what it costs does not depend on the weights
+    with pytest.raises(InputError, match=f"different networks .{other.network} and {one.network}"):
+        evaluate(other, choice)
+    evaluate(other, choice.policy, cost)  # said on purpose
+
+
+def test_another_architecture_is_refused():
+    made = record(b_lenet(), batches(), progress=False)
+    foreign = measure(b_lenet(num_classes=9), batches()[0][0], seconds=0.1)
+    policy = Policy(thresholds=(0.5,))
+    for mixed in (
+        lambda: choose(made, foreign, max_drop=1.0, confidence=None),
+        lambda: frontier(made, foreign),
+        lambda: evaluate(made, policy, foreign),
+        lambda: BudgetController(made, policy, foreign, goal_share=0.5),
+    ):
+        with pytest.raises(InputError, match="different architectures"):
+            mixed()
+
+
+def test_bench_refuses_another_networks_file(tmp_path):
+    net, (images, labels) = b_lenet(), batches()[0]
+    path = export(net, tmp_path / "m.onnx", policy=Policy(thresholds=(0.5,)), example=images)
+    arguments = {"network": "n", "accuracy_static": 0.5, "batches": (1,), "samples": 8, "repeats": 1}
+    with pytest.raises(InputError, match="different networks"):
+        bench(path, b_lenet(1), images, labels, **arguments)
+    assert len(bench(path, net, images, labels, **arguments)) == 1
+
+
+def test_what_does_not_say_is_not_refused():
+    made = record(b_lenet(), batches(), progress=False)
+    cost = ExitCost((1.0, 2.0), (0.5, 0.0))
+    assert choose(made, cost, max_drop=1.0, confidence=None).network == made.network
+    told = ExitRecord(made.outputs, made.labels)
+    assert np.isclose(evaluate(told, choose(made, cost, max_drop=1.0, confidence=None).policy).samples, 40)

@@ -1,0 +1,120 @@
+"""Why no sample leaves early: shares that pay and shares that may leave, against every threshold there is."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from branchynet import ExitCost, ExitRecord, Policy, choose, evaluate
+from branchynet.policy.explanation import lone_exits, why_never
+from branchynet.policy.values import Promise
+
+times = st.floats(0, 50)
+
+
+@st.composite
+def scored(draw, exits=3, samples=8):
+    """A record with few distinct scores, so that samples leave together; NaN and infinity among them."""
+    some = st.sampled_from([0.0, 0.25, 0.5, 1.0, np.inf, np.nan])
+    scores = draw(st.lists(st.lists(some, min_size=exits, max_size=exits), min_size=samples, max_size=samples))
+    wrong = st.lists(st.integers(0, 1), min_size=exits, max_size=exits)
+    return ExitRecord.from_scores(scores, draw(st.lists(wrong, min_size=samples, max_size=samples)))
+
+
+def a_cost(draw, exits=3):
+    trunk, branch = (draw(st.lists(times, min_size=exits, max_size=exits)) for _ in range(2))
+    return ExitCost(tuple(trunk), tuple(branch))
+
+
+def alone(exits, n, threshold):
+    return Policy(thresholds=tuple(threshold if k == n else None for k in range(exits - 1)))
+
+
+@given(scored(), st.sampled_from(["max_drop", "min_accuracy"]), st.floats(0, 1), st.data())
+def test_the_share_that_may_leave_is_the_largest_of_all_thresholds(record, name, limit, data):
+    cost = a_cost(data.draw)
+    never = choose(record, cost, max_drop=0.0, confidence=None)
+    last = evaluate(record, Policy(thresholds=(None, None))).accuracy
+    limit = min(limit, last) if name == "min_accuracy" else limit
+    asked = replace(never, policy=Policy(never.policy.score, (None, None)), constraint={name: limit})
+    for n, found in enumerate(lone_exits(record, cost, asked)):
+        outcomes = [evaluate(record, alone(3, n, t)) for t in (-1.0, 0.1, 0.3, 0.7, 2.0)]
+        least = limit if name == "min_accuracy" else last - limit
+        want = max(o.exit_share[n] for o in outcomes if o.accuracy >= least - 1e-9)
+        assert found.exit == n + 1 and found.possible == pytest.approx(want)
+
+
+@given(scored(), st.data())
+def test_an_exit_pays_from_the_share_told(record, data):
+    cost = a_cost(data.draw)
+    choice = choose(record, cost, max_drop=0.0, confidence=None)
+    plain = cost.latency_us([False, False, True])[-1]
+    for n, found in enumerate(lone_exits(record, cost, choice)):
+        each = cost.latency_us([k in (n, 2) for k in range(3)])
+        for share in (0.0, 0.1, 0.5, 0.9, 1.0):
+            mean = share * each[n] + (1 - share) * each[-1]
+            if abs(share - found.needed) > 1e-9 and abs(mean - plain) > 1e-9:
+                assert (mean < plain) == (share > found.needed)
+
+
+def test_the_reason_is_told_only_where_none_leaves_early():
+    scores = [[0.1, 0.1], [0.2, 0.1], [0.9, 0.1], [0.95, 0.1]]
+    record = ExitRecord.from_scores(scores, [[0, 0], [0, 0], [1, 0], [1, 0]])
+    cheap, dear = ExitCost((10, 30), (1, 0)), ExitCost((10, 30), (25, 0))
+    assert why_never(record, cheap, choose(record, cheap, max_drop=0.0, confidence=None)) == ""
+    told = why_never(record, dear, choose(record, dear, max_drop=0.0, confidence=None))
+    assert "adds 25.0 us to a sample that goes on and saves 5.0 us on one that leaves" in told
+    assert "pays where 83.3% leave; at this limit 50.0% may" in told
+    slow = ExitCost((10, 30), (35, 0))
+    assert "saves nothing" in why_never(record, slow, choose(record, slow, max_drop=0.0, confidence=None))
+
+
+def test_a_promise_that_takes_more_samples_is_named_as_the_reason():
+    """One answer in ten is wrong at exit 1 and the surest are right, but 60 samples cannot promise it."""
+    scores = np.linspace(0, 1, 60)[:, None].repeat(2, axis=1)
+    losses = np.stack([scores[:, 0] > 0.9, np.zeros(60)], axis=1)
+    record, cost = ExitRecord.from_scores(scores, losses), ExitCost((10, 30), (8, 0))
+    free = choose(record, cost, max_drop=0.0, confidence=None)
+    assert any(free.policy.enabled[:-1])
+    promise = Promise("max_drop", 0.0, 0.95, "betting", 30, 30)
+    held = replace(free, policy=Policy(free.policy.score, (None,)), promise=promise)
+    assert "too few to promise" in why_never(record, cost, held)
+    assert "too few to promise" in why_never(record, None, held)
+
+
+COSTS = [None, ExitCost((10, 30), (25, 0)), ExitCost((10, 30), (35, 0)), ExitCost((9, 9), (9, 0))]
+FREE = {"confidence": None}
+
+
+@pytest.mark.filterwarnings("ignore:no thresholds keep")
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize(
+    "limit", [{"max_drop": 0.05}, {"max_drop": 0.0} | FREE, {"min_accuracy": 1.0} | FREE, {"max_latency_us": 1e6}]
+)
+def test_a_choice_says_why_nobody_leaves_early(cost, limit):
+    """The first exit is wrong where it is sure, the last is right: no threshold lets anybody leave."""
+    scores = np.linspace(0, 1, 200)[:, None].repeat(2, axis=1)
+    record = ExitRecord.from_scores(scores, np.stack([scores[:, 0] < 0.5, np.zeros(200)], axis=1))
+    if cost is None and "max_latency_us" in limit:
+        return  # is refused
+    choice = choose(record, cost, **limit)
+    assert choice.policy.thresholds == (None,)
+    assert choice.reason == why_never(record, cost, choice) != ""
+    told = str(choice).splitlines()
+    assert told[:2] == ["exit 1 answers 0.0%: never", "exit 2 answers 100.0%: always"]
+    assert choice.reason in told[-1] and "`advise`" in told[-1]
+    assert (" us" in choice.reason) == (cost is not None and "max_latency_us" not in limit)
+
+
+def test_a_choice_that_lets_samples_leave_has_no_reason():
+    scores = [[0.1, 0.1], [0.2, 0.1], [0.9, 0.1], [0.95, 0.1]]
+    record = ExitRecord.from_scores(scores, [[0, 0], [0, 0], [1, 0], [1, 0]])
+    choice = choose(record, max_drop=0.0, confidence=None)
+    assert choice.reason == "" and "advise" not in str(choice)
+    assert str(choice).splitlines() == [
+        "exit 1 answers 50.0%: entropy < 0.55",
+        "exit 2 answers 50.0%: always",
+        "accuracy 100.00%, last exit alone 100.00%, on the 4 samples that chose",
+    ]

@@ -1,0 +1,127 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from branchynet.errors import InputError
+from branchynet.policy.exit_record import ExitRecord
+from branchynet.policy.record_scores import scores_of_record
+from branchynet.policy.scores import SCORES, entropy, margin, max_probability, resolve
+from helpers.score_oracles import ORACLES, softmax
+
+logits = hnp.arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(2, 8)), elements=st.floats(-40, 40, width=32))
+
+
+@pytest.mark.parametrize("name", ORACLES)
+@settings(max_examples=100, deadline=None)
+@given(logits)
+def test_against_numpy(name, z):
+    assert SCORES[name]((torch.from_numpy(z),)).numpy() == pytest.approx(ORACLES[name](softmax(z)), abs=2e-5)
+
+
+@pytest.mark.parametrize("name", ORACLES)
+@settings(max_examples=50, deadline=None)
+@given(logits, st.floats(-20, 20, width=32))
+def test_range_and_what_is_no_matter(name, z, shift):
+    found = SCORES[name]((torch.from_numpy(z),))
+    assert found.shape == (len(z),)
+    assert (found >= -1e-6).all() and (found <= (math.log(z.shape[1]) if name == "entropy" else 1) + 1e-5).all()
+    assert torch.allclose(SCORES[name]((torch.from_numpy(z[:, ::-1] + shift),)), found, atol=2e-5)
+
+
+@pytest.mark.parametrize(("score", "least_sure"), [(entropy, math.log(4)), (max_probability, 0.75), (margin, 1.0)])
+def test_known_values(score, least_sure):
+    found = score((torch.tensor([[0.0, 0, 0, 0], [100.0, 0, 0, 0], [50.0, 50, -50, -50]]),))
+    tie = {entropy: math.log(2), max_probability: 0.5, margin: 1.0}[score]
+    assert found.tolist() == pytest.approx([least_sure, 0, tie], abs=1e-6)
+
+
+@pytest.mark.parametrize("score", [entropy, max_probability, margin])
+def test_surer_is_smaller_and_the_latest_exit_counts(score):
+    sure, unsure = torch.tensor([[5.0, 0, 0]]), torch.tensor([[1.0, 0, 0]])
+    assert score((unsure, sure)) < score((sure, unsure))
+
+
+def test_entropy_is_of_all_classes_not_of_the_top():
+    z = torch.tensor([[0.0, 0, 0, 0, 0, 0, 0, 3]])
+    assert entropy((z,)).item() == pytest.approx(ORACLES["entropy"](softmax(z.numpy()))[0], abs=1e-6)
+
+
+class TestResolve:
+    def test_names_and_callables(self):
+        assert resolve("entropy") is entropy
+
+        def own(outputs):
+            return outputs[-1][:, 0]
+
+        assert resolve(own) is own
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("entrpy", "unknown score 'entrpy'; did you mean 'entropy'"),
+            ("max_prob", "did you mean 'max_probability'"),
+            ("zzz", "known names: 'entropy', 'max_probability', 'margin'"),
+        ],
+    )
+    def test_unknown_name(self, name, message):
+        with pytest.raises(InputError, match=message):
+            resolve(name)
+
+
+class TestOfRecord:
+    record = ExitRecord(np.random.default_rng(0).normal(size=(5, 3, 4)), [0, 1, 2, 3, 0])
+
+    @pytest.mark.parametrize("name", ORACLES)
+    def test_every_exit(self, name):
+        found = scores_of_record(self.record, name)
+        assert found.shape == (5, 3) and found.dtype == np.float32
+        for n in range(3):
+            assert found[:, n] == pytest.approx(ORACLES[name](softmax(self.record.outputs[:, n])), abs=1e-5)
+
+    def test_a_callable_sees_the_outputs_so_far(self):
+        seen = []
+
+        def depth(outputs):
+            seen.append([tuple(o.shape) for o in outputs])
+            assert not torch.is_grad_enabled()
+            return outputs[0][:, 0] + len(outputs)
+
+        found = scores_of_record(self.record, depth)
+        assert found == pytest.approx(self.record.outputs[:, 0, :1] + [1, 2, 3])
+        assert seen == [[(5, 4)] * n for n in (1, 2, 3)]
+
+    def test_float64_scores_become_float32(self):
+        assert scores_of_record(self.record, lambda outputs: outputs[-1][:, 0].double()).dtype == np.float32
+
+    @pytest.mark.parametrize("shape", [(5, 1), (5, 4), (), (1,)])
+    def test_wrong_shape(self, shape):
+        with pytest.raises(InputError, match=r"gave float32 \(.*at exit 1; it must be a tensor \(5,\)"):
+            scores_of_record(self.record, lambda outputs: torch.zeros(shape))
+
+    def test_recorded_scores_are_returned(self):
+        record = ExitRecord.from_scores([[0.5, math.nan]], [[0, 1]])
+        assert scores_of_record(record, "entropy") is record.scores
+
+
+class TestPatience:
+    @settings(max_examples=100, deadline=None)
+    @given(hnp.arrays(np.int64, st.tuples(st.integers(1, 5), st.integers(1, 6)), elements=st.integers(0, 2)))
+    def test_against_a_loop(self, labels):
+        outputs = tuple(torch.eye(3)[torch.from_numpy(row)] for row in labels)
+        for n in range(1, len(labels) + 1):
+            found = resolve("patience")(outputs[:n])
+            for sample, score in enumerate(found.tolist()):
+                count = 1
+                while count < n and labels[n - 1 - count, sample] == labels[n - 1, sample]:
+                    count += 1
+                assert score == pytest.approx(1 / count)
+
+    def test_of_maps_it_is_the_mean(self):
+        first, second = torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 2, 2)
+        first[0, 1, 0] = second[0, 1] = 1
+        assert resolve("patience")((first, second)).tolist() == [0.75]

@@ -1,0 +1,399 @@
+import base64
+import io
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from branchynet.errors import FileError, InputError
+from branchynet.policy.exit_record import ExitRecord
+from branchynet.policy.values import Choice, ExitCost, Outcome, Policy, Promise
+from branchynet.report import Gallery, figure_scores, figure_shares, figure_tradeoff, write_report
+from branchynet.report.svg import inline
+
+VOID = {"meta", "img", "br"}
+
+
+class Page(HTMLParser):
+    """Checks that tags are balanced and keeps what is of interest."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.words, self.titles = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            (self.titles if "title" in self.open else self.words).append(data)
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+
+def run(samples=60, exits=3, seed=0, **more):
+    """What a report is made of; the figures need not fit one another, only the counts must."""
+    rng = np.random.default_rng(seed)
+    thresholds = (0.3, None, 0.4, 0.5, 0.6)[: exits - 1]
+    share = tuple(np.full(exits, 1 / exits))
+    right = (0.99, None, 0.9, 0.9, 0.9, 0.9)[:exits]
+    outcome = Outcome(samples, 0.951, (0.94, 0.96), 0.962, share, right, 40.0, 95.0, 99.0)
+    chosen = Outcome(77, 0.97, (0.9, 0.99), 0.97, share, (0.99,) * exits, 41.5, 95.0, 99.0)
+    return {
+        "title": "B-LeNet on digits",
+        "choice": Choice(Policy("entropy", thresholds), {"max_drop": 0.005}, chosen, "c0ffee" * 8),
+        "outcome": outcome,
+        "record": ExitRecord.from_scores(rng.random((samples, exits)), rng.random((samples, exits)) < 0.1),
+        "scores": rng.exponential(0.3, (samples, exits)),
+        "curve": SimpleNamespace(mean_us=np.linspace(20, 80, 500), accuracy=1 - 0.3 * np.exp(-np.linspace(0, 5, 500))),
+        "cost": ExitCost((20.5,) * exits, (4.0,) * exits, (1000,) * exits, (70,) * exits, batch_size=64, threads=2),
+        "bench": [a_row(1, 1), a_row(64, 2)],
+        "galleries": [a_gallery("Left first"), a_gallery("Left last")],
+        "facts": {"machine": "Xeon, 2 cores", "torch": "2.13.0", "seed": 7},
+        **more,
+    }
+
+
+def a_row(batch, threads):
+    return {
+        "network": "b_lenet",
+        "engine": "onnxruntime",
+        "batch": batch,
+        "threads": threads,
+        "static_us": 88.5 + batch,
+        "branchy_us": 30.25,
+        "limit_us": 29.0,
+        "speedup": 2.93,
+        "overhead": 1.043,
+        "accuracy_static": 0.9612,
+        "accuracy_branchy": 0.951,
+        "exit_share": [0.5, 0.3, 0.2],
+        "thresholds": [0.3, None],
+    }
+
+
+def a_gallery(title="Left first", count=5, size=(8, 8), **more):
+    rng = np.random.default_rng(1)
+    images = rng.integers(0, 256, (count, *size), dtype=np.uint8)
+    label = np.arange(count) % 3
+    fields = {"label": label, "predicted": label, "exit": np.full(count, 2), "score": np.full(count, 0.0123)}
+    return Gallery(title, images, **{**fields, **more})
+
+
+def written(tmp_path, **more):
+    write_report(tmp_path / "report.html", **run(**more))
+    return (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+class TestPage:
+    def test_everything_is_there(self, tmp_path):
+        page = Page(written(tmp_path))
+        assert [a["aria-label"] for a in page.all("svg")] == [
+            "Accuracy against mean time per sample for 500 threshold settings; the chosen one reaches 95.10\u202f% "
+            "on test data.",
+            "Shares of the test samples. exit 1: 33.3\u202f% of the samples; exit 2: 33.3\u202f% of the samples; "
+            "exit 3: 33.3\u202f% of the samples.",
+            "Histograms of the entropy at each of 3 exits, for right and wrong answers.",
+        ]
+        for words in (
+            "chosen on 77 validation samples under max drop 0.005 ; the figures here are of 60 test samples",
+            "95.10 % 95 % interval 94.00 % to 96.00 %",
+            "96.20 % −1.10 points with early exits",
+            "Speed-up at batch 64 2.93×",  # timed as the cost was
+            "40 µs 95 % within 95 µs, worst 99 µs",
+            "1 entropy < 0.3 33.3 % 99.00 % 20.5 4 1,000 70",
+            "2 never (left out) 33.3 % 20.5",
+            "3 always",
+            "stage costs a sample at batch 64, 2 threads",
+            "b_lenet onnxruntime 1 1 89.5 30.2 29 2.93× 1.043 96.12 % 95.10 % 50.0, 30.0, 20.0 0.3, never",
+            "b_lenet onnxruntime 64 2 152.5",
+            "Left first",
+            "Left last",
+            "machine Xeon, 2 cores torch 2.13.0 seed 7",
+            "chosen on record c0ffeec0ffee, 77 samples",
+        ):
+            assert words in page.text, words
+        assert run()["record"].digest[:12] in page.text
+        assert len(page.all("img")) == 10
+
+    def test_is_accessible(self, tmp_path):
+        page = Page(written(tmp_path))
+        assert page.all("html") == [{"lang": "en"}] and page.titles[0] == "B-LeNet on digits"
+        assert len(page.all("h1")) == 1 and len(page.all("main")) == 1
+        assert all(image["alt"] for image in page.all("img"))
+        assert all(svg["role"] == "img" and svg["aria-label"] for svg in page.all("svg"))
+        assert all(head["scope"] in ("col", "row") for head in page.all("th"))
+        assert len(page.all("caption")) == len(page.all("table")) == 2
+        ids = [a["id"] for _, a in page.tags if "id" in a]
+        assert len(ids) == len(set(ids))
+        labelled = [a["aria-labelledby"] for _, a in page.tags if "aria-labelledby" in a]
+        assert labelled and set(labelled) <= set(ids)
+
+    def test_asks_nothing_of_other_machines(self, tmp_path):
+        text = written(tmp_path)
+        page = Page(text)
+        assert not {"script", "link", "iframe", "object", "base", "form"} & {tag for tag, _ in page.tags}
+        ids = {a["id"] for _, a in page.tags if "id" in a}
+        seen = set()
+        for tag, attributes in page.tags:
+            for name, value in attributes.items():
+                if name in ("src", "href", "xlink:href", "srcset", "data", "action", "poster"):
+                    seen.add(tag)
+                    assert value.startswith("data:image/png;base64,") or value.removeprefix("#") in ids, value
+        assert seen == {"img", "use"}
+        urls = re.findall(r"url\(([^)]*)\)", text)
+        assert urls and all(url.removeprefix("#") in ids for url in urls)
+        assert "http:" not in text and "https:" not in text and "@import" not in text and "//" not in strip_data(text)
+        assert "default-src 'none'" in page.all("meta")[2]["content"]
+
+    def test_light_dark_print_and_narrow(self, tmp_path):
+        text = written(tmp_path)
+        for query in ("prefers-color-scheme: dark", "@media print", "max-width"):
+            assert query in text
+        svg = "".join(re.findall(r"<svg.*?</svg>", text, re.S))
+        assert {"var(--ink)", "var(--muted)", "var(--right)", "var(--wrong)", "var(--chosen)"} <= set(
+            re.findall(r"var\(--\w+\)", svg)
+        )
+        # nothing visible is left in a colour that a dark page would swallow
+        assert not re.findall(r"#[0-9a-f]{6}(?=[;\"])", svg)
+        declared = set(re.findall(r"(--\w+):", text))
+        assert set(re.findall(r"var\((--\w+)\)", text)) <= declared
+
+    def test_all_text_is_escaped(self, tmp_path):
+        evil = "<script>alert(1)</script>&\"'"
+        row = {**a_row(1, 1), "network": evil, "engine": evil, "batch": evil}
+        choice = run()["choice"]
+
+        def score(outputs):
+            return outputs
+
+        score.__name__ = evil
+        choice = Choice(Policy(score, choice.policy.thresholds), {evil: 1.0}, choice.outcome, evil)
+        galleries = [a_gallery(evil, names=(evil, evil + "1", evil + "2"), predicted=np.array([1, 1, 1, 1, 1]))]
+        text = written(tmp_path, title=evil, bench=[row], facts={evil: evil}, galleries=galleries, choice=choice)
+        page = Page(text)
+        assert "<script" not in text and not page.all("script")
+        assert page.text.count("alert(1)") >= 10
+        assert page.titles[0] == evil
+        assert all("alert" not in name for _, attributes in page.tags for name in attributes)
+
+    def test_small_with_many_samples_and_large_images(self, tmp_path):
+        rng = np.random.default_rng(0)
+        curve = SimpleNamespace(mean_us=np.sort(rng.random(10_000)), accuracy=np.sort(rng.random(10_000)))
+        galleries = [a_gallery(size=(256, 256, 3), count=200)] * 2
+        text = written(tmp_path, samples=10_000, exits=6, curve=curve, galleries=galleries)
+        assert len(text.encode()) < 3e6
+        Page(text)
+
+    def test_only_what_is_given(self, tmp_path):
+        outcome = Outcome(60, 0.9, (0.8, 1.0), 0.9, (0.5, 0.2, 0.3), (0.9, 0.9, 0.9))
+        more = {"curve": None, "cost": None, "bench": (), "galleries": (), "facts": None, "outcome": outcome}
+        page = Page(written(tmp_path, **more))
+        assert len(page.all("svg")) == 2 and not page.all("img") and len(page.all("table")) == 1
+        assert "Speed-up" not in page.text and "µs" not in page.text and "Mean time" not in page.text
+
+    def test_warns_when_chosen_and_reported_on_the_same_data(self, tmp_path):
+        parts = run()
+        choice = Choice(parts["choice"].policy, {"max_drop": 0}, parts["outcome"], parts["record"].digest)
+        assert "chosen on the very data" in Page(written(tmp_path, choice=choice)).text
+        assert "chosen on the very data" not in Page(written(tmp_path)).text
+
+    def test_says_what_is_promised(self, tmp_path):
+        promise = Promise("max_drop", 0.005, 0.95, "betting", 500, 500)
+        page = Page(written(tmp_path, choice=replace(run()["choice"], promise=promise)))
+        assert str(promise) in page.text and "confidence" not in Page(written(tmp_path)).text
+
+    def test_says_why_no_sample_leaves_early(self, tmp_path):
+        page = Page(written(tmp_path, choice=replace(run()["choice"], reason="no <exit> pays")))
+        assert "no <exit> pays" in page.text and "no <exit> pays" not in Page(written(tmp_path)).text
+
+    def test_is_the_same_again(self, tmp_path):
+        assert written(tmp_path) == written(tmp_path)
+
+    def test_baseline_is_the_row_timed_as_the_cost_was(self, tmp_path):
+        tips = lambda **more: [t for t in Page(written(tmp_path, **more)).titles if t.startswith("static network")]  # noqa: E731
+        assert tips() == ["static network: 152.5 µs, 96.12 %"]
+        alike = ExitCost((20.5,) * 3, (4.0,) * 3, batch_size=64, threads=2, plain_us=99.0)  # timed with the curve
+        assert tips(cost=alike) == ["static network: 99 µs, 96.12 %"]
+        assert tips(baseline=(70.0, 0.5)) == ["static network: 70 µs, 50.00 %"]
+        assert tips(bench=[a_row(1, 1)]) == []
+        assert tips(bench=[{**a_row(64, 2), "accuracy_static": None}]) == []
+
+    @pytest.mark.parametrize(
+        ("more", "message"),
+        [
+            ({"cost": ExitCost((1,), (1,))}, "the record has 3 exits, the cost has 1 exits"),
+            ({"record": run(exits=2)["record"]}, "the outcome has 3 exits, the record has 2 exits"),
+            ({"scores": np.zeros((60, 2))}, r"scores of shape \(60, 2\).*60 samples of 3 exits"),
+            ({"outcome": run(samples=59)["outcome"]}, "an outcome of 59 samples"),
+            ({"bench": [{"network": "x"}]}, r"a row of bench lacks \['accuracy_branchy'"),
+        ],
+    )
+    def test_what_does_not_fit_together(self, tmp_path, more, message):
+        with pytest.raises(InputError, match=message):
+            written(tmp_path, **more)
+        assert not (tmp_path / "report.html").exists()
+
+    def test_unwritable(self, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(FileError, match="cannot write"):
+            write_report(tmp_path / "file" / "report.html", **run())
+
+
+def strip_data(text):
+    return re.sub(r"data:image/png;base64,[\w+/=]*", "", text)
+
+
+class TestGallery:
+    def test_pictures_are_the_images(self, tmp_path):
+        grey, colour = a_gallery(), a_gallery(size=(8, 6, 3))
+        page = Page(written(tmp_path, galleries=[grey, colour]))
+        sources = [image["src"].partition(",")[2] for image in page.all("img")]
+        shown = [np.asarray(Image.open(io.BytesIO(base64.b64decode(source)))) for source in sources]
+        assert all(np.array_equal(a, b) for a, b in zip(shown, [*grey.images, *colour.images], strict=True))
+
+    def test_wrong_answers_are_marked_in_words_too(self, tmp_path):
+        gallery = a_gallery(count=3, predicted=np.array([0, 2, 2]), names=("zero", "one", "two"))
+        page = Page(written(tmp_path, galleries=[gallery]))
+        assert [a.get("class") for a in page.all("li")] == [None, "missed", None]
+        assert "zero exit 2 0.0123 two , is one exit 2 0.0123 two exit 2" in page.text
+
+    def test_at_most_24_and_small(self, tmp_path):
+        page = Page(written(tmp_path, galleries=[a_gallery(count=30, size=(300, 150))]))
+        sources = [image["src"].partition(",")[2] for image in page.all("img")]
+        assert len(sources) == 24
+        assert Image.open(io.BytesIO(base64.b64decode(sources[0]))).size == (48, 96)
+
+    @pytest.mark.parametrize(
+        ("more", "message"),
+        [
+            ({"size": (8,)}, r"uint8 of shape \(B, H, W\).*\(5, 8\)"),
+            ({"size": (8, 8, 4)}, r"uint8 of shape"),
+            ({"label": [0]}, r"label has shape \(1,\) for 5 images"),
+            ({"score": np.zeros((5, 2))}, r"score has shape \(5, 2\)"),
+            ({"names": ("a", "b")}, "class 2 has no name; there are 2 names"),
+        ],
+    )
+    def test_wrong(self, more, message):
+        with pytest.raises(InputError, match=message):
+            a_gallery(**more)
+
+    def test_floats_are_no_pictures(self):
+        with pytest.raises(InputError, match=r"uint8.*float64"):
+            Gallery("x", np.zeros((1, 8, 8)), [0], [0], [1], [0.0])
+
+
+class TestFigures:
+    def tips(self, figure):
+        return Page(inline(figure, "x", "a figure")).titles
+
+    def test_tradeoff(self):
+        us, accuracy = np.array([30.0, 10, 20]), [0.97, 0.95, 0.96]
+        figure = figure_tradeoff(
+            us, accuracy, baseline=(50, 0.965), chosen=(20, 0.96), judged=(21, 0.955), interval=(0.95, 0.96)
+        )
+        assert self.tips(figure) == [
+            "10 µs, 95.00 %",
+            "20 µs, 96.00 %",
+            "30 µs, 97.00 %",
+            "static network: 50 µs, 96.50 %",
+            "chosen, on the data that chose: 20 µs, 96.00 %",
+            "the same thresholds on test data, 95 %: 21 µs, 95.50 %",
+        ]
+        assert [t.get_text() for t in figure.axes[0].texts] == ["←  2.4× faster"]
+        assert [t.get_text() for t in figure.legends[0].get_texts()] == [
+            "the best of all thresholds",
+            "static network",
+            "chosen, on the data that chose",
+            "the same thresholds on test data, 95 %",
+        ]
+
+    def test_tradeoff_by_itself(self):
+        assert self.tips(figure_tradeoff([12_345.0], [0.5])) == ["12.35 ms, 50.00 %"]
+
+    def test_tradeoff_shows_the_knee_and_not_every_point(self):
+        us = np.linspace(1, 100, 5000)
+        tips = self.tips(figure_tradeoff(us, us / 100, chosen=(95, 0.95), most=100))
+        assert len(tips) == 101 and tips[99] == "100 µs, 100.00 %"
+        assert 88 < float(tips[0].split()[-2]) < 91  # as far below the chosen point as that is below the best
+
+    def test_shares(self):
+        figure = figure_shares((0.7, 0.0, 0.3), (0.99, None, 0.8))
+        told = ["70.0 %, 99.00 % of them right", "0.0 %", "30.0 %, 80.00 % of them right"]
+        assert [t.get_text() for t in figure.axes[0].texts] == told
+        widths = [bar.get_width() for bar in figure.axes[0].patches]
+        assert widths == pytest.approx([69.3, 0.7, 0, 0, 24, 6])
+
+    def test_scores(self):
+        scores = np.array([[0.0, 0.1], [0.1, 1.0], [1.0, 0.9], [np.nan, np.inf]])
+        losses = np.array([[0, 0], [0, 0], [1, 0], [0, 0]])
+        figure = figure_scores(scores, losses, (0.4,), bins=2)
+        assert self.tips(figure) == [
+            "2 right, 0 wrong at 0 to 0.5",
+            "0 right, 1 wrong at 0.5 to 1",
+            "exit 1 answers below 0.4",
+            "1 right, 0 wrong at 0 to 0.5",
+            "2 right, 0 wrong at 0.5 to 1",
+        ]
+
+    @pytest.mark.parametrize("scores", [np.full((3, 2), np.nan), np.zeros((3, 2)), np.zeros((3, 1)), np.zeros((2, 5))])
+    def test_odd_scores(self, scores):
+        figure = figure_scores(scores, np.zeros_like(scores), (0.0,) * (scores.shape[1] - 1))
+        assert sum(axes.get_visible() for axes in figure.axes) == scores.shape[1]
+        Page(inline(figure, "x", "a figure"))
+
+    @pytest.mark.parametrize("kind", ["png", "svg", "pdf"])
+    def test_saved_by_themselves(self, tmp_path, kind):
+        figures = (
+            figure_tradeoff([1, 2], [0.5, 0.6]),
+            figure_shares((1.0,), (0.5,)),
+            figure_scores(np.zeros((3, 2)), np.zeros((3, 2))),
+        )
+        for figure in figures:
+            assert isinstance(figure, Figure)
+            figure.savefig(tmp_path / f"x.{kind}")
+            start = (tmp_path / f"x.{kind}").read_bytes()[:100]
+            assert {"png": b"PNG", "svg": b"<?xml", "pdf": b"%PDF"}[kind] in start
+
+    @pytest.mark.parametrize(
+        ("make", "message"),
+        [
+            (lambda: figure_tradeoff([1, 2], [0.5]), r"mean_us \(2,\) and accuracy \(1,\)"),
+            (lambda: figure_tradeoff([], []), "not empty"),
+            (lambda: figure_shares((0.5, 0.5), (1.0,)), "2 shares and 1 accuracies"),
+            (lambda: figure_scores(np.zeros((3, 2)), np.zeros((3, 1))), r"scores \(3, 2\) and losses \(3, 1\)"),
+        ],
+    )
+    def test_wrong_shapes(self, make, message):
+        with pytest.raises(InputError, match=message):
+            make()
+
+
+def test_undecodable_names_of_files_are_escaped(tmp_path):
+    """A folder of data may have any bytes as its name, and the title names it."""
+    made = run(title="net on folder:/data/caf\udce9", facts={"data": "folder:/data/caf\udce9", "\udcff": 1})
+    write_report(tmp_path / "report.html", **made)
+    text = (tmp_path / "report.html").read_bytes().decode("utf-8")
+    assert r"folder:/data/caf\udce9" in Page(text).text

@@ -1,0 +1,200 @@
+"""The files of a run name what they were made from, and what does not belong together is refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from branchynet import Choice, ExitRecord, load
+from branchynet.data import load_data
+from branchynet.errors import DataError, FileError, InputError
+from branchynet.policy.digests import share_samples
+from branchynet.policy.risk_tests import halves
+from branchynet.policy.values import ExitCost
+from branchynet.runs.design import design_run
+from branchynet.runs.provenance import check_data, check_report
+from branchynet.runs.report import report_run
+from branchynet.runs.run import create_run
+from branchynet.runs.settings import Settings
+from branchynet.runs.steps import bench_run, choose_run, export_run, train_run
+
+
+def trained(folder, **settings):
+    run = create_run(folder, Settings(baseline_epochs=1, epochs=1, static=False, augment="none", **settings))
+    train_run(run, progress=False)
+    return run
+
+
+def pictures(folder, count=40, seed=0):
+    rng = np.random.default_rng(seed)
+    for name in ("ant", "bee"):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(rng.integers(0, 255, (28, 28), dtype=np.uint8)).save(folder / name / f"{i:03}.png")
+    return f"folder:{folder}"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Two runs on digits, of two seeds; of the first, all that a report needs but timings."""
+    base = tmp_path_factory.mktemp("runs")
+    one, other = trained(base / "one"), trained(base / "other", seed=1)
+    cost = ExitCost((20.0, 60.0), (5.0, 0.0), plain_us=80.0)  # no test waits for a clock
+    for run in (one, other):
+        cost.save(run.path / "cost.json")
+        choose_run(run, max_drop=0.5)
+    export_run(one)
+    return one, other
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    """A copy of the first run."""
+    shutil.copytree(made[0].path, tmp_path / "run")
+    return create_run(tmp_path / "run", made[0].settings)
+
+
+def timed(run):
+    """As `bench_run` leaves it, without the wait."""
+    from branchynet.runs.provenance import keep_bench
+
+    keep_bench(run.path, [])
+
+
+@pytest.mark.parametrize(
+    ("files", "verb", "told"),
+    [
+        (["choice.json"], export_run, r"choice\.json was chosen for other weights .* run `branchynet choose .*run`"),
+        (["checkpoint.safetensors"], export_run, "chosen for other weights .* run `branchynet train .*run` again"),
+        (["checkpoint.safetensors", "record-val.npz"], export_run, "other weights .* run `branchynet choose .*run`"),
+        (["choice.json"], report_run, r"choice\.json was not made from the other files .* `branchynet choose"),
+        (["record-val.npz"], report_run, r"record-val\.npz was not made from .* run `branchynet train"),
+        (["record-val.npz", "record-test.npz"], report_run, r"choice\.json was not made from .* `branchynet choose"),
+        (
+            ["record-val.npz", "record-test.npz", "choice.json"],
+            report_run,
+            r"model\.onnx was not .* `branchynet export",
+        ),
+    ],
+)
+def test_files_of_another_run_are_refused_with_the_step_that_makes_them_again(run, made, files, verb, told):
+    for name in files:
+        shutil.copy(made[1].path / name, run.path / name)
+    with pytest.raises((FileError, InputError), match=told):
+        verb(run)
+
+
+def test_a_report_does_not_mix_an_old_file_or_old_timings_with_a_new_choice(run):
+    timed(run)
+    report_run(run)
+    choose_run(run, max_drop=0.5, score="margin")
+    with pytest.raises(FileError, match=r"model\.onnx was not made from the other files there; run `branchynet export"):
+        report_run(run)
+    export_run(run)
+    with pytest.raises(FileError, match=r"bench\.json was not made from the other files there; run `branchynet bench"):
+        report_run(run)
+    timed(run)
+    report_run(run)
+    stored = json.loads((run.path / "bench.json").read_text())
+    del stored["model"]  # as earlier versions wrote it
+    (run.path / "bench.json").write_text(json.dumps(stored))
+    with pytest.raises(FileError, match=r"bench\.json was not made"):
+        report_run(run)
+
+
+def test_the_same_thresholds_chosen_on_another_record_are_another_choice(run):
+    choice, engine = Choice.load(run.path / "choice.json"), load(run.path / "model.onnx")
+    val, test = (ExitRecord.load(run.path / f"record-{part}.npz") for part in ("val", "test"))
+    check_report(run.path, choice, val, test, engine)
+    other = Choice(choice.policy, choice.constraint, choice.outcome, "0" * 64, choice.promise, choice.network)
+    with pytest.raises(FileError, match=r"model\.onnx was not made"):
+        check_report(run.path, other, val, test, engine)
+
+
+def test_what_a_run_of_today_lacks_is_no_fault(run):
+    """Files of a version that wrote no digests: they hold what they always did."""
+    for name in ("val", "test"):
+        path = run.path / f"record-{name}.npz"
+        old = ExitRecord.load(path)
+        ExitRecord(old.outputs, old.labels).save(path)
+    stored = json.loads((run.path / "choice.json").read_text())
+    (run.path / "choice.json").write_text(
+        json.dumps({k: v for k, v in stored.items() if k not in ("samples", "network", "sha256")})
+    )
+    (run.path / "data.json").unlink()
+    export_run(run)
+    report_run(run)
+    train_run(run, progress=False)
+    assert ExitRecord.load(run.path / "record-val.npz").inputs is not None and (run.path / "data.json").exists()
+
+
+def test_a_learned_choice_names_the_samples_that_fitted_it(run):
+    ExitCost((20.0, 60.0), (5.0, 0.0)).save(run.path / "cost-learned.json")
+    val = ExitRecord.load(run.path / "record-val.npz")
+    tuning, rest = halves(val.samples)
+    for confidence in (0.95, None):
+        choice = choose_run(run, score="learned", max_drop=0.5, confidence=confidence)
+        fitted = Choice.load(run.path / "choice.json").policy.score.fitted_on
+        assert share_samples(fitted, val.inputs[tuning]) and not share_samples(fitted, val.inputs[rest])
+        assert (choice.record_digest == val.digest) == (confidence is not None)
+        assert share_samples(choice.samples, val.inputs[rest])
+
+
+def test_a_picture_more_is_never_one_that_was_trained_on(tmp_path):
+    name = pictures(tmp_path / "images")
+    run = trained(tmp_path / "run", data=name)
+    ExitCost((20.0, 60.0), (5.0, 0.0)).save(run.path / "cost.json")
+    choose_run(run, max_drop=0.9, confidence=None)
+    export_run(run)
+    before = load_data(name)
+    seen = {image.numpy().tobytes() for image in before.train.images}
+    rng, wanted = np.random.default_rng(1), {"train", "test"}
+    while wanted:
+        path = tmp_path / "images" / "ant" / "new.png"
+        Image.fromarray(rng.integers(0, 255, (28, 28), dtype=np.uint8)).save(path)
+        after = load_data(name)
+        assert not any(image.numpy().tobytes() in seen for image in after.test.images)
+        grown = next(
+            part for part in ("train", "val", "test") if len(getattr(after, part)) > len(getattr(before, part))
+        )
+        check_data(run.path, after, [part for part in ("train", "val", "test") if part != grown])
+        with pytest.raises(DataError, match=f"the {grown} images of folder:.* are not those that .*run was made with"):
+            train_run(run, progress=False)
+        if grown == "test" and grown in wanted:
+            for verb in (report_run, lambda run: bench_run(run, batches=(1,), threads=(1,), progress=False)):
+                with pytest.raises(DataError, match=r"the test images of folder:.* train again into a new folder"):
+                    verb(run)
+        wanted -= {grown}
+    path.unlink()
+    train_run(run, progress=False)
+    (run.path / "data.json").unlink()  # as earlier versions, which split in another way, left it
+    for verb in (report_run, lambda run: train_run(run, progress=False)):
+        with pytest.raises(DataError, match=r"has no data\.json: its images were split in another way"):
+            verb(run)
+
+
+def test_advice_on_other_weights_or_of_all_samples_is_refused(run, monkeypatch):
+    folder = run.path / "design-1"
+    folder.mkdir()
+    options = {"threads": 1, "max_drop": 0.0, "exits": 4, "epochs": 3, "final_epochs": 0}
+    (folder / "asked.json").write_text(json.dumps(options))
+    design = {"taps": [], "heads": [], "thresholds": [], "us": 1.0, "interval_us": [1.0, 1.0], "accuracy": 0.9,
+              "exit_share": [1.0], "trunk_us": [1.0], "branch_us": [0.0], "break_even": [],
+              "oracle_us": 1.0}  # fmt: skip
+    advice = {"batch_size": 1, "threads": 1, "score": "entropy", "static_us": 1.0, "accuracy": 0.9, "min_accuracy": 0.9,
+              "samples": 100, "designs": [design], "tried": [], "best": 0, "fingerprint": "other"}  # fmt: skip
+    (folder / "advice.json").write_text(json.dumps(advice))
+    with pytest.raises(
+        FileError, match=r"advice\.json is advice on other weights than those there; remove .*candidates"
+    ):
+        design_run(run.path, progress=False)
+    shutil.copy(folder / "advice.json", run.path / "advice.json")  # a design's folder is a run like any other
+    with pytest.raises(FileError, match=r"does not say which samples selected the design.*--no-promise"):
+        choose_run(run, max_drop=0.5)
+    assert choose_run(run, max_drop=0.5, confidence=None).promise is None
+    assert choose_run(run, max_latency_us=1e6).promise is None
+    advice["selected_on"] = "0" * 16
+    (run.path / "advice.json").write_text(json.dumps(advice))
+    assert choose_run(run, max_drop=0.5).promise is not None

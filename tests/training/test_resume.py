@@ -1,0 +1,367 @@
+import contextlib
+import functools
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from branchynet.cli.verbs import train
+from branchynet.data import ProgressiveLoader
+from branchynet.errors import FileError, InputError
+from branchynet.files import locked
+from branchynet.training import checkpoint
+from branchynet.training.history import History
+from branchynet.training.loop import fit
+from branchynet.training.schedules import Constant, Cosine
+from helpers.training_runs import Pictures, equal, loader, make, quiet, state
+
+# Runs that are killed and go on
+
+EPOCHS = 3
+
+
+def killed_run(folder, at):
+    """For a child process: train into `folder` and die by SIGKILL before the `at`-th sample is drawn."""
+    data = loader(interrupt=lambda: os.kill(os.getpid(), signal.SIGKILL), at=int(at))
+    fit(make(), data, epochs=EPOCHS, run=folder, device="cpu", progress=False)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """Weights and history of a training that nothing disturbed."""
+    net = make()
+    history = quiet(net, loader(), epochs=EPOCHS)
+    return state(net), history
+
+
+@pytest.mark.parametrize("at", [25, 60 + 44])  # amid the third batch of epoch 1, amid the fifth of epoch 2
+def test_a_run_that_was_killed_goes_on_to_the_same_weights(whole, tmp_path, at):
+    command = f"import test_resume; test_resume.killed_run({str(tmp_path)!r}, {at})"
+    paths = os.pathsep.join([*map(str, Path(__file__).parents[:2]), str(Path(checkpoint.__file__).parents[2])])
+    child = subprocess.run([sys.executable, "-c", command], env={**os.environ, "PYTHONPATH": paths}, timeout=60)
+    assert child.returncode == -signal.SIGKILL
+    assert len(History.load(tmp_path / "train.csv").rows) == at // 60
+    # Weights drawn anew must not matter, because those of the first start were kept.
+    net, history = resumed(tmp_path, make(seed=9))
+    assert equal(state(net), whole[0])
+    assert [row.epoch for row in history.rows] == [1, 2, 3]
+    assert [figures(row) for row in history.rows] == [figures(row) for row in whole[1].rows]
+    assert History.load(tmp_path / "train.csv").rows[-1].train_loss == history.last.train_loss
+    stored = safetensors.torch.load_file(tmp_path / "checkpoint.safetensors")
+    assert equal(stored, whole[0])
+
+
+def resumed(folder, net, interrupt=-1, **changes):
+    return net, quiet(net, loader(interrupt=stop, at=interrupt), **{"epochs": EPOCHS, "run": folder} | changes)
+
+
+def figures(row):
+    return (row.epoch, row.lr, row.train_loss, row.train_accuracy, row.val_loss, row.val_accuracy)
+
+
+class Stop(Exception):
+    pass
+
+
+def stop():
+    raise Stop
+
+
+class Counting(torch.optim.SGD):
+    """An optimizer whose state is a plain number, which changes its steps."""
+
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["count"] = self.state[p].get("count", 0) + 1
+            p.grad.div_(self.state[p]["count"])
+        return super().step(closure)
+
+
+RECIPES = {
+    "numbers": {"optimizer": functools.partial(Counting, lr=0.1)},
+    "adam": {},
+    "sgd": {"optimizer": functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True)},
+    "adamw": {"optimizer": functools.partial(torch.optim.AdamW, lr=0.01, amsgrad=True), "train": "branches"},
+    # A fused step walks memory, so the state must come back in the weights' own memory order.
+    "fused": {"optimizer": functools.partial(torch.optim.Adam, lr=0.01, fused=True), "channels_last": True},
+    "groups": {
+        "optimizer": lambda p: torch.optim.Adam([{"params": p[:2], "lr": 0.1}, {"params": p[2:]}], lr=0.01),
+        "schedule": lambda o, n: torch.optim.lr_scheduler.MultiStepLR(o, [4, 9], 0.3),
+        "channels_last": True,
+    },
+    "onecycle": {"schedule": lambda o, n: torch.optim.lr_scheduler.OneCycleLR(o, 0.01, n), "mixed_precision": "bf16"},
+    "exponential": {"schedule": lambda o, n: torch.optim.lr_scheduler.ExponentialLR(o, 0.9), "distill": 0.5},
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("at", [0, 61, 133, 179])
+def test_any_optimizer_and_schedule_goes_on_to_the_same_weights(tmp_path, recipe, at):
+    net = make()
+    quiet(net, loader(), epochs=EPOCHS, **RECIPES[recipe])
+    with pytest.raises(Stop):
+        resumed(tmp_path, make(), interrupt=at, **RECIPES[recipe])
+    again, _ = resumed(tmp_path, make(seed=9), **RECIPES[recipe])
+    assert equal(state(net), state(again))
+
+
+def test_overflowing_fp16_steps_are_left_out_and_the_scale_goes_on(tmp_path, monkeypatch):
+    """A CPU has no fp16 training, but torch's gradient scaler runs there; it halves its scale after an overflow."""
+    accelerating, skipped = train.accelerating, []
+
+    @contextlib.contextmanager
+    def scaling(mixed_precision, device):
+        with accelerating(mixed_precision, device) as accelerator:
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=2)
+            yield accelerator
+            skipped.append(EPOCHS * 6 - json.loads(header(tmp_path)["branchynet"])["progress"]["steps"])
+
+    def header(folder):
+        with safetensors.safe_open(folder / "training.safetensors", framework="pt") as stored:
+            return stored.metadata()
+
+    monkeypatch.setattr(train, "accelerating", scaling)
+    loud = {"weights": [30, 30]}
+    net, _ = resumed(tmp_path, make(), **loud)
+    with pytest.raises(Stop):
+        resumed(tmp_path, make(), resume=False, interrupt=133, **loud)
+    again, history = resumed(tmp_path, make(seed=9), **loud)
+    assert equal(state(net), state(again)) and all(value.isfinite().all() for value in state(net).values())
+    assert skipped[0] == skipped[1] > 0
+    # The schedule waits with the optimizer, so it has not come to its end.
+    assert history.last.lr > Cosine()(torch.optim.SGD(net.parameters(), lr=1e-3), 18).lr_lambdas[0](17) * 1e-3
+
+
+@pytest.mark.parametrize("name", ["training.safetensors", "checkpoint.safetensors", "train.csv"])
+def test_a_kill_between_the_files_of_a_checkpoint_loses_nothing(whole, tmp_path, name, monkeypatch):
+    """Stop right after `name` of epoch 2 was written, and leave a half-written file about."""
+    written = []
+    replace = Path.replace
+
+    def watched(self, target):
+        result = replace(self, target)
+        written.append(Path(target).name)
+        if written.count(name) == 3:  # the state before epoch 1 counts too
+            raise Stop
+        return result
+
+    monkeypatch.setattr(Path, "replace", watched)
+    with pytest.raises(Stop):
+        resumed(tmp_path, make())
+    monkeypatch.undo()
+    half = tmp_path / ".checkpoint-abc.partial.safetensors"
+    half.write_bytes(b"half")
+    net, history = resumed(tmp_path, make(seed=9))
+    assert equal(state(net), whole[0]) and len(history.rows) == EPOCHS
+    names = sorted(p.name for p in tmp_path.iterdir() if p.name != ".lock")
+    assert names == ["checkpoint.safetensors", "train.csv", "training.safetensors"]
+
+
+@pytest.fixture
+def finished(tmp_path, whole):
+    resumed(tmp_path, make())
+    return tmp_path
+
+
+def test_a_finished_run_returns_at_once(finished, whole):
+    (finished / "train.csv").write_text("epoch\n")  # derived, so made again
+    net = make(seed=9)
+    _, history = resumed(finished, net, interrupt=0)
+    assert equal(state(net), whole[0])
+    assert [figures(row) for row in history.rows] == [figures(row) for row in whole[1].rows]
+    assert len(History.load(finished / "train.csv").rows) == EPOCHS
+
+
+def test_resume_false_starts_anew(finished, whole):
+    net, _ = resumed(finished, make(seed=9), resume=False)
+    assert not equal(state(net), whole[0])
+    assert equal(safetensors.torch.load_file(finished / "checkpoint.safetensors"), state(net))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"epochs": 2}, "epochs=3.*epochs=2"),
+        ({"seed": 1}, "seed=0.*seed=1"),
+        ({"weights": [1, 0.3]}, r"weights=None.*weights=\[1.0, 0.3\]"),
+        ({"train": "branches"}, "train='all'.*train='branches'"),
+        ({"optimizer": functools.partial(torch.optim.Adam, lr=0.01)}, "'lr': 0.001.*'lr': 0.01"),
+        ({"schedule": Cosine(0.1)}, r"Cosine\(warmup=0.05\).*Cosine\(warmup=0.1\)"),
+        ({"loss": functools.partial(F.cross_entropy, label_smoothing=0.1)}, "loss=.*label_smoothing=0.1"),
+        ({"mixed_precision": "bf16"}, "mixed_precision='no'"),
+    ],
+)
+def test_a_run_with_other_settings_is_refused(finished, changes, told):
+    with pytest.raises(InputError, match=f"(?s){told}.*another run folder, or resume=False"):
+        resumed(finished, make(), **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"num_workers": 2}, "workers=0.*workers=2"),
+        ({"num_workers": 1, "persistent_workers": True}, "workers=0.*workers=1"),
+        ({"batch_size": 11}, "batch_size=10.*batch_size=11"),  # as many batches, but of other samples
+    ],
+)
+def test_a_loader_that_draws_other_numbers_is_refused(finished, changes, told):
+    before = {path: path.read_bytes() for path in finished.iterdir()}
+    other = DataLoader(Pictures(), shuffle=True, **{"batch_size": 10, **changes})
+    with pytest.raises(InputError, match=f"{told}.*another run folder, or resume=False"):
+        quiet(make(), other, epochs=EPOCHS, run=finished)
+    assert {path: path.read_bytes() for path in finished.iterdir()} == before
+
+
+def test_growing_batches_are_told_apart_too(tmp_path):
+    def growing(workers):
+        return ProgressiveLoader(DataLoader(Pictures(), 10, shuffle=True, num_workers=workers), (8,))
+
+    quiet(make(), growing(0), epochs=1, run=tmp_path)
+    with pytest.raises(InputError, match=r"workers=0.*workers=1"):
+        quiet(make(), growing(1), epochs=1, run=tmp_path)
+
+
+def test_a_state_that_does_not_tell_workers_goes_on(tmp_path, whole):
+    """As earlier versions wrote it, without a checksum as well."""
+    with pytest.raises(Stop):
+        resumed(tmp_path, make(), interrupt=70)
+    path = tmp_path / "training.safetensors"
+    with safetensors.safe_open(path, framework="pt") as stored:
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+        header = json.loads(stored.metadata()["branchynet"])
+    del header["settings"]["workers"], header["settings"]["batch_size"]
+    safetensors.torch.save_file(tensors, path, {"branchynet": json.dumps(header)})
+    assert equal(state(resumed(tmp_path, make(seed=9))[0]), whole[0])
+
+
+@pytest.mark.parametrize("steps", [-1, 19, 10**15, 6.0, "6", None])
+def test_steps_that_no_training_took_are_refused(finished, steps):
+    path = finished / "training.safetensors"
+    with safetensors.safe_open(path, framework="pt") as stored:
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+        header = json.loads(stored.metadata()["branchynet"])
+    header["progress"]["steps"] = steps
+    safetensors.torch.save_file(tensors, path, {"branchynet": json.dumps(header)})
+    with pytest.raises(FileError, match=r"steps in 3 epochs of 6 batches"):
+        resumed(finished, make())
+
+
+def test_a_folder_in_use_is_refused(finished):
+    gate, done = threading.Event(), threading.Event()
+
+    def hold():
+        with locked(finished):
+            gate.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    gate.wait()
+    try:
+        before = {path: path.read_bytes() for path in finished.iterdir()}
+        for more in ({}, {"resume": False}, {"seed": 1}):
+            with pytest.raises(FileError, match=r"is in use"):
+                resumed(finished, make(), **more)
+        assert {path: path.read_bytes() for path in finished.iterdir()} == before
+    finally:
+        done.set()
+        thread.join()
+    assert resumed(finished, make())[1].last.epoch == EPOCHS
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, functools.partial(torch.optim.SGD, momentum=0.9)])
+@pytest.mark.parametrize("first", [1, 2])
+def test_epochs_added_to_a_finished_run_are_those_of_a_longer_one(tmp_path, optimizer, first):
+    """With a constant step size the two cannot be told apart."""
+    recipe = {"schedule": Constant(), "optimizer": functools.partial(optimizer, lr=0.01)}
+    quiet(long := make(), loader(), epochs=EPOCHS, **recipe)
+    quiet(make(), loader(), epochs=first, run=tmp_path, **recipe)
+    net, history = resumed(tmp_path, make(seed=9), **recipe)
+    assert equal(state(net), state(long)) and len(history.rows) == EPOCHS
+
+
+def test_added_epochs_have_the_step_sizes_of_the_schedule_of_all(tmp_path):
+    whole = loader(batch_size=1000)  # one step an epoch
+    long = quiet(make(), whole, epochs=5)
+    quiet(make(), whole, epochs=2, run=tmp_path)
+    history = quiet(make(), whole, epochs=5, run=tmp_path)
+    assert [row.lr for row in history.rows[2:]] == [row.lr for row in long.rows[2:]]
+
+
+def test_a_run_without_an_epoch_may_become_another(tmp_path):
+    with pytest.raises(Stop):
+        resumed(tmp_path, make(), interrupt=5)
+    assert (tmp_path / "training.safetensors").exists()
+    net, _ = resumed(tmp_path, make(width=5), seed=3)
+    quiet(other := make(width=5), loader(), epochs=EPOCHS, seed=3)
+    assert equal(state(net), state(other))
+
+
+def test_a_run_of_another_network_is_refused(finished):
+    net = make(width=5)
+    before = state(net)
+    with pytest.raises(FileError, match=r"'backbone.0.weight' is of shape \(4, 2, 3, 3\) .* \(5, 2, 3, 3\)"):
+        resumed(finished, net)
+    assert equal(before, state(net))
+
+
+def test_a_truncated_or_foreign_state_is_refused(finished):
+    path = finished / "training.safetensors"
+    content = path.read_bytes()
+    for foreign in (
+        b"",
+        content[:5],
+        content[:100],
+        content[:-1],
+        content[: len(content) // 2],
+        b"\x00" * 64,
+        b"PK\x03\x04" * 9,
+    ):
+        path.write_bytes(foreign)
+        with pytest.raises(FileError, match=r"training\.safetensors"):
+            resumed(finished, make())
+    path.write_bytes((finished / "checkpoint.safetensors").read_bytes())  # sound, but no state of a training
+    with pytest.raises(FileError, match=r"not the state.*resume=False"):
+        resumed(finished, make())
+    assert resumed(finished, make(), resume=False)[1].last.epoch == EPOCHS
+
+
+def full_disk(limit):
+    """Let no file grow beyond `limit` bytes: what a full disk looks like to a writer."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def test_a_full_disk_leaves_the_last_good_state(tmp_path, whole):
+    kept = {}
+
+    def fill():
+        kept.update({path.name: path.read_bytes() for path in tmp_path.iterdir()})
+        full_disk(2000)
+
+    try:
+        with pytest.raises(FileError, match=r"cannot write .*training.safetensors.*space"):
+            quiet(make(), loader(interrupt=fill, at=70), epochs=EPOCHS, run=tmp_path)
+    finally:
+        full_disk(resource.RLIM_INFINITY)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == kept
+    assert equal(state(resumed(tmp_path, make(seed=9))[0]), whole[0])
+
+
+def test_an_optimizer_that_tensors_and_json_cannot_hold_is_named(tmp_path):
+    class Odd(torch.optim.SGD):
+        def step(self, closure=None):
+            self.state[self.param_groups[0]["params"][0]]["memory"] = {1, 2}
+            return super().step(closure)
+
+    with pytest.raises(InputError, match="Odd"):
+        resumed(tmp_path, make(), optimizer=lambda p: Odd(p, lr=0.1))
