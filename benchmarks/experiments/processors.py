@@ -38,6 +38,13 @@ SAMPLES, ROUNDS, CHOSEN_ON = 1000, 3, 2000
 KINDS = ("all instructions", "AVX2 alone")
 
 
+def hiding(folder):
+    """The library that hides instructions from a process that preloads it, built in a folder."""
+    path = folder / "hide_avx512.so"
+    subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", path, HIDE], check=True)
+    return path
+
+
 def network(name, batch):
     return NETWORKS[name][2](pretrained=True, target=TARGETS[batch]).eval()
 
@@ -95,8 +102,7 @@ def main():
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        hide = folder / "hide_avx512.so"
-        subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", hide, HIDE], check=True)
+        hide = hiding(folder)
         prepare(folder)
         for path in sorted(folder.glob("*.onnx")):
             found = {kind: [] for kind in KINDS}
