@@ -34,7 +34,7 @@ from branchynet.data import load_data, loader
 from branchynet.design import Advice, advise
 from branchynet.environment import environment
 from branchynet.files import read_json, write_json
-from branchynet.nn.attaching import attach_heads
+from branchynet.nn.attaching import attach_branches
 from branchynet.nn.weights import load_weights, save_weights
 from branchynet.policy.averaging import averaged_record, fit_weights
 from branchynet.policy.choosing import nearest_to
@@ -112,7 +112,7 @@ def advised(task, batch):
     print(advice, flush=True)
 
     def add(baseline):
-        net = attach_heads(baseline, advice.design.taps, advice.design.heads, example)
+        net = attach_branches(baseline, advice.design.taps, advice.design.heads, example)
         load_weights(net, folder / "warm.safetensors")
         return net
 

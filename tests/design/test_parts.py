@@ -17,8 +17,8 @@ from branchynet.design.exit_search import CandidateScores, ExitSet, break_even, 
 from branchynet.design.part_times import Batch, StageTimes, time_stages
 from branchynet.graph.macs import exit_macs
 from branchynet.graph.onnx_flat import flatten
-from branchynet.nn.attaching import attach_heads
-from branchynet.nn.heads import heads
+from branchynet.nn.attaching import attach_branches
+from branchynet.nn.branches import named_branches
 from branchynet.policy.risk_tests import halves
 from branchynet.policy.scores import entropy
 from branchynet.policy.values import ExitCost
@@ -29,7 +29,7 @@ MAPS = [(1, 28, 28), (3, 32, 32), (16, 32, 31), (64, 8, 8), (96, 4, 5), (32, 2, 
 
 @pytest.mark.parametrize("shape", MAPS)
 def test_heads_read_maps_of_any_size(shape):
-    made = heads(torch.rand(3, *shape), 7)
+    made = named_branches(torch.rand(3, *shape), 7)
     assert {"linear", "hidden-64"} <= made.keys()
     assert any(name.startswith("conv") for name in made) == (min(shape[1:]) >= 2)
     for name, head in made.items():
@@ -38,13 +38,13 @@ def test_heads_read_maps_of_any_size(shape):
 
 @pytest.mark.parametrize(("shape", "dim"), [((9, 12), None), ((12,), None), ((12, 9), 1), ((5, 4, 12), -1)])
 def test_heads_read_tokens_wherever_their_features_are(shape, dim):
-    for head in heads(torch.rand(2, *shape), 7, dim).values():
+    for head in named_branches(torch.rand(2, *shape), 7, dim).values():
         assert head(torch.rand(2, *shape)).shape == (2, 7)
         assert next(m for m in head.modules() if isinstance(m, nn.Linear)).in_features == 12
 
 
 def test_no_head_reads_integers():
-    assert heads(torch.ones(2, 9, dtype=torch.int64), 7) == {}
+    assert named_branches(torch.ones(2, 9, dtype=torch.int64), 7) == {}
 
 
 class Residual(nn.Module):
@@ -86,7 +86,7 @@ def test_a_forest_is_all_heads_on_one_trunk():
             assert net.taps == (candidate.tap,)
             assert torch.allclose(net(images)[0], every[i], atol=1e-5) and torch.equal(net(images)[1], every[-1])
             assert net.backbone is not trunk  # a copy: training it leaves the trunk alone
-            rebuilt = attach_heads(trunk, [candidate.tap], [candidate.head], images)
+            rebuilt = attach_branches(trunk, [candidate.tap], [candidate.head], images)
             assert [p.shape for p in rebuilt.parameters()] == [p.shape for p in net.parameters()]
 
 
@@ -108,7 +108,7 @@ def test_of_a_places_heads_those_stay_that_have_less_work_than_the_rest_of_the_t
     for tap in forest.net.taps:
         upto = 0 if tap == "input" else int(tap) + 1
         features = trunk[:upto](images)
-        (first, _), *others = heads(features, 10).items()
+        (first, _), *others = named_branches(features, 10).items()
         left = macs(trunk[upto:], features)
         kept[tap] = [forest.candidates[i].head for i in forest.at(tap)]
         within = {name: left / 4 if name == DEEP else left for name, _ in others}

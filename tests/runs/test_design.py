@@ -35,7 +35,7 @@ def designed(base):
 def test_the_design_is_a_run_of_its_own(base, designed):
     advice, comparison = designed
     run = open_run(base.path / "design-1")
-    assert (run.settings.taps, run.settings.heads) == (advice.design.taps, advice.design.heads)
+    assert (run.settings.taps, run.settings.branches) == (advice.design.taps, advice.design.heads)
     net, _ = load_run(run)
     assert net.taps == advice.design.taps and net.num_exits == len(comparison.exit_share)
     assert Advice.load(run.path / "advice.json") == advice

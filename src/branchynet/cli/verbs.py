@@ -72,7 +72,7 @@ def demo(
         epochs=25,
         batch_size=64,
         taps=("input", "pool1"),  # a cheap exit and a good one, between which there is something to choose
-        heads=("linear", "hidden-64"),
+        branches=("linear", "hidden-64"),
     )
     made = create_run(run, settings)
     train_run(made, progress=not quiet)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import GraphError, InputError
 from ..nn.attaching import BranchFactory, attach
+from ..nn.branches import DEEP_BRANCHES, named_branches
 from ..nn.calls import INPUT, arguments, evaluating, find_tensor, first_input, first_rows, single_output
-from ..nn.heads import DEEP, heads
 from ..nn.network import BranchyNet
 from ..nn.placement import spread_exits
 from ..nn.trace import Trace, tracing
@@ -93,7 +93,7 @@ def attach_candidates(
         raise InputError(f"the network gives outputs of shape {tuple(last.shape)}; advice is for logits (B, C)")
     if taps is None:
         names = list(spread_exits(survey, last, most + 1))
-        if heads(first_input(args, kwargs), last.shape[1]):
+        if named_branches(first_input(args, kwargs), last.shape[1]):
             names.insert(0, INPUT)
         if not names:
             raise GraphError(
@@ -120,7 +120,7 @@ class _EveryCandidate(BranchFactory):
 
     def __call__(self, features: Tensor, num_classes: int, feature_dim: int | None = None) -> nn.Module:
         """A branch with one exit a head."""
-        made = heads(features, num_classes, feature_dim)
+        made = named_branches(features, num_classes, feature_dim)
         if not made:
             raise InputError(
                 f"no classifier reads {features.dtype} features of shape {tuple(features.shape)}; name another tap"
@@ -129,7 +129,7 @@ class _EveryCandidate(BranchFactory):
         (cheapest, first), *others = made.items()
         names = [cheapest]
         for name, head in others:
-            if _work(head, features) < left * (_MOST if name in DEEP else 1):
+            if _work(head, features) < left * (_MOST if name in DEEP_BRANCHES else 1):
                 first = _together(first, head)
                 names.append(name)
         self.names.append(names)

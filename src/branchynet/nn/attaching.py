@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import GraphError, InputError
-from .branches import DenseBranch, default_branch
+from .branches import DenseBranch, default_branch, named_branches
 from .calls import (
     INPUT,
     Reader,
@@ -22,7 +22,6 @@ from .calls import (
     single_output,
 )
 from .checks import calling, check_network
-from .heads import heads
 from .network import BranchyNet, never_ran, runs_twice
 from .placement import spread_exits
 from .readable import check_weights
@@ -114,22 +113,22 @@ def attach(
     return BranchyNet(backbone, branches, output=output, tap=tap)
 
 
-def attach_heads(backbone: nn.Module, taps: Sequence[str], named: Sequence[str], example: Any) -> BranchyNet:
-    """Add branches of named sizes at named taps, such as `advise` finds; untrained.
+def attach_branches(backbone: nn.Module, taps: Sequence[str], names: Sequence[str], example: Any) -> BranchyNet:
+    """Add untrained branches, identified by name, at the given taps, as `advise` reports them.
 
     Args:
-        backbone: it becomes part of the network.
+        backbone: becomes part of the network.
         taps: where the early exits stand, in running order.
-        named: their heads, names as in `heads`.
+        names: one branch per tap, by its name in `branchynet.nn.branches.named_branches`.
         example: one batch of inputs.
 
     Raises:
-        InputError: a head that does not fit its place (those that do are told), an unknown tap.
+        InputError: no branch of that name fits its tap (the message lists those that do), or an unknown tap.
         GraphError: as `attach`.
     """
-    if len(taps) != len(named):
-        raise InputError(f"{len(taps)} taps need as many heads; got {', '.join(named) or 'none'}")
-    return attach(backbone, taps, example=example, branch=_NamedBranches(named)) if taps else BranchyNet(backbone, {})
+    if len(taps) != len(names):
+        raise InputError(f"{len(taps)} taps need as many branches; got {', '.join(names) or 'none'}")
+    return attach(backbone, taps, example=example, branch=_NamedBranches(names)) if taps else BranchyNet(backbone, {})
 
 
 def detach(net: BranchyNet) -> nn.Module:
@@ -171,17 +170,18 @@ class BranchFactory(ABC):
 
 
 class _NamedBranches(BranchFactory):
-    """The heads of a design, one after the other."""
+    """Branches by name, one after the other."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = list(names)
 
     def __call__(self, features: Tensor, num_classes: int, feature_dim: int | None = None) -> nn.Module:
-        """The next head."""
-        name, made = self.names.pop(0), heads(features, num_classes, feature_dim)
+        """The next branch."""
+        name, made = self.names.pop(0), named_branches(features, num_classes, feature_dim)
         if name not in made:
             raise InputError(
-                f"no head {name!r} for features of shape {tuple(features.shape)}; there are {', '.join(made) or 'none'}"
+                f"no branch {name!r} for features of shape {tuple(features.shape)}; there are "
+                f"{', '.join(made) or 'none'}"
             )
         return made[name]
 

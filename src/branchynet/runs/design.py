@@ -5,7 +5,7 @@ than ONNX Runtime on the CPU it is ``RUN/design-BATCH-RUNTIME``. More files are:
 
     asked.json            what was asked of the designer
     advice.json           what was found, and predicted, before anything was built
-    warm.safetensors      the best design with its heads so far
+    warm.safetensors      the best design with its branches so far
     prediction.json       what the trained design should take, written before it is measured
     comparison.json       what it takes
 
@@ -49,8 +49,8 @@ class Comparison:
 
     Attributes:
         network, batch, threads: what was designed for.
-        taps, heads: of the early exits.
-        advised_us: predicted microseconds a sample with heads on the frozen network.
+        taps, branches: of the early exits.
+        advised_us: predicted microseconds a sample with branches trained on the frozen network.
         predicted_us, predicted_speedup: from the trained design's answers on validation, before it was timed; the
             second beside the plain network of that moment, so that it holds where the machine's pace has changed.
         measured_us, static_us, limit_us: timed together, everything inside the clock.
@@ -63,7 +63,7 @@ class Comparison:
     batch: int
     threads: int
     taps: tuple[str, ...]
-    heads: tuple[str, ...]
+    branches: tuple[str, ...]
     advised_us: float
     predicted_us: float
     predicted_speedup: float
@@ -119,7 +119,7 @@ def design_run(
         runtime: what will run the deployed file, as for `load`.
         max_drop: accuracy on validation at most so far below the plain network's.
         num_exits: the most the design may have, the network's own included.
-        epochs: for all candidate heads together; all exits are then trained for as long as the run's were.
+        epochs: for all candidate branches together; all exits are then trained for as long as the run's were.
         final_epochs: as `advise` takes it.
         anyway: go on with a design that is not worth it.
         trust: as for `open_run`.
@@ -143,7 +143,7 @@ def design_run(
     if not advice.design.taps or not (advice.worth or anyway):
         return advice, None
     settings = replace(
-        base.settings, taps=advice.design.taps, heads=advice.design.heads, distill=DISTILL, weights=(), train="all"
+        base.settings, taps=advice.design.taps, branches=advice.design.heads, distill=DISTILL, weights=(), train="all"
     )
     run = create_run(folder, settings)
     keep_data(folder, data)
@@ -158,7 +158,7 @@ def design_run(
 
 
 def next_steps(folder: Path, num_exits: int, epochs: int, final_epochs: int) -> str:
-    """What may change a verdict that exits are not worth it: options below their defaults, heads that still improve.
+    """What may change a verdict that exits are not worth it: options below their defaults, branches that still improve.
 
     `folder` is the design's, inside the run's; the others are as `design_run` took them.
     """
@@ -293,7 +293,7 @@ def _compared(
         batch=advice.batch_size,
         threads=advice.threads,
         taps=advice.design.taps,
-        heads=advice.design.heads,
+        branches=advice.design.heads,
         advised_us=advice.design.us,
         predicted_us=predicted["us"],
         predicted_speedup=predicted["speedup"],

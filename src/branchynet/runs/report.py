@@ -92,7 +92,7 @@ def report_run(run: Run, *, progress: bool = False) -> Path:
             _gallery("Left last: the least sure answers", order[::-1][:SHOWN], data, answer),
         ],
         candidates=tried,
-        taken=list(zip(run.settings.taps, run.settings.heads, strict=True)),
+        taken=list(zip(run.settings.taps, run.settings.branches, strict=True)),
         picture=run.path / "tradeoff.png",
         facts={
             **read_entry(run.path / "config.json", "environment", dict[str, Any], "`branchynet train`"),

@@ -16,7 +16,7 @@ from ..data import ImageData, affine, flip_crop, load_data, shift
 from ..data.datasets import FOLDER, folder_path
 from ..errors import BranchyNetError, InputError, counted, nearest
 from ..losses import joint_loss
-from ..nn.attaching import attach_heads
+from ..nn.attaching import attach_branches
 from ..nn.calls import evaluating
 from ..nn.network import BranchyNet
 from ..training.context import accelerating
@@ -45,7 +45,8 @@ class Settings:
         train: ``"all"`` or ``"branches"``.
         weights: one loss weight an exit; empty for all 1.
         augment: one of `AUGMENTS`.
-        taps, heads: early exits instead of the network's own: where, and names as in `branchynet.nn.heads`.
+        taps, branches: early exits that replace the network's own: where they stand, and one name per tap, as in
+            `branchynet.nn.branches.named_branches`.
     """
 
     network: str = "b_lenet"
@@ -62,7 +63,7 @@ class Settings:
     seed: int = 0
     mixed_precision: str = "no"
     taps: tuple[str, ...] = ()
-    heads: tuple[str, ...] = ()
+    branches: tuple[str, ...] = ()
     size: tuple[int, int] | None = None
     split: tuple[float, float, float] | None = None
     normalize: bool = False
@@ -144,7 +145,7 @@ def build_network(settings: Settings, data: ImageData) -> BranchyNet:
     except RuntimeError as error:
         raise _cannot_read(settings, data, error) from error
     if settings.taps:
-        net = attach_heads(net.backbone, settings.taps, settings.heads, example)
+        net = attach_branches(net.backbone, settings.taps, settings.branches, example)
     if settings.train == "branches" and not len(net.branches):
         raise InputError(f"{settings.network} has no branches to train alone; attach some, or train the whole network")
     with torch.no_grad(), evaluating(net):

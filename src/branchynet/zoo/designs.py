@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from ..errors import InputError, nearest
-from ..nn.attaching import attach_heads
+from ..nn.attaching import attach_branches
 from ..nn.network import BranchyNet
 
 Places = Mapping[str, str]
-"""Heads by the taps they stand at, in running order; names as in `heads`."""
+"""Names of branches, as in `branchynet.nn.branches.named_branches`, by tap, in running order."""
 
 
 def designed(trunk: nn.Module, designs: Mapping[str, Places], target: str, shape: tuple[int, int, int]) -> BranchyNet:
@@ -28,7 +28,7 @@ def designed(trunk: nn.Module, designs: Mapping[str, Places], target: str, shape
     if target not in designs:
         raise InputError(f"target={target!r} is none of {', '.join(designs)}{nearest(target, designs)}")
     places = designs[target]
-    return attach_heads(trunk, list(places), list(places.values()), torch.zeros(2, *shape))
+    return attach_branches(trunk, list(places), list(places.values()), torch.zeros(2, *shape))
 
 
 def check_branches(branches: str, known: tuple[str, ...]) -> None:
