@@ -7,8 +7,8 @@ them; what the weights answer does not matter to what they cost.
 1. Three exits placed by ``attach(at="auto")``: overhead beside the limit with 25/25/50 and 75/15/10 % of the samples
    leaving, at batches 1 (files and static graphs fixed at one sample a call) and 64.
 2. Two exits, the first of six evenly spread ones and the last, half of each batch of 64 leaving at the first: speed-up
-   beside the static network.
-3. A network of 110 layers: how long export takes, and how much larger the file is than the static one plus the heads.
+   beside the plain network.
+3. A network of 110 layers: how long export takes, and how much larger the file is than the plain one plus the branches.
 
     python benchmarks/experiments/architectures.py  # one trial more of every network, of those with the fewest first
     python benchmarks/experiments/architectures.py MobileNetV2   # of these alone
@@ -41,7 +41,7 @@ from branchynet.nn.calls import first_rows
 from branchynet.policy.record_scores import scores_of_record
 from branchynet.policy.scores import entropy
 from branchynet.profiling.clock import interleaved
-from branchynet.profiling.part_engines import static_engines
+from branchynet.profiling.part_engines import part_engines
 
 SAMPLES, REPEATS, CLASSES = 128, 8, 10
 SHARES = ((0.25, 0.25, 0.5), (0.75, 0.15, 0.1))
@@ -138,9 +138,9 @@ def timed(net, inputs, thresholds, batches, name):
         for batch in batches:
             path = export(net, Path(folder) / "model.onnx", policy=Policy(thresholds=thresholds),
                           example=first_rows(inputs, 8), batch=1 if batch == 1 else "dynamic")  # fmt: skip
-            rows += bench(path, net, inputs, nothing, network=name, accuracy_static=0.0, batches=(batch,),
+            rows += bench(path, net, inputs, nothing, network=name, plain_accuracy=0.0, batches=(batch,),
                           samples=SAMPLES, repeats=REPEATS)  # fmt: skip
-    keep = ("batch", "static_us", "branchy_us", "limit_us", "limit_in_order_us", "speedup", "overhead",
+    keep = ("batch", "plain_us", "branchy_us", "limit_us", "limit_in_order_us", "speedup", "overhead",
             "overhead_sorted", "exit_share")  # fmt: skip
     return [{key: row[key] for key in keep} for row in rows]
 
@@ -150,7 +150,7 @@ def first_share(net, inputs):
     flat = flatten(net, first_rows(inputs), score=entropy)
     arrays = [t.numpy()[:64] for t in tensors_of(inputs)]
     with tempfile.TemporaryDirectory() as folder:
-        engines = static_engines(flat, Path(folder), 1, alone=False)
+        engines = part_engines(flat, Path(folder), 1, alone=False)
         calls = [lambda e=engines[k]: e.outputs(*arrays) for k in ("upto_1", "plain")]
         first, whole = interleaved(calls, 10, rounds=20)
     return first / whole
@@ -176,7 +176,7 @@ def measured(name, ones):
 
 
 def deep():
-    """Export of ResNet-110 with two branches: seconds, and bytes beside the static file plus the branches' weights."""
+    """Export of ResNet-110 with two branches: seconds, and bytes beside the plain file plus the branches' weights."""
     torch.manual_seed(0)
     example = torch.rand(8, 3, 32, 32)
     net = attach(zoo.resnet(110), "auto", num_exits=3, example=example).eval()
@@ -187,8 +187,8 @@ def deep():
         plain = Path(folder) / "plain.onnx"
         ir.save(assemble(flatten(net.backbone, example), None, outputs=["output_1"]), plain)
         heads = sum(t.numel() * t.element_size() for t in net.branches.state_dict().values())
-        static = plain.stat().st_size + heads
-    return {"network": "ResNet-110", "export_seconds": seconds, "bytes": nested, "static_plus_heads_bytes": static}
+        alone = plain.stat().st_size + heads
+    return {"network": "ResNet-110", "export_seconds": seconds, "bytes": nested, "plain_plus_branches_bytes": alone}
 
 
 def main():

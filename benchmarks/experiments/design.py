@@ -202,13 +202,13 @@ def rows_of(task, only, sizes):
                         batch=1 if batch == 1 else "dynamic",
                     )  # fmt: skip
                     (timed,) = bench(
-                        path, net_here, inputs, labels, network=task.name, accuracy_static=baseline, batches=(batch,),
+                        path, net_here, inputs, labels, network=task.name, plain_accuracy=baseline, batches=(batch,),
                         samples=SAMPLES, repeats=REPEATS.get(task.name, 9),
                     )  # fmt: skip
                 row["measured_us"] = timed["branchy_us"]
                 row["accuracy"] = timed["accuracy_branchy"]
-                row |= {key: timed[key] for key in ("static_us", "speedup", "overhead", "exit_share")}
-                row["accuracy_baseline"] = baseline
+                row |= {key: timed[key] for key in ("plain_us", "speedup", "overhead", "exit_share")}
+                row["plain_accuracy"] = baseline
                 row["exit_accuracy"] = [float(a) for a in 1 - on_test.losses.mean(axis=0)]
                 row["oracle_us"] = float(cost.latency_us([True] * cost.num_exits)[first_correct(on_test.losses)].mean())
                 yield row

@@ -134,7 +134,7 @@ def times(network, net, flats, folder, data, calibration):
     for kind in KINDS:
         more = asked(kind, calibration)
         flat = load(flats[kind], threads=1)
-        paths[f"{kind}_static"] = export(
+        paths[f"{kind}_plain"] = export(
             net.backbone, folder / f"plain-{kind}.onnx", policy=None, example=example, **more
         )
         if kind != "int8-full-range":
@@ -144,7 +144,7 @@ def times(network, net, flats, folder, data, calibration):
     rows = []
     for runtime in RUNTIMES:
         engines = {name: load(path, threads=1, runtime=runtime) for name, path in paths.items()}
-        calls = {name: engine.outputs if "static" in name else engine for name, engine in engines.items()}
+        calls = {name: engine.outputs if "plain" in name else engine for name, engine in engines.items()}
         right = [engines["int8_exits"](x.numpy()).label == y.numpy() for x, y in loader(test, 50)]
         for batch in BATCHES:
             us = in_turns(calls, [(images[at : at + batch],) for at in range(0, len(images), batch)], REPEATS)
@@ -155,7 +155,7 @@ def times(network, net, flats, folder, data, calibration):
                     "batch": batch,
                     "processor": environment()["processor"],
                     "us": us,
-                    "speedup": {name: us["float_static"] / taken for name, taken in us.items()},
+                    "speedup": {name: us["float_plain"] / taken for name, taken in us.items()},
                     "accuracy_both": float(np.mean(right)),
                 }
             )

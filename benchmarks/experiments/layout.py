@@ -1,6 +1,6 @@
 """What does it bring to keep maps in the layout that ONNX Runtime convolves in?
 
-ResNet-110, whose shortcuts have no parameters, as a static graph and with two exits at which nobody leaves; each with
+ResNet-110, whose shortcuts have no parameters, as a plain graph and with two exits at which nobody leaves; each with
 the pooling of `branchynet.graph.onnx_layout` and without, all four taking turns, one thread.
 
     python benchmarks/experiments/layout.py
@@ -39,17 +39,17 @@ def row(batch):
         for blocks in (True, False):
             with mock.patch.object(exporting, "keep_blocks", exporting.keep_blocks if blocks else lambda model: None):
                 models = {
-                    "static": assemble(flat, None, outputs=["output_3"]),
+                    "plain": assemble(flat, None, outputs=["output_3"]),
                     "exits": assemble(flat, Policy(thresholds=(NEVER, NEVER))),
                 }
             for name, model in models.items():
                 path = Path(folder) / f"{name}-{blocks}.onnx"
                 ir.save(model, path)
-                found[name, blocks] = load(path, threads=1).outputs if name == "static" else load(path, threads=1)
+                found[name, blocks] = load(path, threads=1).outputs if name == "plain" else load(path, threads=1)
         us = interleaved([lambda call=call: call(x.numpy()) for call in found.values()], SECONDS)
     timed = dict(zip(found, us, strict=True))
     return {"batch": batch} | {
-        name: {"us": timed[name, True], "us_without": timed[name, False]} for name in ("static", "exits")
+        name: {"us": timed[name, True], "us_without": timed[name, False]} for name in ("plain", "exits")
     }
 
 

@@ -1,4 +1,4 @@
-"""What would a user pick instead? Smaller static LeNets, same recipe and total epochs, beside B-LeNet on MNIST.
+"""What would a user pick instead? Smaller plain LeNets, same recipe and total epochs, beside B-LeNet on MNIST.
 
 Each is named by the channels of its three convolutions (LeNet has 5, 10, 20). Accuracy on test images, and time in the
 same engine as B-LeNet's, interleaved with it; LeNet and B-LeNet have the shipped weights, B-LeNet the threshold of

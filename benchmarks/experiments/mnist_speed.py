@@ -28,10 +28,10 @@ RESULTS = Path(__file__).parents[1] / "results" / "mnist_speed.json"
 def main():
     torch.set_num_threads(1)
     data = load_data("mnist")
-    net, static = zoo.b_lenet(branches="published", pretrained=True), zoo.lenet(pretrained=True)
+    net, plain = zoo.b_lenet(branches="published", pretrained=True), zoo.lenet(pretrained=True)
     images = data.test.images.float() / 255
     policy = Policy(thresholds=(threshold_at_share(record(net, loader(data.val, 1000))),))
-    lenet = evaluate(record(static, loader(data.test, 1000)), Policy())
+    lenet = evaluate(record(plain, loader(data.test, 1000)), Policy())
     trials = []
     with tempfile.TemporaryDirectory() as folder:
         path = export(net, Path(folder) / "model.onnx", policy=policy, example=images[:8])
@@ -42,12 +42,12 @@ def main():
                 images,
                 data.test.labels,
                 network="b_lenet",
-                accuracy_static=lenet.accuracy,
+                plain_accuracy=lenet.accuracy,
                 batches=BATCHES,
                 seed=seed,
                 progress=print,
             )
-    times = ("static_us", "branchy_us", "limit_us", "limit_in_order_us", "speedup", "overhead")
+    times = ("plain_us", "branchy_us", "limit_us", "limit_in_order_us", "speedup", "overhead")
     rows = []
     for batch in BATCHES:
         same = [row for row in trials if row["batch"] == batch]

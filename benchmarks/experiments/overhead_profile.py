@@ -24,7 +24,7 @@ from branchynet.files import write_json
 from branchynet.graph.onnx_flat import flatten
 from branchynet.policy.scores import entropy
 from branchynet.profiling.clock import interleaved
-from branchynet.profiling.part_engines import static_engines
+from branchynet.profiling.part_engines import part_engines
 
 RUNS = 500
 BATCHES = (1, 64)
@@ -70,7 +70,7 @@ def main():
         folder = Path(name)
         path = export(net, folder / "model.onnx", policy=Policy(thresholds=(1e30,)), example=images[:8])
         branchy = load(path, threads=1)
-        static = static_engines(flatten(net, images[:2], score=entropy), folder, 1)["upto_1"]
+        static = part_engines(flatten(net, images[:2], score=entropy), folder, 1)["upto_1"]
         for batch in BATCHES:
             inputs = np.ascontiguousarray(images[:batch].numpy())
             us = interleaved([lambda x=inputs: branchy(x), lambda x=inputs: static.outputs(x)], 20, rounds=4000)

@@ -66,7 +66,7 @@ def prepare(folder):
             fixed = 1 if batch == 1 else "dynamic"
             export(net, folder / f"{name}-{batch}.onnx", policy=choice.policy, example=example[:8], batch=fixed)
             accuracy = evaluate(test, choice.policy).accuracy
-            about = {"network": name, "batch": batch, "accuracy": accuracy, "accuracy_plain": plain_test}
+            about = {"network": name, "batch": batch, "accuracy": accuracy, "plain_accuracy": plain_test}
             write_json(folder / f"{name}-{batch}.json", about)
 
 
@@ -77,9 +77,9 @@ def timed(path):
     data = load_data(NETWORKS[name][0]).test
     rows = bench(
         path, network(name, batch), data.images[:SAMPLES].float() / 255, data.labels[:SAMPLES], network=name,
-        accuracy_static=about["accuracy_plain"], batches=(batch,), samples=SAMPLES, repeats=3,
+        plain_accuracy=about["plain_accuracy"], batches=(batch,), samples=SAMPLES, repeats=3,
     )  # fmt: skip
-    return {k: rows[0][k] for k in ("static_us", "branchy_us", "speedup")}
+    return {k: rows[0][k] for k in ("plain_us", "branchy_us", "speedup")}
 
 
 def in_a_process(path, kind, hide):

@@ -34,7 +34,7 @@ def _middle(trials, ratio):
 def architectures():
     found = results("architectures")
     lines = [
-        "| network | static, batch 1 | leave at, % | overhead, batch 1 | graphs in order | samples sorted | batch 64 |",
+        "| network | plain, batch 1 | leave at, % | overhead, batch 1 | graphs in order | samples sorted | batch 64 |",
         "|---|--:|---|--:|--:|--:|--:|",
     ]
     for network in found["networks"]:
@@ -44,7 +44,7 @@ def architectures():
                 for batch in (1, 64)
             )
             lines.append(
-                f"| {network['network']} | {statistics.median(o['static_us'] for o in ones) / 1000:.1f} ms "
+                f"| {network['network']} | {statistics.median(o['plain_us'] for o in ones) / 1000:.1f} ms "
                 f"| {_shares(ones[0])} | {_middle(ones, lambda o: o['overhead'])} "
                 f"| {_middle(ones, lambda o: o['branchy_us'] / o['limit_in_order_us'])} "
                 f"| {_middle(ones, lambda o: o['overhead_sorted'])} "
@@ -89,18 +89,18 @@ def halves():
         "",
         f"Batches of 64, {processor(found)}, half of them leaving at the first of two exits. "
         f"{deep['network']} with two branches is exported in {deep['export_seconds']:.0f} s; its file is "
-        f"{deep['bytes'] / deep['static_plus_heads_bytes'] - 1:+.1%} beside the static file plus the "
+        f"{deep['bytes'] / deep['plain_plus_branches_bytes'] - 1:+.1%} beside the plain file plus the "
         f"weights of the branches. Made by `{found['command']}`.",
     ]
 
 
 def layout():
     found = results("layout")
-    lines = ["| batch | static | without pooling | none leaves early | without pooling |", "|--:|--:|--:|--:|--:|"]
+    lines = ["| batch | plain | without pooling | none leaves early | without pooling |", "|--:|--:|--:|--:|--:|"]
     for r in found["rows"]:
         cells = [
             f"{r[name]['us'] / r['batch']:.0f} us | +{r[name]['us_without'] / r[name]['us'] - 1:.1%}"
-            for name in ("static", "exits")
+            for name in ("plain", "exits")
         ]
         lines.append(f"| {r['batch']} | {' | '.join(cells)} |")
     return [
@@ -174,7 +174,7 @@ def int8_times():
         faster, float_exits = r["speedup"], _of(found["accuracy"], r)[0]["accuracy"]["float"]
         lines.append(
             f"| {r['network']} | {r['engine']} | {r['batch']} | {faster['float_exits']:.2f}x "
-            f"| {faster['int8_static']:.2f}x | {faster['int8-full-range_static']:.2f}x "
+            f"| {faster['int8_plain']:.2f}x | {faster['int8-full-range_plain']:.2f}x "
             f"| **{faster['int8_exits']:.2f}x** | {float_exits[-1]:.1%}, {r['accuracy_both']:.1%} |"
         )
     return [

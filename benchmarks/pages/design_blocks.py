@@ -42,13 +42,13 @@ def _asked(row):
 def first_table():
     """LeNet with the paper's branch and with designed exits; every answer is that of the exit taken."""
     lines = [
-        "| batch | exits | static | with exits | limit | speed-up | overhead | accuracy static | with exits | exit 1 |",
+        "| batch | exits | plain | with exits | limit | speed-up | overhead | plain accuracy | with exits | exit 1 |",
         "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     lines += [
-        f"| {r['batch']} | {r['design']}{_asked(r)} | {r['static_us']:.1f} us | {r['measured_us']:.1f} us "
+        f"| {r['batch']} | {r['design']}{_asked(r)} | {r['plain_us']:.1f} us | {r['measured_us']:.1f} us "
         f"| {r['measured_us'] / r['overhead']:.1f} us | **{r['speedup']:.2f}x** | {r['overhead']:.2f} "
-        f"| {r['accuracy_baseline']:.2%} | {r['accuracy']:.2%} | {r['exit_share'][0]:.1%} |"
+        f"| {r['plain_accuracy']:.2%} | {r['accuracy']:.2%} | {r['exit_share'][0]:.1%} |"
         for r in _rows()
         if r["network"] == "b_lenet" and r["answers"] == "of the exit" and r["design"] != "even"
     ]
@@ -100,7 +100,7 @@ def designs():
     for r in _rows():
         lines.append(
             f"| {TITLES[r['network']]} | {r['batch']} | {r['design']}: {', '.join(r['taps'])}{_asked(r)} "
-            f"| {r['answers']} | {r['accuracy']:.2%} | {r['accuracy_baseline']:.2%} "
+            f"| {r['answers']} | {r['accuracy']:.2%} | {r['plain_accuracy']:.2%} "
             f"| {', '.join(f'{a:.1%}' for a in r['exit_accuracy'])} | **{r['speedup']:.2f}x** "
             f"| {r['predicted_speedup']:.2f}x | {r['measured_us']:.1f} | {r['predicted_us']:.1f} ({_off(r):+.0%}) "
             f"| {r['overhead']:.2f} |"
@@ -117,7 +117,7 @@ def predictions():
     """How far measured times are off the predicted ones, and what of it is the machine's pace."""
     rows = _rows()
     off, beside = [[abs(which(row)) for row in rows] for which in (_off, _off_beside_plain)]
-    pace = [abs(row["static_us"] / (row["predicted_speedup"] * row["predicted_us"]) - 1) for row in rows]
+    pace = [abs(row["plain_us"] / (row["predicted_speedup"] * row["predicted_us"]) - 1) for row in rows]
     told = [
         f"Beside the plain network's, measured times of the {len(rows)} rows are off the predicted ones by "
         f"{statistics.median(beside):.0%} in the median and {max(beside):.0%} at most; wanted are 15 %. They "
@@ -139,7 +139,7 @@ def single_exits():
     return [
         f"On {TITLES[row['network']]}, batch {row['batch']}, {row['exit_share'][0]:.1%} leave at the first designed "
         f"exit, whose accuracy alone is {row['exit_accuracy'][0]:.2%}, the plain network's "
-        f"{row['accuracy_baseline']:.2%}: what the designer found there is a better small network, and the stages "
+        f"{row['plain_accuracy']:.2%}: what the designer found there is a better small network, and the stages "
         "behind it are only in the way. Take that exit alone then."
         for row in _rows()
         if row["design"] == "designed" and row["answers"] == "of the exit" and not row["below_points"]
@@ -173,8 +173,8 @@ def design_goals():
             short = f", short by {goal - r['speedup']:.2f}" if r["speedup"] < goal else ""
             lines.append(
                 f"| {TITLES[r['network']]} | {r['batch']} | {r['answers']}{_asked(r)} | {goal:.1f}x "
-                f"| **{r['speedup']:.2f}x**{short} | {100 * (r['accuracy'] - r['accuracy_baseline']):+.2f} "
-                f"| {best:.1f}x | {r['static_us'] / r['floor_us']:.1f}x |"
+                f"| **{r['speedup']:.2f}x**{short} | {100 * (r['accuracy'] - r['plain_accuracy']):+.2f} "
+                f"| {best:.1f}x | {r['plain_us'] / r['floor_us']:.1f}x |"
             )
     return [*lines, "", f"One thread, {_machine()}."]
 

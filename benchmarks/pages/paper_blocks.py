@@ -67,7 +67,7 @@ def in_short():
         lines.append(
             f"| {first['network']} | {plain['accuracy']:.2%} | {first['accuracy']:.2%} | **{first['gain']:.2f}x** "
             f"| {told} | {_beside_plain(better.get(row['name']))} "
-            f"| {theirs['accuracy_plain']:.2%} to {theirs['accuracy']:.2%}, {theirs['cpu_gain']:.1f}x |"
+            f"| {theirs['plain_accuracy']:.2%} to {theirs['accuracy']:.2%}, {theirs['cpu_gain']:.1f}x |"
         )
     where = processor(found, *better.values())
     return [*lines, "", f"Batch 1, one thread, {where}. Made by `{found['command']}`."]
@@ -82,7 +82,7 @@ def _designed(row):
 def _beside_plain(row):
     if row is None:
         return ""
-    return f"{row['accuracy']:.2%} (plain {row['accuracy_baseline']:.2%}), **{row['speedup']:.2f}x**"
+    return f"{row['accuracy']:.2%} (plain {row['plain_accuracy']:.2%}), **{row['speedup']:.2f}x**"
 
 
 def earlier():

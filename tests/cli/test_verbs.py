@@ -64,11 +64,11 @@ def test_bench_rows_are_complete_and_consistent(run):
     ]
     for row in rows:
         assert list(row) == [
-            "network", "engine", "batch", "threads", "static_us", "branchy_us", "limit_us", "limit_in_order_us",
-            "speedup", "spread", "overhead", "overhead_sorted", "accuracy_static", "accuracy_branchy",
+            "network", "engine", "batch", "threads", "plain_us", "branchy_us", "limit_us", "limit_in_order_us",
+            "speedup", "spread", "overhead", "overhead_sorted", "plain_accuracy", "accuracy_branchy",
             "exit_share", "thresholds",
         ]  # fmt: skip
-        assert row["speedup"] == pytest.approx(row["static_us"] / row["branchy_us"])
+        assert row["speedup"] == pytest.approx(row["plain_us"] / row["branchy_us"])
         assert row["overhead"] == pytest.approx(row["branchy_us"] / row["limit_us"])
         assert sum(row["exit_share"]) == pytest.approx(1)
 
@@ -323,13 +323,13 @@ def test_what_the_static_network_is_not_is_told(run, tmp_path, monkeypatch, caps
     shutil.copytree(run, copy)
     config = json.loads((copy / "config.json").read_text())
     rows = json.loads((copy / "bench.json").read_text())["rows"]
-    monkeypatch.setattr(steps, "bench", lambda *_, **given: [rows[0] | {"accuracy_static": given["accuracy_static"]}])
+    monkeypatch.setattr(steps, "bench", lambda *_, **given: [rows[0] | {"plain_accuracy": given["plain_accuracy"]}])
     for baseline, told in ((2, "trained for 2 epochs"), (0, "never trained")):
         config["settings"] |= {"static": False, "baseline_epochs": baseline}
         (copy / "config.json").write_text(json.dumps(config))
         assert call(monkeypatch, "bench", copy, "--quiet") == 0
         assert told in " ".join(capsys.readouterr().out.split())
-    assert json.loads((copy / "bench.json").read_text())["rows"][0]["accuracy_static"] is None
+    assert json.loads((copy / "bench.json").read_text())["rows"][0]["plain_accuracy"] is None
 
 
 def test_long_steps_say_what_they_do_unless_they_are_to_be_quiet(run, tmp_path, monkeypatch, capsys):

@@ -204,9 +204,9 @@ def test_bench_and_measure_time_the_static_graphs_in_the_same_engine(lenet, fold
         monkeypatch.setattr(sys.modules[function.__module__], "load", spied)
     ir.save(assemble(flat, Policy(thresholds=(0.5,))), folder / "lenet.onnx")
     images, labels = grey_images(16), torch.arange(16) % 10
-    how = {"network": "B-LeNet", "accuracy_static": 0.1, "batches": (4,), "repeats": 1}
+    how = {"network": "B-LeNet", "plain_accuracy": 0.1, "batches": (4,), "repeats": 1}
     (row,) = bench(folder / "lenet.onnx", net, images, labels, runtime="openvino", **how)
-    assert row["engine"] == "openvino" and min(row["static_us"], row["branchy_us"], row["limit_us"]) > 0
+    assert row["engine"] == "openvino" and min(row["plain_us"], row["branchy_us"], row["limit_us"]) > 0
     cost = measure(net, images, seconds=0.05, runtime="openvino")
     assert cost.num_exits == 2 and sum(cost.trunk_us) > 0
     assert len(opened) == 4 + 6 and set(opened) == {"openvino"}

@@ -65,7 +65,7 @@ def test_advice_is_what_the_advised_network_does(advice, trained, digits):
         advice.selected_on, plain.inputs[kept]
     )
     assert advice.network.selected_on == (advice.selected_on,)
-    assert advice.designs[0].us == pytest.approx(advice.static_us)  # measured, times samples, by samples
+    assert advice.designs[0].us == pytest.approx(advice.plain_us)  # measured, times samples, by samples
     assert advice.designs[0].accuracy == pytest.approx(advice.accuracy)
     assert advice.min_accuracy == pytest.approx(advice.accuracy - 0.01)
     design = advice.design
@@ -83,7 +83,7 @@ def test_advice_is_what_the_advised_network_does(advice, trained, digits):
     each = advice.cost.latency_us([True] * len(shares))
     assert np.dot(shares, each) == pytest.approx(design.us, rel=0.02)
     low, high = design.interval_us
-    assert low < design.us < high and advice.speedup == advice.static_us / design.us
+    assert low < design.us < high and advice.speedup == advice.plain_us / design.us
     assert design.oracle_us <= design.us * (1 + 1e-9)  # summed in another order
 
 
@@ -93,7 +93,7 @@ def test_every_candidate_is_told_with_what_it_must_do_to_pay(advice, trained, di
         assert 0 <= one.accuracy <= 1 and one.us > 0
         if one.break_even is not None:
             assert 0 <= one.break_even <= 1
-            saved = one.added_us + advice.static_us - one.us  # of a sample that leaves, beside one that stays
+            saved = one.added_us + advice.plain_us - one.us  # of a sample that leaves, beside one that stays
             assert one.break_even * saved == pytest.approx(max(0.0, one.added_us), abs=1e-6)
     assert max(one.accuracy for one in advice.tried) > 0.9
 

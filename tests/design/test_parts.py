@@ -205,7 +205,7 @@ def test_of_a_batch_the_fixed_part_of_each_stage_is_paid_by_all():
     cost = times.cost([0])
     leave, stay = cost.latency_us([True, True])
     assert leave == pytest.approx(1 + 2 + (8 + 4 + 20) / 64) and stay - leave == pytest.approx(5)
-    assert times.static_us == pytest.approx(6 + 28 / 64)
+    assert times.plain_us == pytest.approx(6 + 28 / 64)
 
 
 @pytest.mark.parametrize("seed", range(4))

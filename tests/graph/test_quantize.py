@@ -324,7 +324,7 @@ def test_the_full_range_is_another_network_than_the_reduced(net, tmp_path):
     assert (about["quantize"]["scheme"], other["quantize"]["scheme"]) == ("int8-full-range", "int8")
     assert about["network"] != other["network"]
     x, labels = images(seed=1), torch.arange(64) % 4
-    timed = {"network": "wide", "accuracy_static": 0.5, "batches": (8,), "repeats": 1, "calibration": loader()}
+    timed = {"network": "wide", "plain_accuracy": 0.5, "batches": (8,), "repeats": 1, "calibration": loader()}
     assert bench(full, net, x, labels, **timed)
 
 
@@ -374,7 +374,7 @@ def test_bench_compares_int8_with_int8(net, recorded, tmp_path):
     x, labels = images(seed=1), torch.arange(64) % 4
     policy = Policy(thresholds=safe_thresholds(recorded[1].outputs, (0.5,)))
     path = export(net, tmp_path / "m.onnx", policy=policy, example=images(4), **INT8)
-    how = {"network": "wide", "accuracy_static": 0.5, "batches": (8,), "repeats": 1}
+    how = {"network": "wide", "plain_accuracy": 0.5, "batches": (8,), "repeats": 1}
     (row,) = bench(path, net, x, labels, calibration=loader(), **how)
     outcome = evaluate(recorded[1], policy)
     assert row["exit_share"] == pytest.approx(outcome.exit_share)

@@ -90,7 +90,7 @@ def test_another_architecture_is_refused():
 def test_bench_refuses_another_networks_file(tmp_path):
     net, (images, labels) = b_lenet(), batches()[0]
     path = export(net, tmp_path / "m.onnx", policy=Policy(thresholds=(0.5,)), example=images)
-    arguments = {"network": "n", "accuracy_static": 0.5, "batches": (1,), "samples": 8, "repeats": 1}
+    arguments = {"network": "n", "plain_accuracy": 0.5, "batches": (1,), "samples": 8, "repeats": 1}
     with pytest.raises(InputError, match="different networks"):
         bench(path, b_lenet(1), images, labels, **arguments)
     assert len(bench(path, net, images, labels, **arguments)) == 1

@@ -23,8 +23,8 @@ from branchynet.profiling.benchmark import _time, bench
 from helpers.onnx_graphs import flat_lenet
 
 KEYS = {
-    "network", "engine", "batch", "threads", "static_us", "branchy_us", "limit_us", "limit_in_order_us", "speedup",
-    "spread", "overhead", "overhead_sorted", "accuracy_static", "accuracy_branchy", "exit_share", "thresholds",
+    "network", "engine", "batch", "threads", "plain_us", "branchy_us", "limit_us", "limit_in_order_us", "speedup",
+    "spread", "overhead", "overhead_sorted", "plain_accuracy", "accuracy_branchy", "exit_share", "thresholds",
 }  # fmt: skip
 SAMPLES = 70
 
@@ -81,7 +81,7 @@ def file(tmp_path, policy):
 
 
 def rows_of(path, data, **options):
-    return bench(path, flat_lenet()[0], *data, network="B-LeNet", accuracy_static=0.5, **options)
+    return bench(path, flat_lenet()[0], *data, network="B-LeNet", plain_accuracy=0.5, **options)
 
 
 def test_rows_are_whole_and_their_figures_agree(file, data, record, policy):
@@ -90,11 +90,11 @@ def test_rows_are_whole_and_their_figures_agree(file, data, record, policy):
     assert [(r["batch"], r["threads"]) for r in rows] == [(1, 1), (8, 1), (64, 1)]
     for row in rows:
         assert row.keys() == KEYS
-        assert (row["network"], row["engine"], row["accuracy_static"]) == ("B-LeNet", "onnxruntime", 0.5)
+        assert (row["network"], row["engine"], row["plain_accuracy"]) == ("B-LeNet", "onnxruntime", 0.5)
         assert row["thresholds"] == list(policy.thresholds)
-        assert min(row["static_us"], row["branchy_us"], row["limit_us"]) > 0
+        assert min(row["plain_us"], row["branchy_us"], row["limit_us"]) > 0
         assert row["overhead"] == row["branchy_us"] / row["limit_us"]
-        assert row["speedup"] == row["static_us"] / row["branchy_us"]
+        assert row["speedup"] == row["plain_us"] / row["branchy_us"]
         assert row["exit_share"] == pytest.approx(outcome.exit_share) and sum(row["exit_share"]) == pytest.approx(1)
         assert row["accuracy_branchy"] == pytest.approx(outcome.accuracy)
     assert 0.25 < outcome.exit_share[0] < 0.75
@@ -102,12 +102,12 @@ def test_rows_are_whole_and_their_figures_agree(file, data, record, policy):
 
 @pytest.mark.parametrize(("batch", "samples", "timed"), [(1, 20, 20), (8, 20, 16), (64, 20, 64), (7, 10_000, 70)])
 def test_the_limit_weighs_static_times_with_the_share_among_those_timed(file, data, monkeypatch, batch, samples, timed):
-    def fake(engine, static, inputs, left, size, repeats):
+    def fake(engine, parts, inputs, left, size, repeats):
         (inputs,) = inputs
         exits = engine(inputs).exit
         assert left.tolist() == exits.tolist()
         seen.append((inputs, exits))
-        assert static.keys() == {"plain", "upto_1", "upto_2"} and (size, repeats) == (batch, 4)
+        assert parts.keys() == {"plain", "upto_1", "upto_2"} and (size, repeats) == (batch, 4)
         one = {"in_order": 50.0, "sorted": 55.0} if batch == 1 else {}
         return {"branchy": 60.0, "plain": 90.0, "upto_1": 20.0, "upto_2": 110.0, **one}, 0.1
 
@@ -128,9 +128,7 @@ def test_the_limit_weighs_static_times_with_the_share_among_those_timed(file, da
 def test_the_order_is_random_and_the_seeds(file, data, monkeypatch):
     orders = []
     times = {"branchy": 1.0, "plain": 1.0, "upto_1": 1.0, "upto_2": 1.0, "in_order": 1.0, "sorted": 1.0}
-    monkeypatch.setattr(
-        module, "_time", lambda engine, static, inputs, *rest: orders.append(inputs[0]) or (times, None)
-    )
+    monkeypatch.setattr(module, "_time", lambda engine, parts, inputs, *rest: orders.append(inputs[0]) or (times, None))
     for seed in (0, 0, 1):
         rows_of(file, data, batches=(1,), seed=seed)
     assert np.array_equal(orders[0], orders[1]) and not np.array_equal(orders[0], orders[2])
@@ -144,8 +142,8 @@ def test_a_file_of_one_sample_a_call_is_timed_beside_static_graphs_of_one_sample
         fixed.append(not flat.dynamic)
         return real(flat, *rest, **options)
 
-    fixed, real = [], module.static_engines
-    monkeypatch.setattr(module, "static_engines", engines)
+    fixed, real = [], module.part_engines
+    monkeypatch.setattr(module, "part_engines", engines)
     net, _ = flat_lenet()
     one = export(net, tmp_path / "one.onnx", policy=policy, example=data[0][:4], batch=1)
     (row,) = rows_of(one, data, samples=8, repeats=1)
@@ -214,7 +212,7 @@ def test_several_inputs_a_score_and_a_loss_of_ones_own(tmp_path):
         outputs = net(**inputs)
     early = spread(outputs[:1]) < (threshold := float(spread(outputs[:1]).median()) + 1e-3)
     path = export(net, tmp_path / "pair.onnx", policy=Policy(spread, (threshold,)), example=inputs)
-    told = {"network": "pair", "accuracy_static": 0.5, "repeats": 1, "batches": (1, 7)}
+    told = {"network": "pair", "plain_accuracy": 0.5, "repeats": 1, "batches": (1, 7)}
     rows = bench(path, net, inputs, target, loss=loss, score=spread, **told)
     answers = torch.where(early[:, None], outputs[0], outputs[1])
     for row in rows:
@@ -241,11 +239,11 @@ def test_one_sample_a_call_goes_through_the_graph_of_its_exit():
         outputs = __call__
 
     inputs, left = np.arange(100), np.where(np.arange(100) % 3, 1, 3)
-    static = {name: Fake(name) for name in ("plain", "upto_1", "upto_3")}
-    times, spread = _time(Fake("branchy"), static, (inputs,), left, batch=1, repeats=1)
-    assert spread is None and times.keys() == {"branchy", "in_order", "sorted", *static}
+    parts = {name: Fake(name) for name in ("plain", "upto_1", "upto_3")}
+    times, spread = _time(Fake("branchy"), parts, (inputs,), left, batch=1, repeats=1)
+    assert spread is None and times.keys() == {"branchy", "in_order", "sorted", *parts}
     for i in inputs:
-        ran = {name: log[name, i] for name in ("branchy", *static)}
+        ran = {name: log[name, i] for name in ("branchy", *parts)}
         assert ran == {"branchy": 4, "plain": 2, "upto_1": 2, "upto_3": 2, f"upto_{left[i]}": 4}
 
 
@@ -278,7 +276,7 @@ def test_wrong_data_files_and_networks_are_named(tmp_path, file, data, policy):
     with pytest.raises(InputError, match=r"flat\.onnx.*policy=None"):
         rows_of(write(tmp_path, None, "flat"), data)
     with pytest.raises(InputError, match=r"model\.onnx has 2 exits and the network 1"):
-        bench(file, zoo.lenet(), *data, network="LeNet", accuracy_static=0.5)
+        bench(file, zoo.lenet(), *data, network="LeNet", plain_accuracy=0.5)
     flat = flat_lenet()[1]
     one = write(tmp_path, policy, "one", FlatGraph(flat.model, flat.num_exits, dynamic=False))
     with pytest.raises(InputError, match=r"one\.onnx answers one sample at a time; got batch sizes \[1, 64\]"):
@@ -316,18 +314,18 @@ def test_averaged_answers_stand_beside_the_network_without_branches(tmp_path, da
         seen["nodes"] = len(onnx.load(seen["path"]).graph.node)
         return dict.fromkeys(calls, np.ones(1))
 
-    real = module.static_engines
+    real = module.part_engines
 
     def spying(flat, folder, *rest, **options):
         engines = real(flat, folder, *rest, **options)
         seen["path"] = folder / "plain.onnx"
         return engines
 
-    monkeypatch.setattr(module, "static_engines", spying)
+    monkeypatch.setattr(module, "part_engines", spying)
     monkeypatch.setattr(module, "passes_in_turns", watched)
     monkeypatch.setattr(module, "flatten", flatten)
     path = export(net, tmp_path / "m.onnx", policy=Policy(thresholds=(0.5,)), example=data[0][:8])
-    bench(path, net, *data, network="n", accuracy_static=0.0, batches=(64,), seed=0)
+    bench(path, net, *data, network="n", plain_accuracy=0.0, batches=(64,), seed=0)
     order = np.random.default_rng(0).permutation(SAMPLES)[:64]
     with torch.no_grad():
         np.testing.assert_allclose(seen["plain"], net.backbone(data[0][order]), atol=1e-4)

@@ -15,7 +15,7 @@ from branchynet.nn.averaged import averaged
 from branchynet.policy.values import ExitCost
 from branchynet.profiling import cost as module
 from branchynet.profiling.cost import _apart, each_row, measure
-from branchynet.profiling.part_engines import static_engines
+from branchynet.profiling.part_engines import leaving_engines, part_engines
 from helpers.networks import tokens
 from helpers.onnx_graphs import Sketch, flat_lenet, flat_of, grey_images
 
@@ -135,10 +135,10 @@ def test_of_averaged_answers_the_plain_network_is_the_backbone_alone(monkeypatch
 
     def spied(flat, *args, plain, **options):
         assert [node.op_type for node in plain.model.graph].count("Conv") == 3  # the fourth is the branch's
-        made.update(static_engines(flat, *args, plain=plain, **options))
+        made.update(part_engines(flat, *args, plain=plain, **options))
         return made
 
-    monkeypatch.setattr(module, "static_engines", spied)
+    monkeypatch.setattr(module, "part_engines", spied)
     cost = measure(averaged(net), grey_images(2), seconds=0.1)
     assert made.keys() == {"plain", "last", "upto_1", "upto_2", "alone_2"}
     assert 0 < cost.plain_us and cost.num_exits == 2
@@ -151,7 +151,7 @@ def test_of_averaged_answers_the_plain_network_is_the_backbone_alone(monkeypatch
 def test_deployed_graphs_leave_where_their_names_say(tmp_path):
     _, flat = flat_lenet()
     x = grey_images(3).numpy()
-    engines = module._leaving(flat, tmp_path, 1, "onnxruntime")
+    engines = leaving_engines(flat, tmp_path, 1, "onnxruntime")
     assert {name: list(engine(x).exit) for name, engine in engines.items()} == {
         "leave_1": [1, 1, 1],
         "leave_2": [2, 2, 2],
@@ -192,7 +192,7 @@ def test_static_engines_compute_what_their_names_say(tmp_path):
     x = grey_images(2)
     with torch.no_grad():
         outputs = [o.numpy() for o in net(x)]
-    engines = static_engines(flat, tmp_path, 1)
+    engines = part_engines(flat, tmp_path, 1)
     last = {"plain": 2, "upto_1": 1, "upto_2": 2, "alone_2": 2}
     scores = {"plain": 0, "upto_1": 1, "upto_2": 2, "alone_2": 1}
     assert engines.keys() == last.keys()
@@ -201,7 +201,7 @@ def test_static_engines_compute_what_their_names_say(tmp_path):
         np.testing.assert_allclose(output, outputs[last[name] - 1], atol=1e-5)
         np.testing.assert_array_equal(label, output.argmax(1))
         assert [r.shape for r in rest] == [(2,)] * scores[name]
-    assert static_engines(flat, tmp_path, 1, enabled=[2], alone=False).keys() == {"plain", "upto_2"}
+    assert part_engines(flat, tmp_path, 1, enabled=[2], alone=False).keys() == {"plain", "upto_2"}
 
 
 # Multiply-accumulates

@@ -43,8 +43,8 @@ def test_a_terminal_that_is_wide_enough_has_a_table_and_a_narrow_one_lines():
 @pytest.mark.parametrize("width", [20, 60, 80])
 def test_names_of_engines_are_not_folded_where_there_is_room(width):
     row = {
-        "engine": "onnxruntime", "network": "b_resnet110", "batch": 64, "threads": 2, "static_us": 123456.7,
-        "branchy_us": 1234.5, "limit_us": 1200.0, "overhead": 1.03, "accuracy_static": None, "accuracy_branchy": 0.8734,
+        "engine": "onnxruntime", "network": "b_resnet110", "batch": 64, "threads": 2, "plain_us": 123456.7,
+        "branchy_us": 1234.5, "limit_us": 1200.0, "overhead": 1.03, "plain_accuracy": None, "accuracy_branchy": 0.8734,
         "exit_share": [0.25, 0.25, 0.5], "thresholds": [0.1, 0.2],
     }  # fmt: skip
     told = shown(width, True, [row], print_=print_bench)

@@ -82,12 +82,12 @@ def a_row(batch, threads):
         "engine": "onnxruntime",
         "batch": batch,
         "threads": threads,
-        "static_us": 88.5 + batch,
+        "plain_us": 88.5 + batch,
         "branchy_us": 30.25,
         "limit_us": 29.0,
         "speedup": 2.93,
         "overhead": 1.043,
-        "accuracy_static": 0.9612,
+        "plain_accuracy": 0.9612,
         "accuracy_branchy": 0.951,
         "exit_share": [0.5, 0.3, 0.2],
         "thresholds": [0.3, None],
@@ -233,13 +233,13 @@ class TestPage:
         assert written(tmp_path) == written(tmp_path)
 
     def test_baseline_is_the_row_timed_as_the_cost_was(self, tmp_path):
-        tips = lambda **more: [t for t in Page(written(tmp_path, **more)).titles if t.startswith("static network")]  # noqa: E731
-        assert tips() == ["static network: 152.5 µs, 96.12 %"]
+        tips = lambda **more: [t for t in Page(written(tmp_path, **more)).titles if t.startswith("plain network")]  # noqa: E731
+        assert tips() == ["plain network: 152.5 µs, 96.12 %"]
         alike = ExitCost((20.5,) * 3, (4.0,) * 3, batch_size=64, threads=2, plain_us=99.0)  # timed with the curve
-        assert tips(cost=alike) == ["static network: 99 µs, 96.12 %"]
-        assert tips(baseline=(70.0, 0.5)) == ["static network: 70 µs, 50.00 %"]
+        assert tips(cost=alike) == ["plain network: 99 µs, 96.12 %"]
+        assert tips(plain=(70.0, 0.5)) == ["plain network: 70 µs, 50.00 %"]
         assert tips(bench=[a_row(1, 1)]) == []
-        assert tips(bench=[{**a_row(64, 2), "accuracy_static": None}]) == []
+        assert tips(bench=[{**a_row(64, 2), "plain_accuracy": None}]) == []
 
     @pytest.mark.parametrize(
         ("more", "message"),
@@ -312,20 +312,20 @@ class TestFigures:
     def test_tradeoff(self):
         us, accuracy = np.array([30.0, 10, 20]), [0.97, 0.95, 0.96]
         figure = figure_tradeoff(
-            us, accuracy, baseline=(50, 0.965), chosen=(20, 0.96), judged=(21, 0.955), interval=(0.95, 0.96)
+            us, accuracy, plain=(50, 0.965), chosen=(20, 0.96), judged=(21, 0.955), interval=(0.95, 0.96)
         )
         assert self.tips(figure) == [
             "10 µs, 95.00 %",
             "20 µs, 96.00 %",
             "30 µs, 97.00 %",
-            "static network: 50 µs, 96.50 %",
+            "plain network: 50 µs, 96.50 %",
             "chosen, on the data that chose: 20 µs, 96.00 %",
             "the same thresholds on test data, 95 %: 21 µs, 95.50 %",
         ]
         assert [t.get_text() for t in figure.axes[0].texts] == ["←  2.4× faster"]
         assert [t.get_text() for t in figure.legends[0].get_texts()] == [
             "the best of all thresholds",
-            "static network",
+            "plain network",
             "chosen, on the data that chose",
             "the same thresholds on test data, 95 %",
         ]

@@ -54,14 +54,14 @@ def test_the_comparison_tells_what_the_files_hold(base, designed):
     shares = [np.mean([a.exit[0] == n for a in answer]) for n in range(1, len(comparison.exit_share) + 1)]
     assert comparison.exit_share == pytest.approx(shares)
     plain = evaluate(ExitRecord.load(folder / "record-static.npz"), Policy()).accuracy
-    assert comparison.accuracy_baseline == plain
+    assert comparison.plain_accuracy == plain
     choice, prediction = Choice.load(folder / "choice.json"), json.loads((folder / "prediction.json").read_text())
     assert comparison.predicted_us == prediction["us"] == choice.outcome.mean_us
     plain_us = ExitCost.load(folder / "cost.json").plain_us
     assert comparison.predicted_speedup == prediction["speedup"] == plain_us / prediction["us"]
     assert (folder / "prediction.json").stat().st_mtime_ns < (folder / "model.onnx").stat().st_mtime_ns
     (row,) = json.loads((folder / "bench.json").read_text())["rows"]
-    assert (comparison.measured_us, comparison.static_us) == (row["branchy_us"], row["static_us"])
+    assert (comparison.measured_us, comparison.plain_us) == (row["branchy_us"], row["plain_us"])
     assert comparison.speedup == row["speedup"] and comparison.reached in (True, False)
     assert comparison.error == pytest.approx(row["branchy_us"] / choice.outcome.mean_us - 1)
 

@@ -104,6 +104,15 @@ def test_a_report_does_not_mix_an_old_file_or_old_timings_with_a_new_choice(run)
         report_run(run)
 
 
+def test_timings_with_other_names_are_refused_with_the_command_that_times_again(run):
+    from branchynet.runs.provenance import keep_bench
+
+    old = {"network": "n", "batch": 1, "threads": 1, "static_us": 2.0, "branchy_us": 1.0, "accuracy_static": 0.9}
+    keep_bench(run.path, [old])
+    with pytest.raises(FileError, match=r"has rows without .*plain_us.*; run `branchynet bench .*run` again"):
+        report_run(run)
+
+
 def test_the_same_thresholds_chosen_on_another_record_are_another_choice(run):
     choice, engine = Choice.load(run.path / "choice.json"), load(run.path / "model.onnx")
     val, test = (ExitRecord.load(run.path / f"record-{part}.npz") for part in ("val", "test"))
@@ -183,8 +192,12 @@ def test_advice_on_other_weights_or_of_all_samples_is_refused(run, monkeypatch):
     design = {"taps": [], "heads": [], "thresholds": [], "us": 1.0, "interval_us": [1.0, 1.0], "accuracy": 0.9,
               "exit_share": [1.0], "trunk_us": [1.0], "branch_us": [0.0], "break_even": [],
               "oracle_us": 1.0}  # fmt: skip
-    advice = {"batch_size": 1, "threads": 1, "score": "entropy", "static_us": 1.0, "accuracy": 0.9, "min_accuracy": 0.9,
+    advice = {"batch_size": 1, "threads": 1, "score": "entropy", "plain_us": 1.0, "accuracy": 0.9, "min_accuracy": 0.9,
               "samples": 100, "designs": [design], "tried": [], "best": 0, "fingerprint": "other"}  # fmt: skip
+    old = {"static_us" if k == "plain_us" else k: v for k, v in advice.items()}
+    (folder / "advice.json").write_text(json.dumps(old))
+    with pytest.raises(FileError, match=r"lacks plain_us\); make it with advise\(.*\), after removing .*design-1"):
+        design_run(run.path, progress=False)
     (folder / "advice.json").write_text(json.dumps(advice))
     with pytest.raises(
         FileError, match=r"advice\.json is advice on other weights than those there; remove .*candidates"

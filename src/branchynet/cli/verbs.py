@@ -207,7 +207,7 @@ def bench(
     trust: Trust = False,
     quiet: Quiet = False,
 ) -> None:
-    """Time the exported file beside the static network. Everything is inside the clock."""
+    """Time the exported file beside the plain network. Everything is inside the clock."""
     from ..files import write_json
     from ..report.console import print_bench
     from ..runs.report import bench_notes

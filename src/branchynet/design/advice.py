@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 from ..deploy.loading import Runtime
 from ..errors import InputError, counted
@@ -73,7 +74,7 @@ class Advice:
 
     Attributes:
         batch_size, threads, score, runtime: what the design is for.
-        static_us: microseconds a sample of the network without exits.
+        plain_us: microseconds a sample of the network without exits.
         accuracy: of the network without exits, on the samples that chose the design.
         min_accuracy: the limit that every design keeps, on the samples that chose it.
         samples: how many those were.
@@ -89,7 +90,7 @@ class Advice:
     batch_size: int
     threads: int
     score: str
-    static_us: float
+    plain_us: float
     accuracy: float
     min_accuracy: float
     samples: int
@@ -118,13 +119,13 @@ class Advice:
     @property
     def speedup(self) -> float:
         """Of the best design beside the network without exits, predicted."""
-        return self.static_us / self.design.us
+        return self.plain_us / self.design.us
 
     @property
     def speedup_interval(self) -> tuple[float, float]:
         """95 % of what that should be."""
         low, high = self.design.interval_us
-        return self.static_us / high, self.static_us / low
+        return self.plain_us / high, self.plain_us / low
 
     @property
     def worth(self) -> bool:
@@ -143,10 +144,10 @@ class Advice:
         )
         told = (
             f"{exits}: {self.speedup:.2f}x ({low:.2f}x to {high:.2f}x) faster {each}, "
-            f"{self.design.us:.1f} us a sample instead of {self.static_us:.1f}, at {self.design.accuracy:.2%} accuracy "
+            f"{self.design.us:.1f} us a sample instead of {self.plain_us:.1f}, at {self.design.accuracy:.2%} accuracy "
             f"on validation (without exits {self.accuracy:.2%}); {_shares(self.design.exit_share)} leave at exits 1 to "
             f"{len(self.design.exit_share)}. No score could make these exits more than "
-            f"{self.static_us / self.design.oracle_us:.2f}x faster."
+            f"{self.plain_us / self.design.oracle_us:.2f}x faster."
         )
         return told if self.worth else f"Do not bother: the best that was found is {told}"
 
@@ -164,7 +165,8 @@ class Advice:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Advice":
         """Read what `save` wrote. Raises `FileError`."""
-        return from_stored(cls, read_json(path), path, "advise(...)")
+        again = f"advise(...), after removing {Path(path).parent} if it is a run's design"
+        return from_stored(cls, read_json(path), path, again)
 
 
 def _shares(shares: Sequence[float]) -> str:

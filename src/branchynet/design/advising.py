@@ -183,7 +183,7 @@ def advise(
         threads=threads,
         runtime=runtime,
         score=score,
-        static_us=times.static_us,
+        plain_us=times.plain_us,
         accuracy=accuracy,
         min_accuracy=limit,
         samples=alone.samples,
@@ -310,7 +310,7 @@ def _tried(forest: CandidateNetwork, judged: CandidateScores, times: StageTimes)
     for i, candidate in enumerate(forest.candidates):
         cost: ExitCost = times.cost((i,))
         early, late = cost.latency_us([True, True])
-        needed = (late - times.static_us) / (late - early) if late > early else math.inf
+        needed = (late - times.plain_us) / (late - early) if late > early else math.inf
         rows.append(
             CandidateResult(
                 tap=candidate.tap,
@@ -318,7 +318,7 @@ def _tried(forest: CandidateNetwork, judged: CandidateScores, times: StageTimes)
                 depth=candidate.depth,
                 accuracy=float(1 - judged.losses[judged.tuning, i].mean()),
                 us=float(early),
-                added_us=float(late - times.static_us),
+                added_us=float(late - times.plain_us),
                 break_even=max(0.0, float(needed)) if needed <= 1 else None,
             )
         )

@@ -63,7 +63,7 @@ class StageTimes:
     spread: float
 
     @property
-    def static_us(self) -> float:
+    def plain_us(self) -> float:
         """The plain trunk's microseconds a sample."""
         return self.whole.plain / self.whole.rows
 
@@ -74,7 +74,7 @@ class StageTimes:
         score.
         """
         if not len(chosen):
-            return ExitCost((self.static_us,), (0.0,), batch_size=self.whole.rows, threads=self.threads)
+            return ExitCost((self.plain_us,), (0.0,), batch_size=self.whole.rows, threads=self.threads)
         taps = [self.taps[i] for i in chosen]
         whole, part = (self._parts(batch, chosen, taps) for batch in (self.whole, self.part))
         trunk, branch = each_row(whole, part, self.whole.rows, self.part.rows)

@@ -59,7 +59,7 @@ def choose(
         record: S samples, N exits.
         cost: N stages. Without one, each trunk segment counts as 1 and branches as nothing: the mean exit is minimised.
         max_drop: accuracy at most this far below the last exit's, as a fraction (0.01 is one point).
-        min_accuracy: accuracy at least this, between 0 and 1: that of a static network, say.
+        min_accuracy: accuracy at least this, between 0 and 1: that of a plain network, say.
         max_disagreement: another class than the last exit's for at most this share of the samples; needs outputs, and
             looks at no labels.
         max_latency_us: mean microseconds a sample at most this; needs `cost`.

@@ -1,4 +1,4 @@
-"""Speed of an exported file beside the static network, in the same engine, with everything inside the clock."""
+"""Speed of an exported file beside the plain network, in the same engine, with everything inside the clock."""
 
 import os
 import tempfile
@@ -26,7 +26,7 @@ from ..policy.fitted_scores import FittedScore
 from ..policy.scores import SCORES, Score, resolve
 from ..policy.values import score_name
 from .clock import passes_in_turns, ratio_spread
-from .part_engines import static_engines
+from .part_engines import part_engines
 from .recording import Loss
 
 Progress = Callable[[str], None]
@@ -40,7 +40,7 @@ def bench(
     target: Tensor,
     *,
     network: str,
-    accuracy_static: float | None,
+    plain_accuracy: float | None,
     loss: Loss | None = None,
     score: Score | None = None,
     batches: Sequence[int] | None = None,
@@ -57,7 +57,7 @@ def bench(
     For each batch size, the same real inputs in random order go through the branchy file, the plain backbone, and the
     static graphs of every exit; engines take turns after every few calls, and medians over repeats are reported.
     ``limit_us`` is the sum over exits n of share_n x time of the static graph that computes the trunk and all enabled
-    branches up to exit n, scores included; ``overhead = branchy / limit``; ``speedup = static / branchy``. Each
+    branches up to exit n, scores included; ``overhead = branchy / limit``; ``speedup = plain / branchy``. Each
     graph is timed by itself, with its weights warm in the caches. For one sample a call, ``limit_in_order_us`` has
     these graphs run in the samples' own order, each sample in that of its exit, as the file meets them: colder, the
     more so as each graph holds the first stages' weights again. ``overhead_sorted`` is the other way round: the file
@@ -71,7 +71,7 @@ def bench(
         inputs: test inputs of S samples, as the network takes them: a tensor, or a tuple or dict of tensors.
         target: `(S,)` int64 class indices, or what `loss` takes, one a sample.
         network: a name for the rows.
-        accuracy_static: test accuracy of the static network, for the rows; None where it is not known.
+        plain_accuracy: test accuracy of the plain network, for the rows; None where it is not known.
         loss: as for `record`, ``loss(output, target) -> (B,)`` in [0, 1]; accuracy is then 1 - mean loss.
         score: the callable that the file was exported with, where its score is no name in
             `branchynet.policy.record_scores`: it is part of the static graphs.
@@ -85,8 +85,8 @@ def bench(
         progress: called with a message now and then.
 
     Returns:
-        Rows with ``network, engine, batch, threads, static_us, branchy_us, limit_us, limit_in_order_us, speedup,
-        spread, overhead, overhead_sorted, accuracy_static, accuracy_branchy, exit_share, thresholds``; times are
+        Rows with ``network, engine, batch, threads, plain_us, branchy_us, limit_us, limit_in_order_us, speedup,
+        spread, overhead, overhead_sorted, plain_accuracy, accuracy_branchy, exit_share, thresholds``; times are
         microseconds per sample, and ``spread`` is the share by which the speed-up may be off (95 %).
 
     Raises:
@@ -140,7 +140,7 @@ def bench(
         plain = quantized(plain, calibration_batches(calibration, plain), quantize)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        static = static_engines(flat, Path(folder), threads, plain=plain, enabled=enabled, alone=False, runtime=runtime)
+        parts = part_engines(flat, Path(folder), threads, plain=plain, enabled=enabled, alone=False, runtime=runtime)
         for batch in batches:
             progress(f"batch {batch}, {counted(threads, 'thread')}")
             count = max(1, min(samples, rows_given) // batch) * batch
@@ -148,7 +148,7 @@ def bench(
             # Ties may be decided otherwise at another batch size, so the exits are those of this one.
             chunks = range(0, count, batch)
             here = np.concatenate([engine(*(a[i : i + batch] for a in timed)).exit for i in chunks])
-            us, spread = _time(engine, static, timed, here, batch, repeats)
+            us, spread = _time(engine, parts, timed, here, batch, repeats)
             limit = sum(float((here == n).mean()) * us[f"upto_{n}"] for n in enabled)
             rows.append(
                 {
@@ -156,7 +156,7 @@ def bench(
                     "engine": runtime,
                     "batch": batch,
                     "threads": threads,
-                    "static_us": us["plain"],
+                    "plain_us": us["plain"],
                     "branchy_us": us["branchy"],
                     "limit_us": limit,
                     "limit_in_order_us": us.get("in_order"),
@@ -164,7 +164,7 @@ def bench(
                     "spread": spread,
                     "overhead": us["branchy"] / limit,
                     "overhead_sorted": us["sorted"] / limit if batch == 1 else None,
-                    "accuracy_static": accuracy_static,
+                    "plain_accuracy": plain_accuracy,
                     "accuracy_branchy": accuracy,
                     "exit_share": [float((left == n).mean()) for n in range(1, engine.num_exits + 1)],
                     "thresholds": list(engine.policy.thresholds),
@@ -204,7 +204,7 @@ def _judge(engine: Engine, arrays: Arrays, target: Tensor, loss: Loss | None) ->
 
 
 def _time(
-    engine: Engine, static: dict[str, Engine], arrays: Arrays, left: NDArray[Any], batch: int, repeats: int
+    engine: Engine, parts: dict[str, Engine], arrays: Arrays, left: NDArray[Any], batch: int, repeats: int
 ) -> tuple[dict[str, float], float | None]:
     """Median microseconds per sample over `repeats` passes, and the spread of the speed-up (see `ratio_spread`).
 
@@ -213,9 +213,9 @@ def _time(
     """
     starts = range(0, len(arrays[0]), batch)
     batches = [tuple(np.ascontiguousarray(a[i : i + batch]) for a in arrays) for i in starts]
-    calls: dict[str, Any] = {"branchy": engine} | {name: graph.outputs for name, graph in static.items()}
+    calls: dict[str, Any] = {"branchy": engine} | {name: graph.outputs for name, graph in parts.items()}
     if batch == 1:
-        calls["in_order"] = [static[f"upto_{n}"].outputs for n in left]
+        calls["in_order"] = [parts[f"upto_{n}"].outputs for n in left]
         calls["sorted"] = [_instead(engine, batches[i]) for i in np.argsort(left, kind="stable")]
     passes = passes_in_turns(calls, batches, repeats)
     return {name: float(np.median(us)) for name, us in passes.items()}, ratio_spread(passes["plain"], passes["branchy"])

@@ -18,7 +18,7 @@ from ..nn.network import plain_network
 from ..policy.scores import Score, resolve
 from ..policy.values import ExitCost, Floats
 from .clock import until_steady
-from .part_engines import leaving_engines, static_engines
+from .part_engines import leaving_engines, part_engines
 
 _FEWER = 16  # of so many rows one, to tell a stage's fixed part: few rows reach the later stages
 
@@ -77,9 +77,9 @@ def measure(
         plain = plain and quantized(plain, calibration_batches(calibration, plain), quantize)
     sizes = two_sizes(batch_size)
     with tempfile.TemporaryDirectory() as folder, as_graph_errors():
-        static = static_engines(flat, Path(folder), threads, plain=plain, runtime=runtime)
+        parts = part_engines(flat, Path(folder), threads, plain=plain, runtime=runtime)
         leaving = leaving_engines(flat, Path(folder), threads, runtime)
-        calls = {name: engine.outputs for name, engine in static.items()} | leaving
+        calls = {name: engine.outputs for name, engine in parts.items()} | leaving
         inputs = tensors_of(example)
         batches = [[np.resize(t.numpy(), (rows, *t.shape[1:])) for t in inputs] for rows in sizes]
         timed = [lambda c=call, b=batch: c(*b) for batch in batches for call in calls.values()]

@@ -14,7 +14,7 @@ from ..policy.values import Policy
 ALWAYS, NEVER = 3e38, -3e38  # thresholds that every score passes, and none
 
 
-def static_engines(
+def part_engines(
     flat: FlatGraph,
     folder: Path,
     threads: int,

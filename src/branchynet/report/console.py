@@ -111,7 +111,7 @@ def print_advice(out: Console, advice: Any, note: str = "") -> None:
         exits = ", ".join(f"{head} at {tap}" for tap, head in zip(design.taps, design.heads, strict=True))
         rows.append((
             str(len(design.exit_share)), exits or "none", f"{design.us:.1f}", f"{low:.1f}-{high:.1f}",
-            f"{advice.static_us / design.us:.2f}x", f"{advice.static_us / design.oracle_us:.2f}x",
+            f"{advice.plain_us / design.us:.2f}x", f"{advice.plain_us / design.oracle_us:.2f}x",
             f"{design.accuracy:.2%}",
         ))  # fmt: skip
     show(out, columns, rows, title="predicted")
@@ -121,7 +121,7 @@ def print_advice(out: Console, advice: Any, note: str = "") -> None:
 
 
 def print_bench(out: Console, rows: Sequence[Mapping[str, Any]], note: str = "") -> None:
-    """Static, branchy and limit, one below the other, for each batch size; a note on the static network below."""
+    """Plain, branchy and limit, one below the other, for each batch size; a note on the plain network below."""
     columns = {
         "engine": True, "network": True, "us": False, "speed-up": False, "accuracy": False,
         "leave at exit 1, 2, …": False,
@@ -130,14 +130,14 @@ def print_bench(out: Console, rows: Sequence[Mapping[str, Any]], note: str = "")
     for row in rows:
         shares = ", ".join(f"{share:.1%}" for share in row["exit_share"])
         threads = f"{counted(row['threads'], 'thread')}"
-        right = "" if row["accuracy_static"] is None else f"{row['accuracy_static']:.2%}"
+        right = "" if row["plain_accuracy"] is None else f"{row['plain_accuracy']:.2%}"
         branchy = f"{row['accuracy_branchy']:.2%}"
         for where, name, us, accuracy, told in (
-            (row["engine"], "static", row["static_us"], right, ""),
+            (row["engine"], "plain", row["plain_us"], right, ""),
             (f"batch {row['batch']}", row["network"], row["branchy_us"], branchy, shares),
             (threads, "limit", row["limit_us"], branchy, f"overhead {row['overhead']:.2f}"),
         ):
-            lines.append((where, name, f"{us:.1f}", f"{row['static_us'] / us:.2f}x", accuracy, told))
+            lines.append((where, name, f"{us:.1f}", f"{row['plain_us'] / us:.2f}x", accuracy, told))
     show(out, columns, lines, title="microseconds a sample, everything timed; accuracy on test images", every=3)
     if rows and all(threshold is None for threshold in rows[0]["thresholds"]):
         out.print("no sample leaves early with these thresholds: the file does the plain network's work, and its score")

@@ -44,7 +44,7 @@ def write_report(
     scores: ArrayLike,
     curve: Curve | None = None,
     cost: ExitCost | None = None,
-    baseline: tuple[float, float] | None = None,
+    plain: tuple[float, float] | None = None,
     bench: Sequence[Mapping[str, Any]] = (),
     galleries: Sequence[Gallery] = (),
     candidates: Sequence[CandidatePoint] = (),
@@ -63,7 +63,7 @@ def write_report(
         scores: `(S, N)` scores of `record`, as the policy's score gives them.
         curve: all good thresholds on the validation data (`branchynet.frontier`).
         cost: what each stage costs.
-        baseline: microseconds a sample and accuracy of the static network; else the time in `cost`, where it holds one,
+        plain: microseconds a sample and accuracy of the plain network; else the time in `cost`, where it holds one,
             and what the row of `bench` tells that was timed as `cost` was.
         bench: rows of `branchynet.bench`.
         galleries: images to show.
@@ -79,14 +79,14 @@ def write_report(
     scores = np.asarray(scores)
     _check(choice, outcome, record, scores, cost, bench)
     alike = _timed_alike(bench, cost)
-    if baseline is None and alike is not None and alike["accuracy_static"] is not None:
+    if plain is None and alike is not None and alike["plain_accuracy"] is not None:
         # Of the clock that timed the curve, where it is known: another moment's pace may be another.
-        plain_us = alike["static_us"] if cost is None or cost.plain_us is None else cost.plain_us
-        baseline = float(plain_us), float(alike["accuracy_static"])
+        plain_us = alike["plain_us"] if cost is None or cost.plain_us is None else cost.plain_us
+        plain = float(plain_us), float(alike["plain_accuracy"])
     sections = [
         _head(title, choice, outcome, record, alike or next(iter(bench), None)),
-        _tradeoff(choice, outcome, curve, baseline, picture),
-        _candidates(candidates, taken, baseline),
+        _tradeoff(choice, outcome, curve, plain, picture),
+        _candidates(candidates, taken, plain),
         _exits(choice, outcome, cost),
         _scores(choice, record, scores),
         _bench(bench),
@@ -129,7 +129,7 @@ def _check(
             f"which has {record.samples} samples of {record.num_exits} exits"
         )
     for row in bench:
-        if missing := _COLUMNS.keys() - row.keys():
+        if missing := BENCH_COLUMNS.keys() - row.keys():
             raise InputError(f"a row of bench lacks {sorted(missing)}; give rows as bench(...) returns them")
 
 
@@ -144,7 +144,7 @@ def _head(title: str, choice: Choice, outcome: Outcome, record: ExitRecord, time
         most = f"95 % within {microseconds(outcome.p95_us)}, worst {microseconds(outcome.worst_us)}"
         cards.append(("Mean time, from costs", microseconds(outcome.mean_us), most))
     if timed is not None:
-        times = f"{microseconds(timed['static_us'])} static, {microseconds(timed['branchy_us'])} with early exits"
+        times = f"{microseconds(timed['plain_us'])} plain, {microseconds(timed['branchy_us'])} with early exits"
         cards.append((f"Speed-up at batch {timed['batch']}", f"{timed['speedup']:.2f}×", f"measured: {times}"))
     limit = " and ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in choice.constraint.items())
     warning = ""
@@ -172,7 +172,7 @@ def _tradeoff(
     choice: Choice,
     outcome: Outcome,
     curve: Curve | None,
-    baseline: tuple[float, float] | None,
+    plain: tuple[float, float] | None,
     picture: str | os.PathLike[str] | None,
 ) -> str:
     if curve is None:
@@ -181,7 +181,7 @@ def _tradeoff(
     figure = figure_tradeoff(
         curve.mean_us,
         curve.accuracy,
-        baseline=baseline,
+        plain=plain,
         chosen=None if before.mean_us is None else (before.mean_us, before.accuracy),
         judged=None if after.mean_us is None else (after.mean_us, after.accuracy),
         interval=after.accuracy_interval,
@@ -201,14 +201,14 @@ def _tradeoff(
 
 
 def _candidates(
-    tried: Sequence[CandidatePoint], taken: Sequence[tuple[str, str]], baseline: tuple[float, float] | None
+    tried: Sequence[CandidatePoint], taken: Sequence[tuple[str, str]], plain: tuple[float, float] | None
 ) -> str:
     if not tried:
         return ""
     return _figure(
         "candidates",
         "Where exits could stand",
-        figure_candidates(tried, taken, baseline),
+        figure_candidates(tried, taken, plain),
         f"Time against accuracy of {len(tried)} candidate exits; the design takes "
         + (", then ".join(f"{head} at {tap}" for tap, head in taken) or "none")
         + ".",
@@ -257,13 +257,13 @@ def _scores(choice: Choice, record: ExitRecord, scores: NDArray[Any]) -> str:
 def _bench(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return ""
-    body = [["" if row[key] is None else show(row[key]) for key, (_, show) in _COLUMNS.items()] for row in rows]
-    head = [title for title, _ in _COLUMNS.values()]
+    body = [["" if row[key] is None else show(row[key]) for key, (_, show) in BENCH_COLUMNS.items()] for row in rows]
+    head = [title for title, _ in BENCH_COLUMNS.values()]
     table = _table("Microseconds a sample, everything inside the clock", head, body, words=(1,))
     return (
         '<section class="dense" aria-labelledby="bench">\n<h2 id="bench">Measured speed</h2>\n<p class="quiet">'
         "Limit: the time of the static graphs up to each exit, weighted by who leaves there. "
-        f"Overhead: branchy ÷ limit. Speed-up: static ÷ branchy.</p>\n{table}\n</section>"
+        f"Overhead: branchy ÷ limit. Speed-up: plain ÷ branchy.</p>\n{table}\n</section>"
     )
 
 
@@ -326,17 +326,17 @@ def _number(value: float) -> str:
     return f"{value:,.1f}" if value >= 100 else f"{value:.3g}"
 
 
-_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+BENCH_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "network": ("network", str),
     "engine": ("engine", str),
     "batch": ("batch", str),
     "threads": ("threads", str),
-    "static_us": ("static µs", _number),
+    "plain_us": ("plain µs", _number),
     "branchy_us": ("branchy µs", _number),
     "limit_us": ("limit µs", _number),
     "speedup": ("speed-up", lambda v: f"{v:.2f}×"),
     "overhead": ("overhead", lambda v: f"{v:.3f}"),
-    "accuracy_static": ("static accuracy", _percent),
+    "plain_accuracy": ("plain accuracy", _percent),
     "accuracy_branchy": ("branchy accuracy", _percent),
     "exit_share": ("leave at exit, %", lambda v: ", ".join(f"{100 * share:.1f}" for share in v)),
     "thresholds": ("thresholds", lambda v: ", ".join("never" if t is None else f"{t:.4g}" for t in v)),

@@ -46,7 +46,7 @@ def figure_tradeoff(
     mean_us: ArrayLike,
     accuracy: ArrayLike,
     *,
-    baseline: tuple[float, float] | None = None,
+    plain: tuple[float, float] | None = None,
     chosen: tuple[float, float] | None = None,
     judged: tuple[float, float] | None = None,
     interval: tuple[float, float] | None = None,
@@ -59,11 +59,11 @@ def figure_tradeoff(
     Args:
         mean_us: `(P,)` microseconds a sample of each threshold vector, on the data that chose.
         accuracy: `(P,)` fractions.
-        baseline: microseconds and accuracy of the static network, drawn as a diamond.
+        plain: microseconds and accuracy of the plain network, drawn as a diamond.
         chosen: those of the chosen thresholds on the data that chose, a star.
         judged: those of the same thresholds on other data, a ring, with the 95 % `interval` of its accuracy.
         interval: lower and upper accuracy.
-        rivals: microseconds and accuracy of other static networks by name, drawn as small diamonds.
+        rivals: microseconds and accuracy of other plain networks by name, drawn as small diamonds.
         sweep: microseconds and accuracy of other threshold vectors, drawn small under the curve.
         most: draw at most so many points of the curve.
 
@@ -75,7 +75,7 @@ def figure_tradeoff(
     us, percent = np.asarray(mean_us, np.float64), 100 * np.asarray(accuracy, np.float64)
     if us.ndim != 1 or us.shape != percent.shape or not len(us):
         raise InputError(f"mean_us {us.shape} and accuracy {percent.shape} must be of one shape (P,), not empty")
-    points = [point for point in (baseline, chosen, judged, *(rivals or {}).values()) if point is not None]
+    points = [point for point in (plain, chosen, judged, *(rivals or {}).values()) if point is not None]
     top = max(percent.max(), *(100 * point[1] for point in points), -math.inf)
     low = min(top - 2, *(100 * point[1] for point in points), math.inf)
     keep = np.argsort(us, kind="stable")
@@ -89,7 +89,7 @@ def figure_tradeoff(
         dots = axes.scatter(us, percent, s=11, color=RIGHT, lw=0, zorder=3, label="the best of all thresholds")
         dots.set_gid("tip:" + "|".join(f"{microseconds(u)}, {p:.2f} %" for u, p in zip(us, percent, strict=True)))
         marks = (
-            (baseline, "D", 62, MUTED, MUTED, "static network"),
+            (plain, "D", 62, MUTED, MUTED, "plain network"),
             (chosen, "*", 230, CHOSEN, CHOSEN, "chosen, on the data that chose"),
             (judged, "o", 80, "none", CHOSEN, "the same thresholds on test data, 95 %"),
         )
@@ -109,9 +109,9 @@ def figure_tradeoff(
             axes.annotate(name, (x, 100 * y), xytext=(6, -9), textcoords="offset points", fontsize=8, color=MUTED)
         if judged and interval:
             axes.vlines(judged[0], 100 * interval[0], 100 * interval[1], color=CHOSEN, lw=1.6, alpha=0.5, zorder=4)
-        if judged and baseline and baseline[0] > judged[0]:
+        if judged and plain and plain[0] > judged[0]:
             axes.annotate(
-                f"←  {baseline[0] / judged[0]:.1f}× faster", ((judged[0] + baseline[0]) / 2, 100 * judged[1]),
+                f"←  {plain[0] / judged[0]:.1f}× faster", ((judged[0] + plain[0]) / 2, 100 * judged[1]),
                 xytext=(0, -16), textcoords="offset points", ha="center", color=CHOSEN, weight="bold", zorder=6,
             )  # fmt: skip
         axes.set_xlabel("mean time per sample (µs)")
@@ -146,14 +146,14 @@ class CandidatePoint(Protocol):
 
 
 def figure_candidates(
-    tried: Sequence[CandidatePoint], chosen: Sequence[tuple[str, str]] = (), static: tuple[float, float] | None = None
+    tried: Sequence[CandidatePoint], chosen: Sequence[tuple[str, str]] = (), plain: tuple[float, float] | None = None
 ) -> Figure:
     """Candidate exits along the trunk: what each costs until it answers against its accuracy alone.
 
     Args:
         tried: in running order of their taps, one or several a tap; a tap's are joined by a line.
         chosen: tap and head of those that the design took, ringed.
-        static: microseconds and accuracy of the network without exits, a diamond.
+        plain: microseconds and accuracy of the network without exits, a diamond.
 
     Raises:
         InputError: nothing was tried.
@@ -181,12 +181,12 @@ def figure_candidates(
                 [s.us for s in rings], [100 * s.accuracy for s in rings], s=130, color="none", edgecolors=CHOSEN, lw=2,
                 zorder=5, label="chosen together",
             )  # fmt: skip
-        if static is not None:
-            axes.scatter(static[0], 100 * static[1], marker="D", s=62, color=MUTED, label="without exits", zorder=4)
+        if plain is not None:
+            axes.scatter(plain[0], 100 * plain[1], marker="D", s=62, color=MUTED, label="without exits", zorder=4)
         axes.set_xlabel("time until the exit has answered (µs per sample)")
         axes.set_ylabel("accuracy of the exit alone (%)")
         axes.set_xlim(left=0)
-        if rings or static is not None:
+        if rings or plain is not None:
             axes.legend(loc="lower right", handletextpad=0.4)
     return figure
 

@@ -52,7 +52,7 @@ def figure_3(found: NetworkResult) -> tuple[dict[str, Any], Figure]:
     picture = figure_tradeoff(
         [p["us"] for p in best],
         [p["accuracy"] for p in best],
-        baseline=(found.plain.us, found.plain.accuracy),
+        plain=(found.plain.us, found.plain.accuracy),
         judged=(outcome.mean_us or 0.0, outcome.accuracy),
         interval=outcome.accuracy_interval,
         rivals={s.name: (s.us, s.accuracy) for s in found.smaller},

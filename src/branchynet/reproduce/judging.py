@@ -132,7 +132,7 @@ def judge_network(
                 say(f"{title}: timing thresholds {_told(policy)}")
                 path = export(net, folder / "model.onnx", policy=policy, example=images[:8], batch=1)
                 (row,) = bench(
-                    path, net, images, data.test.labels, network=recipe.name, accuracy_static=plain_test,
+                    path, net, images, data.test.labels, network=recipe.name, plain_accuracy=plain_test,
                     samples=samples, repeats=repeats,
                 )  # fmt: skip
                 cuda = (
@@ -140,12 +140,12 @@ def judge_network(
                 )
                 points.append(OperatingPoint(title, asked, reached, policy, evaluate(on_test, policy, cost), row, cuda))
         say(f"{recipe.title}: timing {len(nets.smaller)} smaller networks")
-        statics = {recipe.plain_title: nets.plain, **nets.smaller}
-        us = _side_by_side(statics, images[:samples], repeats, folder)
+        plains = {recipe.plain_title: nets.plain, **nets.smaller}
+        us = _side_by_side(plains, images[:samples], repeats, folder)
     # The plain network's time is that of the table's row, so that its neighbours are told by ratios taken in turns.
-    scale = points[0].bench["static_us"] / us[recipe.plain_title]
+    scale = points[0].bench["plain_us"] / us[recipe.plain_title]
     smaller = tuple(PlainResult(n, _accuracy(net, data.test), us[n] * scale) for n, net in nets.smaller.items())
-    plain = PlainResult(recipe.plain_title, plain_test, points[0].bench["static_us"])
+    plain = PlainResult(recipe.plain_title, plain_test, points[0].bench["plain_us"])
     return NetworkResult(recipe, val, test, costs[recipe.title], plain, plain_val, smaller, tuple(points))
 
 
@@ -181,7 +181,7 @@ def _side_by_side(nets: dict[str, nn.Module], images: torch.Tensor, repeats: int
     """Median microseconds a sample of each plain network."""
     engines: dict[str, Engine] = {}
     for n, (name, net) in enumerate(nets.items()):
-        path = export(net, folder / f"static-{n}.onnx", policy=None, example=images[:8], batch=1)
+        path = export(net, folder / f"plain-{n}.onnx", policy=None, example=images[:8], batch=1)
         engines[name] = load(path, threads=1)
     rows: Sequence[tuple[Any]] = [(np.ascontiguousarray(image),) for image in images.split(1)]
     return in_turns({name: engine.outputs for name, engine in engines.items()}, rows, repeats)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 class Published:
     """Both rows of one network; accuracies are fractions, times milliseconds a sample at batch 1."""
 
-    accuracy_plain: float
+    plain_accuracy: float
     accuracy: float
     cpu_ms_plain: float
     cpu_ms: float

@@ -74,7 +74,7 @@ def table(tables: list[dict[str, Any]]) -> str:
                 name = f"{row['network']}, GPU; plain {1e3 * cuda['plain_ms']:.0f} us"
                 lines.append(_line(name, row["accuracy"], 1e3 * cuda["branchy_ms"], f"**{cuda['gain']:.2f}x**"))
         lines.append(
-            f"| *published* | {published['accuracy']:.2%}, plain {published['accuracy_plain']:.2%} | "
+            f"| *published* | {published['accuracy']:.2%}, plain {published['plain_accuracy']:.2%} | "
             f"| {published['cpu_gain']:.1f}x, trunk alone | | | | {_thresholds(published['thresholds'])} "
             f"| {_shares(published['exit_share'])} |"
         )
@@ -107,7 +107,7 @@ def compared(row: dict[str, Any]) -> str:
     line = (
         f"{first['network']}: {first['accuracy']:.2%} at {first['gain']:.2f}x the plain network's speed, everything "
         f"timed; plain {plain['accuracy']:.2%}. Published: {theirs['accuracy']:.2%} at {theirs['cpu_gain']:.1f}x, "
-        f"trunk timed only; plain {theirs['accuracy_plain']:.2%}."
+        f"trunk timed only; plain {theirs['plain_accuracy']:.2%}."
     )
     rival = dominated(row)
     if rival:

@@ -53,8 +53,8 @@ class Comparison:
         advised_us: predicted microseconds a sample with branches trained on the frozen network.
         predicted_us, predicted_speedup: from the trained design's answers on validation, before it was timed; the
             second beside the plain network of that moment, so that it holds where the machine's pace has changed.
-        measured_us, static_us, limit_us: timed together, everything inside the clock.
-        accuracy, accuracy_baseline: on test: with exits, and of the network without, trained for as long.
+        measured_us, plain_us, limit_us: timed together, everything inside the clock.
+        accuracy, plain_accuracy: on test: with exits, and of the network without, trained for as long.
         reached: whether thresholds of the network's own validation accuracy were found; else the most accurate ones
             stand here.
     """
@@ -68,17 +68,17 @@ class Comparison:
     predicted_us: float
     predicted_speedup: float
     measured_us: float
-    static_us: float
+    plain_us: float
     limit_us: float
     accuracy: float
-    accuracy_baseline: float
+    plain_accuracy: float
     exit_share: tuple[float, ...]
     reached: bool
 
     @property
     def speedup(self) -> float:
         """Measured, beside the network without exits."""
-        return self.static_us / self.measured_us
+        return self.plain_us / self.measured_us
 
     @property
     def error(self) -> float:
@@ -90,9 +90,9 @@ class Comparison:
         held = "" if self.reached else " (its validation accuracy was not reached; these are the best thresholds)"
         return (
             f"measured {self.measured_us:.1f} us a sample, {self.error:+.0%} beside the predicted "
-            f"{self.predicted_us:.1f}; {self.speedup:.2f}x faster than {self.static_us:.1f} without exits, predicted "
+            f"{self.predicted_us:.1f}; {self.speedup:.2f}x faster than {self.plain_us:.1f} without exits, predicted "
             f"{self.predicted_speedup:.2f}x; test accuracy {self.accuracy:.2%}, without exits "
-            f"{self.accuracy_baseline:.2%}{held}"
+            f"{self.plain_accuracy:.2%}{held}"
         )
 
 
@@ -281,7 +281,7 @@ def _compared(
         data.test.inputs(),
         data.test.labels,
         network=run.settings.network,
-        accuracy_static=plain,
+        plain_accuracy=plain,
         batches=(advice.batch_size,),
         threads=advice.threads,
         runtime=advice.runtime,
@@ -298,10 +298,10 @@ def _compared(
         predicted_us=predicted["us"],
         predicted_speedup=predicted["speedup"],
         measured_us=row["branchy_us"],
-        static_us=row["static_us"],
+        plain_us=row["plain_us"],
         limit_us=row["limit_us"],
         accuracy=row["accuracy_branchy"],
-        accuracy_baseline=plain,
+        plain_accuracy=plain,
         exit_share=tuple(row["exit_share"]),
         reached=reached,
     )

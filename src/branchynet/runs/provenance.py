@@ -18,6 +18,7 @@ from ..errors import DataError, FileError
 from ..files import read_json, write_json
 from ..policy.exit_record import ExitRecord
 from ..policy.values import Choice
+from ..report.html import BENCH_COLUMNS
 from ..stored import read_entry
 
 PARTS = ("train", "val", "test")
@@ -120,6 +121,17 @@ def _remake(run: Path, current: str | None) -> str:
 def keep_bench(run: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write ``bench.json`` with the file that was timed."""
     write_json(run / "bench.json", {"environment": environment(), "model": _digest(run / "model.onnx"), "rows": rows})
+
+
+def bench_rows(run: Path) -> list[dict[str, Any]]:
+    """The rows of ``bench.json``; none without it. Raises `FileError` where another version wrote them."""
+    path = run / "bench.json"
+    again = f"`branchynet bench {run}`"
+    rows = read_entry(path, "rows", list[dict[str, Any]], again) if path.exists() else []
+    for row in rows:
+        if missing := sorted(BENCH_COLUMNS.keys() - row.keys()):
+            raise FileError(f"{path} has rows without {', '.join(missing)}; run {again} again")
+    return rows
 
 
 def _digest(path: Path) -> str:

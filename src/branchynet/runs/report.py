@@ -15,7 +15,7 @@ from ..policy.record_scores import scores_of_record
 from ..policy.values import Choice, Prediction
 from ..report import Gallery, write_report
 from ..stored import read_entry
-from .provenance import check_data, check_report, outdated
+from .provenance import bench_rows, check_data, check_report, outdated
 from .run import Run, report_progress
 from .settings import data_of
 from .steps import measure_run
@@ -54,7 +54,7 @@ def bench_notes(run: Run) -> str:
     ]
     if choice.promise is not None:
         told.append(
-            f"promised beside the last exit, not the static network: {choice.promise}; the test images show a drop of "
+            f"promised beside the last exit, not the plain network: {choice.promise}; the test images show a drop of "
             f"{outcome.last_accuracy - outcome.accuracy:+.2%}"
         )
     return "\n".join(filter(None, [*told, run.settings.caveat]))
@@ -71,8 +71,6 @@ def report_run(run: Run, *, progress: bool = False) -> Path:
     check_report(run.path, choice, val, test, engine)
     report_progress(progress, f"answering the {len(data.test)} test images, and drawing")
     answer = engine.answer_all(data.test.inputs().numpy())
-    timed = run.path / "bench.json"
-    rows = read_entry(timed, "rows", list[dict[str, Any]], f"`branchynet bench {run.path}`") if timed.exists() else []
     advised = run.path / "advice.json"
     tried = Advice.load(advised).tried if advised.exists() else ()
     path = run.path / "report.html"
@@ -86,7 +84,7 @@ def report_run(run: Run, *, progress: bool = False) -> Path:
         scores=scores_of_record(test, choice.policy.score),
         curve=frontier(val, cost, score=choice.policy.score),
         cost=cost,
-        bench=rows,
+        bench=bench_rows(run.path),
         galleries=[
             _gallery("Left first: the surest answers", order[:SHOWN], data, answer),
             _gallery("Left last: the least sure answers", order[::-1][:SHOWN], data, answer),
@@ -98,7 +96,7 @@ def report_run(run: Run, *, progress: bool = False) -> Path:
             **read_entry(run.path / "config.json", "environment", dict[str, Any], "`branchynet train`"),
             "data": run.settings.data,
             "seed": run.settings.seed,
-            **({"static network": run.settings.caveat} if run.settings.caveat else {}),
+            **({"plain network": run.settings.caveat} if run.settings.caveat else {}),
         },
     )
     return path

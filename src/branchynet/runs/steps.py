@@ -211,7 +211,7 @@ def bench_run(
                     images,
                     labels,
                     network=run.settings.network,
-                    accuracy_static=accuracy,
+                    plain_accuracy=accuracy,
                     batches=batches,
                     threads=count,
                     runtime=runtime,

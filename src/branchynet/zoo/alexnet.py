@@ -25,7 +25,7 @@ class AlexNet(nn.Module):
 
     Args:
         num_classes: outputs.
-        channels: of the five convolutions; fewer make the smaller static networks that early exits compete with.
+        channels: of the five convolutions; fewer make the smaller plain networks that early exits compete with.
         hidden: widths of the two linear layers before the last.
     """
 

@@ -20,7 +20,7 @@ class LeNet(nn.Module):
 
     Args:
         num_classes: outputs.
-        channels: of the three convolutions; fewer make the smaller static networks that early exits compete with.
+        channels: of the three convolutions; fewer make the smaller plain networks that early exits compete with.
     """
 
     def __init__(self, num_classes: int = 10, channels: tuple[int, int, int] = (5, 10, 20)) -> None:
