@@ -15,7 +15,7 @@ def main(epochs=5):
         net.train()
         for images, labels in loader(data.train, 64, shuffle=True):
             optimizer.zero_grad()
-            joint_loss(net(images), labels, weights=(1.0, 0.3)).backward()
+            joint_loss(net(images), labels, loss_weights=(1.0, 0.3)).backward()
             optimizer.step()
         net.eval()
         with torch.no_grad():

@@ -126,7 +126,10 @@ WRONG = {
     "fit(loss=class)": (lambda: quick(net, loader, loss=nn.CrossEntropyLoss), r"give CrossEntropyLoss\(\)"),
     "fit(epochs=text)": (lambda: fit(net, loader, epochs="3"), "epochs must be a whole number; got '3'"),
     "fit(epochs=fraction)": (lambda: fit(net, loader, epochs=1.5), "epochs must be a whole number; got 1.5"),
-    "fit(weights=number)": (lambda: quick(net, loader, weights=1.0), "weights must be numbers, one per exit"),
+    "fit(loss_weights=number)": (
+        lambda: quick(net, loader, loss_weights=1.0),
+        "loss_weights must be numbers, one per exit",
+    ),
     "fit(seed=fraction)": (lambda: quick(net, loader, seed=0.5), "seed must be a whole number"),
     "fit on a data set": (lambda: quick(net, loader.dataset), r"is a data set.*DataLoader\(data, batch_size=64"),
     "fit on a stream of no length": (lambda: quick(net, DataLoader(Stream(), batch_size=2)), "must have a length"),

@@ -36,7 +36,7 @@ from branchynet.environment import environment
 from branchynet.files import read_json, write_json
 from branchynet.nn.attaching import attach_branches
 from branchynet.nn.weights import load_weights, save_weights
-from branchynet.policy.averaging import averaged_record, fit_weights
+from branchynet.policy.averaging import averaged_record, fit_averaging
 from branchynet.policy.choosing import nearest_to
 from branchynet.policy.evaluation import first_correct
 from branchynet.policy.values import Policy
@@ -172,7 +172,7 @@ def rows_of(task, only, sizes):
     floors = {batch: floor(inputs, batch) for batch in sizes}
     for name, batches, net, advice in designs(task, only, sizes):
         on_val, on_test = (record(net.eval(), task.loader(part), progress=False) for part in ("val", "test"))
-        weights = fit_weights(on_val, of="logits")
+        weights = fit_averaging(on_val, of="logits")
         answers = {
             "of the exit": (net, on_val),
             "averaged": (averaged(net, weights, of="logits"), averaged_record(on_val, weights, of="logits")),

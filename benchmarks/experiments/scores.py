@@ -35,7 +35,7 @@ from branchynet.files import read_json, write_json
 from branchynet.graph.macs import exit_macs
 from branchynet.graph.onnx_flat import flatten
 from branchynet.nn.branches import InputMLP
-from branchynet.policy.averaging import averaged_record, fit_weights
+from branchynet.policy.averaging import averaged_record, fit_averaging
 from branchynet.policy.exit_record import ExitRecord
 from branchynet.policy.exit_rule import route
 from branchynet.policy.record_scores import scores_of_record
@@ -133,7 +133,7 @@ def candidates(half, others, seed):
     yield "learned", True, judged(fit_score(half), others)
     made = [ExitRecord.from_scores(s, r.losses) for s, r in zip(perceptrons(half, others, seed), others, strict=True)]
     yield "learned, 16 hidden units", True, made
-    fitted = fit_weights(half)
+    fitted = fit_averaging(half)
     for name, weights, of in (("equal", None, "softmax"), ("logits", None, "logits"), ("fitted", fitted, "softmax")):
         mixed = [averaged_record(r, weights, of=of) for r in others]
         yield f"average ({name}), max_probability", True, judged("max_probability", mixed)
@@ -257,7 +257,7 @@ def score_times(net, data):
         "max_probability, temperature": (net, fit_temperature(half, "max_probability")),
         "learned, own exit": (net, fit_score(half, earlier=False)),
         "learned": (net, fit_score(half)),
-        "average (fitted), max_probability": (averaged(net, fit_weights(half)), "max_probability"),
+        "average (fitted), max_probability": (averaged(net, fit_averaging(half)), "max_probability"),
     }
     outputs = ["output_1", "output_2"]
     with tempfile.TemporaryDirectory() as folder:

@@ -19,7 +19,7 @@ _MODULES = {
     "policy.choosing": ("choose",),
     "policy.evaluation": ("evaluate", "frontier"),
     "policy.score_fitting": ("fit_score", "fit_temperature"),
-    "policy.averaging": ("averaged_record",),
+    "policy.averaging": ("averaged_record", "fit_averaging"),
     "deploy.exporting": ("export",),
     "deploy.loading": ("load", "verify"),
     "deploy.engine": ("Engine",),

@@ -20,6 +20,7 @@ from .nn.attaching import detach as detach
 from .nn.averaged import averaged as averaged
 from .nn.network import BranchyNet as BranchyNet
 from .policy.averaging import averaged_record as averaged_record
+from .policy.averaging import fit_averaging as fit_averaging
 from .policy.choosing import choose as choose
 from .policy.evaluation import evaluate as evaluate
 from .policy.evaluation import frontier as frontier

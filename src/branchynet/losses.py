@@ -74,16 +74,16 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 def joint_loss(
     outputs: Sequence[Tensor],
     target: Tensor,
-    weights: Sequence[float] | None = None,
+    loss_weights: Sequence[float] | None = None,
     loss: Loss = F.cross_entropy,
     distill: float = 0.0,
 ) -> Tensor:
     """The weighted sum of every exit's loss, to minimise in any training loop (paper, section III-B).
 
     Args:
-        outputs: one tensor an exit, all of one shape: for classification logits `(B, C)`, or `(B, C, ...)`.
+        outputs: one tensor per exit, all of one shape: for classification logits `(B, C)`, or `(B, C, ...)`.
         target: what `loss` compares them with: for classification `(B,)` or `(B, ...)` int64 class indices.
-        weights: one factor an exit, not negative; by default all 1.
+        loss_weights: one factor per exit, not negative; by default all 1.
         loss: ``loss(output, target) -> scalar``.
         distill: adds to each earlier exit's loss this many times its Kullback-Leibler divergence, in nats, from the
             last exit's softmax over axis 1, which itself gets no gradient by it (self-distillation, arXiv:1905.08094).
@@ -92,13 +92,15 @@ def joint_loss(
         A scalar tensor.
 
     Raises:
-        InputError: a wrong number of weights or a negative one, outputs of different shapes, or a target that `loss`
-            refuses.
+        InputError: `loss_weights` of another length or with a negative entry, outputs of different shapes, or a target
+            that `loss` refuses.
     """
     outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
-    factors = (1.0,) * len(outputs) if weights is None else check_weights(weights)
+    factors = (1.0,) * len(outputs) if loss_weights is None else check_loss_weights(loss_weights)
     if len(factors) != len(outputs):
-        raise InputError(f"weights {factors} are {len(factors)} for {len(outputs)} exits; give one weight an exit")
+        raise InputError(
+            f"loss_weights {factors} are {len(factors)} for {len(outputs)} exits; give one weight per exit"
+        )
     last = outputs[-1]
     teacher = last.detach().softmax(dim=1) if distill else None
     total = last.new_zeros(())
@@ -141,12 +143,12 @@ def _hint_at_target(output: Tensor, target: Tensor) -> str:
     return ""
 
 
-def check_weights(weights: Sequence[float]) -> tuple[float, ...]:
+def check_loss_weights(loss_weights: Sequence[float]) -> tuple[float, ...]:
     """The loss weights as floats. Raises `InputError` where one is negative or not finite, or all are 0."""
     try:
-        factors = tuple(float(w) for w in weights)
+        factors = tuple(float(w) for w in loss_weights)
     except TypeError:
-        raise InputError(f"weights must be numbers, one per exit; got {weights!r}") from None
+        raise InputError(f"loss_weights must be numbers, one per exit; got {loss_weights!r}") from None
     if not all(math.isfinite(w) and w >= 0 for w in factors) or not any(factors):
-        raise InputError(f"weights must be finite, not negative, and not all 0; got {factors}")
+        raise InputError(f"loss_weights must be finite, not negative, and not all 0; got {factors}")
     return factors

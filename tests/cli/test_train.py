@@ -129,7 +129,7 @@ def test_a_run_that_never_trained_can_be_changed(tmp_path, monkeypatch):
         patch.setattr(steps, "fit", fail)
         call(monkeypatch, "train", folder, *SHORT)
     assert (folder / "config.json").exists()
-    assert call(monkeypatch, "train", folder, *SHORT, "--seed", 3, "--weights", "1,0.5") == 0
+    assert call(monkeypatch, "train", folder, *SHORT, "--seed", 3, "--loss-weights", "1,0.5") == 0
     settings = json.loads((folder / "config.json").read_text())["settings"]
     assert settings["seed"] == 3 and settings["weights"] == [1, 0.5]
 

@@ -181,8 +181,8 @@ def foreign(path):
 
 
 MISTAKES = {
-    "too many weights for two exits": (["train", "{tmp}/new", "--weights", "1,1,1", "--quiet"], "3 for 2 exits"),
-    "a negative weight": (["train", "{tmp}/new", "--weights", "1,-1"], "not negative"),
+    "too many weights for two exits": (["train", "{tmp}/new", "--loss-weights", "1,1,1", "--quiet"], "3 for 2 exits"),
+    "a negative weight": (["train", "{tmp}/new", "--loss-weights", "1,-1"], "not negative"),
     "a step size of nothing": (["train", "{tmp}/new", "--rate", "0"], "rate"),
     "no images a step": (["train", "{tmp}/new", "--batch-size", "0"], "--batch-size must be at least 1"),
     "epochs below nothing": (["train", "{tmp}/new", "--baseline-epochs", "-1"], "--baseline-epochs"),
@@ -194,7 +194,7 @@ MISTAKES = {
     "a folder without images": (["predict", "{run}", "{tmp}/empty"], "empty"),
     "a folder without a file": (["inspect", "{tmp}/empty"], "branchynet export"),
     "lists of nothing": (["bench", "{run}", "--threads", "1,"], "no list of numbers"),
-    "weights of nothing": (["train", "{tmp}/new", "--weights", ","], "no list of numbers"),
+    "weights of nothing": (["train", "{tmp}/new", "--loss-weights", ","], "no list of numbers"),
     "a seed beyond all": (["train", "{tmp}/new", "--seed", "99999999999999999999"], "seed must be at most"),
     "a seed whose next is beyond": (["train", "{tmp}/new", "--seed", "4294967295"], "seed must be at most"),
     "half precision without a GPU": (["train", "{tmp}/new", "--mixed-precision", "fp16"], "GPU"),

@@ -19,7 +19,7 @@ from branchynet.errors import GraphError, InputError
 from branchynet.graph.onnx_flat import flatten
 from branchynet.nn.averaged import averaged
 from branchynet.policy import record_scores, scores
-from branchynet.policy.averaging import average, averaged_record, fit_weights
+from branchynet.policy.averaging import average, averaged_record, fit_averaging
 from branchynet.policy.exit_record import ExitRecord
 from branchynet.policy.fitted_scores import LearnedScore, TemperedScore
 from helpers.score_oracles import ORACLES, softmax
@@ -190,7 +190,7 @@ def test_a_label_that_is_ruled_out_moves_no_temperature():
 def test_averages_leave_out_what_is_ruled_out(of, tmp_path):
     net, x = masked_net(), torch.randn(300, 6)
     answers = recorded(net, x)
-    weights = fit_weights(answers, of=of)
+    weights = fit_averaging(answers, of=of)
     assert np.isfinite([w for row in weights for w in row]).all()
     means = averaged_record(answers, weights, of=of)
     assert np.isfinite(record_scores.scores_of_record(means, "max_probability")).all()

@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 
 from branchynet import fit_score, fit_temperature
 from branchynet.errors import InputError
-from branchynet.policy.averaging import average, averaged_record, fit_weights
+from branchynet.policy.averaging import average, averaged_record, fit_averaging
 from branchynet.policy.exit_record import ExitRecord
 from branchynet.policy.record_scores import scores_of_record
 from branchynet.policy.scores import SCORES, cooled, features
@@ -153,7 +153,7 @@ def test_the_order_of_samples_does_not_matter(seed):
     assert other.bias == pytest.approx(one.bias, abs=1e-6)
     assert np.concatenate(other.weights) == pytest.approx(np.concatenate(one.weights), abs=1e-6)
     for of, near in (("softmax", 1e-9), ("logits", 1e-4)):
-        one, other = fit_weights(record, of=of), fit_weights(again, of=of)
+        one, other = fit_averaging(record, of=of), fit_averaging(again, of=of)
         assert np.concatenate(other) == pytest.approx(np.concatenate(one), abs=near)
 
 
@@ -220,7 +220,7 @@ class TestAverages:
         labels = rng.integers(0, 3, 2000)
         outputs = np.stack([np.eye(3)[labels] * 2 + rng.normal(size=(2000, 3)) * s for s in (1, 1, 4)], axis=1)
         record = ExitRecord(outputs, labels)
-        weights = fit_weights(record)
+        weights = fit_averaging(record)
         assert [len(row) for row in weights] == [1, 2, 3] and [sum(row) for row in weights] == pytest.approx([1] * 3)
         assert weights[1][0] == pytest.approx(0.5, abs=0.1) and weights[2][2] < 0.1
 
@@ -238,7 +238,7 @@ class TestAverages:
         labels = rng.integers(0, 3, 2000)
         outputs = np.stack([np.eye(3)[labels] * 2 + rng.normal(size=(2000, 3)) * s for s in (1, 2, 4)], axis=1)
         record = ExitRecord(outputs, labels)
-        weights = fit_weights(record, of="logits")
+        weights = fit_averaging(record, of="logits")
         assert [len(row) for row in weights] == [1, 2, 3] and [sum(row) for row in weights] == pytest.approx([1] * 3)
         # Of independent normal errors the best weights are as the inverse variances.
         assert weights[2] == pytest.approx(np.array([16, 4, 1]) / 21, abs=0.06)
@@ -253,7 +253,7 @@ class TestAverages:
 
     def test_where_no_exit_knows_anything_all_weigh_alike(self):
         record = ExitRecord(np.zeros((50, 2, 3)), np.arange(50) % 3)
-        assert fit_weights(record, of="logits") == fit_weights(record) == ((1.0,), (0.5, 0.5))
+        assert fit_averaging(record, of="logits") == fit_averaging(record) == ((1.0,), (0.5, 0.5))
 
     @pytest.mark.parametrize(
         "weights",
@@ -267,6 +267,6 @@ class TestAverages:
         with pytest.raises(InputError, match="of must be 'softmax' or 'logits'; got 'labels'"):
             average(self.outputs, of="labels")
         scores = ExitRecord.from_scores(np.zeros((9, 2)), np.zeros((9, 2)))
-        for fit in (fit_weights, averaged_record):
+        for fit in (fit_averaging, averaged_record):
             with pytest.raises(InputError, match="record without loss="):
                 fit(scores)

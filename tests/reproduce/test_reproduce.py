@@ -16,7 +16,7 @@ from branchynet.data import load_data, loader
 from branchynet.errors import FileError, InputError
 from branchynet.nn.averaged import averaged
 from branchynet.nn.weights import load_weights
-from branchynet.policy.averaging import fit_weights
+from branchynet.policy.averaging import fit_averaging
 from branchynet.policy.record_scores import scores_of_record
 from branchynet.reproduce import reproduce, table1
 from branchynet.reproduce.figures import figure_3, figure_4
@@ -128,7 +128,7 @@ def test_figures_of_merit_are_those_of_the_networks(found, training, digits):
     assert [s.name for s in found.smaller] == ["LeNet 2-4-8"] and found.smaller[0].us > 0
     assert [p.asked for p in found.points] == 2 * [found.plain_val, found.plain_val - 0.05]
     assert [p.name for p in found.points] == 2 * ["B-LeNet"] + 2 * ["B-LeNet, averaged"]
-    weights = fit_weights(found.val, of="logits")
+    weights = fit_averaging(found.val, of="logits")
     for point in found.points:
         is_mean = point.name.endswith("averaged")
         rule, score = (averaged(nets.branchy, weights, of="logits"), doubt) if is_mean else (nets.branchy, entropy)

@@ -8,7 +8,7 @@ from torch import nn
 from branchynet import BranchyNet, Policy, averaged, choose, evaluate, export, fit_score, load, measure, record
 from branchynet.errors import InputError
 from branchynet.nn.fingerprint import fingerprint
-from branchynet.policy.averaging import averaged_record, fit_weights
+from branchynet.policy.averaging import averaged_record, fit_averaging
 from branchynet.policy.exit_record import ExitRecord
 from branchynet.policy.risk_tests import halves
 from branchynet.policy.values import ExitCost
@@ -95,7 +95,7 @@ def test_what_was_selected_follows_the_network_into_its_records_and_files(tmp_pa
     net = network()
     every = recorded(net, samples=1200)
     tuning, rest = halves(every.samples)
-    weights = fit_weights(every.take(rest))
+    weights = fit_averaging(every.take(rest))
     mean = averaged(net, weights)
     again = recorded(mean, samples=1200)
     assert again.selected_on == averaged_record(every, weights).selected_on == (weights.fitted_on,)
@@ -103,7 +103,7 @@ def test_what_was_selected_follows_the_network_into_its_records_and_files(tmp_pa
         choose(again, COST, max_drop=0.5)
     flat = load(export(mean, tmp_path / "flat.onnx", policy=None, example=batches()[0][0][:8]))
     assert record(flat, batches(), progress=False).selected_on == (weights.fitted_on,)
-    fine = recorded(averaged(net, fit_weights(every.take(tuning))), samples=1200)
+    fine = recorded(averaged(net, fit_averaging(every.take(tuning))), samples=1200)
     assert choose(fine, COST, max_drop=0.5).promise is not None
 
 

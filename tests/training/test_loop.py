@@ -101,7 +101,7 @@ def test_the_history_counts_as_a_plain_loop_does():
     data = TensorDataset(torch.randn(25, 2, 8, 8), torch.randint(CLASSES, (25,)))
     net = make().eval()
     still = functools.partial(torch.optim.SGD, lr=0.0)
-    row = quiet(net, DataLoader(data, 25), DataLoader(data, 10), epochs=1, weights=[1, 0.5], optimizer=still).last
+    row = quiet(net, DataLoader(data, 25), DataLoader(data, 10), epochs=1, loss_weights=[1, 0.5], optimizer=still).last
     x, y = data.tensors
     # One step at a learning rate of 0 moves the running statistics of the batch normalisation, and nothing else.
     with torch.no_grad():
@@ -132,7 +132,7 @@ def test_the_loop_is_the_textbook_loop():
             optimizer.zero_grad()
             (F.cross_entropy(early, y) + 0.3 * F.cross_entropy(last, y)).backward()
             optimizer.step()
-    quiet(fitted, batches, epochs=3, weights=[1, 0.3], schedule=Constant())
+    quiet(fitted, batches, epochs=3, loss_weights=[1, 0.3], schedule=Constant())
     assert equal(state(by_hand), state(fitted))
 
 
@@ -309,7 +309,7 @@ def test_schedules_are_stepped_every_batch():
 def test_an_exit_of_weight_0_learns_nothing():
     net = make()
     before = state(net)
-    quiet(net, loader(), epochs=1, weights=[1, 0], optimizer=functools.partial(torch.optim.SGD, lr=0.1))
+    quiet(net, loader(), epochs=1, loss_weights=[1, 0], optimizer=functools.partial(torch.optim.SGD, lr=0.1))
     assert torch.equal(net.backbone[5].weight, before["backbone.5.weight"])
     assert not torch.equal(net.branches[0][4].weight, before["branches.0.4.weight"])
 
@@ -346,8 +346,8 @@ def test_a_loss_that_is_not_finite_stops_the_training_by_name(tmp_path):
         ({"mixed_precision": "fp8"}, "'fp8'"),
         ({"mixed_precision": "fp16"}, "GPU"),
         ({"device": "abacus"}, "'abacus'"),
-        ({"weights": [1, 1, 1]}, "3 for 2 exits"),
-        ({"weights": [-1, 1]}, "-1"),
+        ({"loss_weights": [1, 1, 1]}, "3 for 2 exits"),
+        ({"loss_weights": [-1, 1]}, "-1"),
         ({"train_loader": []}, "no batches"),
         ({"train_loader": iter([])}, "length"),
         ({"val_loader": []}, "validation"),

@@ -193,7 +193,7 @@ def test_resume_false_starts_anew(finished, whole):
     [
         ({"epochs": 2}, "epochs=3.*epochs=2"),
         ({"seed": 1}, "seed=0.*seed=1"),
-        ({"weights": [1, 0.3]}, r"weights=None.*weights=\[1.0, 0.3\]"),
+        ({"loss_weights": [1, 0.3]}, r"loss_weights=None.*loss_weights=\[1.0, 0.3\]"),
         ({"train": "branches"}, "train='all'.*train='branches'"),
         ({"optimizer": functools.partial(torch.optim.Adam, lr=0.01)}, "'lr': 0.001.*'lr': 0.01"),
         ({"schedule": Cosine(0.1)}, r"Cosine\(warmup=0.05\).*Cosine\(warmup=0.1\)"),

@@ -1,4 +1,4 @@
-"""Answers that are means over the exits passed so far, which may be more accurate for next to no work."""
+"""Answers that are means over the exits passed so far: often more accurate, for almost no work."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -15,13 +15,15 @@ from .digests import averaged_fingerprint, sketch
 from .exit_record import ExitRecord, bounded
 from .values import Floats, Ints
 
-Weights = Sequence[Sequence[float]]
+WeightRows = Sequence[Sequence[float]]
 Of = Literal["softmax", "logits"]
 
 
-def average(outputs: Sequence[Tensor], weights: Weights | None = None, *, of: Of = "softmax") -> tuple[Tensor, ...]:
-    """What `averaged` answers where the exits answer `outputs`, earliest first, each `(B, C, ...)`; shapes stay."""
-    rows = weight_rows(weights, len(outputs))
+def average(
+    outputs: Sequence[Tensor], exit_weights: WeightRows | None = None, *, of: Of = "softmax"
+) -> tuple[Tensor, ...]:
+    """The outputs of `averaged` for the exits' `outputs`, earliest first, each `(B, C, ...)`; shapes stay."""
+    rows = exit_weight_rows(exit_weights, len(outputs))
     if known_kind(of) == "logits":
         parts = list(outputs)
     else:
@@ -30,50 +32,52 @@ def average(outputs: Sequence[Tensor], weights: Weights | None = None, *, of: Of
     return tuple(mean.log() for mean in means) if of == "softmax" else tuple(means)
 
 
-def averaged_record(record: ExitRecord, weights: Weights | None = None, *, of: Of = "softmax") -> ExitRecord:
+def averaged_record(record: ExitRecord, exit_weights: WeightRows | None = None, *, of: Of = "softmax") -> ExitRecord:
     """The record of `averaged(net)` from the record of `net`, without running it again.
 
     Raises:
-        InputError: a record without outputs, or wrong weights.
+        InputError: the record has no outputs, or `exit_weights` has another shape.
     """
     instance("record", record, ExitRecord, "give what record(...) returns")
     if record.outputs is None or record.labels is None:
         raise InputError("this record holds scores and losses; averaging reads outputs: record without loss=")
     exits = [torch.from_numpy(np.ascontiguousarray(record.outputs[:, n])) for n in range(record.num_exits)]
-    network = record.network and averaged_fingerprint(record.network, weight_rows(weights, record.num_exits), of)
+    network = record.network and averaged_fingerprint(
+        record.network, exit_weight_rows(exit_weights, record.num_exits), of
+    )
     return ExitRecord(
-        torch.stack(average(exits, weights, of=of), dim=1).numpy(),
+        torch.stack(average(exits, exit_weights, of=of), dim=1).numpy(),
         record.labels,
         network=network,
         inputs=record.sample_digests,
-        selected_on=selected_on(record.selected_on, weights),
+        selected_on=selected_on(record.selected_on, exit_weights),
     )
 
 
-class FittedWeights(tuple[tuple[float, ...], ...]):
-    """Rows of weights that remember, as a sketch, the samples that they were fitted on."""
+class ExitWeights(tuple[tuple[float, ...], ...]):
+    """Rows of exit weights, with a sketch of the samples that they were fitted on (`fitted_on`)."""
 
     fitted_on: str = ""
 
 
-def fit_weights(record: ExitRecord, *, of: Of = "softmax", steps: int = 200) -> FittedWeights:
-    """Weights for `averaged(net, weights, of=of)` that make the answers of a record the most likely; deterministic.
+def fit_averaging(record: ExitRecord, *, of: Of = "softmax", steps: int = 200) -> ExitWeights:
+    """Fit the `exit_weights` of `averaged` by maximum likelihood on a record; deterministic.
 
-    Those of probabilities are a mixture's, found by expectation-maximisation from equal ones. Those of logits are found
-    by L-BFGS-B together with a temperature, in which the likelihood is concave; the temperature, which changes no
-    answer, is then left out.
+    Probabilities are averaged as a mixture, whose weights expectation-maximisation finds, starting from equal ones. For
+    logits, L-BFGS-B finds weights and a temperature together, which makes the likelihood concave; the temperature
+    changes no answer and is dropped.
 
     Args:
-        record: of `net`, not averaged, with outputs; other samples than those that thresholds are chosen on.
+        record: of the network before averaging, with outputs; on other samples than those that `choose` reads.
         of: ``"softmax"`` or ``"logits"``, as for `averaged`.
-        steps: at most so many.
+        steps: the most steps of the optimizer.
 
     Returns:
-        A row an exit; row n holds n weights that sum to 1. They remember the samples, on which `choose` then tests no
-        promise.
+        One row per exit; row n holds n weights that sum to 1. The value identifies its samples, so that `choose` tests
+        no promise on them.
 
     Raises:
-        InputError: a record without outputs.
+        InputError: the record has no outputs.
 
     Source: Dempster, Laird and Rubin 1977, doi:10.1111/j.2517-6161.1977.tb01600.x; for logits logistic regression.
     """
@@ -81,35 +85,35 @@ def fit_weights(record: ExitRecord, *, of: Of = "softmax", steps: int = 200) -> 
         raise InputError("this record holds scores and losses; fitting reads outputs: record without loss=")
     fit = _mixture if known_kind(of) == "softmax" else _combination
     logits = bounded(record.outputs.astype(np.float64))
-    fitted = FittedWeights(fit(logits[:, :n], record.labels, steps) for n in range(1, record.num_exits + 1))
+    fitted = ExitWeights(fit(logits[:, :n], record.labels, steps) for n in range(1, record.num_exits + 1))
     assert record.sample_digests is not None  # the record has outputs
     fitted.fitted_on = sketch(record.sample_digests)
     return fitted
 
 
 def _mixture(logits: Floats, labels: Ints, steps: int) -> tuple[float, ...]:
-    """Weights of the exits' probabilities, from logits `(S, n, C)`."""
+    """One weight per exit for probabilities, from logits `(S, n, C)`."""
     answered = softmax(logits, axis=2)[np.arange(len(labels)), :, labels]
     answered = np.maximum(answered, _LEAST)
-    weights = np.full(logits.shape[1], 1 / logits.shape[1])
+    exit_weights = np.full(logits.shape[1], 1 / logits.shape[1])
     for _ in range(steps):
-        parts = weights * answered
+        parts = exit_weights * answered
         after = (parts / parts.sum(axis=1, keepdims=True)).mean(axis=0)
-        done, weights = np.abs(after - weights).max() < 1e-9, after
+        done, exit_weights = np.abs(after - exit_weights).max() < 1e-9, after
         if done:
             break
-    return tuple(weights.tolist())
+    return tuple(exit_weights.tolist())
 
 
 def _combination(logits: Floats, labels: Ints, steps: int) -> tuple[float, ...]:
-    """Weights of the exits' logits `(S, n, C)`."""
+    """One weight per exit for logits `(S, n, C)`."""
     samples, exits, _ = logits.shape
     answered = logits[np.arange(samples), :, labels]
 
-    def objective(weights: Floats) -> tuple[float, Floats]:
-        mean = np.einsum("snc,n->sc", logits, weights)
+    def objective(exit_weights: Floats) -> tuple[float, Floats]:
+        mean = np.einsum("snc,n->sc", logits, exit_weights)
         expected = np.einsum("snc,sc->sn", logits, softmax(mean, axis=1))
-        loss = logsumexp(mean, axis=1) - answered @ weights
+        loss = logsumexp(mean, axis=1) - answered @ exit_weights
         return float(loss.mean()), (expected - answered).mean(axis=0)
 
     start = np.full(exits, 1 / exits)
@@ -123,9 +127,9 @@ def _combination(logits: Floats, labels: Ints, steps: int) -> tuple[float, ...]:
 _LEAST = 1e-30  # instead of a probability of 0, whose logarithm is infinite
 
 
-def selected_on(before: Sequence[str], weights: Weights | None) -> tuple[str, ...]:
-    """The samples that the exits were selected on, and those that the weights were fitted on."""
-    fitted = weights.fitted_on if isinstance(weights, FittedWeights) else ""
+def selected_on(before: Sequence[str], exit_weights: WeightRows | None) -> tuple[str, ...]:
+    """Sketches of the samples that the exits were selected on and that `exit_weights` were fitted on."""
+    fitted = exit_weights.fitted_on if isinstance(exit_weights, ExitWeights) else ""
     return tuple(dict.fromkeys((*before, *filter(None, [fitted]))))
 
 
@@ -144,12 +148,12 @@ def known_kind(of: Of) -> Of:
     return of
 
 
-def weight_rows(weights: Weights | None, exits: int) -> tuple[tuple[float, ...], ...]:
-    """The weights, each row summing to 1."""
-    if weights is None:
+def exit_weight_rows(exit_weights: WeightRows | None, exits: int) -> tuple[tuple[float, ...], ...]:
+    """The exit weights, each row scaled to sum to 1; equal ones by default. Raises `InputError`."""
+    if exit_weights is None:
         return tuple((1 / n,) * n for n in range(1, exits + 1))
     try:
-        rows = [np.asarray(row, np.float64) for row in weights]
+        rows = [np.asarray(row, np.float64) for row in exit_weights]
     except (TypeError, ValueError):
         rows = []
     fits = [
@@ -157,7 +161,7 @@ def weight_rows(weights: Weights | None, exits: int) -> tuple[tuple[float, ...],
     ]
     if len(rows) != exits or not all(fits):
         raise InputError(
-            f"weights for {exits} exits must be {exits} rows, row n of n numbers that are not negative and not all 0; "
-            f"got {weights!r}"
+            f"exit_weights for {exits} exits must be {exits} rows, row n of n numbers that are not negative and not "
+            f"all 0; got {exit_weights!r}"
         )
     return tuple(tuple((row / row.sum()).tolist()) for row in rows)

@@ -16,7 +16,7 @@ from ..deploy.exporting import export
 from ..deploy.loading import load
 from ..deploy.torch_engine import TorchEngine
 from ..nn.averaged import averaged
-from ..policy.averaging import averaged_record, fit_weights
+from ..policy.averaging import averaged_record, fit_averaging
 from ..policy.choosing import nearest_to
 from ..policy.evaluation import evaluate
 from ..policy.exit_record import ExitRecord
@@ -111,7 +111,7 @@ def judge_network(
     plain_val, plain_test = (_accuracy(nets.plain, split) for split in (data.val, data.test))
     images = data.test.images.float() / 255
     # Five weights at most, fitted on the images that thresholds are chosen on; test images know nothing of either.
-    weights = fit_weights(val, of="logits")
+    weights = fit_averaging(val, of="logits")
     rules = {
         recipe.title: (nets.branchy, "entropy", val, test),
         f"{recipe.title}, averaged": (

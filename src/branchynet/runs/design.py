@@ -143,7 +143,12 @@ def design_run(
     if not advice.design.taps or not (advice.worth or anyway):
         return advice, None
     settings = replace(
-        base.settings, taps=advice.design.taps, branches=advice.design.heads, distill=DISTILL, weights=(), train="all"
+        base.settings,
+        taps=advice.design.taps,
+        branches=advice.design.heads,
+        distill=DISTILL,
+        loss_weights=(),
+        train="all",
     )
     run = create_run(folder, settings)
     keep_data(folder, data)

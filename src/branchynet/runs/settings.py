@@ -43,7 +43,7 @@ class Settings:
         epochs: of joint training.
         static: also train the plain network on for `epochs`, to compare with; else the warm start is compared with.
         train: ``"all"`` or ``"branches"``.
-        weights: one loss weight an exit; empty for all 1.
+        loss_weights: one per exit; empty for all 1.
         augment: one of `AUGMENTS`.
         taps, branches: early exits that replace the network's own: where they stand, and one name per tap, as in
             `branchynet.nn.branches.named_branches`.
@@ -55,7 +55,7 @@ class Settings:
     epochs: int = 25
     static: bool = True
     train: str = "all"
-    weights: tuple[float, ...] = ()
+    loss_weights: tuple[float, ...] = ()
     distill: float = 0.0
     augment: str = "affine"
     batch_size: int = 128
@@ -135,7 +135,7 @@ def build_network(settings: Settings, data: ImageData) -> BranchyNet:
 
     Raises:
         InputError: a network that cannot be had or cannot read the images, another number of outputs than of classes,
-            or weights that are not one an exit.
+            or another number of loss weights than exits.
     """
     example, labels = example_of(data), data.val.labels[:8]
     net = named_network(settings.network, len(data.classes))
@@ -157,7 +157,7 @@ def build_network(settings: Settings, data: ImageData) -> BranchyNet:
                     f"images, but {data.name} has {len(data.classes)} classes: build it for so many (a function with a "
                     "parameter num_classes is told how many)"
                 )
-        joint_loss(outputs, labels, settings.weights or None, distill=settings.distill)
+        joint_loss(outputs, labels, settings.loss_weights or None, distill=settings.distill)
     return net
 
 

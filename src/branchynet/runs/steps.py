@@ -77,7 +77,7 @@ def train_run(run: Run, *, progress: bool = True) -> BranchyNet:
 def train_exits(run: Run, net: BranchyNet, data: ImageData, progress: bool) -> None:
     """Train all exits of `net` together as the settings say, and record them; goes on where it was stopped."""
     settings = run.settings
-    more = {"weights": settings.weights or None, "train": settings.train, "distill": settings.distill}
+    more = {"loss_weights": settings.loss_weights or None, "train": settings.train, "distill": settings.distill}
     fit_in(run, ".", net, data, settings.epochs, settings.seed + 1, progress, **more)
     report_progress(progress, "recording what every exit answers")
     for name, split in (("val", data.val), ("test", data.test)):

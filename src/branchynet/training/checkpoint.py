@@ -113,9 +113,10 @@ class RunFolder:
         made = header.settings
         grown = made.get("epochs", 0) < self.settings.get("epochs", 0)
         other = [
-            f"{name}={made[name]!r}, but this call has {name}={self.settings.get(name)!r}"
-            for name in sorted(made)  # earlier versions kept fewer settings
-            if made[name] != self.settings.get(name) and not (name == "epochs" and grown)
+            f"{name}={made[name]!r}, "
+            + (f"but this call has {name}={self.settings[name]!r}" if name in self.settings else "by another version")
+            for name in sorted(made)  # another version may keep fewer settings
+            if name not in self.settings or (made[name] != self.settings[name] and not (name == "epochs" and grown))
         ]
         misfit = _mismatch(net, weights)
         if not rows and (misfit or other):

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..arguments import check_seed, whole
 from ..errors import InputError
 from ..files import locked
-from ..losses import Loss, check_weights, joint_loss
+from ..losses import Loss, check_loss_weights, joint_loss
 from ..nn.checks import check_loader, check_network
 from ..nn.network import BranchyNet
 from .checkpoint import RunFolder
@@ -31,7 +31,7 @@ def fit(
     val_loader: Any = None,
     *,
     epochs: int,
-    weights: Sequence[float] | None = None,
+    loss_weights: Sequence[float] | None = None,
     train: str = "all",
     loss: Loss = F.cross_entropy,
     distill: float = 0.0,
@@ -62,7 +62,7 @@ def fit(
             Several processes share a DataLoader, or the one that a wrapper keeps as its attribute `batches`.
         val_loader: likewise; looked at after every epoch, never trained on.
         epochs: passes over the data.
-        weights: one factor an exit in the joint loss; by default all 1.
+        loss_weights: one factor per exit in the joint loss; by default all 1.
         train: ``"all"``, or ``"branches"`` to leave the backbone exactly as it is: frozen and in eval mode.
         loss: ``loss(output, target) -> scalar``; for label smoothing
             ``functools.partial(F.cross_entropy, label_smoothing=0.1)``.
@@ -115,7 +115,7 @@ def fit(
             "batch_size": getattr(train_loader, "batch_size", None),
             "workers": getattr(train_loader, "num_workers", None),
             "processes": accelerator.num_processes,
-            "weights": None if weights is None else check_weights(weights),
+            "loss_weights": None if loss_weights is None else check_loss_weights(loss_weights),
             "train": train,
             "loss": _named(loss),
             "distill": distill,
@@ -127,7 +127,7 @@ def fit(
         }
 
         def objective(outputs: Sequence[Tensor], target: Tensor) -> Tensor:
-            return joint_loss(outputs, target, weights, loss, distill)
+            return joint_loss(outputs, target, loss_weights, loss, distill)
 
         trainer = Trainer(model, opt, schedule(opt, epochs * batches), objective, accelerator, channels_last)
         folder = None if run is None else RunFolder(run, settings)
