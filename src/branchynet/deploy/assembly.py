@@ -21,9 +21,9 @@ from ..graph.onnx_nest import flat_model, nest
 from ..graph.quantize import Batch, Quantize, quantized
 from ..policy.values import Policy
 from .engine import FORMAT, METADATA_KEY, Engine
-from .inputs import differences
 from .loading import load
 from .stored_samples import Samples
+from .tolerance import differences
 from .verification import check
 
 LOW_AGREEMENT = 0.95  # of int8 with float; the networks of the zoo reach 0.98

@@ -61,6 +61,7 @@ class Graph:
         required: names of those that a call must give.
         outputs: how many.
         metadata: what `export` wrote into the file, see `read_metadata`.
+        float32: whether sums of float32 are of float32 products; other processors may take TF32 or half precision.
     """
 
     run: Callable[[Feeds], Sequence[Any]]
@@ -68,6 +69,7 @@ class Graph:
     required: frozenset[str]
     outputs: int
     metadata: dict[str, Any]
+    float32: bool = True
 
 
 class Engine:
@@ -84,6 +86,7 @@ class Engine:
         exits: N.
         labels: class names, or () where none were given.
         metadata: all that the file says of itself.
+        float32: whether the runtime multiplies in float32, and not in TF32 or half precision, as far as is known.
         fixed: whether its thresholds are constants, as some tools make them, so that a call cannot give others.
     """
 
@@ -94,6 +97,7 @@ class Engine:
         self.num_exits: int = self.metadata["exits"]
         self.labels: tuple[str, ...] = tuple(self.metadata["labels"])
         self.inputs = _in_exported_order(graph, self.metadata.get("inputs", ()))
+        self.float32 = graph.float32 and not any(i.dtype == np.float16 for i in self.inputs)
         self._run = graph.run
         self._outputs = graph.outputs
         self._reopen = reopen

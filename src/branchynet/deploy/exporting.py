@@ -28,11 +28,11 @@ from ..policy.record_scores import is_named
 from ..policy.scores import Score, resolve
 from ..policy.values import Choice, Policy
 from .assembly import _in_int8, _warn_of_low_agreement, assemble, check_answers, exits_of_graph
-from .inputs import difference, magnitude
 from .notes import class_names, plain_values
 from .oracle import answers_alone
 from .seal import seal
 from .stored_samples import MAX_SAMPLES, SAMPLES_KEY, Samples, pack
+from .tolerance import differences, tolerances
 
 
 def export(
@@ -167,12 +167,13 @@ def _magnified(net: nn.Module, example: Any, expected: Samples) -> str:
         want = _from_network(twin, {k: exact[k] for k in kwargs} if kwargs else tuple(exact.values()), None).outputs
     except Exception:  # some networks cannot be copied, or hold constants of float32
         return ""
-    offs = [difference(a, b) for a, b in zip(expected.outputs, want, strict=True)]
-    n = int(np.argmax(offs))
-    if not offs[n] > 1e-3 * magnitude(want[n]):
+    offs = [differences(a, b) for a, b in zip(expected.outputs, want, strict=True)]
+    beyond = [float((off / tolerances(b)).max()) for off, b in zip(offs, want, strict=True)]
+    n = int(np.argmax(beyond))
+    if not beyond[n] > 1:
         return ""
     return (
-        f" In float64 the network itself answers {offs[n]:.3g} off what it answers in float32 (exit {n + 1}): it "
+        f" In float64 the network itself answers {offs[n].max():.3g} off what it answers in float32 (exit {n + 1}): it "
         "magnifies rounding, so that no two runtimes agree. Is it trained? Normalise features that hardly differ "
         "from sample to sample"
     )

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..arguments import in_order
 from ..errors import InputError
@@ -125,24 +124,6 @@ def _mended(inputs: Sequence[Any], named: Mapping[str, Any], wanted: Sequence[In
     if len({len(array) for array in arrays}) > 1:
         raise InputError(f"the inputs have batch sizes {[len(array) for array in arrays]}; they must agree")
     return arrays
-
-
-def differences(got: NDArray[Any], want: NDArray[Any]) -> NDArray[Any]:
-    """How far every figure of two answers is off; infinite where they are not finite in the same way."""
-    with np.errstate(invalid="ignore"):  # infinity less infinity
-        apart = np.abs(got - want)
-    same = np.equal(got, want) | (np.isnan(got) & np.isnan(want))
-    return np.where(same, 0.0, np.where(np.isnan(apart), np.inf, apart))
-
-
-def difference(got: NDArray[Any], want: NDArray[Any]) -> float:
-    """The largest difference of two answers; infinite where they are not finite in the same way."""
-    return float(differences(got, want).max(initial=0.0))
-
-
-def magnitude(want: NDArray[Any]) -> float:
-    """The largest finite figure of an answer, without its sign, and at least 1: what a tolerance is relative to."""
-    return float(np.abs(want[np.isfinite(want)]).max(initial=1.0))
 
 
 def _listed(inputs: Sequence[Input]) -> str:

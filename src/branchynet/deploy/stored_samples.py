@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from ..errors import FileError
 from .engine import Engine, parse_model
-from .inputs import magnitude
 
 SAMPLES_KEY = "branchynet.policy.digests"
 MAX_SAMPLES = 8
@@ -152,6 +151,9 @@ def _check_slack(samples: Samples, engine: Engine) -> None:
     if list(samples.slack) != report:
         raise ValueError(f"slack is {samples.slack}, and int8 is off by {report} in the metadata")
     for n, slack in enumerate(samples.score_slack, 1):
-        most = _FAR * magnitude(samples.scores[n - 1]) if quantize and samples.scores else 0.0
+        most = 0.0
+        if quantize and samples.scores:
+            scores = samples.scores[n - 1]
+            most = _FAR * float(np.abs(scores[np.isfinite(scores)]).max(initial=1.0))
         if slack > most:
             raise ValueError(f"the slack of score {n} is {slack:.3g}, beyond {most:.3g}")

@@ -17,8 +17,11 @@ from ..graph.torch_stages import cut_stages
 from ..nn.calls import arguments
 from ..nn.checks import check_network, resolve_device
 from ..policy.values import Policy, Prediction
-from .inputs import Input, check_thresholds, checked_inputs, difference, magnitude
+from .inputs import Input, check_thresholds, checked_inputs
 from .oracle import answers_alone
+from .tolerance import differences, tolerances
+
+_EPS = float(torch.finfo(torch.float32).eps)
 
 
 @dataclass(frozen=True)
@@ -155,22 +158,26 @@ class TorchEngine:
 
     def _check(self, net: nn.Module, example: Any) -> None:
         """Each exit in turn, then samples that part, against the network on each row alone. Raises `GraphError`."""
-        expected = torch.stack(answers_alone(net, example, 4), dim=1).numpy()
+        alone = [exit.numpy() for exit in answers_alone(net, example, 4)]
+        expected = np.stack(alone, axis=1)
         inputs = [t[: len(expected)] for t in tensors_of(example)]
         coarsest = max((torch.finfo(p.dtype).eps for p in net.parameters() if p.is_floating_point()), default=0.0)
-        tolerance = max(1e-2, 16 * coarsest)  # TF32 and half precision answer a batch and its rows a little apart
+        # TF32 and half precision answer a batch and its rows a little apart.
+        coarse = self.device.type != "cpu" or coarsest > _EPS or torch.get_float32_matmul_precision() != "highest"
+        most = np.stack([tolerances(exit, max(1e-2, 16 * coarsest), coarse=coarse) for exit in alone], axis=1)
         parting: list[float | None] = [None] * (self.num_exits - 1)
         forced = [tuple(None if k != n else math.inf for k in range(1, self.num_exits)) for n in self._exits]
         for n, thresholds in zip((*self._exits, None), (*forced, parting), strict=True):
             answer = self(*inputs, thresholds=thresholds)
-            wanted = expected[range(len(expected)), answer.exit - 1]
-            for got, want, exit in zip(answer.output, wanted, answer.exit, strict=True):
-                allowed = tolerance * magnitude(want)
-                if (off := difference(got, want)) > allowed:
-                    raise GraphError(
-                        f"exit {exit} answers {off:.3g} off what it answers to the same row alone "
-                        f"(allowed {allowed:.3g}); does the network's forward depend on the other samples of the batch?"
-                    )
+            at = range(len(expected)), answer.exit - 1
+            off, allowed = differences(answer.output, expected[at]).reshape(len(expected), -1), most[at]
+            if (beyond := off / allowed.reshape(off.shape)).max() > 1:
+                row, figure = np.unravel_index(beyond.argmax(), off.shape)
+                raise GraphError(
+                    f"exit {answer.exit[row]} answers {off[row, figure]:.3g} off what it answers to the same row alone "
+                    f"(allowed {allowed[row].flat[figure]:.3g}); does the network's forward depend on the other "
+                    "samples of the batch?"
+                )
             if n is not None and n < self.num_exits:
                 middle = float(np.sort(answer.score)[len(answer.score) // 2])
                 parting[n - 1] = None if math.isnan(middle) else middle

@@ -13,14 +13,13 @@ from ..environment import processor
 from ..errors import VerificationError
 from ..policy.values import Policy, Prediction
 from .engine import Engine, parse_model
-from .inputs import difference, differences, magnitude
 from .stored_samples import Samples, samples_in
 from .thresholds import moved_thresholds
+from .tolerance import FLOAT, difference, differences, tolerances
 
 _TIE = 1e-5  # engines may decide either way on scores so near to a threshold
 _TAIL = 10  # a sample's score may be off so many times what scores are off in the mean between int8 and float
 _ALWAYS = 3e38  # a threshold that every score passes
-_FLOAT = 1e-3  # of the largest value: what float32 sums in another order, or TF32, may be off
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,9 @@ class Verification:
         samples: S, how many were compared.
         same_labels, same_exits: how many of them got the stored label and left at the stored exit. Others are ties
             where nothing is listed under `problems`.
-        difference: by exit, how far outputs are off: at most (float), or in the mean over all samples (int8).
-        allowed: by exit, how far they may be off.
+        difference: by exit, how far outputs are off: where they come closest to what is allowed or exceed it by most
+            (float), or in the mean over all samples (int8).
+        allowed: by exit, how far they may be off there.
         problems: what is wrong; () where all is well.
     """
 
@@ -83,9 +83,10 @@ def check(engine: Engine, samples: Samples, *, strict: bool = False) -> Verifica
     """Compare an engine's answers with stored ones.
 
     Every exit is asked for, by one sample a call and by all in one; then samples leave by the file's own thresholds
-    and by thresholds that part them. Outputs of a float network may be off by a thousandth of the largest. Two engines
-    round values of an int8 network to neighbouring steps, so its outputs may be off in the mean by twice what int8 is
-    off from float; sums that saturate are off by five times as much and more.
+    and by thresholds that part them. Outputs of a float network may be off by about a thousandth of the largest of
+    their class (see `tolerances`). Two engines round values of an int8 network to neighbouring steps, so its outputs
+    may be off in the mean by twice what int8 is off from float; sums that saturate are off by five times as much and
+    more. A label may be another one where the stored outputs of both lie that near.
 
     Args:
         engine: of the file that holds the samples.
@@ -95,7 +96,7 @@ def check(engine: Engine, samples: Samples, *, strict: bool = False) -> Verifica
     dynamic = engine.metadata["batch"] == "dynamic"
     alone = [slice(row, row + 1) for row in range(len(samples))]
     parts = [*alone, slice(None)] if dynamic else alone
-    seen = _Comparison(samples)
+    seen = _Comparison(samples, coarse=not engine.float32)
     if engine.policy is None:
         for part in parts:
             for n, output in enumerate(engine.outputs(*_rows(samples, part))[1:], 1):
@@ -143,27 +144,43 @@ def _middle(policy: Policy, samples: Samples) -> tuple[float | None, ...]:
 class _Comparison:
     """What an engine answered beside what is stored."""
 
-    def __init__(self, samples: Samples) -> None:
+    def __init__(self, samples: Samples, *, coarse: bool = False) -> None:
         self.samples = samples
-        self.off: dict[int, list[NDArray[Any]]] = {}
+        self.tolerances = [tolerances(o, coarse=coarse) if o.ndim > 1 else o for o in samples.outputs]
+        self.off: dict[int, list[tuple[NDArray[Any], NDArray[Any]]]] = {}
         self.same_labels = self.same_exits = len(samples)
         self.problems: list[str] = []
 
     def output(self, n: int, got: NDArray[Any], rows: slice | NDArray[Any]) -> None:
         """Outputs of exit n for some of the samples."""
         want = self.samples.outputs[n - 1][rows]
-        off = differences(got, want) if got.shape == want.shape else np.full(1, np.inf)
-        self.off.setdefault(n, []).append(off.ravel())
+        allowed = self.tolerances[n - 1][rows]
+        off = differences(got, want) if got.shape == want.shape else np.full(want.shape, np.inf)
+        self.off.setdefault(n, []).append((off.ravel(), allowed.ravel()))
 
     def answer(self, answer: Prediction) -> None:
         """An answer for all samples, each from the exit where it left."""
         largest = np.take_along_axis(answer.output, answer.label[:, None], axis=1)[:, 0]
         if not np.array_equal(largest, answer.output.max(axis=1), equal_nan=True):
             self.problems.append("a label is not the largest of its outputs")
-        wanted = np.array([self.samples.outputs[n - 1][s].argmax(axis=0) for s, n in enumerate(answer.exit)])
+        rows = list(enumerate(answer.exit - 1))
+        wanted = np.array([self.samples.outputs[n][s].argmax(axis=0) for s, n in rows])
         self.same_labels = min(self.same_labels, _same(wanted, answer.label))
+        if wrong := sum(self._beyond_a_tie(n, s, answer.label[s], wanted[s]) for s, n in rows):
+            self.problems.append(f"{wrong} of {len(rows)} samples get another label, beyond a tie")
         for n in np.unique(answer.exit).tolist():
             self.output(n, answer.output[answer.exit == n], answer.exit == n)
+
+    def _beyond_a_tie(self, n: int, s: int, got: NDArray[Any], wanted: NDArray[Any]) -> bool:
+        """Whether the stored outputs of two labels lie further apart than rounding explains, at exit n + 1."""
+        if got.shape != wanted.shape or ((got < 0) | (got >= len(self.samples.outputs[n][s]))).any():
+            return True
+        (low, high), (a, b) = (
+            [np.take_along_axis(of[n][s], label[None], axis=0) for label in (got, wanted)]
+            for of in (self.samples.outputs, self.tolerances)
+        )
+        with np.errstate(invalid="ignore"):  # infinity less infinity
+            return bool((high.astype(np.float64) - low > a + b + 2 * _TAIL * self.samples.slack[n]).any())
 
     def exits(self, answer: Prediction, thresholds: Sequence[float | None]) -> None:
         """Where the samples left, and with what score."""
@@ -177,7 +194,7 @@ class _Comparison:
         for s, n in enumerate(left):
             score, slack = self.samples.scores[n - 1][s], self.samples.score_slack[n - 1]
             off = difference(answer.score[s], score)
-            if not off <= _FLOAT * max(1.0, abs(score)) + _TAIL * slack:
+            if not off <= FLOAT * max(1.0, abs(score)) + _TAIL * slack:
                 self.problems.append(f"scores differ by {off:.3g} at exit {n}")
 
     def _exits(self, sample: int, thresholds: Sequence[float | None]) -> list[int]:
@@ -201,10 +218,13 @@ class _Comparison:
         difference, allowed, far = {}, {}, []
         for n, off in sorted(self.off.items()):
             slack = self.samples.slack[n - 1]
-            every = np.concatenate(off)
-            largest = _FLOAT * magnitude(self.samples.outputs[n - 1])
-            difference[n] = float(every.mean() if slack and not strict else every.max())
-            allowed[n] = max(largest, slack if strict else 2 * slack)
+            every, most = (np.concatenate(parts) for parts in zip(*off, strict=True))
+            if slack and not strict:
+                difference[n], allowed[n] = float(every.mean()), max(float(np.median(most)), 2 * slack)
+            else:
+                most = np.maximum(most, slack)
+                worst = int((every / most).argmax())
+                difference[n], allowed[n] = float(every[worst]), float(most[worst])
             if not difference[n] <= allowed[n]:
                 far.append(f"outputs differ by {difference[n]:.3g} at exit {n} (allowed {allowed[n]:.3g})")
         self.problems[:0] = far
