@@ -186,8 +186,8 @@ def deep():
         seconds, nested = time.perf_counter() - start, path.stat().st_size
         plain = Path(folder) / "plain.onnx"
         ir.save(assemble(flatten(net.backbone, example), None, outputs=["output_1"]), plain)
-        heads = sum(t.numel() * t.element_size() for t in net.branches.state_dict().values())
-        alone = plain.stat().st_size + heads
+        branches = sum(t.numel() * t.element_size() for t in net.branches.state_dict().values())
+        alone = plain.stat().st_size + branches
     return {"network": "ResNet-110", "export_seconds": seconds, "bytes": nested, "plain_plus_branches_bytes": alone}
 
 

@@ -55,8 +55,8 @@ EXITS = 3  # of the evenly spread
 # As a recipe's, which has none above for ResNet-110 and one standard error of LeNet's 10,000 images.
 SLACK = {"b_resnet110": (0.003, -0.005), "b_lenet": (-0.001, -0.002)}
 DESIGNS = ("published", "designed", "even")
-PASSES = {"b_resnet110": 3, "text": 2}  # epochs of candidate heads, where six take too long
-FINAL = {"b_resnet110": 4}  # more epochs of the best heads
+PASSES = {"b_resnet110": 3, "text": 2}  # epochs of candidate branches, where six take too long
+FINAL = {"b_resnet110": 4}  # more epochs of the best branches
 
 
 class Images:
@@ -96,7 +96,7 @@ def task_of(name, precision):
 
 
 def advised(task, batch):
-    """The advice for a batch size, from disk where it is there, and what puts the design on a baseline, heads warm."""
+    """The advice for a batch size, from disk where it is there, and what adds the design to a network."""
     folder, example = task.folder / f"designed-{batch}", task.example()
     if (folder / "advice.json").exists():
         advice = Advice.load(folder / "advice.json")
@@ -112,7 +112,7 @@ def advised(task, batch):
     print(advice, flush=True)
 
     def add(baseline):
-        net = attach_branches(baseline, advice.design.taps, advice.design.heads, example)
+        net = attach_branches(baseline, advice.design.taps, advice.design.branches, example)
         load_weights(net, folder / "warm.safetensors")
         return net
 
@@ -131,7 +131,7 @@ def designs(task, wanted, sizes):
     found = {}
     for batch in BATCHES if "designed" in wanted else ():
         advice, add = advised(task, batch)
-        design = advice.design.taps, advice.design.heads
+        design = advice.design.taps, advice.design.branches
         if not advice.design.taps:
             continue
         if design not in found:  # else it is the same network for both

@@ -202,7 +202,7 @@ def advising():
     """How long advice takes."""
     found = results("advising")
     told = "; ".join(
-        f"{r['network']} {r['minutes']:.1f} minutes for {r['candidates']} heads (wanted: {r['wanted_minutes']})"
+        f"{r['network']} {r['minutes']:.1f} minutes for {r['candidates']} branches (wanted: {r['wanted_minutes']})"
         for r in found["rows"]
     )
     where = f"{found['environment']['cores']} cores, {processor(found)}"

@@ -105,8 +105,8 @@ def test_the_best_heads_learn_on_and_the_others_stay_as_they_are(trained, digits
     kept = json.loads(next(tmp_path.glob("final-*/finalists.json")).read_text())["candidates"]
     changed = [i for i, (a, b) in enumerate(zip(first.tried, second.tried, strict=True)) if a.accuracy != b.accuracy]
     assert changed and set(changed) <= set(kept) and len(kept) < len(first.tried)
-    others = [(t.tap, t.head) for i, t in enumerate(second.tried) if i not in kept]
-    assert all(pair not in others for d in second.designs for pair in zip(d.taps, d.heads, strict=True))
+    others = [(t.tap, t.branch) for i, t in enumerate(second.tried) if i not in kept]
+    assert all(pair not in others for d in second.designs for pair in zip(d.taps, d.branches, strict=True))
     states = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("training.safetensors")}
     again = advised(trained, digits, max_drop=0.01, run=tmp_path, final_epochs=2)
     assert len(states) == 2 and states == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("training.safetensors")}
@@ -125,9 +125,9 @@ def test_advice_is_kept_on_disk(advice, tmp_path):
 def test_advice_for_another_batch_trains_no_heads_again(trained, digits, tmp_path, monkeypatch):
     few = {"taps": ["conv1"], "max_drop": 0.05, "epochs": 1}
     advised(trained, digits, run=tmp_path, **few)
-    state = (tmp_path / "heads" / "training.safetensors").stat().st_mtime_ns
+    state = (tmp_path / "branches" / "training.safetensors").stat().st_mtime_ns
     other = advised(trained, digits, run=tmp_path, batch_size=16, **few)
-    assert other.batch_size == 16 and (tmp_path / "heads" / "training.safetensors").stat().st_mtime_ns == state
+    assert other.batch_size == 16 and (tmp_path / "branches" / "training.safetensors").stat().st_mtime_ns == state
 
 
 def test_the_runtime_that_will_run_it_is_what_is_timed(trained, digits, monkeypatch):

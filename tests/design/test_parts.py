@@ -86,7 +86,7 @@ def test_a_forest_is_all_heads_on_one_trunk():
             assert net.taps == (candidate.tap,)
             assert torch.allclose(net(images)[0], every[i], atol=1e-5) and torch.equal(net(images)[1], every[-1])
             assert net.backbone is not trunk  # a copy: training it leaves the trunk alone
-            rebuilt = attach_branches(trunk, [candidate.tap], [candidate.head], images)
+            rebuilt = attach_branches(trunk, [candidate.tap], [candidate.branch], images)
             assert [p.shape for p in rebuilt.parameters()] == [p.shape for p in net.parameters()]
 
 
@@ -110,7 +110,7 @@ def test_of_a_places_heads_those_stay_that_have_less_work_than_the_rest_of_the_t
         features = trunk[:upto](images)
         (first, _), *others = named_branches(features, 10).items()
         left = macs(trunk[upto:], features)
-        kept[tap] = [forest.candidates[i].head for i in forest.at(tap)]
+        kept[tap] = [forest.candidates[i].branch for i in forest.at(tap)]
         within = {name: left / 4 if name == DEEP else left for name, _ in others}
         assert kept[tap] == [first, *(name for name, head in others if macs(head, features) < within[name])]
     assert len(kept["input"]) > len(kept[forest.net.taps[-1]])
@@ -133,11 +133,11 @@ def seconds_of(part, true, taps):
     return {
         "plain": lambda: true.plain,
         "last": lambda: true.reach[-1],
-        "alone": lambda: true.reach[taps[n]] + true.head[n],
-        "all": lambda: true.reach[n] + true.head[here].sum(),
-        "both": lambda: true.reach[-1] + true.head[here[0]],
-        "leave": lambda: true.reach[n] + true.head[here[0]] + true.leave[n],
-        "stay": lambda: true.reach[-1] + true.head[here[0]] + true.stay[n],
+        "alone": lambda: true.reach[taps[n]] + true.branch[n],
+        "all": lambda: true.reach[n] + true.branch[here].sum(),
+        "both": lambda: true.reach[-1] + true.branch[here[0]],
+        "leave": lambda: true.reach[n] + true.branch[here[0]] + true.leave[n],
+        "stay": lambda: true.reach[-1] + true.branch[here[0]] + true.stay[n],
     }[name]()
 
 
@@ -182,7 +182,7 @@ def test_a_design_costs_the_sum_of_what_a_sample_meets(seed):
         cost = times.cost(chosen)
         met, expected = 0.0, []
         for i in chosen:
-            met += whole.head[i]
+            met += whole.branch[i]
             expected.append(whole.reach[taps[i]] + met + whole.leave[taps[i]])
             met += whole.stay[taps[i]]
         expected.append(whole.reach[-1] + met)

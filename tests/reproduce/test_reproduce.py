@@ -219,7 +219,7 @@ def test_all_is_written_and_says_how_it_was_made(tmp_path, monkeypatch):
 
 
 def test_other_networks_rows_are_kept_where_they_were_made_alike(found, tmp_path, monkeypatch):
-    monkeypatch.setattr(room, "measured", lambda recipe, *args, **more: replace(found, recipe=recipe))
+    monkeypatch.setattr(room, "judge_network", lambda recipe, *args, **more: replace(found, recipe=recipe))
     monkeypatch.setattr(room, "shipped", lambda recipe: None)
     monkeypatch.setattr(room, "load_data", lambda name: None)
 

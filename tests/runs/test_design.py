@@ -35,7 +35,7 @@ def designed(base):
 def test_the_design_is_a_run_of_its_own(base, designed):
     advice, comparison = designed
     run = open_run(base.path / "design-1")
-    assert (run.settings.taps, run.settings.branches) == (advice.design.taps, advice.design.heads)
+    assert (run.settings.taps, run.settings.branches) == (advice.design.taps, advice.design.branches)
     net, _ = load_run(run)
     assert net.taps == advice.design.taps and net.num_exits == len(comparison.exit_share)
     assert Advice.load(run.path / "advice.json") == advice
@@ -86,7 +86,7 @@ def test_the_verbs_of_a_run_work_on_it_and_the_report_shows_candidates(base, des
     page = (folder / "report.html").read_text()
     assert "Where exits could stand" in page
     for one in designed[0].tried:
-        assert f"{one.head} at {one.tap}" in page
+        assert f"{one.branch} at {one.tap}" in page
 
 
 def test_the_command_line_tells_the_advice(base, designed, monkeypatch, capsys):

@@ -189,7 +189,7 @@ def test_advice_on_other_weights_or_of_all_samples_is_refused(run, monkeypatch):
     folder.mkdir()
     options = {"threads": 1, "max_drop": 0.0, "exits": 4, "epochs": 3, "final_epochs": 0}
     (folder / "asked.json").write_text(json.dumps(options))
-    design = {"taps": [], "heads": [], "thresholds": [], "us": 1.0, "interval_us": [1.0, 1.0], "accuracy": 0.9,
+    design = {"taps": [], "branches": [], "thresholds": [], "us": 1.0, "interval_us": [1.0, 1.0], "accuracy": 0.9,
               "exit_share": [1.0], "trunk_us": [1.0], "branch_us": [0.0], "break_even": [],
               "oracle_us": 1.0}  # fmt: skip
     advice = {"batch_size": 1, "threads": 1, "score": "entropy", "plain_us": 1.0, "accuracy": 0.9, "min_accuracy": 0.9,

@@ -1,7 +1,7 @@
 """Where the exits should go and whether they help: candidates on a trained trunk, timed and tried together.
 
-`forest` puts heads of several sizes on the trunk as one network with many exits, `stages` times its parts, `subsets`
-searches for the exits that together take least, and `advising` does it all.
+`candidates` puts branches of several sizes on the trunk as one network with many exits, `part_times` times its parts,
+`exit_search` searches for the exits that together take least, and `advising` does it all.
 """
 
 from .advice import Advice

@@ -20,7 +20,7 @@ class CandidateResult:
     """One candidate by itself.
 
     Attributes:
-        tap, head: where and what; `depth` is the share of the trunk's multiply-accumulates before the tap.
+        tap, branch: where and what; `depth` is the share of the trunk's multiply-accumulates before the tap.
         accuracy: of this exit alone, on validation.
         us: microseconds a sample until it has answered.
         added_us: what it adds to a sample that does not leave there.
@@ -29,7 +29,7 @@ class CandidateResult:
     """
 
     tap: str
-    head: str
+    branch: str
     depth: float
     accuracy: float
     us: float
@@ -42,8 +42,8 @@ class Design:
     """A set of early exits with thresholds, and what it does on validation; an entry an exit, the trunk's own last.
 
     Attributes:
-        taps, heads: of the early exits.
-        thresholds: of the early exits, chosen with heads trained on the frozen trunk.
+        taps, branches: of the early exits.
+        thresholds: of the early exits, chosen with branches trained on the frozen trunk.
         us: mean microseconds a sample, predicted before the design was ever built.
         interval_us: 95 % of what these should be for other samples and another run of the clock.
         accuracy: on the samples that chose the design, which flatters.
@@ -56,7 +56,7 @@ class Design:
     """
 
     taps: tuple[str, ...]
-    heads: tuple[str, ...]
+    branches: tuple[str, ...]
     thresholds: tuple[float, ...]
     us: float
     interval_us: tuple[float, float]
@@ -84,7 +84,7 @@ class Advice:
         fingerprint: of the network advised on.
         selected_on: the sketch (see `branchynet.policy.digests`) of the validation samples that chose the design, half
             of them; empty where the inputs' tensors could not be told apart.
-        network: the best design, its heads trained on the frozen network; not kept on disk.
+        network: the best design, its branches trained on the frozen network; not kept on disk.
     """
 
     batch_size: int
@@ -140,7 +140,7 @@ class Advice:
             return f"Do not bother: no early exit helps {each} at {self.min_accuracy:.2%} accuracy. {self._least()}"
         low, high = self.speedup_interval
         exits = ", then ".join(
-            f"{head} at {tap!r}" for head, tap in zip(self.design.heads, self.design.taps, strict=True)
+            f"{branch} at {tap!r}" for branch, tap in zip(self.design.branches, self.design.taps, strict=True)
         )
         told = (
             f"{exits}: {self.speedup:.2f}x ({low:.2f}x to {high:.2f}x) faster {each}, "
@@ -156,7 +156,7 @@ class Advice:
         if not pays:
             return "None of those tried could pay for itself, even if all samples left there."
         share, first = min(pays, key=lambda pair: pair[0])
-        return f"{first.head} at {first.tap!r} would pay for itself if {share:.0%} of the samples left there."
+        return f"{first.branch} at {first.tap!r} would pay for itself if {share:.0%} of the samples left there."
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON. Raises `FileError`."""

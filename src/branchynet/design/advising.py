@@ -37,10 +37,10 @@ from .exit_search import CandidateScores, ExitSet, break_even, least_us, search_
 from .part_times import StageTimes, time_stages, uncuttable
 
 RESOLUTION = 0.05  # difference in accuracy that half of the validation samples must be able to show
-PER_CLASS = 20  # training samples a class that heads need
+PER_CLASS = 20  # training samples a class that branches need
 ALIKE = 0.01  # of two designs that take as long but for so much, relatively, the one with fewer exits is better
 RATE, DISTILL = 3e-3, 0.5
-PLACES = 4  # where heads are trained on, or as many as a design may have early exits
+PLACES = 4  # where branches are trained on, or as many as a design may have early exits
 _Z95 = 1.96
 _CLOCK = 0.03  # medians of the same calls differ by so much, relatively, between runs on a machine that does other work
 
@@ -71,14 +71,14 @@ def advise(
 ) -> Advice:
     """Find the exits that make a trained network fastest at an accuracy, and tell what they will bring.
 
-    Heads of several sizes stand at the input and at up to eight other places. Every part is timed in the runtime as
-    it will be deployed, all heads are trained side by side on the frozen network in `epochs` passes, and every set of
-    exits is tried with every threshold on their recorded answers: all single exits and all pairs; of more, those that
-    add to the best.
+    Branches of several sizes stand at the input and at up to eight other places. Every part is timed in the runtime as
+    it will be deployed, all branches are trained side by side on the frozen network in `epochs` passes, and every set
+    of exits is tried with every threshold on their recorded answers: all single exits and all pairs; of more, those
+    that add to the best.
 
     Args:
         backbone: a trained network that gives logits `(B, C)`; it is not changed.
-        train_loader: yields `(inputs, target)` with `(B,)` int64 class indices, to train heads.
+        train_loader: yields `(inputs, target)` with `(B,)` int64 class indices, to train branches.
         val_loader: likewise, not shuffled. Half of its samples choose the design; the others are left for the promise
             that `choose` makes on a record of all, in the same order. Not the test set.
         example: one batch of inputs, real ones if possible.
@@ -90,21 +90,21 @@ def advise(
         num_exits: the most a design may have, the network's own included.
         taps: places to try instead, names as in ``named_modules()`` or ``"input"``.
         score: the name of the score by which samples leave.
-        epochs: passes over the training data, for all heads together.
-        final_epochs: more of them for the best two heads at each of the four best places, after which the choice among
-            these is made again: large heads are still learning after a few passes, when small ones are not. So advice
-            takes longer and promises more (as successive halving does, Jamieson and Talwalkar 2016).
+        epochs: passes over the training data, for all branches together.
+        final_epochs: more of them for the best two branches at each of the four best places, after which the choice
+            among these is made again: large branches are still learning after a few passes, when small ones are not. So
+            advice takes longer and promises more (as successive halving does, Jamieson and Talwalkar 2016).
         seconds: about how long to time.
         seed: as `fit` takes it, and the next three.
-        mixed_precision: for the heads' training.
+        mixed_precision: for the branches' training.
         device: for training and recording; what is timed runs where `runtime` does.
-        channels_last: for the heads' training.
-        run: a folder for the heads' training, so that a stopped search goes on, and one for another batch size trains
-            nothing again.
+        channels_last: for the branches' training.
+        run: a folder for the branches' training, so that a stopped search goes on, and a search for another batch size
+            trains nothing again.
         progress: show bars and tell what is being done.
 
     Returns:
-        The advice; its ``network`` is the best design with heads trained so far, to be trained on with everything.
+        The advice; its ``network`` is the best design with branches trained so far, to be trained on with everything.
 
     Raises:
         InputError: an untrained network, too few samples (told how many are needed), a limit above what the network
@@ -136,7 +136,7 @@ def advise(
     say("looking for places where exits can stand")
     torch.manual_seed(seed)
     forest, flat = _planted(backbone, example, taps, function)
-    places = f"{len(forest.candidates)} heads at {len(forest.net.taps)} places"
+    places = f"{len(forest.candidates)} branches at {len(forest.net.taps)} places"
     say(f"timing {places} in {runtime}: {seconds:.0f} s, after they are exported")
     times = time_stages(forest, flat, example, batch_size=batch_size, threads=threads, runtime=runtime, seconds=seconds)
 
@@ -161,7 +161,7 @@ def advise(
         return scores_of_record(found, score), found.losses.astype(np.float64)
 
     say(f"training {places}, {epochs} epochs")
-    judged = CandidateScores(*learned(forest.net, epochs, "heads"), times.taps, times.cost)
+    judged = CandidateScores(*learned(forest.net, epochs, "branches"), times.taps, times.cost)
     most = (1 - limit) * validation.samples
     best, least = search_exit_sets(judged, most, num_exits, say)
     if final_epochs and np.isfinite(least).any():
@@ -204,7 +204,7 @@ def _selected(net: BranchyNet, known: str) -> BranchyNet:
 def _finalists(path: Path | None, judged: CandidateScores, least: Floats, places: int) -> list[int]:
     """The candidates that learn on, in running order; those in a file where it is there, so that training goes on.
 
-    At each of the places where the best sets have exits these are the head that does best there so far, and the most
+    At each of the places where the best sets have exits these are the branch that does best there so far, and the most
     accurate one, which is large and still has most to learn.
 
     Args:
@@ -241,13 +241,13 @@ def _check_trained(alone: ExitRecord, accuracy: float) -> None:
 
 
 def _check_data(alone: ExitRecord, samples: int, accuracy: float, train_loader: Any) -> None:
-    """Raises `InputError` where designs could not be told apart, or heads not be trained.
+    """Raises `InputError` where designs could not be told apart, or branches not be trained.
 
     Args:
         alone: the network's record of the half of the validation samples that chooses the design.
         samples: how many validation samples there are.
         accuracy: on that record.
-        train_loader: trains the heads.
+        train_loader: trains the branches.
     """
     needed = math.ceil(_Z95**2 * max(1 - accuracy, 0.01) / RESOLUTION**2)
     if alone.samples < needed:
@@ -260,7 +260,7 @@ def _check_data(alone: ExitRecord, samples: int, accuracy: float, train_loader: 
     samples, needed = 0 if first is None else len(train_loader) * len(first[1]), PER_CLASS * alone.outputs.shape[2]
     if samples < needed:
         raise InputError(
-            f"about {samples} training samples cannot train heads for {alone.outputs.shape[2]} classes; it takes "
+            f"about {samples} training samples cannot train branches for {alone.outputs.shape[2]} classes; it takes "
             f"{needed}, {PER_CLASS} a class"
         )
 
@@ -292,7 +292,7 @@ def _design(
     chosen = [forest.candidates[i] for i in found.chosen]
     return Design(
         taps=tuple(c.tap for c in chosen),
-        heads=tuple(c.head for c in chosen),
+        branches=tuple(c.branch for c in chosen),
         thresholds=found.thresholds,
         us=mean,
         interval_us=(max(mean - half, 1e-3), mean + half),
@@ -314,7 +314,7 @@ def _tried(forest: CandidateNetwork, judged: CandidateScores, times: StageTimes)
         rows.append(
             CandidateResult(
                 tap=candidate.tap,
-                head=candidate.head,
+                branch=candidate.branch,
                 depth=candidate.depth,
                 accuracy=float(1 - judged.losses[judged.tuning, i].mean()),
                 us=float(early),

@@ -1,4 +1,4 @@
-"""A trained trunk with every candidate head on it, as one network with many exits."""
+"""A trained trunk with every candidate branch on it, as one network with many exits."""
 
 import copy
 from collections.abc import Iterable, Sequence
@@ -16,21 +16,21 @@ from ..nn.network import BranchyNet
 from ..nn.placement import spread_exits
 from ..nn.trace import Trace, tracing
 
-_MOST = 0.25  # of the work that is left, for a deep head
+_MOST = 0.25  # of the work that is left, for a deep branch
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One head at one tap.
+    """One branch at one tap.
 
     Attributes:
         tap: a submodule's name, or ``"input"``.
-        head: the head's name.
+        branch: the branch's name.
         depth: share of the trunk's multiply-accumulates that lie before the tap.
     """
 
     tap: str
-    head: str
+    branch: str
     depth: float
 
 
@@ -39,7 +39,7 @@ class CandidateNetwork:
     """All candidates on a trunk.
 
     Attributes:
-        net: the trunk with all heads: one exit a candidate, in this order, then the trunk's own.
+        net: the trunk with all branches: one exit per candidate, in this order, then the trunk's own.
         candidates: by running order of their taps, and cheapest first at each.
     """
 
@@ -56,7 +56,7 @@ class CandidateNetwork:
 
     def of(self, chosen: Sequence[int]) -> BranchyNet:
         """The trunk itself with the candidates at these positions, in running order, as many a tap as there are."""
-        every = [head for branch in self.net.branches for head in _heads(branch)]
+        every = [one for branch in self.net.branches for one in _apart(branch)]
         picked: dict[str, nn.Module] = {}
         for i in chosen:
             tap = self.candidates[i].tap
@@ -67,10 +67,10 @@ class CandidateNetwork:
 def attach_candidates(
     trunk: nn.Module, example: Any, taps: Sequence[str] | None = None, most: int = 8
 ) -> CandidateNetwork:
-    """Heads of several sizes at the input and at up to `most` other places, evenly spread by multiply-accumulates.
+    """Branches of several sizes at the input and at up to `most` other places, evenly spread by multiply-accumulates.
 
-    Of a place's heads all but the first have less work than what is left of the trunk there: others could save nothing.
-    Deep ones have less than a quarter of it: they take most of the training, and pay where much is left.
+    Of a place's branches all but the first have less work than what is left of the trunk there: others could save
+    nothing. Deep ones have less than a quarter of it: they take most of the training, and pay where much is left.
 
     Args:
         trunk: gives logits `(B, C)`; it is not changed.
@@ -112,14 +112,14 @@ def attach_candidates(
 
 
 class _EveryCandidate(BranchFactory):
-    """Every head that may pay for the features at a tap, as one branch; remembers their names, tap by tap."""
+    """Every branch that may pay for the features at a tap, as one module; remembers their names, tap by tap."""
 
     def __init__(self, left: Iterable[float]) -> None:
         self.left = list(left)  # multiply-accumulates behind each tap, in running order
         self.names: list[list[str]] = []
 
     def __call__(self, features: Tensor, num_classes: int, feature_dim: int | None = None) -> nn.Module:
-        """A branch with one exit a head."""
+        """A module with one exit per branch."""
         made = named_branches(features, num_classes, feature_dim)
         if not made:
             raise InputError(
@@ -128,31 +128,31 @@ class _EveryCandidate(BranchFactory):
         left = self.left.pop(0)
         (cheapest, first), *others = made.items()
         names = [cheapest]
-        for name, head in others:
-            if _work(head, features) < left * (_MOST if name in DEEP_BRANCHES else 1):
-                first = _together(first, head)
+        for name, branch in others:
+            if _work(branch, features) < left * (_MOST if name in DEEP_BRANCHES else 1):
+                first = _together(first, branch)
                 names.append(name)
         self.names.append(names)
         return first
 
 
-def _work(head: nn.Module, features: Tensor) -> float:
-    """Multiply-accumulates of a head."""
-    with torch.no_grad(), evaluating(head), tracing(head, ((features,), {}), lambda _, v: find_tensor(v)) as survey:
-        head(features)
+def _work(branch: nn.Module, features: Tensor) -> float:
+    """Multiply-accumulates of a branch."""
+    with torch.no_grad(), evaluating(branch), tracing(branch, ((features,), {}), lambda _, v: find_tensor(v)) as survey:
+        branch(features)
     return survey.operations[-1].macs
 
 
-def _together(branch: nn.Module | None, head: nn.Module) -> nn.Module:
-    """One more head in a branch, as its last exit."""
-    return head if branch is None else BranchyNet(head, {INPUT: branch})
+def _together(branches: nn.Module | None, branch: nn.Module) -> nn.Module:
+    """One more branch at a tap, as the last exit of the module there."""
+    return branch if branches is None else BranchyNet(branch, {INPUT: branches})
 
 
-def _heads(branch: nn.Module) -> list[nn.Module]:
-    """The heads in a branch that `_together` made."""
-    if isinstance(branch, BranchyNet):
-        return [*_heads(branch.branches[0]), branch.backbone]
-    return [branch]
+def _apart(branches: nn.Module) -> list[nn.Module]:
+    """The branches in a module that `_together` made."""
+    if isinstance(branches, BranchyNet):
+        return [*_apart(branches.branches[0]), branches.backbone]
+    return [branches]
 
 
 def _depth(survey: Trace, tap: str) -> float:

@@ -1,4 +1,4 @@
-"""What every part of a forest takes in the deployment engine: trunk segments, heads, and deciding.
+"""What every part of a forest takes in the deployment engine: trunk segments, branches, and deciding.
 
 Times are of calls of a whole batch, with weights warm. Shape letters: K candidates, T taps.
 """
@@ -32,14 +32,14 @@ class Batch:
         rows: samples a call.
         reach: `(T + 1,)` from the input to each tap, and to the trunk's output, its score included.
         plain: of the trunk alone.
-        head: `(K,)` of each head with its score.
+        branch: `(K,)` of each branch with its score.
         leave, stay: `(T,)` what deciding adds at each tap where all samples leave, and where all stay.
     """
 
     rows: int
     reach: Floats
     plain: float
-    head: Floats
+    branch: Floats
     leave: Floats
     stay: Floats
 
@@ -84,7 +84,7 @@ class StageTimes:
     def _parts(batch: Batch, chosen: Sequence[int], taps: Sequence[int]) -> Floats:
         """`(2, N)` microseconds a call of trunk segments and of branches, all rows of the call there."""
         trunk = np.diff([0.0, *batch.reach[taps], batch.reach[-1]])
-        branch = np.append(batch.head[list(chosen)] + batch.leave[taps], 0.0)
+        branch = np.append(batch.branch[list(chosen)] + batch.leave[taps], 0.0)
         # Staying takes more than leaving: that belongs to what comes next.
         trunk[1:] += np.maximum(0.0, batch.stay[taps] - batch.leave[taps])
         return np.stack([np.maximum(0.0, trunk), branch])
@@ -103,7 +103,7 @@ def time_stages(
     """Time a forest's parts at a batch size.
 
     Args:
-        forest: whose heads need not be trained.
+        forest: whose branches need not be trained.
         flat: its graph, with scores.
         example: real inputs if possible; repeated or cut to the rows of a call.
         batch_size: samples a call.
@@ -175,20 +175,21 @@ class _Parts:
 
     def _batch(self, rows: int, us: dict[str, float]) -> Batch:
         forest = self.forest
-        head, reach = np.zeros(len(forest.candidates)), np.zeros(len(forest.net.taps) + 1)
+        branch, reach = np.zeros(len(forest.candidates)), np.zeros(len(forest.net.taps) + 1)
         leave, stay = np.zeros(len(forest.net.taps)), np.zeros(len(forest.net.taps))
         for t, tap in enumerate(forest.net.taps):
             here = forest.at(tap)
             alone = np.array([us[f"alone {i}"] for i in here])
-            # alone = reach + head and all = reach + the sum of heads, so reach follows; of one head both = last + head.
+            # alone = reach + branch and all = reach + the sum of branches, so reach follows;
+            # of one branch both = last + branch.
             if len(here) > 1:
                 reach[t] = (alone.sum() - us[f"all {t}"]) / (len(here) - 1)
             else:
                 reach[t] = us[f"alone {here[0]}"] - max(0.0, us[f"both {t}"] - us["last"])
             reach[t] = np.clip(reach[t], 0.0, alone.min())
-            head[here] = alone - reach[t]
+            branch[here] = alone - reach[t]
             leave[t] = max(0.0, us[f"leave {t}"] - alone[0])
             stay[t] = max(0.0, us[f"stay {t}"] - us[f"both {t}"])
         reach[-1] = us["last"]
         reach = np.minimum(np.maximum.accumulate(reach), reach[-1])
-        return Batch(rows, reach, us["plain"], head, leave, stay)
+        return Batch(rows, reach, us["plain"], branch, leave, stay)

@@ -108,7 +108,7 @@ def print_advice(out: Console, advice: Any, note: str = "") -> None:
     rows = []
     for design in advice.designs:
         low, high = design.interval_us
-        exits = ", ".join(f"{head} at {tap}" for tap, head in zip(design.taps, design.heads, strict=True))
+        exits = ", ".join(f"{branch} at {tap}" for tap, branch in zip(design.taps, design.branches, strict=True))
         rows.append((
             str(len(design.exit_share)), exits or "none", f"{design.us:.1f}", f"{low:.1f}-{high:.1f}",
             f"{advice.plain_us / design.us:.2f}x", f"{advice.plain_us / design.oracle_us:.2f}x",

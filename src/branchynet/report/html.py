@@ -67,7 +67,7 @@ def write_report(
             and what the row of `bench` tells that was timed as `cost` was.
         bench: rows of `branchynet.bench`.
         galleries: images to show.
-        candidates: exits that were tried where a design was searched for; `taken` are tap and head of those it took.
+        candidates: exits that were tried where a design was searched for; `taken` are tap and branch of those it took.
         taken: see `candidates`.
         facts: machine, versions, seed, data: all that is needed to do it again.
         picture: also write the curve here, as PNG.
@@ -210,7 +210,7 @@ def _candidates(
         "Where exits could stand",
         figure_candidates(tried, taken, plain),
         f"Time against accuracy of {len(tried)} candidate exits; the design takes "
-        + (", then ".join(f"{head} at {tap}" for tap, head in taken) or "none")
+        + (", then ".join(f"{branch} at {tap}" for tap, branch in taken) or "none")
         + ".",
         "Each point is one classifier at one place of the network, trained on the frozen network, on validation data; "
         "those at one place are joined. Exits are chosen together: the best set need not hold the best exit.",

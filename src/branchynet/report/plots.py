@@ -130,7 +130,7 @@ class CandidatePoint(Protocol):
         ...
 
     @property
-    def head(self) -> str:
+    def branch(self) -> str:
         """What stands there."""
         ...
 
@@ -152,7 +152,7 @@ def figure_candidates(
 
     Args:
         tried: in running order of their taps, one or several a tap; a tap's are joined by a line.
-        chosen: tap and head of those that the design took, ringed.
+        chosen: tap and branch of those that the design took, ringed.
         plain: microseconds and accuracy of the network without exits, a diamond.
 
     Raises:
@@ -169,13 +169,14 @@ def figure_candidates(
             axes.plot(us, percent, color=RIGHT, lw=0.8, alpha=0.35, zorder=2)
             dots = axes.scatter(us, percent, s=22, color=RIGHT, alpha=0.35 + 0.65 * (n + 1) / len(taps), lw=0, zorder=3)
             dots.set_gid(
-                "tip:" + "|".join(f"{s.head} at {s.tap}: {microseconds(s.us)}, {100 * s.accuracy:.2f} %" for s in here)
+                "tip:"
+                + "|".join(f"{s.branch} at {s.tap}: {microseconds(s.us)}, {100 * s.accuracy:.2f} %" for s in here)
             )
             top = max(range(len(here)), key=lambda i: percent[i])
             axes.annotate(
                 tap, (us[top], percent[top]), xytext=(5, 4), textcoords="offset points", fontsize=8, color=INK
             )
-        rings = [spot for spot in tried if (spot.tap, spot.head) in set(chosen)]
+        rings = [spot for spot in tried if (spot.tap, spot.branch) in set(chosen)]
         if rings:
             axes.scatter(
                 [s.us for s in rings], [100 * s.accuracy for s in rings], s=130, color="none", edgecolors=CHOSEN, lw=2,

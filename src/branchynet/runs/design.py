@@ -145,7 +145,7 @@ def design_run(
     settings = replace(
         base.settings,
         taps=advice.design.taps,
-        branches=advice.design.heads,
+        branches=advice.design.branches,
         distill=DISTILL,
         loss_weights=(),
         train="all",
@@ -298,7 +298,7 @@ def _compared(
         batch=advice.batch_size,
         threads=advice.threads,
         taps=advice.design.taps,
-        branches=advice.design.heads,
+        branches=advice.design.branches,
         advised_us=advice.design.us,
         predicted_us=predicted["us"],
         predicted_speedup=predicted["speedup"],
