@@ -24,7 +24,7 @@ def make(num_classes):
     branch = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
     return BranchyNet(nn.Sequential(*layers), {"1": branch})
 """
-SHORT = ("--baseline-epochs", 1, "--epochs", 1, "--augment", "none", "--network", "nets_of_folders:make")
+SHORT = ("--warm-start-epochs", 1, "--epochs", 1, "--augment", "none", "--network", "nets_of_folders:make")
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from helpers.command import call
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run of one epoch, with costs, so that no test waits for a clock."""
-    run = create_run(tmp_path_factory.mktemp("words") / "run", Settings(baseline_epochs=1, epochs=1, static=False))
+    run = create_run(tmp_path_factory.mktemp("words") / "run", Settings(warm_start_epochs=1, epochs=1, plain=False))
     train_run(run, progress=False)
     ExitCost((20.0, 60.0), (5.0, 0.0), plain_us=80.0).save(run.path / "cost.json")
     return run.path
@@ -62,7 +62,7 @@ def test_too_few_samples_for_anything_name_no_limit():
     ("samples", "told"), [(None, "--max-drop 0.05"), (60, "--no-promise"), (120, "--max-drop 0.1")]
 )
 def test_the_next_command_after_training_works(run, samples, told, monkeypatch, capsys):
-    arguments = ("train", run, "--baseline-epochs", 1, "--epochs", 1, "--no-static", "--quiet")
+    arguments = ("train", run, "--warm-start-epochs", 1, "--epochs", 1, "--no-plain", "--quiet")
     if samples:
         whole = ExitRecord.load(run / "record-val.npz")
         monkeypatch.setattr(steps, "record", lambda *_, **__: whole.take(slice(0, samples)))
@@ -124,7 +124,7 @@ VERBS = {
 
 def test_after_more_epochs_no_verb_answers_with_the_old_file(run, monkeypatch, capsys):
     model = finished(run)
-    train = ("train", run, "--baseline-epochs", 1, "--no-static", "--quiet")
+    train = ("train", run, "--warm-start-epochs", 1, "--no-plain", "--quiet")
     assert call(monkeypatch, *train, "--epochs", 1) == 0
     assert "out of date" not in capsys.readouterr().out
     assert call(monkeypatch, *train, "--epochs", 2) == 0
@@ -169,7 +169,7 @@ def test_one_thing_is_no_plural(number, told):
 
 
 def test_one_epoch_is_no_plural_in_a_run(tmp_path, monkeypatch, capsys):
-    arguments = ("train", tmp_path / "run", "--baseline-epochs", 1, "--epochs", 1, "--no-static")
+    arguments = ("train", tmp_path / "run", "--warm-start-epochs", 1, "--epochs", 1, "--no-plain")
     assert call(monkeypatch, *arguments) == 0
     assert "1 epoch of" in (told := capsys.readouterr().err) and "1 epochs" not in told
 

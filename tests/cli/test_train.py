@@ -55,7 +55,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-SHORT = ("--baseline-epochs", 1, "--epochs", 1, "--batch-size", 64, "--augment", "none", "--quiet")
+SHORT = ("--warm-start-epochs", 1, "--epochs", 1, "--batch-size", 64, "--augment", "none", "--quiet")
 
 
 @pytest.mark.parametrize("function", ["make", "fixed"])
@@ -131,7 +131,7 @@ def test_a_run_that_never_trained_can_be_changed(tmp_path, monkeypatch):
     assert (folder / "config.json").exists()
     assert call(monkeypatch, "train", folder, *SHORT, "--seed", 3, "--loss-weights", "1,0.5") == 0
     settings = json.loads((folder / "config.json").read_text())["settings"]
-    assert settings["seed"] == 3 and settings["weights"] == [1, 0.5]
+    assert settings["seed"] == 3 and settings["loss_weights"] == [1, 0.5]
 
 
 def fail(*_, **__):
@@ -140,19 +140,19 @@ def fail(*_, **__):
 
 def test_a_trained_run_takes_more_epochs_and_a_plain_network_to_compare_with(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
-    train = ("train", folder, "--baseline-epochs", 1, "--batch-size", 64, "--augment", "none", "--quiet")
-    assert call(monkeypatch, *train, "--epochs", 1, "--no-static") == 0
+    train = ("train", folder, "--warm-start-epochs", 1, "--batch-size", 64, "--augment", "none", "--quiet")
+    assert call(monkeypatch, *train, "--epochs", 1, "--no-plain") == 0
     assert call(monkeypatch, "choose", folder, "--no-promise", "--quiet") == 0
-    before = ExitRecord.load(folder / "record-val.npz"), ExitRecord.load(folder / "record-static.npz")
+    before = ExitRecord.load(folder / "record-val.npz"), ExitRecord.load(folder / "record-plain.npz")
     assert call(monkeypatch, *train, "--epochs", 2) == 0
-    after = ExitRecord.load(folder / "record-val.npz"), ExitRecord.load(folder / "record-static.npz")
-    assert [History.load(folder / part / "train.csv").last.epoch for part in (".", "static", "baseline")] == [2, 2, 1]
+    after = ExitRecord.load(folder / "record-val.npz"), ExitRecord.load(folder / "record-plain.npz")
+    assert [History.load(folder / part / "train.csv").last.epoch for part in (".", "plain", "warm-start")] == [2, 2, 1]
     assert all(old.digest != new.digest for old, new in zip(before, after, strict=True))
     capsys.readouterr()
     assert call(monkeypatch, "export", folder) == 1  # what was chosen before is not of this network
     assert "branchynet choose" in capsys.readouterr().err
     for verb in (("choose", "--no-promise"), ("export",)):
         assert call(monkeypatch, verb[0], folder, *verb[1:], "--quiet") == 0
-    for other in (("--epochs", 1), ("--epochs", 2, "--no-static"), ("--epochs", 2, "--seed", 1)):
+    for other in (("--epochs", 1), ("--epochs", 2, "--no-plain"), ("--epochs", 2, "--seed", 1)):
         assert call(monkeypatch, *train, *other) == 1
         assert "was trained with" in capsys.readouterr().err

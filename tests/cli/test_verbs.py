@@ -25,7 +25,7 @@ def run(tmp_path_factory):
     """A run with everything in it, made by the verbs in turn."""
     path = tmp_path_factory.mktemp("cli") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        train = ("train", path, "--baseline-epochs", 2, "--epochs", 3, "--batch-size", 64, "--quiet")
+        train = ("train", path, "--warm-start-epochs", 2, "--epochs", 3, "--batch-size", 64, "--quiet")
         assert call(patch, *train) == 0
         assert call(patch, "choose", path, "--max-drop", 0.02, "--no-promise") == 0
         assert call(patch, "export", path) == 0
@@ -38,7 +38,7 @@ def run(tmp_path_factory):
 def test_a_run_holds_what_the_design_says(run):
     files = {p.name for p in run.iterdir()}
     assert files >= {
-        "config.json", "baseline", "static", "checkpoint.safetensors", "training.safetensors", "train.csv",
+        "config.json", "warm-start", "plain", "checkpoint.safetensors", "training.safetensors", "train.csv",
         "record-val.npz", "record-test.npz", "cost.json", "choice.json", "model.onnx", "bench.json", "report.html",
         "tradeoff.png",
     }  # fmt: skip
@@ -82,7 +82,7 @@ def test_the_report_is_one_offline_page(run):
 
 def test_training_again_with_the_same_settings_changes_nothing(run, monkeypatch):
     before = (run / "checkpoint.safetensors").read_bytes()
-    train = ("train", run, "--baseline-epochs", 2, "--epochs", 3, "--batch-size", 64, "--quiet")
+    train = ("train", run, "--warm-start-epochs", 2, "--epochs", 3, "--batch-size", 64, "--quiet")
     assert call(monkeypatch, *train) == 0
     assert (run / "checkpoint.safetensors").read_bytes() == before
 
@@ -185,7 +185,7 @@ MISTAKES = {
     "a negative weight": (["train", "{tmp}/new", "--loss-weights", "1,-1"], "not negative"),
     "a step size of nothing": (["train", "{tmp}/new", "--rate", "0"], "rate"),
     "no images a step": (["train", "{tmp}/new", "--batch-size", "0"], "--batch-size must be at least 1"),
-    "epochs below nothing": (["train", "{tmp}/new", "--baseline-epochs", "-1"], "--baseline-epochs"),
+    "epochs below nothing": (["train", "{tmp}/new", "--warm-start-epochs", "-1"], "--warm-start-epochs"),
     "distilled backwards": (["train", "{tmp}/new", "--distill", "nan"], "distill"),
     "unknown precision": (["train", "{tmp}/new", "--mixed-precision", "bf61"], "bf16"),
     "a promise that takes more samples": (["choose", "{run}", "--max-drop", "0.001"], "--no-promise"),
@@ -251,7 +251,7 @@ def test_a_mistake_is_one_clear_line(mistake, run, monkeypatch, tmp_path, capsys
     assert told.startswith("error: ") and expected in told and "Traceback" not in told
     assert len(told.strip().splitlines()) == 1
     words = told.replace(str(tmp_path), "").replace(str(run), "")
-    assert not re.search(r"\w=|\bNone\b|\(\.\.\.\)|\b(max|min|batch|baseline|mixed)_", words), "advice in Python"
+    assert not re.search(r"\w=|\bNone\b|\(\.\.\.\)|\b(max|min|batch|warm|mixed)_", words), "advice in Python"
     assert not (tmp_path / "new").exists()
 
 
@@ -318,14 +318,14 @@ def test_an_engine_that_fails_costs_the_others_nothing(run, tmp_path, monkeypatc
     assert capsys.readouterr().err == "error: it has no such operator\n"
 
 
-def test_what_the_static_network_is_not_is_told(run, tmp_path, monkeypatch, capsys):
+def test_what_the_plain_network_is_not_is_told(run, tmp_path, monkeypatch, capsys):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     config = json.loads((copy / "config.json").read_text())
     rows = json.loads((copy / "bench.json").read_text())["rows"]
     monkeypatch.setattr(steps, "bench", lambda *_, **given: [rows[0] | {"plain_accuracy": given["plain_accuracy"]}])
     for baseline, told in ((2, "trained for 2 epochs"), (0, "never trained")):
-        config["settings"] |= {"static": False, "baseline_epochs": baseline}
+        config["settings"] |= {"plain": False, "warm_start_epochs": baseline}
         (copy / "config.json").write_text(json.dumps(config))
         assert call(monkeypatch, "bench", copy, "--quiet") == 0
         assert told in " ".join(capsys.readouterr().out.split())

@@ -22,7 +22,7 @@ OPTIONS = {"max_drop": 0.02, "epochs": 2, "anyway": True, "progress": False}
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    run = create_run(tmp_path_factory.mktemp("base") / "run", Settings(baseline_epochs=6, epochs=2, augment="none"))
+    run = create_run(tmp_path_factory.mktemp("base") / "run", Settings(warm_start_epochs=6, epochs=2, augment="none"))
     train_run(run, progress=False)
     return run
 
@@ -39,7 +39,7 @@ def test_the_design_is_a_run_of_its_own(base, designed):
     net, _ = load_run(run)
     assert net.taps == advice.design.taps and net.num_exits == len(comparison.exit_share)
     assert Advice.load(run.path / "advice.json") == advice
-    for name in ("checkpoint.safetensors", "record-val.npz", "record-test.npz", "record-static.npz", "cost.json",
+    for name in ("checkpoint.safetensors", "record-val.npz", "record-test.npz", "record-plain.npz", "cost.json",
                  "choice.json", "model.onnx", "bench.json", "prediction.json", "comparison.json"):  # fmt: skip
         assert (run.path / name).is_file(), name
 
@@ -53,7 +53,7 @@ def test_the_comparison_tells_what_the_files_hold(base, designed):
     assert comparison.accuracy == pytest.approx(right)
     shares = [np.mean([a.exit[0] == n for a in answer]) for n in range(1, len(comparison.exit_share) + 1)]
     assert comparison.exit_share == pytest.approx(shares)
-    plain = evaluate(ExitRecord.load(folder / "record-static.npz"), Policy()).accuracy
+    plain = evaluate(ExitRecord.load(folder / "record-plain.npz"), Policy()).accuracy
     assert comparison.plain_accuracy == plain
     choice, prediction = Choice.load(folder / "choice.json"), json.loads((folder / "prediction.json").read_text())
     assert comparison.predicted_us == prediction["us"] == choice.outcome.mean_us
@@ -102,7 +102,7 @@ def test_that_the_plain_network_is_a_warm_start_is_told(base, designed, monkeypa
     copy = tmp_path / "run"
     shutil.copytree(base.path, copy)
     config = json.loads((copy / "config.json").read_text())
-    config["settings"]["static"] = False
+    config["settings"]["plain"] = False
     (copy / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr("branchynet.runs.design.design_run", lambda *_, **__: designed)
     assert call(monkeypatch, "design", copy, "--quiet") == 0

@@ -16,13 +16,13 @@ from branchynet.policy.values import ExitCost
 from branchynet.runs.design import design_run
 from branchynet.runs.provenance import check_data, check_report
 from branchynet.runs.report import report_run
-from branchynet.runs.run import create_run
+from branchynet.runs.run import create_run, open_run
 from branchynet.runs.settings import Settings
 from branchynet.runs.steps import bench_run, choose_run, export_run, train_run
 
 
 def trained(folder, **settings):
-    run = create_run(folder, Settings(baseline_epochs=1, epochs=1, static=False, augment="none", **settings))
+    run = create_run(folder, Settings(warm_start_epochs=1, epochs=1, plain=False, augment="none", **settings))
     train_run(run, progress=False)
     return run
 
@@ -211,3 +211,13 @@ def test_advice_on_other_weights_or_of_all_samples_is_refused(run, monkeypatch):
     advice["selected_on"] = "0" * 16
     (run.path / "advice.json").write_text(json.dumps(advice))
     assert choose_run(run, max_drop=0.5).promise is not None
+
+
+def test_a_run_of_an_earlier_version_is_refused_with_the_command_that_makes_it_again(run):
+    config = json.loads((run.path / "config.json").read_text())
+    config["settings"]["static"] = config["settings"].pop("plain")
+    (run.path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        FileError, match=r"'static', which is unknown\); make it with `branchynet train .*run` after you"
+    ):
+        open_run(run.path)

@@ -68,7 +68,7 @@ def demo(
 
     settings = Settings(
         data=data,
-        baseline_epochs=15,
+        warm_start_epochs=15,
         epochs=25,
         batch_size=64,
         taps=("input", "pool1"),  # a cheap exit and a good one, between which there is something to choose
@@ -99,9 +99,9 @@ def train(
     normalize: Annotated[
         bool, typer.Option("--normalize", help="Bring each channel to mean 0 and deviation 1; predict does the same.")
     ] = False,
-    baseline_epochs: Annotated[int, typer.Option(help="Epochs of the plain network first: the warm start.")] = 10,
+    warm_start_epochs: Annotated[int, typer.Option(help="Epochs of the plain network first: the warm start.")] = 10,
     epochs: Annotated[int, typer.Option(help="Epochs of all exits together; a trained run takes more.")] = 25,
-    static: Plain = True,
+    plain: Plain = True,
     branches_only: Annotated[bool, typer.Option(help="Leave the backbone exactly as it is.")] = False,
     loss_weights: Annotated[str, typer.Option(help="One per exit, such as 1,0.3; all 1 by default.")] = "",
     distill: Annotated[float, typer.Option(help="How strongly the last exit teaches the earlier ones.")] = 0.0,
@@ -124,9 +124,9 @@ def train(
         size=image_size(size),
         split=shares(split),
         normalize=normalize,
-        baseline_epochs=baseline_epochs,
+        warm_start_epochs=warm_start_epochs,
         epochs=epochs,
-        static=static,
+        plain=plain,
         train="branches" if branches_only else "all",
         loss_weights=tuple(numbers(loss_weights, float)),
         distill=distill,

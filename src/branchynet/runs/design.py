@@ -133,7 +133,7 @@ def design_run(
         FileError: the run is not trained, or has no plain network.
     """
     base = open_run(path, trust=trust)
-    base.file("record-static.npz", "train")
+    base.file("record-plain.npz", "train")
     data = data_of(base.settings)
     check_data(base.path, data)
     folder = design_folder(base.path, batch_size, runtime)
@@ -157,8 +157,8 @@ def design_run(
     load_weights(net, folder / "warm.safetensors")
     net.selected_on = tuple(filter(None, [advice.selected_on]))
     train_exits(run, net, data, progress)
-    with replacing(folder / "record-static.npz") as temporary:
-        temporary.write_bytes((base.path / "record-static.npz").read_bytes())
+    with replacing(folder / "record-plain.npz") as temporary:
+        temporary.write_bytes((base.path / "record-plain.npz").read_bytes())
     return advice, _compared(base, run, net, data, advice, max_drop, progress)
 
 
@@ -212,7 +212,7 @@ def _advised(
     path = folder / "advice.json"
     settings = base.settings
     trunk = build_network(replace(settings, taps=()), data).backbone
-    load_weights(trunk, _plain(base, "baseline" if settings.baseline_epochs else "static"))
+    load_weights(trunk, _plain(base, "warm-start" if settings.warm_start_epochs else "plain"))
     if path.exists():
         made = read_json(folder / "asked.json")
         if made != asked:
@@ -255,10 +255,10 @@ def _compared(
 ) -> Comparison:
     """Choose at the plain network's accuracy, predict, then export and time."""
     _, val = loaders(run.settings, data)
-    static = build_network(replace(base.settings, taps=()), data).backbone
-    load_weights(static, _plain(base, "static" if base.settings.static else "baseline"))
+    plain = build_network(replace(base.settings, taps=()), data).backbone
+    load_weights(plain, _plain(base, "plain" if base.settings.plain else "warm-start"))
     report_progress(progress, "recording what the plain network answers, and measuring what the trained design costs")
-    wanted = evaluate(record(static, val, progress=False), Policy()).accuracy - max_drop
+    wanted = evaluate(record(plain, val, progress=False), Policy()).accuracy - max_drop
     cost = measure(
         net,
         example_of(data),
@@ -279,14 +279,14 @@ def _compared(
     }
     write_json(run.path / "prediction.json", predicted)
     model = export_run(run, batch=1 if advice.batch_size == 1 else "dynamic", progress=progress)
-    plain = evaluate(ExitRecord.load(run.path / "record-static.npz"), Policy()).accuracy
+    plain_accuracy = evaluate(ExitRecord.load(run.path / "record-plain.npz"), Policy()).accuracy
     (row,) = bench(
         model,
         net,
         data.test.inputs(),
         data.test.labels,
         network=run.settings.network,
-        plain_accuracy=plain,
+        plain_accuracy=plain_accuracy,
         batches=(advice.batch_size,),
         threads=advice.threads,
         runtime=advice.runtime,
@@ -306,7 +306,7 @@ def _compared(
         plain_us=row["plain_us"],
         limit_us=row["limit_us"],
         accuracy=row["accuracy_branchy"],
-        plain_accuracy=plain,
+        plain_accuracy=plain_accuracy,
         exit_share=tuple(row["exit_share"]),
         reached=reached,
     )
@@ -319,6 +319,6 @@ def _plain(base: Run, name: str) -> Path:
     path = base.path / name / "checkpoint.safetensors"
     if not path.exists():
         raise FileError(
-            f"{base.path} has no {name}/ network to design exits for; train the run with --baseline-epochs above 0"
+            f"{base.path} has no {name}/ network to design exits for; train the run with --warm-start-epochs above 0"
         )
     return path

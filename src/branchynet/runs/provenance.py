@@ -33,7 +33,7 @@ def keep_data(run: Path, data: ImageData) -> None:
 
 def check_data(run: Path, data: ImageData, parts: Sequence[str] = PARTS) -> None:
     """Raises `DataError` where these parts of the data are not those that the run was made with."""
-    if not any((run / part / "train.csv").exists() for part in (".", "baseline", "static")):
+    if not any((run / part / "train.csv").exists() for part in (".", "warm-start", "plain")):
         return  # nothing has been made yet
     if not (run / _FILE).exists():
         if data.name.startswith(FOLDER):

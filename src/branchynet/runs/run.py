@@ -21,7 +21,7 @@ from .trust import check_trust, remember
 EVAL_BATCH = 500
 
 
-MAY_GROW = ("epochs", "static")
+MAY_GROW = ("epochs", "plain")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def settings_in(path: str | os.PathLike[str]) -> Settings:
     config = Path(path) / "config.json"
     if not config.is_file():
         raise FileError(f"{path} is no run folder (it has no config.json); make one with `branchynet train {path}`")
-    return read_entry(config, "settings", Settings, f"`branchynet train {path}`")
+    return read_entry(config, "settings", Settings, f"`branchynet train {path}` after you remove that folder")
 
 
 def create_run(path: str | os.PathLike[str], settings: Settings) -> Run:
@@ -99,7 +99,7 @@ def create_run(path: str | os.PathLike[str], settings: Settings) -> Run:
 
 def is_trained(path: Path) -> bool:
     """Whether a folder holds an epoch of training."""
-    histories = (path / part / "train.csv" for part in (".", "baseline", "static"))
+    histories = (path / part / "train.csv" for part in (".", "warm-start", "plain"))
     return any(History.load(file).rows for file in histories if file.exists())
 
 

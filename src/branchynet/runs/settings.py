@@ -39,9 +39,9 @@ class Settings:
             has a parameter ``num_classes``, it is given the number of classes.
         data: a name that `load_data` knows.
         size, split, normalize: as `load_data` takes them.
-        baseline_epochs: of the plain network, before the branches: the warm start; 0 for none.
+        warm_start_epochs: of the plain network, trained first; exits start from its weights. 0 for none.
         epochs: of joint training.
-        static: also train the plain network on for `epochs`, to compare with; else the warm start is compared with.
+        plain: also train the plain network for `epochs` more, to compare with; else the warm start is compared with.
         train: ``"all"`` or ``"branches"``.
         loss_weights: one per exit; empty for all 1.
         augment: one of `AUGMENTS`.
@@ -51,9 +51,9 @@ class Settings:
 
     network: str = "b_lenet"
     data: str = "digits"
-    baseline_epochs: int = 10
+    warm_start_epochs: int = 10
     epochs: int = 25
-    static: bool = True
+    plain: bool = True
     train: str = "all"
     loss_weights: tuple[float, ...] = ()
     distill: float = 0.0
@@ -78,18 +78,18 @@ class Settings:
     @property
     def plain_epochs(self) -> int:
         """How many epochs the plain network that exits are compared with has trained."""
-        return self.baseline_epochs + self.epochs * self.static
+        return self.warm_start_epochs + self.epochs * self.plain
 
     @property
     def caveat(self) -> str:
         """What a comparison with the plain network must say, where it did not train for as long; else empty."""
-        if self.static:
+        if self.plain:
             return ""
-        if not self.baseline_epochs:
-            return "the static network was never trained, so its accuracy is not told: train without --no-static"
+        if not self.warm_start_epochs:
+            return "the plain network was never trained, so its accuracy is not shown: train without --no-plain"
         return (
-            f"the static network is the warm start, trained for {counted(self.baseline_epochs, 'epoch')}; with exits "
-            f"it trained for {self.epochs} more: train again with --static to compare with one that had as many"
+            f"the plain network is the warm start, trained for {counted(self.warm_start_epochs, 'epoch')}; with exits "
+            f"it trained for {self.epochs} more: train again with --plain to compare with one that had as many"
         )
 
 
@@ -105,7 +105,7 @@ def check_settings(settings: Settings) -> None:
     if settings.mixed_precision != "no":
         with accelerating(settings.mixed_precision, None):  # raises where this machine cannot
             pass
-    for name, least in {"baseline_epochs": 0, "epochs": 1, "batch_size": 1}.items():
+    for name, least in {"warm_start_epochs": 0, "epochs": 1, "batch_size": 1}.items():
         value = getattr(settings, name)
         if value < least:
             raise InputError(f"{name} must be at least {least}; got {value}")

@@ -3,11 +3,11 @@
 Every file is readable by hand or by a standard tool; each is written whole or not at all::
 
     config.json           what was asked for, and on what machine
-    baseline/             the plain network, trained first: the warm start
-    static/               the plain network, trained on for as many epochs as the branches: what we are compared with
+    warm-start/           the network without exits, trained first
+    plain/                the same, trained for as many epochs more as all exits are: what exits are compared with
     checkpoint.safetensors, training.safetensors, train.csv
     data.json             digests of the images that it was trained, chosen and tested on
-    record-val.npz, record-test.npz, record-static.npz
+    record-val.npz, record-test.npz, record-plain.npz
     cost.json, choice.json, model.onnx, bench.json, report.html, tradeoff.png
     design-N/             another run, of the exits that `branchynet design` found best for batches of N
 """
@@ -49,7 +49,7 @@ from .settings import build_network, data_of, example_of
 
 
 def train_run(run: Run, *, progress: bool = True) -> BranchyNet:
-    """Train the baseline, the static network and all exits together, then record; goes on where it was stopped.
+    """Train the warm start, the plain network and all exits together, then record; resumes where it was stopped.
 
     Raises:
         FileError: another process is training in the folder.
@@ -64,13 +64,13 @@ def train_run(run: Run, *, progress: bool = True) -> BranchyNet:
         check_data(run.path, data)
         configure(run)
         keep_data(run.path, data)
-        if settings.baseline_epochs:
-            fit_in(run, "baseline", net.backbone, data, settings.baseline_epochs, settings.seed, progress)
-        static = copy.deepcopy(net.backbone)
-        if settings.static:
-            fit_in(run, "static", static, data, settings.epochs, settings.seed + 1, progress)
+        if settings.warm_start_epochs:
+            fit_in(run, "warm-start", net.backbone, data, settings.warm_start_epochs, settings.seed, progress)
+        plain = copy.deepcopy(net.backbone)
+        if settings.plain:
+            fit_in(run, "plain", plain, data, settings.epochs, settings.seed + 1, progress)
         train_exits(run, net, data, progress)
-        record(static, loader(data.test, EVAL_BATCH), progress=False).save(run.path / "record-static.npz")
+        record(plain, loader(data.test, EVAL_BATCH), progress=False).save(run.path / "record-plain.npz")
         return net
 
 
@@ -180,7 +180,7 @@ def bench_run(
     engines: Sequence[Any] = ("onnxruntime",),
     progress: bool = True,
 ) -> tuple[list[dict[str, Any]], dict[str, BranchyNetError]]:
-    """Time ``model.onnx`` beside the static network, in one engine after the other; ``bench.json`` grows with each.
+    """Time ``model.onnx`` beside the plain network, in one engine after the other; ``bench.json`` grows with each.
 
     Returns:
         The rows; and for each engine that failed, why.
@@ -199,7 +199,7 @@ def bench_run(
     net, data = load_run(run)
     check_data(run.path, data, ["test"])
     images, labels = data.test.inputs(), data.test.labels
-    plain = ExitRecord.load(run.file("record-static.npz", "train"))
+    plain = ExitRecord.load(run.file("record-plain.npz", "train"))
     accuracy = evaluate(plain, Policy()).accuracy if run.settings.plain_epochs else None
     rows, faults = [], {}
     for runtime in engines:

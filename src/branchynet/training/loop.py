@@ -45,7 +45,7 @@ def fit(
     resume: bool = True,
     progress: bool = True,
 ) -> History:
-    """Train every exit of `net` together, in place; a plain network is trained as one exit, so that baselines compare.
+    """Train every exit of `net` together, in place; a plain network is trained as one exit.
 
     With a `run` folder the state is kept after every epoch, and the same call after a kill goes on from there to the
     same weights, bit for bit on a CPU: generators are seeded from (seed, epoch), so the broken epoch starts again from
