@@ -17,7 +17,6 @@ from branchynet.errors import BranchyNetError, VersionError
 
 ROOT = Path(__file__).parents[1]
 STATED = re.findall(r'^    "([\w.-]+(?:[><=!~][^"]*))",', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
-STATED += re.findall(r'"(openvino[><=!~][^"]*)"', (ROOT / "pyproject.toml").read_text())
 
 
 @pytest.fixture

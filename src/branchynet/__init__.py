@@ -3,6 +3,8 @@
 import importlib
 from typing import Any
 
+from .extras import first_used, needed_by
+
 # Imported when first used, so that `load` and its engine start at once and need no PyTorch. __init__.pyi has the types.
 _MODULES = {
     "nn.network": ("BranchyNet",),
@@ -32,18 +34,16 @@ _MODULES = {
     "environment": ("__version__",),
 }
 _NAMESPACES = ("data", "losses", "nn", "report", "zoo")
-_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+_first_used = first_used(__name__, _MODULES)
 
-__all__ = sorted([*_HOMES, *_NAMESPACES])  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted([*_NAMESPACES, *(name for names in _MODULES.values() for name in names)])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
     if name in _NAMESPACES:
-        return importlib.import_module(f".{name}", __name__)
-    if name not in _HOMES:
-        raise AttributeError(f"module 'branchynet' has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-    return value
+        with needed_by(f"branchynet.{name}"):
+            return importlib.import_module(f".{name}", __name__)
+    return _first_used(name)
 
 
 def __dir__() -> list[str]:

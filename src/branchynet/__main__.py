@@ -1,5 +1,20 @@
-"""``python -m branchynet`` is the command line."""
+"""The command line, as ``branchynet`` and as ``python -m branchynet``; it says so where it is not installed."""
 
-from .cli.verbs import main
+import sys
 
-main()
+from .errors import MissingExtraError
+from .extras import needed_by
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        with needed_by("the command line", extra="cli"):
+            from .cli.verbs import main as run
+    except MissingExtraError as error:
+        sys.exit(f"error: {error}")
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -10,10 +10,7 @@ import platform
 from functools import cache
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
-from packaging.version import Version
+from typing import Any
 
 from .errors import VersionError
 
@@ -27,6 +24,8 @@ def require(*packages: str) -> None:
     Raises:
         VersionError: a package is installed in another version.
     """
+    from packaging.version import Version
+
     for package in packages:
         try:
             installed = version(package)
@@ -42,7 +41,9 @@ def require(*packages: str) -> None:
 
 
 @cache
-def _wanted() -> dict[str, SpecifierSet]:
+def _wanted() -> dict[str, Any]:
+    from packaging.requirements import Requirement
+
     stated = map(Requirement, requires("branchynet") or ())
     return {one.name: one.specifier for one in stated if one.specifier}
 

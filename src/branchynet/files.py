@@ -12,8 +12,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from .errors import FileError, printable
 
 try:
@@ -167,6 +165,8 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
     Raises:
         FileError: another process or thread holds it, or the folder cannot be written.
     """
+    import filelock
+
     check_path(folder)
     path = Path(folder).resolve() / ".lock"
     try:

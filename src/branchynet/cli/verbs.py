@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from ..errors import BranchyNetError, printable
+from ..extras import needed_by
 from .options import (
     AUGMENTS,
     DATA,
@@ -344,7 +345,8 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # names may hold what the terminal's encoding has not
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        app(prog_name="branchynet")
+        with needed_by("this command"):
+            app(prog_name="branchynet")
     except BranchyNetError as error:
         from ..report.console import in_options
 

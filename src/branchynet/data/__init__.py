@@ -3,24 +3,30 @@
 Shape letters: S samples of a split, B samples in a batch, C channels, H rows, W columns.
 """
 
-from .datasets import ImageData, Split, load_data
-from .images import images_in, read_image, save_image
-from .loaders import Augment, ProgressiveLoader, affine, compose, flip_crop, loader, shift
-from .normalization import Normalization
+from ..extras import first_used
 
-__all__ = [
-    "Augment",
-    "ImageData",
-    "Normalization",
-    "ProgressiveLoader",
-    "Split",
-    "affine",
-    "compose",
-    "flip_crop",
-    "images_in",
-    "load_data",
-    "loader",
-    "read_image",
-    "save_image",
-    "shift",
-]
+# Imported when first used: reading one image needs no PyTorch. __init__.pyi has the types.
+_MODULES = {
+    "datasets": (
+        "ImageData",
+        "Split",
+        "load_data",
+    ),
+    "images": (
+        "images_in",
+        "read_image",
+        "save_image",
+    ),
+    "loaders": (
+        "Augment",
+        "ProgressiveLoader",
+        "affine",
+        "compose",
+        "flip_crop",
+        "loader",
+        "shift",
+    ),
+    "normalization": ("Normalization",),
+}
+__getattr__ = first_used(__name__, _MODULES)
+__all__ = sorted(name for names in _MODULES.values() for name in names)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -7,12 +7,9 @@ from collections.abc import Callable, Sequence, Set
 from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache, partial
 from numbers import Integral
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import onnx
-from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from ..errors import FileError, InputError
@@ -196,29 +193,6 @@ class Engine:
         return label, np.empty(0, np.int64), np.empty(0, np.float32), np.empty((0, *tail), np.float32)
 
 
-def read_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
-    """The file with all its weights. Raises `FileError` for no ONNX file, or where weights that it names are gone."""
-    model = parse_model(path)
-    try:
-        onnx.load_external_data_for_model(model, str(Path(path).parent))
-    except (OSError, ValueError, onnx.checker.ValidationError) as error:
-        raise FileError(
-            f"weights that {path} keeps in another file cannot be read ({error}); put that file beside it"
-        ) from error
-    return model
-
-
-def parse_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
-    """The file without weights that it keeps elsewhere. Raises `FileError` for no ONNX file.
-
-    It is read as what ONNX Runtime reads, whatever its name: by itself onnx would take ``.json`` for another format.
-    """
-    try:
-        return onnx.load(path, format="protobuf", load_external_data=False)
-    except (DecodeError, ValueError, OSError, RecursionError) as error:
-        raise FileError(f"{path} is no ONNX file ({error}); give one that export(...) wrote") from error
-
-
 def read_metadata(properties: dict[str, str], path: str | os.PathLike[str]) -> dict[str, Any]:
     """What `export` wrote into the file. Raises `FileError` for a foreign file or one of a later format."""
     if METADATA_KEY not in properties:
@@ -246,11 +220,6 @@ def _in_exported_order(graph: Graph, names: Sequence[str]) -> tuple[Input, ...]:
     """What the network reads, in the order of `names`; in that of the graph where it has other inputs."""
     found = {i.name: i for i in graph.inputs if not _THRESHOLD.fullmatch(i.name)}
     return tuple(found[name] for name in (names if sorted(names) == sorted(found) else found))
-
-
-def model_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a file says of itself, read without a runtime. Raises `FileError`."""
-    return read_metadata({entry.key: entry.value for entry in parse_model(path).metadata_props}, path)
 
 
 def _override(policy: Policy | None, settable: Set[str], thresholds: Sequence[float | None]) -> Feeds:

@@ -1,10 +1,11 @@
 """Opening an exported file: in ONNX Runtime here, on CPU or GPU, and in OpenVINO where that is asked for."""
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import onnxruntime
@@ -12,14 +13,16 @@ import onnxruntime
 from ..arguments import instance
 from ..environment import require
 from ..errors import FileError, InputError
+from ..extras import needed_by
 from ..files import check_path, regular
 from .engine import FORMAT as FORMAT
 from .engine import METADATA_KEY as METADATA_KEY
-from .engine import Engine, Graph, read_metadata, read_model
+from .engine import Engine, Graph, read_metadata
 from .inputs import Input
-from .openvino_engine import open_in_openvino
 from .seal import check_seal
-from .verification import Verification, check_file, check_or_raise
+
+if TYPE_CHECKING:
+    from .verification import Verification
 
 Runtime = Literal["onnxruntime", "openvino", "onnxruntime-cuda"]
 RUNTIMES = get_args(Runtime)
@@ -66,7 +69,7 @@ def load(
         VerificationError: with `verify`, the answers are not those stored in the file.
         InputError: threads outside 1..1024, an unknown runtime, malformed providers, or a first provider that this
             build of ONNX Runtime does not have or cannot use on this machine.
-        MissingExtraError: OpenVINO is not installed.
+        MissingExtraError: `runtime` needs OpenVINO, or `verify` needs onnx, which is not installed.
         VersionError: the runtime is installed in a version that is known to be wrong.
     """
     if runtime not in RUNTIMES:
@@ -84,9 +87,17 @@ def load(
     if not Path(path).exists():
         raise FileError(f"there is no file {path}; write one with export(...)")
     sealed = check_seal(regular(path))
-    graph = open_in_openvino(path, threads) if runtime == "openvino" else _open(path, threads, chosen)
+    if runtime == "openvino":
+        with needed_by("runtime='openvino'", extra="openvino"):
+            from .openvino_engine import open_in_openvino
+
+            graph = open_in_openvino(path, threads)
+    else:
+        graph = _open(path, threads, chosen)
     engine = Engine(runtime, graph, (_reopened, (str(Path(path).absolute()), threads, providers, runtime, sealed)))
     if verify:
+        with needed_by("verify=True"):
+            from .verification import check_or_raise
         check_or_raise(engine, path)
     return engine
 
@@ -104,7 +115,7 @@ def verify(
     threads: int | None = None,
     providers: Sequence[str | Provider] | None = None,
     runtime: Runtime = "onnxruntime",
-) -> Verification:
+) -> "Verification":
     """Compare the answers of this machine and runtime with those stored in a file that `export` wrote.
 
     The samples stored in the file leave at every exit in turn, and by its thresholds. Each output may differ from the
@@ -122,8 +133,10 @@ def verify(
     Raises:
         FileError: the file holds no samples, or as `load` raises.
         InputError: as `load` raises.
-        MissingExtraError: OpenVINO is not installed.
+        MissingExtraError: onnx, or what `runtime` needs, is not installed.
     """
+    with needed_by("verify"):
+        from .verification import check_file
     return check_file(load(path, threads, providers, runtime), path)
 
 
@@ -159,7 +172,10 @@ def _open(path: str | os.PathLike[str], threads: int | None, providers: Sequence
         session = onnxruntime.InferenceSession(str(path), options, providers=providers)
         properties = session.get_modelmeta().custom_metadata_map  # raises for what is no UTF-8
     except Exception as error:  # ONNX Runtime's errors share no base class of their own
-        read_model(path)
+        with contextlib.suppress(ModuleNotFoundError):  # where onnx is installed, it says more
+            from .onnx_file import read_model
+
+            read_model(path)
         version = onnxruntime.__version__
         raise FileError(f"ONNX Runtime {version} cannot run {path} ({_brief(error)}); export it again") from error
     first = providers[0][0]

@@ -7,19 +7,16 @@ from typing import Any
 import onnx
 from numpy.typing import NDArray
 
-from ..errors import FileError, MissingExtraError
-from .engine import Feeds, Graph, read_metadata, read_model
+from ..errors import FileError
+from .engine import Feeds, Graph, read_metadata
 from .inputs import Input
+from .onnx_file import read_model
 
 
 def open_in_openvino(path: str | os.PathLike[str], threads: int | None) -> Graph:
     """Open a file that `export` wrote; see `branchynet.load`, which calls this. Raises as it does."""
-    try:
-        import openvino
-    except ImportError as error:
-        raise MissingExtraError(
-            "runtime='openvino' needs OpenVINO, which is not installed: pip install 'branchynet[openvino]'"
-        ) from error
+    import openvino
+
     model = read_model(path)
     metadata = read_metadata({p.key: p.value for p in model.metadata_props}, path)
     # OpenVINO takes an input with a default value for a constant: without the default it stays an input, which we feed.

@@ -9,8 +9,6 @@ import hashlib
 import os
 from pathlib import Path
 
-import onnx
-
 from ..errors import FileError
 
 KEY = "branchynet_sha256"
@@ -51,8 +49,10 @@ def check_seal(path: str | os.PathLike[str]) -> str | None:
 
 
 def _entry(size: int, digest: str) -> bytes:
-    entry = onnx.StringStringEntryProto(key=KEY, value=f"{size:020d} {digest}")
-    return onnx.ModelProto(metadata_props=[entry]).SerializeToString()
+    """The entry as protobuf writes it, every length below 128: a ModelProto whose field 14 has a key and a value."""
+    key, value = KEY.encode(), f"{size:020d} {digest}".encode()
+    pair = b"\x0a%c%b\x12%c%b" % (len(key), key, len(value), value)
+    return b"\x72%c%b" % (len(pair), pair)
 
 
 _LENGTH = len(_entry(0, hashlib.sha256().hexdigest()))

@@ -14,9 +14,10 @@ import onnx
 from numpy.typing import NDArray
 
 from ..errors import FileError
-from .engine import Engine, parse_model
+from .engine import Engine
+from .onnx_file import parse_model
 
-SAMPLES_KEY = "branchynet.policy.digests"
+SAMPLES_KEY = "branchynet.samples"
 MAX_SAMPLES = 8
 _BYTES, _MOST_BYTES = 2**20, 2**24  # of all stored samples, and of one that is stored alone
 _FAR = 10  # mean differences of scores are below so many times the largest stored score

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from ..environment import processor
 from ..errors import VerificationError
 from ..policy.values import Policy, Prediction
-from .engine import Engine, parse_model
+from .engine import Engine
+from .onnx_file import parse_model
 from .stored_samples import Samples, samples_in
 from .thresholds import moved_thresholds
 from .tolerance import FLOAT, difference, differences, tolerances

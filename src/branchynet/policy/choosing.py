@@ -6,6 +6,7 @@ Shape letters: S samples, N exits, P threshold vectors.
 import math
 import warnings
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,9 +18,11 @@ from .exit_record import ExitRecord, check_cost
 from .explanation import why_never
 from .promise import allowed_loss, bound_of, check_samples, check_size, promised
 from .record_scores import score_in_use
-from .scores import Score
 from .search import SearchPoints, SearchProblem, join, sweep
 from .values import BOUNDS, PROMISED, Choice, ExitCost, Floats, Policy, Promise
+
+if TYPE_CHECKING:
+    from .scores import Score
 
 _LARGE = 0.2
 """A larger drop in accuracy is hardly ever meant."""
@@ -36,7 +39,7 @@ def choose(
     max_macs: float | None = None,
     confidence: float | None = 0.95,
     bound: str | None = None,
-    score: str | Score | None = None,
+    score: "str | Score | None" = None,
     vectors: int = 1_000_000,
 ) -> Choice:
     """The best thresholds under exactly one limit, searched as in `frontier`.
@@ -133,7 +136,7 @@ def choose(
 
 
 def nearest_to(
-    record: ExitRecord, cost: ExitCost, accuracy: float, score: str | Score = "entropy"
+    record: ExitRecord, cost: ExitCost, accuracy: float, score: "str | Score" = "entropy"
 ) -> tuple[Choice, bool]:
     """The cheapest choice of that accuracy on the record, and True; else the most accurate one, and False.
 
@@ -146,7 +149,7 @@ def nearest_to(
         return choose(record, cost, score=score, max_latency_us=longest), False
 
 
-def _what_is_searched(record: ExitRecord, cost: ExitCost | None, score: str | Score, name: str) -> SearchProblem:
+def _what_is_searched(record: ExitRecord, cost: ExitCost | None, score: "str | Score", name: str) -> SearchProblem:
     """The record's scores, the losses and the costs that the limit is about."""
     if cost is None and name in ("max_latency_us", "max_macs"):
         raise InputError(

@@ -7,6 +7,7 @@ there as it does here. Shape letters: S samples, N exits, P policies.
 import math
 import warnings
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,9 +19,11 @@ from .exit_record import ExitRecord, check_cost, check_same_network
 from .exit_rule import leaving, route
 from .fitted_scores import FittedScore
 from .record_scores import score_in_use, scores_of_record
-from .scores import Score
 from .search import SearchPoints, SearchProblem, between, beyond, grid, mean_cost
 from .values import Choice, ExitCost, Floats, Ints, Outcome, Policy
+
+if TYPE_CHECKING:
+    from .scores import Score
 
 GRID_EXITS = 3
 """Up to so many thresholds all combinations are searched; beyond, coordinate ascent."""
@@ -123,7 +126,7 @@ class Frontier:
     accuracy: Floats
     mean_us: Floats
     share: Floats
-    score: str | Score = "entropy"
+    score: "str | Score" = "entropy"
 
     def __len__(self) -> int:
         """P, the number of policies."""
@@ -144,7 +147,7 @@ class Frontier:
 
 
 def frontier(
-    record: ExitRecord, cost: ExitCost, score: str | Score | None = None, *, vectors: int = 1_000_000
+    record: ExitRecord, cost: ExitCost, score: "str | Score | None" = None, *, vectors: int = 1_000_000
 ) -> Frontier:
     """The best accuracy for every mean time that thresholds can give on `record`.
 
@@ -192,7 +195,7 @@ def best_points(problem: SearchProblem, vectors: int) -> SearchPoints:
     return grid(problem, vectors) if problem.scores.shape[1] - 1 <= GRID_EXITS else ascend(problem)
 
 
-def problem_of(record: ExitRecord, cost: ExitCost, score: str | Score) -> SearchProblem:
+def problem_of(record: ExitRecord, cost: ExitCost, score: "str | Score") -> SearchProblem:
     """What is searched. Raises `InputError` where record and cost are not of one network."""
     check_cost(record, cost)
     # Column after column, as they are searched.

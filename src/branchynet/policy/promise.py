@@ -7,6 +7,7 @@ import bisect
 import math
 import warnings
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,15 +18,17 @@ from .exit_record import ExitRecord
 from .exit_rule import leaving
 from .fitted_scores import FittedScore
 from .risk_tests import fewest, fixed_sequence_test, halves
-from .scores import Score
 from .search import SearchProblem, mean_cost
 from .values import Floats
+
+if TYPE_CHECKING:
+    from .scores import Score
 
 _CANDIDATES = 128
 """At most so many policies are put to the test for a promise."""
 
 
-def check_samples(record: ExitRecord, score: str | Score) -> None:
+def check_samples(record: ExitRecord, score: "str | Score") -> None:
     """A promise is tested on samples that neither fitted nor selected what is promised of.
 
     Raises:

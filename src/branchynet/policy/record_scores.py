@@ -9,29 +9,29 @@ segmentations, they are the mean over all positions. For several labels a sample
 `fit_temperature` and `fit_score` make callables of a record, which policies store whole.
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
 
 from ..arguments import described
 from ..errors import InputError
+from ..extras import needed_by
 from .exit_record import ExitRecord
 from .fitted_scores import FittedScore, check_fitted
-from .scores import SCORES as SCORES
-from .scores import Score as Score
-from .scores import entropy as entropy
-from .scores import margin as margin
-from .scores import max_probability as max_probability
-from .scores import patience as patience
-from .scores import resolve
 from .values import Floats, score_name
 
+if TYPE_CHECKING:
+    from .scores import Score
 
-def is_named(score: str | Score) -> bool:
+
+def is_named(score: "str | Score") -> bool:
     """Whether a score is one of ours, which read logits: a name, or fitted."""
+    from .scores import SCORES
+
     return isinstance(score, (str, FittedScore)) or score in SCORES.values()
 
 
-def score_in_use(record: ExitRecord, score: str | Score | None) -> str | Score:
+def score_in_use(record: ExitRecord, score: "str | Score | None") -> "str | Score":
     """`score`, or where that is None the one that `record` was made with, or else entropy.
 
     Raises:
@@ -48,14 +48,16 @@ def score_in_use(record: ExitRecord, score: str | Score | None) -> str | Score:
     return score
 
 
-def _same(a: str | Score, b: str | Score) -> bool:
-    a, b = (SCORES.get(s, s) if isinstance(s, str) else s for s in (a, b))
+def _same(a: "str | Score", b: "str | Score") -> bool:
+    if not all(isinstance(s, (str, FittedScore)) for s in (a, b)):
+        from .scores import SCORES
+
+        a, b = (SCORES.get(s, s) if isinstance(s, str) else s for s in (a, b))
     # A callable that a file names can be told by its name alone.
     return score_name(a) == score_name(b) if isinstance(a, str) or isinstance(b, str) else a == b
 
 
-@torch.no_grad()
-def scores_of_record(record: ExitRecord, score: str | Score = "entropy") -> Floats:
+def scores_of_record(record: ExitRecord, score: "str | Score" = "entropy") -> Floats:
     """The scores `(S, N)` float32 of every exit for every sample of `record`.
 
     A record of scores and losses carries its own, and they are returned.
@@ -68,9 +70,14 @@ def scores_of_record(record: ExitRecord, score: str | Score = "entropy") -> Floa
         assert record.scores is not None
         return record.scores
     check_fitted(score, record.num_exits)
+    with needed_by(f"the score {score_name(score)!r} of a record of outputs"):
+        import torch
+
+        from .scores import resolve
     function = resolve(score)
     outputs = tuple(torch.from_numpy(np.ascontiguousarray(record.outputs[:, n])) for n in range(record.num_exits))
-    scores = [function(outputs[: n + 1]) for n in range(record.num_exits)]
+    with torch.no_grad():
+        scores = [function(outputs[: n + 1]) for n in range(record.num_exits)]
     for n, values in enumerate(scores, 1):
         if not isinstance(values, torch.Tensor) or tuple(values.shape) != (record.samples,):
             raise InputError(

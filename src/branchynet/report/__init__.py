@@ -1,7 +1,17 @@
 """One offline HTML page about a run, and its figures by themselves. Reads values only: no network, no search."""
 
-from .gallery import Gallery
-from .html import write_report
-from .plots import figure_leaving, figure_scores, figure_shares, figure_tradeoff
+from ..extras import first_used
 
-__all__ = ["Gallery", "figure_leaving", "figure_scores", "figure_shares", "figure_tradeoff", "write_report"]
+# Imported when first used: the tables for the terminal need no matplotlib. __init__.pyi has the types.
+_MODULES = {
+    "gallery": ("Gallery",),
+    "html": ("write_report",),
+    "plots": (
+        "figure_leaving",
+        "figure_scores",
+        "figure_shares",
+        "figure_tradeoff",
+    ),
+}
+__getattr__ = first_used(__name__, _MODULES)
+__all__ = sorted(name for names in _MODULES.values() for name in names)  # pyright: ignore[reportUnsupportedDunderAll]

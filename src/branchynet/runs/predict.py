@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from ..data import images_in, read_image
+from ..data.images import images_in, read_image
 from ..data.normalization import stored_normalization
-from ..deploy.engine import Engine, model_metadata
+from ..deploy.engine import Engine
 from ..errors import DataError, FileError, InputError
-from .provenance import check_model
 
 BATCH = 64
 
@@ -59,6 +58,9 @@ def model_file(path: Path) -> Path:
         return path
     if not (path / "model.onnx").is_file():
         raise FileError(f"{path} has no model.onnx yet; run `branchynet export {path}` first")
+    from ..deploy.onnx_file import model_metadata
+    from .provenance import check_model
+
     check_model(path, model_metadata(path / "model.onnx"))
     return path / "model.onnx"
 

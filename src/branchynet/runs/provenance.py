@@ -11,7 +11,8 @@ from typing import Any
 
 from ..data import ImageData
 from ..data.datasets import FOLDER
-from ..deploy.engine import Engine, model_metadata
+from ..deploy.engine import Engine
+from ..deploy.onnx_file import model_metadata
 from ..design import Advice
 from ..environment import environment
 from ..errors import DataError, FileError

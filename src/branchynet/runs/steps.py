@@ -25,9 +25,9 @@ from torch import nn
 from branchynet.runs.run import EVAL_BATCH, Run, configure, load_run, loaders, report_progress
 
 from ..data import ImageData, loader
-from ..deploy.engine import model_metadata
 from ..deploy.exporting import export
 from ..deploy.loading import RUNTIMES
+from ..deploy.onnx_file import model_metadata
 from ..errors import BranchyNetError, InputError, counted, nearest
 from ..files import locked
 from ..nn.fingerprint import fingerprint

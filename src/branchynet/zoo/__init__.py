@@ -3,10 +3,13 @@
 from collections.abc import Callable
 from functools import partial
 
-from ..nn.network import BranchyNet
-from .alexnet import alexnet, b_alexnet
-from .lenet import b_lenet, lenet
-from .resnet import b_resnet, resnet
+from ..extras import needed_by
+
+with needed_by("branchynet.zoo"):
+    from ..nn.network import BranchyNet
+    from .alexnet import alexnet, b_alexnet
+    from .lenet import b_lenet, lenet
+    from .resnet import b_resnet, resnet
 
 # The networks with branches where the paper has them, by name, as `train --network` takes them; `design` moves them.
 NETWORKS: dict[str, Callable[..., BranchyNet]] = {

@@ -1,0 +1,14 @@
+from .datasets import ImageData as ImageData
+from .datasets import Split as Split
+from .datasets import load_data as load_data
+from .images import images_in as images_in
+from .images import read_image as read_image
+from .images import save_image as save_image
+from .loaders import Augment as Augment
+from .loaders import ProgressiveLoader as ProgressiveLoader
+from .loaders import affine as affine
+from .loaders import compose as compose
+from .loaders import flip_crop as flip_crop
+from .loaders import loader as loader
+from .loaders import shift as shift
+from .normalization import Normalization as Normalization

@@ -1,0 +1,62 @@
+"""Optional dependencies: which extra has which, and what tells that one is missing."""
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from .errors import MissingExtraError
+
+# The extra of pyproject.toml that installs each module.
+EXTRAS = {
+    **dict.fromkeys(
+        ("accelerate", "filelock", "onnx_ir", "onnxscript", "rich", "safetensors", "scipy", "torch"), "train"
+    ),
+    **dict.fromkeys(("PIL", "pooch", "tqdm"), "data"),
+    "matplotlib": "report",
+    "typer": "cli",
+    "onnx": "verify",
+    "openvino": "openvino",
+}
+
+
+@contextlib.contextmanager
+def needed_by(what: str, extra: str | None = None) -> Iterator[None]:
+    """Raise `MissingExtraError` where the block imports an optional dependency that is not installed.
+
+    Args:
+        what: what needs it, such as ``"branchynet.fit"``, for the message.
+        extra: the extra that installs all that the block imports; by default that of the missing module.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module not in EXTRAS:
+            raise
+        wanted = extra or EXTRAS[module]
+        raise MissingExtraError(
+            f"{what} needs {module}, which is not installed: pip install 'branchynet[{wanted}]', or "
+            "'branchynet[all]' on a machine that trains"
+        ) from error
+
+
+def first_used(package: str, homes: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
+    """The ``__getattr__`` of a package that imports a public name when it is first used.
+
+    Args:
+        package: its full name.
+        homes: the names that each of its modules holds.
+    """
+    modules = {name: module for module, names in homes.items() for name in names}
+
+    def getattribute(name: str) -> Any:
+        if name not in modules:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        with needed_by(f"{package}.{name}"):
+            value = getattr(importlib.import_module(f".{modules[name]}", package), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return getattribute
