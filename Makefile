@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 LOWEST := .venv-lowest
 
-.PHONY: demo test test-avx2 test-amd test-lowest lowest lint types imports unit wheel format clean
+.PHONY: demo test test-avx2 test-amd test-lowest test-minimal lowest lint types imports unit wheel format clean
 
 demo: $(VENV)/.ready
 	$(BIN)/branchynet demo
@@ -60,6 +60,15 @@ wheel: $(VENV)/.ready
 	cd build && PYTHONPATH=elsewhere ../$(BIN)/python -P -c "import branchynet, pathlib; \
 	assert pathlib.Path(branchynet.__file__).is_relative_to(pathlib.Path('elsewhere').resolve()), branchynet.__file__; \
 	branchynet.zoo.b_lenet(pretrained=True); print('the wheel of', branchynet.__version__, 'imports')"
+
+# The wheel without extras, in an environment of its own, runs a file that was exported here.
+MINIMAL := build/minimal
+test-minimal: wheel
+	$(PYTHON) -m venv $(MINIMAL)
+	$(MINIMAL)/bin/pip install --quiet -c constraints.txt dist/*.whl
+	mkdir $(MINIMAL)/files
+	$(BIN)/python tests/helpers/device.py make $(MINIMAL)/files
+	cd $(MINIMAL) && bin/python -E ../../tests/helpers/device.py run files
 
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .

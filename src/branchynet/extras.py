@@ -42,19 +42,20 @@ def needed_by(what: str, extra: str | None = None) -> Iterator[None]:
         ) from error
 
 
-def first_used(package: str, homes: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
+def first_used(package: str, homes: Mapping[str, Sequence[str]], extra: str | None = None) -> Callable[[str], Any]:
     """The ``__getattr__`` of a package that imports a public name when it is first used.
 
     Args:
         package: its full name.
         homes: the names that each of its modules holds.
+        extra: as for `needed_by`.
     """
     modules = {name: module for module, names in homes.items() for name in names}
 
     def getattribute(name: str) -> Any:
         if name not in modules:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        with needed_by(f"{package}.{name}"):
+        with needed_by(f"{package}.{name}", extra):
             value = getattr(importlib.import_module(f".{modules[name]}", package), name)
         setattr(sys.modules[package], name, value)
         return value

@@ -13,5 +13,5 @@ _MODULES = {
         "figure_tradeoff",
     ),
 }
-__getattr__ = first_used(__name__, _MODULES)
+__getattr__ = first_used(__name__, _MODULES, "report")
 __all__ = sorted(name for names in _MODULES.values() for name in names)  # pyright: ignore[reportUnsupportedDunderAll]

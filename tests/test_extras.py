@@ -1,0 +1,161 @@
+"""Exported files run with numpy and ONNX Runtime alone; whatever needs more names the extra that brings it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import branchynet
+from branchynet import extras
+from branchynet.errors import MissingExtraError
+from helpers import device
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {"PIL": "pillow", "onnx_ir": "onnx-ir"}  # modules whose packages have other names
+PROJECT = (ROOT / "pyproject.toml").read_text()
+LISTS = {
+    name: re.findall(r'^ *"([^"]+)"|\["([^"]+)"\]', body, flags=re.MULTILINE)
+    for name, body in re.findall(r"^(\w+) = (\[[^\n]*\]$|\[.*?^\])", PROJECT, flags=re.MULTILINE | re.DOTALL)
+}
+STATED = {name: [Requirement(a or b) for a, b in found] for name, found in LISTS.items() if name in
+          {"dependencies", "all", *extras.EXTRAS.values()}}  # fmt: skip
+
+BASE = {
+    "BranchyNetError", "BudgetController", "Choice", "Engine", "ExitCost", "ExitRecord", "History", "Monitor", "Outcome",
+    "Policy", "Prediction", "Promise", "__version__", "data", "evaluate", "frontier", "load", "nn", "report", "verify",
+}  # fmt: skip
+
+
+def python(code, *arguments, forbidden=device.OPTIONAL):
+    """Run code where these modules are not installed."""
+    paths = os.pathsep.join([str(ROOT / "tests"), str(Path(branchynet.__file__).parents[1])])
+    code = f"from helpers import device\ndevice.forbid({', '.join(map(repr, forbidden))})\n{code}"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    env = {**os.environ, "PYTHONPATH": paths}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+
+
+def missing(code, *arguments, forbidden=device.OPTIONAL):
+    """The message of the `MissingExtraError` that the last expression of each line of code raises."""
+    told = f"""
+import json, sys
+from branchynet.errors import MissingExtraError
+for line in {code.strip().splitlines()!r}:
+    try:
+        exec(line)
+        print(json.dumps(""))
+    except MissingExtraError as error:
+        print(json.dumps(str(error)))
+"""
+    done = python(told, *arguments, forbidden=forbidden)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What `device.make` writes."""
+    path = tmp_path_factory.mktemp("device")
+    device.make(path)
+    return path
+
+
+def test_exported_files_run_with_numpy_and_onnx_runtime_alone(folder):
+    done = python("import sys, pathlib; device.run(pathlib.Path(sys.argv[1])); print('ran')", folder)
+    assert done.stdout == "ran\n", done.stderr
+
+
+def test_a_damaged_file_is_told_without_onnx(folder, tmp_path):
+    (tmp_path / "broken.onnx").write_bytes((folder / "model.onnx").read_bytes()[:-300])
+    done = python("import sys; import branchynet; branchynet.load(sys.argv[1])", tmp_path / "broken.onnx")
+    assert re.search(r"FileError: ONNX Runtime \S+ cannot run .*export it again", done.stderr), done.stderr
+
+
+def test_every_public_name_is_there_or_names_its_extra():
+    names = sorted(branchynet.__all__)
+    told = missing("\n".join(f"import branchynet; branchynet.{name}" for name in names))
+    assert {name for name, message in zip(names, told, strict=True) if not message} == BASE
+    for name, message in zip(names, told, strict=True):
+        assert not message or re.fullmatch(
+            rf"branchynet\.{name} needs \w+, which is not installed: pip install 'branchynet\[train\]', or "
+            r"'branchynet\[all\]' on a machine that trains", message
+        ), message  # fmt: skip
+
+
+def test_what_is_missing_in_use_names_its_extra(folder):
+    told = missing(
+        """
+from branchynet import load, verify; verify(sys.argv[1] + "/model.onnx")
+load(sys.argv[1] + "/model.onnx", verify=True)
+load(sys.argv[1] + "/model.onnx", runtime="openvino")
+from branchynet.data import read_image
+from branchynet.data import load_data
+from branchynet.report import write_report
+from branchynet.zoo import b_lenet
+from branchynet import ExitRecord, Monitor; Monitor(ExitRecord.load(sys.argv[1] + "/outputs.npz"), load(sys.argv[1] + "/model.onnx").policy)
+""",  # noqa: E501
+        folder,
+    )
+    wanted = ["verify", "verify", "openvino", "data", "train", "report", "train", "train"]
+    assert [re.findall(r"pip install 'branchynet\[(\w+)\]'", message) for message in told] == [[w] for w in wanted], (
+        told
+    )
+
+
+@pytest.mark.parametrize(
+    ("forbidden", "arguments", "extra"),
+    [
+        (device.OPTIONAL, ["--help"], "cli"),
+        (["rich"], ["--version"], "cli"),
+        (["torch"], ["train", "run"], "train"),
+        (["scipy"], ["demo"], "train"),
+        (["matplotlib"], ["report", "run"], "report"),
+        (["PIL"], ["predict", "model.onnx", "image.png"], "data"),
+        (["onnx"], ["verify", "model.onnx"], "verify"),
+    ],
+)
+def test_a_command_names_the_extra_that_it_needs(folder, forbidden, arguments, extra):
+    arguments = [str(folder / "model.onnx") if a == "model.onnx" else a for a in arguments]
+    done = python("from branchynet.__main__ import main; main()", *arguments, forbidden=forbidden)
+    assert done.returncode == 1 and done.stdout == ""
+    assert re.fullmatch(rf"error: .* needs \w+, .*pip install 'branchynet\[{extra}\]'.*\n", done.stderr), done.stderr
+
+
+def test_the_command_line_inspects_without_torch(folder):
+    forbidden = {"torch", "scipy", "matplotlib", "accelerate", "onnxscript", "onnx_ir", "safetensors", "filelock"}
+    for arguments in (["--help"], ["--version"], ["inspect", folder / "model.onnx"], ["verify", folder / "model.onnx"]):
+        done = python("from branchynet.__main__ import main; main()", *arguments, forbidden=sorted(forbidden))
+        assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+def test_the_import_alone_loads_nothing_large():
+    code = "import sys; before = set(sys.modules); import branchynet; print(*(set(sys.modules) - before))"
+    loaded = {name.partition(".")[0] for name in python(code, forbidden=()).stdout.split()}
+    assert loaded and not loaded & {*device.OPTIONAL, "numpy", "onnxruntime", "packaging"}
+
+
+def test_other_missing_modules_stay_what_they_are():
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"), extras.needed_by("this"):
+        import no_such_module  # noqa: F401  # pyright: ignore[reportMissingImports]
+    with pytest.raises(MissingExtraError, match=r"this needs typer.*'branchynet\[all\]'"), extras.needed_by("this"):
+        raise ModuleNotFoundError(name="typer.main")
+
+
+def test_extras_are_those_of_the_project():
+    found = {(PACKAGES.get(module, module), extra) for module, extra in extras.EXTRAS.items()}
+    stated = [(r.name, e) for e, all in STATED.items() for r in all if r.name != "branchynet" and e != "dependencies"]
+    assert sorted(stated) == sorted(found)
+    assert [r.name for r in STATED["dependencies"]] == ["numpy", "onnxruntime", "packaging"]
+    assert STATED["all"][0].extras == set(extras.EXTRAS.values()) - {"verify"}
+
+
+def test_types_are_of_the_names_that_packages_have():
+    for package in ("", "data", "report"):
+        folder = Path(branchynet.__file__).parent / package
+        names = re.findall(r"^from \S+ import \w+ as (\w+)$", (folder / "__init__.pyi").read_text(), re.MULTILINE)
+        assert sorted(names) == sorted((getattr(branchynet, package) if package else branchynet).__all__)
