@@ -26,8 +26,9 @@ STATED = {name: [Requirement(a or b) for a, b in found] for name, found in LISTS
           {"dependencies", "all", *extras.EXTRAS.values()}}  # fmt: skip
 
 BASE = {
-    "BranchyNetError", "BudgetController", "Choice", "Engine", "ExitCost", "ExitRecord", "History", "Monitor", "Outcome",
-    "Policy", "Prediction", "Promise", "__version__", "data", "evaluate", "frontier", "load", "nn", "report", "verify",
+    "BranchyNetError", "BudgetController", "Choice", "Engine", "ExitCost", "ExitRecord", "History", "Monitor",
+    "Outcome", "Policy", "Prediction", "Promise", "__version__", "data", "evaluate", "frontier", "load", "nn", "report",
+    "verify",
 }  # fmt: skip
 
 
