@@ -18,7 +18,7 @@ from helpers.command import call
 
 
 def test_every_name_that_an_option_takes_is_told():
-    assert verbs.ENGINES == RUNTIMES
+    assert verbs.RUNTIMES == RUNTIMES
     assert verbs.NETWORKS == tuple(NETWORKS) and verbs.AUGMENTS == tuple(AUGMENTS)
     assert set(verbs.DATA) == {"digits", *archives.ARCHIVES}
     assert set(verbs.SCORES) == {*SCORES, "learned"}
@@ -66,7 +66,7 @@ def test_the_version_is_told_and_python_m_is_the_command_line():
         ("branchynet train run --network b_resnet1", ["b_resnet110"]),
         ("branchynet train run --augment fl", ["flip-crop"]),
         ("branchynet choose run --score m", ["max_probability", "margin"]),
-        ("branchynet bench run --engine open", ["openvino"]),
+        ("branchynet bench run --runtime open", ["openvino"]),
     ],
 )
 def test_the_shell_completes(typed, completed, monkeypatch, capsys):

@@ -29,7 +29,7 @@ def run(tmp_path_factory):
         assert call(patch, *train) == 0
         assert call(patch, "choose", path, "--max-drop", 0.02, "--no-promise") == 0
         assert call(patch, "export", path) == 0
-        bench = ("bench", path, "--batch", "1,7", "--engine", "onnxruntime,openvino", "--json", path / "rows.json")
+        bench = ("bench", path, "--batch", "1,7", "--runtime", "onnxruntime,openvino", "--json", path / "rows.json")
         assert call(patch, *bench, "--quiet") == 0
         assert call(patch, "report", path) == 0
     return path
@@ -183,7 +183,7 @@ def foreign(path):
 MISTAKES = {
     "too many weights for two exits": (["train", "{tmp}/new", "--loss-weights", "1,1,1", "--quiet"], "3 for 2 exits"),
     "a negative weight": (["train", "{tmp}/new", "--loss-weights", "1,-1"], "not negative"),
-    "a step size of nothing": (["train", "{tmp}/new", "--rate", "0"], "rate"),
+    "a step size of nothing": (["train", "{tmp}/new", "--lr", "0"], "lr must"),
     "no images a step": (["train", "{tmp}/new", "--batch-size", "0"], "--batch-size must be at least 1"),
     "epochs below nothing": (["train", "{tmp}/new", "--warm-start-epochs", "-1"], "--warm-start-epochs"),
     "distilled backwards": (["train", "{tmp}/new", "--distill", "nan"], "distill"),
@@ -220,7 +220,7 @@ MISTAKES = {
     "unknown augment": (["train", "{tmp}/new", "--augment", "afine"], "affine"),
     "not numbers": (["bench", "{run}", "--batch", "one"], "one"),
     "batch too large": (["bench", "{run}", "--batch", "100000", "--quiet"], "100000"),
-    "unknown engine": (["bench", "{run}", "--engine", "tvm", "--quiet"], "openvino"),
+    "unknown runtime": (["bench", "{run}", "--runtime", "tvm", "--quiet"], "openvino"),
     "other settings": (["train", "{run}", "--epochs", "4"], "epochs"),
     "infeasible": (["choose", "{run}", "--min-accuracy", "1.5"], "1.5"),
     "two limits": (["choose", "{run}", "--min-accuracy", "0.5", "--max-drop", "0"], "--max-drop"),
@@ -304,7 +304,7 @@ def test_an_engine_that_fails_costs_the_others_nothing(run, tmp_path, monkeypatc
         return [row | {"engine": runtime} for row in timed[: len(batches)]]
 
     monkeypatch.setattr(steps, "bench", bench)
-    arguments = ("bench", copy, "--engine", "onnxruntime,openvino,onnxruntime-cuda", "--json", tmp_path / "rows.json")
+    arguments = ("bench", copy, "--runtime", "onnxruntime,openvino,onnxruntime-cuda", "--json", tmp_path / "rows.json")
     assert call(monkeypatch, *arguments, "--batch", "1,7", "--quiet") == 1
     told = capsys.readouterr()
     assert told.err == "error: not timed in openvino: it has no such operator\n" and "onnxruntime-cuda" in told.out

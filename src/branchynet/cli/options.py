@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..files import check_path
 
 # Written out so that --help and completion need no torch; a test compares them with their sources.
-ENGINES = ("onnxruntime", "openvino", "onnxruntime-cuda")
+RUNTIMES = ("onnxruntime", "openvino", "onnxruntime-cuda")
 NETWORKS = ("b_lenet", "b_alexnet", "b_resnet20", "b_resnet32", "b_resnet56", "b_resnet110")
 DATA = ("digits", "mnist", "fashion-mnist", "cifar10")
 AUGMENTS = ("none", "shift", "affine", "flip-crop")

@@ -16,8 +16,8 @@ from ..extras import needed_by
 from .options import (
     AUGMENTS,
     DATA,
-    ENGINES,
     NETWORKS,
+    RUNTIMES,
     SCORES,
     Disagreement,
     ModelArgument,
@@ -108,7 +108,7 @@ def train(
     distill: Annotated[float, typer.Option(help="How strongly the last exit teaches the earlier ones.")] = 0.0,
     augment: Annotated[str, named("How images are varied: {}.", *AUGMENTS)] = "affine",
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 128,
-    rate: Annotated[float, typer.Option(help="Adam's step size at its highest.")] = 3e-3,
+    lr: Annotated[float, typer.Option(help="Adam's highest learning rate.")] = 3e-3,
     seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = 0,
     mixed_precision: Annotated[str, named("{} (on a GPU).", "no", "bf16", "fp16")] = "no",
     quiet: Quiet = False,
@@ -133,7 +133,7 @@ def train(
         distill=distill,
         augment=augment,
         batch_size=batch_size,
-        rate=rate,
+        lr=lr,
         seed=seed,
         mixed_precision=mixed_precision,
     )
@@ -203,7 +203,7 @@ def bench(
     run: RunArgument,
     batch: Annotated[str, typer.Option(help="Batch sizes.")] = "1,64",
     threads: Annotated[str, typer.Option(help="Threads within an operator.")] = "1",
-    engine: Annotated[str, named("Of {}: one, or several with commas.", *ENGINES)] = "onnxruntime",
+    runtime: Annotated[str, named("One or several of {}, with commas between.", *RUNTIMES)] = "onnxruntime",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows here.", parser=path)] = None,
     trust: Trust = False,
     quiet: Quiet = False,
@@ -216,9 +216,9 @@ def bench(
     from ..runs.steps import bench_run
 
     batches, counts = numbers(batch, int), numbers(threads, int)
-    engines = [name.strip() for name in engine.split(",") if name.strip()]
+    runtimes = [name.strip() for name in runtime.split(",") if name.strip()]
     found = open_run(run, trust=trust)
-    rows, faults = bench_run(found, batches=batches, threads=counts, engines=engines, progress=not quiet)
+    rows, faults = bench_run(found, batches=batches, threads=counts, runtimes=runtimes, progress=not quiet)
     if json_file:
         write_json(json_file, rows)
     print_bench(out, rows, bench_notes(found))
@@ -232,7 +232,7 @@ def design(
     run: RunArgument,
     batch: Annotated[int, typer.Option(help="Samples a call: the best design depends on it.")] = 1,
     threads: Annotated[int, typer.Option(help="Threads within an operator.")] = 1,
-    runtime: Annotated[str, named("What will run it: one of {}.", *ENGINES, metavar="NAME")] = "onnxruntime",
+    runtime: Annotated[str, named("What will run it: one of {}.", *RUNTIMES, metavar="NAME")] = "onnxruntime",
     max_drop: Annotated[float, typer.Option(help="Accuracy at most this far below the plain network's.")] = 0.0,
     num_exits: Annotated[int, typer.Option(help="The most exits, the network's own included.")] = 4,
     epochs: Annotated[int, typer.Option(help="Of all candidates together, on the frozen network.")] = 3,
@@ -303,13 +303,13 @@ def inspect(
 def verify(
     model: ModelArgument,
     threads: Annotated[int | None, typer.Option(help="Threads within an operator.")] = None,
-    engine: Annotated[str, named("One of {}.", *ENGINES, metavar="NAME")] = "onnxruntime",
+    runtime: Annotated[str, named("One of {}.", *RUNTIMES, metavar="NAME")] = "onnxruntime",
 ) -> None:
     """Check that a file answers rightly on this machine. It holds samples to compare; exit status 1 if not."""
     from ..deploy.loading import verify as compare
     from ..runs.predict import model_file
 
-    found = compare(model_file(model), threads, runtime=cast(Any, engine))
+    found = compare(model_file(model), threads, runtime=cast(Any, runtime))
     out.print(f"{'right' if found.passed else 'WRONG'}: {found}", soft_wrap=True)
     if not found.passed:
         raise typer.Exit(1)

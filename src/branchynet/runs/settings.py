@@ -59,7 +59,7 @@ class Settings:
     distill: float = 0.0
     augment: str = "affine"
     batch_size: int = 128
-    rate: float = 3e-3
+    lr: float = 3e-3
     seed: int = 0
     mixed_precision: str = "no"
     taps: tuple[str, ...] = ()
@@ -110,8 +110,8 @@ def check_settings(settings: Settings) -> None:
         if value < least:
             raise InputError(f"{name} must be at least {least}; got {value}")
     whole("seed", settings.seed, 0, MOST_SEED - 1)  # exits train with the next one
-    if not (math.isfinite(settings.rate) and settings.rate > 0):
-        raise InputError(f"rate must be a number above 0, such as 0.003; got {settings.rate:g}")
+    if not (math.isfinite(settings.lr) and settings.lr > 0):
+        raise InputError(f"lr must be a number above 0, such as 0.003; got {settings.lr:g}")
     if not (math.isfinite(settings.distill) and settings.distill >= 0):
         raise InputError(f"distill must be a number, 0 at least; got {settings.distill:g}")
 

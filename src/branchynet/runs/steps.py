@@ -101,7 +101,7 @@ def fit_in(
         train,
         val,
         epochs=epochs,
-        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=settings.rate),
+        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=settings.lr),
         seed=seed,
         mixed_precision=settings.mixed_precision,
         channels_last=settings.network in NETWORKS,  # a network of the user's may not bear it
@@ -177,23 +177,23 @@ def bench_run(
     *,
     batches: Sequence[int],
     threads: Sequence[int],
-    engines: Sequence[Any] = ("onnxruntime",),
+    runtimes: Sequence[Any] = ("onnxruntime",),
     progress: bool = True,
 ) -> tuple[list[dict[str, Any]], dict[str, BranchyNetError]]:
-    """Time ``model.onnx`` beside the plain network, in one engine after the other; ``bench.json`` grows with each.
+    """Time ``model.onnx`` beside the plain network, in one runtime after the other; ``bench.json`` grows with each.
 
     Returns:
-        The rows; and for each engine that failed, why.
+        The rows; and for each runtime that failed, why.
 
     Raises:
-        InputError: an unknown engine.
-        BranchyNetError: what the first engine failed for, where all did.
+        InputError: an unknown runtime.
+        BranchyNetError: the first runtime's error, if every runtime failed.
     """
-    for name in engines:
+    for name in runtimes:
         if name not in RUNTIMES:
-            raise InputError(f"unknown engine {name!r}{nearest(name, RUNTIMES)}")
-    if not (engines and batches and threads):
-        raise InputError("give one batch size, one number of threads and one engine at least")
+            raise InputError(f"unknown runtime {name!r}{nearest(name, RUNTIMES)}")
+    if not (runtimes and batches and threads):
+        raise InputError("give one batch size, one number of threads and one runtime at least")
     model = run.file("model.onnx", "export")
     check_model(run.path, model_metadata(model))
     net, data = load_run(run)
@@ -202,7 +202,7 @@ def bench_run(
     plain = ExitRecord.load(run.file("record-plain.npz", "train"))
     accuracy = evaluate(plain, Policy()).accuracy if run.settings.plain_epochs else None
     rows, faults = [], {}
-    for runtime in engines:
+    for runtime in runtimes:
         try:
             for count in threads:
                 rows += bench(
