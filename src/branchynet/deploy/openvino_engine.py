@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import onnx
 from numpy.typing import NDArray
 
@@ -31,7 +32,9 @@ def open_in_openvino(path: str | os.PathLike[str], threads: int | None) -> Graph
         options["INFERENCE_NUM_THREADS"] = int(threads)
     try:
         core = openvino.Core()
-        compiled = core.compile_model(core.read_model(model.SerializeToString()), "CPU", options)
+        graph = core.read_model(model.SerializeToString())
+        _fix_shapes_of_biases(graph)
+        compiled = core.compile_model(graph, "CPU", options)
         inputs = tuple(_input(i) for i in model.graph.input)
     except Exception as error:  # on a damaged file other errors too, such as one of a message that is no UTF-8
         version = openvino.__version__.split("-")[0]
@@ -41,6 +44,23 @@ def open_in_openvino(path: str | os.PathLike[str], threads: int | None) -> Graph
     return Graph(
         _Requests(compiled, inputs), inputs, frozenset(i.name for i in inputs), len(compiled.outputs), metadata
     )
+
+
+def _fix_shapes_of_biases(model: Any) -> None:
+    """Reshape biases by constants, where OpenVINO's reader computes their shape from that of the convolution's output.
+
+    Otherwise the convolution has a second reader wherever a shape is needed, so the bias is not fused with it but with
+    the FakeQuantize behind, which then adds the first channel's bias to all channels.
+    """
+    from openvino import opset13
+
+    for node in model.get_ops():
+        if node.get_type_name() == "If":
+            for n in range(2):
+                _fix_shapes_of_biases(node.get_function(n))
+        if node.get_type_name() == "Reshape" and node.output(0).get_partial_shape().is_static:
+            shape = opset13.constant(list(node.output(0).get_shape()), np.int64)
+            node.input(1).replace_source_output(shape.output(0))
 
 
 class _Requests:

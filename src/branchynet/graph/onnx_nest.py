@@ -110,9 +110,12 @@ class _NestedGraph:
         if i + 1 == len(self.exits):
             if i:
                 return [output, score]
-            rows = here.op("Shape", [score], name="rows", type=INT64, shape=[1])
-            number = ir.tensor(np.array([self.exits[i]], np.int64))
-            exit = here.op("ConstantOfShape", [rows], {"value": number}, name="exit", type=INT64, shape=batch)
+            # Not by Shape: plain OpenVINO computes a quantised convolution wrong whose output a ShapeOf reads.
+            least = here.constant("least", np.array([-np.inf], np.float32))
+            never = here.op("Less", [score, least], name="never", type=BOOL, shape=batch)
+            number = here.op("Cast", [never], {"to": ir.DataType.INT64}, name="none", type=INT64, shape=batch)
+            last = here.constant("last", np.array([self.exits[i]], np.int64))
+            exit = here.op("Add", [last, number], name="exit", type=INT64, shape=batch)
             return [output, score, exit]
         leaves = here.op("Less", [score, self.thresholds[i]], name="leaves", type=BOOL, shape=batch)
         exit = self._number(i, leaves)
