@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from branchynet.errors import InfeasibleError, InputError
+from branchynet.monitor import martingale
 from branchynet.monitor.answers import predicted
 from branchynet.monitor.budget import BudgetController
 from branchynet.monitor.drift import Monitor
-from branchynet.monitor.martingale import CHUNK, ConformalRanks, TestMartingale, _returns
+from branchynet.monitor.martingale import CHUNK, ConformalRanks, _returns
 from branchynet.policy.exit_record import ExitRecord
 from branchynet.policy.values import ExitCost, Policy, Prediction
 
@@ -97,7 +98,7 @@ def test_capital_is_the_sum_over_starts_and_bets():
         sum((cash[s] - cash[s + 1]) * returns[s : t + 1].prod(axis=0).mean() for s in range(t + 1)) + cash[t + 1]
         for t in range(40)
     ]
-    np.testing.assert_allclose(TestMartingale().update(p), wanted)
+    np.testing.assert_allclose(martingale.TestMartingale().update(p), wanted)
 
 
 def test_false_alarms_on_unshifted_streams_are_within_the_stated_rate():

@@ -40,9 +40,9 @@ def stranger(monkeypatch, tmp_path):
 
 
 def test_what_one_made_oneself_is_opened(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     start(tmp_path / "run", Settings(network=NAME))
     (tmp_path / "link").symlink_to("run")
-    monkeypatch.chdir(tmp_path)
     for way in (tmp_path / "run", "run", "./run/", "link", tmp_path / "run" / ".." / "run"):
         assert open_run(way).settings.network == NAME
 
