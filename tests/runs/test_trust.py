@@ -11,16 +11,9 @@ from branchynet.errors import InputError
 from branchynet.runs import run, trust
 from branchynet.runs.run import configure, create_run, open_run
 from branchynet.runs.settings import Settings
+from helpers.strange_network import CALLED
 
-CALLED = []
-
-
-def network():
-    CALLED.append("network")
-    raise AssertionError("called")
-
-
-NAME = f"{__name__}:network"
+NAME = "helpers.strange_network:network"
 
 
 @pytest.fixture(autouse=True)

@@ -15,11 +15,10 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from branchynet.cli.verbs import train
 from branchynet.data import ProgressiveLoader
 from branchynet.errors import FileError, InputError
 from branchynet.files import locked
-from branchynet.training import checkpoint
+from branchynet.training import checkpoint, loop
 from branchynet.training.history import History
 from branchynet.training.loop import fit
 from branchynet.training.schedules import Constant, Cosine
@@ -117,7 +116,7 @@ def test_any_optimizer_and_schedule_goes_on_to_the_same_weights(tmp_path, recipe
 
 def test_overflowing_fp16_steps_are_left_out_and_the_scale_goes_on(tmp_path, monkeypatch):
     """A CPU has no fp16 training, but torch's gradient scaler runs there; it halves its scale after an overflow."""
-    accelerating, skipped = train.accelerating, []
+    accelerating, skipped = loop.accelerating, []
 
     @contextlib.contextmanager
     def scaling(mixed_precision, device):
@@ -130,8 +129,8 @@ def test_overflowing_fp16_steps_are_left_out_and_the_scale_goes_on(tmp_path, mon
         with safetensors.safe_open(folder / "training.safetensors", framework="pt") as stored:
             return stored.metadata()
 
-    monkeypatch.setattr(train, "accelerating", scaling)
-    loud = {"weights": [30, 30]}
+    monkeypatch.setattr(loop, "accelerating", scaling)
+    loud = {"loss_weights": [30, 30]}
     net, _ = resumed(tmp_path, make(), **loud)
     with pytest.raises(Stop):
         resumed(tmp_path, make(), resume=False, interrupt=133, **loud)
