@@ -71,6 +71,23 @@ def test_exported_files_run_with_numpy_and_onnx_runtime_alone(folder):
     assert done.stdout == "ran\n", done.stderr
 
 
+def test_the_train_extra_suffices_to_train_choose_and_export(tmp_path):
+    forbidden = [m for m, extra in extras.EXTRAS.items() if extra not in ("train", "verify") and m != "tqdm"]
+    code = """
+import sys, torch
+from branchynet import advise, attach, choose, export, fit, load, measure, record
+x = torch.randn(64, 4)
+batches = [(x, x.argmax(dim=1))] * 2
+net = attach(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4)), at=["0"], example=x)
+fit(net, batches, batches, epochs=1)
+choice = choose(record(net, batches[:1]), measure(net, x[:1]), max_drop=0.1, confidence=None)
+export(net, sys.argv[1] + "/model.onnx", policy=choice, example=x)
+load(sys.argv[1] + "/model.onnx", verify=True)
+"""
+    done = python(code, tmp_path, forbidden=forbidden)  # tqdm comes with accelerate too
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_damaged_file_is_told_without_onnx(folder, tmp_path):
     (tmp_path / "broken.onnx").write_bytes((folder / "model.onnx").read_bytes()[:-300])
     done = python("import sys; import branchynet; branchynet.load(sys.argv[1])", tmp_path / "broken.onnx")
