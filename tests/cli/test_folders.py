@@ -148,9 +148,9 @@ def test_a_size_is_suggested_where_photographs_are_large(here, monkeypatch, caps
 @pytest.mark.parametrize(
     ("network", "size", "told"),
     [
-        ("b_lenet", 28, "grey images of 28 x 28; give --network b_resnet20 --size 32"),
+        ("b_lenet", 28, "grey images of 28 x 28; give --network b_resnet20-published --size 32"),
         ("b_alexnet", 64, "colour images of 32 x 32; give --size 32, or a network of your own"),
-        ("b_resnet20", 48, "colour images of 32 x 32; give --size 32, or a network of your own"),
+        ("b_resnet20-published", 48, "colour images of 32 x 32; give --size 32, or a network of your own"),
     ],
 )
 def test_networks_of_the_zoo_tell_what_they_read(here, network, size, told, monkeypatch, capsys):

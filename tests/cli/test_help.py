@@ -63,7 +63,7 @@ def test_the_version_is_told_and_python_m_is_the_command_line():
     ("typed", "completed"),
     [
         ("branchynet pre", ["predict"]),
-        ("branchynet train run --network b_resnet1", ["b_resnet110"]),
+        ("branchynet train run --network b_resnet1", ["b_resnet110", "b_resnet110-published"]),
         ("branchynet train run --augment fl", ["flip-crop"]),
         ("branchynet choose run --score m", ["max_probability", "margin"]),
         ("branchynet bench run --runtime open", ["openvino"]),

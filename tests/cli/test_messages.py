@@ -25,7 +25,10 @@ from helpers.command import call
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run of one epoch, with costs, so that no test waits for a clock."""
-    run = create_run(tmp_path_factory.mktemp("words") / "run", Settings(warm_start_epochs=1, epochs=1, plain=False))
+    run = create_run(
+        tmp_path_factory.mktemp("words") / "run",
+        Settings("b_lenet-published", warm_start_epochs=1, epochs=1, plain=False),
+    )
     train_run(run, progress=False)
     ExitCost((20.0, 60.0), (5.0, 0.0), plain_us=80.0).save(run.path / "cost.json")
     return run.path
@@ -62,7 +65,18 @@ def test_too_few_samples_for_anything_name_no_limit():
     ("samples", "told"), [(None, "--max-drop 0.05"), (60, "--no-promise"), (120, "--max-drop 0.1")]
 )
 def test_the_next_command_after_training_works(run, samples, told, monkeypatch, capsys):
-    arguments = ("train", run, "--warm-start-epochs", 1, "--epochs", 1, "--no-plain", "--quiet")
+    arguments = (
+        "train",
+        run,
+        "--network",
+        "b_lenet-published",
+        "--warm-start-epochs",
+        1,
+        "--epochs",
+        1,
+        "--no-plain",
+        "--quiet",
+    )
     if samples:
         whole = ExitRecord.load(run / "record-val.npz")
         monkeypatch.setattr(steps, "record", lambda *_, **__: whole.take(slice(0, samples)))
@@ -124,7 +138,7 @@ VERBS = {
 
 def test_after_more_epochs_no_verb_answers_with_the_old_file(run, monkeypatch, capsys):
     model = finished(run)
-    train = ("train", run, "--warm-start-epochs", 1, "--no-plain", "--quiet")
+    train = ("train", run, "--network", "b_lenet-published", "--warm-start-epochs", 1, "--no-plain", "--quiet")
     assert call(monkeypatch, *train, "--epochs", 1) == 0
     assert "out of date" not in capsys.readouterr().out
     assert call(monkeypatch, *train, "--epochs", 2) == 0
@@ -169,7 +183,17 @@ def test_one_thing_is_no_plural(number, told):
 
 
 def test_one_epoch_is_no_plural_in_a_run(tmp_path, monkeypatch, capsys):
-    arguments = ("train", tmp_path / "run", "--warm-start-epochs", 1, "--epochs", 1, "--no-plain")
+    arguments = (
+        "train",
+        tmp_path / "run",
+        "--network",
+        "b_lenet-published",
+        "--warm-start-epochs",
+        1,
+        "--epochs",
+        1,
+        "--no-plain",
+    )
     assert call(monkeypatch, *arguments) == 0
     assert "1 epoch of" in (told := capsys.readouterr().err) and "1 epochs" not in told
 
@@ -198,9 +222,9 @@ def test_predict_answers_the_good_files_and_says_which_failed(run, tmp_path, mon
 @pytest.mark.parametrize(
     ("network", "channels", "told"),
     [
-        ("b_lenet", 3, "reads grey images of 28 x 28; give --network b_resnet20 --size 32,"),
+        ("b_lenet", 3, "reads grey images of 28 x 28; give --network b_resnet20-published --size 32,"),
         ("b_lenet", 1, "reads grey images of 28 x 28; give --size 28,"),
-        ("b_resnet20", 1, "reads colour images of 32 x 32; give --network b_lenet --size 28,"),
+        ("b_resnet20-published", 1, "reads colour images of 32 x 32; give --network b_lenet --size 28,"),
         ("b_alexnet", 1, "reads colour images of 32 x 32; give --network b_lenet --size 28,"),
     ],
 )

@@ -55,6 +55,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+PAPER = ("--network", "b_lenet-published")
 SHORT = ("--warm-start-epochs", 1, "--epochs", 1, "--batch-size", 64, "--augment", "none", "--quiet")
 
 
@@ -93,9 +94,9 @@ def test_who_stops_a_training_is_told_that_it_goes_on(tmp_path, monkeypatch, cap
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steps, "fit", stopped)
-        assert call(monkeypatch, "train", tmp_path / "run", *SHORT) == 130
+        assert call(monkeypatch, "train", tmp_path / "run", *PAPER, *SHORT) == 130
     assert "stopped; the same command goes on" in capsys.readouterr().err
-    assert call(monkeypatch, "train", tmp_path / "run", *SHORT) == 0
+    assert call(monkeypatch, "train", tmp_path / "run", *PAPER, *SHORT) == 0
 
 
 @pytest.mark.parametrize(
@@ -127,9 +128,9 @@ def test_a_run_that_never_trained_can_be_changed(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     with pytest.raises(RuntimeError), pytest.MonkeyPatch.context() as patch:
         patch.setattr(steps, "fit", fail)
-        call(monkeypatch, "train", folder, *SHORT)
+        call(monkeypatch, "train", folder, *PAPER, *SHORT)
     assert (folder / "config.json").exists()
-    assert call(monkeypatch, "train", folder, *SHORT, "--seed", 3, "--loss-weights", "1,0.5") == 0
+    assert call(monkeypatch, "train", folder, *PAPER, *SHORT, "--seed", 3, "--loss-weights", "1,0.5") == 0
     settings = json.loads((folder / "config.json").read_text())["settings"]
     assert settings["seed"] == 3 and settings["loss_weights"] == [1, 0.5]
 
@@ -140,7 +141,7 @@ def fail(*_, **__):
 
 def test_a_trained_run_takes_more_epochs_and_a_plain_network_to_compare_with(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
-    train = ("train", folder, "--warm-start-epochs", 1, "--batch-size", 64, "--augment", "none", "--quiet")
+    train = ("train", folder, *PAPER, "--warm-start-epochs", 1, "--batch-size", 64, "--augment", "none", "--quiet")
     assert call(monkeypatch, *train, "--epochs", 1, "--no-plain") == 0
     assert call(monkeypatch, "choose", folder, "--no-promise", "--quiet") == 0
     before = ExitRecord.load(folder / "record-val.npz"), ExitRecord.load(folder / "record-plain.npz")

@@ -19,13 +19,15 @@ from branchynet.policy.risk_tests import fewest, halves
 from branchynet.runs import steps
 from helpers.command import call
 
+PAPER = ("--network", "b_lenet-published")
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run with everything in it, made by the verbs in turn."""
     path = tmp_path_factory.mktemp("cli") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        train = ("train", path, "--warm-start-epochs", 2, "--epochs", 3, "--batch-size", 64, "--quiet")
+        train = ("train", path, *PAPER, "--warm-start-epochs", 2, "--epochs", 3, "--batch-size", 64, "--quiet")
         assert call(patch, *train) == 0
         assert call(patch, "choose", path, "--max-drop", 0.02, "--no-promise") == 0
         assert call(patch, "export", path) == 0
@@ -82,7 +84,7 @@ def test_the_report_is_one_offline_page(run):
 
 def test_training_again_with_the_same_settings_changes_nothing(run, monkeypatch):
     before = (run / "checkpoint.safetensors").read_bytes()
-    train = ("train", run, "--warm-start-epochs", 2, "--epochs", 3, "--batch-size", 64, "--quiet")
+    train = ("train", run, *PAPER, "--warm-start-epochs", 2, "--epochs", 3, "--batch-size", 64, "--quiet")
     assert call(monkeypatch, *train) == 0
     assert (run / "checkpoint.safetensors").read_bytes() == before
 
@@ -181,8 +183,11 @@ def foreign(path):
 
 
 MISTAKES = {
-    "too many weights for two exits": (["train", "{tmp}/new", "--loss-weights", "1,1,1", "--quiet"], "3 for 2 exits"),
-    "a negative weight": (["train", "{tmp}/new", "--loss-weights", "1,-1"], "not negative"),
+    "too many weights for two exits": (
+        ["train", "{tmp}/new", *PAPER, "--loss-weights", "1,1,1", "--quiet"],
+        "3 for 2 exits",
+    ),
+    "a negative weight": (["train", "{tmp}/new", *PAPER, "--loss-weights", "1,-1"], "not negative"),
     "a step size of nothing": (["train", "{tmp}/new", "--lr", "0"], "lr must"),
     "no images a step": (["train", "{tmp}/new", "--batch-size", "0"], "--batch-size must be at least 1"),
     "epochs below nothing": (["train", "{tmp}/new", "--warm-start-epochs", "-1"], "--warm-start-epochs"),
@@ -221,7 +226,7 @@ MISTAKES = {
     "not numbers": (["bench", "{run}", "--batch", "one"], "one"),
     "batch too large": (["bench", "{run}", "--batch", "100000", "--quiet"], "100000"),
     "unknown runtime": (["bench", "{run}", "--runtime", "tvm", "--quiet"], "openvino"),
-    "other settings": (["train", "{run}", "--epochs", "4"], "epochs"),
+    "other settings": (["train", "{run}", *PAPER, "--epochs", "4"], "epochs"),
     "infeasible": (["choose", "{run}", "--min-accuracy", "1.5"], "1.5"),
     "two limits": (["choose", "{run}", "--min-accuracy", "0.5", "--max-drop", "0"], "--max-drop"),
     "foreign onnx": (["inspect", "{tmp}/foreign.onnx"], "BranchyNet"),

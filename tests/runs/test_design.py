@@ -22,7 +22,10 @@ OPTIONS = {"max_drop": 0.02, "epochs": 2, "anyway": True, "progress": False}
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    run = create_run(tmp_path_factory.mktemp("base") / "run", Settings(warm_start_epochs=6, epochs=2, augment="none"))
+    run = create_run(
+        tmp_path_factory.mktemp("base") / "run",
+        Settings("b_lenet-published", warm_start_epochs=6, epochs=2, augment="none"),
+    )
     train_run(run, progress=False)
     return run
 

@@ -22,7 +22,9 @@ from branchynet.runs.steps import bench_run, choose_run, export_run, train_run
 
 
 def trained(folder, **settings):
-    run = create_run(folder, Settings(warm_start_epochs=1, epochs=1, plain=False, augment="none", **settings))
+    run = create_run(
+        folder, Settings("b_lenet-published", warm_start_epochs=1, epochs=1, plain=False, augment="none", **settings)
+    )
     train_run(run, progress=False)
     return run
 

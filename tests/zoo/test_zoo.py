@@ -10,7 +10,7 @@ from branchynet.data import load_data, loader
 from branchynet.errors import InputError
 from branchynet.graph.macs import exit_macs
 from branchynet.nn.network import BranchyNet
-from branchynet.zoo import b_lenet, lenet
+from branchynet.zoo import NETWORKS, b_alexnet, b_lenet, b_resnet, lenet
 from helpers.onnx_graphs import flat_lenet
 
 CONV_1, CONV_2, CONV_3 = 30 * 30 * 5 * 25, 17 * 17 * 10 * 5 * 25, 11 * 11 * 20 * 10 * 25
@@ -85,6 +85,23 @@ def test_designed_exits_stand_on_the_same_trunk(target):
     assert [o.shape for o in net.eval()(x)] == [(3, 10)] * net.num_exits
     assert net.backbone.state_dict().keys() == lenet().state_dict().keys()
     torch.testing.assert_close(net(x)[-1], net.backbone(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("b_lenet", b_lenet),
+        ("b_lenet-published", lambda: b_lenet(branches="published")),
+        ("b_alexnet", b_alexnet),
+        ("b_alexnet-published", lambda: b_alexnet(branches="text")),
+        ("b_resnet110", lambda: b_resnet(110)),
+        ("b_resnet20-published", lambda: b_resnet(20, branches="published")),
+    ],
+)
+def test_a_name_on_the_command_line_is_the_same_network_as_in_python(name, make):
+    one, other = NETWORKS[name](num_classes=10), make()
+    assert one.taps == other.taps
+    assert [(k, v.shape) for k, v in one.state_dict().items()] == [(k, v.shape) for k, v in other.state_dict().items()]
 
 
 @pytest.mark.parametrize(

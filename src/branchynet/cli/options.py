@@ -14,7 +14,17 @@ from ..files import check_path
 
 # Written out so that --help and completion need no torch; a test compares them with their sources.
 RUNTIMES = ("onnxruntime", "openvino", "onnxruntime-cuda")
-NETWORKS = ("b_lenet", "b_alexnet", "b_resnet20", "b_resnet32", "b_resnet56", "b_resnet110")
+NETWORKS = (
+    "b_lenet",
+    "b_lenet-published",
+    "b_alexnet",
+    "b_alexnet-published",
+    "b_resnet110",
+    "b_resnet20-published",
+    "b_resnet32-published",
+    "b_resnet56-published",
+    "b_resnet110-published",
+)
 DATA = ("digits", "mnist", "fashion-mnist", "cifar10")
 AUGMENTS = ("none", "shift", "affine", "flip-crop")
 SCORES = ("entropy", "max_probability", "margin", "patience", "learned")

@@ -35,8 +35,8 @@ class Settings:
     """What `train_run` is to do.
 
     Attributes:
-        network: a zoo network, or ``"package.module:function"`` for a function that returns a `BranchyNet`; where it
-            has a parameter ``num_classes``, it is given the number of classes.
+        network: a name in `branchynet.zoo.NETWORKS`, or ``"package.module:function"``, a function that returns a
+            `BranchyNet`; it receives the number of classes if it has a parameter ``num_classes``.
         data: a name that `load_data` knows.
         size, split, normalize: as `load_data` takes them.
         warm_start_epochs: of the plain network, trained first; exits start from its weights. 0 for none.
@@ -122,11 +122,11 @@ def _cannot_read(settings: Settings, data: ImageData, error: Exception) -> Input
     told = f"{settings.network} cannot read the images of {data.name}, of shape {shape}: "
     if settings.network not in NETWORKS:
         return InputError(f"{told}{error}")
-    grey = shape[0] == 1
-    other, side = ("b_lenet", 28) if grey else ("b_resnet20", 32)
-    remedy = "" if (settings.network == "b_lenet") == grey else f"network={other}"
+    grey, reads_grey = shape[0] == 1, settings.network.startswith("b_lenet")
+    other, side = ("b_lenet", 28) if grey else ("b_resnet20-published", 32)
+    remedy = "" if reads_grey == grey else f"network={other}"
     remedy = " ".join(filter(None, [remedy, f"size={side}" if folder else ""]))
-    reads = "grey images of 28 x 28" if settings.network == "b_lenet" else "colour images of 32 x 32"
+    reads = "grey images of 28 x 28" if reads_grey else "colour images of 32 x 32"
     return InputError(f"{told}it reads {reads}; give {remedy}, or a network of your own")
 
 

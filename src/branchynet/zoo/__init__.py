@@ -11,11 +11,14 @@ with needed_by("branchynet.zoo"):
     from .lenet import b_lenet, lenet
     from .resnet import b_resnet, resnet
 
-# The networks with branches where the paper has them, by name, as `train --network` takes them; `design` moves them.
 NETWORKS: dict[str, Callable[..., BranchyNet]] = {
-    "b_lenet": partial(b_lenet, branches="published"),
-    "b_alexnet": partial(b_alexnet, branches="text"),
-    **{f"b_resnet{n}": partial(b_resnet, n, branches="published") for n in (20, 32, 56, 110)},
+    "b_lenet": b_lenet,
+    "b_lenet-published": partial(b_lenet, branches="published"),
+    "b_alexnet": b_alexnet,
+    "b_alexnet-published": partial(b_alexnet, branches="text"),
+    "b_resnet110": partial(b_resnet, 110),
+    **{f"b_resnet{n}-published": partial(b_resnet, n, branches="published") for n in (20, 32, 56, 110)},
 }
+"""Networks by name, as `branchynet train --network` takes them: the zoo's defaults, and the paper's branches."""
 
 __all__ = ["NETWORKS", "alexnet", "b_alexnet", "b_lenet", "b_resnet", "lenet", "resnet"]
