@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from branchynet import attach, choose, evaluate, export, fit, load, measure, record
+from branchynet import Target, attach, choose, evaluate, export, fit, load, measure, record
 
 SCALE = 0.25  # an error of this size counts as half wrong
 
@@ -54,7 +54,7 @@ def main(epochs=12, samples=6000, progress=True):
 
     net = attach(backbone(), at=["1"], example=example)
     fit(net, DataLoader(train, 64, shuffle=True), val_loader, epochs=epochs, loss=likelihood, progress=progress)
-    cost = measure(net, example, batch_size=64, score=variance)
+    cost = measure(net, example, Target(batch_size=64), score=variance)
     judge = {"loss": squashed, "score": variance, "progress": progress}
     choice = choose(record(net, val_loader, **judge), cost, max_drop=0.02, confidence=None)
     print("threshold:", choice.policy.thresholds)

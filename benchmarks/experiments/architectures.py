@@ -31,7 +31,7 @@ import torch
 import transformers
 from torch import nn
 
-from branchynet import Policy, attach, bench, export, record, zoo
+from branchynet import Policy, Target, attach, bench, export, record, zoo
 from branchynet.deploy.assembly import assemble
 from branchynet.environment import environment
 from branchynet.files import write_json
@@ -138,7 +138,7 @@ def timed(net, inputs, thresholds, batches, name):
         for batch in batches:
             path = export(net, Path(folder) / "model.onnx", policy=Policy(thresholds=thresholds),
                           example=first_rows(inputs, 8), batch=1 if batch == 1 else "dynamic")  # fmt: skip
-            rows += bench(path, net, inputs, nothing, network=name, plain_accuracy=0.0, batches=(batch,),
+            rows += bench(path, net, (inputs, nothing), Target(batch), about={"network": name},
                           samples=SAMPLES, repeats=REPEATS)  # fmt: skip
     keep = ("batch", "plain_us", "branchy_us", "limit_us", "limit_in_order_us", "speedup", "overhead",
             "overhead_sorted", "exit_share")  # fmt: skip
@@ -150,7 +150,7 @@ def first_share(net, inputs):
     flat = flatten(net, first_rows(inputs), score=entropy)
     arrays = [t.numpy()[:64] for t in tensors_of(inputs)]
     with tempfile.TemporaryDirectory() as folder:
-        engines = part_engines(flat, Path(folder), 1, alone=False)
+        engines = part_engines(flat, Path(folder), Target(), alone=False)
         calls = [lambda e=engines[k]: e.outputs(*arrays) for k in ("upto_1", "plain")]
         first, whole = interleaved(calls, 10, rounds=20)
     return first / whole

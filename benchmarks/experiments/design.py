@@ -29,7 +29,7 @@ import torch
 from text import Text
 from torch import nn
 
-from branchynet import attach, averaged, bench, evaluate, export, load, measure, record
+from branchynet import Target, attach, averaged, bench, evaluate, export, load, measure, record
 from branchynet.data import load_data, loader
 from branchynet.design import Advice, advise
 from branchynet.environment import environment
@@ -102,7 +102,7 @@ def advised(task, batch):
         advice = Advice.load(folder / "advice.json")
     else:
         advice = advise(
-            task.baseline(), task.loader("train"), task.loader("val"), example, batch_size=batch, score=SCORE,
+            task.baseline(), task.loader("train"), task.loader("val"), example, Target(batch), score=SCORE,
             seed=task.seed, mixed_precision=task.precision, channels_last=task.channels_last,
             epochs=PASSES.get(task.name, 6), final_epochs=FINAL.get(task.name, 0),
             run=task.folder / "candidates",
@@ -178,7 +178,7 @@ def rows_of(task, only, sizes):
             "averaged": (averaged(net, weights, of="logits"), averaged_record(on_val, weights, of="logits")),
         }
         for (answer, (net_here, found)), batch in itertools.product(answers.items(), batches):
-            cost = measure(net_here, task.example(), batch_size=batch, score=SCORE, seconds=10.0)
+            cost = measure(net_here, task.example(), Target(batch), score=SCORE, seconds=10.0)
             for slack in task.slack:
                 choice, reached = nearest_to(found, cost, wanted - slack, SCORE)
                 row = {
@@ -202,7 +202,8 @@ def rows_of(task, only, sizes):
                         batch=1 if batch == 1 else "dynamic",
                     )  # fmt: skip
                     (timed,) = bench(
-                        path, net_here, inputs, labels, network=task.name, plain_accuracy=baseline, batches=(batch,),
+                        path, net_here, (inputs, labels), Target(batch),
+                        about={"network": task.name, "plain_accuracy": baseline},
                         samples=SAMPLES, repeats=REPEATS.get(task.name, 9),
                     )  # fmt: skip
                 row["measured_us"] = timed["branchy_us"]

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from mnist_training import threshold_at_share
 
-from branchynet import Policy, bench, evaluate, export, record, zoo
+from branchynet import Policy, Target, bench, evaluate, export, record, zoo
 from branchynet.data import load_data, loader
 from branchynet.environment import environment
 from branchynet.files import write_json
@@ -39,11 +39,9 @@ def main():
             trials += bench(
                 path,
                 net,
-                images,
-                data.test.labels,
-                network="b_lenet",
-                plain_accuracy=lenet.accuracy,
-                batches=BATCHES,
+                (images, data.test.labels),
+                [Target(batch) for batch in BATCHES],
+                about={"network": "b_lenet", "plain_accuracy": lenet.accuracy},
                 seed=seed,
                 progress=print,
             )

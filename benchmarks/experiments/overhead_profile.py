@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from branchynet import Policy, export, load, zoo
+from branchynet import Policy, Target, export, load, zoo
 from branchynet.data import load_data
 from branchynet.environment import environment
 from branchynet.files import write_json
@@ -70,7 +70,7 @@ def main():
         folder = Path(name)
         path = export(net, folder / "model.onnx", policy=Policy(thresholds=(1e30,)), example=images[:8])
         branchy = load(path, threads=1)
-        static = part_engines(flatten(net, images[:2], score=entropy), folder, 1)["upto_1"]
+        static = part_engines(flatten(net, images[:2], score=entropy), folder, Target())["upto_1"]
         for batch in BATCHES:
             inputs = np.ascontiguousarray(images[:batch].numpy())
             us = interleaved([lambda x=inputs: branchy(x), lambda x=inputs: static.outputs(x)], 20, rounds=4000)

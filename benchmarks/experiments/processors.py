@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from branchynet import Policy, bench, evaluate, export, measure, record, zoo
+from branchynet import Policy, Target, bench, evaluate, export, measure, record, zoo
 from branchynet.data import load_data, loader
 from branchynet.data.datasets import Split
 from branchynet.environment import environment
@@ -61,7 +61,7 @@ def prepare(folder):
         for batch in TARGETS:
             net, example = network(name, batch), data.test.images[:64].float() / 255
             val, test = (record(net, loader(part, 500), progress=False) for part in (val_part, test_part))
-            cost = measure(net, example[:batch] if batch > 1 else example, batch_size=batch)
+            cost = measure(net, example[:batch] if batch > 1 else example, Target(batch))
             choice, _ = nearest_to(val, cost, plain_val)
             fixed = 1 if batch == 1 else "dynamic"
             export(net, folder / f"{name}-{batch}.onnx", policy=choice.policy, example=example[:8], batch=fixed)
@@ -76,8 +76,8 @@ def timed(path):
     name, batch = about["network"], about["batch"]
     data = load_data(NETWORKS[name][0]).test
     rows = bench(
-        path, network(name, batch), data.images[:SAMPLES].float() / 255, data.labels[:SAMPLES], network=name,
-        plain_accuracy=about["plain_accuracy"], batches=(batch,), samples=SAMPLES, repeats=3,
+        path, network(name, batch), (data.images[:SAMPLES].float() / 255, data.labels[:SAMPLES]), Target(batch),
+        about={key: about[key] for key in ("network", "plain_accuracy")}, samples=SAMPLES, repeats=3,
     )  # fmt: skip
     return {k: rows[0][k] for k in ("plain_us", "branchy_us", "speedup")}
 

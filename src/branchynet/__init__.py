@@ -15,6 +15,7 @@ _MODULES = {
     "losses": ("joint_loss",),
     "profiling.recording": ("record",),
     "profiling.cost": ("measure",),
+    "profiling.target": ("Target",),
     "profiling.benchmark": ("bench",),
     "policy.exit_record": ("ExitRecord",),
     "policy.values": ("Choice", "ExitCost", "Outcome", "Policy", "Prediction", "Promise"),

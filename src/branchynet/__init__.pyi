@@ -36,5 +36,6 @@ from .policy.values import Promise as Promise
 from .profiling.benchmark import bench as bench
 from .profiling.cost import measure as measure
 from .profiling.recording import record as record
+from .profiling.target import Target as Target
 from .training.history import History as History
 from .training.loop import fit as fit

@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from branchynet import Choice, ExitCost, ExitRecord, Policy, evaluate, load
+from branchynet import Choice, ExitCost, ExitRecord, Policy, Target, evaluate, load
 from branchynet.data import load_data, save_image
 from branchynet.errors import GraphError
 from branchynet.policy.risk_tests import fewest, halves
@@ -303,10 +303,11 @@ def test_an_engine_that_fails_costs_the_others_nothing(run, tmp_path, monkeypatc
     shutil.copytree(run, copy)
     timed = json.loads((copy / "bench.json").read_text())["rows"]
 
-    def bench(*_, runtime, batches, **__):
+    def bench(path, net, data, targets, **_):
+        runtime = targets[0].runtime
         if runtime == "openvino":
             raise GraphError("it has no such operator")
-        return [row | {"engine": runtime} for row in timed[: len(batches)]]
+        return [row | {"engine": runtime} for row in timed[: len(targets)]]
 
     monkeypatch.setattr(steps, "bench", bench)
     arguments = ("bench", copy, "--runtime", "onnxruntime,openvino,onnxruntime-cuda", "--json", tmp_path / "rows.json")
@@ -318,7 +319,7 @@ def test_an_engine_that_fails_costs_the_others_nothing(run, tmp_path, monkeypatc
         json.loads((tmp_path / "rows.json").read_text()),
     ):
         assert [row["engine"] for row in rows] == ["onnxruntime"] * 2 + ["onnxruntime-cuda"] * 2
-    monkeypatch.setattr(steps, "bench", lambda *_, **__: bench(runtime="openvino", batches=()))
+    monkeypatch.setattr(steps, "bench", lambda *_, **__: bench(None, None, None, [Target(runtime="openvino")]))
     assert call(monkeypatch, "bench", copy, "--quiet") == 1
     assert capsys.readouterr().err == "error: it has no such operator\n"
 
@@ -328,7 +329,7 @@ def test_what_the_plain_network_is_not_is_told(run, tmp_path, monkeypatch, capsy
     shutil.copytree(run, copy)
     config = json.loads((copy / "config.json").read_text())
     rows = json.loads((copy / "bench.json").read_text())["rows"]
-    monkeypatch.setattr(steps, "bench", lambda *_, **given: [rows[0] | {"plain_accuracy": given["plain_accuracy"]}])
+    monkeypatch.setattr(steps, "bench", lambda *_, about, **given: [rows[0] | about])
     for baseline, told in ((2, "trained for 2 epochs"), (0, "never trained")):
         config["settings"] |= {"plain": False, "warm_start_epochs": baseline}
         (copy / "config.json").write_text(json.dumps(config))

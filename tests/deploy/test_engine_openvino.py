@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from branchynet import Policy, Prediction, bench, export, load, measure
+from branchynet import Policy, Prediction, Target, bench, export, load, measure
 from branchynet.errors import FileError, InputError, MissingExtraError
 from branchynet.graph.quantize import calibration_batches, quantized
 from branchynet.profiling import benchmark, part_engines
@@ -205,10 +205,10 @@ def test_bench_and_measure_time_the_static_graphs_in_the_same_engine(lenet, fold
         monkeypatch.setattr(module, "load", spied)
     ir.save(assemble(flat, Policy(thresholds=(0.5,))), folder / "lenet.onnx")
     images, labels = grey_images(16), torch.arange(16) % 10
-    how = {"network": "B-LeNet", "plain_accuracy": 0.1, "batches": (4,), "repeats": 1}
-    (row,) = bench(folder / "lenet.onnx", net, images, labels, runtime="openvino", **how)
+    target = Target(4, runtime="openvino")
+    (row,) = bench(folder / "lenet.onnx", net, (images, labels), target, repeats=1)
     assert row["engine"] == "openvino" and min(row["plain_us"], row["branchy_us"], row["limit_us"]) > 0
-    cost = measure(net, images, seconds=0.05, runtime="openvino")
+    cost = measure(net, images, target=Target(runtime="openvino"), seconds=0.05)
     assert cost.num_exits == 2 and sum(cost.trunk_us) > 0
     assert len(opened) == 4 + 6 and set(opened) == {"openvino"}
 

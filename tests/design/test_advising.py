@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from branchynet import load, record, zoo
+from branchynet import Target, load, record, zoo
 from branchynet.data import ImageData, Split, load_data, loader
 from branchynet.design import Advice, advise
 from branchynet.design.candidates import attach_candidates
@@ -126,7 +126,7 @@ def test_advice_for_another_batch_trains_no_heads_again(trained, digits, tmp_pat
     few = {"taps": ["conv1"], "max_drop": 0.05, "epochs": 1}
     advised(trained, digits, run=tmp_path, **few)
     state = (tmp_path / "branches" / "training.safetensors").stat().st_mtime_ns
-    other = advised(trained, digits, run=tmp_path, batch_size=16, **few)
+    other = advised(trained, digits, run=tmp_path, target=Target(16), **few)
     assert other.batch_size == 16 and (tmp_path / "branches" / "training.safetensors").stat().st_mtime_ns == state
 
 
@@ -165,7 +165,7 @@ def split(data, part, rows):
         ({"max_drop": 0.1, "min_accuracy": 0.9}, "max_drop or min_accuracy, not both"),
         ({"min_accuracy": 1.01}, r"less than the limit of 101\.00%"),
         ({"taps": ["conv9"]}, r"no submodule 'conv9'"),
-        ({"batch_size": 0}, "batch_size and threads must be at least 1; got 0 and 1"),
+        ({"target": 64}, "target must be a Target; got 64"),
         ({"epochs": 0}, "epochs must be at least 1 and final_epochs 0; got 0 and 0"),
         ({"final_epochs": -1}, "final_epochs 0; got 3 and -1"),
         ({"score": "entrpy"}, "entrpy"),

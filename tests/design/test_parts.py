@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from branchynet import zoo
+from branchynet import Target, zoo
 from branchynet.design import part_times
 from branchynet.design.advising import _finalists
 from branchynet.design.candidates import Candidate, CandidateNetwork, attach_candidates
@@ -166,8 +166,8 @@ def test_times_of_parts_follow_from_those_of_whole_graphs(single, monkeypatch):
     monkeypatch.setattr(
         part_times, "samples_of", lambda calls, _: np.array([[seconds_of(name, true, taps)] * 3 for name in names])
     )
-    found = time_stages(forest, flat, x, batch_size=1, threads=1, runtime="onnxruntime", seconds=0.1).whole
-    for field in ("reach", "head", "leave", "stay", "plain"):
+    found = time_stages(forest, flat, x, Target(), 0.1).whole
+    for field in ("reach", "branch", "leave", "stay", "plain"):
         np.testing.assert_allclose(getattr(found, field), getattr(true, field), err_msg=field)
 
 

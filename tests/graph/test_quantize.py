@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from branchynet import BranchyNet, ExitRecord, Policy, bench, evaluate, export, load, measure, record
+from branchynet import BranchyNet, ExitRecord, Policy, Target, bench, evaluate, export, load, measure, record
 from branchynet.errors import GraphError, InputError
 from branchynet.graph.onnx_flat import flatten
 from branchynet.graph.quantize import calibration_batches, quantized
@@ -324,8 +324,7 @@ def test_the_full_range_is_another_network_than_the_reduced(net, tmp_path):
     assert (about["quantize"]["scheme"], other["quantize"]["scheme"]) == ("int8-full-range", "int8")
     assert about["network"] != other["network"]
     x, labels = images(seed=1), torch.arange(64) % 4
-    timed = {"network": "wide", "plain_accuracy": 0.5, "batches": (8,), "repeats": 1, "calibration": loader()}
-    assert bench(full, net, x, labels, **timed)
+    assert bench(full, net, (x, labels), Target(8), repeats=1, calibration=loader())
 
 
 def test_the_same_samples_give_the_same_file(net, tmp_path):
@@ -374,16 +373,16 @@ def test_bench_compares_int8_with_int8(net, recorded, tmp_path):
     x, labels = images(seed=1), torch.arange(64) % 4
     policy = Policy(thresholds=safe_thresholds(recorded[1].outputs, (0.5,)))
     path = export(net, tmp_path / "m.onnx", policy=policy, example=images(4), **INT8)
-    how = {"network": "wide", "plain_accuracy": 0.5, "batches": (8,), "repeats": 1}
-    (row,) = bench(path, net, x, labels, calibration=loader(), **how)
+    how = {"targets": Target(8), "repeats": 1}
+    (row,) = bench(path, net, (x, labels), calibration=loader(), **how)
     outcome = evaluate(recorded[1], policy)
     assert row["exit_share"] == pytest.approx(outcome.exit_share)
     assert row["accuracy_branchy"] == pytest.approx(outcome.accuracy) and row["engine"] == "onnxruntime"
     with pytest.raises(InputError, match=r"m\.onnx is int8: give calibration="):
-        bench(path, net, x, labels, **how)
+        bench(path, net, (x, labels), **how)
     exact = export(net, tmp_path / "float.onnx", policy=policy, example=images(4))
     with pytest.raises(InputError, match=r"float\.onnx is float: leave calibration= out"):
-        bench(exact, net, x, labels, calibration=loader(), **how)
+        bench(exact, net, (x, labels), calibration=loader(), **how)
 
 
 def test_the_callers_logging_is_left_alone(net):

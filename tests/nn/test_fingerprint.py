@@ -24,6 +24,7 @@ from branchynet import (
 )
 from branchynet.errors import InputError
 from branchynet.nn.fingerprint import fingerprint
+from branchynet.profiling.target import Target
 
 
 def b_lenet(seed=0, **options):
@@ -90,10 +91,10 @@ def test_another_architecture_is_refused():
 def test_bench_refuses_another_networks_file(tmp_path):
     net, (images, labels) = b_lenet(), batches()[0]
     path = export(net, tmp_path / "m.onnx", policy=Policy(thresholds=(0.5,)), example=images)
-    arguments = {"network": "n", "plain_accuracy": 0.5, "batches": (1,), "samples": 8, "repeats": 1}
+    arguments = {"targets": Target(), "samples": 8, "repeats": 1}
     with pytest.raises(InputError, match="different networks"):
-        bench(path, b_lenet(1), images, labels, **arguments)
-    assert len(bench(path, net, images, labels, **arguments)) == 1
+        bench(path, b_lenet(1), (images, labels), **arguments)
+    assert len(bench(path, net, (images, labels), **arguments)) == 1
 
 
 def test_what_does_not_say_is_not_refused():

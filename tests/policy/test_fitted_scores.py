@@ -35,6 +35,7 @@ from branchynet.errors import FileError, InputError
 from branchynet.policy.averaging import averaged_record
 from branchynet.policy.fitted_scores import LearnedScore, TemperedScore, from_json
 from branchynet.policy.record_scores import scores_of_record
+from branchynet.profiling.target import Target
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 
@@ -236,7 +237,7 @@ def test_a_choice_from_disk_is_exported_evaluated_and_benched_again(tmp_path):
     assert again == made and evaluate(found, again.policy, cost) == evaluate(found, made.policy, cost)
     path = export(net, tmp_path / "model.onnx", policy=again.policy, example=inputs(8))
     target = torch.from_numpy(found.labels)
-    row = bench(path, net, inputs(), target, network="chain", plain_accuracy=1.0, batches=[4], repeats=1)[0]
+    row = bench(path, net, (inputs(), target), Target(4), repeats=1)[0]
     assert row["accuracy_branchy"] == pytest.approx(made.outcome.accuracy, abs=0.01)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from branchynet import BranchyNet, averaged, export, zoo
+from branchynet import BranchyNet, Target, averaged, export, zoo
 from branchynet.deploy.assembly import assemble
 from branchynet.errors import FileError, InputError
 from branchynet.graph.onnx_flat import FlatGraph, flatten
@@ -80,8 +80,12 @@ def file(tmp_path, policy):
     return write(tmp_path, policy)
 
 
-def rows_of(path, data, **options):
-    return bench(path, flat_lenet()[0], *data, network="B-LeNet", plain_accuracy=0.5, **options)
+ABOUT = {"network": "B-LeNet", "plain_accuracy": 0.5}
+
+
+def rows_of(path, data, batches=None, threads=1, **options):
+    targets = None if batches is None and threads == 1 else [Target(batch, threads) for batch in batches or (1,)]
+    return bench(path, flat_lenet()[0], data, targets, **({"about": ABOUT} | options))
 
 
 def test_rows_are_whole_and_their_figures_agree(file, data, record, policy):
@@ -212,18 +216,18 @@ def test_several_inputs_a_score_and_a_loss_of_ones_own(tmp_path):
         outputs = net(**inputs)
     early = spread(outputs[:1]) < (threshold := float(spread(outputs[:1]).median()) + 1e-3)
     path = export(net, tmp_path / "pair.onnx", policy=Policy(spread, (threshold,)), example=inputs)
-    told = {"network": "pair", "plain_accuracy": 0.5, "repeats": 1, "batches": (1, 7)}
-    rows = bench(path, net, inputs, target, loss=loss, score=spread, **told)
+    told = {"targets": (Target(1), Target(7)), "repeats": 1}
+    rows = bench(path, net, (inputs, target), loss=loss, score=spread, **told)
     answers = torch.where(early[:, None], outputs[0], outputs[1])
     for row in rows:
         assert row["accuracy_branchy"] == pytest.approx(1 - float(loss(answers, target).mean()), abs=1e-5)
         assert row["exit_share"] == pytest.approx([float(early.float().mean()), 1 - float(early.float().mean())])
     with pytest.raises(InputError, match=r"leaves by 'spread'.*score="):
-        bench(path, net, inputs, target, loss=loss, **told)
+        bench(path, net, (inputs, target), loss=loss, **told)
     with pytest.raises(InputError, match=r"leaves by 'spread', not 'entropy'"):
-        bench(path, net, inputs, target, loss=loss, score=entropy, **told)
+        bench(path, net, (inputs, target), loss=loss, score=entropy, **told)
     with pytest.raises(InputError, match=r"targets must be class indices.*float32 of shape \(30, 3\).*loss="):
-        bench(path, net, inputs, target, score=spread, **told)
+        bench(path, net, (inputs, target), score=spread, **told)
 
 
 def test_one_sample_a_call_goes_through_the_graph_of_its_exit():
@@ -256,7 +260,8 @@ def test_progress_is_told(file, data):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"batches": (0,)}, r"1\.\.70.*\[0\]"),
+        ({"batches": (0,)}, "batch_size must be at least 1; got 0"),
+        ({"about": {"net": "b_lenet"}}, r"about holds \['net'\]; give network and plain_accuracy alone"),
         ({"batches": (1, 71)}, r"1\.\.70.*\[1, 71\]"),
         ({"repeats": 0}, "repeats must be at least 1; got 0"),
         ({"threads": 0}, "threads must be an integer of at least 1"),
@@ -276,7 +281,7 @@ def test_wrong_data_files_and_networks_are_named(tmp_path, file, data, policy):
     with pytest.raises(InputError, match=r"flat\.onnx.*policy=None"):
         rows_of(write(tmp_path, None, "flat"), data)
     with pytest.raises(InputError, match=r"model\.onnx has 2 exits and the network 1"):
-        bench(file, zoo.lenet(), *data, network="LeNet", plain_accuracy=0.5)
+        bench(file, zoo.lenet(), data)
     flat = flat_lenet()[1]
     one = write(tmp_path, policy, "one", FlatGraph(flat.model, flat.num_exits, dynamic=False))
     with pytest.raises(InputError, match=r"one\.onnx answers one sample at a time; got batch sizes \[1, 64\]"):
@@ -325,7 +330,7 @@ def test_averaged_answers_stand_beside_the_network_without_branches(tmp_path, da
     monkeypatch.setattr(module, "passes_in_turns", watched)
     monkeypatch.setattr(module, "flatten", flatten)
     path = export(net, tmp_path / "m.onnx", policy=Policy(thresholds=(0.5,)), example=data[0][:8])
-    bench(path, net, *data, network="n", plain_accuracy=0.0, batches=(64,), seed=0)
+    bench(path, net, data, Target(64), seed=0)
     order = np.random.default_rng(0).permutation(SAMPLES)[:64]
     with torch.no_grad():
         np.testing.assert_allclose(seen["plain"], net.backbone(data[0][order]), atol=1e-4)

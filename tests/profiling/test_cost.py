@@ -16,6 +16,7 @@ from branchynet.policy.values import ExitCost
 from branchynet.profiling import cost as module
 from branchynet.profiling.cost import _apart, each_row, measure
 from branchynet.profiling.part_engines import leaving_engines, part_engines
+from branchynet.profiling.target import Target
 from helpers.networks import tokens
 from helpers.onnx_graphs import Sketch, flat_lenet, flat_of, grey_images
 
@@ -114,7 +115,7 @@ def test_measure_turns_batch_times_into_costs_a_sample(lenet, monkeypatch):
 
     monkeypatch.setattr(module, "until_steady", fake)
     example = grey_images(2)
-    cost = measure(lenet, example, batch_size=32, threads=2, seconds=7.0)
+    cost = measure(lenet, example, Target(32, 2), seconds=7.0)
     macs = exit_macs(flat_lenet()[1])
     assert [(cost.trunk_macs, cost.branch_macs), cost.batch_size, cost.threads] == [
         macs,
@@ -151,7 +152,7 @@ def test_of_averaged_answers_the_plain_network_is_the_backbone_alone(monkeypatch
 def test_deployed_graphs_leave_where_their_names_say(tmp_path):
     _, flat = flat_lenet()
     x = grey_images(3).numpy()
-    engines = leaving_engines(flat, tmp_path, 1, "onnxruntime")
+    engines = leaving_engines(flat, tmp_path, Target())
     assert {name: list(engine(x).exit) for name, engine in engines.items()} == {
         "leave_1": [1, 1, 1],
         "leave_2": [2, 2, 2],
@@ -160,7 +161,7 @@ def test_deployed_graphs_leave_where_their_names_say(tmp_path):
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_a_real_measurement_has_its_shape(lenet, batch):
-    cost = measure(lenet, grey_images(2), batch_size=batch, seconds=0.0)
+    cost = measure(lenet, grey_images(2), Target(batch), seconds=0.0)
     assert cost.num_exits == 2 and (cost.batch_size, cost.threads) == (batch, 1)
     assert (cost.latency_us([True, True]) > 0).all() and sum(cost.trunk_us) > 0
     assert cost.macs([False, True])[-1] == pytest.approx(1_140_070)
@@ -172,17 +173,25 @@ def test_a_real_measurement_has_its_shape(lenet, batch):
         ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
         ({"batch_size": -3}, "-3"),
         ({"threads": 0}, "threads must be an integer of at least 1; got 0"),
-        ({"score": "entropi"}, "'entropi'.*'entropy'"),
+        ({"runtime": "onnx"}, "unknown runtime 'onnx'"),
+        ({"batch_size": 2.0}, "batch_size must be a whole number; got 2.0"),
     ],
 )
 def test_wrong_arguments_are_named(lenet, changes, told):
     with pytest.raises(InputError, match=told):
-        measure(lenet, grey_images(2), **changes)
+        measure(lenet, grey_images(2), Target(**changes))
+
+
+def test_wrong_scores_and_targets_are_named(lenet):
+    with pytest.raises(InputError, match=r"'entropi'.*'entropy'"):
+        measure(lenet, grey_images(2), score="entropi")
+    with pytest.raises(InputError, match=r"target must be a Target; got 64: give Target\(batch_size=1"):
+        measure(lenet, grey_images(2), 64)
 
 
 def test_a_network_without_branches_has_one_exit():
     net, x = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)), torch.randn(2, 6).requires_grad_()
-    cost = measure(net, x, batch_size=2, seconds=0.0)
+    cost = measure(net, x, Target(2), seconds=0.0)
     assert cost.num_exits == 1 and cost.trunk_macs == (45.0,) and cost.branch_macs == (0.0,)
     assert cost.trunk_us[0] > 0
 
@@ -192,7 +201,7 @@ def test_static_engines_compute_what_their_names_say(tmp_path):
     x = grey_images(2)
     with torch.no_grad():
         outputs = [o.numpy() for o in net(x)]
-    engines = part_engines(flat, tmp_path, 1)
+    engines = part_engines(flat, tmp_path, Target())
     last = {"plain": 2, "upto_1": 1, "upto_2": 2, "alone_2": 2}
     scores = {"plain": 0, "upto_1": 1, "upto_2": 2, "alone_2": 1}
     assert engines.keys() == last.keys()
@@ -201,7 +210,7 @@ def test_static_engines_compute_what_their_names_say(tmp_path):
         np.testing.assert_allclose(output, outputs[last[name] - 1], atol=1e-5)
         np.testing.assert_array_equal(label, output.argmax(1))
         assert [r.shape for r in rest] == [(2,)] * scores[name]
-    assert part_engines(flat, tmp_path, 1, enabled=[2], alone=False).keys() == {"plain", "upto_2"}
+    assert part_engines(flat, tmp_path, Target(), enabled=[2], alone=False).keys() == {"plain", "upto_2"}
 
 
 # Multiply-accumulates

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from branchynet import Choice, ExitCost, ExitRecord, Policy, evaluate, load
+from branchynet import Choice, ExitCost, ExitRecord, Policy, Target, evaluate, load
 from branchynet.data import load_data
 from branchynet.design import Advice
 from branchynet.errors import FileError, InputError
@@ -32,7 +32,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def designed(base):
-    return design_run(base.path, **OPTIONS)
+    return design_run(base, **OPTIONS)
 
 
 def test_the_design_is_a_run_of_its_own(base, designed):
@@ -74,7 +74,7 @@ def test_called_again_it_trains_nothing_again(base, designed):
         return {p: p.stat().st_mtime_ns for p in base.path.rglob("training.safetensors")}
 
     before = states()
-    advice, _ = design_run(base.path, **OPTIONS)
+    advice, _ = design_run(base, **OPTIONS)
     assert states() == before and advice == designed[0]
 
 
@@ -130,10 +130,10 @@ def test_for_another_runtime_there_is_a_design_of_its_own(base, designed, monkey
 
 def test_what_cannot_be_designed_for_is_refused(base, tmp_path):
     with pytest.raises(FileError, match="is no run folder"):
-        design_run(tmp_path)
+        design_run(open_run(tmp_path))
     empty = create_run(tmp_path / "untrained", Settings())
     with pytest.raises(FileError, match="branchynet train"):
-        design_run(empty.path)
+        design_run(empty)
     with pytest.raises(InputError, match="exits must be at least 2"):
-        design_run(base.path, batch_size=2, num_exits=1, progress=False)
+        design_run(base, Target(2), num_exits=1, progress=False)
     assert not (base.path / "design-2").exists()

@@ -199,12 +199,12 @@ def test_advice_on_other_weights_or_of_all_samples_is_refused(run, monkeypatch):
     old = {"static_us" if k == "plain_us" else k: v for k, v in advice.items()}
     (folder / "advice.json").write_text(json.dumps(old))
     with pytest.raises(FileError, match=r"lacks plain_us\); make it with advise\(.*\), after removing .*design-1"):
-        design_run(run.path, progress=False)
+        design_run(run, progress=False)
     (folder / "advice.json").write_text(json.dumps(advice))
     with pytest.raises(
         FileError, match=r"advice\.json is advice on other weights than those there; remove .*candidates"
     ):
-        design_run(run.path, progress=False)
+        design_run(run, progress=False)
     shutil.copy(folder / "advice.json", run.path / "advice.json")  # a design's folder is a run like any other
     with pytest.raises(FileError, match=r"does not say which samples selected the design.*--no-promise"):
         choose_run(run, max_drop=0.5)

@@ -242,16 +242,18 @@ def design(
     quiet: Quiet = False,
 ) -> None:
     """Find where early exits help, and build them. They are trained, exported and timed beside the prediction."""
+    from ..profiling.target import Target
     from ..report.console import print_advice
     from ..runs.design import design_folder, design_run, next_steps
     from ..runs.report import report_run
     from ..runs.run import open_run
 
+    target = Target(batch, threads, cast(Any, runtime))
     advice, comparison = design_run(
-        run, batch_size=batch, threads=threads, runtime=cast(Any, runtime), max_drop=max_drop,
-        num_exits=num_exits, epochs=epochs, final_epochs=final_epochs, anyway=anyway, trust=trust, progress=not quiet,
+        open_run(run, trust=trust), target, max_drop=max_drop, num_exits=num_exits, epochs=epochs,
+        final_epochs=final_epochs, anyway=anyway, progress=not quiet,
     )  # fmt: skip
-    folder = design_folder(run, batch, runtime)
+    folder = design_folder(run, target)
     print_advice(out, advice, "" if advice.worth else next_steps(folder, num_exits, epochs, final_epochs))
     if comparison is not None:
         out.print(*filter(None, [str(comparison), open_run(run, trust=trust).settings.caveat]), sep="\n")

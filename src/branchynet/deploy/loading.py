@@ -72,10 +72,9 @@ def load(
         MissingExtraError: `runtime` needs OpenVINO, or `verify` needs onnx, which is not installed.
         VersionError: the runtime is installed in a version that is known to be wrong.
     """
-    if runtime not in RUNTIMES:
-        raise InputError(f"unknown runtime {runtime!r}; it is one of {', '.join(RUNTIMES)}")
+    check_runtime(runtime)
     require(runtime.partition("-")[0])
-    _check_threads(threads)
+    check_threads(threads)
     if runtime != "onnxruntime" and providers:
         raise InputError(f"providers are for runtime='onnxruntime'; {runtime!r} takes none, got {providers!r}")
     chosen = _pairs(providers or _PROVIDERS.get(runtime, "CPUExecutionProvider"))
@@ -140,7 +139,14 @@ def verify(
     return check_file(load(path, threads, providers, runtime), path)
 
 
-def _check_threads(threads: Any) -> None:
+def check_runtime(runtime: Any) -> None:
+    """Raises `InputError` for a runtime that is not one of `RUNTIMES`."""
+    if runtime not in RUNTIMES:
+        raise InputError(f"unknown runtime {runtime!r}; it is one of {', '.join(RUNTIMES)}")
+
+
+def check_threads(threads: Any) -> None:
+    """Raises `InputError` for a number of threads that no runtime takes; None lets the runtime choose."""
     if threads is None:
         return
     if isinstance(threads, bool) or not isinstance(threads, Integral) or threads < 1:

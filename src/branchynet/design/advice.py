@@ -10,6 +10,7 @@ from ..errors import InputError, counted
 from ..files import read_json, write_json
 from ..nn.network import BranchyNet
 from ..policy.values import ExitCost
+from ..profiling.target import Target
 from ..stored import from_stored
 
 WORTH = 1.05  # times faster, for sure, below which exits are not worth their trouble
@@ -110,6 +111,11 @@ class Advice:
     def design(self) -> Design:
         """The design that takes least."""
         return self.designs[self.best]
+
+    @property
+    def target(self) -> Target:
+        """What the design is for."""
+        return Target(self.batch_size, self.threads, self.runtime)
 
     @property
     def cost(self) -> ExitCost:

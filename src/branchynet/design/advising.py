@@ -4,6 +4,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ import torch
 from torch import nn
 
 from ..arguments import check_seed
-from ..deploy.loading import Runtime
 from ..errors import FileError, InputError
 from ..files import write_json
 from ..graph.onnx_flat import FlatGraph, flatten
@@ -29,6 +29,7 @@ from ..policy.scores import resolve
 from ..policy.search import mean_cost
 from ..policy.values import ExitCost, Floats, Policy
 from ..profiling.recording import record
+from ..profiling.target import Target, check_target
 from ..stored import read_entry
 from ..training.loop import fit
 from .advice import Advice, CandidateResult, Design
@@ -50,10 +51,8 @@ def advise(
     train_loader: Any,
     val_loader: Any,
     example: Any,
+    target: Target = Target(),
     *,
-    batch_size: int = 1,
-    threads: int = 1,
-    runtime: Runtime = "onnxruntime",
     max_drop: float | None = None,
     min_accuracy: float | None = None,
     num_exits: int = 4,
@@ -82,9 +81,8 @@ def advise(
         val_loader: likewise, not shuffled. Half of its samples choose the design; the others are left for the promise
             that `choose` makes on a record of all, in the same order. Not the test set.
         example: one batch of inputs, real ones if possible.
-        batch_size: samples a call of the deployed file: the best design depends on it.
-        threads: threads within an operator.
-        runtime: what will run the deployed file, as for `load`: on a GPU the best design is another one again.
+        target: the batch size, the threads and the runtime of the deployed file. The best design depends on them: for
+            a batch, or on a GPU, it is another one.
         max_drop: accuracy on validation at most so far below the network's own; by default 0.
         min_accuracy: an accuracy instead.
         num_exits: the most a design may have, the network's own included.
@@ -97,7 +95,7 @@ def advise(
         seconds: about how long to time.
         seed: as `fit` takes it, and the next three.
         mixed_precision: for the branches' training.
-        device: for training and recording; what is timed runs where `runtime` does.
+        device: for training and recording; what is timed runs where the target's runtime does.
         channels_last: for the branches' training.
         run: a folder for the branches' training, so that a stopped search goes on, and a search for another batch size
             trains nothing again.
@@ -114,8 +112,7 @@ def advise(
     say: Callable[[str], None] = partial(print, flush=True, file=sys.stderr) if progress else lambda line: None
     if num_exits < 2:
         raise InputError(f"num_exits must be at least 2, the network's own included; got {num_exits}")
-    if batch_size < 1 or threads < 1:
-        raise InputError(f"batch_size and threads must be at least 1; got {batch_size} and {threads}")
+    check_target(target)
     if epochs < 1 or final_epochs < 0:
         raise InputError(f"epochs must be at least 1 and final_epochs 0; got {epochs} and {final_epochs}")
     check_seed(seed)
@@ -137,8 +134,8 @@ def advise(
     torch.manual_seed(seed)
     forest, flat = _planted(backbone, example, taps, function)
     places = f"{len(forest.candidates)} branches at {len(forest.net.taps)} places"
-    say(f"timing {places} in {runtime}: {seconds:.0f} s, after they are exported")
-    times = time_stages(forest, flat, example, batch_size=batch_size, threads=threads, runtime=runtime, seconds=seconds)
+    say(f"timing {places} in {target.runtime}: {seconds:.0f} s, after they are exported")
+    times = time_stages(forest, flat, example, target, seconds)
 
     def learned(net: BranchyNet, epochs: int, name: str) -> tuple[Floats, Floats]:
         """Scores and losses `(S, N)` of a network whose branches have learned so long."""
@@ -165,7 +162,7 @@ def advise(
     most = (1 - limit) * validation.samples
     best, least = search_exit_sets(judged, most, num_exits, say)
     if final_epochs and np.isfinite(least).any():
-        name = f"final-{runtime}-batch-{batch_size}-threads-{threads}-{score}-{limit:.4f}"
+        name = f"final-{target.runtime}-batch-{target.batch_size}-threads-{target.threads}-{score}-{limit:.4f}"
         kept = _finalists(
             None if run is None else Path(run) / name / "finalists.json", judged, least, max(PLACES, num_exits - 1)
         )
@@ -179,9 +176,7 @@ def advise(
     least = min(design.us for design in designs)
     fastest = next(n for n, design in enumerate(designs) if design.us <= (1 + ALIKE) * least)
     return Advice(
-        batch_size=batch_size,
-        threads=threads,
-        runtime=runtime,
+        **asdict(target),
         score=score,
         plain_us=times.plain_us,
         accuracy=accuracy,

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..deploy.assembly import assemble
-from ..deploy.loading import Runtime, load
+from ..deploy.loading import load
 from ..errors import GraphError, as_graph_errors
 from ..graph.onnx_flat import FlatGraph
 from ..graph.torch_program import tensors_of
@@ -21,6 +21,7 @@ from ..policy.values import ExitCost, Floats, Policy
 from ..profiling.clock import samples_of
 from ..profiling.cost import each_row, two_sizes
 from ..profiling.part_engines import ALWAYS, NEVER
+from ..profiling.target import Target
 from .candidates import CandidateNetwork
 
 
@@ -94,29 +95,24 @@ def time_stages(
     forest: CandidateNetwork,
     flat: FlatGraph,
     example: Any,
-    *,
-    batch_size: int,
-    threads: int,
-    runtime: Runtime,
+    target: Target,
     seconds: float,
 ) -> StageTimes:
-    """Time a forest's parts at a batch size.
+    """Time a forest's parts for a target.
 
     Args:
         forest: whose branches need not be trained.
         flat: its graph, with scores.
         example: real inputs if possible; repeated or cut to the rows of a call.
-        batch_size: samples a call.
-        threads: threads within an operator.
-        runtime: as for `load`.
+        target: the batch size, the threads and the runtime.
         seconds: about how long to measure.
     """
-    sizes = two_sizes(batch_size)
+    sizes = two_sizes(target.batch_size)
     taps = [forest.net.taps.index(c.tap) for c in forest.candidates]
     with tempfile.TemporaryDirectory() as folder, as_graph_errors():
-        parts = _Parts(flat, forest, Path(folder), threads, runtime)
+        parts = _Parts(flat, forest, Path(folder), target)
         found, spread = parts.timed(tensors_of(example), sizes, seconds)
-    return StageTimes(found[0], found[-1], tuple(taps), threads, spread)
+    return StageTimes(found[0], found[-1], tuple(taps), target.threads, spread)
 
 
 def uncuttable(forest: CandidateNetwork, flat: FlatGraph) -> dict[str, GraphError]:
@@ -137,8 +133,9 @@ def _policy(forest: CandidateNetwork, position: int, threshold: float) -> Policy
 class _Parts:
     """Engines of the graphs whose times tell the parts'."""
 
-    def __init__(self, flat: FlatGraph, forest: CandidateNetwork, folder: Path, threads: int, runtime: Runtime) -> None:
+    def __init__(self, flat: FlatGraph, forest: CandidateNetwork, folder: Path, target: Target) -> None:
         self.forest = forest
+        how: Any = {"threads": target.threads, "runtime": target.runtime}
         last = len(forest.candidates) + 1
         outputs = {"plain": [f"output_{last}"], "last": [f"output_{last}", f"score_{last}"]}
         for i in range(len(forest.candidates)):
@@ -154,10 +151,10 @@ class _Parts:
         self.calls = {}
         for k, (name, wanted) in enumerate(outputs.items()):
             ir.save(assemble(flat, None, outputs=wanted), folder / f"{k}.onnx")
-            self.calls[name] = load(folder / f"{k}.onnx", threads=threads, runtime=runtime).outputs
+            self.calls[name] = load(folder / f"{k}.onnx", **how).outputs
         for k, (name, policy) in enumerate(policies.items()):
             ir.save(assemble(flat, policy), folder / f"exits-{k}.onnx")
-            self.calls[name] = load(folder / f"exits-{k}.onnx", threads=threads, runtime=runtime)
+            self.calls[name] = load(folder / f"exits-{k}.onnx", **how)
 
     def timed(self, example: Sequence[Any], sizes: Sequence[int], seconds: float) -> tuple[list[Batch], float]:
         """Times at each batch size, all in turns, and the relative spread of a median."""

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..arguments import check_seed
+from ..arguments import check_seed, instance
 from ..deploy.engine import Engine
-from ..deploy.loading import Runtime, load
+from ..deploy.loading import load
+from ..deploy.onnx_file import model_metadata
 from ..errors import InputError, counted
-from ..graph.onnx_flat import flatten
-from ..graph.quantize import calibration_batches, quantized
+from ..graph.onnx_flat import FlatGraph, flatten
+from ..graph.quantize import Quantize, calibration_batches, quantized
 from ..graph.torch_program import tensors_of
 from ..nn.calls import first_rows
 from ..nn.fingerprint import fingerprint
@@ -28,6 +29,7 @@ from ..policy.values import score_name
 from .clock import passes_in_turns, ratio_spread
 from .part_engines import part_engines
 from .recording import Loss
+from .target import Target, listed
 
 Progress = Callable[[str], None]
 Arrays = tuple[NDArray[Any], ...]
@@ -36,25 +38,21 @@ Arrays = tuple[NDArray[Any], ...]
 def bench(
     path: str | os.PathLike[str],
     net: nn.Module,
-    inputs: Any,
-    target: Tensor,
+    data: tuple[Any, Tensor],
+    targets: Target | Sequence[Target] | None = None,
     *,
-    network: str,
-    plain_accuracy: float | None,
+    about: Mapping[str, Any] | None = None,
     loss: Loss | None = None,
     score: Score | None = None,
-    batches: Sequence[int] | None = None,
-    threads: int = 1,
     samples: int = 2048,
     repeats: int = 15,
     seed: int = 0,
-    runtime: Runtime = "onnxruntime",
     calibration: Any = None,
     progress: Progress = lambda message: None,
 ) -> list[dict[str, Any]]:
-    """Time one exported file at several batch sizes.
+    """Time one exported file for one or several targets.
 
-    For each batch size, the same real inputs in random order go through the branchy file, the plain backbone, and the
+    For each target, the same real inputs in random order go through the branchy file, the plain backbone, and the
     static graphs of every exit; engines take turns after every few calls, and medians over repeats are reported.
     ``limit_us`` is the sum over exits n of share_n x time of the static graph that computes the trunk and all enabled
     branches up to exit n, scores included; ``overhead = branchy / limit``; ``speedup = plain / branchy``. Each
@@ -68,19 +66,17 @@ def bench(
         path: a file that `export` wrote from `net` with a policy. Where its batch is fixed at 1, that of the static
             graphs is too.
         net: the network in it.
-        inputs: test inputs of S samples, as the network takes them: a tensor, or a tuple or dict of tensors.
-        target: `(S,)` int64 class indices, or what `loss` takes, one a sample.
-        network: a name for the rows.
-        plain_accuracy: test accuracy of the plain network, for the rows; None where it is not known.
+        data: ``(inputs, target)`` of S test samples: what the network takes, a tensor or a tuple or dict of tensors;
+            and `(S,)` int64 class indices, or what `loss` takes, one per sample.
+        targets: one or several; by default batch size 1, and 64 where the file's batch is dynamic.
+        about: what cannot be measured here, for the rows: ``"network"``, a name, and ``"plain_accuracy"``, the plain
+            network's test accuracy.
         loss: as for `record`, ``loss(output, target) -> (B,)`` in [0, 1]; accuracy is then 1 - mean loss.
         score: the callable that the file was exported with, where its score is no name in
             `branchynet.policy.record_scores`: it is part of the static graphs.
-        batches: batch sizes; by default 1, and 64 where the file's batch is dynamic.
-        threads: threads within an operator, for every engine.
         samples: how many of the inputs are timed (all of them count for accuracy).
         repeats: passes over those samples.
         seed: of the random order.
-        runtime: as for `load`: what runs the file and the static graphs.
         calibration: for an int8 file, the samples that it was quantised with, so that the static graphs are int8 too.
         progress: called with a message now and then.
 
@@ -95,24 +91,85 @@ def bench(
             fit.
         FileError: no such file, or a foreign one.
     """
-    engine = load(path, threads=threads, runtime=runtime)
-    if engine.policy is None:
+    targets, given = _targets(path, targets), dict(about or {})
+    if unknown := given.keys() - _ABOUT:
+        raise InputError(f"about holds {sorted(unknown)}; give {' and '.join(_ABOUT)} alone")
+    instance("data", data, (tuple, list), "give (inputs, target)")
+    inputs, wanted = data
+    engine = load(path, threads=targets[0].threads, runtime=targets[0].runtime)
+    policy = engine.policy
+    if policy is None:
         raise InputError(
             f"{path} was exported with policy=None and has no early exits to time; export it with a policy"
         )
     function = _score(engine, score, path)
     arrays = tuple(t.numpy() for t in tensors_of(inputs))
-    rows_given = len(arrays[0])
-    dynamic = engine.metadata["batch"] == "dynamic"
-    batches = ((1, 64) if dynamic else (1,)) if batches is None else batches
-    if not dynamic and set(batches) != {1}:
-        raise InputError(f"{path} answers one sample at a time; got batch sizes {list(batches)}: take 1 alone")
-    if any(not 1 <= b <= rows_given for b in batches):
-        raise InputError(f"batch sizes must lie in 1..{rows_given} (the test inputs); got {list(batches)}")
-    if len(target) != rows_given:
-        raise InputError(f"{rows_given} inputs need as many targets; got {len(target)}")
+    _check(path, engine, targets, len(arrays[0]), len(wanted))
     if repeats < 1:
         raise InputError(f"repeats must be at least 1; got {repeats}")
+    quantize = _check_network(path, engine, net, inputs, calibration)
+    order = np.random.default_rng(check_seed(seed)).permutation(len(arrays[0]))
+    arrays = tuple(array[order] for array in arrays)
+    flat, plain = _graphs(net, inputs, function, engine.metadata["batch"] == "dynamic", quantize, calibration)
+    rows = []
+    for group in _alike(targets):
+        if rows:
+            engine = load(path, threads=group[0].threads, runtime=group[0].runtime)
+        left, accuracy = _judge(engine, arrays, wanted[torch.from_numpy(order)], loss)
+        answers = {
+            "accuracy_branchy": accuracy,
+            "exit_share": [float((left == n).mean()) for n in range(1, engine.num_exits + 1)],
+            "thresholds": list(policy.thresholds),
+        }
+        enabled = [n for n, on in enumerate(policy.enabled, 1) if on]
+        with tempfile.TemporaryDirectory() as folder:
+            parts = part_engines(flat, Path(folder), group[0], plain=plain, enabled=enabled, alone=False)
+            for target in group:
+                progress(f"batch {target.batch_size}, {counted(target.threads, 'thread')}")
+                count = max(1, min(samples, len(order)) // target.batch_size) * target.batch_size
+                times = _row(engine, parts, tuple(a[:count] for a in arrays), enabled, target.batch_size, repeats)
+                rows.append({**dict.fromkeys(_ABOUT), **given, **_told(target), **times, **answers})
+    return rows
+
+
+_ABOUT = ("network", "plain_accuracy")
+
+
+def _targets(path: str | os.PathLike[str], targets: Target | Sequence[Target] | None) -> list[Target]:
+    """The targets as a list; by default those that suit the file."""
+    if targets is not None:
+        return listed(targets)
+    dynamic = model_metadata(path)["batch"] == "dynamic"
+    return [Target(size) for size in ((1, 64) if dynamic else (1,))]
+
+
+def _alike(targets: Sequence[Target]) -> list[list[Target]]:
+    """The targets by number of threads and runtime, for each of which the file is opened once."""
+    groups: dict[tuple[int, str], list[Target]] = {}
+    for target in targets:
+        groups.setdefault((target.threads, target.runtime), []).append(target)
+    return list(groups.values())
+
+
+def _told(target: Target) -> dict[str, Any]:
+    return {"engine": target.runtime, "batch": target.batch_size, "threads": target.threads}
+
+
+def _check(path: str | os.PathLike[str], engine: Engine, targets: Sequence[Target], rows: int, wanted: int) -> None:
+    """Raises `InputError` for batch sizes or numbers of samples that do not fit."""
+    batches = [target.batch_size for target in targets]
+    if engine.metadata["batch"] != "dynamic" and set(batches) != {1}:
+        raise InputError(f"{path} answers one sample at a time; got batch sizes {batches}: take 1 alone")
+    if max(batches) > rows:
+        raise InputError(f"batch sizes must lie in 1..{rows} (the test inputs); got {batches}")
+    if wanted != rows:
+        raise InputError(f"{rows} inputs need as many targets; got {wanted}")
+
+
+def _check_network(
+    path: str | os.PathLike[str], engine: Engine, net: nn.Module, inputs: Any, calibration: Any
+) -> Quantize | None:
+    """How the file is quantised. Raises `InputError` where it is another network's, or calibration does not fit."""
     exits = count_exits(net, inputs)
     if exits != engine.num_exits:
         raise InputError(
@@ -126,51 +183,41 @@ def bench(
     check_same_network(
         f"{path} and net", engine.metadata.get("network"), fingerprint(net) + (f"-{quantize}" if quantize else "")
     )
-    order = np.random.default_rng(check_seed(seed)).permutation(rows_given)
-    arrays = tuple(array[order] for array in arrays)
-    left, accuracy = _judge(engine, arrays, target[torch.from_numpy(order)], loss)
-    enabled = [n for n, on in enumerate(engine.policy.enabled, 1) if on]
-    flat = flatten(net, first_rows(inputs), score=function, dynamic=dynamic)
-    if quantize:
-        flat = quantized(flat, calibration_batches(calibration, flat), quantize)
-    # The last exit of averaged answers holds branches too.
+    return quantize
+
+
+def _graphs(
+    net: nn.Module, inputs: Any, score: Score, dynamic: bool, quantize: Quantize | None, calibration: Any
+) -> tuple[FlatGraph, FlatGraph | None]:
+    """The network's graph; and that of the plain network, where the last exit holds branches (averaged answers)."""
+    flat = flatten(net, first_rows(inputs), score=score, dynamic=dynamic)
     alone = plain_network(net)
     plain = None if alone is net else flatten(alone, first_rows(inputs), dynamic=dynamic)
-    if quantize and plain is not None:
-        plain = quantized(plain, calibration_batches(calibration, plain), quantize)
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        parts = part_engines(flat, Path(folder), threads, plain=plain, enabled=enabled, alone=False, runtime=runtime)
-        for batch in batches:
-            progress(f"batch {batch}, {counted(threads, 'thread')}")
-            count = max(1, min(samples, rows_given) // batch) * batch
-            timed = tuple(array[:count] for array in arrays)
-            # Ties may be decided otherwise at another batch size, so the exits are those of this one.
-            chunks = range(0, count, batch)
-            here = np.concatenate([engine(*(a[i : i + batch] for a in timed)).exit for i in chunks])
-            us, spread = _time(engine, parts, timed, here, batch, repeats)
-            limit = sum(float((here == n).mean()) * us[f"upto_{n}"] for n in enabled)
-            rows.append(
-                {
-                    "network": network,
-                    "engine": runtime,
-                    "batch": batch,
-                    "threads": threads,
-                    "plain_us": us["plain"],
-                    "branchy_us": us["branchy"],
-                    "limit_us": limit,
-                    "limit_in_order_us": us.get("in_order"),
-                    "speedup": us["plain"] / us["branchy"],
-                    "spread": spread,
-                    "overhead": us["branchy"] / limit,
-                    "overhead_sorted": us["sorted"] / limit if batch == 1 else None,
-                    "plain_accuracy": plain_accuracy,
-                    "accuracy_branchy": accuracy,
-                    "exit_share": [float((left == n).mean()) for n in range(1, engine.num_exits + 1)],
-                    "thresholds": list(engine.policy.thresholds),
-                }
-            )
-    return rows
+    if quantize:
+        flat = quantized(flat, calibration_batches(calibration, flat), quantize)
+        plain = plain and quantized(plain, calibration_batches(calibration, plain), quantize)
+    return flat, plain
+
+
+def _row(
+    engine: Engine, parts: dict[str, Engine], arrays: Arrays, enabled: Sequence[int], batch: int, repeats: int
+) -> dict[str, float | None]:
+    """The times of one row, and what follows from them."""
+    # Ties may be decided otherwise at another batch size, so the exits are those of this one.
+    chunks = range(0, len(arrays[0]), batch)
+    here = np.concatenate([engine(*(a[i : i + batch] for a in arrays)).exit for i in chunks])
+    us, spread = _time(engine, parts, arrays, here, batch, repeats)
+    limit = sum(float((here == n).mean()) * us[f"upto_{n}"] for n in enabled)
+    return {
+        "plain_us": us["plain"],
+        "branchy_us": us["branchy"],
+        "limit_us": limit,
+        "limit_in_order_us": us.get("in_order"),
+        "speedup": us["plain"] / us["branchy"],
+        "spread": spread,
+        "overhead": us["branchy"] / limit,
+        "overhead_sorted": us["sorted"] / limit if batch == 1 else None,
+    }
 
 
 def _score(engine: Engine, score: Score | None, path: str | os.PathLike[str]) -> Score:

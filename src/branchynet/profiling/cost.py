@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ..deploy.loading import Runtime
-from ..errors import InputError, as_graph_errors
+from ..errors import as_graph_errors
 from ..graph.macs import exit_macs
 from ..graph.onnx_flat import flatten
 from ..graph.quantize import Quantize, calibration_batches, check_quantize, quantized
@@ -19,6 +18,7 @@ from ..policy.scores import Score, resolve
 from ..policy.values import ExitCost, Floats
 from .clock import until_steady
 from .part_engines import leaving_engines, part_engines
+from .target import Target, check_target
 
 _FEWER = 16  # of so many rows one, to tell a stage's fixed part: few rows reach the later stages
 
@@ -26,12 +26,10 @@ _FEWER = 16  # of so many rows one, to tell a stage's fixed part: few rows reach
 def measure(
     net: nn.Module,
     example: Any,
+    target: Target = Target(),
     *,
-    batch_size: int = 1,
-    threads: int = 1,
     score: str | Score = "entropy",
     seconds: float = 3.0,
-    runtime: Runtime = "onnxruntime",
     quantize: Quantize | None = None,
     calibration: Any = None,
 ) -> ExitCost:
@@ -47,12 +45,10 @@ def measure(
 
     Args:
         net: a `BranchyNet`, or any network.
-        example: inputs, real ones if possible; repeated or cut to `batch_size` rows.
-        batch_size: rows a call of the deployed file.
-        threads: threads within an operator.
+        example: inputs, real ones if possible; repeated or cut to the target's batch size.
+        target: the batch size, the threads and the runtime of the deployed file.
         score: counted with each branch.
         seconds: about how long to measure; up to four times as long while the times are not steady.
-        runtime: as for `load`.
         quantize: as for `export`: time the int8 network.
         calibration: as for `export`.
 
@@ -61,12 +57,11 @@ def measure(
         were: above 0.03 something else kept the machine busy, and it is worth measuring again.
 
     Raises:
-        InputError: batch_size or threads below 1, an unknown runtime, or calibration batches that do not fit.
+        InputError: a target that is no `Target`, an unknown score, or calibration batches that do not fit.
         GraphError: the network cannot be exported, cut or quantised.
         MissingExtraError: OpenVINO is not installed.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1; got {batch_size}")
+    batch_size = check_target(target).batch_size
     check_quantize(quantize, calibration)
     flat = flatten(net, example, score=resolve(score))
     trunk_macs, branch_macs = exit_macs(flat)
@@ -77,8 +72,8 @@ def measure(
         plain = plain and quantized(plain, calibration_batches(calibration, plain), quantize)
     sizes = two_sizes(batch_size)
     with tempfile.TemporaryDirectory() as folder, as_graph_errors():
-        parts = part_engines(flat, Path(folder), threads, plain=plain, runtime=runtime)
-        leaving = leaving_engines(flat, Path(folder), threads, runtime)
+        parts = part_engines(flat, Path(folder), target, plain=plain)
+        leaving = leaving_engines(flat, Path(folder), target)
         calls = {name: engine.outputs for name, engine in parts.items()} | leaving
         inputs = tensors_of(example)
         batches = [[np.resize(t.numpy(), (rows, *t.shape[1:])) for t in inputs] for rows in sizes]
@@ -93,7 +88,7 @@ def measure(
         trunk_macs,
         branch_macs,
         batch_size,
-        threads,
+        target.threads,
         fingerprint(net),
         plain_us=float(us[0]["plain"]) / batch_size,
         spread=spread,

@@ -7,9 +7,10 @@ import onnx_ir as ir
 
 from ..deploy.assembly import assemble
 from ..deploy.engine import Engine
-from ..deploy.loading import Runtime, load
+from ..deploy.loading import load
 from ..graph.onnx_flat import FlatGraph
 from ..policy.values import Policy
+from .target import Target
 
 ALWAYS, NEVER = 3e38, -3e38  # thresholds that every score passes, and none
 
@@ -17,12 +18,11 @@ ALWAYS, NEVER = 3e38, -3e38  # thresholds that every score passes, and none
 def part_engines(
     flat: FlatGraph,
     folder: Path,
-    threads: int,
+    target: Target,
     *,
     plain: FlatGraph | None = None,
     enabled: Sequence[int] | None = None,
     alone: bool = True,
-    runtime: Runtime = "onnxruntime",
 ) -> dict[str, Engine]:
     """Engines of static graphs, by name.
 
@@ -41,16 +41,16 @@ def part_engines(
     for name, outputs in wanted.items():
         graph = plain if plain and name == "plain" else flat
         ir.save(assemble(graph, None, outputs=outputs), folder / f"{name}.onnx")
-        engines[name] = load(folder / f"{name}.onnx", threads=threads, runtime=runtime)
+        engines[name] = load(folder / f"{name}.onnx", threads=target.threads, runtime=target.runtime)
     return engines
 
 
-def leaving_engines(flat: FlatGraph, folder: Path, threads: int, runtime: Runtime) -> dict[str, Engine]:
+def leaving_engines(flat: FlatGraph, folder: Path, target: Target) -> dict[str, Engine]:
     """``leave_n``: the network as it is deployed, with thresholds by which every sample leaves at exit n."""
     engines = {}
     for n in range(1, flat.num_exits + 1):
         thresholds = tuple(ALWAYS if k == n else NEVER for k in range(1, flat.num_exits))
         path = folder / f"leave_{n}.onnx"
         ir.save(assemble(flat, Policy(thresholds=thresholds)), path)
-        engines[path.stem] = load(path, threads=threads, runtime=runtime)
+        engines[path.stem] = load(path, threads=target.threads, runtime=target.runtime)
     return engines

@@ -132,8 +132,8 @@ def judge_network(
                 say(f"{title}: timing thresholds {_told(policy)}")
                 path = export(net, folder / "model.onnx", policy=policy, example=images[:8], batch=1)
                 (row,) = bench(
-                    path, net, images, data.test.labels, network=recipe.name, plain_accuracy=plain_test,
-                    samples=samples, repeats=repeats,
+                    path, net, (images, data.test.labels), samples=samples, repeats=repeats,
+                    about={"network": recipe.name, "plain_accuracy": plain_test},
                 )  # fmt: skip
                 cuda = (
                     on_device(nets.plain, net, policy, images[:samples], "cuda") if torch.cuda.is_available() else None

@@ -12,12 +12,11 @@ than ONNX Runtime on the CPU it is ``RUN/design-BATCH-RUNTIME``. More files are:
 ``RUN/candidates`` keeps the training of all candidates on the frozen network, which serves every batch size.
 """
 
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ..data import ImageData
-from ..deploy.loading import Runtime
 from ..design import Advice, advise
 from ..errors import FileError, InputError
 from ..files import read_json, replacing, write_json
@@ -31,10 +30,11 @@ from ..policy.values import Policy
 from ..profiling.benchmark import bench
 from ..profiling.cost import measure
 from ..profiling.recording import record
+from ..profiling.target import Target
 from ..training.history import History
 from ..zoo import NETWORKS
 from .provenance import check_data, keep_bench, keep_data
-from .run import Run, configure, create_run, loaders, open_run, report_progress
+from .run import Run, configure, create_run, loaders, report_progress
 from .settings import build_network, data_of, example_of
 from .steps import export_run, train_exits
 
@@ -97,32 +97,26 @@ class Comparison:
 
 
 def design_run(
-    path: str | os.PathLike[str],
+    base: Run,
+    target: Target = Target(),
     *,
-    batch_size: int = 1,
-    threads: int = 1,
-    runtime: Runtime = "onnxruntime",
     max_drop: float = 0.0,
     num_exits: int = 4,
     epochs: int = 3,
     final_epochs: int = 0,
     anyway: bool = False,
-    trust: bool = False,
     progress: bool = True,
 ) -> tuple[Advice, Comparison | None]:
     """Find, train, export and time the exits that suit a trained run's network; goes on where it was stopped.
 
     Args:
-        path: a trained run's folder; its plain network is what exits are designed for, and what they are compared with.
-        batch_size: samples a call of the deployed file.
-        threads: threads within an operator.
-        runtime: what will run the deployed file, as for `load`.
+        base: a trained run; its plain network is what exits are designed for, and what they are compared with.
+        target: what the design is for: the batch size, the threads and the runtime of the deployed file.
         max_drop: accuracy on validation at most so far below the plain network's.
         num_exits: the most the design may have, the network's own included.
         epochs: for all candidate branches together; all exits are then trained for as long as the run's were.
         final_epochs: as `advise` takes it.
         anyway: go on with a design that is not worth it.
-        trust: as for `open_run`.
         progress: show bars and tell what is being done.
 
     Returns:
@@ -132,14 +126,18 @@ def design_run(
         InputError, GraphError: as `advise`; a design in this folder with another limit.
         FileError: the run is not trained, or has no plain network.
     """
-    base = open_run(path, trust=trust)
     base.file("record-plain.npz", "train")
     data = data_of(base.settings)
     check_data(base.path, data)
-    folder = design_folder(base.path, batch_size, runtime)
-    advice = _advised(
-        base, data, folder, batch_size, threads, runtime, max_drop, num_exits, epochs, final_epochs, progress
-    )
+    folder = design_folder(base.path, target)
+    asked = {
+        "threads": target.threads,
+        "max_drop": max_drop,
+        "exits": num_exits,
+        "epochs": epochs,
+        "final_epochs": final_epochs,
+    }
+    advice = _advised(base, data, folder, target, asked, progress)
     if not advice.design.taps or not (advice.worth or anyway):
         return advice, None
     settings = replace(
@@ -183,32 +181,14 @@ def next_steps(folder: Path, num_exits: int, epochs: int, final_epochs: int) -> 
     return f"{still}more may change this; remove {folder} and run `branchynet design {path} {' '.join(options)}`"
 
 
-def design_folder(run: Path, batch_size: int, runtime: str) -> Path:
+def design_folder(run: Path, target: Target) -> Path:
     """Where a run's design for a batch size and a runtime lies."""
-    return run / (f"design-{batch_size}" if runtime == "onnxruntime" else f"design-{batch_size}-{runtime}")
+    name = f"design-{target.batch_size}"
+    return run / (name if target.runtime == "onnxruntime" else f"{name}-{target.runtime}")
 
 
-def _advised(
-    base: Run,
-    data: ImageData,
-    folder: Path,
-    batch_size: int,
-    threads: int,
-    runtime: Runtime,
-    max_drop: float,
-    num_exits: int,
-    epochs: int,
-    final_epochs: int,
-    progress: bool,
-) -> Advice:
-    """The advice in the folder, or a new one."""
-    asked = {
-        "threads": threads,
-        "max_drop": max_drop,
-        "exits": num_exits,
-        "epochs": epochs,
-        "final_epochs": final_epochs,
-    }
+def _advised(base: Run, data: ImageData, folder: Path, target: Target, asked: dict[str, Any], progress: bool) -> Advice:
+    """The advice in the folder, or a new one; `asked` is what ``asked.json`` keeps."""
     path = folder / "advice.json"
     settings = base.settings
     trunk = build_network(replace(settings, taps=()), data).backbone
@@ -230,13 +210,11 @@ def _advised(
         train,
         val,
         example_of(data),
-        batch_size=batch_size,
-        threads=threads,
-        runtime=runtime,
-        max_drop=max_drop,
-        num_exits=num_exits,
-        epochs=epochs,
-        final_epochs=final_epochs,
+        target,
+        max_drop=asked["max_drop"],
+        num_exits=asked["exits"],
+        epochs=asked["epochs"],
+        final_epochs=asked["final_epochs"],
         seed=settings.seed,
         mixed_precision=settings.mixed_precision,
         channels_last=settings.network in NETWORKS,
@@ -259,14 +237,7 @@ def _compared(
     load_weights(plain, _plain(base, "plain" if base.settings.plain else "warm-start"))
     report_progress(progress, "recording what the plain network answers, and measuring what the trained design costs")
     wanted = evaluate(record(plain, val, progress=False), Policy()).accuracy - max_drop
-    cost = measure(
-        net,
-        example_of(data),
-        batch_size=advice.batch_size,
-        threads=advice.threads,
-        runtime=advice.runtime,
-        seconds=TIMING_S,
-    )
+    cost = measure(net, example_of(data), advice.target, seconds=TIMING_S)
     choice, reached = nearest_to(ExitRecord.load(run.path / "record-val.npz"), cost, wanted)
     choice.save(run.path / "choice.json")
     cost.save(run.path / "cost.json")
@@ -283,13 +254,9 @@ def _compared(
     (row,) = bench(
         model,
         net,
-        data.test.inputs(),
-        data.test.labels,
-        network=run.settings.network,
-        plain_accuracy=plain_accuracy,
-        batches=(advice.batch_size,),
-        threads=advice.threads,
-        runtime=advice.runtime,
+        (data.test.inputs(), data.test.labels),
+        advice.target,
+        about={"network": run.settings.network, "plain_accuracy": plain},
         progress=lambda line: report_progress(progress, f"timing the file in {advice.runtime}: {line}"),
     )
     keep_bench(run.path, [row])

@@ -42,6 +42,7 @@ from ..policy.values import Choice, ExitCost, Policy, score_name
 from ..profiling.benchmark import bench
 from ..profiling.cost import measure
 from ..profiling.recording import record
+from ..profiling.target import Target
 from ..training.loop import fit
 from ..zoo import NETWORKS
 from .provenance import check_choice, check_data, check_design, check_model, keep_bench, keep_data
@@ -198,9 +199,10 @@ def bench_run(
     check_model(run.path, model_metadata(model))
     net, data = load_run(run)
     check_data(run.path, data, ["test"])
-    images, labels = data.test.inputs(), data.test.labels
+    test = data.test.inputs(), data.test.labels
     plain = ExitRecord.load(run.file("record-plain.npz", "train"))
     accuracy = evaluate(plain, Policy()).accuracy if run.settings.plain_epochs else None
+    about = {"network": run.settings.network, "plain_accuracy": accuracy}
     rows, faults = [], {}
     for runtime in runtimes:
         try:
@@ -208,13 +210,9 @@ def bench_run(
                 rows += bench(
                     model,
                     net,
-                    images,
-                    labels,
-                    network=run.settings.network,
-                    plain_accuracy=accuracy,
-                    batches=batches,
-                    threads=count,
-                    runtime=runtime,
+                    test,
+                    [Target(size, count, runtime) for size in batches],
+                    about=about,
                     progress=lambda line, name=runtime: report_progress(progress, f"timing in {name}: {line}"),
                 )
         except BranchyNetError as error:

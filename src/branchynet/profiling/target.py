@@ -1,0 +1,51 @@
+"""What a deployed file is timed for: the batch size, the threads and the runtime."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+from ..arguments import instance, whole
+from ..deploy.loading import Runtime, check_runtime, check_threads
+from ..errors import InputError
+
+
+@dataclass(frozen=True)
+class Target:
+    """How a deployed file runs, which decides what its stages cost.
+
+    Attributes:
+        batch_size: samples per call.
+        threads: threads within an operator.
+        runtime: what runs the file, as for `load`.
+
+    Raises:
+        InputError: a batch size or number of threads below 1, or an unknown runtime.
+
+    >>> Target(batch_size=64, threads=2)
+    Target(batch_size=64, threads=2, runtime='onnxruntime')
+    """
+
+    batch_size: int = 1
+    threads: int = 1
+    runtime: Runtime = "onnxruntime"
+
+    def __post_init__(self) -> None:
+        whole("batch_size", self.batch_size, 1)
+        instance("threads", self.threads, Integral, "give the number of threads within an operator")
+        check_threads(self.threads)
+        check_runtime(self.runtime)
+
+
+def check_target(target: Any) -> Target:
+    """`target`. Raises `InputError` where it is no `Target`."""
+    instance("target", target, Target, "give Target(batch_size=1, threads=1, runtime='onnxruntime')")
+    return target
+
+
+def listed(targets: Target | Sequence[Target]) -> list[Target]:
+    """One target or several as a list. Raises `InputError` where it is empty or holds anything else."""
+    found = [targets] if isinstance(targets, Target) else list(targets)
+    if not found:
+        raise InputError("give one Target at least, such as Target(batch_size=64)")
+    return [check_target(target) for target in found]
