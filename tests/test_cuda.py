@@ -5,6 +5,7 @@ import torch
 
 from branchynet import Policy, fit, record
 from branchynet.deploy.torch_engine import TorchEngine
+from branchynet.training.options import FitOptions
 from helpers.loop import QUANTILES, agree, agree_everywhere, every_exit, safe_thresholds
 from helpers.networks import build, draw
 
@@ -73,7 +74,12 @@ def test_training_on_a_gpu_is_that_of_the_cpu(family, tmp_path):
         torch.manual_seed(0)
         net, example = build(family, 0)
         history = fit(
-            net, batches(draw(example, 32, 0)), epochs=3, device=device, run=tmp_path / device, progress=False
+            net,
+            batches(draw(example, 32, 0)),
+            epochs=3,
+            run=tmp_path / device,
+            progress=False,
+            options=FitOptions(device=device),
         )
         losses[device] = [row.train_loss for row in history.rows]
     # Three epochs of four steps; each adds rounding of about 1e-6 to sums of another order.

@@ -38,6 +38,7 @@ from branchynet.errors import GraphError, InputError
 from branchynet.losses import pixel_error
 from branchynet.policy.record_scores import scores_of_record
 from branchynet.policy.scores import SCORES
+from branchynet.training.options import FitOptions
 from branchynet.training.trainer import EpochTotals, ProgressBar
 from helpers.tasks import SAMPLES, TASKS, Task, disagreement, hamming, log_variance, squashed
 
@@ -64,7 +65,16 @@ def trained(request):
     inputs, targets = task.data()
     net = task.net(inputs[:4])
     batches = DataLoader(TensorDataset(inputs, targets), 7)
-    history = fit(net, batches, batches, epochs=6, loss=task.train, optimizer=adam, progress=False, device="cpu")
+    history = fit(
+        net,
+        batches,
+        batches,
+        epochs=6,
+        loss=task.train,
+        optimizer=adam,
+        progress=False,
+        options=FitOptions(device="cpu"),
+    )
     made = record(net, batches, loss=task.loss, score=task.score, progress=False)
     net.eval()
     with torch.no_grad():
@@ -399,7 +409,7 @@ def test_the_remedy_helps():
     x, y = torch.rand(4, 3), torch.rand(4, 1)
     backbone = Bare()
     net = attach(backbone, ["hidden"], example=x, output=lambda y: y.unsqueeze(1))
-    fit(net, [(x, y)], epochs=1, loss=F.mse_loss, progress=False, device="cpu")
+    fit(net, [(x, y)], epochs=1, loss=F.mse_loss, progress=False, options=FitOptions(device="cpu"))
     made = record(net, [(x, y)], loss=squashed, score=disagreement, progress=False)
     expected = [[squashed(o[i : i + 1], y[i : i + 1]).item() for o in net(x)] for i in range(4)]
     np.testing.assert_allclose(made.losses, expected, atol=1e-6)

@@ -28,6 +28,7 @@ from branchynet import (
 )
 from branchynet.data import load_data
 from branchynet.deploy.torch_engine import TorchEngine
+from branchynet.training.options import FitOptions
 
 
 class Small(nn.Module):
@@ -119,8 +120,8 @@ WRONG = {
         r"optimizer must be a function.*functools.partial\(torch.optim.Adam",
     ),
     "fit(optimizer=text)": (lambda: quick(net, loader, optimizer="adam"), "optimizer must be a function"),
-    "fit(schedule=StepLR(...))": (
-        lambda: quick(net, loader, schedule=torch.optim.lr_scheduler.StepLR(torch.optim.Adam(net.parameters()), 1)),
+    "FitOptions(schedule=StepLR(...))": (
+        lambda: FitOptions(schedule=torch.optim.lr_scheduler.StepLR(torch.optim.Adam(net.parameters()), 1)),
         "schedule must be a function",
     ),
     "fit(loss=class)": (lambda: quick(net, loader, loss=nn.CrossEntropyLoss), r"give CrossEntropyLoss\(\)"),
@@ -130,7 +131,7 @@ WRONG = {
         lambda: quick(net, loader, loss_weights=1.0),
         "loss_weights must be numbers, one per exit",
     ),
-    "fit(seed=fraction)": (lambda: quick(net, loader, seed=0.5), "seed must be a whole number"),
+    "FitOptions(seed=fraction)": (lambda: FitOptions(seed=0.5), "seed must be a whole number"),
     "fit on a data set": (lambda: quick(net, loader.dataset), r"is a data set.*DataLoader\(data, batch_size=64"),
     "fit on a stream of no length": (lambda: quick(net, DataLoader(Stream(), batch_size=2)), "must have a length"),
     "fit on all parts": (lambda: quick(net, load_data("digits")), "an ImageData, not a loader.*data.loader"),
@@ -198,7 +199,7 @@ def test_a_gpu_that_is_not_there():
         assert silent(net, loader, device="cuda").digest
         net.cpu()
         return
-    for call in (silent, quick):
+    for call in (silent, lambda *_, device: FitOptions(device=device)):
         with pytest.raises(BranchyNetError, match=r"device='cuda' is not available.*give 'cpu'"):
             call(net, loader, device="cuda")
     with pytest.raises(BranchyNetError, match="device='cuda' is not available"):

@@ -30,6 +30,7 @@ from branchynet.nn.weights import load_weights, save_weights
 from branchynet.policy.record_scores import scores_of_record
 from branchynet.reproduce.recipes import RECIPES
 from branchynet.training.history import History
+from branchynet.training.options import FitOptions
 
 SEEDS = (0, 1, 2, 3, 4)
 RECIPE = RECIPES["b_lenet"]
@@ -50,10 +51,8 @@ def train(net, data, part, seed, run):
         loader(data.val, 1000),
         epochs=RECIPE.epochs[part],
         optimizer=RECIPE.optimizer(RECIPE.rates[part]),
-        schedule=RECIPE.schedule,
-        seed=seed,
-        channels_last=True,
         run=run,
+        options=FitOptions(seed=seed, channels_last=True, schedule=RECIPE.schedule),
     )
 
 

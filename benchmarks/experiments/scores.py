@@ -42,6 +42,7 @@ from branchynet.policy.record_scores import scores_of_record
 from branchynet.policy.scores import features, resolve
 from branchynet.policy.values import ExitCost
 from branchynet.profiling.clock import interleaved
+from branchynet.training.options import FitOptions
 
 BATCH, RATE = 256, 3e-3
 BRANCH_EPOCHS, JOINT_EPOCHS = 6, 10
@@ -78,10 +79,9 @@ def train(net, data, epochs, which, seed, run):
         epochs=epochs,
         train=which,
         optimizer=lambda parameters: torch.optim.Adam(parameters, lr=RATE),
-        seed=seed,
-        channels_last=True,
         run=run,
         progress=False,
+        options=FitOptions(seed=seed, channels_last=True),
     )
     return net
 

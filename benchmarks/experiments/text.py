@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from branchynet.reproduce.recipes import COSINE, adam
 from branchynet.training.loop import fit
+from branchynet.training.options import FitOptions
 
 PACKAGES = ("matplotlib", "networkx", "numpy", "onnx", "rich", "scipy", "sklearn", "sympy", "torch", "transformers")
 LENGTH = 128
@@ -127,6 +128,7 @@ class Text:
     def _fit(self, net, part, run):
         fit(
             net, self.loader("train"), self.loader("val"), epochs=self.epochs[part], optimizer=adam(self.rate),
-            schedule=COSINE, seed=self.seed + 100 * part, mixed_precision=self.precision, run=self.folder / run,
+            run=self.folder / run,
+            options=FitOptions(seed=self.seed + 100 * part, mixed_precision=self.precision, schedule=COSINE),
         )  # fmt: skip
         return net

@@ -19,6 +19,7 @@ from branchynet.environment import environment
 from branchynet.files import write_json
 from branchynet.graph.macs import exit_macs
 from branchynet.graph.onnx_flat import flatten
+from branchynet.training.options import FitOptions
 
 ROUNDS = 7
 BATCH = 256
@@ -33,7 +34,9 @@ def main():
     seconds = {"lenet": [], "b_lenet": []}
     for _ in range(ROUNDS):
         for name, net in (("lenet", zoo.lenet()), ("b_lenet", zoo.b_lenet(branches="published"))):
-            history = fit(net, loader(val, BATCH, shuffle=True), epochs=1, channels_last=True, progress=False)
+            history = fit(
+                net, loader(val, BATCH, shuffle=True), epochs=1, progress=False, options=FitOptions(channels_last=True)
+            )
             seconds[name].append(history.rows[0].seconds)
     ratio = statistics.median(seconds["b_lenet"]) / statistics.median(seconds["lenet"])
     work = 1 + sum(branch) / sum(trunk)

@@ -11,6 +11,7 @@ _MODULES = {
     "nn.attaching": ("attach", "detach"),
     "nn.averaged": ("averaged",),
     "training.loop": ("fit",),
+    "training.options": ("FitOptions",),
     "training.history": ("History",),
     "losses": ("joint_loss",),
     "profiling.recording": ("record",),

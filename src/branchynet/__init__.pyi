@@ -39,3 +39,4 @@ from .profiling.recording import record as record
 from .profiling.target import Target as Target
 from .training.history import History as History
 from .training.loop import fit as fit
+from .training.options import FitOptions as FitOptions

@@ -2,6 +2,7 @@
 
 import functools
 import random
+from dataclasses import fields
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from branchynet.nn.network import BranchyNet
 from branchynet.training.loop import fit
+from branchynet.training.options import FitOptions
 
 CLASSES = 4
 
@@ -63,5 +65,10 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-quiet = functools.partial(fit, progress=False, device="cpu")
+def quiet(*loaders, **given):
+    """`fit` on the CPU without a bar; fields of `FitOptions` may be given like other arguments."""
+    options = {"device": "cpu"} | {f.name: given.pop(f.name) for f in fields(FitOptions) if f.name in given}
+    return fit(*loaders, **{"progress": False, "options": FitOptions(**options)} | given)
+
+
 brisk = functools.partial(torch.optim.Adam, lr=5e-3)

@@ -12,6 +12,7 @@ from torch import nn
 from branchynet import BranchyNet, Policy, attach, export, fit, load, record
 from branchynet.losses import pixel_error
 from branchynet.nn.outputs import are_probabilities
+from branchynet.training.options import FitOptions
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +31,7 @@ def net(*ends, backbone_end=None):
 X, Y = torch.randn(12, 6, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 4
 LOADER = [(X[:8], Y[:8]), (X[8:], Y[8:])]
 VERBS = {
-    "fit": lambda net, folder: fit(net, LOADER, LOADER, epochs=2, progress=False, device="cpu"),
+    "fit": lambda net, folder: fit(net, LOADER, LOADER, epochs=2, progress=False, options=FitOptions(device="cpu")),
     "record": lambda net, folder: record(net, LOADER, progress=False),
     "export": lambda net, folder: export(
         net, folder / "m.onnx", policy=Policy(thresholds=(0.5,) * (net.num_exits - 1)), example=X[:3]
@@ -118,7 +119,7 @@ def test_maps_of_probabilities_and_half_precision():
     target = torch.zeros(4, 5, 5, dtype=torch.long)
     loader = [(torch.randn(4, 2, 5, 5), target)]
     assert told(lambda: record(dense, loader, loss=pixel_error, progress=False))
-    assert told(lambda: fit(dense, loader, epochs=1, progress=False, device="cpu"))
+    assert told(lambda: fit(dense, loader, epochs=1, progress=False, options=FitOptions(device="cpu")))
 
 
 class Detector(nn.Module):

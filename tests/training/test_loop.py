@@ -20,6 +20,7 @@ from branchynet.nn.weights import load_weights
 from branchynet.training import trainer
 from branchynet.training.history import History
 from branchynet.training.loop import fit
+from branchynet.training.options import FitOptions
 from branchynet.training.schedules import Constant, Cosine
 from helpers.training_runs import CLASSES, Pictures, brisk, equal, loader, make, quiet, state
 
@@ -358,13 +359,13 @@ def test_a_loss_that_is_not_finite_stops_the_training_by_name(tmp_path):
     ],
 )
 def test_wrong_arguments_are_named(changes, told):
-    arguments = {"net": make(), "train_loader": loader(), "epochs": 1, "device": "cpu", "progress": False} | changes
+    arguments = {"net": make(), "train_loader": loader(), "epochs": 1} | changes
     with pytest.raises(InputError, match=told):
-        fit(**arguments)
+        quiet(**arguments)
 
 
 def test_the_bar_tells_loss_and_accuracy_unless_silenced(capsys):
-    fit(make(), loader(), epochs=2, device="cpu")
+    fit(make(), loader(), epochs=2, options=FitOptions(device="cpu"))
     told = capsys.readouterr().err
     assert "epoch 1/2" in told and "epoch 2/2" in told and "loss" in told and told.count("%") == 4
     quiet(make(), loader(), epochs=2)
@@ -374,7 +375,7 @@ def test_the_bar_tells_loss_and_accuracy_unless_silenced(capsys):
 def test_a_log_file_is_told_within_an_epoch(capsys, monkeypatch):
     monkeypatch.setattr(trainer, "REFRESH_S", -1.0)
     monkeypatch.setattr(trainer, "LINE_S", -1.0)
-    fit(make(), loader(), epochs=1, device="cpu")
+    fit(make(), loader(), epochs=1, options=FitOptions(device="cpu"))
     told = capsys.readouterr().err
     assert [f"epoch 1/1: {n} of 6 batches, loss" in told for n in range(8)] == [n in range(1, 6) for n in range(8)]
 

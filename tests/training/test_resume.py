@@ -21,6 +21,7 @@ from branchynet.files import locked
 from branchynet.training import checkpoint, loop
 from branchynet.training.history import History
 from branchynet.training.loop import fit
+from branchynet.training.options import FitOptions
 from branchynet.training.schedules import Constant, Cosine
 from helpers.training_runs import Pictures, equal, loader, make, quiet, state
 
@@ -32,7 +33,7 @@ EPOCHS = 3
 def killed_run(folder, at):
     """For a child process: train into `folder` and die by SIGKILL before the `at`-th sample is drawn."""
     data = loader(interrupt=lambda: os.kill(os.getpid(), signal.SIGKILL), at=int(at))
-    fit(make(), data, epochs=EPOCHS, run=folder, device="cpu", progress=False)
+    fit(make(), data, epochs=EPOCHS, run=folder, progress=False, options=FitOptions(device="cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +202,7 @@ def test_resume_false_starts_anew(finished, whole):
     ],
 )
 def test_a_run_with_other_settings_is_refused(finished, changes, told):
-    with pytest.raises(InputError, match=f"(?s){told}.*another run folder, or resume=False"):
+    with pytest.raises(InputError, match=f"(?s){told}.*another run folder, or FitOptions\\(resume=False\\)"):
         resumed(finished, make(), **changes)
 
 
@@ -216,7 +217,7 @@ def test_a_run_with_other_settings_is_refused(finished, changes, told):
 def test_a_loader_that_draws_other_numbers_is_refused(finished, changes, told):
     before = {path: path.read_bytes() for path in finished.iterdir()}
     other = DataLoader(Pictures(), shuffle=True, **{"batch_size": 10, **changes})
-    with pytest.raises(InputError, match=f"{told}.*another run folder, or resume=False"):
+    with pytest.raises(InputError, match=f"{told}.*another run folder, or FitOptions\\(resume=False\\)"):
         quiet(make(), other, epochs=EPOCHS, run=finished)
     assert {path: path.read_bytes() for path in finished.iterdir()} == before
 

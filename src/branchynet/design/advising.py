@@ -32,6 +32,7 @@ from ..profiling.recording import record
 from ..profiling.target import Target, check_target
 from ..stored import read_entry
 from ..training.loop import fit
+from ..training.options import FitOptions
 from .advice import Advice, CandidateResult, Design
 from .candidates import CandidateNetwork, attach_candidates
 from .exit_search import CandidateScores, ExitSet, break_even, least_us, search_exit_sets
@@ -146,12 +147,9 @@ def advise(
             train="branches",
             distill=DISTILL,
             optimizer=lambda parameters: torch.optim.Adam(parameters, lr=RATE),
-            seed=seed,
-            mixed_precision=mixed_precision,
-            device=device,
-            channels_last=channels_last,
             run=None if run is None else Path(run) / name,
             progress=progress,
+            options=FitOptions(seed, mixed_precision, device, channels_last),
         )
         found = record(net, val_loader, device=device, progress=progress)
         net.cpu()

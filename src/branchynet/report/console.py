@@ -183,8 +183,8 @@ _CALLS = {"record": "train", "fit": "train", "measure": "choose", "advise": "des
 _PHRASES = {
     "confidence=None": "--no-promise",
     "or None for no promise": "or --no-promise for none",
-    ", or resume=False to start it anew": "",
-    " (or resume=False)": "",
+    ", or FitOptions(resume=False) to start it anew": "",
+    " (or FitOptions(resume=False))": "",
     "policy=None": "no thresholds",
 }
 

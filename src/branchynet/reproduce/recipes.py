@@ -22,6 +22,7 @@ from ..errors import InputError
 from ..nn.network import BranchyNet
 from ..nn.weights import load_weights
 from ..training.loop import fit
+from ..training.options import FitOptions
 from ..training.schedules import Cosine
 from ..zoo.alexnet import AlexNet
 from ..zoo.lenet import LeNet
@@ -245,12 +246,9 @@ class Training:
             train=train,
             distill=distill,
             optimizer=recipe.optimizer(rate),
-            schedule=recipe.schedule,
-            seed=seed,
-            mixed_precision=self.precision,
-            channels_last=True,
             run=self.folder / run,
             progress=self.progress,
+            options=FitOptions(seed=seed, mixed_precision=self.precision, channels_last=True, schedule=recipe.schedule),
         )
         return net
 

@@ -44,6 +44,7 @@ from ..profiling.cost import measure
 from ..profiling.recording import record
 from ..profiling.target import Target
 from ..training.loop import fit
+from ..training.options import FitOptions
 from ..zoo import NETWORKS
 from .provenance import check_choice, check_data, check_design, check_model, keep_bench, keep_data
 from .settings import build_network, data_of, example_of
@@ -103,11 +104,13 @@ def fit_in(
         val,
         epochs=epochs,
         optimizer=lambda parameters: torch.optim.Adam(parameters, lr=settings.lr),
-        seed=seed,
-        mixed_precision=settings.mixed_precision,
-        channels_last=settings.network in NETWORKS,  # a network of the user's may not bear it
         run=run.path / folder,
         progress=progress,
+        options=FitOptions(
+            seed=seed,
+            mixed_precision=settings.mixed_precision,
+            channels_last=settings.network in NETWORKS,  # a user's network may use `view`
+        ),
         **more,
     )
 

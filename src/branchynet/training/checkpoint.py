@@ -99,7 +99,7 @@ class RunFolder:
             remove_partial(path)
         if not self.training.exists():
             return None
-        remedy = "choose another run folder, or resume=False to start it anew"
+        remedy = "choose another run folder, or FitOptions(resume=False) to start it anew"
         tensors, metadata = read_tensors(self.training)
         try:
             stored = parse_json(metadata[_KEY], finite=False)  # an optimizer may keep an infinite number

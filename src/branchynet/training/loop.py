@@ -6,13 +6,11 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
-from ..arguments import check_seed, whole
+from ..arguments import whole
 from ..errors import InputError
 from ..files import locked
 from ..losses import Loss, check_loss_weights, joint_loss
@@ -21,7 +19,8 @@ from ..nn.network import BranchyNet
 from .checkpoint import RunFolder
 from .context import accelerating, own_generators, prepared, seed_all, sharded_loader
 from .history import History
-from .schedules import Cosine, adam
+from .options import FitOptions
+from .schedules import adam
 from .trainer import ProgressBar, Trainer
 
 
@@ -32,18 +31,13 @@ def fit(
     *,
     epochs: int,
     loss_weights: Sequence[float] | None = None,
-    train: str = "all",
     loss: Loss = F.cross_entropy,
     distill: float = 0.0,
+    train: str = "all",
     optimizer: Callable[[Any], Optimizer] = adam,
-    schedule: Callable[[Optimizer, int], LRScheduler] = Cosine(),
-    seed: int = 0,
-    mixed_precision: str = "no",
-    device: str | torch.device | None = None,
-    channels_last: bool = False,
     run: str | os.PathLike[str] | None = None,
-    resume: bool = True,
     progress: bool = True,
+    options: FitOptions = FitOptions(),
 ) -> History:
     """Train every exit of `net` together, in place; a plain network is trained as one exit.
 
@@ -63,21 +57,14 @@ def fit(
         val_loader: likewise; looked at after every epoch, never trained on.
         epochs: passes over the data.
         loss_weights: one factor per exit in the joint loss; by default all 1.
-        train: ``"all"``, or ``"branches"`` to leave the backbone exactly as it is: frozen and in eval mode.
         loss: ``loss(output, target) -> scalar``; for label smoothing
             ``functools.partial(F.cross_entropy, label_smoothing=0.1)``.
         distill: weight of self-distillation from the last exit, see `joint_loss`; for classes that exclude each other.
+        train: ``"all"``, or ``"branches"`` to leave the backbone exactly as it is: frozen and in eval mode.
         optimizer: ``optimizer(parameters) -> Optimizer``.
-        schedule: ``schedule(optimizer, total_steps) -> LRScheduler``, stepped after every batch: `Cosine()`,
-            `Constant()` or your own.
-        seed: for shuffling, dropout and augmentation.
-        mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"`` (which needs a GPU).
-        device: by default what accelerate finds; ``"cpu"`` keeps off a GPU. `net` stays on that device.
-        channels_last: train in channels-last memory order, up to 1.5 times faster for convolutions; the network must
-            then not ``view`` feature maps (``flatten`` and ``reshape`` are fine). Weights come back in the usual order.
         run: a folder for ``checkpoint.safetensors``, ``training.safetensors`` and ``train.csv``; locked meanwhile.
-        resume: go on with what `run` holds; False starts anew.
         progress: show a bar.
+        options: seed, precision, device, memory order, schedule, and whether to resume; see `FitOptions`.
 
     Returns:
         The history of all epochs, those before a resume included.
@@ -90,12 +77,12 @@ def fit(
         BranchyNetError: the loss is not finite.
     """
     check_network(net)
-    _check_makers(loss, optimizer, schedule)
-    _check(net, train_loader, epochs, train, seed, mixed_precision)
+    _check_makers(loss, optimizer)
+    _check(net, train_loader, epochs, train)
     with (
-        accelerating(mixed_precision, device) as accelerator,
+        accelerating(options.mixed_precision, options.device) as accelerator,
         own_generators(accelerator.device),
-        prepared(net.to(accelerator.device), train, channels_last),
+        prepared(net.to(accelerator.device), train, options.channels_last),
         locked(run) if run is not None and accelerator.is_main_process else contextlib.nullcontext(),
     ):
         parameters = [p for p in net.parameters() if p.requires_grad]
@@ -120,20 +107,21 @@ def fit(
             "loss": _named(loss),
             "distill": distill,
             "optimizer": f"{type(opt).__name__} {_named([{**g, 'params': None} for g in opt.param_groups])}",
-            "schedule": _named(schedule),
-            "seed": seed,
-            "mixed_precision": mixed_precision,
-            "channels_last": channels_last,
+            "schedule": _named(options.schedule),
+            "seed": options.seed,
+            "mixed_precision": options.mixed_precision,
+            "channels_last": options.channels_last,
         }
 
         def objective(outputs: Sequence[Tensor], target: Tensor) -> Tensor:
             return joint_loss(outputs, target, loss_weights, loss, distill)
 
-        trainer = Trainer(model, opt, schedule(opt, epochs * batches), objective, accelerator, channels_last)
+        schedule = options.schedule(opt, epochs * batches)
+        trainer = Trainer(model, opt, schedule, objective, accelerator, options.channels_last)
         folder = None if run is None else RunFolder(run, settings)
-        rows = trainer.resume(folder, net, resume) if folder else []
+        rows = trainer.resume(folder, net, options.resume) if folder else []
         for epoch in range(len(rows) + 1, epochs + 1):
-            seed_all(seed, epoch, accelerator.process_index, (train_loader, val_loader))
+            seed_all(options.seed, epoch, accelerator.process_index, (train_loader, val_loader))
             bar = ProgressBar(f"epoch {epoch}/{epochs}", batches, progress and accelerator.is_main_process)
             with bar:
                 rows.append(trainer.epoch(epoch, train_loader, val_loader, bar))
@@ -143,20 +131,13 @@ def fit(
     return History(tuple(rows))
 
 
-def _check_makers(
-    loss: Loss, optimizer: Callable[[Any], Optimizer], schedule: Callable[[Optimizer, int], LRScheduler]
-) -> None:
-    """Functions are wanted that make the optimizer and the schedule, for the parameters that `fit` trains."""
+def _check_makers(loss: Loss, optimizer: Callable[[Any], Optimizer]) -> None:
+    """Raise `InputError` for an optimizer or a class where a function belongs."""
     if isinstance(optimizer, Optimizer) or not callable(optimizer):
         named = type(optimizer).__name__ if isinstance(optimizer, Optimizer) else "Adam"
         raise InputError(
             f"optimizer must be a function of the parameters; got {type(optimizer).__name__}: give "
             f"functools.partial(torch.optim.{named}, lr=1e-3)"
-        )
-    if isinstance(schedule, LRScheduler) or not callable(schedule):
-        raise InputError(
-            f"schedule must be a function of the optimizer and the number of steps; got {type(schedule).__name__}: "
-            "give Cosine(), Constant(), or lambda optimizer, steps: your own"
         )
     if isinstance(loss, type):
         raise InputError(
@@ -164,17 +145,14 @@ def _check_makers(
         )
 
 
-def _check(net: nn.Module, train_loader: Any, epochs: int, train: str, seed: int, mixed_precision: str) -> None:
+def _check(net: nn.Module, train_loader: Any, epochs: int, train: str) -> None:
     whole("epochs", epochs, 1)
-    check_seed(seed)
     if train not in ("all", "branches"):
         raise InputError(f"train must be 'all' or 'branches'; got {train!r}")
     if train == "branches" and not (isinstance(net, BranchyNet) and len(net.branches)):
         raise InputError(
             f"train='branches' needs a BranchyNet with branches; got {type(net).__name__}: attach some first"
         )
-    if mixed_precision not in ("no", "bf16", "fp16"):
-        raise InputError(f"mixed_precision must be 'no', 'bf16' or 'fp16'; got {mixed_precision!r}")
     check_loader("train_loader", train_loader)
     try:
         empty = len(train_loader) == 0

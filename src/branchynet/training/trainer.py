@@ -60,7 +60,7 @@ class Trainer:
         if type(steps) is not int or not 0 <= steps <= most:
             raise FileError(
                 f"{folder.training} tells of {steps!r} steps in {len(rows)} epochs of {folder.settings['batches']} "
-                "batches; choose another run folder, or resume=False to start it anew"
+                "batches; choose another run folder, or FitOptions(resume=False) to start it anew"
             )
         if progress["grown"]:  # the schedule is another one: its step sizes are computed anew
             for group in self.optimizer.param_groups:
@@ -165,7 +165,7 @@ class EpochTotals:
             first = int(wrong[0])
             raise BranchyNetError(
                 f"the loss is {losses[first].item()} {self.where}, batch {first + 1}; lower the learning rate, clip "
-                "or check the data, and train in another run folder (or resume=False)"
+                "or check the data, and train in another run folder (or FitOptions(resume=False))"
             )
         sizes = torch.tensor(self.sizes, dtype=torch.float64)
         right = [] if self.right is None else self.right.tolist()
