@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from numpy.lib import format as npy
 from torch import nn
 
-from branchynet import export, load
+from branchynet import export, load, verify
 from branchynet.data import read_image
 from branchynet.deploy import seal
-from branchynet.deploy.engine import METADATA_KEY
+from branchynet.deploy.engine import METADATA_KEY, model_metadata
+from branchynet.deploy.stored_samples import read_samples
 from branchynet.errors import DataError, FileError, InputError
 from branchynet.files import read_json
 from branchynet.nn.network import BranchyNet
@@ -275,6 +276,17 @@ def test_optimizer_tensors_of_no_parameter_are_refused(tmp_path, name):
         {"output_shape": [None]},
         {"output_shape": [-1]},
         {"format": "1"},
+        {"sample_bytes": "x"},
+        {"sample_bytes": None},
+        {"sample_bytes": [1]},
+        {"sample_bytes": -1},
+        {"sample_bytes": 1.5},
+        {"selected_on": "abc"},
+        {"selected_on": [1]},
+        {"network": 3},
+        {"promise": ["x"]},
+        {"quantize": "int8"},
+        {"quantize": {}},
         {"policy": []},
         {"policy": {"score": 3, "thresholds": [0.5]}},
         {"policy": {"score": "entropy", "thresholds": 0.5}},
@@ -291,6 +303,23 @@ def test_metadata_of_wrong_types_are_refused(tmp_path, change):
     onnx.save(model, path)
     with pytest.raises(FileError, match=r"x\.onnx"):
         load(path)
+
+
+@pytest.mark.parametrize("read", [load, verify, model_metadata, read_samples])
+def test_a_flipped_bit_at_the_end_is_ours_to_tell(tmp_path, read):
+    """Where it makes the checksum's entry another one, the metadata may no longer be text."""
+    path = tmp_path / "x.onnx"
+    KINDS["model.onnx"][0](path)
+    sound, told = path.read_bytes(), 0
+    for place in range(len(sound) - 110, len(sound)):
+        damaged = bytearray(sound)
+        damaged[place] ^= 0x80  # no text has such a byte alone
+        path.write_bytes(damaged)
+        try:
+            read(path)
+        except FileError as error:
+            told += "x.onnx" in str(error)
+    assert told > 0
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "[]", "7", '"x"', "{}", "[[1, 2]]"])

@@ -10,9 +10,13 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from branchynet import (
     BranchyNetError,
+    BudgetController,
+    Choice,
     ExitCost,
     ExitRecord,
+    Monitor,
     Policy,
+    Target,
     attach,
     averaged,
     choose,
@@ -75,6 +79,12 @@ def batches(x, y):
 quick = functools.partial(fit, epochs=1, progress=False)
 silent = functools.partial(record, progress=False)
 net, x, y, loader, found, cost, policy = world()
+
+
+@functools.cache
+def engine():
+    return TorchEngine(net, policy, x)
+
 
 WRONG = {
     "choose(cost, record)": (
@@ -173,14 +183,87 @@ WRONG = {
     ),
     "export of a record": (lambda: export(found, "a.onnx", policy=policy, example=x), "got an ExitRecord"),
     "export with thresholds": (lambda: export(net, "a.onnx", policy=(0.5,), example=x), r"policy must.*got \(0.5,\)"),
-    "load(net)": (lambda: load(net), "path must be.*got a BranchyNet: give the file that export"),
+    "load(net)": (lambda: load(net), "path must be.*got a BranchyNet: give the name of a file"),
     "averaged(record)": (lambda: averaged(found), "takes a BranchyNet.*got ExitRecord"),
     "fit_score(net)": (lambda: fit_score(net), "record must be an ExitRecord; got a BranchyNet"),
     "fit_temperature(net)": (lambda: fit_temperature(net), "record must be an ExitRecord; got a BranchyNet"),
     "ExitRecord of images": (lambda: ExitRecord(x.numpy(), y.numpy()), r"must have shape \(S, N, C\)"),
     "ExitCost of numbers": (lambda: ExitCost(10.0, 1.0), "give one figure per exit"),
-    "Policy(0.5)": (lambda: Policy(thresholds=0.5), "thresholds must be numbers.*got 0.5"),
+    "Policy(0.5)": (lambda: Policy(thresholds=0.5), "thresholds must be a list; got 0.5"),
     "Policy((0.5,))": (lambda: Policy((0.5,)), "score must be a name or a callable"),
+    "Policy of text": (lambda: Policy(thresholds="12"), "thresholds must be a list; got '12'"),
+    "Policy of a set": (lambda: Policy(thresholds={0.8}), "thresholds must be a list; got a set"),
+    "Policy of a dict": (lambda: Policy(thresholds={0.8: 1}), "thresholds must be a list; got a dict"),
+    "Policy of a flag": (lambda: Policy(thresholds=(True,)), "thresholds must be numbers.*got .True,"),
+    "Policy of text inside": (lambda: Policy(thresholds=("0.5",)), "thresholds must be numbers.*got .'0.5',"),
+    "engine with text": (lambda: engine()(x, thresholds="1"), "thresholds must be a list; got '1'"),
+    "engine with a set": (lambda: engine()(x, thresholds={0.5}), "thresholds must be a list; got a set"),
+    "engine with a flag": (lambda: engine()(x, thresholds=[True]), "thresholds must be numbers"),
+    "ExitCost of letters": (lambda: ExitCost(("a",), (0,)), "ExitCost.trunk_us must be a finite number; got 'a'"),
+    "ExitCost of text": (lambda: ExitCost("12", "00"), "ExitCost.trunk_us must be a list; got '12'"),
+    "ExitCost of None": (lambda: ExitCost((None,), (0,)), "ExitCost.trunk_us must be a finite number; got None"),
+    "Monitor with thresholds": (lambda: Monitor(found, (0.5,)), r"policy must be a Policy; got \(0.5,\)"),
+    "Monitor without a policy": (lambda: Monitor(found, None), "policy must be a Policy; got None"),
+    "Monitor(policy, record)": (lambda: Monitor(policy, found), "record must be an ExitRecord; got a Policy"),
+    "Monitor(false_alarm=text)": (
+        lambda: Monitor(found, policy, false_alarm="1"),
+        "false_alarm must be a finite number; got '1'",
+    ),
+    "BudgetController(record, cost, policy)": (
+        lambda: BudgetController(found, cost, policy, goal_us=15),
+        "cost must be an ExitCost; got a Policy: give what measure.* after the policy",
+    ),
+    "BudgetController with thresholds": (
+        lambda: BudgetController(found, (0.5,), cost, goal_us=15),
+        "policy must be a Policy",
+    ),
+    "BudgetController(rate=text)": (
+        lambda: BudgetController(found, policy, cost, goal_us=15, rate="x"),
+        "rate must be a finite number; got 'x'",
+    ),
+    "BudgetController(goal_us=text)": (
+        lambda: BudgetController(found, policy, cost, goal_us="15"),
+        "goal_us must be a finite number; got '15'",
+    ),
+    "BudgetController(goal_us=True)": (
+        lambda: BudgetController(found, policy, cost, goal_us=True),
+        "goal_us must be a finite number; got True",
+    ),
+    "frontier(vectors=text)": (lambda: frontier(found, cost, vectors="1e6"), "vectors must be a whole number"),
+    "frontier(vectors=0)": (lambda: frontier(found, cost, vectors=0), "vectors must be at least 1; got 0"),
+    "frontier(...).policy(10**6)": (lambda: frontier(found, cost).policy(10**6), "index must be at most"),
+    "frontier(...).policy(-99)": (lambda: frontier(found, cost).policy(-99), "index must be at least"),
+    "frontier(...).policy(text)": (lambda: frontier(found, cost).policy("0"), "index must be a whole number"),
+    "measure(batch_size=text)": (
+        lambda: measure(net, x, Target(batch_size="1")),
+        "batch_size must be a whole number; got '1'",
+    ),
+    "measure(threads=text)": (lambda: measure(net, x, Target(threads="1")), "threads must be a whole number; got '1'"),
+    "measure(seconds=-1)": (lambda: measure(net, x, seconds=-1), "seconds must not be negative; got -1"),
+    "measure(seconds=text)": (lambda: measure(net, x, seconds="3"), "seconds must be a finite number; got '3'"),
+    "export(path=5)": (lambda: export(net, 5, policy=policy, example=x), "path must be a str or a PathLike; got 5"),
+    "export(labels=text)": (
+        lambda: export(net, "a.onnx", policy=policy, example=x, labels="cat"),
+        "labels must be a list; got 'cat'",
+    ),
+    "export(labels=a set)": (
+        lambda: export(net, "a.onnx", policy=policy, example=x, labels={"cat", "dog"}),
+        "labels must be a list; got a set",
+    ),
+    "export(samples=True)": (
+        lambda: export(net, "a.onnx", policy=policy, example=x, samples=True),
+        "samples must be a whole number; got True",
+    ),
+    "export(promise=number)": (
+        lambda: export(net, "a.onnx", policy=policy, example=x, promise=0.95),
+        "promise must be a str or a NoneType; got 0.95",
+    ),
+    "record(loss=text)": (lambda: silent(net, loader, loss="ce"), "loss must be a function.*got 'ce'"),
+    "record(loss=class)": (lambda: silent(net, loader, loss=nn.CrossEntropyLoss), r"give CrossEntropyLoss\(\)"),
+    "fit(loss=text)": (lambda: quick(net, loader, loss="ce"), "loss must be a function.*got 'ce'"),
+    "record.save(5)": (lambda: found.save(5), "path must be a str or a PathLike; got 5"),
+    "cost.save(None)": (lambda: cost.save(None), "path must be a str or a PathLike; got None"),
+    "Choice.load(5)": (lambda: Choice.load(5), "path must be a str or a PathLike; got 5"),
     "load_data misspelt": (lambda: load_data("minst"), "did you mean 'mnist'"),
 }
 
@@ -192,6 +275,15 @@ def test_it_says_what_to_give(call, tmp_path, monkeypatch):
     with pytest.raises(BranchyNetError, match=f"(?s){told}"):
         function()
     assert not list(tmp_path.iterdir()), "a refused call writes nothing"
+
+
+def test_numbers_of_every_kind_are_numbers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for kind in (float, np.float32, np.float64, torch.tensor):
+        given = BudgetController(found, policy, ExitCost((10.0, 10.0), (1.0, 0.0)), goal_us=kind(15))
+        assert given.goal_us == 15 and type(given.goal_us) is float
+    assert export(net, "a.onnx", policy=policy, example=x, labels=None).exists()
+    assert frontier(found, cost).policy(-1) == frontier(found, cost).policy(len(frontier(found, cost)) - 1)
 
 
 def test_a_gpu_that_is_not_there():

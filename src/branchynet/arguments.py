@@ -3,7 +3,7 @@
 import contextlib
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from .errors import InputError
@@ -50,6 +50,44 @@ def real(name: str, value: Any) -> float:
     if number is None or not math.isfinite(number):
         raise InputError(f"{name} must be a finite number; got {described(value)}")
     return number
+
+
+def above_zero(name: str, value: Any) -> float:
+    """`value` as a float. Raises `InputError` unless it is one finite number above 0."""
+    number = real(name, value)
+    if number <= 0:
+        raise InputError(f"{name} must be above 0; got {number:g}")
+    return number
+
+
+def ordered(name: str, value: Any, remedy: str) -> tuple[Any, ...]:
+    """The entries of `value`. Raises `InputError` unless it is a list, or what else has entries in an order."""
+    loose = isinstance(value, (str, bytes, Set, Mapping))
+    with contextlib.suppress(TypeError):  # not iterable, as an array of no dimension is not
+        if not loose:
+            return tuple(value)
+    raise InputError(f"{name} must be a list; got {described(value)}: {remedy}")
+
+
+def threshold_list(thresholds: Any) -> tuple[float | None, ...]:
+    """Thresholds as floats, and None for never. Raises `InputError` unless they are a list of these; NaN is one."""
+    given = ordered("thresholds", thresholds, "give a number for each exit but the last, or None for never")
+    try:
+        if any(isinstance(t, (str, bytes, bool)) for t in given):
+            raise TypeError
+        return tuple(None if t is None else float(t) for t in given)
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"thresholds must be numbers, or None for never; got {given!r}") from None
+
+
+def function(name: str, value: Any, signature: str) -> None:
+    """Raise `InputError` unless `value` can be called and is no class, whose objects are meant."""
+    if isinstance(value, type):
+        raise InputError(
+            f"{name} must be a function {signature}; got the class {value.__name__}: give {value.__name__}()"
+        )
+    if not callable(value):
+        raise InputError(f"{name} must be a function {signature}; got {described(value)}")
 
 
 def described(value: Any) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from .arguments import instance
 from .errors import FileError, printable
 
 try:
@@ -76,7 +77,8 @@ def _writable(path: str | os.PathLike[str]) -> Path:
 
 
 def check_path(path: str | os.PathLike[str]) -> None:
-    """Raises `FileError` for an empty path, which Python would take for the current folder."""
+    """Raises `FileError` for an empty path, which Python would take for the current folder, `InputError` for none."""
+    instance("path", path, (str, os.PathLike), "give the name of a file or folder")
     if not os.fspath(path):
         raise FileError("an empty path names no file or folder; give its name, or . for the current folder")
 

@@ -130,9 +130,9 @@ def test_right_inputs_are_not_looked_at_twice(opened, monkeypatch):
 # Many samples
 
 
-@pytest.mark.parametrize("rows", [-1, 0, -5, 2.5, "64", (3,), np.float32(4)])
+@pytest.mark.parametrize("rows", [-1, 0, -5, 2.5, "64", (3,), np.float32(4), True])
 def test_a_number_of_rows_that_is_none_is_refused(opened, rows):
-    with pytest.raises(InputError, match="rows must be an integer of at least 1"):
+    with pytest.raises(InputError, match="rows must be"):
         opened.answer_all(*tensors(4), rows=rows)
 
 

@@ -115,8 +115,25 @@ def test_what_exits_and_trunk_cost_is_the_whole_network(family):
     one = tuple(t[:1] for t in example)
     plain = BranchyNet(net.backbone, {})
     assert sum(trunk) + sum(branch) == counted(net, one) and sum(branch) > 0
-    if not any(isinstance(branch, BranchyNet) for branch in net.branches):  # what a tree's exits share is trunk too
-        assert sum(trunk) == counted(plain, one)
+    assert sum(trunk) == counted(plain, one)  # a tree's exits share only what is a branch's
+
+
+@pytest.mark.parametrize("inner", [1, 2, 3])
+@pytest.mark.parametrize("outer", [0, 1])
+def test_an_exit_of_a_tree_costs_what_it_takes_and_never_costs_the_plain_network(inner, outer):
+    """`inner` exits inside of the branch that is a tree, `outer` branches before it."""
+    layers = [nn.Linear(9, 30), *(nn.Linear(30, 30) for _ in range(inner)), nn.Linear(30, 4)]
+    tree = BranchyNet(nn.Sequential(*layers), {str(i): nn.Linear(30, 4) for i in range(inner)})
+    heads = {"0": nn.Linear(8, 4)} if outer else {}
+    net = BranchyNet(nn.Sequential(nn.Linear(7, 8), nn.Linear(8, 9), nn.Linear(9, 4)), {**heads, "1": tree}).eval()
+    cost = ExitCost((1.0,) * net.num_exits, (0.0,) * net.num_exits, *exit_macs(flatten(net, torch.randn(2, 7))))
+    plain = 7 * 8 + 8 * 9 + 9 * 4
+    assert cost.macs([False] * (net.num_exits - 1) + [True])[-1] == plain
+    first = 7 * 8 + 8 * 4 * outer
+    reached = [first + 8 * 9 + 9 * 30 + i * 30 * 30 + (i + 1) * 30 * 4 for i in range(inner)]
+    last = reached[-1] + 30 * 30 + 30 * 4
+    want = [*([first] if outer else []), *reached, last, last + 9 * 4]
+    assert cost.macs([True] * net.num_exits).tolist() == want
 
 
 def test_products_of_several_operands_are_contracted_from_the_left():

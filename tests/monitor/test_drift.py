@@ -3,6 +3,7 @@ import math
 import pickle
 import sys
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from branchynet.monitor.budget import BudgetController
 from branchynet.monitor.drift import Monitor
 from branchynet.monitor.martingale import CHUNK, ConformalRanks, _returns
 from branchynet.policy.exit_record import ExitRecord
-from branchynet.policy.values import ExitCost, Policy, Prediction
+from branchynet.policy.values import Choice, ExitCost, Outcome, Policy, Prediction
 
 POLICY = Policy(thresholds=(0.1, 0.3))
 COST = ExitCost((20, 30, 50), (5, 5, 0))
@@ -465,3 +466,31 @@ def test_bad_goals_and_rates_are_refused(keywords, message):
 def test_a_cost_of_other_exits_is_refused():
     with pytest.raises(InputError, match="2 exits, but the record has 3"):
         BudgetController(record_of(100), POLICY, ExitCost((1, 2), (1, 0)), goal_us=2)
+
+
+def chosen(record):
+    outcome = Outcome(1, 1.0, (0.0, 1.0), 1.0, (0.4, 0.3, 0.3), (1.0, 1.0, 1.0))
+    return Choice(POLICY, {"max_drop": 0.1}, outcome, record.digest, network=record.network)
+
+
+@pytest.mark.parametrize("network", [None, "a-1"])
+def test_a_choice_stands_for_its_policy(network):
+    record, other = (replace(record_of(200, seed), network=network) for seed in (0, 1))
+    choice = chosen(other)
+    exits, scores = stream_of(300, 2)
+    one, two = Monitor(record, choice), Monitor(record, POLICY)
+    assert one.update(exits, scores) == two.update(exits, scores) and one.policy == POLICY
+    one, two = (BudgetController(record, p, COST, goal_us=40) for p in (choice, POLICY))
+    assert one.update(exits) == two.update(exits) and one.thresholds == two.thresholds
+    foreign = replace(record, network="b-2")
+    if network:
+        for make in (lambda: Monitor(foreign, choice), lambda: BudgetController(foreign, choice, COST, goal_us=40)):
+            with pytest.raises(InputError, match="the record and the choice are of different networks"):
+                make()
+
+
+def test_a_monitor_on_the_samples_that_chose_warns():
+    record = record_of(200)
+    with pytest.warns(UserWarning, match="this record chose these thresholds"):
+        Monitor(record, chosen(record))
+    BudgetController(record, chosen(record), COST, goal_us=40)

@@ -1,6 +1,7 @@
 """What was recorded, measured and chosen of one network is not mixed with another's."""
 
 import copy
+import hashlib
 
 import numpy as np
 import pytest
@@ -48,6 +49,36 @@ def test_it_tells_architectures_and_trainings_apart():
     assert fingerprint(changed) != fingerprint(net)
     assert fingerprint(b_lenet(num_classes=9)).split("-")[0] != structure
     assert fingerprint(net.backbone).split("-")[0] != structure
+
+
+class Held(torch.nn.Module):
+    """A linear layer with one more tensor, held as a buffer that `state_dict()` has or lacks."""
+
+    def __init__(self, value, persistent, deep):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = torch.nn.Linear(3, 2)
+        if value is not None:
+            owner = self.layer if deep else self
+            owner.register_buffer("scale", torch.tensor(value), persistent=persistent)
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("persistent", [False, True])
+def test_every_buffer_counts(persistent, deep):
+    values = [1.0, -1.0, [1.0, 1.0]]
+    one, other, shaped = (fingerprint(Held(value, persistent, deep)) for value in values)
+    assert one == fingerprint(Held(1.0, persistent, deep)) == fingerprint(Held(1.0, not persistent, deep))
+    assert one.split("-")[0] == other.split("-")[0] != shaped.split("-")[0]
+    assert len({one, other, shaped, fingerprint(Held(None, persistent, deep))}) == 4
+
+
+def test_without_such_buffers_it_is_of_the_state_alone():
+    net = b_lenet()
+    weights = hashlib.sha256()
+    for _, value in sorted(net.state_dict().items()):
+        weights.update(value.numpy().tobytes())
+    assert fingerprint(net).split("-")[1] == weights.hexdigest()[:12]
 
 
 def test_records_costs_and_choices_carry_it(tmp_path):

@@ -1,5 +1,8 @@
 """Fitted scores: temperatures, learned scores and weights of averages, on records where the right answer is known."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -250,6 +253,15 @@ class TestAverages:
 
         for n, others in enumerate(([[0.5, 0.5], [1, 0]], [[1 / 3] * 3, [1, 0, 0], [0.5, 0.3, 0.2]]), start=1):
             assert all(surprise(weights[n]) <= surprise(other) + 1e-4 for other in others)
+
+    def test_slices_and_copies_know_what_they_were_fitted_on(self):
+        record = ExitRecord(np.random.default_rng(0).normal(size=(60, 3, 3)), np.arange(60) % 3)
+        weights = fit_averaging(record)
+        assert weights.fitted_on and weights[1] == tuple(weights)[1]
+        for part in (weights[:], weights[:2], weights[::-1], copy.copy(weights), pickle.loads(pickle.dumps(weights))):
+            assert part.fitted_on == weights.fitted_on
+        assert tuple(weights[1:]) == tuple(weights)[1:]
+        assert averaged_record(record, weights[:]).selected_on == averaged_record(record, weights).selected_on != ()
 
     def test_where_no_exit_knows_anything_all_weigh_alike(self):
         record = ExitRecord(np.zeros((50, 2, 3)), np.arange(50) % 3)

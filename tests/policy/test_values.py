@@ -241,8 +241,8 @@ class TestExitCost:
             (((1, 2), (1, 2), (3,)), "trunk_macs has 1 figures but trunk_us has 2"),
             (((), ()), "0 figures"),
             (((1, -2), (1, 2)), "trunk_us must be finite and not negative"),
-            (((1, math.nan), (1, 2)), "trunk_us must be finite"),
-            (((1, 2), (1, math.inf)), "branch_us must be finite"),
+            (((1, math.nan), (1, 2)), "trunk_us must be a finite"),
+            (((1, 2), (1, math.inf)), "branch_us must be a finite"),
         ],
     )
     def test_wrong_figures(self, arguments, message):
@@ -315,6 +315,23 @@ class TestChoice:
         del content["sha256"]  # as in the files of earlier versions
         path.write_text(json.dumps(content))
         assert (Choice.load(path) == a_choice()) == (place == ("sha256",))
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [("trunk_us", [1.0, 3.0]), ("branch_macs", [5.0, 0.0]), ("network", "b"), ("batch_size", 2), ("sha256", None)],
+    )
+    def test_a_cost_that_was_edited_is_refused(self, tmp_path, name, value):
+        path, cost = tmp_path / "cost.json", ExitCost((1.0, 2.0), (0.5, 0.0), (3.0, 4.0), (6.0, 0.0), network="a")
+        cost.save(path)
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps(dict(reversed(content.items()))))  # laid out otherwise, the same
+        assert ExitCost.load(path) == cost and content[name] != value
+        path.write_text(json.dumps({**content, name: value}))
+        with pytest.raises(FileError, match=r"cost\.json .*was edited.*measure it again"):
+            ExitCost.load(path)
+        del content["sha256"]  # as in the files of earlier versions
+        path.write_text(json.dumps(content))
+        assert ExitCost.load(path) == cost
 
     @pytest.mark.parametrize(
         ("name", "value"), [("limit", "x"), ("limit", "max_macs"), ("limit", ""), ("bound", "b"), ("bound", "Betting")]

@@ -6,12 +6,12 @@ import re
 from collections.abc import Callable, Sequence, Set
 from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache, partial
-from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arguments import whole
 from ..errors import FileError, InputError
 from ..files import parse_json
 from ..policy.values import Policy, Prediction
@@ -38,10 +38,18 @@ class _Metadata:
     output_shape: tuple[int, ...]
     labels: tuple[str, ...]
     inputs: tuple[str, ...] = ()  # older files do not say
+    sample_bytes: int = 1
+    network: str | None = None
+    selected_on: tuple[str, ...] = ()
+    promise: str | None = None
+    quantize: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.exits < 1 or min(self.output_shape, default=0) < 0:
-            raise InputError(f"exits and sizes must be counts; got {self.exits} and {self.output_shape}")
+        sizes = (*self.output_shape, self.sample_bytes)
+        if self.exits < 1 or min(sizes) < 0:
+            raise InputError(f"exits and sizes must be counts; got {self.exits} and {sizes}")
+        if self.quantize is not None and not isinstance(self.quantize.get("scheme"), str):
+            raise InputError(f"quantize must name a scheme; got {self.quantize}")
 
 
 _FIELDS = {field.name for field in fields(_Metadata)}
@@ -154,10 +162,10 @@ class Engine:
         Raises:
             InputError: as a call does, or `rows` is no integer of at least 1.
         """
-        if rows is not None and not (isinstance(rows, Integral) and rows >= 1):
-            raise InputError(f"rows must be an integer of at least 1, or None to choose by memory; got {rows!r}")
+        if rows is not None:
+            rows = whole("rows", rows, 1)
         arrays, samples = checked_inputs(inputs, named, self.inputs)
-        step = 1 if self._single else int(rows or self._rows_a_call())
+        step = 1 if self._single else rows or self._rows_a_call()
         starts = range(0, samples, step) or (0,)
         answers = [self(*(a[start : start + step] for a in arrays.values()), thresholds=thresholds) for start in starts]
         return Prediction(*(np.concatenate(parts) for parts in zip(*answers, strict=True)))

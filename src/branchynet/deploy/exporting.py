@@ -3,7 +3,6 @@
 import copy
 import os
 from collections.abc import Mapping, Sequence
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +11,9 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from ..arguments import instance
+from ..arguments import instance, whole
 from ..errors import GraphError, InputError, as_graph_errors
-from ..files import replacing
+from ..files import check_path, replacing
 from ..graph.onnx_flat import flatten
 from ..graph.quantize import Quantize, calibration_batches, check_quantize
 from ..graph.torch_program import tensors_of
@@ -45,7 +44,7 @@ def export(
     batch: Literal["dynamic", 1] = "dynamic",
     quantize: Quantize | None = None,
     calibration: Any = None,
-    labels: Sequence[str] = (),
+    labels: Sequence[str] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
     promise: str | None = None,
     samples: int = MAX_SAMPLES,
@@ -91,8 +90,9 @@ def export(
         GraphError: the network cannot be exported, quantised or cut, or the file disagrees with PyTorch.
         FileError: the file cannot be written; nothing is left half-written under `path`.
     """
-    if not isinstance(samples, Integral) or not 0 <= samples <= MAX_SAMPLES:
-        raise InputError(f"samples must be a number of rows to store, 0 to {MAX_SAMPLES}; got {samples!r}")
+    check_path(path)
+    samples = whole("samples", samples, 0, MAX_SAMPLES)
+    instance("promise", promise, (str, type(None)), "give a sentence, or None for that of the choice")
     if thresholds not in ("default", "input") or batch not in ("dynamic", 1):
         raise InputError(
             f"thresholds must be 'default' or 'input' and batch 'dynamic' or 1; got {thresholds!r}, {batch!r}"

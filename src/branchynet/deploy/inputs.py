@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arguments import in_order
+from ..arguments import in_order, threshold_list
 from ..errors import InputError
 from ..policy.values import Policy
 
@@ -144,10 +144,7 @@ def check_thresholds(
     Raises:
         InputError: they are no numbers, not one an exit but the last, or one is for an exit that was left out.
     """
-    try:
-        thresholds = [None if t is None else float(t) for t in thresholds]
-    except (TypeError, ValueError):
-        raise InputError(f"thresholds must be a list of numbers, or None for never; got {thresholds!r}") from None
+    thresholds = threshold_list(thresholds)
     if len(thresholds) != policy.num_exits - 1:
         raise InputError(
             f"{len(thresholds)} thresholds given for {policy.num_exits} exits; give {policy.num_exits - 1}"

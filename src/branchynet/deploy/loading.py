@@ -3,14 +3,13 @@
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import onnxruntime
 
-from ..arguments import instance
+from ..arguments import whole
 from ..environment import require
 from ..errors import FileError, InputError
 from ..extras import needed_by
@@ -81,7 +80,6 @@ def load(
     available = onnxruntime.get_available_providers()
     if missing := [name for name, _ in chosen if name not in available]:
         raise InputError(f"ONNX Runtime here has no {missing[0]!r}; it has {available}")
-    instance("path", path, (str, os.PathLike), "give the file that export(...) wrote")
     check_path(path)
     if not Path(path).exists():
         raise FileError(f"there is no file {path}; write one with export(...)")
@@ -149,9 +147,7 @@ def check_threads(threads: Any) -> None:
     """Raises `InputError` for a number of threads that no runtime takes; None lets the runtime choose."""
     if threads is None:
         return
-    if isinstance(threads, bool) or not isinstance(threads, Integral) or threads < 1:
-        raise InputError(f"threads must be an integer of at least 1; got {threads!r}")
-    if int(threads) > _MOST_THREADS:
+    if whole("threads", threads, 1) > _MOST_THREADS:
         raise InputError(f"threads must be at most {_MOST_THREADS}; got {threads}: give as many as there are cores")
 
 

@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..arguments import ordered
 from ..errors import InputError
 
 
-def class_names(labels: Sequence[str]) -> list[str]:
-    """The names as a list. Raises `InputError` for a single string."""
-    if isinstance(labels, str):
-        raise InputError(f"labels= takes a list of class names; got the string {labels!r}")
-    return [str(label) for label in labels]
+def class_names(labels: Sequence[str] | None) -> list[str]:
+    """The names as a list; none for None. Raises `InputError` for a single string, or what has no order."""
+    if labels is None:
+        return []
+    return [str(label) for label in ordered("labels", labels, "give a list of class names in the order of the classes")]
 
 
 def plain_values(preprocessing: Mapping[str, Any] | None) -> Any:

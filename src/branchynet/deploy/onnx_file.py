@@ -36,4 +36,14 @@ def parse_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
 
 def model_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What a file says of itself, read without a runtime. Raises `FileError`."""
-    return read_metadata({entry.key: entry.value for entry in parse_model(path).metadata_props}, path)
+    return read_metadata(entries(parse_model(path), path), path)
+
+
+def entries(model: onnx.ModelProto, path: str | os.PathLike[str]) -> dict[str, str]:
+    """The metadata of a model, not yet understood. Raises `FileError` where they are no text."""
+    try:
+        return {entry.key: entry.value for entry in model.metadata_props}
+    except UnicodeDecodeError as error:
+        raise FileError(
+            f"the metadata of {path} are no text ({error}); the file is damaged: export it again"
+        ) from error

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..errors import FileError
 from .engine import Feeds, Graph, read_metadata
 from .inputs import Input
-from .onnx_file import read_model
+from .onnx_file import entries, read_model
 
 
 def open_in_openvino(path: str | os.PathLike[str], threads: int | None) -> Graph:
@@ -19,7 +19,7 @@ def open_in_openvino(path: str | os.PathLike[str], threads: int | None) -> Graph
     import openvino
 
     model = read_model(path)
-    metadata = read_metadata({p.key: p.value for p in model.metadata_props}, path)
+    metadata = read_metadata(entries(model, path), path)
     # OpenVINO takes an input with a default value for a constant: without the default it stays an input, which we feed.
     weights = [t for t in model.graph.initializer if t.name not in {i.name for i in model.graph.input}]
     del model.graph.initializer[:]

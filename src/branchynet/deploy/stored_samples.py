@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..errors import FileError
 from .engine import Engine
-from .onnx_file import parse_model
+from .onnx_file import entries, parse_model
 
 SAMPLES_KEY = "branchynet.samples"
 MAX_SAMPLES = 8
@@ -80,7 +80,7 @@ def samples_in(model: onnx.ModelProto, path: str | os.PathLike[str], engine: Eng
         path: for the message.
         engine: of that file; samples that do not fit it are damaged too.
     """
-    text = next((p.value for p in model.metadata_props if p.key == SAMPLES_KEY), "")
+    text = entries(model, path).get(SAMPLES_KEY, "")
     if not text:
         raise FileError(f"{path} holds no samples to verify it with; export it again, with samples=8")
     try:

@@ -17,21 +17,24 @@ Shape = list[int | None]
 def exit_macs(flat: FlatGraph) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """`(trunk, branch)`, one number per exit each: multiply-accumulates per sample of what is listed in `COUNTED`.
 
-    What only exit n needs is its branch; what a later exit, or its score, needs as well is the trunk's segment up to
-    exit n. Both are empty where a product has a size that depends on values, so that nobody can count.
+    What the last exit needs is the trunk, each node in the segment up to the first exit that needs it. All else is of
+    branches and counts with the first exit that needs it, also where several exits in one branch share it (a tree): so
+    an exit costs what it takes where all before it are in use, and without early exits the network costs its trunk.
+    Where the first of those exits is left out, the cost of the others lacks what they share.
+
+    Both are empty where a product has a size that depends on values, so that nobody can count.
     """
     named = {value.name: value for value in flat.model.graph.outputs}
     exits = [
         [named[name] for name in (f"output_{n}", f"score_{n}") if name in named] for n in range(1, flat.num_exits + 1)
     ]
     first = cut(exits, parents)
-    last = cut(exits[::-1], parents)  # the last exit that needs it, counted from the end
+    backbone = cut([exits[-1]], parents)
     trunk, branch = [0.0] * flat.num_exits, [0.0] * flat.num_exits
     for node in flat.model.graph:
         n = min((first[v] for v in node.outputs if v in first), default=None)
         if n is not None:
-            latest = flat.num_exits + 1 - min(last[v] for v in node.outputs if v in last)
-            (branch if latest == n < flat.num_exits else trunk)[n - 1] += _node_macs(node)
+            (trunk if any(v in backbone for v in node.outputs) else branch)[n - 1] += _node_macs(node)
     if math.isnan(sum(trunk) + sum(branch)):
         return (), ()
     return tuple(trunk), tuple(branch)

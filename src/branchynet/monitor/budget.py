@@ -6,12 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ..arguments import above_zero, instance
 from ..errors import InfeasibleError, InputError
+from ..policy.evaluation import policy_for
 from ..policy.exit_record import ExitRecord, check_cost
 from ..policy.exit_rule import leaving
 from ..policy.record_scores import scores_of_record
 from ..policy.search import mean_cost
-from ..policy.values import ExitCost, Floats, Policy, Prediction
+from ..policy.values import Choice, ExitCost, Floats, Policy, Prediction
 from .answers import PicklableLock, answered, check_exits
 
 _MOST_GAIN = 0.5  # of the way to the goal in one batch, however large: half is stable even if the slope is taken wrong
@@ -59,7 +61,7 @@ class BudgetController:
 
     Args:
         record: calibration samples: where the scores of every exit lie.
-        policy: the score, which exits are in use, and how their thresholds stand to each other.
+        policy: the score, which exits are in use, and how their thresholds stand to each other; or a `Choice`.
         cost: what each exit costs.
         goal_us: the mean cost to hold, microseconds a sample.
         goal_share: instead, the goal as a share of what a sample costs that never leaves early.
@@ -78,22 +80,25 @@ class BudgetController:
     def __init__(
         self,
         record: ExitRecord,
-        policy: Policy,
+        policy: Policy | Choice,
         cost: ExitCost,
         *,
         goal_us: float | None = None,
         goal_share: float | None = None,
         rate: float = 0.01,
     ) -> None:
-        check_exits(record, policy)
+        instance("cost", cost, ExitCost, "give what measure(...) returns, after the policy")
         check_cost(record, cost)
-        if not 0 < rate <= _MOST_GAIN:
+        policy, _ = policy_for(record, policy)
+        check_exits(record, policy)
+        rate = above_zero("rate", rate)
+        if rate > _MOST_GAIN:
             raise InputError(f"rate={rate!r} must lie between 0 and {_MOST_GAIN}, such as 0.01")
         self.policy = policy
         self._us = cost.latency_us(policy.enabled)
         self._cheapest, self._dearest = float(self._us[policy.enabled.index(True)]), float(self._us[-1])
         self.goal_us = self._goal(goal_us, goal_share)
-        self._rate = float(rate)
+        self._rate = rate
         self._line = _ThresholdCurves(scores_of_record(record, policy.score), policy.thresholds)
         self._base = self._looseness = self._line.reaching(self.goal_us, self._us)
         self._samples, self._excess, self._stuck = 0, 0.0, 0.0
@@ -154,9 +159,7 @@ class BudgetController:
             raise InputError("give exactly one of goal_us and goal_share")
         name, given = ("goal_us", goal_us) if goal_us is not None else ("goal_share", goal_share)
         unit = 1.0 if name == "goal_us" else self._dearest
-        assert given is not None
-        if not (isinstance(given, (int, float)) and math.isfinite(given) and given > 0):
-            raise InputError(f"{name}={given!r} must be a number above 0")
+        given = above_zero(name, given)
         if not self._cheapest < given * unit < self._dearest:
             share = f" ({self._cheapest / unit:.4g} to 1 of it)" if name == "goal_share" and unit else ""
             raise InfeasibleError(
@@ -164,7 +167,7 @@ class BudgetController:
                 f"{self._cheapest:.4g} us, where all leave at the first exit in use, and less than "
                 f"{self._dearest:.4g} us, where none leaves early{share}; give a goal between"
             )
-        return float(given) * unit
+        return given * unit
 
 
 class _ThresholdCurves:

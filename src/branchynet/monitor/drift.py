@@ -1,15 +1,17 @@
 """Watching a deployed network: do exits, scores and answers still look as calibration predicts?"""
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..arguments import check_seed
+from ..arguments import check_seed, real
 from ..errors import InputError
-from ..policy.exit_record import ExitRecord
-from ..policy.values import Floats, Ints, Policy, Prediction
+from ..policy.evaluation import policy_for
+from ..policy.exit_record import ExitRecord, check_cost
+from ..policy.values import Choice, Floats, Ints, Policy, Prediction
 from .answers import PicklableLock, answered, answered_labels, answered_scores, predicted
 from .martingale import CHUNK, ConformalRanks, TestMartingale, suspect
 
@@ -85,7 +87,8 @@ class Monitor:
 
     Args:
         record: the calibration samples, best some thousands that neither trained the network nor chose the policy.
-        policy: the thresholds that the engine runs with.
+        policy: the thresholds that the engine runs with. Given a `Choice`, its policy, with a warning where `record` is
+            the data that chose it.
         false_alarm: the probability of ever alarming on an unchanged stream, between 0 and 1.
         seed: of the random order that equal values are put in.
 
@@ -96,8 +99,17 @@ class Monitor:
     Sources: those of `conformal`; Vovk, Nouretdinov and Gammerman 2003 (testing exchangeability on-line).
     """
 
-    def __init__(self, record: ExitRecord, policy: Policy, *, false_alarm: float = 0.01, seed: int = 0) -> None:
-        if not 0 < false_alarm < 1:
+    def __init__(
+        self, record: ExitRecord, policy: Policy | Choice, *, false_alarm: float = 0.01, seed: int = 0
+    ) -> None:
+        check_cost(record, None)
+        policy, chose = policy_for(record, policy)
+        if chose:
+            warnings.warn(
+                "this record chose these thresholds, so that false alarms may be more frequent: give other samples",
+                stacklevel=2,
+            )
+        if not 0 < real("false_alarm", false_alarm) < 1:
             raise InputError(f"false_alarm={false_alarm!r} must lie between 0 and 1, such as 0.01")
         exits, scores, labels = predicted(record, policy)
         self.policy = policy

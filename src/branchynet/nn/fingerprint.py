@@ -12,12 +12,14 @@ from .readable import check_weights
 def fingerprint(net: nn.Module) -> str:
     """``structure-weights``: two short digests, of what parameters and buffers there are, and of what they hold.
 
-    The first tells architectures apart, wherever they differ in what is stored or tapped; the second also two trainings
-    of one. Averaged answers are another network's, see `averaged_fingerprint`. Raises `GraphError` as `check_weights`.
+    The first tells architectures apart, wherever they differ in what they hold or where they are tapped; the second
+    also two trainings of one. Buffers count even where ``state_dict()`` leaves them out. Averaged answers are another
+    network's, see `averaged_fingerprint`. Raises `GraphError` as `check_weights`.
     """
     check_weights(net)
     structure, weights = hashlib.sha256(repr(getattr(net, "taps", ())).encode()), hashlib.sha256()
-    for name, value in sorted(net.state_dict().items()):
+    held = {**dict(net.named_buffers(remove_duplicate=False)), **net.state_dict()}
+    for name, value in sorted(held.items()):
         if not isinstance(value, torch.Tensor):
             continue
         structure.update(f"{name} {tuple(value.shape)}\n".encode())

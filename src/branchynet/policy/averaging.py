@@ -1,7 +1,7 @@
 """Answers that are means over the exits passed so far: often more accurate, for almost no work."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -55,9 +55,17 @@ def averaged_record(record: ExitRecord, exit_weights: WeightRows | None = None, 
 
 
 class ExitWeights(tuple[tuple[float, ...], ...]):
-    """Rows of exit weights, with a sketch of the samples that they were fitted on (`fitted_on`)."""
+    """Rows of exit weights, with a sketch of the samples that they were fitted on (`fitted_on`); slices keep it."""
 
     fitted_on: str = ""
+
+    def __getitem__(self, index: Any) -> Any:
+        """A row, or a slice of rows."""
+        found = super().__getitem__(index)
+        if isinstance(index, slice):
+            found = ExitWeights(found)
+            found.fitted_on = self.fitted_on
+        return found
 
 
 def fit_averaging(record: ExitRecord, *, of: Of = "softmax", steps: int = 200) -> ExitWeights:

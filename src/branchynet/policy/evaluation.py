@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..arguments import instance
+from ..arguments import instance, whole
 from ..errors import InputError
 from .coordinate_ascent import ascend
 from .digests import share_samples
@@ -63,14 +63,11 @@ def evaluate(record: ExitRecord, policy: Policy | Choice, cost: ExitCost | None 
     Source: Teerapittayanon et al. 2016, Figure 2; interval: Wilson 1927, doi:10.1080/01621459.1927.10502953.
     """
     check_cost(record, cost)
-    if isinstance(policy, Choice):
-        check_same_network("the record and the choice", record.network, policy.network)
-        if policy.record_digest == record.digest or _chose(policy, record):
-            warnings.warn(
-                "this record chose these thresholds, so its figures flatter them: report another record's", stacklevel=2
-            )
-        policy = policy.policy
-    instance("policy", policy, Policy, "give Policy(thresholds=(...)), or what choose(...) returns")
+    policy, chose = policy_for(record, policy)
+    if chose:
+        warnings.warn(
+            "this record chose these thresholds, so its figures flatter them: report another record's", stacklevel=2
+        )
     if policy.num_exits != record.num_exits:
         raise InputError(
             f"the policy has {len(policy.thresholds)} thresholds, but a record of {record.num_exits} exits needs "
@@ -100,6 +97,19 @@ def evaluate(record: ExitRecord, policy: Policy | Choice, cost: ExitCost | None 
         exit_accuracy=tuple(_accuracy(w, c) if c else None for w, c in zip(wrong, counts, strict=True)),
         **costs,
     )
+
+
+def policy_for(record: ExitRecord, policy: Policy | Choice) -> tuple[Policy, bool]:
+    """The policy, or that of a choice, and whether the record is known to have chosen it.
+
+    Raises:
+        InputError: neither, or a choice of another network than the record's.
+    """
+    if isinstance(policy, Choice):
+        check_same_network("the record and the choice", record.network, policy.network)
+        return policy.policy, policy.record_digest == record.digest or _chose(policy, record)
+    instance("policy", policy, Policy, "give Policy(thresholds=(...)), or what choose(...) returns")
+    return policy, False
 
 
 def _chose(choice: Choice, record: ExitRecord) -> bool:
@@ -142,7 +152,8 @@ class Frontier:
         return int(((self.accuracy - self.accuracy[0]) / accuracy - (self.mean_us - self.mean_us[0]) / us).argmax())
 
     def policy(self, index: int) -> Policy:
-        """The policy at position `index`."""
+        """The policy at position `index`. Raises `InputError` where there is none."""
+        index = whole("index", index, -len(self), len(self) - 1)
         return Policy(self.score, policy_thresholds(self.thresholds[index]))
 
 
@@ -171,6 +182,7 @@ def frontier(
     """
     instance("cost", cost, ExitCost, "give what measure(...) returns")
     check_cost(record, cost)
+    vectors = whole("vectors", vectors, 1)
     score = score_in_use(record, score)
     points = best_points(problem_of(record, cost, score), vectors)
     return Frontier(

@@ -7,14 +7,14 @@ position n - 1 of a tuple or axis belongs to exit n.
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arguments import instance
+from ..arguments import ordered, real, threshold_list
 from ..errors import FileError, InputError
 from ..files import check_checksum, checksum, read_json, write_json
 from ..stored import from_stored
@@ -66,13 +66,13 @@ class ExitCost:
     def __post_init__(self) -> None:
         for name in ("trunk_us", "branch_us", "trunk_macs", "branch_macs"):
             given = getattr(self, name)
-            instance(f"ExitCost.{name}", given, Iterable, "give one figure per exit, such as (12.5, 40.0)")
-            values = tuple(float(v) for v in given)
+            given = ordered(f"ExitCost.{name}", given, "give one figure per exit, such as (12.5, 40.0)")
+            values = tuple(real(f"a figure of ExitCost.{name}", v) for v in given)
             if name.endswith("_macs") and not values:
                 values = (0.0,) * len(self.trunk_us)
             if len(values) != len(self.trunk_us) or not values:
                 raise InputError(f"ExitCost.{name} has {len(values)} figures but trunk_us has {len(self.trunk_us)}")
-            if not all(math.isfinite(v) and v >= 0 for v in values):
+            if min(values) < 0:
                 raise InputError(f"ExitCost.{name} must be finite and not negative; got {values}")
             set_fields(self, **{name: values})
 
@@ -94,13 +94,14 @@ class ExitCost:
         return _cumulative(self.trunk_macs, self.branch_macs, enabled)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write as JSON. Raises `FileError`."""
-        write_json(path, asdict(self))
+        """Write as JSON, with a checksum of it. Raises `FileError`."""
+        _write_sealed(path, "cost", asdict(self))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "ExitCost":
         """Read what `save` wrote. Raises `FileError`."""
-        return from_stored(cls, read_json(path), path, "measure(...)")
+        stored = _read_sealed(path, "cost", "measure it again with measure(...)")
+        return from_stored(cls, stored, path, "measure(...)")
 
 
 @dataclass(frozen=True)
@@ -118,10 +119,7 @@ class Policy:
     thresholds: tuple[float | None, ...] = ()
 
     def __post_init__(self) -> None:
-        try:
-            values = tuple(None if t is None else float(t) for t in self.thresholds)
-        except (TypeError, ValueError, OverflowError):
-            raise InputError(f"thresholds must be numbers, or None for never; got {self.thresholds!r}") from None
+        values = threshold_list(self.thresholds)
         if any(t is not None and not math.isfinite(t) for t in values):
             raise InputError(f"thresholds must be finite numbers, or None for never; got {values}")
         if not (callable(self.score) or isinstance(self.score, str)):
@@ -263,17 +261,13 @@ class Choice:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON, with a checksum of it. Raises `FileError`."""
-        content = {**asdict(self), "policy": self.policy.to_json()}
-        write_json(path, {**content, "sha256": checksum(_sealed(content))})
+        _write_sealed(path, "choice", {**asdict(self), "policy": self.policy.to_json()})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Choice":
         """Read what `save` wrote, and as it wrote it: other thresholds have no promise. Raises `FileError`."""
-        stored = read_json(path)
+        stored = _read_sealed(path, "choice", _AGAIN)
         try:
-            if isinstance(stored, dict) and "sha256" in stored:  # choices of earlier versions have none
-                known = stored.pop("sha256")
-                check_checksum(path, known, _sealed(stored), _AGAIN)
             policy = Policy.from_json(stored["policy"])
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise FileError(f"{path} is no Choice ({error}); make it with choose(...)") from error
@@ -283,9 +277,23 @@ class Choice:
 _AGAIN = "make it again with `branchynet choose` or choose(...); for thresholds of your own take Policy"
 
 
-def _sealed(content: dict[str, Any]) -> list[tuple[str, str]]:
-    """What a choice's checksum is of: its content, however the file is laid out."""
-    return [("choice", json.dumps(content, sort_keys=True))]
+def _write_sealed(path: str | os.PathLike[str], kind: str, content: dict[str, Any]) -> None:
+    """Write as JSON, with a checksum of the content. Raises `FileError`."""
+    write_json(path, {**content, "sha256": checksum(_parts(kind, content))})
+
+
+def _read_sealed(path: str | os.PathLike[str], kind: str, remedy: str) -> Any:
+    """What `_write_sealed` wrote, compared with its checksum where it has one. Raises `FileError`."""
+    stored = read_json(path)
+    if isinstance(stored, dict) and "sha256" in stored:  # files of earlier versions have none
+        known = stored.pop("sha256")
+        check_checksum(path, known, _parts(kind, stored), remedy)
+    return stored
+
+
+def _parts(kind: str, content: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a checksum is of: the content, however the file is laid out."""
+    return [(kind, json.dumps(content, sort_keys=True))]
 
 
 class Prediction(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..arguments import check_seed, instance
+from ..arguments import check_seed, instance, whole
 from ..deploy.engine import Engine
 from ..deploy.loading import load
 from ..deploy.onnx_file import model_metadata
@@ -105,8 +105,7 @@ def bench(
     function = _score(engine, score, path)
     arrays = tuple(t.numpy() for t in tensors_of(inputs))
     _check(path, engine, targets, len(arrays[0]), len(wanted))
-    if repeats < 1:
-        raise InputError(f"repeats must be at least 1; got {repeats}")
+    repeats, samples = whole("repeats", repeats, 1), whole("samples", samples, 1)
     quantize = _check_network(path, engine, net, inputs, calibration)
     order = np.random.default_rng(check_seed(seed)).permutation(len(arrays[0]))
     arrays = tuple(array[order] for array in arrays)

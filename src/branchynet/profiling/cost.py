@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from branchynet.arguments import real
+from branchynet.errors import InputError
+
 from ..errors import as_graph_errors
 from ..graph.macs import exit_macs
 from ..graph.onnx_flat import flatten
@@ -62,6 +65,8 @@ def measure(
         MissingExtraError: OpenVINO is not installed.
     """
     batch_size = check_target(target).batch_size
+    if real("seconds", seconds) < 0:
+        raise InputError(f"seconds must not be negative; got {seconds:g}")
     check_quantize(quantize, calibration)
     flat = flatten(net, example, score=resolve(score))
     trunk_macs, branch_macs = exit_macs(flat)
@@ -80,8 +85,8 @@ def measure(
         timed = [lambda c=call, b=batch: c(*b) for batch in batches for call in calls.values()]
         times, spread = until_steady(timed, seconds)
     us = [dict(zip(calls, part, strict=True)) for part in np.split(np.array(times), len(sizes))]
-    whole, part = (_apart(us[k], flat.num_exits) for k in (0, -1))
-    trunk, branch = each_row(whole, part, sizes[0], sizes[-1])
+    full, part = (_apart(us[k], flat.num_exits) for k in (0, -1))
+    trunk, branch = each_row(full, part, sizes[0], sizes[-1])
     return ExitCost(
         tuple(trunk),
         tuple(branch),

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
+from ..arguments import function
 from ..deploy.engine import Engine
 from ..errors import InputError
 from ..nn.batches import batch_exits, batches, tensors_in
@@ -68,6 +69,8 @@ def record(
             f"score={score_name(score)!r} is for records with loss=; of logits any score can be computed later: give "
             "it to choose(..., score=) or Policy"
         )
+    if loss is not None:
+        function("loss", loss, "(output, target) -> (B,)")
     if isinstance(net, Engine):
         net = _every_exit(net, device)
     check_network(net)
@@ -76,7 +79,7 @@ def record(
         net.to(resolve_device(device))
     where = next((t.device for t in (*net.parameters(), *net.buffers())), torch.device("cpu"))
     score = "entropy" if score is None else score
-    function = resolve(score)
+    scored = resolve(score)
     firsts = _Rows()
     seconds: list[Any] = []  # labels or losses
     seen: list[Digests | None] = []
@@ -87,7 +90,7 @@ def record(
             exits = tuple(exit.float() for exit in batch_exits(net, inputs))
             if not seen and (loss is None or is_named(score)):
                 warn_of_probabilities(exits)
-            first, second = _logits(exits, target) if loss is None else _judged(exits, target, function, loss)
+            first, second = _logits(exits, target) if loss is None else _judged(exits, target, scored, loss)
             firsts.add(first)
             seconds.append(second)
             seen.append(_digests(inputs, len(target)))

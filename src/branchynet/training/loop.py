@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from ..arguments import whole
+from ..arguments import function, whole
 from ..errors import InputError
 from ..files import locked
 from ..losses import Loss, check_loss_weights, joint_loss
@@ -139,10 +139,7 @@ def _check_makers(loss: Loss, optimizer: Callable[[Any], Optimizer]) -> None:
             f"optimizer must be a function of the parameters; got {type(optimizer).__name__}: give "
             f"functools.partial(torch.optim.{named}, lr=1e-3)"
         )
-    if isinstance(loss, type):
-        raise InputError(
-            f"loss must be a function (output, target) -> scalar; got the class {loss.__name__}: give {loss.__name__}()"
-        )
+    function("loss", loss, "(output, target) -> scalar")
 
 
 def _check(net: nn.Module, train_loader: Any, epochs: int, train: str) -> None:
