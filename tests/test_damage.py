@@ -19,7 +19,8 @@ from torch import nn
 from branchynet import export, load, verify
 from branchynet.data import read_image
 from branchynet.deploy import seal
-from branchynet.deploy.engine import METADATA_KEY, model_metadata
+from branchynet.deploy.engine import METADATA_KEY
+from branchynet.deploy.onnx_file import model_metadata
 from branchynet.deploy.stored_samples import read_samples
 from branchynet.errors import DataError, FileError, InputError
 from branchynet.files import read_json
