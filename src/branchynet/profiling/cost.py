@@ -7,10 +7,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from branchynet.arguments import real
-from branchynet.errors import InputError
-
-from ..errors import as_graph_errors
+from ..arguments import real
+from ..errors import InputError, as_graph_errors
 from ..graph.macs import exit_macs
 from ..graph.onnx_flat import flatten
 from ..graph.quantize import Quantize, calibration_batches, check_quantize, quantized
