@@ -10,6 +10,7 @@ import pytest
 from branchynet import Choice, ExitRecord, evaluate
 from branchynet.data import save_image
 from branchynet.errors import InputError, counted
+from branchynet.policy.limits import Limit
 from branchynet.policy.promise import check_size, tightest
 from branchynet.policy.risk_tests import fewest, halves
 from branchynet.policy.values import ExitCost
@@ -49,16 +50,16 @@ def test_the_tightest_limit_is_carried_and_one_step_less_is_not(samples, bound):
     assert fewest(limit * 0.9, 0.05, bound) > size
     assert 1 - tightest(samples, 0.05, bound, absolute=True) == pytest.approx(limit, abs=0.011 * limit)
     for name, least in (("max_drop", limit), ("min_accuracy", tightest(samples, 0.05, bound, absolute=True))):
-        check_size(samples, name, least, 0.05, bound)
+        check_size(samples, Limit(name, least), 0.05, bound)
         less = 1 - 0.9 * limit if name == "min_accuracy" else 0.9 * limit
         with pytest.raises(InputError, match=f"take {name}={re.escape(f'{least:g}')}, .*confidence=None"):
-            check_size(samples, name, less, 0.05, bound)
+            check_size(samples, Limit(name, less), 0.05, bound)
 
 
 def test_too_few_samples_for_anything_name_no_limit():
     assert tightest(2, 0.05, "betting") is None
     with pytest.raises(InputError, match=r"early: record more, or ask for no promise"):
-        check_size(2, "max_drop", 0.1, 0.05, "betting")
+        check_size(2, Limit("max_drop", 0.1), 0.05, "betting")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..environment import processor
 from ..errors import VerificationError
-from ..policy.values import Policy, Prediction
+from ..policy.values import Policy, Prediction, thresholds_text
 from .engine import Engine
 from .onnx_file import parse_model
 from .stored_samples import Samples, samples_in
@@ -190,8 +190,8 @@ class _Comparison:
         self.same_exits = min(self.same_exits, sum(n == path[-1] for n, path in zip(left, paths, strict=True)))
         wrong = sum(n not in path for n, path in zip(left, paths, strict=True))
         if wrong:
-            told = ", ".join("never" if t is None else f"{t:.4g}" for t in thresholds)
-            self.problems.append(f"{wrong} of {len(paths)} samples leave at another exit, at thresholds {told}")
+            told = f"{wrong} of {len(paths)} samples leave at another exit"
+            self.problems.append(f"{told}, at thresholds {thresholds_text(thresholds)}")
         for s, n in enumerate(left):
             score, slack = self.samples.scores[n - 1][s], self.samples.score_slack[n - 1]
             off = difference(answer.score[s], score)

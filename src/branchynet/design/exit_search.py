@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..errors import counted
-from ..policy.evaluation import SLACK, best_points, policy_thresholds
+from ..policy.evaluation import best_points, policy_thresholds
 from ..policy.exit_rule import route
+from ..policy.limits import SLACK
 from ..policy.risk_tests import halves
 from ..policy.search import SearchProblem
 from ..policy.values import ExitCost, Floats, Ints

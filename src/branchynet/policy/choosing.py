@@ -13,19 +13,17 @@ import numpy as np
 from ..arguments import real, whole
 from ..errors import InfeasibleError, InputError
 from .digests import sketch
-from .evaluation import SLACK, best_points, centred, evaluate, policy_thresholds, problem_of
+from .evaluation import best_points, centred, evaluate, policy_thresholds, problem_of
 from .exit_record import ExitRecord, check_cost
 from .explanation import why_never
-from .promise import allowed_loss, bound_of, check_samples, check_size, promised
+from .limits import Limit, one_limit
+from .promise import bound_of, check_samples, check_size, promised
 from .record_scores import score_in_use
 from .search import SearchPoints, SearchProblem, join, sweep
-from .values import BOUNDS, PROMISED, Choice, ExitCost, Floats, Policy, Promise
+from .values import BOUNDS, Choice, ExitCost, Floats, Policy, Promise
 
 if TYPE_CHECKING:
     from .scores import Score
-
-_LARGE = 0.2
-"""A larger drop in accuracy is hardly ever meant."""
 
 
 def choose(
@@ -94,7 +92,7 @@ def choose(
     Source: Teerapittayanon et al. 2016, section V-B (screening under an accuracy or a time constraint); the promise as
     in `branchynet.policy.risk_tests`.
     """
-    constraint = check_limit(
+    limit = check_limit(
         confidence,
         bound,
         max_drop=max_drop,
@@ -103,29 +101,24 @@ def choose(
         max_latency_us=max_latency_us,
         max_macs=max_macs,
     )
-    ((name, limit),) = constraint.items()
-    _warn_of_percent(name, limit)
+    _warn_of_percent(limit)
     vectors = whole("vectors", vectors, 1)
     confidence = None if confidence is None else real("confidence", confidence)
     check_cost(record, cost)
     score = score_in_use(record, score)
-    problem = _what_is_searched(record, cost, score, name)
-    if name in ("max_latency_us", "max_macs"):
-        best = _within(problem, math.inf, limit * (1 + SLACK), vectors, constraint)
-        promise = None
-    elif confidence is None:
-        best = _within(problem, allowed_loss(problem, name, limit), math.inf, vectors, constraint)
-        promise = None
+    problem = _what_is_searched(record, cost, score, limit)
+    if limit.on_cost or confidence is None:
+        best, promise = _within(problem, limit, vectors), None
     else:
-        bound = bound_of(problem, name, bound)
+        bound = bound_of(problem, limit, bound)
         check_samples(record, score)
-        best, sizes = promised(problem, name, limit, 1 - confidence, bound, vectors)
-        promise = Promise(name, limit, confidence, bound, *sizes)
+        best, sizes = promised(problem, limit, 1 - confidence, bound, vectors)
+        promise = Promise(limit.name, limit.value, confidence, bound, *sizes)
     policy = Policy(score, policy_thresholds(best))
     known = record.sample_digests
     choice = Choice(
         policy,
-        constraint,
+        {limit.name: limit.value},
         evaluate(record, policy, cost),
         record.digest,
         promise,
@@ -149,24 +142,25 @@ def nearest_to(
         return choose(record, cost, score=score, max_latency_us=longest), False
 
 
-def _what_is_searched(record: ExitRecord, cost: ExitCost | None, score: "str | Score", name: str) -> SearchProblem:
+def _what_is_searched(record: ExitRecord, cost: ExitCost | None, score: "str | Score", limit: Limit) -> SearchProblem:
     """The record's scores, the losses and the costs that the limit is about."""
-    if cost is None and name in ("max_latency_us", "max_macs"):
+    if cost is None and limit.on_cost:
         raise InputError(
-            f"{name} needs a cost: measure one with measure(...), or give max_drop, min_accuracy or max_disagreement"
+            f"{limit.name} needs a cost: measure one with measure(...), or give max_drop, min_accuracy or "
+            "max_disagreement"
         )
-    if record.labels is not None and name != "max_disagreement" and record.samples > 1:
+    if record.labels is not None and not limit.without_labels and record.samples > 1:
         if (record.labels == record.labels[0]).all():
             raise InputError(
                 f"all {record.samples} labels of the record are class {record.labels[0]}: choose on samples of all "
                 "classes, in the proportions that the network will meet"
             )
-    if name == "max_disagreement":
+    if limit.without_labels:
         if record.outputs is None:
             raise InputError("max_disagreement needs a record of outputs; this one holds scores and losses only")
         record = replace(record, labels=record.outputs[:, -1].argmax(axis=1), losses=None)
     cost = cost or ExitCost((1.0,) * record.num_exits, (0.0,) * record.num_exits)
-    if name == "max_macs":
+    if limit.on_macs:
         if not any(cost.trunk_macs):
             raise InputError(
                 "max_macs needs a cost with multiply-accumulates (trunk_macs, branch_macs); measure one, which has "
@@ -176,14 +170,13 @@ def _what_is_searched(record: ExitRecord, cost: ExitCost | None, score: "str | S
     return problem_of(record, cost, score)
 
 
-def _within(
-    problem: SearchProblem, most_loss: float, most_us: float, vectors: int, constraint: dict[str, float]
-) -> Floats:
+def _within(problem: SearchProblem, limit: Limit, vectors: int) -> Floats:
     """The best thresholds `(N-1,)` on the record itself."""
+    most_loss, most_us = limit.allowed_loss(problem.losses), limit.allowed_cost
     points = best_points(problem, vectors)
     best = _pick(points, most_loss, most_us)
     if best is None:
-        raise InfeasibleError(_unreachable(constraint, points, len(problem.losses)))
+        raise InfeasibleError(_unreachable(limit, points, len(problem.losses)))
     best = _refine(problem, best, most_loss, most_us)
     return centred(problem, best.thresholds[0])
 
@@ -220,49 +213,40 @@ def check_call(
     **limits: float | None,
 ) -> bool:
     """Whether `choose` would promise something; raises what it would for these arguments, before costs are measured."""
-    ((name, limit),) = check_limit(confidence, bound, **limits).items()
-    if confidence is None or name not in PROMISED:
+    limit = check_limit(confidence, bound, **limits)
+    if confidence is None or limit.on_cost:
         return False
     if record.labels is not None:
-        bound = bound or ("betting" if name == "max_drop" else "binomial")
-        check_size(record.samples, name, limit, 1 - confidence, bound)
+        bound = bound or ("betting" if limit.signed else "binomial")
+        check_size(record.samples, limit, 1 - confidence, bound)
     return True
 
 
-def check_limit(confidence: float | None, bound: str | None = None, **limits: float | None) -> dict[str, float]:
-    """The one limit that was given, by name. Raises `InputError` for any of these that is out of range."""
+def check_limit(confidence: float | None, bound: str | None = None, **limits: float | None) -> Limit:
+    """The one limit that was given. Raises `InputError` for any of these that is out of range."""
     confidence = None if confidence is None else real("confidence", confidence)
     if confidence is not None and not 0 < confidence < 1:
         raise InputError(f"confidence={confidence:g} must lie between 0 and 1, such as 0.95; or None for no promise")
     if bound not in (None, *BOUNDS):
         raise InputError(f"unknown bound {bound!r}; take one of {', '.join(BOUNDS)}, or None for the sharper")
-    given = {name: real(name, limit) for name, limit in limits.items() if limit is not None}
-    if len(given) != 1:
-        shown = " and ".join(f"{name}={limit:g}" for name, limit in given.items()) or "none"
-        raise InputError(f"give exactly one of {', '.join(limits)}; got {shown}")
-    name, limit = next(iter(given.items()))
-    if name not in ("max_latency_us", "max_macs") and not -1 <= limit <= 1:
-        raise InputError(f"{name}={limit:g} is out of range: it is a fraction, such as 0.01 for one point")
-    return given
+    return one_limit(limits)
 
 
-def _warn_of_percent(name: str, limit: float) -> None:
-    if name in ("max_drop", "max_disagreement") and limit > _LARGE:
+def _warn_of_percent(limit: Limit) -> None:
+    if limit.suspicious:
         warnings.warn(
-            f"{name}={limit:g} allows {100 * limit:g} points: it is a fraction; for {limit:g} points give "
-            f"{limit / 100:g}",
+            f"{limit} allows {100 * limit.value:g} points: it is a fraction; for {limit.value:g} points give "
+            f"{limit.value / 100:g}",
             stacklevel=3,
         )
 
 
-def _unreachable(constraint: dict[str, float], points: SearchPoints, samples: int) -> str:
-    name, limit = next(iter(constraint.items()))
-    by_cost = name in ("max_latency_us", "max_macs")
-    best = int((points.us if by_cost else points.loss).argmin())
-    what = "the cheapest" if by_cost else "the most accurate"
-    unit = "multiply-accumulates" if name == "max_macs" else "us"
+def _unreachable(limit: Limit, points: SearchPoints, samples: int) -> str:
+    best = int((points.us if limit.on_cost else points.loss).argmin())
+    what = "the cheapest" if limit.on_cost else "the most accurate"
+    unit = "multiply-accumulates" if limit.on_macs else "us"
     return (
-        f"no thresholds meet {name}={limit:g} on this record of {samples} samples; {what} are "
+        f"no thresholds meet {limit} on this record of {samples} samples; {what} are "
         f"{policy_thresholds(points.thresholds[best])}, with accuracy {1 - points.loss[best] / samples:.4f} at a mean "
         f"cost of {points.us[best]:.4g} {unit} a sample"
     )

@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 GRID_EXITS = 3
 """Up to so many thresholds all combinations are searched; beyond, coordinate ascent."""
 
-SLACK = 1e-9
-"""Limits count as met to within this much, so that a limit written as a decimal means what it says."""
-
 _Z95 = 1.959963984540054
 
 

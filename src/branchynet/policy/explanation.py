@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .evaluation import SLACK
 from .exit_record import ExitRecord
+from .limits import SLACK, Limit
 from .record_scores import scores_of_record
 from .values import PROMISED, Choice, ExitCost
 
@@ -50,8 +50,9 @@ def lone_exits(record: ExitRecord, cost: ExitCost, choice: Choice) -> tuple[Lone
         choice: the score and the limit are taken from it.
     """
     scores, losses = scores_of_record(record, choice.policy.score), record.losses.astype(np.float64)
-    ((name, limit),) = choice.constraint.items()
-    if name == "max_disagreement" and record.outputs is not None:
+    ((name, value),) = choice.constraint.items()
+    limit = Limit(name, value)
+    if limit.without_labels and record.outputs is not None:
         answers = record.outputs.argmax(axis=2)
         losses = (answers != answers[:, -1:]).astype(np.float64)
     plain = float(cost.latency_us([False] * (cost.num_exits - 1) + [True])[-1])
@@ -62,7 +63,7 @@ def lone_exits(record: ExitRecord, cost: ExitCost, choice: Choice) -> tuple[Lone
         needed = added / (added + saved) if saved > 0 else math.inf
         possible = None
         if name in PROMISED:
-            allowed = limit if name != "min_accuracy" else 1 - limit - float(losses[:, -1].mean())
+            allowed = value if not limit.absolute else limit.risk - float(losses[:, -1].mean())
             possible = _most(scores[:, n], losses[:, n] - losses[:, -1], allowed)
         found.append(LoneExit(n + 1, added, saved, needed, possible))
     return tuple(found)

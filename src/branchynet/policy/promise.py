@@ -13,10 +13,11 @@ import numpy as np
 
 from ..errors import InfeasibleError, InputError
 from .digests import COPIED, REPEATED, digests, repeated, repeated_rows, share_samples
-from .evaluation import SLACK, best_points, centred
+from .evaluation import best_points, centred
 from .exit_record import ExitRecord
 from .exit_rule import leaving
 from .fitted_scores import FittedScore
+from .limits import Limit
 from .risk_tests import fewest, fixed_sequence_test, halves
 from .search import SearchProblem, mean_cost
 from .values import Floats
@@ -102,31 +103,23 @@ def _refuse(why: str, copies: float) -> None:
     warnings.warn(f"the record has few distinct samples; unless equal ones were drawn one by one, {why}", stacklevel=4)
 
 
-def bound_of(problem: SearchProblem, name: str, bound: str | None) -> str:
+def bound_of(problem: SearchProblem, limit: Limit, bound: str | None) -> str:
     """The bound asked for, or the sharper. Raises `InputError` for the binomial one on losses other than 0 and 1."""
     whole = bool(((problem.losses == 0) | (problem.losses == 1)).all())
     if bound == "binomial" and not whole:
         raise InputError("the binomial bound needs losses of 0 and 1; the record has others: take bound='betting'")
-    return bound or ("binomial" if whole and name != "max_drop" else "betting")
+    return bound or ("binomial" if whole and not limit.signed else "betting")
 
 
-def allowed_loss(problem: SearchProblem, name: str, limit: float) -> float:
-    """The summed loss that a limit on accuracy allows."""
-    samples = len(problem.losses)
-    if name == "min_accuracy":
-        return (1 - limit + SLACK) * samples
-    return float(problem.losses[:, -1].sum()) + (limit + SLACK) * samples
-
-
-def check_size(samples: int, name: str, limit: float, delta: float, bound: str) -> None:
+def check_size(samples: int, limit: Limit, delta: float, bound: str) -> None:
     """Raises `InputError` where so many samples cannot carry a promise; names the smallest limit that they can."""
-    needed = fewest(1 - limit if name == "min_accuracy" else limit, delta, bound)
+    needed = fewest(limit.risk, delta, bound)
     if len(halves(samples)[1]) >= needed:
         return
-    carried = tightest(samples, delta, bound, absolute=name == "min_accuracy")
-    other = "" if carried is None else f"take {name}={carried:g}, the tightest limit that so many can carry, "
+    carried = tightest(samples, delta, bound, absolute=limit.absolute)
+    other = "" if carried is None else f"take {limit.name}={carried:g}, the tightest limit that so many can carry, "
     raise InputError(
-        f"a promise of {name}={limit:g} at {1 - delta:.0%} confidence by the {bound} bound needs at least "
+        f"a promise of {limit} at {1 - delta:.0%} confidence by the {bound} bound needs at least "
         f"{2 * needed} samples, half of them to find candidates and half to test them; the record has {samples}, so "
         f"that none could leave early: {other}record more, or ask for no promise with confidence=None"
     )
@@ -153,37 +146,35 @@ def tightest(samples: int, delta: float, bound: str, *, absolute: bool = False) 
 
 
 def promised(
-    problem: SearchProblem, name: str, limit: float, delta: float, bound: str, vectors: int
+    problem: SearchProblem, limit: Limit, delta: float, bound: str, vectors: int
 ) -> tuple[Floats, tuple[int, int]]:
     """Thresholds `(N-1,)` that keep the limit with probability 1 - delta, and the sizes of both halves."""
-    risk = 1 - limit if name == "min_accuracy" else limit
     tuning_rows, calibration_rows = halves(len(problem.scores))
     sizes = len(tuning_rows), len(calibration_rows)
-    check_size(len(problem.scores), name, limit, delta, bound)
+    check_size(len(problem.scores), limit, delta, bound)
     tuning, calibration = problem.take(tuning_rows), problem.take(calibration_rows)
     points = best_points(tuning, vectors)
-    room = 2 * math.sqrt(sizes[0] * max(risk, 0))  # the tuning half may be the unlucky one: two standard errors
-    kept = np.nonzero(points.loss <= allowed_loss(tuning, name, limit) + room)[0][::-1]  # dearest and surest first
+    room = 2 * math.sqrt(sizes[0] * max(limit.risk, 0))  # the tuning half may be the unlucky one: two standard errors
+    kept = np.nonzero(points.loss <= limit.allowed_loss(tuning.losses) + room)[0][::-1]  # dearest and surest first
     kept = kept[np.unique(np.linspace(0, len(kept) - 1, min(len(kept), _CANDIDATES)).astype(int))]
     candidates = [centred(tuning, points.thresholds[i]) for i in kept]
     never = np.full(problem.scores.shape[1] - 1, np.nan, np.float32)
-    absolute = name == "min_accuracy"
-    safe = not absolute and limit >= 0  # never leaving early keeps the limit by itself
+    safe = not limit.absolute and limit.value >= 0  # never leaving early keeps the limit by itself
     # One candidate at a time: all of them at once would hold 128 numbers per sample.
-    before, after = (map(partial(_differences, half, absolute), candidates) for half in (tuning, calibration))
-    standing = candidates[: fixed_sequence_test(before, after, risk, delta, bound)]
+    before, after = (map(partial(_differences, half, limit.absolute), candidates) for half in (tuning, calibration))
+    standing = candidates[: fixed_sequence_test(before, after, limit.risk, delta, bound)]
     if not (safe or standing):
         reached = 1 - points.loss.min() / sizes[0]
         raise InfeasibleError(
-            f"no thresholds keep {name}={limit:g} at {1 - delta:.0%} confidence on {sizes[1]} calibration "
+            f"no thresholds keep {limit} at {1 - delta:.0%} confidence on {sizes[1]} calibration "
             f"samples; the most accurate reached {reached:.4f} on the {sizes[0]} others: record more samples, or lower "
             "the limit"
         )
     early = [not np.isnan(candidate).all() for candidate in candidates]
     if any(early) and not any(early[: len(standing)]):
-        more = "record more samples, or allow more" if limit > 0 else "allow more than 0"
+        more = "record more samples, or allow more" if limit.value > 0 else "allow more than 0"
         warnings.warn(
-            f"no thresholds keep {name}={limit:g} at {1 - delta:.0%} confidence on {sizes[1]} calibration samples, so "
+            f"no thresholds keep {limit} at {1 - delta:.0%} confidence on {sizes[1]} calibration samples, so "
             f"that no sample leaves early: {more}",
             stacklevel=3,
         )

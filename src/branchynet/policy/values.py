@@ -137,6 +137,15 @@ class Policy:
         """`(N,)` whether each exit is in use; the last always is."""
         return (*(t is not None for t in self.thresholds), True)
 
+    def rules(self, digits: int = 4, never: str = "never") -> tuple[str, ...]:
+        """`(N,)` when a sample leaves at each exit, in words; thresholds have so many `digits`.
+
+        >>> Policy("entropy", (0.25, None)).rules()
+        ('entropy < 0.25', 'never', 'always')
+        """
+        name = score_name(self.score)
+        return (*(never if t is None else f"{name} < {t:.{digits}g}" for t in self.thresholds), "always")
+
     def to_json(self) -> dict[str, Any]:
         """``{"score": name, "thresholds": [...]}`` with null for never; a fitted score is stored whole."""
         score = self.score.to_json() if isinstance(self.score, FittedScore) else score_name(self.score)
@@ -245,11 +254,10 @@ class Choice:
 
     def __str__(self) -> str:
         """One line per exit, then the accuracy, the promise, and the reason where no sample leaves early."""
-        name, outcome = score_name(self.policy.score), self.outcome
-        rules = ["never" if t is None else f"{name} < {t:.4g}" for t in self.policy.thresholds]
+        outcome = self.outcome
         lines = [
             f"exit {n} answers {share:.1%}: {rule}"
-            for n, (rule, share) in enumerate(zip([*rules, "always"], outcome.exit_share, strict=True), 1)
+            for n, (rule, share) in enumerate(zip(self.policy.rules(), outcome.exit_share, strict=True), 1)
         ]
         accuracy = (
             f"accuracy {outcome.accuracy:.2%}, last exit alone {outcome.last_accuracy:.2%}, on the "
@@ -311,6 +319,11 @@ class Prediction(NamedTuple):
     exit: Ints
     score: Floats
     output: Floats
+
+
+def thresholds_text(thresholds: Sequence[float | None]) -> str:
+    """Thresholds with commas between, such as ``0.25, never``."""
+    return ", ".join("never" if t is None else f"{t:.4g}" for t in thresholds)
 
 
 def score_name(score: Any) -> str:

@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import counted, printable
-from ..policy.values import STEADY, Choice, ExitCost
+from ..policy.values import PROMISED, STEADY, Choice, ExitCost
 
 _FRAME = 3  # characters that a column takes beside its content: a line and two spaces
+_NEVER = "never (left out)"
 _WORD = 16  # characters that a column of words is not narrowed below
 
 
@@ -55,12 +56,11 @@ def show(
 def print_choice(out: Console, choice: Choice, cost: ExitCost) -> None:
     """The chosen thresholds, what they do on the validation data and cost, and what is promised of other data."""
     outcome = choice.outcome
-    rules = ["never" if t is None else f"{_name(choice)} < {t:.4g}" for t in choice.policy.thresholds]
     each = cost.latency_us(choice.policy.enabled)
     rows = [
         (str(n), rule, f"{share:.1%}", "" if accuracy is None else f"{accuracy:.2%}", f"{us:.1f}")
         for n, (rule, share, accuracy, us) in enumerate(
-            zip([*rules, "always"], outcome.exit_share, outcome.exit_accuracy, each, strict=True), 1
+            zip(choice.policy.rules(), outcome.exit_share, outcome.exit_accuracy, each, strict=True), 1
         )
     ]
     columns = {"exit": False, "leaves when": True, "share": False, "accuracy there": False, "us": False}
@@ -75,7 +75,7 @@ def print_choice(out: Console, choice: Choice, cost: ExitCost) -> None:
             out.print(line)
     if choice.promise is not None:
         out.print(str(choice.promise))
-    elif {"max_drop", "min_accuracy", "max_disagreement"} & choice.constraint.keys():
+    elif choice.constraint.keys() & set(PROMISED):
         out.print(f"no promise for other data: chosen on {outcome.samples} samples as they are")
 
 
@@ -165,10 +165,7 @@ def print_model(out: Console, engine: Any) -> None:
     if engine.policy is None:
         rows.append(("exits", f"{engine.num_exits}, flat: none leaves early"))
     else:
-        told = [
-            "never (left out)" if t is None else f"{engine.policy.score} < {t:.6g}" for t in engine.policy.thresholds
-        ]
-        rows.append(("exits", "\n".join(f"{n}: {t}" for n, t in enumerate([*told, "always"], 1))))
+        rows.append(("exits", "\n".join(f"{n}: {rule}" for n, rule in enumerate(engine.policy.rules(6, _NEVER), 1))))
     for name in ("batch", "thresholds", "labels", "preprocessing", "promise", "version"):
         value = engine.metadata.get(name)
         if value not in (None, []):
@@ -210,8 +207,3 @@ def in_options(message: str, options: Mapping[str, str]) -> str:
         if "_" in name:
             message = re.sub(rf"(?<![\w./-]){name}(?![\w./-])", option, message)
     return message
-
-
-def _name(choice: Choice) -> str:
-    score = choice.policy.score
-    return score if isinstance(score, str) else getattr(score, "__name__", "score")

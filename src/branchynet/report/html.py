@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from ..errors import InputError, counted
 from ..files import replacing
 from ..policy.exit_record import ExitRecord
-from ..policy.values import Choice, ExitCost, Outcome
+from ..policy.values import Choice, ExitCost, Outcome, score_name, thresholds_text
 from .gallery import Gallery, gallery_section
 from .plots import CandidatePoint, figure_candidates, figure_scores, figure_shares, figure_tradeoff, microseconds
 from .svg import inline
@@ -218,11 +218,9 @@ def _candidates(
 
 
 def _exits(choice: Choice, outcome: Outcome, cost: ExitCost | None) -> str:
-    name = _score(choice)
-    rules = ["never (left out)" if t is None else f"{name} < {t:.4g}" for t in choice.policy.thresholds]
     rows = []
     for n, (rule, share, right) in enumerate(
-        zip([*rules, "always"], outcome.exit_share, outcome.exit_accuracy, strict=True)
+        zip(choice.policy.rules(never="never (left out)"), outcome.exit_share, outcome.exit_accuracy, strict=True)
     ):
         row = [str(n + 1), rule, _percent(share, 1), "" if right is None else _percent(right)]
         if cost is not None:
@@ -242,7 +240,7 @@ def _exits(choice: Choice, outcome: Outcome, cost: ExitCost | None) -> str:
 
 
 def _scores(choice: Choice, record: ExitRecord, scores: NDArray[Any]) -> str:
-    name = _score(choice)
+    name = score_name(choice.policy.score)
     figure = figure_scores(scores, record.losses, choice.policy.thresholds, name=_UNITS.get(name, name))
     return _figure(
         "scores",
@@ -301,11 +299,6 @@ def _table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], wor
     )
 
 
-def _score(choice: Choice) -> str:
-    score = choice.policy.score
-    return score if isinstance(score, str) else getattr(score, "__name__", "score")
-
-
 def _timed_alike(bench: Sequence[Mapping[str, Any]], cost: ExitCost | None) -> Mapping[str, Any] | None:
     """The row of the batch size and threads that `cost` was measured at."""
     for row in bench:
@@ -339,5 +332,5 @@ BENCH_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "plain_accuracy": ("plain accuracy", _percent),
     "accuracy_branchy": ("branchy accuracy", _percent),
     "exit_share": ("leave at exit, %", lambda v: ", ".join(f"{100 * share:.1f}" for share in v)),
-    "thresholds": ("thresholds", lambda v: ", ".join("never" if t is None else f"{t:.4g}" for t in v)),
+    "thresholds": ("thresholds", thresholds_text),
 }

@@ -20,7 +20,7 @@ from ..policy.averaging import averaged_record, fit_averaging
 from ..policy.choosing import nearest_to
 from ..policy.evaluation import evaluate
 from ..policy.exit_record import ExitRecord
-from ..policy.values import ExitCost, Outcome, Policy
+from ..policy.values import ExitCost, Outcome, Policy, thresholds_text
 from ..profiling.benchmark import bench
 from ..profiling.clock import in_turns
 from ..profiling.cost import measure
@@ -129,7 +129,7 @@ def judge_network(
                 asked = plain_val - slack
                 choice, reached = nearest_to(on_val, cost, asked, score)
                 policy = choice.policy
-                say(f"{title}: timing thresholds {_told(policy)}")
+                say(f"{title}: timing thresholds {thresholds_text(policy.thresholds)}")
                 path = export(net, folder / "model.onnx", policy=policy, example=images[:8], batch=1)
                 (row,) = bench(
                     path, net, (images, data.test.labels), samples=samples, repeats=repeats,
@@ -185,7 +185,3 @@ def _side_by_side(nets: dict[str, nn.Module], images: torch.Tensor, repeats: int
         engines[name] = load(path, threads=1)
     rows: Sequence[tuple[Any]] = [(np.ascontiguousarray(image),) for image in images.split(1)]
     return in_turns({name: engine.outputs for name, engine in engines.items()}, rows, repeats)
-
-
-def _told(policy: Policy) -> str:
-    return ", ".join("never" if t is None else f"{t:.4g}" for t in policy.thresholds)

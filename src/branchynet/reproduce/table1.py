@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..policy.evaluation import first_correct
+from ..policy.values import thresholds_text
 from .judging import NetworkResult, OperatingPoint
 from .paper import TABLE_1
 
@@ -75,7 +76,7 @@ def table(tables: list[dict[str, Any]]) -> str:
                 lines.append(_line(name, row["accuracy"], 1e3 * cuda["branchy_ms"], f"**{cuda['gain']:.2f}x**"))
         lines.append(
             f"| *published* | {published['accuracy']:.2%}, plain {published['plain_accuracy']:.2%} | "
-            f"| {published['cpu_gain']:.1f}x, trunk alone | | | | {_thresholds(published['thresholds'])} "
+            f"| {published['cpu_gain']:.1f}x, trunk alone | | | | {thresholds_text(published['thresholds'])} "
             f"| {_shares(published['exit_share'])} |"
         )
         for row in t["smaller"]:
@@ -89,7 +90,7 @@ def _line(
 ) -> str:  # fmt: skip
     cells = (
         name, f"{accuracy:.2%}", f"{us:.0f}", gain, overhead, limit, "" if macs is None else _millions(macs),
-        _thresholds(thresholds), _shares(shares),
+        thresholds_text(thresholds), _shares(shares),
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
@@ -117,10 +118,6 @@ def compared(row: dict[str, Any]) -> str:
 
 def _millions(macs: float) -> str:
     return f"{macs / 1e6:.2f}" if macs < 1e7 else f"{macs / 1e6:.0f}"
-
-
-def _thresholds(thresholds: Sequence[float | None]) -> str:
-    return ", ".join("never" if t is None else f"{t:.4g}" for t in thresholds)
 
 
 def _shares(shares: Sequence[float]) -> str:
