@@ -10,7 +10,7 @@ def main() -> None:
     """Run the command line."""
     try:
         with needed_by("the command line", extra="cli"):
-            from .cli.verbs import main as run
+            from .cli.program import main as run
     except MissingExtraError as error:
         sys.exit(f"error: {error}")
     run()

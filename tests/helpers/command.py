@@ -4,13 +4,13 @@ import sys
 
 import pytest
 
-from branchynet.cli import verbs
+from branchynet.cli import program
 
 
 def call(monkeypatch, *arguments):
     """Run the command line in this process and return its exit status."""
     monkeypatch.setattr(sys, "argv", ["branchynet", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
-        verbs.main()
+        program.main()
         raise SystemExit(0)
     return stop.value.code or 0

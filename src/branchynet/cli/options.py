@@ -74,14 +74,6 @@ Version = Annotated[
 ]
 
 
-def called_options(app: typer.Typer, arguments: list[str]) -> dict[str, str]:
-    """The option of each parameter of the command that was called; `batch_size` has another name in some."""
-    commands = getattr(typer.main.get_command(app), "commands", {})
-    called = next((commands[word] for word in arguments if word in commands), None)
-    named = {p.name: p.opts[0] for p in (called.params if called else ()) if p.param_type_name == "option"}
-    return {"batch_size": "--batch", **named} if "batch" in named else named
-
-
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
     """Run a command that can be resumed; on Ctrl-C, say that the same command resumes it."""

@@ -1,18 +1,14 @@
-"""The command line: one verb a step, over run folders. Thin: the work is done elsewhere."""
+"""The command line: one verb per step, over run folders. Thin: the work is done elsewhere."""
 
 import contextlib
-import io
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
 
-from ..errors import BranchyNetError, printable
-from ..extras import needed_by
+from ..errors import BranchyNetError
 from .options import (
     AUGMENTS,
     DATA,
@@ -29,7 +25,6 @@ from .options import (
     Thresholds,
     Trust,
     Version,
-    called_options,
     image_size,
     named,
     numbers,
@@ -340,24 +335,3 @@ def report(run: RunArgument, trust: Trust = False, quiet: Quiet = False) -> None
     from ..runs.run import open_run
 
     out.print(f"wrote {report_run(open_run(run, trust=trust), progress=not quiet)}", soft_wrap=True)
-
-
-def main() -> None:
-    """Run the command line; an error of ours is one line on standard error and exit status 1."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names may hold what the terminal's encoding has not
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        with needed_by("this command"):
-            app(prog_name="branchynet")
-    except BranchyNetError as error:
-        from ..report.console import in_options
-
-        told = in_options(str(error), called_options(app, sys.argv[1:]))
-        told = "error: " + "\n".join(map(printable, told.splitlines()))
-        Console(stderr=True).print(told, style="red", highlight=False, markup=False, soft_wrap=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)

@@ -1,0 +1,41 @@
+"""The program `branchynet`: it runs the verbs and reports their errors."""
+
+import io
+import os
+import sys
+
+import typer
+from rich.console import Console
+
+from ..errors import BranchyNetError, printable
+from ..extras import needed_by
+from .verbs import app
+
+
+def main() -> None:
+    """Run the command line; a `BranchyNetError` becomes one line on standard error and exit status 1."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names may hold what the terminal's encoding has not
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        with needed_by("this command"):
+            app(prog_name="branchynet")
+    except BranchyNetError as error:
+        from ..report.console import in_options
+
+        told = in_options(str(error), called_options(app, sys.argv[1:]))
+        told = "error: " + "\n".join(map(printable, told.splitlines()))
+        Console(stderr=True).print(told, style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def called_options(app: typer.Typer, arguments: list[str]) -> dict[str, str]:
+    """The option of each parameter of the command that was called; `batch_size` has another name in some."""
+    commands = getattr(typer.main.get_command(app), "commands", {})
+    called = next((commands[word] for word in arguments if word in commands), None)
+    named = {p.name: p.opts[0] for p in (called.params if called else ()) if p.param_type_name == "option"}
+    return {"batch_size": "--batch", **named} if "batch" in named else named
