@@ -9,7 +9,7 @@ from .extras import first_used, needed_by
 _MODULES = {
     "nn.network": ("BranchyNet",),
     "nn.attaching": ("attach", "detach"),
-    "nn.averaged": ("averaged",),
+    "nn.averaging": ("averaged",),
     "training.loop": ("fit",),
     "training.options": ("FitOptions",),
     "training.history": ("History",),

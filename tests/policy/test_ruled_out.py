@@ -17,7 +17,7 @@ from branchynet.deploy.assembly import assemble
 from branchynet.deploy.torch_engine import TorchEngine
 from branchynet.errors import GraphError, InputError
 from branchynet.graph.onnx_flat import flatten
-from branchynet.nn.averaged import averaged
+from branchynet.nn.averaging import averaged
 from branchynet.policy import record_scores, scores
 from branchynet.policy.averaging import average, averaged_record, fit_averaging
 from branchynet.policy.exit_record import ExitRecord

@@ -11,7 +11,7 @@ from branchynet.deploy.engine import Engine
 from branchynet.errors import InputError
 from branchynet.graph.macs import exit_macs
 from branchynet.graph.onnx_flat import flatten
-from branchynet.nn.averaged import averaged
+from branchynet.nn.averaging import averaged
 from branchynet.policy.values import ExitCost
 from branchynet.profiling import cost as module
 from branchynet.profiling.cost import _apart, each_row, measure

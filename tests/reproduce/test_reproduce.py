@@ -14,7 +14,7 @@ import branchynet.reproduce as room
 from branchynet import Policy, evaluate, record, zoo
 from branchynet.data import load_data, loader
 from branchynet.errors import FileError, InputError
-from branchynet.nn.averaged import averaged
+from branchynet.nn.averaging import averaged
 from branchynet.nn.weights import load_weights
 from branchynet.policy.averaging import fit_averaging
 from branchynet.policy.record_scores import scores_of_record

@@ -15,7 +15,7 @@ from ..deploy.engine import Engine
 from ..deploy.exporting import export
 from ..deploy.loading import load
 from ..deploy.torch_engine import TorchEngine
-from ..nn.averaged import averaged
+from ..nn.averaging import averaged
 from ..policy.averaging import averaged_record, fit_averaging
 from ..policy.choosing import nearest_to
 from ..policy.evaluation import evaluate
