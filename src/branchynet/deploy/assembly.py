@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from branchynet.errors import GraphError
-
 from ..environment import __version__, processor
-from ..errors import as_graph_errors
+from ..errors import GraphError, as_graph_errors
 from ..graph.memory import sample_bytes
 from ..graph.onnx_flat import FlatGraph
 from ..graph.onnx_layout import keep_blocks

@@ -22,8 +22,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from branchynet.runs.run import EVAL_BATCH, Run, configure, load_run, loaders, report_progress
-
 from ..data import ImageData, loader
 from ..deploy.exporting import export
 from ..deploy.loading import RUNTIMES
@@ -47,6 +45,7 @@ from ..training.loop import fit
 from ..training.options import FitOptions
 from ..zoo import NETWORKS
 from .provenance import check_choice, check_data, check_design, check_model, keep_bench, keep_data
+from .run import EVAL_BATCH, Run, configure, load_run, loaders, report_progress
 from .settings import build_network, data_of, example_of
 
 
