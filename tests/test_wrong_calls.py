@@ -1,5 +1,6 @@
 """Calls that new users make wrongly: each ends in an error of ours that says what to give, or in the right answer."""
 
+import copy
 import functools
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from branchynet import (
+    BranchyNet,
     BranchyNetError,
     BudgetController,
     Choice,
@@ -26,6 +28,7 @@ from branchynet import (
     fit_score,
     fit_temperature,
     frontier,
+    joint_loss,
     load,
     measure,
     record,
@@ -43,6 +46,11 @@ class Small(nn.Module):
 
     def forward(self, x):
         return self.last(self.first(x))
+
+
+class FixedBatch(Small):
+    def forward(self, x):
+        return super().forward(self.first[0].weight[:1, :, :1, :1] + x).view(16, -1)
 
 
 class WithLoss(nn.Module):
@@ -80,6 +88,20 @@ quick = functools.partial(fit, epochs=1, progress=False)
 silent = functools.partial(record, progress=False)
 net, x, y, loader, found, cost, policy = world()
 
+dense = torch.rand(2, 4, 3, 3)
+single = nn.Sequential(nn.Flatten(), nn.Linear(192, 1))
+
+
+def misfitting(branch):
+    return BranchyNet(Small(), {"first": branch})
+
+
+def retrained():
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    return other
+
 
 @functools.cache
 def engine():
@@ -92,7 +114,49 @@ WRONG = {
         "record must be an ExitRecord; got an ExitCost",
     ),
     "choose(net)": (lambda: choose(net, cost, max_drop=0.1), "record must be an ExitRecord; got a BranchyNet"),
-    "choose in per cent": (lambda: choose(found, cost, max_drop=5), "out of range: it is a fraction"),
+    "choose in per cent": (lambda: choose(found, cost, max_drop=5), "it is a fraction; give 0.05 for 5 %"),
+    "choose of one per cent": (lambda: choose(found, cost, max_drop=1), "limits nothing.*give 0.01 for 1 %"),
+    "choose of all answers": (lambda: choose(found, cost, max_disagreement=1.0), "limits nothing.*fraction"),
+    "fit for regression": (lambda: quick(single, batches(x, y.float()[:, None])), "one class.*give loss="),
+    "fit for several numbers": (lambda: quick(net, batches(x, 9 * torch.rand(16, 4))), "distributions.*give loss="),
+    "fit for several labels": (lambda: quick(net, batches(x, torch.ones(16, 4))), "sum 1.*give loss="),
+    "fit for whole numbers": (lambda: quick(single, batches(x, 0 * y)), "one class.*give loss="),
+    "labels of -1": (lambda: quick(net, batches(x, y - 1)), r"labels lie in -1..2, but outputs have 4.*from 0"),
+    "segments from 1": (
+        lambda: joint_loss((dense,), 1 + dense.argmax(1)),
+        r"labels lie in 1..4, but outputs have 4.*from 0",
+    ),
+    "segments with a channel": (lambda: joint_loss((dense,), dense.argmax(1)[:, None]), r"target.squeeze\(1\)"),
+    "segments as floats": (lambda: joint_loss((dense,), dense.argmax(1).float()), r"target.long\(\)"),
+    "record of segments": (lambda: silent(nn.Conv2d(3, 4, 1), batches(x, y)), "give loss=.*pixel_error"),
+    "a branch too wide": (
+        lambda: misfitting(nn.Sequential(nn.Flatten(), nn.Linear(99, 4)))(x),
+        r"the branch at 'first' cannot read features of shape \(16, 4, 8, 8\)",
+    ),
+    "a branch too wide in training": (
+        lambda: quick(misfitting(nn.Conv2d(3, 4, 1)), loader),
+        r"the branch at 'first' cannot read features of shape \(8, 4, 8, 8\)",
+    ),
+    "a branch of another dtype": (
+        lambda: silent(misfitting(nn.Sequential(nn.Flatten(), nn.Linear(256, 4).double())), loader),
+        "the branch at 'first' cannot read features.*float32",
+    ),
+    "attach to a fixed batch": (lambda: attach(FixedBatch(), at=["first"], example=x), "two rows.*write x.shape"),
+    "export in int8 with the float network's choice": (
+        lambda: export(
+            net,
+            "a.onnx",
+            policy=choose(found, max_drop=0.9, confidence=None),
+            example=x,
+            quantize="int8",
+            calibration=[x],
+        ),
+        "int8 is another network than float; record its flat int8 file",
+    ),
+    "export after more training": (
+        lambda: export(retrained(), "a.onnx", policy=choose(found, max_drop=0.9, confidence=None), example=x),
+        r"trainings of one network.*record\(...\) and choose\(...\) again",
+    ),
     "choose with a list": (
         lambda: choose(found, cost, max_drop=[0.1]),
         r"max_drop must be a finite number; got \[0.1\]",
@@ -256,7 +320,7 @@ WRONG = {
     ),
     "export(promise=number)": (
         lambda: export(net, "a.onnx", policy=policy, example=x, promise=0.95),
-        "promise must be a str or a NoneType; got 0.95",
+        "promise must be a str or None; got 0.95",
     ),
     "record(loss=text)": (lambda: silent(net, loader, loss="ce"), "loss must be a function.*got 'ce'"),
     "record(loss=class)": (lambda: silent(net, loader, loss=nn.CrossEntropyLoss), r"give CrossEntropyLoss\(\)"),

@@ -38,7 +38,8 @@ _MODULES = {
 _NAMESPACES = ("data", "losses", "nn", "report", "zoo")
 _first_used = first_used(__name__, _MODULES)
 
-__all__ = sorted([*_NAMESPACES, *(name for names in _MODULES.values() for name in names)])  # pyright: ignore[reportUnsupportedDunderAll]
+# A star import leaves the caller's `nn`, which is torch's, alone.
+__all__ = sorted([*(n for n in _NAMESPACES if n != "nn"), *(name for names in _MODULES.values() for name in names)])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ def instance(name: str, value: Any, kinds: type[Any] | tuple[type[Any], ...], re
     """Raise `InputError` unless `value` is of one of the `kinds`."""
     if not isinstance(value, kinds):
         kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-        wanted = " or ".join(_with_article(kind.__name__) for kind in kinds)
+        wanted = " or ".join("None" if kind is type(None) else _with_article(kind.__name__) for kind in kinds)
         raise InputError(f"{name} must be {wanted}; got {described(value)}: {remedy}")
 
 
@@ -88,6 +88,14 @@ def function(name: str, value: Any, signature: str) -> None:
         )
     if not callable(value):
         raise InputError(f"{name} must be a function {signature}; got {described(value)}")
+
+
+def check_fraction(name: str, limit: float) -> None:
+    """Raise `InputError` for a limit on a loss of accuracy that nothing can exceed."""
+    if limit >= 1:
+        raise InputError(
+            f"{name}={limit:g} limits nothing: it is a fraction; give {min(limit, 100.0) / 100:g} for {limit:g} %"
+        )
 
 
 def described(value: Any) -> str:

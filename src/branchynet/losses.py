@@ -102,6 +102,8 @@ def joint_loss(
             f"loss_weights {factors} are {len(factors)} for {len(outputs)} exits; give one weight per exit"
         )
     last = outputs[-1]
+    if loss is F.cross_entropy:
+        _check_classes(last, target)
     teacher = last.detach().softmax(dim=1) if distill else None
     total = last.new_zeros(())
     for n, (factor, output) in enumerate(zip(factors, outputs, strict=True), start=1):
@@ -126,20 +128,44 @@ def joint_loss(
     return total
 
 
+_ROUNDING = 1e-2  # by which the probabilities of a distribution may miss 1: half precision over many classes
+
+
+def _check_classes(output: Tensor, target: Tensor) -> None:
+    """Refuse what cross-entropy takes without a word and learns nothing from."""
+    remedy = "for regression or several labels per sample give loss="
+    if output.dim() > 1 and output.shape[1] == 1:
+        raise InputError(
+            f"cross-entropy is 0 for outputs of one class, {tuple(output.shape)}, whatever the target: {remedy}"
+        )
+    if target.is_floating_point() and target.shape == output.shape and target.numel():
+        sums = target.detach().sum(dim=1)
+        if not (bool((target >= 0).all()) and bool(((sums - 1).abs() <= _ROUNDING).all())):
+            raise InputError(
+                f"float targets of cross-entropy are distributions over the classes, not negative and of sum 1 along "
+                f"dimension 1; got {target.dtype} {tuple(target.shape)} with other values: {remedy}"
+            )
+
+
 def _hint_at_target(output: Tensor, target: Tensor) -> str:
     """What is most likely wrong with the labels of a classification, or nothing."""
+    classes = output.shape[1] if output.dim() > 1 else 0
+    if output.dim() > 2 and target.shape == (len(output), 1, *output.shape[2:]):
+        return "; give one class index per position, without dimension 1: target.squeeze(1)"
+    if output.dim() > 2 and target.is_floating_point():
+        return "; class indices are integers: target.long()"
+    if not target.is_floating_point() and target.numel() and output.dim() > 1:
+        low, high = int(target.min()), int(target.max())
+        if low < 0 or high >= classes:
+            return f"; labels lie in {low}..{high}, but outputs have {classes} classes (0..{classes - 1}): count from 0"
     if output.dim() != 2:
         return ""
-    classes = output.shape[1]
     if target.shape == (len(output), 1):
         return "; give one label per sample: target.squeeze(1)"
     if target.shape == output.shape and not target.is_floating_point():
         return "; give class indices: target.argmax(1)"
     if target.dim() == 1 and target.is_floating_point():
         return "; class indices are integers: target.long()"
-    if target.dim() == 1 and len(target) and int(target.max()) >= classes:
-        low, high = int(target.min()), int(target.max())
-        return f"; labels lie in {low}..{high}, but outputs have {classes} classes (0..{classes - 1}): count from 0"
     return ""
 
 

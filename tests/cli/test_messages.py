@@ -212,7 +212,7 @@ def test_predict_answers_the_good_files_and_says_which_failed(run, tmp_path, mon
     assert call(monkeypatch, "predict", run, *given, "--json") == 1
     told = capsys.readouterr()
     assert [json.loads(line)["image"] for line in told.out.splitlines()] == [str(file) for file in files]
-    assert len(told.err.splitlines()) == 1 and all(told.err.count(f"the image {file}") == 1 for file in bad)
+    assert len(told.err.splitlines()) == 1 and all(told.err.count(f"image {file}") == 1 for file in bad)
     assert call(monkeypatch, "predict", run, bad[0], files[3]) == 1
     told = capsys.readouterr()
     assert "3.png" in told.out and "none.png" in told.err

@@ -29,7 +29,7 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         train = ("train", path, *PAPER, "--warm-start-epochs", 2, "--epochs", 3, "--batch-size", 64, "--quiet")
         assert call(patch, *train) == 0
-        assert call(patch, "choose", path, "--max-drop", 0.02, "--no-promise") == 0
+        assert call(patch, "choose", path, "--max-drop", "2%", "--no-promise") == 0
         assert call(patch, "export", path) == 0
         bench = ("bench", path, "--batch", "1,7", "--runtime", "onnxruntime,openvino", "--json", path / "rows.json")
         assert call(patch, *bench, "--quiet") == 0
@@ -228,6 +228,9 @@ MISTAKES = {
     "unknown runtime": (["bench", "{run}", "--runtime", "tvm", "--quiet"], "openvino"),
     "other settings": (["train", "{run}", *PAPER, "--epochs", "4"], "epochs"),
     "infeasible": (["choose", "{run}", "--min-accuracy", "1.5"], "1.5"),
+    "a drop of one per cent": (["choose", "{run}", "--max-drop", "1"], "--max-drop 1 limits nothing"),
+    "a drop in percent that is everything": (["choose", "{run}", "--max-drop", "100%"], "limits nothing"),
+    "a design that may lose everything": (["design", "{run}", "--max-drop", "1"], "--max-drop 1 limits nothing"),
     "two limits": (["choose", "{run}", "--min-accuracy", "0.5", "--max-drop", "0"], "--max-drop"),
     "foreign onnx": (["inspect", "{tmp}/foreign.onnx"], "BranchyNet"),
     "truncated onnx": (["inspect", "{tmp}/truncated.onnx"], "truncated.onnx"),
@@ -262,7 +265,9 @@ def test_a_mistake_is_one_clear_line(mistake, run, monkeypatch, tmp_path, capsys
 
 def test_a_score_without_a_name_is_refused(run, monkeypatch, capsys):
     assert call(monkeypatch, "choose", run, "--score", "", "--no-promise") == 1
-    assert "unknown score ''" in capsys.readouterr().err
+    assert (
+        "unknown score '': it is one of entropy, max_probability, margin, patience, learned" in capsys.readouterr().err
+    )
 
 
 def test_wrong_usage_is_status_2_and_a_real_process_says_the_same(run):

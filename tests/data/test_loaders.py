@@ -272,7 +272,7 @@ class TestImages:
             assert data.read_image(tmp_path / "mode.tiff", (3, 4, 4)).shape == (1, 3, 4, 4)
 
     def test_unreadable(self, tmp_path):
-        with pytest.raises(DataError, match=r"cannot read the image .*none\.png \(No such file"):
+        with pytest.raises(DataError, match=r"there is no image .*none\.png; give the path"):
             data.read_image(tmp_path / "none.png", (1, 4, 4))
         with pytest.raises(DataError, match=r"cannot read the image"):
             data.read_image(tmp_path, (1, 4, 4))

@@ -42,6 +42,15 @@ def path(text: str) -> Path:
     return Path(text)
 
 
+def fraction(text: str | float) -> float:
+    """The parser of limits: ``0.005`` or ``0.5%``."""
+    share = str(text).strip()
+    try:
+        return float(share.removesuffix("%")) / (100 if share.endswith("%") else 1)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no number; give a fraction, such as 0.005, or 0.5%") from None
+
+
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.", parser=path)]
 ModelArgument = Annotated[
     Path, typer.Argument(metavar="MODEL", help="A .onnx file that export wrote, or a run's folder.", parser=path)
@@ -50,7 +59,16 @@ Size = Annotated[str, typer.Option(help="Of a folder's images: 64, or 48x64 high
 Split = Annotated[
     str, typer.Option(help="Shares of a folder's images to train on, choose on and test on; by default 70/15/15.")
 ]
-Disagreement = Annotated[float | None, typer.Option(help="Another class than the last exit's for at most this share.")]
+
+
+def _limit(help: str) -> Any:
+    return typer.Option(help=help, parser=fraction, metavar="FRACTION")
+
+
+Accuracy = Annotated[float | None, _limit("Accuracy at least this.")]
+Disagreement = Annotated[float | None, _limit("Another class than the last exit's for at most this share.")]
+Drop = Annotated[float | None, _limit("Accuracy at most this far below the last exit's.")]
+DropOfPlain = Annotated[float, _limit("Accuracy at most this far below the plain network's.")]
 Plain = Annotated[
     bool, typer.Option(help="Also train the plain network on as long, to compare with; else with the warm start.")
 ]

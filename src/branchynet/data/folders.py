@@ -98,6 +98,12 @@ def _shares(split: Sequence[float] | None) -> tuple[float, ...]:
             "split must be three numbers above 0, for training, validation and test, such as 70/15/15; got "
             f"{'/'.join(map(str, shares))}"
         )
+    total = sum(shares)
+    if total > 50 and not math.isclose(total, 100):  # 8/1/1 are parts of 10, but these are meant in percent
+        raise InputError(
+            f"split={'/'.join(f'{share:g}' for share in shares)} adds up to {total:g} %; give shares that add up to "
+            "100, such as 70/15/15"
+        )
     return shares
 
 

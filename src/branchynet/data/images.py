@@ -109,5 +109,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
                 raise ValueError(f"{opened.width} x {opened.height} pixels are more than {MOST_PIXELS:,}")
             yield opened
     except Exception as error:  # Pillow's readers raise nearly anything on a malformed file
-        reason = error.strerror if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
+        if isinstance(error, FileNotFoundError):
+            raise DataError(f"there is no image {os.fspath(path)}; give the path of an image file") from error
+        reason = f"{type(error).__name__}: {error}"
         raise DataError(f"cannot read the image {os.fspath(path)} ({reason}); replace or remove it") from error

@@ -113,6 +113,11 @@ class Engine:
         self.fixed = bool(own.keys() - self._settable)
         self._defaults = {name: array for name, array in own.items() if name in graph.required}
 
+    def __repr__(self) -> str:
+        how = "flat" if self.policy is None else str(self.policy)
+        reads = ", ".join(map(str, self.inputs))
+        return f"Engine({self.runtime}, reads {reads}, {self.num_exits} exits, {how})"
+
     def __reduce__(self) -> tuple[Callable[..., "Engine"], tuple[Any, ...]]:
         return self._reopen
 

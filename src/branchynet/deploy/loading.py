@@ -83,6 +83,8 @@ def load(
     check_path(path)
     if not Path(path).exists():
         raise FileError(f"there is no file {path}; write one with export(...)")
+    if (Path(path) / "model.onnx").is_file():
+        raise FileError(f"cannot read {path}: it is a folder; load the file in it, {Path(path) / 'model.onnx'}")
     sealed = check_seal(regular(path))
     if runtime == "openvino":
         with needed_by("runtime='openvino'", extra="openvino"):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..arguments import check_seed
+from ..arguments import check_fraction, check_seed
 from ..errors import FileError, InputError
 from ..files import write_json
 from ..graph.onnx_flat import FlatGraph, flatten
@@ -120,6 +120,8 @@ def advise(
     function = resolve(score)
     if max_drop is not None and min_accuracy is not None:
         raise InputError("give max_drop or min_accuracy, not both")
+    if max_drop is not None:
+        check_fraction("max_drop", max_drop)
     validation = record(backbone, val_loader, device=device, progress=progress)
     alone = validation.take(halves(validation.samples)[0])
     accuracy = evaluate(alone, Policy()).accuracy
@@ -246,7 +248,9 @@ def _check_data(alone: ExitRecord, samples: int, accuracy: float, train_loader: 
     if alone.samples < needed:
         raise InputError(
             f"{samples} validation samples cannot rank designs: at {accuracy:.1%} accuracy it takes {2 * needed} to "
-            f"tell apart two that differ by {RESOLUTION:.0%}, on the half of them that is not left for a promise"
+            f"tell apart two that differ by {RESOLUTION:.0%}, on the half of them that is not left for a promise; "
+            "take more validation samples (of a folder, a larger second number in split=), or train the network "
+            "longer first: the more accurate it is, the fewer it takes"
         )
     assert alone.outputs is not None
     first = next(iter(train_loader), None)

@@ -33,10 +33,11 @@ def batches(loader: Any, device: torch.device, channels_last: bool = False) -> I
 
     for batch in loader:
         if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], (Tensor, np.ndarray))):
-            entries = [type(entry).__name__ for entry in batch] if isinstance(batch, (tuple, list)) else ""
+            several = isinstance(batch, (tuple, list))
+            entries = f" {[type(entry).__name__ for entry in batch]}" if several else ""
             raise InputError(
                 "every batch must be (inputs, target) with a tensor as target; got a "
-                f"{type(batch).__name__} {entries}: wrap the loader, or give the data set a collate_fn, so that it "
+                f"{type(batch).__name__}{entries}: wrap the loader, or give the data set a collate_fn, so that it "
                 "yields such pairs"
             )
         target = place(batch[1])

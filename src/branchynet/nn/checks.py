@@ -15,7 +15,7 @@ from ..errors import BranchyNetError, InputError
 _IMAGE_CHANNELS = (1, 3, 4)
 # What torch and a network's own code raise for inputs that do not fit. An import, memory or user's error of another
 # kind is none of the inputs' making.
-_MISFITS = (RuntimeError, TypeError, ValueError, IndexError)
+MISFITS = (RuntimeError, TypeError, ValueError, IndexError)
 
 
 def check_network(net: Any) -> None:
@@ -74,6 +74,16 @@ STILL = (
 """What to do with a network that changes its parameters when it answers."""
 
 
+def misfit(what: str, features: Tensor, error: Exception) -> str:
+    """What to say of a branch that cannot read its features."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    shape = tuple(features.shape)
+    return (
+        f"{what} cannot read features of shape {shape}, {dtype_name(features.dtype)} ({lines[0][:300]}): give a branch "
+        "made for that shape, or inputs of the size that it was made for"
+    )
+
+
 @contextlib.contextmanager
 def calling(net: nn.Module, inputs: Any) -> Iterator[None]:
     """Within the block, what `net` cannot do with these inputs is raised as `InputError`, with what may be wrong.
@@ -84,19 +94,24 @@ def calling(net: nn.Module, inputs: Any) -> Iterator[None]:
     """
     try:
         yield
-    except _MISFITS as error:
+    except MISFITS as error:
         if isinstance(error, (BranchyNetError, torch.OutOfMemoryError)):
             raise
         lines = str(error).splitlines() or [type(error).__name__]
         given = ", ".join(described(value) for value in _values(inputs)) or "nothing"
         raise InputError(
-            f"{type(net).__name__} cannot answer to {given} ({lines[0][:300]}){_hint(net, inputs)}"
+            f"{type(net).__name__} cannot answer to {given} ({lines[0][:300]}){_hint(net, inputs, lines[0])}"
         ) from error
 
 
-def _hint(net: nn.Module, inputs: Any) -> str:
+def _hint(net: nn.Module, inputs: Any, error: str) -> str:
     """What is most likely wrong with the inputs, or nothing."""
     values = _values(inputs)
+    if "is invalid for input of size" in error:
+        return (
+            ": it is tried with two rows, and its forward may hold the size of a batch, as view(64, -1) does; write "
+            "x.shape[0]"
+        )
     inner = getattr(net, "module", net)
     dtypes = {p.dtype for p in inner.parameters() if p.is_floating_point()}
     alien = [v for v in values if not isinstance(v, Tensor)]

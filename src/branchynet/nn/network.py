@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..environment import EXPORTING, require
-from ..errors import GraphError, InputError, nearest
+from ..errors import BranchyNetError, GraphError, InputError, nearest
 from .calls import (
     INPUT,
     Reader,
@@ -23,7 +23,7 @@ from .calls import (
     single_output,
     slow_path,
 )
-from .checks import calling
+from .checks import MISFITS, calling, misfit
 from .outputs import warn_of_further
 from .readable import scripted_submodule
 
@@ -115,7 +115,16 @@ class BranchyNet(nn.Module):
             elif torch.is_grad_enabled():
                 tapped.append((tap, features, features._version))
             branch = by_tap[tap]
-            output = branch(features)
+            try:
+                output = branch(features)
+            except MISFITS as error:
+                if (
+                    isinstance(error, BranchyNetError)
+                    or type(error) is torch.OutOfMemoryError
+                    or torch.compiler.is_compiling()
+                ):
+                    raise
+                raise InputError(misfit(f"the branch at {tap!r}", features, error)) from error
             exits.extend(
                 output if isinstance(branch, BranchyNet) else (single_output(output, f"the branch at {tap!r}"),)
             )

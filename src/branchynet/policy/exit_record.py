@@ -203,6 +203,8 @@ class ExitRecord:
             raise
         except Exception as error:  # numpy's and zipfile's readers raise nearly anything on a damaged file
             reason = f"{type(error).__name__}: {error}".removesuffix(": ")
+            if "containing pickled" in reason:  # what numpy says of any file that is no archive
+                reason = "it is no .npz file"
             raise FileError(f"cannot read the record {path} ({reason}); make it again with record(...)") from error
         raise FileError(f"{path} holds {names}, which is no ExitRecord; make it with record(...)")
 
@@ -213,9 +215,14 @@ def check_same_network(what: str, one: str | None, other: str | None, *, structu
         return
     if structure:
         one, other = one.split("-")[0], other.split("-")[0]
-    if one != other:
-        how = "architectures" if structure else "networks"
-        raise InputError(f"{what} are of different {how} ({one} and {other}): take both from the same one")
+    if one == other:
+        return
+    how, remedy = "architectures" if structure else "networks", "take both from the same one"
+    if {*one.split("-")[2:]} != {*other.split("-")[2:]}:
+        remedy = "int8 is another network than float; record its flat int8 file, and choose and measure on that"
+    elif not structure and one.split("-")[0] == other.split("-")[0]:
+        how, remedy = "trainings of one network", "record(...) and choose(...) again after training"
+    raise InputError(f"{what} are of different {how} ({one} and {other}): {remedy}")
 
 
 def bounded(logits: NDArray[Any]) -> NDArray[Any]:

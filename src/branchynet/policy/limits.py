@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arguments import real
+from ..arguments import check_fraction, real
 from ..errors import InputError
 from .values import PROMISED
 
@@ -86,6 +86,8 @@ def one_limit(limits: dict[str, float | None]) -> Limit:
         raise InputError(f"give exactly one of {', '.join(limits)}; got {shown}")
     ((name, value),) = given.items()
     limit = Limit(name, value)
+    if name in ("max_drop", "max_disagreement"):
+        check_fraction(name, value)
     if not limit.on_cost and not -1 <= value <= 1:
         raise InputError(f"{limit} is out of range: it is a fraction, such as 0.01 for one point")
     return limit

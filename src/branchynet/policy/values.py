@@ -7,8 +7,8 @@ position n - 1 of a tuple or axis belongs to exit n.
 import json
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -92,6 +92,15 @@ class ExitCost:
     def macs(self, enabled: Sequence[bool]) -> Floats:
         """`(N,)` multiply-accumulates to answer at each exit, likewise."""
         return _cumulative(self.trunk_macs, self.branch_macs, enabled)
+
+    def __str__(self) -> str:
+        """One line per exit."""
+        lines = [f"exit {n}: trunk {t:.1f} us, branch {b:.1f} us" for n, (t, b) in enumerate(self._us(), 1)]
+        spread = "" if self.spread is None else f", within {self.spread:.0%}"
+        return "\n".join([*lines, f"per sample, batch {self.batch_size}, threads {self.threads}{spread}"])
+
+    def _us(self) -> Iterable[tuple[float, float]]:
+        return zip(self.trunk_us, self.branch_us, strict=True)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON, with a checksum of it. Raises `FileError`."""
@@ -190,6 +199,16 @@ class Outcome:
     worst_us: float | None = None
     mean_macs: float | None = None
 
+    def __str__(self) -> str:
+        """The accuracy and its interval, who leaves where, and the mean time."""
+        low, high = self.accuracy_interval
+        leave = ", ".join(f"exit {n} answers {share:.1%}" for n, share in enumerate(self.exit_share, 1))
+        time = "" if self.mean_us is None else f"; {self.mean_us:.1f} us per sample"
+        return (
+            f"accuracy {self.accuracy:.2%} (95 % interval {low:.2%} to {high:.2%}), last exit alone "
+            f"{self.last_accuracy:.2%}, on {self.samples:,} samples; {leave}{time}"
+        )
+
 
 @dataclass(frozen=True)
 class Promise:
@@ -249,7 +268,7 @@ class Choice:
     record_digest: str
     promise: Promise | None = None
     network: str | None = None
-    samples: str = ""
+    samples: str = field(default="", repr=False)
     reason: str = ""
 
     def __str__(self) -> str:
@@ -340,8 +359,8 @@ def _cumulative(trunk: Sequence[float], branch: Sequence[float], enabled: Sequen
 
 def set_fields(value: Any, **fields: Any) -> None:
     """Set fields of a frozen value that is being made."""
-    for name, field in fields.items():
-        object.__setattr__(value, name, field)
+    for name, content in fields.items():
+        object.__setattr__(value, name, content)
 
 
 STEADY = 0.03  # the spread below which times are good enough

@@ -175,6 +175,11 @@ def _every_exit(engine: Engine, device: object) -> nn.Module:
 def _logits(exits: Sequence[Tensor], target: Tensor) -> tuple[Floats, Ints]:
     """`(B, N, C)` logits and `(B,)` labels of one batch."""
     shapes = [tuple(exit.shape) for exit in exits]
+    if len(set(shapes)) == 1 and len(shapes[-1]) > 2:
+        raise InputError(
+            f"outputs {shapes[-1]} have positions, so their answers are judged by a loss in [0, 1]: give loss=, such "
+            "as branchynet.losses.pixel_error"
+        )
     if len(set(shapes)) > 1 or len(shapes[-1]) != 2:
         raise InputError(
             f"every exit must give logits of one shape (batch, classes), but they are {_told(shapes)}; give every "

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..arguments import check_fraction
 from ..data import ImageData
 from ..design import Advice, advise
 from ..errors import FileError, InputError
@@ -126,6 +127,7 @@ def design_run(
         InputError, GraphError: as `advise`; a design in this folder with another limit.
         FileError: the run is not trained, or has no plain network.
     """
+    check_fraction("max_drop", max_drop)
     base.file("record-plain.npz", "train")
     data = data_of(base.settings)
     check_data(base.path, data)

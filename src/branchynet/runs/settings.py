@@ -142,7 +142,7 @@ def build_network(settings: Settings, data: ImageData) -> BranchyNet:
     try:
         with torch.no_grad(), evaluating(net):
             net(example)
-    except RuntimeError as error:
+    except (RuntimeError, InputError) as error:  # of the backbone, and of a branch
         raise _cannot_read(settings, data, error) from error
     if settings.taps:
         net = attach_branches(net.backbone, settings.taps, settings.branches, example)
@@ -166,6 +166,9 @@ def named_network(name: str, num_classes: int) -> BranchyNet:
     if name in NETWORKS:
         return NETWORKS[name](num_classes=num_classes)
     module, colon, function = name.partition(":")
+    if module.endswith(".py") and function:
+        dotted = module.removesuffix(".py").strip("./").replace("/", ".")
+        raise InputError(f"{name!r} names a file; give its module, '{dotted}:{function}'")
     if not (module and colon and function):
         raise InputError(
             f"unknown network {name!r}{nearest(name, NETWORKS)}; for your own, give 'package.module:function'"
@@ -203,9 +206,9 @@ def _imported(module: str, function: str) -> Any:
     make = getattr(found, function, None)
     if not callable(make):
         where = getattr(found, "__file__", None) or "built into Python"
-        raise InputError(
-            f"the module {module!r} ({where}) has no function {function!r}{nearest(function, vars(found))}"
-        )
+        functions = [name for name, value in vars(found).items() if callable(value) and not name.startswith("_")]
+        hint = nearest(function, functions) if functions else ""
+        raise InputError(f"the module {module!r} ({where}) has no function {function!r}{hint}")
     return make
 
 

@@ -35,7 +35,7 @@ from ..policy.evaluation import evaluate
 from ..policy.exit_record import ExitRecord
 from ..policy.risk_tests import halves
 from ..policy.score_fitting import fit_score
-from ..policy.scores import resolve
+from ..policy.scores import SCORES, resolve
 from ..policy.values import Choice, ExitCost, Policy, score_name
 from ..profiling.benchmark import bench
 from ..profiling.cost import measure
@@ -139,6 +139,8 @@ def choose_run(
     and a promise is tested on the other; without a promise the thresholds are chosen on the other.
     """
     found = ExitRecord.load(run.file("record-val.npz", "train"))
+    if score not in (None, "learned", *SCORES):
+        raise InputError(f"unknown score {score!r}: it is one of {', '.join([*SCORES, 'learned'])}")
     wanted: Any = "entropy" if score is None else score
     if wanted != "learned":
         resolve(wanted)

@@ -68,6 +68,14 @@ class History:
 
     rows: tuple[EpochRow, ...]
 
+    def __str__(self) -> str:
+        """One line per epoch: the loss and each exit's share of right answers, on the validation data where given."""
+        return "\n".join(
+            f"epoch {row.epoch}: loss {row.train_loss if row.val_loss is None else row.val_loss:.4f}"
+            + "".join(f", {share:.2%}" for share in row.val_accuracy or row.train_accuracy)
+            for row in self.rows
+        )
+
     @property
     def last(self) -> EpochRow:
         """The last epoch's row."""
