@@ -4,10 +4,12 @@ import gzip
 import hashlib
 import http.server
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 
 from branchynet import data
 from branchynet.data import archives
@@ -133,3 +135,10 @@ class TestDigits:
         assert digits.train.images.max() == 255 and digits.train.images.min() == 0
         assert digits.train.labels[:8].tolist() == [2, 8, 2, 6, 6, 7, 1, 9]
         assert torch.equal(digits.test.images, data.load_data("digits").test.images)
+
+
+def test_the_shipped_digits_are_those_of_scikit_learn():
+    pixels, labels = load_digits(return_X_y=True)
+    with np.load(Path(data.__file__).with_name("digits.npz")) as shipped:
+        np.testing.assert_array_equal(shipped["pixels"].reshape(-1, 64), pixels)
+        np.testing.assert_array_equal(shipped["labels"], labels)
