@@ -5,7 +5,7 @@ from typing import Any
 
 from .extras import first_used, needed_by
 
-# Imported when first used, so that `load` and its engine start at once and need no PyTorch. __init__.pyi has the types.
+# Names are imported on first use, so that `load` starts fast and needs no PyTorch. __init__.pyi holds the types.
 _MODULES = {
     "nn.network": ("BranchyNet",),
     "nn.attaching": ("attach", "detach"),

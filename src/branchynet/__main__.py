@@ -1,4 +1,4 @@
-"""The command line, as ``branchynet`` and as ``python -m branchynet``; it says so where it is not installed."""
+"""The command line: ``branchynet`` and ``python -m branchynet``, with a message if its extra is not installed."""
 
 import sys
 

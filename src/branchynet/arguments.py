@@ -1,4 +1,4 @@
-"""Arguments of the wrong kind, refused in words that name the argument, what was given, and what to give instead."""
+"""Checks of arguments. Every message names the argument, what was given, and what to give instead."""
 
 import contextlib
 import math
@@ -17,16 +17,16 @@ def instance(name: str, value: Any, kinds: type[Any] | tuple[type[Any], ...], re
         raise InputError(f"{name} must be {wanted}; got {described(value)}: {remedy}")
 
 
-MOST_SEED = 2**32 - 1  # numpy's legacy generator takes no more
+MOST_SEED = 2**32 - 1  # the limit of numpy's legacy generator
 
 
 def check_seed(seed: Any) -> int:
-    """`seed` as an int. Raises `InputError` unless it is a whole number in 0..2^32 - 1."""
+    """Return `seed` as an int. Raises `InputError` unless it is a whole number from 0 to 2^32 - 1."""
     return whole("seed", seed, 0, MOST_SEED)
 
 
 def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
-    """`value` as an int. Raises `InputError` unless it is a whole number of at least `least`, at most `most`."""
+    """Return `value` as an int. Raises `InputError` unless it is a whole number from `least` to `most`."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -42,7 +42,7 @@ def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
 
 
 def real(name: str, value: Any) -> float:
-    """`value` as a float. Raises `InputError` unless it is one finite real number."""
+    """Return `value` as a float. Raises `InputError` unless it is one finite real number."""
     number = None
     if not isinstance(value, (str, bytes, bool)) and not getattr(value, "ndim", 0):
         with contextlib.suppress(TypeError, ValueError, OverflowError):
@@ -53,7 +53,7 @@ def real(name: str, value: Any) -> float:
 
 
 def above_zero(name: str, value: Any) -> float:
-    """`value` as a float. Raises `InputError` unless it is one finite number above 0."""
+    """Return `value` as a float. Raises `InputError` unless it is one finite number above 0."""
     number = real(name, value)
     if number <= 0:
         raise InputError(f"{name} must be above 0; got {number:g}")
@@ -61,16 +61,16 @@ def above_zero(name: str, value: Any) -> float:
 
 
 def ordered(name: str, value: Any, remedy: str) -> tuple[Any, ...]:
-    """The entries of `value`. Raises `InputError` unless it is a list, or what else has entries in an order."""
+    """Return the entries of `value` as a tuple. Raises `InputError` unless it is ordered, such as a list."""
     loose = isinstance(value, (str, bytes, Set, Mapping))
-    with contextlib.suppress(TypeError):  # not iterable, as an array of no dimension is not
+    with contextlib.suppress(TypeError):  # not iterable, such as a 0-dimensional array
         if not loose:
             return tuple(value)
     raise InputError(f"{name} must be a list; got {described(value)}: {remedy}")
 
 
 def threshold_list(thresholds: Any) -> tuple[float | None, ...]:
-    """Thresholds as floats, and None for never. Raises `InputError` unless they are a list of these; NaN is one."""
+    """Return thresholds as floats, with None for never. Raises `InputError` for anything else; NaN is allowed."""
     given = ordered("thresholds", thresholds, "give a number for each exit but the last, or None for never")
     try:
         if any(isinstance(t, (str, bytes, bool)) for t in given):
@@ -81,7 +81,7 @@ def threshold_list(thresholds: Any) -> tuple[float | None, ...]:
 
 
 def function(name: str, value: Any, signature: str) -> None:
-    """Raise `InputError` unless `value` can be called and is no class, whose objects are meant."""
+    """Raise `InputError` unless `value` is callable; a class is refused, because an object of it is meant."""
     if isinstance(value, type):
         raise InputError(
             f"{name} must be a function {signature}; got the class {value.__name__}: give {value.__name__}()"
@@ -99,7 +99,7 @@ def check_fraction(name: str, limit: float) -> None:
 
 
 def described(value: Any) -> str:
-    """What was given, such as ``float32 (8, 3, 32, 32)`` or ``an ExitCost``."""
+    """Describe a value for a message, such as ``float32 (8, 3, 32, 32)`` or ``an ExitCost``."""
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         array = "" if type(value).__module__.startswith("torch") else "a numpy array, "
         return f"{array}{dtype_name(value.dtype)} {tuple(value.shape)}"
@@ -110,7 +110,7 @@ def described(value: Any) -> str:
 
 
 def dtype_name(dtype: Any) -> str:
-    """Such as ``float32``, of numpy or PyTorch."""
+    """Return the name of a numpy or PyTorch dtype, such as ``float32``."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -119,15 +119,14 @@ def _with_article(name: str) -> str:
 
 
 def in_order(keywords: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
-    """The entries of a batch by keyword, in the order of an exported graph's inputs.
+    """Return the entries of a batch in the order of an exported graph's inputs.
 
     Args:
-        keywords: inputs by the names that forward gives them.
-        names: of the graph's inputs, which may have underscores behind those (see
-            `branchynet.graph.onnx_flat.input_names`).
+        keywords: inputs by their names in the network's forward.
+        names: names of the graph's inputs. `branchynet.graph.onnx_flat.input_names` may have appended underscores.
 
     Raises:
-        InputError: other names than the graph's.
+        InputError: an input is missing or unknown.
     """
     left = dict(keywords)
     found = []

@@ -1,7 +1,7 @@
-"""The versions of other packages that BranchyNet works with, as pyproject.toml states them.
+"""The installed packages and the machine: version checks against pyproject.toml, and a description for results.
 
-pip installs others where it is told to, with ``--no-deps`` for example. The errors that follow name everything but the
-version, and come when a network is exported, after its training. So the verbs ask again before they start.
+pip can install other versions than pyproject.toml allows, for example with ``--no-deps``. Such a version would fail
+only at export, after the training, with an error that does not mention it. So the versions are checked before.
 """
 
 import contextlib
@@ -17,22 +17,22 @@ from .errors import VersionError
 EXPORTING = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 
 
-@cache  # which keeps no error
+@cache  # errors are not cached
 def require(*packages: str) -> None:
-    """Check installed packages against the versions that BranchyNet works with; those not installed are passed over.
+    """Check the versions of installed packages; packages that are not installed are ignored.
 
     Raises:
-        VersionError: a package is installed in another version.
+        VersionError: BranchyNet does not work with an installed version.
     """
     from packaging.version import Version
 
     for package in packages:
         try:
             installed = version(package)
-        except PackageNotFoundError:  # or it is there under another name, such as onnxruntime-gpu
+        except PackageNotFoundError:  # or it has another name, such as onnxruntime-gpu
             continue
         wanted = _wanted()[package]
-        # The local part and the pre-release tag of a vendor's own build say nothing of what it can do.
+        # Vendors add local parts and pre-release tags to versions; they say nothing about compatibility.
         if not wanted.contains(Version(installed).base_version):
             raise VersionError(
                 f"{package} {installed} does not work with BranchyNet, which needs {package}{wanted}: "
@@ -52,16 +52,16 @@ _PACKAGES = ("branchynet", "torch", "onnxruntime", "openvino", "onnx", "numpy")
 
 
 def environment() -> dict[str, str | int]:
-    """Versions of Python and the packages that matter, the processor's name and the number of its cores."""
+    """Return the versions of Python and the main packages, the processor's name and core count, and the system."""
     found: dict[str, str | int] = {"python": platform.python_version()}
     for name in _PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):  # OpenVINO need not be there
+        with contextlib.suppress(PackageNotFoundError):  # OpenVINO is optional
             found[name] = version(name)
     return found | {"processor": processor(), "cores": os.cpu_count() or 1, "system": platform.system()}
 
 
 def processor() -> str:
-    """The processor's name, such as ``AMD EPYC 7B13``."""
+    """Return the processor's name, such as ``AMD EPYC 7B13``."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():

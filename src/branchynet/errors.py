@@ -5,7 +5,7 @@ BranchyNetError
 ├── GraphError        a network cannot be tapped, exported or cut           (also ValueError)
 ├── FileError         a file is missing, truncated, foreign or unwritable   (also OSError)
 ├── DataError         a data set is missing or its files are malformed      (also ValueError)
-├── VerificationError a file's own samples are answered otherwise here      (also RuntimeError)
+├── VerificationError a file's stored answers are not reproduced here       (also RuntimeError)
 ├── InfeasibleError   no thresholds meet the constraint                     (also ValueError)
 ├── MissingExtraError an optional dependency is not installed               (also ImportError)
 └── VersionError      a package is installed in a version known to be wrong (also ImportError)
@@ -39,7 +39,7 @@ class DataError(BranchyNetError, ValueError):
 
 
 class VerificationError(BranchyNetError, RuntimeError):
-    """This machine, runtime or provider gives other answers than those stored in an exported file."""
+    """The answers of this machine, runtime or provider differ from those stored in an exported file."""
 
 
 class InfeasibleError(BranchyNetError, ValueError):
@@ -55,14 +55,14 @@ class VersionError(BranchyNetError, ImportError):
 
 
 def counted(number: int, thing: str) -> str:
-    """``1 epoch``, ``2 epochs``."""
+    """Return a number with its noun: ``1 epoch``, ``2 epochs``."""
     return f"{number} {thing}{'s' * (number != 1)}"
 
 
 def printable(text: str) -> str:
-    """`text` with hexadecimal escapes for control characters and for bytes that are no UTF-8.
+    """Return `text` with hexadecimal escapes for control characters and for bytes that are not valid UTF-8.
 
-    Names of files and classes may hold either, which a terminal would obey, and which no file can be written with.
+    Names of files and classes may contain both. Terminals obey control characters, and invalid bytes cannot be written.
     """
     return "".join(c if c.isprintable() else _escaped(c) for c in text)
 
@@ -75,7 +75,7 @@ def _escaped(character: str) -> str:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """A hint such as ``"; did you mean 'conv1'?"``, or the known names where nothing is near."""
+    """Return a hint such as ``"; did you mean 'conv1'?"``, or the known names if none is similar."""
     known = [n for n in names if n]
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if close:
@@ -86,9 +86,9 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 @contextlib.contextmanager
 def as_graph_errors() -> Iterator[None]:
-    """Within the block, raise as `GraphError` what fails on a graph that this library has written of a network.
+    """Convert errors in the block to `GraphError`, for graphs that this library has just written.
 
-    The network is the reason then, not a file. Other errors of ours and errors of the disk stay what they are.
+    The cause is then the network, not a file. Other errors of this library, and errors of the disk, are not converted.
     """
     try:
         yield
@@ -98,5 +98,5 @@ def as_graph_errors() -> Iterator[None]:
         lines = str(error.__cause__ or error).splitlines() or [type(error).__name__]  # the runtime's own words
         raise GraphError(
             f"the graph of this network cannot be run ({lines[0][:300]}); write that operation in another way (in half "
-            "precision, try net.float()), or use TorchEngine, which answers without a file"
+            "precision, try net.float()), or use TorchEngine, which needs no file"
         ) from error

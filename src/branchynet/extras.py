@@ -1,4 +1,4 @@
-"""Optional dependencies: which extra has which, and what tells that one is missing."""
+"""Optional dependencies: the extra that installs each, and the error for a missing one."""
 
 import contextlib
 import importlib
@@ -23,11 +23,11 @@ EXTRAS = {
 
 @contextlib.contextmanager
 def needed_by(what: str, extra: str | None = None) -> Iterator[None]:
-    """Raise `MissingExtraError` where the block imports an optional dependency that is not installed.
+    """Raise `MissingExtraError` if the block imports an optional dependency that is not installed.
 
     Args:
         what: what needs it, such as ``"branchynet.fit"``, for the message.
-        extra: the extra that installs all that the block imports; by default that of the missing module.
+        extra: the extra that installs everything that the block imports; by default the missing module's.
     """
     try:
         yield
@@ -43,12 +43,12 @@ def needed_by(what: str, extra: str | None = None) -> Iterator[None]:
 
 
 def first_used(package: str, homes: Mapping[str, Sequence[str]], extra: str | None = None) -> Callable[[str], Any]:
-    """The ``__getattr__`` of a package that imports a public name when it is first used.
+    """Return a ``__getattr__`` for a package that imports public names on first use.
 
     Args:
-        package: its full name.
-        homes: the names that each of its modules holds.
-        extra: as for `needed_by`.
+        package: the full name of the package.
+        homes: the public names in each of its modules.
+        extra: see `needed_by`.
     """
     modules = {name: module for module, names in homes.items() for name in names}
 

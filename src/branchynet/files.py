@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and read without trust: damage, pipes and nonsense are our errors."""
+"""Write files atomically, and read them with checks: damaged or unreadable files raise `FileError`."""
 
 import contextlib
 import glob
@@ -17,23 +17,22 @@ from .errors import FileError, printable
 
 try:
     import fcntl
-except ImportError:  # on Windows, where half-written files of a killed process stay
+except ImportError:  # on Windows, temporary files of killed processes are not removed
     fcntl = None
 
-MOST_JSON = 1 << 28  # bytes of a JSON file; ours are far smaller
+MOST_JSON = 1 << 28  # bytes; the JSON files of this library are far smaller
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, renamed onto `path` only when the block succeeds.
+    """Yield a temporary path in the folder of `path`, and rename it to `path` if the block succeeds.
 
-    A process killed inside the block leaves the previous file as it was; so does a loss of power, because the content
-    reaches the disk before it gets its name. The temporary name ends like the final one, so that writers which look at
-    the suffix behave the same. Temporary files of `path` that killed processes left are removed. A symbolic link stays,
-    and the file that it points to is replaced.
+    If the process is killed or the power fails inside the block, the previous file does not change: the content reaches
+    the disk before it gets its name. The temporary name has the suffix of `path`, because some writers look at it.
+    Temporary files that killed processes left for `path` are removed. For a symbolic link, the target is replaced.
 
     Raises:
-        FileError: the folder cannot be made, the file cannot be written (disk full, no permission), or `path` is a
+        FileError: the folder cannot be created, the file cannot be written (disk full, no permission), or `path` is a
             folder, pipe, socket or device.
     """
     final = _writable(path)
@@ -45,7 +44,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         _sync(temporary, os.O_RDWR)
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(final)
-        with contextlib.suppress(OSError):  # not every system can do this to a folder
+        with contextlib.suppress(OSError):  # not every system can sync a folder
             _sync(final.parent, os.O_RDONLY)
     except FileError:
         raise
@@ -59,7 +58,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _writable(path: str | os.PathLike[str]) -> Path:
-    """The regular file, there or yet to be made, that `path` names; its folder is made. Raises `FileError`."""
+    """Return the regular file that `path` names, which need not exist, and create its folder. Raises `FileError`."""
     check_path(path)
     final = Path(path)
     try:
@@ -77,28 +76,28 @@ def _writable(path: str | os.PathLike[str]) -> Path:
 
 
 def check_path(path: str | os.PathLike[str]) -> None:
-    """Raises `FileError` for an empty path, which Python would take for the current folder, `InputError` for none."""
+    """Raise `InputError` unless `path` is a path, and `FileError` if it is empty (Python's current folder)."""
     instance("path", path, (str, os.PathLike), "give the name of a file or folder")
     if not os.fspath(path):
         raise FileError("an empty path names no file or folder; give its name, or . for the current folder")
 
 
 def check_folder(path: str | os.PathLike[str]) -> None:
-    """Raises `FileError` for an empty path, and for one that is there but is no folder."""
+    """Raise `FileError` if `path` is empty, or exists and is not a folder."""
     check_path(path)
     if Path(path).exists() and not Path(path).is_dir():
         raise FileError(f"{path} is a file, not a folder; give the path of a run's folder")
 
 
 def make_folder(folder: str | os.PathLike[str], path: str | os.PathLike[str] | None = None) -> None:
-    """Make a folder, and those above it, to write `path` in. Raises `FileError`."""
+    """Create a folder and its parents, to write `path` in it. Raises `FileError`."""
     path = folder if path is None else path
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         above = (Path(folder), *Path(folder).parents)
-        there = next((p for p in above if os.path.lexists(p) and not p.is_dir()), folder)
-        raise FileError(f"cannot write {path}: {there} is a file, not a folder; choose another folder") from error
+        file = next((p for p in above if os.path.lexists(p) and not p.is_dir()), folder)
+        raise FileError(f"cannot write {path}: {file} is a file, not a folder; choose another folder") from error
     except (OSError, ValueError) as error:
         raise _unwritable(path, error) from error
 
@@ -109,19 +108,19 @@ def _unwritable(path: str | os.PathLike[str], error: Exception) -> FileError:
 
 
 def _no_file(mode: int) -> str:
-    """What a path with this mode is, where it is no regular file; else empty."""
+    """Say what a path with this mode is; empty for a regular file."""
     if stat.S_ISREG(mode):
         return ""
     return "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
 
 
 def remove_partial(path: str | os.PathLike[str]) -> None:
-    """Remove the temporary files of `path` that no living process is writing."""
+    """Remove the temporary files of `path` that no running process is writing."""
     if fcntl is None:
         return
     final = Path(path)
     for partial in final.parent.glob(f".{glob.escape(final.stem)}-*.partial{glob.escape(final.suffix)}"):
-        with contextlib.suppress(OSError):  # locked, so somebody writes it; or it is gone, or another user's
+        with contextlib.suppress(OSError):  # locked by its writer, removed meanwhile, or owned by another user
             handle = os.open(partial, os.O_RDONLY | os.O_NONBLOCK)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -131,17 +130,17 @@ def remove_partial(path: str | os.PathLike[str]) -> None:
 
 
 def _claimed(final: Path) -> tuple[int | None, Path]:
-    """A new temporary file for `final`, locked for as long as its handle is open: the system unlocks what is killed."""
+    """Create a temporary file for `final`, locked while its handle is open; if the process is killed, the lock ends."""
     while True:
         handle, name = tempfile.mkstemp(prefix=f".{final.stem}-", suffix=f".partial{final.suffix}", dir=final.parent)
         if fcntl is None:
-            os.close(handle)  # Windows renames no open file
+            os.close(handle)  # Windows cannot rename an open file
             return None, Path(name)
         with contextlib.suppress(OSError):  # a file system without locks: `remove_partial` then removes nothing
             fcntl.flock(handle, fcntl.LOCK_EX)
         if os.fstat(handle).st_nlink:
             return handle, Path(name)
-        os.close(handle)  # another process removed it before it was locked
+        os.close(handle)  # another process removed the file before it was locked
 
 
 def _sync(path: Path, flags: int) -> None:
@@ -160,12 +159,12 @@ def _umask() -> int:
 
 @contextlib.contextmanager
 def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold the lock of `folder`, a file ``.lock`` in it, so that two processes do not write one run.
+    """Hold the lock of `folder`, a file ``.lock`` in it, so that two processes cannot write the same run.
 
-    The same thread may lock a folder again. The lock of a process that ends, however it ends, is free.
+    The same thread may lock a folder again. When a process ends for any reason, its locks are released.
 
     Raises:
-        FileError: another process or thread holds it, or the folder cannot be written.
+        FileError: another process or thread holds the lock, or the folder cannot be written.
     """
     import filelock
 
@@ -191,10 +190,10 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def regular(path: str | os.PathLike[str]) -> Path:
-    """`path`, once it is known to be a file: reading a pipe could wait for ever.
+    """Return `path` as a `Path` if it is a regular file: reading a pipe could block forever.
 
     Raises:
-        FileError: there is nothing, or a folder, pipe, socket or device.
+        FileError: `path` does not exist, or is a folder, pipe, socket or device.
     """
     check_path(path)
     try:
@@ -209,13 +208,13 @@ def regular(path: str | os.PathLike[str]) -> Path:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write `value` as indented JSON, whole or not at all. Raises `FileError`."""
+    """Write `value` atomically as indented JSON. Raises `FileError`."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read a JSON file. Raises `FileError` where it is missing, is not JSON, or is larger than `MOST_JSON` bytes."""
+    """Read a JSON file. Raises `FileError` if it is missing, is not JSON, or is larger than `MOST_JSON` bytes."""
     try:
         size = regular(path).stat().st_size
         if size > MOST_JSON:
@@ -230,7 +229,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def parse_json(text: str, *, finite: bool = True) -> Any:
-    """The value of a JSON text; with `finite`, one without NaN and infinity. Raises `ValueError`."""
+    """Parse JSON. Raises `ValueError` if `text` is not JSON, or contains NaN or infinity while `finite` is true."""
     try:
         return json.loads(text, parse_constant=_no_constant, parse_float=_finite) if finite else json.loads(text)
     except RecursionError:
@@ -238,17 +237,17 @@ def parse_json(text: str, *, finite: bool = True) -> Any:
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"it holds {name}")
+    raise ValueError(f"it contains {name}")
 
 
 def _finite(text: str) -> float:
     if not math.isfinite(value := float(text)):
-        raise ValueError(f"it holds {text}, which is no finite number")
+        raise ValueError(f"it contains {text}, which is not a finite number")
     return value
 
 
 def checksum(parts: Iterable[tuple[str, Any]]) -> str:
-    """SHA-256 of named contents, each text or contiguous bytes (an array), in the order given."""
+    """Return the SHA-256 of named contents in the given order; each is text or contiguous bytes (an array)."""
     digest = hashlib.sha256()
     for name, content in parts:
         content = memoryview(content.encode() if isinstance(content, str) else content)
@@ -263,7 +262,7 @@ def check_checksum(
     parts: Iterable[tuple[str, Any]],
     remedy: str = "copy it again, or make it again",
 ) -> None:
-    """Raises `FileError` where `parts` are not what had the checksum `stored`."""
+    """Raise `FileError` if the checksum of `parts` is not `stored`."""
     if checksum(parts) != stored:
         raise FileError(
             f"{path} is damaged or was edited: its content does not have the SHA-256 stored in it; {remedy}"

@@ -1,4 +1,4 @@
-"""Dataclasses from the JSON values that they were stored as, every field checked against its annotation."""
+"""Read dataclasses from JSON. Every field is checked against its annotation."""
 
 import os
 import types
@@ -12,13 +12,13 @@ T = TypeVar("T")
 
 
 def from_stored(cls: type[T], value: Any, path: str | os.PathLike[str], made_by: str) -> T:
-    """The dataclass `cls` of a JSON object, the inverse of `dataclasses.asdict`.
+    """Create an instance of the dataclass `cls` from a JSON object: the inverse of `dataclasses.asdict`.
 
     Args:
-        cls: a dataclass whose fields are numbers, text, tuples, dicts, dataclasses, `Any`, or unions of them.
-        value: as a JSON reader gave it; fields that have a default may be missing.
-        path: where it was read, for the message.
-        made_by: what makes the file anew, such as ``"choose(...)"``.
+        cls: a dataclass; its fields are numbers, text, tuples, dicts, dataclasses, `Any`, or unions of them.
+        value: the parsed JSON; fields with a default may be missing.
+        path: the file that `value` comes from, for the message.
+        made_by: the call that creates the file, such as ``"choose(...)"``, for the message.
 
     Raises:
         FileError: a field is missing, unknown or of another type, or `cls` refuses the values.
@@ -30,7 +30,7 @@ def from_stored(cls: type[T], value: Any, path: str | os.PathLike[str], made_by:
 
 
 def read_entry(path: str | os.PathLike[str], name: str, kind: Any, made_by: str) -> Any:
-    """The entry `name` of a JSON file with an object, as the annotation `kind` has it. Raises `FileError`."""
+    """Return one entry of the JSON object in a file, checked against the annotation `kind`. Raises `FileError`."""
     value = read_json(path)
     try:
         if not isinstance(value, dict) or name not in value:
@@ -54,7 +54,7 @@ def _dataclass(cls: Any, value: Any, where: str) -> Any:
 
 
 def _as(kind: Any, value: Any, where: str) -> Any:
-    """`value` as the annotation `kind` has it. Raises `ValueError`."""
+    """Convert `value` to the annotated type `kind`. Raises `ValueError` if it does not match."""
     origin, args = get_origin(kind), get_args(kind)
     if kind is Any:
         return value
