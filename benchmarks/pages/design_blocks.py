@@ -40,7 +40,7 @@ def _asked(row):
 
 
 def first_table():
-    """LeNet with the paper's branch and with designed exits; every answer is that of the exit taken."""
+    """LeNet with the paper's branch and with designed exits; a sample's answer is that of the exit it leaves at."""
     lines = [
         "| batch | exits | plain | with exits | limit | speed-up | overhead | plain accuracy | with exits | exit 1 |",
         "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
@@ -55,7 +55,8 @@ def first_table():
     return [
         *lines,
         "",
-        f"Microseconds a sample, one thread; {_machine()}. Made by `python benchmarks/experiments/design.py b_lenet`.",
+        f"Microseconds per sample, one thread; {_machine()}. "
+        "Made by `python benchmarks/experiments/design.py b_lenet`.",
     ]
 
 
@@ -64,7 +65,7 @@ def _machine():
 
 
 def processors():
-    """Speed-ups on this machine with all instructions and with some hidden, and what another processor gave."""
+    """Speed-ups on this machine with all instructions and with some hidden, and those on another processor."""
     here = results("processors")
     found = {(r["network"], r["batch"], r["kind"]): r["speedup"] for r in here["rows"]}
     kinds = list(dict.fromkeys(kind for _, _, kind in found))
@@ -74,19 +75,18 @@ def processors():
     far = results("mnist_speed")
     speed = " and ".join(f"{r['speedup']:.2f}x at batch {r['batch']}" for r in far["rows"])
     return [
-        "**Speed-ups depend on the processor**, and no table mixes several.",
+        "**Speed-ups depend on the processor**, so each table has one.",
         "",
         *lines,
         "",
-        f"One thread; {processor(here)}, as it is and with AVX-512, VNNI and AMX hidden from the runtime, which then "
-        "runs the kernels of a processor that has AVX2 alone. Clock and caches stay those of this machine. "
-        f"Thresholds are chosen on {here['chosen_on']:,} validation images, so that the speed-ups differ from "
-        f"those of other tables. Made by `{here['command']}`.",
+        f"One thread; {processor(here)}. In the last column AVX-512, VNNI and AMX are hidden from the runtime, so it "
+        "runs the kernels of a processor with AVX2 only, at the clock and with the caches of this machine. "
+        f"Thresholds are chosen on {here['chosen_on']:,} validation images, so the speed-ups differ from "
+        f"those in other tables. Made by `{here['command']}`.",
         "",
-        f"On {processor(far)}, B-LeNet with the published branch, where "
-        f"{far['rows'][0]['exit_share'][0]:.1%} leave, has {speed} ([Where the time goes](docs/speed.md)). "
-        "[Networks](docs/networks.md) has the overheads of other networks on "
-        f"{processor(results('architectures-epyc'))}. `branchynet bench` measures your processor.",
+        f"On {processor(far)}, the published branch of B-LeNet, at which {far['rows'][0]['exit_share'][0]:.1%} leave, "
+        f"gives {speed} ([Speed](docs/speed.md)). [Networks](docs/networks.md) reports the overheads of other networks "
+        f"on {processor(results('architectures-epyc'))}. `branchynet bench` measures your processor.",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Write the generated tables into README.md and docs/ from benchmarks/results/*.json; numbers in prose are never typed.
+"""Write the generated blocks of README.md and docs/ from benchmarks/results/*.json, so that no number is typed by hand.
 
 python benchmarks/pages/tables.py            # rewrites the blocks between <!-- generated: NAME --> and <!-- end -->
 """
@@ -41,7 +41,7 @@ def speed():
     return [
         *lines,
         "",
-        f"Microseconds a sample, one thread, medians of {len(found['trials']) // len(found['rows'])} trials; "
+        f"Microseconds per sample, one thread, medians of {len(found['trials']) // len(found['rows'])} trials; "
         f"{where['processor']}, ONNX Runtime {where['onnxruntime']}. Made by `{found['command']}`.",
     ]
 
@@ -56,27 +56,27 @@ def training():
     lift, whole = found["last_exit_minus_lenet"], found["b_lenet_minus_lenet"]
     return [
         f"Does joint training lift the final exit? Over {len(rows)} seeds, each side trained for the same total "
-        f"epochs with the same augmentation: LeNet {mean['lenet_test']:.2%}, "
-        f"B-LeNet's last exit alone {mean['last_exit_test']:.2%}: "
-        f"{_verdict(lift)} B-LeNet with early exits: {mean['b_lenet_test']:.2%} with {share:.1%} leaving at exit 1: "
-        f"{_verdict(whole)} The shipped pair is that of seed {shipped['seed']}, picked by B-LeNet's validation "
-        f"accuracy; its LeNet has {shipped['lenet_test']:.2%} on test, where the five range from {low:.2%} to "
-        f"{high:.2%}, so the gap between the two is luck of the draw. Made by `{found['command']}`.",
+        f"epochs with the same augmentation, LeNet has {mean['lenet_test']:.2%} and "
+        f"the last exit of B-LeNet {mean['last_exit_test']:.2%}: "
+        f"{_verdict(lift)} B-LeNet with early exits has {mean['b_lenet_test']:.2%}, with {share:.1%} leaving at exit "
+        f"1: {_verdict(whole)} The shipped pair has seed {shipped['seed']}, selected by the validation accuracy of "
+        f"B-LeNet. Its LeNet has {shipped['lenet_test']:.2%} on test images; the five seeds range from {low:.2%} to "
+        f"{high:.2%}, so the gap between the shipped two is chance. Made by `{found['command']}`.",
     ]
 
 
 def _verdict(difference):
     low, high = difference["interval_points"]
-    told = f"{difference['mean_points']:+.3f} points, 95 % interval {low:+.3f} to {high:+.3f}"
+    shown = f"{difference['mean_points']:+.3f} points, 95 % interval {low:+.3f} to {high:+.3f}"
     if low > 0:
-        return f"{told}, a gain."
-    return f"{told}, a loss." if high < 0 else f"{told}, no difference that five seeds can show."
+        return f"{shown}, a gain."
+    return f"{shown}, a loss." if high < 0 else f"{shown}, no significant difference."
 
 
 def overhead():
     found = results("overhead_profile")
     lines = [
-        "| batch | branchy, a call | static up to exit 1, a call | difference | overhead |",
+        "| batch | file, per call | static graph up to exit 1, per call | difference | overhead |",
         "|--:|--:|--:|--:|--:|",
     ]
     for r in found["rows"]:
@@ -95,14 +95,14 @@ def overhead():
 
 
 def calls():
-    """What a call takes beyond the session's own run, a table for each processor."""
+    """The time that a call takes beyond ``session.run``, one table per processor."""
     found = results("call_overhead")
     lines = []
     for machine in found["machines"]:
-        lines += [f"| {processor(machine)} | a call | beyond `session.run` |", "|---|--:|--:|"]
+        lines += [f"| {processor(machine)} | per call | beyond `session.run` |", "|---|--:|--:|"]
         lines += [f"| `{r['call']}` | {r['us']:.1f} us | {r['beyond_us']:.1f} us |" for r in machine["rows"]]
         lines.append("")
-    return [*lines, f"B-LeNet, one sample a call, one thread; medians. Made by `{found['command']}`."]
+    return [*lines, f"B-LeNet, one sample per call, one thread; medians. Made by `{found['command']}`."]
 
 
 def smaller():
@@ -118,36 +118,36 @@ def smaller():
     return [
         *lines,
         "",
-        f"The cheapest plain network within 0.05 points of B-LeNet or above it is {best['network']}: B-LeNet is "
+        f"The fastest plain network that is at most 0.05 points below B-LeNet is {best['network']}: B-LeNet is "
         f"{best['us_batch_1'] / b_lenet['us_batch_1']:.2f}x faster at batch 1 and "
         f"{best['us_batch_64'] / b_lenet['us_batch_64']:.2f}x at batch 64. The names give the channels of the three "
-        f"convolutions; LeNet itself has 5-10-20. One seed each; {processor(found)}. Made by `{found['command']}`.",
+        f"convolutions; LeNet has 5-10-20. One seed per network; {processor(found)}. Made by `{found['command']}`.",
     ]
 
 
 def training_cost():
     found = results("training_cost")
     return [
-        f"An epoch of joint training of B-LeNet takes {found['ratio']:.2f} times an epoch of LeNet; its work, "
-        f"counted in multiply-accumulates, is {found['work_ratio']:.2f} times as much; {processor(found)}. "
+        f"An epoch of joint training of B-LeNet takes {found['ratio']:.2f} times as long as an epoch of LeNet, and "
+        f"{found['work_ratio']:.2f} times as many multiply-accumulates; {processor(found)}. "
         f"Made by `{found['command']}`.",
     ]
 
 
 _DRIFTS = {"none": "none", "noise": "growing noise", "rotation": "rotation", "classes": "digits 5 to 9 only"}
-_DRIFTS |= {"five": "only five digits, drawn anew", "eight": "only eight digits, drawn anew"}
+_DRIFTS |= {"five": "only five digits, at random", "eight": "only eight digits, at random"}
 
 
 def drift_false():
     found = results("drift")
     rates = [a["stated"] for a in found["unshifted"][0]["alarms"]]
-    lines = ["| calibration and stream | samples a stream |" + "".join(f" stated {r:.0%} |" for r in rates)]
+    lines = ["| calibration and stream | samples per stream |" + "".join(f" stated {r:.0%} |" for r in rates)]
     lines += ["|---|--:|" + "--:|" * len(rates)]
     lines += [
         f"| {r['setting']} | {r['samples']:,} |" + "".join(f" {a['alarms'] / r['streams']:.1%} |" for a in r["alarms"])
         for r in found["unshifted"]
     ]
-    return [*lines, "", f"{found['unshifted'][0]['streams']:,} streams a row. Made by `{found['command']}`."]
+    return [*lines, "", f"{found['unshifted'][0]['streams']:,} streams per row. Made by `{found['command']}`."]
 
 
 def drift_seen():
@@ -166,10 +166,10 @@ def drift_seen():
     return [
         *lines,
         "",
-        f"Delays in samples; in time means within {rows[0]['delay_allowed']:,} samples of the change, while noise "
-        "grows from nothing to a standard deviation of 0.6 (pixels lie in 0 to 1) and rotation to 60 degrees; classes "
-        f"change from one sample to the next. {rows[0]['streams']:,} streams a row, {found['calibration']:,} images "
-        "calibrate, 1 % stated. "
+        f"Delays are in samples. *In time* means within {rows[0]['delay_allowed']:,} samples of the change. In these, "
+        "noise grows from 0 to a standard deviation of 0.6 (pixels are in 0 to 1), and rotation to 60 degrees; classes "
+        f"change from one sample to the next. {rows[0]['streams']:,} streams per row, {found['calibration']:,} "
+        "calibration images, 1 % stated. "
         f"Made by `{found['command']}`.",
     ]
 
@@ -196,7 +196,8 @@ def drift_budget():
     return [
         *lines,
         "",
-        f"Errors are relative to the goal; worst over {rows[0]['streams']} streams of {rows[0]['samples']:,} samples. "
+        f"Errors are relative to the goal, and the worst over {rows[0]['streams']} streams of "
+        f"{rows[0]['samples']:,} samples. "
         f"Leaving at exit 1 costs {low:.1f} us, at exit 2 {high:.1f} us (batch 1, one thread, "
         f"{processor(found)}, a busy machine). Made by `{found['command']}`.",
     ]
@@ -206,10 +207,10 @@ def drift_deployed():
     found = results("drift")["deployed"]
     quiet = "alarmed" if found["clean_alarmed"] else "did not alarm"
     return [
-        f"The exported file on {found['samples']:,} test images, batches of 64, calibrated on a PyTorch record of the "
-        f"validation images. Shuffled: the monitor {quiet}. In the file's order: {found['ordered_alarm']}. With noise "
-        f"that grows: {found['noisy_alarm']}; with the controller's thresholds the same images cost "
-        f"{found['mean_us']:.2f} us in the mean for a goal of {found['goal_us']:.2f} us; "
+        f"The exported file on {found['samples']:,} test images in batches of 64, calibrated on a PyTorch record of "
+        f"the validation images. Shuffled: the monitor {quiet}. In the order of the data file: "
+        f"{found['ordered_alarm']}. With growing noise: {found['noisy_alarm']}; with the thresholds of the controller, "
+        f"the same images cost {found['mean_us']:.2f} us on average for a goal of {found['goal_us']:.2f} us; "
         f"{processor(results('drift'))}.",
     ]
 
@@ -224,28 +225,28 @@ def scores():
     titles = "".join(f" {name}{f', {len(n)} seeds' if len(n) > 1 else ''} |" for name, n in networks.items())
     lines = [f"| work, % of the plain network's |{titles} the score's time |", "|---|" + "--:|" * (len(networks) + 1)]
     for name in names:
-        told = "".join(f" {_work([rows[name] for _, rows in n if name in rows])} |" for n in networks.values())
+        cells = "".join(f" {_work([rows[name] for _, rows in n if name in rows])} |" for n in networks.values())
         us = found["score_us"].get(name)
-        lines.append(f"| {name} |{told} {'' if us is None else f'{us:.1f} us'} |")
+        lines.append(f"| {name} |{cells} {'' if us is None else f'{us:.1f} us'} |")
     lines += ["", f"| AUROC, early exits |{titles}", "|---|" + "--:|" * len(networks)]
     for name in names:
-        told = "".join(f" {_auroc([rows[name] for _, rows in n if name in rows])} |" for n in networks.values())
-        lines.append(f"| {name} |{told}")
+        cells = "".join(f" {_auroc([rows[name] for _, rows in n if name in rows])} |" for n in networks.values())
+        lines.append(f"| {name} |{cells}")
     lines += ["", f"| accuracy, last exit |{titles}", "|---|" + "--:|" * len(networks)]
     lines.append("| alone |" + "".join(f" {_mean([last for last, _ in n]):.2%} |" for n in networks.values()))
     for name in ("equal", "logits", "fitted"):
         at = f"average ({name}), max_probability"
-        told = "".join(f" {_mean([rows[at]['last_accuracy'] for _, rows in n]):.2%} |" for n in networks.values())
-        lines.append(f"| average ({name}) |{told}")
+        cells = "".join(f" {_mean([rows[at]['last_accuracy'] for _, rows in n]):.2%} |" for n in networks.values())
+        lines.append(f"| average ({name}) |{cells}")
     return [
         *lines,
         "",
-        f"Means over {len(found['splits'])} random halvings of the validation images, and over seeds of training, on "
-        "test. Work is multiply-accumulates to reach the plain last exit's accuracy, then "
-        f"{100 * found['targets'][1]:g} points below it; bold where it is below entropy's by more than chance explains "
-        "(paired, 95 %; over seeds where there are several, else over halvings alone). All scores choose on one half, "
-        "though named ones could choose on both. The score's time is what it adds to an exit at batch 1, in a network "
-        f"whose first two exits take {found['score_us']['network']:.0f} us without; {processor(found)}. "
+        f"Means on test images over {len(found['splits'])} random halvings of the validation images, and over training "
+        "seeds. Work is multiply-accumulates at the accuracy of the plain last exit, then "
+        f"{100 * found['targets'][1]:g} points below it. Bold: significantly less than entropy (paired, 95 %; over "
+        "seeds if there are several, otherwise over halvings only). All scores choose on one half, "
+        "although named scores could choose on both. The time of a score is what it adds to an exit at batch 1, in a "
+        f"network whose first two exits take {found['score_us']['network']:.0f} us without it; {processor(found)}. "
         f"Made by `{found['command']}`.",
     ]
 
@@ -258,8 +259,8 @@ def _mean(values):
 
 
 def _work(rows):
-    """Means over seeds, bold where surely below entropy."""
-    told = []
+    """Means over seeds, bold if significantly below entropy."""
+    cells = []
     for i in range(len(rows[0]["cost"]) if rows else 0):
         cost, less = (_mean([row[key][i] for row in rows]) for key in ("cost", "minus_entropy"))
         if len(rows) == 1:
@@ -267,8 +268,8 @@ def _work(rows):
         else:
             spread = statistics.stdev(row["minus_entropy"][i] for row in rows)
             allowed = T_SEEDS[len(rows)] * spread / len(rows) ** 0.5
-        told.append(f"**{cost:.1f}**" if less < -allowed else f"{cost:.1f}")
-    return " / ".join(told)
+        cells.append(f"**{cost:.1f}**" if less < -allowed else f"{cost:.1f}")
+    return " / ".join(cells)
 
 
 def _auroc(rows):
@@ -295,7 +296,7 @@ TABLES = {
 
 
 def filled(text):
-    """The page with every generated block made anew."""
+    """Return the page with every generated block rewritten."""
 
     def block(match):
         return "\n".join([match[1], *TABLES[match[2]](), "<!-- end -->"])
