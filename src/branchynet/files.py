@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -205,6 +206,12 @@ def regular(path: str | os.PathLike[str]) -> Path:
     if what := _no_file(mode):
         raise FileError(f"cannot read {path}: it is {what}; give the path of a regular file")
     return Path(path)
+
+
+def copy_file(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """Copy a file, whole or not at all. Raises `FileError`."""
+    with replacing(path) as temporary:
+        shutil.copyfile(regular(source), temporary)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

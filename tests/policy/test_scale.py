@@ -10,7 +10,7 @@ import torch
 
 from branchynet import ExitCost, ExitRecord, Policy, choose, evaluate, record
 from branchynet.policy import coordinate_ascent, risk_tests
-from branchynet.policy.exit_rule import leaving
+from branchynet.policy.exit_rule import exit_positions
 from branchynet.policy.risk_tests import best_bet, betting_p, fixed_sequence_test
 from branchynet.policy.search import SearchPoints, SearchProblem, best_of, grid, join, sweep
 from branchynet.policy.values import BOUNDS
@@ -49,7 +49,7 @@ def test_samples_leave_at_the_first_exit_below_its_threshold(exits, ties):
     for _ in range(20):
         thresholds = np.where(rng.random(exits - 1) < 0.3, np.nan, rng.random(exits - 1)).astype(np.float32)
         expected = [next((n for n, t in enumerate(thresholds) if row[n] < t), exits - 1) for row in problem.scores]
-        assert leaving(problem.scores, thresholds).tolist() == expected
+        assert exit_positions(problem.scores, thresholds).tolist() == expected
 
 
 @pytest.mark.parametrize("exits", [2, 3, 5])
@@ -62,7 +62,7 @@ def test_a_sweep_holds_every_threshold_that_no_looser_one_beats(exits, ties):
         found = sweep(problem, held, n)
         for row, us, loss, counts in zip(found.thresholds, found.us, found.loss, found.counts, strict=True):
             assert (us, loss) == pytest.approx(figures(problem, row), abs=1e-9)
-            assert counts.tolist() == np.bincount(leaving(problem.scores, row), minlength=exits).tolist()
+            assert counts.tolist() == np.bincount(exit_positions(problem.scores, row), minlength=exits).tolist()
         for threshold in [np.nan, *np.unique(problem.scores[:, n]), 2.0]:
             row = held.copy()
             row[n] = threshold

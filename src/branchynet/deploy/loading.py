@@ -14,8 +14,6 @@ from ..environment import require
 from ..errors import FileError, InputError
 from ..extras import needed_by
 from ..files import check_path, regular
-from .engine import FORMAT as FORMAT
-from .engine import METADATA_KEY as METADATA_KEY
 from .engine import Engine, Graph, read_metadata
 from .inputs import Input
 from .seal import check_seal

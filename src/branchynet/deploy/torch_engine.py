@@ -16,6 +16,7 @@ from ..graph.torch_program import CUDA_ROWS, tensors_of
 from ..graph.torch_stages import cut_stages
 from ..nn.calls import arguments
 from ..nn.checks import check_network, resolve_device
+from ..policy.exit_rule import as_deployed, stays
 from ..policy.values import Policy, Prediction
 from .inputs import Input, check_thresholds, checked_inputs
 from .oracle import answers_alone
@@ -126,8 +127,8 @@ class TorchEngine:
             tail = self._cut.output_shape
             output, label = np.empty((0, *tail), np.float32), np.empty((0, *tail[1:]), np.int64)
             return Prediction(label, np.empty(0, np.int64), np.empty(0, np.float32), output)
-        with torch.inference_mode(), np.errstate(over="ignore"):  # a threshold beyond float32 is infinite, as in a file
-            limits = [float(np.float32(t)) for t in used if t is not None]
+        limits = as_deployed([t for t in used if t is not None]).tolist()
+        with torch.inference_mode():
             output, score, exit = self._answer([_tensor(given).to(self.device) for given in taken.values()], limits)
             return Prediction(*(t.cpu().numpy() for t in (output.argmax(dim=1), exit, score, output)))
 
@@ -147,12 +148,12 @@ class TorchEngine:
             answer = _put_back(answer, output, score, stage.exit, left[0])
             if threshold is None:
                 break
-            stays = (score < threshold).logical_not_().nonzero().squeeze(1)  # NaN is not below: it goes deeper
-            if not len(stays):
+            deeper = stays(score, threshold).nonzero().squeeze(1)
+            if not len(deeper):
                 break
-            if len(stays) < rows:
-                rows = len(stays)
-                left = [stays if picked is None else picked.index_select(0, stays) for picked in left] + [None]
+            if len(deeper) < rows:
+                rows = len(deeper)
+                left = [deeper if picked is None else picked.index_select(0, deeper) for picked in left] + [None]
         assert answer is not None
         return answer
 

@@ -27,7 +27,7 @@ from ..policy.record_scores import scores_of_record
 from ..policy.risk_tests import halves
 from ..policy.scores import resolve
 from ..policy.search import mean_cost
-from ..policy.values import ExitCost, Floats, Policy
+from ..policy.values import Z95, ExitCost, Floats, Policy
 from ..profiling.recording import record
 from ..profiling.target import Target, check_target
 from ..stored import read_entry
@@ -43,7 +43,6 @@ PER_CLASS = 20  # training samples a class that branches need
 ALIKE = 0.01  # of two designs that take as long but for so much, relatively, the one with fewer exits is better
 RATE, DISTILL = 3e-3, 0.5
 PLACES = 4  # where branches are trained on, or as many as a design may have early exits
-_Z95 = 1.96
 _CLOCK = 0.03  # medians of the same calls differ by so much, relatively, between runs on a machine that does other work
 
 
@@ -244,7 +243,7 @@ def _check_data(alone: ExitRecord, samples: int, accuracy: float, train_loader: 
         accuracy: on that record.
         train_loader: trains the branches.
     """
-    needed = math.ceil(_Z95**2 * max(1 - accuracy, 0.01) / RESOLUTION**2)
+    needed = math.ceil(Z95**2 * max(1 - accuracy, 0.01) / RESOLUTION**2)
     if alone.samples < needed:
         raise InputError(
             f"{samples} validation samples cannot rank designs: at {accuracy:.1%} accuracy it takes {2 * needed} to "
@@ -285,7 +284,7 @@ def _design(
     position = route(problem.scores, found.thresholds) - 1
     counts = np.bincount(position, minlength=cost.num_exits).astype(np.float64)
     mean = float(mean_cost(counts, each, samples))
-    half = _Z95 * math.hypot(each[position].std() / math.sqrt(samples), max(times.spread, _CLOCK) * mean)
+    half = Z95 * math.hypot(each[position].std() / math.sqrt(samples), max(times.spread, _CLOCK) * mean)
     chosen = [forest.candidates[i] for i in found.chosen]
     return Design(
         taps=tuple(c.tap for c in chosen),

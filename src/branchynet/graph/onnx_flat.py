@@ -22,10 +22,7 @@ from ..nn.network import BranchyNet
 from ..policy.scores import Score
 from .onnx_builder import BATCH, reserved
 from .subgraphs import graphs_of, nodes_of
-from .torch_program import AllExits as AllExits
-from .torch_program import _rows as _rows
 from .torch_program import program_of, quiet_export
-from .torch_program import tensors_of as tensors_of
 from .unwritable import check_writable
 
 OPSET = 20  # the first whose ReduceMin takes booleans; ONNX Runtime 1.17 and later read it

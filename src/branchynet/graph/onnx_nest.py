@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..errors import GraphError
+from ..policy.exit_rule import as_deployed
 from ..policy.values import Policy
 from .cut import Dependence, cut
 from .onnx_builder import BATCH, BOOL, FLOAT, INT64, GraphBuilder
@@ -85,8 +86,7 @@ class _NestedGraph:
             name = f"threshold_{n}"
             value = ir.val(name, ir.DataType.FLOAT, [1])
             if not required_thresholds:
-                with np.errstate(over="ignore"):  # beyond float32 is infinite
-                    value.const_value = ir.tensor(np.array([threshold], np.float64).astype(np.float32), name=name)
+                value.const_value = ir.tensor(as_deployed([threshold]), name=name)
                 outermost.initializers[name] = value
             self.thresholds.append(value)
         output, score, exit = self._level(0)

@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 
 from ..errors import InputError
 from ..policy.exit_record import ExitRecord
-from ..policy.exit_rule import deployed, leaving
+from ..policy.exit_rule import as_deployed, exit_positions
 from ..policy.record_scores import scores_of_record
 from ..policy.values import Floats, Ints, Policy, Prediction
 
@@ -53,7 +53,7 @@ def predicted(record: ExitRecord, policy: Policy) -> tuple[Ints, Floats, Ints | 
     """
     check_exits(record, policy)
     scores = scores_of_record(record, policy.score)
-    position = leaving(scores, deployed(policy.thresholds))
+    position = exit_positions(scores, as_deployed(policy.thresholds))
     rows = np.arange(record.samples)
     left = scores[rows, position]
     if np.isnan(left).any():

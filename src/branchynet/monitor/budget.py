@@ -10,7 +10,7 @@ from ..arguments import above_zero, instance
 from ..errors import InfeasibleError, InputError
 from ..policy.evaluation import policy_for
 from ..policy.exit_record import ExitRecord, check_cost
-from ..policy.exit_rule import leaving
+from ..policy.exit_rule import exit_positions
 from ..policy.record_scores import scores_of_record
 from ..policy.search import mean_cost
 from ..policy.values import Choice, ExitCost, Floats, Policy, Prediction
@@ -195,7 +195,7 @@ class _ThresholdCurves:
 
     def _cost(self, z: float, us: Floats) -> float:
         thresholds = np.array([np.nan if t is None else t for t in self.thresholds(z)], np.float32)
-        counts = np.bincount(leaving(self._scores, thresholds), minlength=len(us)).astype(np.float64)
+        counts = np.bincount(exit_positions(self._scores, thresholds), minlength=len(us)).astype(np.float64)
         return float(mean_cost(counts, us, len(self._scores)))
 
 

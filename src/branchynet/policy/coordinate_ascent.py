@@ -7,7 +7,7 @@ import itertools
 
 import numpy as np
 
-from .exit_rule import leaving
+from .exit_rule import exit_positions
 from .search import SearchPoints, SearchProblem, around, best_of, cuts, join, mean_cost, sweep, thinned
 from .values import Floats
 
@@ -51,7 +51,7 @@ def _judged(problem: SearchProblem, thresholds: Floats) -> SearchPoints:
     samples, exits = problem.scores.shape
     losses, us, counts = [], [], []
     for row in thresholds:
-        position = leaving(problem.scores, row)
+        position = exit_positions(problem.scores, row)
         counts.append(np.bincount(position, minlength=exits).astype(np.float64))
         losses.append(problem.losses[np.arange(samples), position].sum())
         us.append(mean_cost(counts[-1], problem.cost.latency_us([*~np.isnan(row), True]), samples))

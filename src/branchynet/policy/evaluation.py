@@ -16,19 +16,17 @@ from ..errors import InputError
 from .coordinate_ascent import ascend
 from .digests import share_samples
 from .exit_record import ExitRecord, check_cost, check_same_network
-from .exit_rule import leaving, route
+from .exit_rule import exit_positions, route
 from .fitted_scores import FittedScore
 from .record_scores import score_in_use, scores_of_record
 from .search import SearchPoints, SearchProblem, between, beyond, grid, mean_cost
-from .values import Choice, ExitCost, Floats, Ints, Outcome, Policy
+from .values import Z95, Choice, ExitCost, Floats, Ints, Outcome, Policy
 
 if TYPE_CHECKING:
     from .scores import Score
 
 GRID_EXITS = 3
 """Up to so many thresholds all combinations are searched; beyond, coordinate ascent."""
-
-_Z95 = 1.959963984540054
 
 
 def first_correct(losses: Floats) -> Ints:
@@ -193,7 +191,7 @@ def frontier(
 
 def wilson(share: float, samples: int) -> tuple[float, float]:
     """Wilson's 95 % interval for a `share` seen in so many `samples`."""
-    spread = _Z95**2 / samples
+    spread = Z95**2 / samples
     middle = (share + spread / 2) / (1 + spread)
     half = math.sqrt(share * (1 - share) * spread + spread**2 / 4) / (1 + spread)
     return max(0.0, middle - half), min(1.0, middle + half)
@@ -217,7 +215,7 @@ def centred(problem: SearchProblem, thresholds: Floats) -> Floats:
 
     An exit at which nobody leaves is out of use, and its branch costs nothing.
     """
-    position = leaving(problem.scores, thresholds)
+    position = exit_positions(problem.scores, thresholds)
     moved = thresholds.copy()
     for n in np.nonzero(~np.isnan(thresholds))[0]:
         leaves, stays = problem.scores[position == n, n], problem.scores[position > n, n]

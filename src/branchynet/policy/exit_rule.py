@@ -4,6 +4,7 @@ Shape letters: S samples, N exits.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -32,20 +33,25 @@ def route(scores: Floats, thresholds: Sequence[float | None]) -> Ints:
             f"{len(thresholds)} thresholds need scores of shape (S, {len(thresholds) + 1}), one column an exit; "
             f"got {scores.shape}"
         )
-    return leaving(scores, deployed(thresholds)) + 1
+    return exit_positions(scores, as_deployed(thresholds)) + 1
 
 
-def deployed(thresholds: Sequence[float | None]) -> Floats:
+def stays(scores: Any, threshold: Any) -> Any:
+    """Whether samples go on to later exits, for an array or a tensor of scores: not strictly below, or NaN."""
+    return ~(scores < threshold)
+
+
+def as_deployed(thresholds: Sequence[float | None]) -> Floats:
     """Thresholds of a `Policy` as the float32 numbers that the deployed network compares with; NaN for never."""
     with np.errstate(over="ignore"):  # a threshold beyond float32 is infinite there too
         return np.array([np.nan if t is None else t for t in thresholds], np.float64).astype(np.float32)
 
 
-def leaving(scores: Floats, thresholds: Floats) -> Ints:
+def exit_positions(scores: Floats, thresholds: Floats) -> Ints:
     """The exit `(S,)`, from 0, at which each sample leaves, for thresholds `(N-1,)` with NaN for never."""
     last = scores.shape[1] - 1
     position = np.full(len(scores), last, np.int16)
     for n in np.nonzero(~np.isnan(thresholds))[0]:
-        stays = ~(scores[:, n] < thresholds[n])  # true for NaN
-        np.minimum(position, n + stays * np.int16(last - n), out=position)  # without branches: far faster than a mask
+        later = stays(scores[:, n], thresholds[n])
+        np.minimum(position, n + later * np.int16(last - n), out=position)  # without branches: far faster than a mask
     return position.astype(np.int64)

@@ -15,7 +15,7 @@ from ..errors import InfeasibleError, InputError
 from .digests import COPIED, REPEATED, digests, repeated, repeated_rows, share_samples
 from .evaluation import best_points, centred
 from .exit_record import ExitRecord
-from .exit_rule import leaving
+from .exit_rule import exit_positions
 from .fitted_scores import FittedScore
 from .limits import Limit
 from .risk_tests import fewest, fixed_sequence_test, halves
@@ -185,11 +185,11 @@ def promised(
 
 def _differences(problem: SearchProblem, absolute: bool, thresholds: Floats) -> Floats:
     """`(S,)` loss of the answer, less that of the last exit unless `absolute`."""
-    answer = problem.losses[np.arange(len(problem.losses)), leaving(problem.scores, thresholds)]
+    answer = problem.losses[np.arange(len(problem.losses)), exit_positions(problem.scores, thresholds)]
     return answer if absolute else answer - problem.losses[:, -1]
 
 
 def _mean_us(problem: SearchProblem, thresholds: Floats) -> float:
-    counts = np.bincount(leaving(problem.scores, thresholds), minlength=problem.scores.shape[1])
+    counts = np.bincount(exit_positions(problem.scores, thresholds), minlength=problem.scores.shape[1])
     each = problem.cost.latency_us([*~np.isnan(thresholds), True])
     return float(mean_cost(counts.astype(np.float64), each, len(problem.scores)))

@@ -8,7 +8,6 @@ Shape letters: S samples, N exits, C classes, F features.
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ..arguments import instance
 from ..errors import InputError, nearest
@@ -16,8 +15,7 @@ from .digests import sketch
 from .exit_record import ExitRecord, bounded
 from .fitted_scores import LearnedScore, TemperedScore
 from .scores import SCORES, features
-
-Array = NDArray[np.float64]
+from .values import Floats, Ints
 
 FEW = 5
 """So many right and so many wrong answers an exit must have given, the last excepted, for a fit to mean anything."""
@@ -90,7 +88,7 @@ def _fitted_on(record: ExitRecord) -> str:
     return sketch(found)
 
 
-def _checked(record: ExitRecord) -> tuple[NDArray[np.floating], NDArray[np.int64], list[bool]]:
+def _checked(record: ExitRecord) -> tuple[Floats, Ints, list[bool]]:
     """Outputs, labels, and whether each exit can be fitted; all but the last must."""
     instance("record", record, ExitRecord, "give what record(...) returns")
     if record.outputs is None or record.labels is None:
@@ -108,7 +106,7 @@ def _checked(record: ExitRecord) -> tuple[NDArray[np.floating], NDArray[np.int64
     return record.outputs, record.labels, fits
 
 
-def _temperature(logits: Array, labels: NDArray[np.int64]) -> float:
+def _temperature(logits: Floats, labels: Ints) -> float:
     """Newton's method on the inverse temperature, in which the cross-entropy is convex, kept within its bounds."""
     low, high, inverse = 1 / _HOTTEST, 1 / _COOLEST, 1.0
     possible = np.isfinite(logits[np.arange(len(labels)), labels])  # no temperature makes a ruled-out class more likely
@@ -131,7 +129,7 @@ def _temperature(logits: Array, labels: NDArray[np.int64]) -> float:
     return float(1 / inverse)
 
 
-def _logistic(seen: Array, wrong: Array, strength: float) -> tuple[Array, float]:
+def _logistic(seen: Floats, wrong: Floats, strength: float) -> tuple[Floats, float]:
     """Weights `(F,)` and bias of the logistic regression, for features as they come; the first is not penalised."""
     mean, spread = seen.mean(axis=0), seen.std(axis=0)
     spread[spread < 1e-9] = np.inf  # what never changes tells nothing
@@ -139,7 +137,7 @@ def _logistic(seen: Array, wrong: Array, strength: float) -> tuple[Array, float]
     penalty = np.append(np.full(seen.shape[1], strength), 0.0)
     penalty[0] = _FREE
 
-    def objective(weights: Array) -> float:
+    def objective(weights: Floats) -> float:
         odds = design @ weights
         return float((np.logaddexp(0, odds) - wrong * odds).sum() + (penalty * weights**2).sum() / 2)
 
@@ -159,6 +157,6 @@ def _logistic(seen: Array, wrong: Array, strength: float) -> tuple[Array, float]
     return found, float(weights[-1] - found @ mean)
 
 
-def _prior(wrong: Array) -> float:
+def _prior(wrong: Floats) -> float:
     """The log-odds of a wrong answer where nothing else is known."""
     return float(np.log((wrong.sum() + 0.5) / (len(wrong) - wrong.sum() + 0.5)))

@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
-from .exit_rule import leaving
+from .exit_rule import exit_positions
 from .values import ExitCost, Floats, Ints
 
 _FILLS = 16
@@ -246,7 +246,7 @@ def sweep(problem: SearchProblem, thresholds: Floats, n: int) -> SearchPoints:
     samples, exits = problem.scores.shape
     never = thresholds.copy()
     never[n] = np.nan
-    answering = leaving(problem.scores, never)
+    answering = exit_positions(problem.scores, never)
     answered = problem.losses[np.arange(samples), answering]
     first = np.bincount(answering, minlength=exits).astype(np.float64)
     base = answered.sum()

@@ -363,4 +363,5 @@ def set_fields(value: Any, **fields: Any) -> None:
         object.__setattr__(value, name, content)
 
 
+Z95 = 1.959963984540054  # of the normal distribution: 95 % lie within so many deviations
 STEADY = 0.03  # the spread below which times are good enough

@@ -6,12 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ..policy.values import STEADY
-
-Floats = NDArray[np.float64]
-
+from ..policy.values import STEADY, Floats
 
 _LONG = 0.05  # seconds
 _CALLS = 4

@@ -19,8 +19,9 @@ from typing import Any
 from ..arguments import check_fraction
 from ..data import ImageData
 from ..design import Advice, advise
+from ..design.advising import DISTILL
 from ..errors import FileError, InputError
-from ..files import read_json, replacing, write_json
+from ..files import copy_file, read_json, write_json
 from ..nn.fingerprint import fingerprint
 from ..nn.network import BranchyNet
 from ..nn.weights import load_weights, save_weights
@@ -39,7 +40,6 @@ from .run import Run, configure, create_run, loaders, report_progress
 from .settings import build_network, data_of, example_of
 from .steps import export_run, train_exits
 
-DISTILL = 0.5
 TIMING_S = 10.0
 _IMPROVES = 0.98  # of the last epoch's validation loss to the one before, below which more epochs help
 
@@ -157,8 +157,7 @@ def design_run(
     load_weights(net, folder / "warm.safetensors")
     net.selected_on = tuple(filter(None, [advice.selected_on]))
     train_exits(run, net, data, progress)
-    with replacing(folder / "record-plain.npz") as temporary:
-        temporary.write_bytes((base.path / "record-plain.npz").read_bytes())
+    copy_file(base.path / "record-plain.npz", folder / "record-plain.npz")
     return advice, _compared(base, run, net, data, advice, max_drop, progress)
 
 
