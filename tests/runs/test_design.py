@@ -116,7 +116,8 @@ def test_for_another_runtime_there_is_a_design_of_its_own(base, designed, monkey
     """Timed there. That it has exits is not for this machine's clock to say."""
     advice, _ = designed
     monkeypatch.setattr(
-        "branchynet.runs.design.advise", lambda *_, runtime, **options: replace(advice, runtime=runtime)
+        "branchynet.runs.design.advise",
+        lambda net, train, val, example, target, **_: replace(advice, runtime=target.runtime),
     )
     before = (base.path / "design-1" / "advice.json").read_bytes()
     options = ("--max-drop", "0.02", "--epochs", "2", "--anyway", "--quiet", "--runtime", "openvino")

@@ -257,7 +257,7 @@ def _compared(
         net,
         (data.test.inputs(), data.test.labels),
         advice.target,
-        about={"network": run.settings.network, "plain_accuracy": plain},
+        about={"network": run.settings.network, "plain_accuracy": plain_accuracy},
         progress=lambda line: report_progress(progress, f"timing the file in {advice.runtime}: {line}"),
     )
     keep_bench(run.path, [row])
