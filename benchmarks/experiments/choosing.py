@@ -78,8 +78,8 @@ def search_cost(name, made, vectors, repeats=7):
 
 
 def searches(samples=10_000):
-    yield search_cost("every combination of 1,000 scores an exit", evenly(3, samples, 1000), 1000**2)
-    yield search_cost("every combination of 100 scores an exit", evenly(4, samples, 100), 100**3)
+    yield search_cost("every combination of 1,000 scores per exit", evenly(3, samples, 1000), 1000**2)
+    yield search_cost("every combination of 100 scores per exit", evenly(4, samples, 100), 100**3)
     yield search_cost("all distinct scores, right and wrong answers", distinct(samples), samples**2)
     yield search_cost("coordinate ascent", evenly(6, samples, samples), None)
 

@@ -1,4 +1,4 @@
-"""More generated blocks for `tables.py`: third-party networks, int8, choosing. Each returns the lines of one block."""
+"""Generated blocks for `tables.py`: third-party networks, int8, choosing. A function returns the lines of one block."""
 
 import json
 import statistics
@@ -13,7 +13,7 @@ def results(name):
 
 
 def processor(*found):
-    """The processor of result files or rows, which is one: no table mixes what was measured on several."""
+    """Return the processor that all given result files or rows name. Raise `ValueError` if they name several."""
     names = {f["processor"] if "processor" in f else f["environment"]["processor"] for f in found}
     if len(names) > 1:
         raise ValueError(f"one table would mix processors: {sorted(names)}")
@@ -25,7 +25,7 @@ def _shares(row):
 
 
 def _middle(trials, ratio):
-    """The median over trials of a ratio, and how far the trials lie apart where there are several."""
+    """The median of a ratio over trials, and their range if there are several."""
     values = [ratio(trial) for trial in trials]
     apart = f" ({min(values):.2f}-{max(values):.2f})" if len(values) > 1 else ""
     return f"{statistics.median(values):.2f}{apart}"
@@ -54,14 +54,14 @@ def architectures():
     return [
         *lines,
         "",
-        f'Three exits by `attach(at="auto")`, one thread, {found["samples"]} samples in random order; medians of all '
-        f"trials, and their range; {where['processor']}, ONNX Runtime {where['onnxruntime']}. Made by "
+        f'Three exits from `attach(at="auto")`, one thread, {found["samples"]} samples in random order; medians and '
+        f"ranges over all trials; {where['processor']}, ONNX Runtime {where['onnxruntime']}. Made by "
         f"`{found['command']}`.",
     ]
 
 
 def elsewhere():
-    """What the same question had for an answer on another processor."""
+    """The overheads on another processor."""
     found = results("architectures-epyc")
     ones = [
         statistics.median(trial["three"][k]["rows"][0]["overhead"] for trial in network["trials"])
@@ -69,14 +69,15 @@ def elsewhere():
         for k in range(2)
     ]
     return [
-        f"Earlier, on {found['environment']['processor']}: {min(ones):.2f}-{max(ones):.2f} at batch 1, "
-        f"{sum(o > 1.1 for o in ones)} of {len(ones)} rows above 1.10 (`benchmarks/results/architectures-epyc.json`)."
+        f"On {found['environment']['processor']}, overheads are {min(ones):.2f}-{max(ones):.2f} at batch 1, and "
+        f"{sum(o > 1.1 for o in ones)} of {len(ones)} rows are above 1.10 "
+        "(`benchmarks/results/architectures-epyc.json`)."
     ]
 
 
 def halves():
     found = results("architectures")
-    lines = ["| network | first exit's cost of the whole | speed-up |", "|---|--:|--:|"]
+    lines = ["| network | cost of the first exit, of the whole | speed-up |", "|---|--:|--:|"]
     rows = []
     for network in found["networks"]:
         all_halves = [trial["half"] for trial in network["trials"] if "half" in trial]
@@ -87,9 +88,9 @@ def halves():
         *lines,
         *(line for _, line in sorted(rows)),
         "",
-        f"Batches of 64, {processor(found)}, half of them leaving at the first of two exits. "
-        f"{deep['network']} with two branches is exported in {deep['export_seconds']:.0f} s; its file is "
-        f"{deep['bytes'] / deep['plain_plus_branches_bytes'] - 1:+.1%} beside the plain file plus the "
+        f"Batches of 64, {processor(found)}; half of the samples leave at the first of two exits. "
+        f"Exporting {deep['network']} with two branches takes {deep['export_seconds']:.0f} s. The size of its file is "
+        f"{deep['bytes'] / deep['plain_plus_branches_bytes'] - 1:+.1%} relative to the plain file plus the "
         f"weights of the branches. Made by `{found['command']}`.",
     ]
 
@@ -106,7 +107,7 @@ def layout():
     return [
         *lines,
         "",
-        f"{found['network']} with two early exits, microseconds a sample, one thread; "
+        f"{found['network']} with two early exits, microseconds per sample, one thread; "
         f"{found['environment']['processor']}. Made by `{found['command']}`.",
     ]
 
@@ -127,11 +128,11 @@ def int8_accuracy():
     return [
         *lines,
         "",
-        "Accuracy per exit, in %. *Same bits*: whether the outputs of the `int8` file equal, bit by bit on all images "
-        "of the row, those on the first processor.",
+        "Accuracy per exit, in %. *Same bits*: whether the outputs of the `int8` file equal those on the first "
+        "processor, bit by bit on all images of the row.",
         "",
         f"The target is `int8` at most {INT8_TARGET} points below float at every exit on a processor without VNNI. "
-        "Below stands the worst exit there: of `int8` beside float, and of `int8-full-range` beside `int8`.",
+        "The list gives the worst exit there: `int8` relative to float, and `int8-full-range` relative to `int8`.",
         "",
         *(_verdict(rows, network) for network in dict.fromkeys(r["network"] for r in rows)),
         "",
@@ -144,23 +145,23 @@ def _exits(row, kind):
 
 
 def _verdict(rows, network):
-    """Whether `int8` is near enough to float without VNNI, and what the full range loses there, by engine."""
-    told = []
+    """Whether `int8` reaches the target without VNNI, and what the full range loses there, per engine."""
+    parts = []
     for engine in dict.fromkeys(r["engine"] for r in rows):
         without = _of(rows, {"network": network, "engine": engine})[-1]
         lead, full = _least(without, "int8", "float"), _least(without, "int8-full-range", "int8")
         reached = "reached" if lead >= -INT8_TARGET else "missed"
-        told.append(f"{engine} {reached}, {lead:+.2f} points (full range {full:+.2f})")
-    return f"- {network}: {'; '.join(told)}."
+        parts.append(f"{engine} {reached}, {lead:+.2f} points (full range {full:+.2f})")
+    return f"- {network}: {'; '.join(parts)}."
 
 
 def _of(rows, row):
-    """The rows of one network and engine: of the machine that measured, then of one without VNNI."""
+    """The rows of one network and engine: on the machine that measured, then on one without VNNI."""
     return [r for r in rows if (r["network"], r["engine"]) == (row["network"], row["engine"])]
 
 
 def _least(row, kind, than):
-    """The least, over exits, of how many points one kind of file is above another."""
+    """By how many points the accuracy of one kind of file is above another's, at the worst exit."""
     return 100 * min(a - b for a, b in zip(row["accuracy"][kind], row["accuracy"][than], strict=True))
 
 
@@ -180,10 +181,10 @@ def int8_times():
     return [
         *lines,
         "",
-        "Speed-up over the plain float network in the same engine: of exits in float, of the plain network in int8, "
-        "and of both exits and `int8`. "
+        "Speed-up over the plain float network in the same engine: exits in float, the plain network in int8, "
+        "and exits with `int8`. "
         f"Thresholds lose at most {100 * found['max_drop']:g} points on {found['validation']:,} validation images, "
-        "those of `int8` on the answers of its flat file, without a promise for other images. "
+        "without a promise; those for `int8` are chosen on a record of its flat file. "
         f"{processor(*found['times'])}, one thread, medians. Made by `{found['command']}`.",
     ]
 
@@ -194,7 +195,11 @@ def searching():
     for s in found["search"]:
         vectors = "" if s["vectors"] is None else f"{s['vectors']:,}"
         lines.append(f"| {s['search']} | {s['exits']} | {vectors} | {s['seconds']:.2f} | {s['megabytes']:.0f} MB |")
-    lines += ["", "| record | rival | its points | our cost at its accuracy, worst | median |", "|---|---|--:|--:|--:|"]
+    lines += [
+        "",
+        "| record | rival | its points | our cost at its accuracy, worst | median |",
+        "|---|---|--:|--:|--:|",
+    ]
     lines += [
         f"| {n['network']} | {r['rival']} | {r['points']:,} | {r['worst']:.3f} | {r['median']:.3f} |"
         for n in found["rivals"]
@@ -206,7 +211,7 @@ def searching():
 def promises():
     found = results("choosing")
     lines = [
-        "| record | limit | bound | broken | mean cost | without a promise | never early |",
+        "| record | limit | bound | broken | mean cost | without a promise | no early exits |",
         "|---|---|---|--:|--:|--:|--:|",
     ]
     lines += [
@@ -219,8 +224,8 @@ def promises():
     return [
         *lines,
         "",
-        f"{first['draws']:,} redraws a row, 95 % confidence: at most 5 % may be broken. Cost of the promised choice "
-        f"over that of the one without, one point of drop, half of the validation images calibrating "
+        f"{first['draws']:,} draws per row, 95 % confidence: at most 5 % may be broken. Cost with a promise over cost "
+        "without, for one point of drop, with half of the validation images for calibration "
         f"(5,000 on MNIST and Fashion-MNIST, 2,500 on CIFAR-10): {price}. Costs are of {processor(found)}. "
         f"Made by `{found['command']}`.",
     ]
