@@ -84,7 +84,7 @@ def test_without_such_buffers_it_is_of_the_state_alone():
 def test_records_costs_and_choices_carry_it(tmp_path):
     net = b_lenet()
     made, cost = record(net, batches(), progress=False), measure(net, batches()[0][0], seconds=0.1)
-    choice = choose(made, cost, max_drop=1.0, confidence=None)
+    choice = choose(made, cost, max_drop=0.999, confidence=None)
     assert made.network == cost.network == choice.network == fingerprint(net)
     made.save(tmp_path / "r.npz"), cost.save(tmp_path / "c.json"), choice.save(tmp_path / "o.json")
     assert ExitRecord.load(tmp_path / "r.npz").network == made.network
@@ -99,7 +99,7 @@ def test_records_costs_and_choices_carry_it(tmp_path):
 def test_another_training_is_refused_where_its_answers_matter():
     one, other = (record(b_lenet(seed), batches(), progress=False) for seed in (0, 1))
     cost = measure(b_lenet(2), batches()[0][0], seconds=0.1)
-    choice = choose(one, cost, max_drop=1.0, confidence=None)  # what it costs does not depend on the weights
+    choice = choose(one, cost, max_drop=0.999, confidence=None)  # what it costs does not depend on the weights
     with pytest.raises(InputError, match=f"different networks .{other.network} and {one.network}"):
         evaluate(other, choice)
     evaluate(other, choice.policy, cost)  # said on purpose
@@ -110,7 +110,7 @@ def test_another_architecture_is_refused():
     foreign = measure(b_lenet(num_classes=9), batches()[0][0], seconds=0.1)
     policy = Policy(thresholds=(0.5,))
     for mixed in (
-        lambda: choose(made, foreign, max_drop=1.0, confidence=None),
+        lambda: choose(made, foreign, max_drop=0.999, confidence=None),
         lambda: frontier(made, foreign),
         lambda: evaluate(made, policy, foreign),
         lambda: BudgetController(made, policy, foreign, goal_share=0.5),
@@ -131,6 +131,6 @@ def test_bench_refuses_another_networks_file(tmp_path):
 def test_what_does_not_say_is_not_refused():
     made = record(b_lenet(), batches(), progress=False)
     cost = ExitCost((1.0, 2.0), (0.5, 0.0))
-    assert choose(made, cost, max_drop=1.0, confidence=None).network == made.network
+    assert choose(made, cost, max_drop=0.999, confidence=None).network == made.network
     told = ExitRecord(made.outputs, made.labels)
-    assert np.isclose(evaluate(told, choose(made, cost, max_drop=1.0, confidence=None).policy).samples, 40)
+    assert np.isclose(evaluate(told, choose(made, cost, max_drop=0.999, confidence=None).policy).samples, 40)

@@ -180,7 +180,7 @@ class TestChoose:
             ({}, r"exactly one of max_drop, min_accuracy, max_disagreement, max_latency_us, max_macs; got none"),
             ({"max_drop": 0.1, "max_latency_us": 3}, r"got max_drop=0.1 and max_latency_us=3"),
             ({"min_accuracy": 99}, r"min_accuracy=99 is out of range.*fraction"),
-            ({"max_drop": 2}, r"max_drop=2 is out of range"),
+            ({"max_drop": 2}, r"max_drop=2 limits nothing.*give 0.02 for 2 %"),
             ({"max_latency_us": math.nan}, r"max_latency_us must be a finite number; got nan"),
         ],
     )
@@ -234,7 +234,7 @@ FIVE = ExitRecord(np.eye(2, dtype=np.float32)[np.array([[0, 0], [1, 0], [0, 0], 
 
 @pytest.mark.parametrize(
     ("limit", "give"),
-    [({"max_drop": 0.5}, "0.005"), ({"max_drop": 1}, "0.01"), ({"max_disagreement": 0.25}, "0.0025")],
+    [({"max_drop": 0.5}, "0.005"), ({"max_disagreement": 0.25}, "0.0025")],
 )
 def test_a_limit_that_may_be_meant_in_percent_is_warned_of(limit, give):
     with pytest.warns(UserWarning, match=f"points give {give}$"):

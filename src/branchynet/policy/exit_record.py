@@ -221,7 +221,7 @@ def check_same_network(what: str, one: str | None, other: str | None, *, structu
     if {*one.split("-")[2:]} != {*other.split("-")[2:]}:
         remedy = "int8 is another network than float; record its flat int8 file, and choose and measure on that"
     elif not structure and one.split("-")[0] == other.split("-")[0]:
-        how, remedy = "trainings of one network", "record(...) and choose(...) again after training"
+        remedy = "take both from the same one; after training, record(...) and choose(...) again"
     raise InputError(f"{what} are of different {how} ({one} and {other}): {remedy}")
 
 
