@@ -192,14 +192,14 @@ def _advised(base: Run, data: ImageData, folder: Path, target: Target, asked: di
     """The advice in the folder, or a new one; `asked` is what ``asked.json`` keeps."""
     path = folder / "advice.json"
     settings = base.settings
-    trunk = build_network(replace(settings, taps=()), data).backbone
-    load_weights(trunk, _plain(base, "warm-start" if settings.warm_start_epochs else "plain"))
+    plain = build_network(replace(settings, taps=()), data).backbone
+    load_weights(plain, _plain(base, "warm-start" if settings.warm_start_epochs else "plain"))
     if path.exists():
         made = read_json(folder / "asked.json")
         if made != asked:
             raise InputError(f"{folder} was designed with {made}, not {asked}: ask for the same, or remove the folder")
         advice = Advice.load(path)
-        if advice.fingerprint != fingerprint(trunk):
+        if advice.fingerprint != fingerprint(plain):
             raise FileError(
                 f"{path} is advice on other weights than those there; remove {folder} and {base.path / 'candidates'}, "
                 "and design again"
@@ -207,7 +207,7 @@ def _advised(base: Run, data: ImageData, folder: Path, target: Target, asked: di
         return advice
     train, val = loaders(settings, data)
     advice = advise(
-        trunk,
+        plain,
         train,
         val,
         example_of(data),

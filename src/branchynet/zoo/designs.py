@@ -13,11 +13,13 @@ Places = Mapping[str, str]
 """Names of branches, as in `branchynet.nn.branches.named_branches`, by tap, in running order."""
 
 
-def designed(trunk: nn.Module, designs: Mapping[str, Places], target: str, shape: tuple[int, int, int]) -> BranchyNet:
-    """The trunk with the exits designed for a target.
+def designed(
+    backbone: nn.Module, designs: Mapping[str, Places], target: str, shape: tuple[int, int, int]
+) -> BranchyNet:
+    """The backbone with the exits designed for a target.
 
     Args:
-        trunk: it becomes part of the network.
+        backbone: becomes part of the network.
         designs: by target.
         target: ``"latency"``, one sample a call, or ``"batch"``, 64.
         shape: of one input.
@@ -28,7 +30,7 @@ def designed(trunk: nn.Module, designs: Mapping[str, Places], target: str, shape
     if target not in designs:
         raise InputError(f"target={target!r} is none of {', '.join(designs)}{nearest(target, designs)}")
     places = designs[target]
-    return attach_branches(trunk, list(places), list(places.values()), torch.zeros(2, *shape))
+    return attach_branches(backbone, list(places), list(places.values()), torch.zeros(2, *shape))
 
 
 def check_branches(branches: str, known: tuple[str, ...]) -> None:

@@ -1,7 +1,7 @@
 """ResNet-20 to ResNet-110 for 32 x 32 colour images, and the paper's branches on them.
 
-Both take pixels in [0, 1], `(B, 3, 32, 32)` float32, normalize them inside, and give logits `(B, 10)`. The trunk is
-that of He et al. (arXiv:1512.03385, section 4.2), with shortcuts that have no parameters.
+Both take pixels in [0, 1], `(B, 3, 32, 32)` float32, normalize them inside, and give logits `(B, 10)`. The plain
+network is that of He et al. (arXiv:1512.03385, section 4.2), with shortcuts that have no parameters.
 """
 
 import torch
@@ -114,14 +114,14 @@ def b_resnet(
             classes, or none ship.
     """
     check_branches(branches, ("designed", "published"))
-    trunk = ResNet(_blocks(n), num_classes)
+    backbone = ResNet(_blocks(n), num_classes)
     if branches == "designed":
         if n != 110:
             raise InputError(
                 f"no exits have been designed for n={n}, only for 110: take branches='published', or let advise(...) "
                 "place them on your trained network"
             )
-        net = designed(trunk, {"latency": _DESIGN, "batch": _DESIGN}, target, (3, 32, 32))
+        net = designed(backbone, {"latency": _DESIGN, "batch": _DESIGN}, target, (3, 32, 32))
         return load_shipped(net, f"b_resnet{n}-latency-cifar10", num_classes, 10) if pretrained else net
     first = nn.Sequential(
         nn.Conv2d(16, 64, 5, padding=2),
@@ -135,7 +135,7 @@ def b_resnet(
         nn.Linear(32 * 32 * 32, num_classes),
     )
     second = nn.Sequential(BasicBlock(16, 16), nn.Flatten(), nn.Linear(16 * 32 * 32, num_classes))
-    net = BranchyNet(trunk, {"stem": initialize(first), "stage1": initialize(second)})
+    net = BranchyNet(backbone, {"stem": initialize(first), "stage1": initialize(second)})
     return load_shipped(net, f"b_resnet{n}-cifar10", num_classes, 10) if pretrained else net
 
 
