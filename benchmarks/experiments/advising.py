@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from branchynet import zoo
+from branchynet import FitOptions, zoo
 from branchynet.data import affine, flip_crop, load_data, loader
 from branchynet.design import advise
 from branchynet.environment import environment
@@ -38,7 +38,7 @@ def main():
     train = loader(data.train, 256, shuffle=True, augment=augment)
     start = time.perf_counter()
     advice = advise(make(pretrained=True), train, loader(data.val, 500), data.val.images[:8].float() / 255,
-                    channels_last=True)  # fmt: skip
+                    options=FitOptions(channels_last=True))  # fmt: skip
     row = {
         "network": name,
         "minutes": (time.perf_counter() - start) / 60,

@@ -29,7 +29,19 @@ import torch
 from text import Text
 from torch import nn
 
-from branchynet import Target, attach, averaged, bench, evaluate, export, load, measure, record
+from branchynet import (
+    FitOptions,
+    SearchOptions,
+    Target,
+    attach,
+    averaged,
+    bench,
+    evaluate,
+    export,
+    load,
+    measure,
+    record,
+)
 from branchynet.data import load_data, loader
 from branchynet.design import Advice, advise
 from branchynet.environment import environment
@@ -102,10 +114,10 @@ def advised(task, batch):
         advice = Advice.load(folder / "advice.json")
     else:
         advice = advise(
-            task.baseline(), task.loader("train"), task.loader("val"), example, Target(batch), score=SCORE,
-            seed=task.seed, mixed_precision=task.precision, channels_last=task.channels_last,
-            epochs=PASSES.get(task.name, 6), final_epochs=FINAL.get(task.name, 0),
+            task.baseline(), task.loader("train"), task.loader("val"), example, Target(batch),
             run=task.folder / "candidates",
+            search=SearchOptions(PASSES.get(task.name, 6), FINAL.get(task.name, 0), score=SCORE),
+            options=FitOptions(task.seed, task.precision, channels_last=task.channels_last),
         )  # fmt: skip
         save_weights(advice.network, folder / "warm.safetensors")
         advice.save(folder / "advice.json")

@@ -12,6 +12,7 @@ _MODULES = {
     "nn.averaging": ("averaged",),
     "training.loop": ("fit",),
     "training.options": ("FitOptions",),
+    "design.options": ("SearchOptions",),
     "training.history": ("History",),
     "losses": ("joint_loss",),
     "profiling.recording": ("record",),

@@ -10,6 +10,7 @@ from .deploy.loading import verify as verify
 from .deploy.torch_engine import TorchEngine as TorchEngine
 from .design.advice import Advice as Advice
 from .design.advising import advise as advise
+from .design.options import SearchOptions as SearchOptions
 from .environment import __version__ as __version__
 from .errors import BranchyNetError as BranchyNetError
 from .losses import joint_loss as joint_loss

@@ -1,6 +1,7 @@
 """Advice on a network that learned real digits, and what is refused before the long work."""
 
 import json
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 
 from branchynet import Target, load, record, zoo
 from branchynet.data import ImageData, Split, load_data, loader
-from branchynet.design import Advice, advise
+from branchynet.design import Advice, SearchOptions, advise
 from branchynet.design.candidates import attach_candidates
 from branchynet.errors import FileError, GraphError, InputError
 from branchynet.policy.digests import share_samples
@@ -38,7 +39,11 @@ def trained(digits):
 
 
 def advised(net, data, **options):
-    options = {"epochs": 3, "seconds": 1.0, "progress": False} | options
+    names = [field.name for field in fields(SearchOptions)]
+    search = SearchOptions(**({"seconds": 1.0} | {name: options.pop(name) for name in names if name in options}))
+    if "runtime" in options:
+        options["target"] = Target(runtime=options.pop("runtime"))
+    options = {"progress": False, "search": search} | options
     example = data.val.images[:8].float() / 255
     return advise(net, loader(data.train, 64, shuffle=True), loader(data.val, 200), example, **options)
 
@@ -187,7 +192,7 @@ def test_an_untrained_trunk_and_too_little_data_are_refused(trained, digits, mon
     with pytest.raises(InputError, match=r"24 validation samples cannot rank designs: at .* it takes \d+ to tell"):
         advised(trained, few)
     few = ImageData("few", digits.classes, split(digits, "train", 100), digits.val, digits.test)
-    with pytest.raises(InputError, match=r"about 1\d\d training samples cannot train heads .*; it takes 200"):
+    with pytest.raises(InputError, match=r"about 1\d\d training samples cannot train branches .*; it takes 200"):
         advised(trained, few)
 
 

@@ -6,5 +6,6 @@
 
 from .advice import Advice
 from .advising import advise
+from .options import SearchOptions
 
-__all__ = ["Advice", "advise"]
+__all__ = ["Advice", "SearchOptions", "advise"]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..arguments import check_fraction, check_seed
+from ..arguments import check_fraction
 from ..errors import FileError, InputError
 from ..files import write_json
 from ..graph.onnx_flat import FlatGraph, flatten
@@ -36,6 +36,7 @@ from ..training.options import FitOptions
 from .advice import Advice, CandidateResult, Design
 from .candidates import CandidateNetwork, attach_candidates
 from .exit_search import CandidateScores, ExitSet, break_even, least_us, search_exit_sets
+from .options import SearchOptions
 from .part_times import StageTimes, time_stages, uncuttable
 
 RESOLUTION = 0.05  # difference in accuracy that half of the validation samples must be able to show
@@ -56,17 +57,10 @@ def advise(
     max_drop: float | None = None,
     min_accuracy: float | None = None,
     num_exits: int = 4,
-    taps: Sequence[str] | None = None,
-    score: str = "entropy",
-    epochs: int = 3,
-    final_epochs: int = 0,
-    seconds: float = 30.0,
-    seed: int = 0,
-    mixed_precision: str = "no",
-    device: str | torch.device | None = None,
-    channels_last: bool = False,
     run: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    search: SearchOptions = SearchOptions(),
+    options: FitOptions = FitOptions(),
 ) -> Advice:
     """Find the exits that make a trained network fastest at an accuracy, and tell what they will bring.
 
@@ -86,20 +80,12 @@ def advise(
         max_drop: accuracy on validation at most so far below the network's own; by default 0.
         min_accuracy: an accuracy instead.
         num_exits: the most a design may have, the network's own included.
-        taps: places to try instead, names as in ``named_modules()`` or ``"input"``.
-        score: the name of the score by which samples leave.
-        epochs: passes over the training data, for all branches together.
-        final_epochs: more of them for the best two branches at each of the four best places, after which the choice
-            among these is made again: large branches are still learning after a few passes, when small ones are not. So
-            advice takes longer and promises more (as successive halving does, Jamieson and Talwalkar 2016).
-        seconds: about how long to time.
-        seed: as `fit` takes it, and the next three.
-        mixed_precision: for the branches' training.
-        device: for training and recording; what is timed runs where the target's runtime does.
-        channels_last: for the branches' training.
         run: a folder for the branches' training, so that a stopped search goes on, and a search for another batch size
             trains nothing again.
         progress: show bars and tell what is being done.
+        search: places to try, the score, and how long branches learn and parts are timed.
+        options: as for `fit`, for the branches' training; the device also records, while what is timed runs where the
+            target's runtime does.
 
     Returns:
         The advice; its ``network`` is the best design with branches trained so far, to be trained on with everything.
@@ -113,15 +99,11 @@ def advise(
     if num_exits < 2:
         raise InputError(f"num_exits must be at least 2, the network's own included; got {num_exits}")
     check_target(target)
-    if epochs < 1 or final_epochs < 0:
-        raise InputError(f"epochs must be at least 1 and final_epochs 0; got {epochs} and {final_epochs}")
-    check_seed(seed)
-    function = resolve(score)
     if max_drop is not None and min_accuracy is not None:
         raise InputError("give max_drop or min_accuracy, not both")
     if max_drop is not None:
         check_fraction("max_drop", max_drop)
-    validation = record(backbone, val_loader, device=device, progress=progress)
+    validation = record(backbone, val_loader, device=options.device, progress=progress)
     alone = validation.take(halves(validation.samples)[0])
     accuracy = evaluate(alone, Policy()).accuracy
     _check_trained(alone, accuracy)
@@ -133,11 +115,11 @@ def advise(
             "exits are chosen not to lose accuracy, not to gain it; ask for less, or train on"
         )
     say("looking for places where exits can stand")
-    torch.manual_seed(seed)
-    forest, flat = _planted(backbone, example, taps, function)
+    torch.manual_seed(options.seed)
+    forest, flat = _planted(backbone, example, search.taps, resolve(search.score))
     places = f"{len(forest.candidates)} branches at {len(forest.net.taps)} places"
-    say(f"timing {places} in {target.runtime}: {seconds:.0f} s, after they are exported")
-    times = time_stages(forest, flat, example, target, seconds)
+    say(f"timing {places} in {target.runtime}: {search.seconds:.0f} s, after they are exported")
+    times = time_stages(forest, flat, example, target, search.seconds)
 
     def learned(net: BranchyNet, epochs: int, name: str) -> tuple[Floats, Floats]:
         """Scores and losses `(S, N)` of a network whose branches have learned so long."""
@@ -150,23 +132,23 @@ def advise(
             optimizer=lambda parameters: torch.optim.Adam(parameters, lr=RATE),
             run=None if run is None else Path(run) / name,
             progress=progress,
-            options=FitOptions(seed, mixed_precision, device, channels_last),
+            options=options,
         )
-        found = record(net, val_loader, device=device, progress=progress)
+        found = record(net, val_loader, device=options.device, progress=progress)
         net.cpu()
-        return scores_of_record(found, score), found.losses.astype(np.float64)
+        return scores_of_record(found, search.score), found.losses.astype(np.float64)
 
-    say(f"training {places}, {epochs} epochs")
-    judged = CandidateScores(*learned(forest.net, epochs, "branches"), times.taps, times.cost)
+    say(f"training {places}, {search.epochs} epochs")
+    judged = CandidateScores(*learned(forest.net, search.epochs, "branches"), times.taps, times.cost)
     most = (1 - limit) * validation.samples
     best, least = search_exit_sets(judged, most, num_exits, say)
-    if final_epochs and np.isfinite(least).any():
-        name = f"final-{target.runtime}-batch-{target.batch_size}-threads-{target.threads}-{score}-{limit:.4f}"
+    if search.final_epochs and np.isfinite(least).any():
+        name = f"final-{target.runtime}-batch-{target.batch_size}-threads-{target.threads}-{search.score}-{limit:.4f}"
         kept = _finalists(
             None if run is None else Path(run) / name / "finalists.json", judged, least, max(PLACES, num_exits - 1)
         )
-        say(f"training {len(kept)} of them on, {final_epochs} epochs")
-        scores, losses = learned(forest.of(kept), final_epochs, name)
+        say(f"training {len(kept)} of them on, {search.final_epochs} epochs")
+        scores, losses = learned(forest.of(kept), search.final_epochs, name)
         judged = judged.replaced(kept, scores[:, :-1], losses[:, :-1])
         best, _ = search_exit_sets(judged, most, num_exits, say, among=kept)
     designs = tuple(_design(forest, judged, times, one, most) for one in best)
@@ -176,7 +158,7 @@ def advise(
     fastest = next(n for n, design in enumerate(designs) if design.us <= (1 + ALIKE) * least)
     return Advice(
         **asdict(target),
-        score=score,
+        score=search.score,
         plain_us=times.plain_us,
         accuracy=accuracy,
         min_accuracy=limit,

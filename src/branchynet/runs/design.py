@@ -18,7 +18,7 @@ from typing import Any
 
 from ..arguments import check_fraction
 from ..data import ImageData
-from ..design import Advice, advise
+from ..design import Advice, SearchOptions, advise
 from ..design.advising import DISTILL
 from ..errors import FileError, InputError
 from ..files import copy_file, read_json, write_json
@@ -34,6 +34,7 @@ from ..profiling.cost import measure
 from ..profiling.recording import record
 from ..profiling.target import Target
 from ..training.history import History
+from ..training.options import FitOptions
 from ..zoo import NETWORKS
 from .provenance import check_data, keep_bench, keep_data
 from .run import Run, configure, create_run, loaders, report_progress
@@ -214,13 +215,14 @@ def _advised(base: Run, data: ImageData, folder: Path, target: Target, asked: di
         target,
         max_drop=asked["max_drop"],
         num_exits=asked["exits"],
-        epochs=asked["epochs"],
-        final_epochs=asked["final_epochs"],
-        seed=settings.seed,
-        mixed_precision=settings.mixed_precision,
-        channels_last=settings.network in NETWORKS,
         run=base.path / "candidates",
         progress=progress,
+        search=SearchOptions(asked["epochs"], asked["final_epochs"]),
+        options=FitOptions(
+            seed=settings.seed,
+            mixed_precision=settings.mixed_precision,
+            channels_last=settings.network in NETWORKS,
+        ),
     )
     assert advice.network is not None
     save_weights(advice.network, folder / "warm.safetensors")
