@@ -35,8 +35,8 @@ def _rows():
 
 def _asked(row):
     below = row["below_points"]
-    told = "" if not below else f", {-below:+.1f} points asked"
-    return told if row["reached"] else f"{told}, not reached"
+    asked = "" if not below else f", {-below:+.1f} points asked"
+    return asked if row["reached"] else f"{asked}, not reached"
 
 
 def first_table():
@@ -91,7 +91,7 @@ def processors():
 
 
 def designs():
-    """Every design, measured beside what was predicted."""
+    """Every design, measured and predicted."""
     lines = [
         "| network | batch | exits | answers | accuracy | plain | exits alone | speed-up | predicted | us | predicted "
         "| overhead |",
@@ -109,38 +109,37 @@ def designs():
         *lines,
         "",
         f"One thread, {_machine()}. Made by `python benchmarks/experiments/design.py "
-        "NETWORK`; what is predicted is on disk before anything is measured.",
+        "NETWORK`, which stores its predictions before it measures.",
     ]
 
 
 def predictions():
-    """How far measured times are off the predicted ones, and what of it is the machine's pace."""
+    """How far measured times are from predicted ones, and how much of that is the pace of the machine."""
     rows = _rows()
     off, beside = [[abs(which(row)) for row in rows] for which in (_off, _off_beside_plain)]
     pace = [abs(row["plain_us"] / (row["predicted_speedup"] * row["predicted_us"]) - 1) for row in rows]
-    told = [
-        f"Beside the plain network's, measured times of the {len(rows)} rows are off the predicted ones by "
-        f"{statistics.median(beside):.0%} in the median and {max(beside):.0%} at most; wanted are 15 %. They "
-        f"are of {_here()}."
+    lines = [
+        f"Relative to the plain network, the measured times of the {len(rows)} rows differ from the predicted times by "
+        f"{statistics.median(beside):.0%} in the median and {max(beside):.0%} at most, on {_here()}; the goal is 15 %."
     ]
     beyond = [_where(row) for row in rows if abs(_off_beside_plain(row)) > 0.15]
     if beyond:
-        told.append(f"Beyond that are {len(beyond)}: {'; '.join(beyond)}.")
-    told.append(
-        f"In microseconds they are off by {statistics.median(off):.0%} in the median and {max(off):.0%} at most, with "
-        f"{sum(o > 0.15 for o in off)} beyond 15 %: the machine's pace changed between the two moments, the plain "
-        f"network itself by {statistics.median(pace):.0%} in the median and {max(pace):.0%} at most."
+        lines.append(f"Rows beyond that: {len(beyond)} ({'; '.join(beyond)}).")
+    lines.append(
+        f"In microseconds they differ by {statistics.median(off):.0%} in the median and {max(off):.0%} at most, and "
+        f"{sum(o > 0.15 for o in off)} rows by more than 15 %. The pace of the machine changed in between: the time of "
+        f"the plain network changed by {statistics.median(pace):.0%} in the median and {max(pace):.0%} at most."
     )
-    return told
+    return lines
 
 
 def single_exits():
-    """Designs of which one exit answers nearly everything."""
+    """Designs in which one exit answers nearly every sample."""
     return [
         f"On {TITLES[row['network']]}, batch {row['batch']}, {row['exit_share'][0]:.1%} leave at the first designed "
-        f"exit, whose accuracy alone is {row['exit_accuracy'][0]:.2%}, the plain network's "
-        f"{row['plain_accuracy']:.2%}: what the designer found there is a better small network, and the stages "
-        "behind it are only in the way. Take that exit alone then."
+        f"exit, which alone has an accuracy of {row['exit_accuracy'][0]:.2%}; the plain network has "
+        f"{row['plain_accuracy']:.2%}. The designer found a better small network there, and the later stages are not "
+        "needed. In such a case, use that exit alone."
         for row in _rows()
         if row["design"] == "designed" and row["answers"] == "of the exit" and not row["below_points"]
         if row["exit_share"][0] > NEARLY_ALL
@@ -161,7 +160,7 @@ def _where(row):
 
 
 def design_goals():
-    """What was wanted of the designed exits, and what holds them back."""
+    """The wanted and the measured speed-up of designed exits, and what limits it."""
     lines = [
         "| network | batch | answers | wanted | speed-up | beside plain, points | at best | engine's floor |",
         "|---|--:|---|--:|---|--:|--:|--:|",
@@ -180,33 +179,33 @@ def design_goals():
 
 
 def design_rivals():
-    """What a user would pick instead of designed exits."""
-    told = []
+    """The smaller plain networks that are the alternative to designed exits."""
+    groups = []
     table = results("reproduce/table1")
     for row in table["networks"]:
         plain = row["plain"]
         others = [f"{s['network']} {s['accuracy']:.2%} at {plain['us'] / s['us']:.2f}x" for s in row["smaller"]]
-        told.append(f"beside {plain['network']} ({plain['accuracy']:.2%}) {', '.join(others)}")
+        groups.append(f"for {plain['network']} ({plain['accuracy']:.2%}), {', '.join(others)}")
     whole, *fewer = results("text_smaller")["rows"]
     others = [
         f"{row['blocks']} blocks {row['accuracy']:.2%} at {whole['us_batch_1'] / row['us_batch_1']:.2f}x "
-        f"(of 64: {whole['us_batch_64'] / row['us_batch_64']:.2f}x)"
+        f"(batch 64: {whole['us_batch_64'] / row['us_batch_64']:.2f}x)"
         for row in fewer
     ]
-    told.append(f"beside the transformer of {whole['blocks']} blocks ({whole['accuracy']:.2%}) {', '.join(others)}")
+    groups.append(f"for the transformer of {whole['blocks']} blocks ({whole['accuracy']:.2%}), {', '.join(others)}")
     where = processor(table, results("text_smaller"))
-    return [f"Smaller plain networks by the same recipe, one sample a call, {where}: {'; '.join(told)}."]
+    return [f"Smaller plain networks with the same recipe, one sample per call, {where}: {'; '.join(groups)}."]
 
 
 def advising():
-    """How long advice takes."""
+    """How long `advise` takes."""
     found = results("advising")
-    told = "; ".join(
-        f"{r['network']} {r['minutes']:.1f} minutes for {r['candidates']} branches (wanted: {r['wanted_minutes']})"
+    rows = "; ".join(
+        f"{r['minutes']:.1f} minutes for {r['candidates']} branches on {r['network']} (goal: {r['wanted_minutes']})"
         for r in found["rows"]
     )
     where = f"{found['environment']['cores']} cores, {processor(found)}"
-    return [f"`advise` on {where}: {told}. Made by `{found['command']}`."]
+    return [f"`advise` takes {rows}; {where}. Made by `{found['command']}`."]
 
 
 DESIGN = {

@@ -8,22 +8,22 @@ GOALS = {"b_alexnet": 1.9}  # times faster, at the plain network's accuracy
 
 
 def rivals():
-    """The page's first sentences: which smaller plain networks a user would rather take."""
+    """The first sentences of the page: which smaller plain networks are the better choice."""
     found = results("reproduce/table1")["networks"]
     better = [(row, rival) for row in found if (rival := dominated(row))]
     if better:
-        told = "; ".join(f"{_beside(row, rival)}, and more accurate" for row, rival in better)
-        first = f"**With the paper's branches, a smaller plain network is the better choice:** {told}."
+        listed = "; ".join(f"{_beside(row, rival)}, and is more accurate" for row, rival in better)
+        first = f"**With the paper's branches, a smaller plain network is the better choice:** {listed}."
     else:
         first = (
-            "No smaller plain network of the same recipe is at once as accurate and as fast as the networks with "
+            "No smaller plain network with the same recipe is both as accurate and as fast as the networks with "
             "branches below."
         )
     near = [(row, rival) for row in found if (rival := _near(row))]
     if near:
-        told = "; ".join(_beside(row, rival) for row, rival in near)
-        first += f" **Who can spare a point of accuracy would rather take a smaller one:** {told}."
-    return [f"{first} Times are of {processor(results('reproduce/table1'))}."]
+        listed = "; ".join(_beside(row, rival) for row, rival in near)
+        first += f" **If you can spare a point of accuracy, a smaller network is the better choice:** {listed}."
+    return [f"{first} Times are from {processor(results('reproduce/table1'))}."]
 
 
 def _near(row):
@@ -36,7 +36,7 @@ def _near(row):
 def _beside(row, rival):
     first = row["branchy"][0]
     return (
-        f"{rival['network']} has {rival['accuracy']:.2%} at {row['plain']['us'] / rival['us']:.2f}x, where "
+        f"{rival['network']} has {rival['accuracy']:.2%} at {row['plain']['us'] / rival['us']:.2f}x, and "
         f"{first['network']} has {first['accuracy']:.2%} at {first['gain']:.2f}x"
     )
 
@@ -52,7 +52,7 @@ def table_1():
 
 
 def in_short():
-    """The paper's networks, a row each: ours at the plain network's validation accuracy, and the published."""
+    """The networks of the paper, one per row: ours at the plain network's validation accuracy, and the published."""
     found = results("reproduce/table1")
     better = {r["network"]: r for r in results("design")["rows"] if _designed(r) and processor(r) == processor(found)}
     lines = [
@@ -63,10 +63,10 @@ def in_short():
     for row in found["networks"]:
         plain, first, theirs = row["plain"], row["branchy"][0], row["published"]
         mean = next((point for point in row["branchy"] if point["network"].endswith("averaged")), None)
-        told = f"{mean['accuracy']:.2%}, **{mean['gain']:.2f}x**" if mean else "not measured"
+        averaged = f"{mean['accuracy']:.2%}, **{mean['gain']:.2f}x**" if mean else "not measured"
         lines.append(
             f"| {first['network']} | {plain['accuracy']:.2%} | {first['accuracy']:.2%} | **{first['gain']:.2f}x** "
-            f"| {told} | {_beside_plain(better.get(row['name']))} "
+            f"| {averaged} | {_beside_plain(better.get(row['name']))} "
             f"| {theirs['plain_accuracy']:.2%} to {theirs['accuracy']:.2%}, {theirs['cpu_gain']:.1f}x |"
         )
     where = processor(found, *better.values())
@@ -74,7 +74,7 @@ def in_short():
 
 
 def _designed(row):
-    """Whether a row is of designed exits, one sample a call, answers of the exit taken, and nothing more asked."""
+    """Whether a row has designed exits, one sample per call, answers of the exit taken, and no extra accuracy asked."""
     kind = row["batch"], row["design"], row["answers"], row["below_points"]
     return kind == (1, "designed", "of the exit", 0.0) and "measured_us" in row
 
@@ -86,7 +86,7 @@ def _beside_plain(row):
 
 
 def earlier():
-    """The gains of earlier runs beside those of the run that is kept: how far the clock can be trusted."""
+    """The gains of earlier runs and of the stored run: how much the times vary."""
     before = {}
     runs = results("table1-earlier")["runs"]
     where = processor(results("reproduce/table1"), *runs)
@@ -99,7 +99,7 @@ def earlier():
         for p in t["branchy"]
         if (key := (p["network"], p["asked_on_validation"])) in before
     ]
-    return [f"Gains of earlier runs on {where}, same weights and thresholds: {'; '.join(pairs)}."]
+    return [f"Gains in earlier runs on {where}, with the same weights and thresholds: {'; '.join(pairs)}."]
 
 
 def held_back():
@@ -126,13 +126,13 @@ def held_back():
 def approximate():
     listed = results("cifar_training-b_alexnet")["approximate_images"]
     return [
-        f"Of the 60,000 images of the copy used here {sum(listed.values())} are close approximations of the published "
-        f"ones: {listed['train']} of those trained and chosen on, {listed['test']} of the test images."
+        f"Of the 60,000 images in the copy used here, {sum(listed.values())} are close approximations of the published "
+        f"images: {listed['train']} training and validation images, and {listed['test']} test images."
     ]
 
 
 def trainings():
-    """How the weights that ship for CIFAR-10 were made."""
+    """How the shipped CIFAR-10 weights were trained."""
     lines = [
         "| weights | epochs | accuracy of each exit, test | hours | processor | seed |",
         "|---|---|---|--:|---|--:|",
