@@ -17,7 +17,8 @@ from branchynet.deploy.loading import load, verify
 from branchynet.deploy.onnx_file import read_model
 from branchynet.deploy.stored_samples import read_samples
 from branchynet.errors import BranchyNetError, FileError, InputError
-from branchynet.policy.values import Policy, Prediction
+from branchynet.policy.prediction import Prediction
+from branchynet.policy.values import Policy
 from helpers.networks import draw, tokens, two_inputs
 from helpers.onnx_graphs import Sketch, flat_lenet, flat_of, hasty_threads
 

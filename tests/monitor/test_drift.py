@@ -17,7 +17,8 @@ from branchynet.monitor.budget import BudgetController
 from branchynet.monitor.drift import Monitor
 from branchynet.monitor.martingale import CHUNK, ConformalRanks, _returns
 from branchynet.policy.exit_record import ExitRecord
-from branchynet.policy.values import Choice, ExitCost, Outcome, Policy, Prediction
+from branchynet.policy.prediction import Prediction
+from branchynet.policy.values import Choice, ExitCost, Outcome, Policy
 
 POLICY = Policy(thresholds=(0.1, 0.3))
 COST = ExitCost((20, 30, 50), (5, 5, 0))

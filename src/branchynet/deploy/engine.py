@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from ..arguments import whole
 from ..errors import FileError, InputError
 from ..files import parse_json
-from ..policy.values import Policy, Prediction
+from ..policy.prediction import Prediction
+from ..policy.values import Policy
 from ..stored import from_stored
 from .inputs import Input, check_thresholds, checked_inputs
 

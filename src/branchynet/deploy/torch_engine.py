@@ -17,7 +17,8 @@ from ..graph.torch_stages import cut_stages
 from ..nn.calls import arguments
 from ..nn.checks import check_network, resolve_device
 from ..policy.exit_rule import as_deployed, stays
-from ..policy.values import Policy, Prediction
+from ..policy.prediction import Prediction
+from ..policy.values import Policy
 from .inputs import Input, check_thresholds, checked_inputs
 from .oracle import answers_alone
 from .tolerance import differences, tolerances

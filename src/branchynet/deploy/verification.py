@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from ..environment import processor
 from ..errors import VerificationError
-from ..policy.values import Policy, Prediction, thresholds_text
+from ..policy.prediction import Prediction
+from ..policy.values import Policy, thresholds_text
 from .engine import Engine
 from .onnx_file import parse_model
 from .stored_samples import Samples, samples_in

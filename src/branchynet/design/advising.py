@@ -96,24 +96,15 @@ def advise(
         GraphError: a place where the network cannot be cut (the value in the way is named), or none.
     """
     say: Callable[[str], None] = partial(print, flush=True, file=sys.stderr) if progress else lambda line: None
-    if num_exits < 2:
-        raise InputError(f"num_exits must be at least 2, the network's own included; got {num_exits}")
     check_target(target)
-    if max_drop is not None and min_accuracy is not None:
-        raise InputError("give max_drop or min_accuracy, not both")
-    if max_drop is not None:
-        check_fraction("max_drop", max_drop)
+    _check_limits(num_exits, max_drop, min_accuracy)
     validation = record(backbone, val_loader, device=options.device, progress=progress)
     alone = validation.take(halves(validation.samples)[0])
     accuracy = evaluate(alone, Policy()).accuracy
     _check_trained(alone, accuracy)
     _check_data(alone, validation.samples, accuracy, train_loader)
     limit = accuracy - (max_drop or 0.0) if min_accuracy is None else min_accuracy
-    if limit > accuracy:
-        raise InputError(
-            f"the network has {accuracy:.2%} accuracy on the validation samples, less than the limit of {limit:.2%}: "
-            "exits are chosen not to lose accuracy, not to gain it; ask for less, or train on"
-        )
+    _check_reached(accuracy, limit)
     say("looking for places where exits can stand")
     torch.manual_seed(options.seed)
     forest, flat = _planted(backbone, example, search.taps, resolve(search.score))
@@ -152,8 +143,7 @@ def advise(
         judged = judged.replaced(kept, scores[:, :-1], losses[:, :-1])
         best, _ = search_exit_sets(judged, most, num_exits, say, among=kept)
     designs = tuple(_design(forest, judged, times, one, most) for one in best)
-    known = validation.sample_digests
-    selected_on = "" if known is None else sketch(known[judged.tuning])
+    selected_on = _sketch(validation, judged)
     least = min(design.us for design in designs)
     fastest = next(n for n, design in enumerate(designs) if design.us <= (1 + ALIKE) * least)
     return Advice(
@@ -170,6 +160,29 @@ def advise(
         selected_on=selected_on,
         network=_selected(forest.network(best[fastest].chosen), selected_on),
     )
+
+
+def _check_limits(num_exits: int, max_drop: float | None, min_accuracy: float | None) -> None:
+    if num_exits < 2:
+        raise InputError(f"num_exits must be at least 2, the network's own included; got {num_exits}")
+    if max_drop is not None and min_accuracy is not None:
+        raise InputError("give max_drop or min_accuracy, not both")
+    if max_drop is not None:
+        check_fraction("max_drop", max_drop)
+
+
+def _check_reached(accuracy: float, limit: float) -> None:
+    if limit > accuracy:
+        raise InputError(
+            f"the network has {accuracy:.2%} accuracy on the validation samples, less than the limit of {limit:.2%}: "
+            "exits are chosen not to lose accuracy, not to gain it; ask for less, or train on"
+        )
+
+
+def _sketch(validation: ExitRecord, judged: CandidateScores) -> str:
+    """Of the samples that chose the design; empty where they are not known."""
+    known = validation.sample_digests
+    return "" if known is None else sketch(known[judged.tuning])
 
 
 def _selected(net: BranchyNet, known: str) -> BranchyNet:

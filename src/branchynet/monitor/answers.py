@@ -9,8 +9,9 @@ from numpy.typing import ArrayLike
 from ..errors import InputError
 from ..policy.exit_record import ExitRecord
 from ..policy.exit_rule import as_deployed, exit_positions
+from ..policy.prediction import Prediction
 from ..policy.record_scores import scores_of_record
-from ..policy.values import Floats, Ints, Policy, Prediction
+from ..policy.values import Floats, Ints, Policy
 
 
 class PicklableLock:

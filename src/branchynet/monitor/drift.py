@@ -11,7 +11,8 @@ from ..arguments import check_seed, real
 from ..errors import InputError
 from ..policy.evaluation import policy_for
 from ..policy.exit_record import ExitRecord, check_cost
-from ..policy.values import Choice, Floats, Ints, Policy, Prediction
+from ..policy.prediction import Prediction
+from ..policy.values import Choice, Floats, Ints, Policy
 from .answers import PicklableLock, answered, answered_labels, answered_scores, predicted
 from .martingale import CHUNK, ConformalRanks, TestMartingale, suspect
 

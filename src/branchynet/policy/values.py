@@ -1,4 +1,4 @@
-"""The frozen values that pass between the rooms: ExitCost, Policy, Outcome, Promise, Choice, Prediction.
+"""The frozen values that pass between the rooms: ExitCost, Policy, Outcome, Promise, Choice.
 
 Shape letters: S samples recorded, B samples in a batch, N exits, C classes. Exits are numbered from 1, as in the paper;
 position n - 1 of a tuple or axis belongs to exit n.
@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -321,23 +321,6 @@ def _read_sealed(path: str | os.PathLike[str], kind: str, remedy: str) -> Any:
 def _parts(kind: str, content: dict[str, Any]) -> list[tuple[str, str]]:
     """What a checksum is of: the content, however the file is laid out."""
     return [(kind, json.dumps(content, sort_keys=True))]
-
-
-class Prediction(NamedTuple):
-    """What an engine answers for a batch of B samples; numpy arrays.
-
-    Attributes:
-        label: `(B, ...)` int64, the index of the largest output along dimension 1; it means nothing for regression and
-            for several labels a sample, where `output` is the answer.
-        exit: `(B,)` int64, the exit that answered, from 1.
-        score: `(B,)` float32, that exit's score; smaller = surer.
-        output: `(B, C, ...)` float32, that exit's output.
-    """
-
-    label: Ints
-    exit: Ints
-    score: Floats
-    output: Floats
 
 
 def thresholds_text(thresholds: Sequence[float | None]) -> str:

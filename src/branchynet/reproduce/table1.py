@@ -67,8 +67,8 @@ def table(tables: list[dict[str, Any]]) -> str:
             lines.append(
                 _line(
                     f"**{row['network']}**{asked}", row["accuracy"], row["us"], f"**{row['gain']:.2f}x**",
-                    f"{row['overhead']:.2f}", f"{row['limit_us']:.0f}", row["macs"], row["thresholds"],
-                    row["exit_share"],
+                    f"{row['overhead']:.2f}", f"{row['limit_us']:.0f}", row["macs"],
+                    (row["thresholds"], row["exit_share"]),
                 )
             )  # fmt: skip
             if cuda := row["cuda"]:
@@ -86,11 +86,11 @@ def table(tables: list[dict[str, Any]]) -> str:
 
 def _line(
     name: str, accuracy: float, us: float, gain: str = "", overhead: str = "", limit: str = "",
-    macs: float | None = None, thresholds: Sequence[float | None] = (), shares: Sequence[float] = (),
+    macs: float | None = None, rule: tuple[Sequence[float | None], Sequence[float]] = ((), ()),
 ) -> str:  # fmt: skip
     cells = (
         name, f"{accuracy:.2%}", f"{us:.0f}", gain, overhead, limit, "" if macs is None else _millions(macs),
-        thresholds_text(thresholds), _shares(shares),
+        thresholds_text(rule[0]), _shares(rule[1]),
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"
 

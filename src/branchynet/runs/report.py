@@ -10,9 +10,10 @@ from ..deploy.loading import load
 from ..design import Advice
 from ..policy.evaluation import evaluate, frontier
 from ..policy.exit_record import ExitRecord
+from ..policy.prediction import Prediction
 from ..policy.promise import tightest
 from ..policy.record_scores import scores_of_record
-from ..policy.values import Choice, Prediction
+from ..policy.values import Choice
 from ..report import Gallery, write_report
 from ..stored import read_entry
 from .provenance import bench_rows, check_data, check_report, outdated
