@@ -401,7 +401,7 @@ def test_outputs_without_a_dimension_of_their_own_are_refused_with_the_remedy(tm
         joint_loss(net(x), y, loss=F.mse_loss)
     with pytest.raises(InputError, match=r"exit 2: \(4,\).*unsqueeze\(1\)"):
         record(net, [(x, y)], loss=squashed, score=disagreement, progress=False)
-    with pytest.raises(GraphError, match=r"one number a sample as \(B, 1\)"):
+    with pytest.raises(GraphError, match=r"one number per sample as \(B, 1\)"):
         export(net, tmp_path / "model.onnx", policy=Policy(disagreement, (0.5,)), example=x)
 
 

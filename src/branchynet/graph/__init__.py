@@ -1,5 +1,5 @@
-"""Graphs: exporting a network flat, cutting it at its exits, nesting the exits."""
+"""Graphs of a network: flat export, the cut at its exits, and nested exits."""
 
 from ..environment import EXPORTING, require
 
-require(*EXPORTING)  # before modules of theirs are imported that other versions do not have
+require(*EXPORTING)  # first: the imports below fail with other versions

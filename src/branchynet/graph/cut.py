@@ -1,10 +1,9 @@
 """The cut: which stage of the computation a node belongs to.
 
-One rule serves every graph, of whatever origin and shape: ``stage(node) = min{n : node is an ancestor of exit n}``.
-Running stage after stage then computes exactly what each exit needs, for chains, residual networks, several inputs and
-trees alike.
+One rule serves every graph: ``stage(node) = min{n : node is an ancestor of exit n}``. Running the stages in order then
+computes exactly what each exit needs, for chains, residual networks, several inputs and trees.
 
-What a later stage needs of an earlier one is picked by rows, or else computed again: `Dependence` tells which.
+Values that a later stage reads from an earlier one are picked by rows or recomputed; `Dependence` decides which.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -14,11 +13,11 @@ Node = TypeVar("Node", bound=Hashable)
 
 
 def cut(exits: Sequence[Iterable[Node]], parents: Callable[[Node], Iterable[Node]]) -> dict[Node, int]:
-    """The stage of every node that some exit needs, from 1; nodes that none needs are absent.
+    """Return the stage of every node that some exit needs, counted from 1; other nodes are absent.
 
     Args:
-        exits: for each exit, in order, the nodes whose results it gives out.
-        parents: the nodes whose results a node reads.
+        exits: for each exit, in order, its output nodes.
+        parents: returns the nodes that a node reads.
     """
     stage: dict[Node, int] = {}
     for n, needed in enumerate(exits, 1):
@@ -32,16 +31,16 @@ def cut(exits: Sequence[Iterable[Node]], parents: Callable[[Node], Iterable[Node
 
 
 class Dependence(Generic[Node]):
-    """How the values of a graph depend on the batch. Values are added sources first.
+    """How the values of a graph depend on the batch. Add values in topological order.
 
-    A value made of the number of samples alone, such as their places in the batch, is another one for a smaller batch,
-    so its rows cannot be picked. Numbers that are made of such values inherit this. Features do not, since a sample's
-    answer does not depend on its place.
+    A value that is computed only from the number of samples, such as their positions in the batch, differs for a
+    smaller batch, so its rows cannot be picked. Integers that are computed from such values inherit this. Features do
+    not, because a sample's output does not depend on its position.
 
     Attributes:
         samples: values that depend on the samples.
-        size: values that depend on how many samples there are, and on nothing else of the batch.
-        again: those of both that a smaller batch computes again.
+        size: values that depend on the number of samples, and on nothing else of the batch.
+        again: values of both kinds that must be recomputed for a smaller batch.
     """
 
     def __init__(self, inputs: Iterable[Node], integers: Iterable[Node]) -> None:
@@ -64,15 +63,15 @@ class Dependence(Generic[Node]):
         costly: bool = False,
         measures: bool = False,
     ) -> None:
-        """Add a value that a node makes.
+        """Add an output of a node.
 
         Args:
-            value: it.
+            value: the output.
             reads: all values that the node reads.
-            data: those of `reads` that become part of the value; others say where or how large.
-            number: whether the value holds integers; None if that depends on what it is made of, as with casts.
-            costly: the node is not to be computed again.
-            measures: the node reads the sizes of values alone.
+            data: the values of `reads` that become part of the output; the others are indices or sizes.
+            number: whether the output holds integers; None if that depends on `data`, as for casts.
+            costly: whether the node is too expensive to recompute.
+            measures: whether the node reads only the sizes of values.
         """
         reads = [v for v in reads if self.varies(v)]
         if not reads:

@@ -1,4 +1,4 @@
-"""Multiply-accumulates of a flat graph, divided among the trunk and the branches by the rule of the cut."""
+"""Count multiply-accumulates of a flat graph, and divide them between trunk and branches by the rule of the cut."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,14 +15,15 @@ Shape = list[int | None]
 
 
 def exit_macs(flat: FlatGraph) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """`(trunk, branch)`, one number per exit each: multiply-accumulates per sample of what is listed in `COUNTED`.
+    """Return multiply-accumulates per sample as `(trunk, branch)`, with one number per exit each.
 
-    What the last exit needs is the trunk, each node in the segment up to the first exit that needs it. All else is of
-    branches and counts with the first exit that needs it, also where several exits in one branch share it (a tree): so
-    an exit costs what it takes where all before it are in use, and without early exits the network costs its trunk.
-    Where the first of those exits is left out, the cost of the others lacks what they share.
+    Only the operators in `COUNTED` count. The nodes that the last exit needs are the trunk; each counts in the segment
+    up to the first exit that needs it. All other nodes belong to branches and count with the first exit that needs
+    them, also if several exits in one branch share them (a tree). So the numbers of an exit are its cost when all exits
+    before it are enabled, and the network without early exits costs its trunk. If the first exit of a shared branch is
+    disabled, the cost of the others lacks their shared nodes.
 
-    Both are empty where a product has a size that depends on values, so that nobody can count.
+    Both are empty if the size of a product depends on tensor values, because the count is then unknown.
     """
     named = {value.name: value for value in flat.model.graph.outputs}
     exits = [
@@ -41,9 +42,9 @@ def exit_macs(flat: FlatGraph) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def _node_macs(node: ir.Node) -> float:
-    """Of one node; NaN where a size is not known."""
+    """Multiply-accumulates of one node; NaN if a size is unknown."""
     inner = [sum(_node_macs(each) for each in graph) for graph in graphs_of(node)]
-    if any(inner):  # how many turns a loop takes is not known; of an If the costlier side counts
+    if any(inner):  # the number of a loop's iterations is unknown; for an If, the more expensive side counts
         return max(inner) if node.op_type == "If" and not math.isnan(sum(inner)) else math.nan
     count = COUNTED.get(node.op_type)
     return 0.0 if count is None else count(node)
@@ -54,7 +55,7 @@ def _size(dims: Sequence[int | None]) -> float:
 
 
 def _shape(value: ir.Value | None) -> Shape:
-    """With one sample as the batch; a single unknown dimension where the rank is not known."""
+    """The shape with a batch of one sample; a single unknown dimension if the rank is unknown."""
     return [None] if value is None or value.shape is None else [_dim(d) for d in value.shape]
 
 
@@ -78,7 +79,7 @@ def _product(node: ir.Node) -> float:
 
 
 def _recurrent(node: ir.Node) -> float:
-    """Every step multiplies each sample by all weights: `(directions, gates x hidden, ...)` of input and state."""
+    """Every step multiplies each sample by all weights of input and state, `(directions, gates x hidden, ...)`."""
     steps = _size(_shape(node.inputs[0])[:2])
     return steps * (_size(_shape(node.inputs[1])) + _size(_shape(node.inputs[2])))
 

@@ -1,4 +1,4 @@
-"""How much memory a sample takes while a graph runs."""
+"""Memory that a graph needs per sample while it runs."""
 
 import math
 
@@ -9,10 +9,10 @@ from .onnx_flat import FlatGraph
 
 
 def sample_bytes(flat: FlatGraph) -> int:
-    """Bytes of activations a sample: the most that are in use at once when nodes run in the order of the graph.
+    """Return the peak of activation bytes per sample when the nodes run in the order of the graph.
 
-    A value is in use from the node that makes it to the last that reads it, the network's outputs to the end. What a
-    runtime needs within an operator comes on top. Dimensions that the graph does not tell count as 1.
+    A value is in use from the node that computes it to the last node that reads it; outputs of the network are in use
+    to the end. Memory that a runtime needs inside an operator is not included. Unknown dimensions count as 1.
     """
     nodes = list(flat.model.graph)
     last = {v: i for i, node in enumerate(nodes) for v in (*node.outputs, *node.inputs) if v is not None}

@@ -1,4 +1,4 @@
-"""A graph under construction, into which parts of a flat graph are copied."""
+"""Build an ONNX graph from copies of parts of a flat graph."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -7,19 +7,20 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-BATCH = "batch"  # the symbol for how many samples the network is given
+BATCH = "batch"  # the symbol of the batch size
 BOOL, INT64, FLOAT = ir.TensorType(ir.DataType.BOOL), ir.TensorType(ir.DataType.INT64), ir.TensorType(ir.DataType.FLOAT)
 
 
 def reserved(name: str) -> bool:
-    """Whether the finished graph calls one of its own inputs or outputs so."""
+    """Whether the finished graph uses this name for an input or output of its own."""
     return re.fullmatch(r"label|exit|score|output|threshold_\d+", name) is not None
 
 
 class GraphBuilder:
-    """Nodes and initializers of one graph, with the names of its level, so that names stay unique when graphs nest.
+    """Nodes and initializers of one graph. Names contain the level, so that they are unique in nested graphs.
 
-    Level 1 sees the whole batch; level n + 1 the samples that stay at the n-th exit. Its symbol for how many: `batch`.
+    Level 1 sees the whole batch; level n + 1 sees the samples that stay at the n-th exit. `batch` is the symbol of
+    their number.
     """
 
     def __init__(self, level: int) -> None:
@@ -39,7 +40,7 @@ class GraphBuilder:
         type: ir.TypeProtocol | None = None,
         shape: Sequence[int | str | None] | ir.Shape | None = None,
     ) -> ir.Value:
-        """Append a node of our own with one output and return that output."""
+        """Append a node with one output and return the output."""
         name = self.own(name)
         node = ir.node(op_type, inputs, attributes or {}, num_outputs=1, name=name)
         output = node.outputs[0]
@@ -49,25 +50,25 @@ class GraphBuilder:
         return output
 
     def constant(self, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
-        """An initializer of our own in this graph."""
+        """Add a constant and return its value."""
         name = self.own(name)
         if name not in self.initializers:
             self.initializers[name] = ir.val(name, const_value=ir.tensor(array, name=name))
         return self.initializers[name]
 
     def copy_initializer(self, value: ir.Value) -> ir.Value:
-        """The initializer `value` of the flat graph, as one of this graph."""
+        """Copy an initializer of the flat graph and return the copy."""
         name = self._named(value.name or "constant")
         copy = ir.Value(name=name, shape=value.shape, type=value.type, const_value=value.const_value)
         self.initializers[name] = copy
         return copy
 
     def copy_node(self, node: ir.Node, local: Callable[[ir.Value], ir.Value]) -> None:
-        """A copy of a flat graph's node; its outputs are registered in `values`.
+        """Append a copy of a node of the flat graph; its outputs are added to `values`.
 
         Args:
-            node: with the graphs that it holds, if any.
-            local: this graph's value for one of the flat graph that the node reads.
+            node: the node; subgraphs that it contains are copied too.
+            local: returns the value in this graph for a value of the flat graph that the node reads.
         """
         self.nodes.append(self._copy(node, local, self.values))
 
@@ -117,18 +118,18 @@ class GraphBuilder:
         return new
 
     def graph(self, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], name: str, **more: Any) -> ir.Graph:
-        """The finished graph."""
+        """Return the finished graph."""
         return ir.Graph(
             inputs, outputs, nodes=self.nodes, initializers=tuple(self.initializers.values()), name=name, **more
         )
 
     def dim(self, dim: int | ir.SymbolicDim) -> int | str | None:
-        """A dimension of the flat graph as this level sees it."""
+        """Convert a dimension of the flat graph to this level."""
         value = dim.value if isinstance(dim, ir.SymbolicDim) else dim
         return re.sub(rf"\b{BATCH}\b", self.batch, value) if isinstance(value, str) else value
 
     def own(self, name: str) -> str:
-        """A name that no value of the network has, since the exporter writes no slashes."""
+        """Return a name that no value of the network has, because the exporter writes no slashes."""
         return f"exits/{name}/{self.level}"
 
     def _named(self, name: str) -> str:

@@ -1,6 +1,6 @@
-"""From a PyTorch network to one flat ONNX graph that computes every exit, tidied before it is cut.
+"""Export a PyTorch network to one flat ONNX graph that computes every exit, and simplify it before the cut.
 
-The static baseline goes through the same function, so that it gets every rewrite that our graphs get.
+The plain network is exported by the same function, so the baseline gets the same rewrites.
 """
 
 import inspect
@@ -32,12 +32,12 @@ _RANDOM = {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "Rand
 
 @dataclass(frozen=True)
 class FlatGraph:
-    """A flat ONNX graph with every exit's output, and its score where asked for.
+    """A flat ONNX graph with every exit's output, and optionally every exit's score.
 
     Attributes:
-        model: outputs are named ``output_1..N`` and, with scores, ``score_1..N``.
-        exits: N.
-        dynamic: whether the leading dimension of every input is the free symbol ``batch``, or fixed at 1.
+        model: its outputs are named ``output_1..N`` and, with scores, ``score_1..N``.
+        num_exits: N.
+        dynamic: whether the leading dimension of every input is the free symbol ``batch``; otherwise it is fixed at 1.
     """
 
     model: ir.Model
@@ -45,7 +45,7 @@ class FlatGraph:
     dynamic: bool
 
     def value(self, name: str) -> ir.Value:
-        """The graph output of that name."""
+        """Return the graph output of that name."""
         return next(v for v in self.model.graph.outputs if v.name == name)
 
 
@@ -53,15 +53,15 @@ def flatten(net: nn.Module, example: Any, *, score: Score | None = None, dynamic
     """Export a network to a flat graph: all exits' outputs and, with `score`, their scores.
 
     Args:
-        net: a `BranchyNet`, or any network; see `branchynet.nn.network.exits_in` for which of its outputs are exits.
+        net: a `BranchyNet`, or any network; see `branchynet.nn.network.exit_outputs` for which outputs are exits.
         example: one batch of inputs: a tensor, a tuple of tensors, or a dict of keyword arguments.
-        score: computed in the graph for every exit.
-        dynamic: leave the batch size free; else it is fixed at 1.
+        score: the score to compute for every exit.
+        dynamic: whether the batch size is free; otherwise it is fixed at 1.
 
     Raises:
-        InputError: the example holds no tensors with a leading batch dimension, or `score` does not give one number a
-            sample.
-        GraphError: as `program_of` and `check_writable`, or the network draws random numbers.
+        InputError: the example holds no tensors with a leading batch dimension, or `score` does not return one number
+            per sample.
+        GraphError: see `program_of` and `check_writable`; or the network draws random numbers.
     """
     args, kwargs = arguments(example)
     program = program_of(net, example, score=score, dynamic=dynamic)
@@ -83,7 +83,7 @@ def flatten(net: nn.Module, example: Any, *, score: Score | None = None, dynamic
             )
             assert converted is not None
             model = _tidy(converted.model, names)
-    except Exception as error:  # torch and onnxscript pass on whatever a step of theirs raises
+    except Exception as error:  # torch and onnxscript pass on any error of their steps
         raise GraphError(f"{type(net).__name__} cannot be written as ONNX: {_first_cause(error)}") from error
     random = sorted({node.op_type for node in nodes_of(model.graph) if _is_random(node)})
     if random:
@@ -94,9 +94,9 @@ def flatten(net: nn.Module, example: Any, *, score: Score | None = None, dynamic
 
 
 def input_names(net: nn.Module, count: int, keywords: Sequence[str] = ()) -> list[str]:
-    """Names of the first `count` positional arguments of the network's own forward, then `keywords`.
+    """Return the names of the first `count` positional arguments of the network's forward, then `keywords`.
 
-    A name that the graph needs for itself gets an underscore behind it.
+    Underscores are appended to names that the graph itself uses.
     """
     forward = (net.backbone if isinstance(net, BranchyNet) else net).forward
     own = [p.name for p in inspect.signature(forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -109,7 +109,7 @@ def input_names(net: nn.Module, count: int, keywords: Sequence[str] = ()) -> lis
 
 
 def _promote(exported: torch.export.ExportedProgram) -> None:
-    """Cast integers before a float is reduced by them: torch's own converter fails on ``1.0 - mask``."""
+    """Cast integers that are subtracted from a float: torch's converter fails on ``1.0 - mask``."""
     for node in list(exported.graph.nodes):
         if node.target is torch.ops.aten.rsub.Scalar and node.args[0].meta["val"].dtype != node.meta["val"].dtype:
             whole, wanted = node.args[0], node.meta["val"].dtype
@@ -120,7 +120,7 @@ def _promote(exported: torch.export.ExportedProgram) -> None:
 
 
 def _tidy(model: ir.Model, names: Sequence[str]) -> ir.Model:
-    """Fold, fuse and merge, so that what trunk and branches share is computed and carried across the cut once."""
+    """Fold constants, fuse and merge nodes, so that shared values are computed once and cross the cut once."""
     passes.InlinePass()(model)
     rewriter.rewrite(model, pattern_rewrite_rules=[fuse_batchnorm_into_conv_rule, fuse_batchnorm_into_gemm_rule])
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
@@ -137,18 +137,18 @@ def _tidy(model: ir.Model, names: Sequence[str]) -> ir.Model:
     ):
         tidy(model)
     _own_outputs(model.graph)
-    if not any(any(graphs_of(node)) for node in model.graph):  # the pass takes their sequences for tensors
-        passes.ShapeInferencePass()(model)  # torch tells nothing of values inside its operators
+    if not any(any(graphs_of(node)) for node in model.graph):  # the pass mistakes their sequences for tensors
+        passes.ShapeInferencePass()(model)  # torch gives no shapes for values inside its operators
     _forget_unknown_lengths(model.graph)
-    for value, name in zip(model.graph.outputs, names, strict=True):  # some passes name an output anew
+    for value, name in zip(model.graph.outputs, names, strict=True):  # some passes rename outputs
         value.name = name
-    passes.NameFixPass()(model)  # an input may be called like a value that the exporter has named
+    passes.NameFixPass()(model)  # an input may have the name of a value that the exporter added
     model.ir_version = IR_VERSION
     return model
 
 
 def _forget_unknown_lengths(graph: ir.Graph) -> None:
-    """Leave no names for lengths but the batch's: each level of a nested graph would give the same one to another."""
+    """Remove symbolic dimensions except the batch: a symbol could have another size in each level of a nested graph."""
     for value in (v for node in nodes_of(graph) for v in node.outputs):
         if value.shape is not None:
             value.shape = ir.Shape([d if isinstance(d, int) or _is_of_batch(d) else None for d in value.shape])
@@ -159,7 +159,7 @@ def _is_of_batch(dim: ir.SymbolicDim) -> bool:
 
 
 def _own_outputs(graph: ir.Graph) -> None:
-    """Let a graph inside a node give out what its own nodes make; the passes leave it values from around it."""
+    """Make outputs of subgraphs come from their own nodes; the passes may leave values of the surrounding graph."""
     for inner in (inner for node in nodes_of(graph) for inner in graphs_of(node)):
         for place, value in enumerate(inner.outputs):
             maker = value.producer()
@@ -179,7 +179,7 @@ def _is_random(node: ir.Node) -> bool:
 
 
 def _relu_before_pool(graph: ir.Graph) -> None:
-    """ReLU(MaxPool(x)) becomes MaxPool(ReLU(x)): equal, and the runtime can fuse the ReLU into a convolution."""
+    """Replace ReLU(MaxPool(x)) by the equal MaxPool(ReLU(x)): the runtime can fuse its ReLU into a convolution."""
     for relu in list(graph):
         pool = relu.inputs[0].producer() if relu.op_type == "Relu" and relu.inputs[0] is not None else None
         if pool is None or pool.op_type != "MaxPool" or len(pool.outputs) != 1:

@@ -1,7 +1,7 @@
-"""Early exits inside one ONNX graph: stage n+1 sits in the ``then`` branch of an ``If`` after exit n.
+"""Nest early exits in one ONNX graph: stage n+1 is in the ``else`` branch of an ``If`` after exit n.
 
-For a batch, the samples that stay are picked by NonZero and Gather on every value that crosses the cut, and their
-answers are put back by ScatterND; so one file with a free batch size skips work per sample.
+In a batch, NonZero and Gather pick the samples that stay, in every value that crosses the cut, and ScatterND puts their
+answers back. So one file with a free batch size skips work per sample.
 """
 
 from collections.abc import Sequence
@@ -17,34 +17,34 @@ from .onnx_builder import BATCH, BOOL, FLOAT, INT64, GraphBuilder
 from .onnx_flat import IR_VERSION, OPSET, FlatGraph
 from .subgraphs import reads, within
 
-_SHARED_BYTES = 1 << 16  # a larger initializer that several stages use is stored once, in the outermost of them
+_SHARED_BYTES = 1 << 16  # larger initializers that several stages use are stored once, in the outermost stage
 _HEAVY = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN"}
-# What the further inputs of these say is where, or how large.
+# The inputs of these after the first are indices or sizes.
 _OF_FIRST = {"Reshape", "Expand", "Slice", "Tile", "Pad", "Squeeze", "Unsqueeze", "Split"}
 
 
 def nest(flat: FlatGraph, policy: Policy, *, thresholds: str = "default") -> ir.Model:
     """Nest the exits that `policy` enables.
 
-    The model's inputs are the network's and one ``threshold_n`` (1,) float32 an enabled exit but the last; its outputs
-    are ``label`` int64, ``exit`` int64 (from 1), ``score`` float32 and ``output`` float32, each with a leading batch
-    dimension.
+    The inputs of the model are the inputs of the network and, per enabled exit except the last, a ``threshold_n`` (1,)
+    float32. Its outputs are ``label`` int64, ``exit`` int64 (from 1), ``score`` float32 and ``output`` float32, each
+    with a leading batch dimension.
 
     Args:
-        flat: with scores.
-        policy: N-1 thresholds; an exit whose threshold is None is left out with its branch.
-        thresholds: ``"default"``: thresholds are inputs with default values; ``"input"``: required inputs.
+        flat: a flat graph with scores.
+        policy: N-1 thresholds; an exit with the threshold None is left out together with its branch.
+        thresholds: ``"default"`` gives the threshold inputs default values; ``"input"`` makes them required.
 
     Raises:
-        GraphError: a value that must cross a cut has no batch dimension and is too costly to compute again.
+        GraphError: a value that must cross a cut has no batch dimension and is too costly to recompute.
     """
     return _NestedGraph(flat, policy).model(required_thresholds=thresholds == "input")
 
 
 def flat_model(flat: FlatGraph, outputs: Sequence[str], label: str) -> ir.Model:
-    """The part of a flat graph that computes the named outputs, with the ``label`` of one of them.
+    """Return the part of a flat graph that computes the named outputs, and the ``label`` of one of them.
 
-    A graph that has a single output calls it ``output``.
+    A single output is named ``output``.
     """
     needed = [flat.value(name) for name in outputs]
     stage = cut([[v] for v in needed], parents)
@@ -65,7 +65,7 @@ def flat_model(flat: FlatGraph, outputs: Sequence[str], label: str) -> ir.Model:
 
 
 class _NestedGraph:
-    """One nesting under way. `levels[i]` is the section of the i-th enabled exit's stage, counted from 0."""
+    """The state of one nesting. `sections[i]` holds the stage of the i-th enabled exit, counted from 0."""
 
     def __init__(self, flat: FlatGraph, policy: Policy) -> None:
         self.flat = flat
@@ -75,7 +75,7 @@ class _NestedGraph:
         self.stage = cut(self.needs, parents)
         self.sections = [GraphBuilder(i + 1) for i in range(len(self.exits))]
         self.thresholds: list[ir.Value] = []
-        self.index: dict[tuple[int, int], ir.Value] = {}  # (i, j): rows of level i's batch that are level j's batch
+        self.index: dict[tuple[int, int], ir.Value] = {}  # (i, j): the rows of level i's batch that reach level j
         self.dependence = _dependence(flat)
 
     def model(self, required_thresholds: bool) -> ir.Model:
@@ -97,50 +97,49 @@ class _NestedGraph:
         return _finish(graph)
 
     def _level(self, i: int) -> list[ir.Value]:
-        """Emit level i and, nested in it, all later ones; return its [output, score, exit] for its whole batch.
+        """Emit level i with all later levels nested in it, and return its [output, score, exit] for its whole batch.
 
-        The last of several levels leaves the exit out: the level around it has numbered these samples already.
+        The last of several levels omits the exit, because the level around it has already numbered these samples.
         """
-        here = self.sections[i]
+        section = self.sections[i]
         for node in self.flat.model.graph:
             if min((self.stage[v] for v in node.outputs if v in self.stage), default=None) == i + 1:
-                here.copy_node(node, lambda v: self._localise(v, i))
+                section.copy_node(node, lambda v: self._localise(v, i))
         output, score = (self._localise(v, i) for v in self.needs[i])
-        batch: list[int | str] = [here.batch if self.flat.dynamic else 1]
+        batch: list[int | str] = [section.batch if self.flat.dynamic else 1]
         if i + 1 == len(self.exits):
             if i:
                 return [output, score]
-            # Not by Shape: plain OpenVINO computes a quantised convolution wrong whose output a ShapeOf reads.
-            least = here.constant("least", np.array([-np.inf], np.float32))
-            never = here.op("Less", [score, least], name="never", type=BOOL, shape=batch)
-            number = here.op("Cast", [never], {"to": ir.DataType.INT64}, name="none", type=INT64, shape=batch)
-            last = here.constant("last", np.array([self.exits[i]], np.int64))
-            exit = here.op("Add", [last, number], name="exit", type=INT64, shape=batch)
+            # Not with Shape: plain OpenVINO miscomputes a quantised convolution if a ShapeOf reads its output.
+            least = section.constant("least", np.array([-np.inf], np.float32))
+            never = section.op("Less", [score, least], name="never", type=BOOL, shape=batch)
+            number = section.op("Cast", [never], {"to": ir.DataType.INT64}, name="none", type=INT64, shape=batch)
+            last = section.constant("last", np.array([self.exits[i]], np.int64))
+            exit = section.op("Add", [last, number], name="exit", type=INT64, shape=batch)
             return [output, score, exit]
-        leaves = here.op("Less", [score, self.thresholds[i]], name="leaves", type=BOOL, shape=batch)
+        leaves = section.op("Less", [score, self.thresholds[i]], name="leaves", type=BOOL, shape=batch)
         exit = self._number(i, leaves)
-        here_results = [output, score] + ([exit] if i + 2 < len(self.exits) else [])
-        merged = self._if(i, leaves, here_results)
+        merged = self._if(i, leaves, [output, score] + ([exit] if i + 2 < len(self.exits) else []))
         return merged if len(merged) == 3 else [*merged, exit]
 
     def _number(self, i: int, leaves: ir.Value) -> ir.Value:
-        """The exit of every sample, as if the next were the last: ``next - leaves * (next - this)``.
+        """The exit of every sample, as if the next exit were the last: ``next - leaves * (next - this)``.
 
-        Of the ways to write it, this ran fastest at batch 1, where every node shows; Where took a microsecond more.
+        This form was the fastest of those measured at batch 1; a Where took a microsecond longer.
         """
-        here, (this, later) = self.sections[i], self.exits[i : i + 2]
-        number = here.op("Cast", [leaves], {"to": ir.DataType.INT64}, name="left", type=INT64, shape=leaves.shape)
+        section, (this, later) = self.sections[i], self.exits[i : i + 2]
+        number = section.op("Cast", [leaves], {"to": ir.DataType.INT64}, name="left", type=INT64, shape=leaves.shape)
         if later - this > 1:
-            gap = here.constant("gap", np.array([later - this], np.int64))
-            number = here.op("Mul", [number, gap], name="nearer", type=INT64, shape=leaves.shape)
-        next_exit = here.constant("next", np.array([later], np.int64))
-        return here.op("Sub", [next_exit, number], name="exit", type=INT64, shape=leaves.shape)
+            gap = section.constant("gap", np.array([later - this], np.int64))
+            number = section.op("Mul", [number, gap], name="nearer", type=INT64, shape=leaves.shape)
+        next_exit = section.constant("next", np.array([later], np.int64))
+        return section.op("Sub", [next_exit, number], name="exit", type=INT64, shape=leaves.shape)
 
     def _if(self, i: int, leaves: ir.Value, results: list[ir.Value]) -> list[ir.Value]:
         """The rest of the network for the samples that stay; a NaN score is not below a threshold, so it stays."""
-        here, deeper = self.sections[i], self.sections[i + 1]
+        section, deeper = self.sections[i], self.sections[i + 1]
         if self.flat.dynamic:
-            condition = here.op("ReduceMin", [leaves], {"keepdims": 0}, name="all_leave", type=BOOL, shape=[])
+            condition = section.op("ReduceMin", [leaves], {"keepdims": 0}, name="all_leave", type=BOOL, shape=[])
             stays = deeper.op("Not", [leaves], name="stays", type=BOOL, shape=leaves.shape)
             found = deeper.op("NonZero", [stays], name="found", type=INT64, shape=[1, deeper.batch])
             flat_shape = deeper.constant("flat", np.array([-1], np.int64))
@@ -157,7 +156,7 @@ class _NestedGraph:
             condition = leaves
             then = self._level(i + 1)[: len(results)]
             made = {v for node in deeper.nodes for v in node.outputs}
-            then = [  # a graph may give out only what its own nodes make
+            then = [  # outputs of a subgraph must come from its own nodes
                 v if v in made else deeper.op("Identity", [v], name=f"same_{k}", type=v.type, shape=v.shape)
                 for k, v in enumerate(then)
             ]
@@ -169,17 +168,17 @@ class _NestedGraph:
             "then_branch": leave.graph([], stay_as, f"leave_{self.exits[i]}"),
             "else_branch": deeper.graph([], then, f"stage_{self.exits[i + 1]}"),
         }
-        node = ir.node("If", [condition], branches, num_outputs=len(results), name=here.own("gate"))
+        node = ir.node("If", [condition], branches, num_outputs=len(results), name=section.own("gate"))
         for k, (new, old) in enumerate(zip(node.outputs, results, strict=True)):
-            new.name, new.type, new.shape = here.own(f"answer_{k}"), old.type, old.shape
-        here.nodes.append(node)
+            new.name, new.type, new.shape = section.own(f"answer_{k}"), old.type, old.shape
+        section.nodes.append(node)
         return list(node.outputs)
 
     def _localise(self, value: ir.Value, i: int) -> ir.Value:
-        """The value of the flat graph as level i sees it: its own, captured, gathered, or computed again."""
-        here = self.sections[i]
-        if value in here.values:
-            return here.values[value]
+        """The value at level i for a value of the flat graph: local, captured, gathered, or recomputed."""
+        section = self.sections[i]
+        if value in section.values:
+            return section.values[value]
         if value.is_initializer():
             local = self._initializer(value, i)
         else:
@@ -190,27 +189,27 @@ class _NestedGraph:
                 local = self.sections[home].values[value]
             elif (axis := _batch_axis(value)) is not None and value not in self.dependence.again:
                 source, rows = self.sections[home].values[value], self._rows(home, i)
-                shape = [here.dim(d) for d in value.shape or ()]
-                local = here.op(
+                shape = [section.dim(d) for d in value.shape or ()]
+                local = section.op(
                     "Gather", [source, rows], {"axis": axis}, name=f"{value.name}/stay", type=value.type, shape=shape
                 )
             else:
                 local = self._again(value, i)
-        here.values[value] = local
+        section.values[value] = local
         return local
 
     def _rows(self, home: int, i: int) -> ir.Value:
         """Which rows of level `home`'s batch make up level i's batch."""
         if (home, i) not in self.index:
-            before, here = self._rows(home, i - 1), self.sections[i]
-            self.index[home, i] = here.op(
+            before, section = self._rows(home, i - 1), self.sections[i]
+            self.index[home, i] = section.op(
                 "Gather", [before, self.index[i - 1, i]], {"axis": 0}, name=f"stay_of_{home + 1}", type=INT64,
-                shape=[here.batch],
+                shape=[section.batch],
             )  # fmt: skip
         return self.index[home, i]
 
     def _initializer(self, value: ir.Value, i: int) -> ir.Value:
-        """A copy in this level's own graph, where the runtime can fold and pack it; a large shared one is captured."""
+        """A copy in this level's graph, which the runtime can fold and pack; a large shared one is captured."""
         tensor = value.const_value
         if tensor is not None and tensor.nbytes >= _SHARED_BYTES:
             for section in self.sections[:i]:
@@ -219,51 +218,51 @@ class _NestedGraph:
         return self.sections[i].copy_initializer(value)
 
     def _again(self, value: ir.Value, i: int) -> ir.Value:
-        """Compute a value again from what this level's smaller batch holds: shapes, masks and the like."""
+        """Recompute a value, such as a shape or mask, from the smaller batch of this level."""
         node = value.producer()
         assert node is not None
         if _costly(node):
             raise GraphError(
                 f"the value {value.name!r} {value.shape} crosses from one stage to the next, but none of its "
-                "dimensions is the batch, so the samples that stay cannot be picked from it; tap where the batch "
-                "stands alone"
+                "dimensions is the batch alone, so the samples that stay cannot be picked from it; tap a submodule "
+                "whose output has the batch as a dimension"
             )
-        here = self.sections[i]
+        section = self.sections[i]
         if node.op_type == "Shape":
             shape = self._shape(node, i)
             if shape is not None:
                 return shape
-        here.copy_node(node, lambda v: self._localise(v, i))
-        return here.values[value]
+        section.copy_node(node, lambda v: self._localise(v, i))
+        return section.values[value]
 
     def _shape(self, node: ir.Node, i: int) -> ir.Value | None:
-        """The shape of a value on the smaller batch, without picking the value's rows only to measure them."""
-        here, source = self.sections[i], node.inputs[0]
+        """The shape of a value on the smaller batch, computed without gathering the value's rows."""
+        section, source = self.sections[i], node.inputs[0]
         assert source is not None
-        if _batch_axis(source) != 0 or source in here.values:
+        if _batch_axis(source) != 0 or source in section.values:
             return None
         start, end = (node.attributes[k].as_int() if k in node.attributes else None for k in ("start", "end"))
         home = next((j for j in range(i - 1, -1, -1) if source in self.sections[j].values), None)
         if start not in (None, 0) or home is None:
             return None
-        rows = here.op("Shape", [self.index[i - 1, i]], name=f"{node.outputs[0].name}/rows", type=INT64, shape=[1])
+        rows = section.op("Shape", [self.index[i - 1, i]], name=f"{node.outputs[0].name}/rows", type=INT64, shape=[1])
         if end == 1:
             return rows
         attributes = {"start": 1} if end is None else {"start": 1, "end": end}
-        rest = here.op(
+        rest = section.op(
             "Shape", [self.sections[home].values[source]], attributes, name=f"{node.outputs[0].name}/rest", type=INT64
         )
-        return here.op("Concat", [rows, rest], {"axis": 0}, name=node.outputs[0].name or "shape", type=INT64)
+        return section.op("Concat", [rows, rest], {"axis": 0}, name=node.outputs[0].name or "shape", type=INT64)
 
 
 def parents(value: ir.Value) -> list[ir.Value]:
-    """The values that the node which makes `value` reads."""
+    """Return the values that the producer of `value` reads."""
     node = value.producer()
     return [] if node is None else reads(node)
 
 
 def _batch_axis(value: ir.Value) -> int | None:
-    """Which dimension of a tensor is the batch; None where none is, or only a multiple of it, or where two are."""
+    """Which dimension of a tensor is the batch; None if none or two are, or only a multiple of it is."""
     if not isinstance(value.type, ir.TensorType | None):  # the shape of a sequence is that of its tensors
         return None
     axes = [axis for axis, dim in enumerate(value.shape or ()) if dim == BATCH]
@@ -278,7 +277,7 @@ def _dependence(flat: FlatGraph) -> Dependence[ir.Value]:
         read, lookup = reads(node), node.op_type.startswith(("Gather", "Scatter"))
         measures = node.op_type in ("Shape", "Size")
         start = node.attributes["start"].as_int() if "start" in node.attributes else 0
-        if measures and start >= 1 and _batch_axis(read[0]) == 0:  # of all dimensions but the batch
+        if measures and start >= 1 and _batch_axis(read[0]) == 0:  # all dimensions except the batch
             continue
         data = read[:1] if lookup or node.op_type in _OF_FIRST else read
         costly = _costly(node)
@@ -290,7 +289,7 @@ def _dependence(flat: FlatGraph) -> Dependence[ir.Value]:
 
 
 def _costly(node: ir.Node) -> bool:
-    """Whether a node, or one inside it, is too much work to be done again."""
+    """Whether a node, or a node inside it, is too expensive to recompute."""
     return any(inner.op_type in _HEAVY for inner in within(node))
 
 

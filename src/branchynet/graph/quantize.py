@@ -1,9 +1,8 @@
-"""From a float flat graph to an int8 one, before it is cut: what crosses the cut afterwards is int8 as well.
+"""Quantise a flat graph to int8 before the cut, so that the values that cross the cut are int8 too.
 
-A value computed in int8 stands in the graph as QuantizeLinear -> DequantizeLinear, which a runtime fuses with the
-operators around them. Every reader gets a DequantizeLinear of its own: by the rule of the cut this lands in the
-reader's stage, where the runtime finds it beside the operator it belongs to, and the tensor that crosses is the int8
-one, a quarter of the size.
+An int8 value is a pair QuantizeLinear -> DequantizeLinear in the graph, which a runtime fuses with the operators around
+it. Every reader gets its own DequantizeLinear: by the rule of the cut, it belongs to the reader's stage, where the
+runtime can fuse it, and the tensor that crosses is int8, a quarter of the size.
 """
 
 import logging
@@ -28,22 +27,22 @@ from .cut import cut
 from .onnx_flat import FlatGraph
 from .onnx_nest import parents
 
-Batch = tuple[NDArray[Any], ...]  # one array an input of the graph
+Batch = tuple[NDArray[Any], ...]  # one array per input of the graph
 Quantize = Literal["int8", "int8-full-range"]
 
 _WEIGHED = ("Conv", "Gemm", "MatMul")
-# What stands between convolutions; int8 where what it reads is int8 already.
+# Operators between convolutions; they become int8 if their inputs are int8.
 _BETWEEN = ("Add", "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "Concat", "Reshape", "Flatten",
             "Transpose", "Squeeze", "Unsqueeze")  # fmt: skip
 
 
 def check_quantize(quantize: str | None, calibration: Any) -> None:
-    """Refuse what cannot be meant, before any long work. Raises `InputError`."""
+    """Check the arguments `quantize` and `calibration`. Raises `InputError`."""
     if quantize not in (None, *get_args(Quantize)):
         raise InputError(f"quantize must be 'int8', 'int8-full-range', or None for float; got {quantize!r}")
     if quantize and calibration is None:
         raise InputError(
-            f"quantize={quantize!r} needs calibration=, a list of batches with some hundreds of training "
+            f"quantize={quantize!r} needs calibration=, a list of batches with a few hundred training "
             "samples, such as list(itertools.islice(train_loader, 8))"
         )
     if calibration is not None and not quantize:
@@ -56,38 +55,39 @@ def check_quantize(quantize: str | None, calibration: Any) -> None:
 
 
 def calibration_batches(loader: Iterable[Any], flat: FlatGraph) -> list[Batch]:
-    """The inputs in a loader, ready to feed to a flat graph: row by row where its batch is fixed at 1.
+    """Return the inputs in a loader as arrays for a flat graph; row by row if its batch is fixed at 1.
 
     Args:
         loader: yields inputs, or `(inputs, target)`; inputs are a tensor, a tuple of tensors, or a dict by keyword.
-        flat: whose inputs they are.
+        flat: the graph that reads the inputs.
 
     Raises:
-        InputError: no samples, or what the graph does not read.
+        InputError: the loader is empty, or its inputs do not fit the graph.
     """
     found = [batch for batch in (_arrays(batch, flat) for batch in loader) if len(batch[0])]
     if not found:
-        raise InputError("calibration= gave no samples; give a list of batches with some hundreds of training samples")
+        raise InputError("calibration= gave no samples; give a list of batches with a few hundred training samples")
     if flat.dynamic:
         return found
     return [tuple(a[i : i + 1] for a in batch) for batch in found for i in range(len(batch[0]))]
 
 
 def quantized(flat: FlatGraph, batches: Sequence[Batch], quantize: Quantize = "int8") -> FlatGraph:
-    """The graph with convolutions and matrix products in int8, one scale a channel of weights, ranges as in `batches`.
+    """Return the graph with convolutions and matrix products in int8.
 
-    The exits' outputs and scores stay float32: thresholds are compared with numbers finer than a step of int8.
+    Weights have one scale per channel; the ranges of activations come from `batches`. The exits' outputs and scores
+    stay float32, because thresholds need a finer resolution than a step of int8.
 
     x86 processors without VNNI add two products of a uint8 activation and an int8 weight in int16, which saturates at
     32,767. ``"int8"`` keeps weights in [-64, 64], and 2 * 255 * 64 = 32,640 fits; ``"int8-full-range"`` uses
-    [-127, 127] and is for processors with VNNI, and ARM ones.
+    [-127, 127], for processors with VNNI and ARM processors.
 
     Raises:
-        GraphError: there is nothing to quantise, or ONNX Runtime cannot.
+        GraphError: there is nothing to quantise, or ONNX Runtime cannot quantise it.
     """
     tail = _tail(flat)
     proto = ir.to_proto(flat.model)
-    onnx.helper.set_model_props(proto, {"onnx.quant.pre_process": "onnxruntime.quant"})  # or it advises what is done
+    onnx.helper.set_model_props(proto, {"onnx.quant.pre_process": "onnxruntime.quant"})  # avoids a needless warning
     with tempfile.TemporaryDirectory() as folder, _quiet():
         source, path = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
         try:
@@ -105,7 +105,7 @@ def quantized(flat: FlatGraph, batches: Sequence[Batch], quantize: Quantize = "i
                 reduce_range=quantize == "int8",
                 extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul"]},
             )
-        except Exception as error:  # it raises what its many steps happen to raise
+        except Exception as error:  # ONNX Runtime passes on any error of its steps
             raise GraphError(f"ONNX Runtime cannot quantise this network ({error}); export it in float") from error
         model = ir.load(path)
     if not any(node.op_type == "DequantizeLinear" for node in model.graph):
@@ -119,19 +119,19 @@ def quantized(flat: FlatGraph, batches: Sequence[Batch], quantize: Quantize = "i
 
 
 class _Reader(CalibrationDataReader):
-    """Batches as ONNX Runtime asks for them: None ends them."""
+    """Batches in the form that ONNX Runtime reads."""
 
     def __init__(self, flat: FlatGraph, batches: Sequence[Batch]) -> None:
         names = [v.name for v in flat.model.graph.inputs]
         self.feeds = iter([dict(zip(names, batch, strict=True)) for batch in batches])
 
     def get_next(self) -> Any:
-        """The next batch by the inputs' names, or None."""
+        """Return the next batch by input names, or None at the end."""
         return next(self.feeds, None)
 
 
 def _tail(flat: FlatGraph) -> list[str]:
-    """Names of the nodes behind the last product of every exit: what makes its output of that, and the scores."""
+    """Names of the nodes after the last product of every exit: they compute its output and its score."""
     exits = cut([[flat.value(f"output_{n}") for n in range(1, flat.num_exits + 1)]], parents)
     weighed = {n for n in flat.model.graph if n.op_type in _WEIGHED and n.outputs[0] in exits}
     before = cut([[v for node in weighed for v in node.inputs if v is not None]], parents)
@@ -143,7 +143,7 @@ def _tail(flat: FlatGraph) -> list[str]:
 
 
 def _other_sums(flat: FlatGraph) -> list[str]:
-    """Names of the sums that add nothing made by a convolution, as in transformers: int8 is too coarse there."""
+    """Names of the sums without an operand from a convolution, as in transformers: int8 is too coarse for them."""
 
     def convolved(value: ir.Value | None) -> bool:
         node = None if value is None else value.producer()
@@ -159,7 +159,7 @@ def _other_sums(flat: FlatGraph) -> list[str]:
 
 
 def _keep_tail_float(graph: ir.Graph, tail: Sequence[str], flat: FlatGraph) -> None:
-    """Undo the int8 step between an exit's last product and what reads it."""
+    """Remove the int8 step between an exit's last product and its readers."""
     names = set(tail)
     for node in list(graph):
         pairs = [use.node for use in node.outputs[0].uses()] if node.op_type == "QuantizeLinear" else []
@@ -187,7 +187,7 @@ def _own_dequantizers(graph: ir.Graph) -> None:
 
 
 def _describe(graph: ir.Graph, flat: FlatGraph) -> None:
-    """Shapes and types: those of the float graph, by which the cut finds the batch."""
+    """Copy shapes and types from the float graph; the cut needs them to find the batch dimension."""
     known = {v.name: v for node in flat.model.graph for v in node.outputs}
     for node in graph:
         for value in node.outputs:
@@ -201,11 +201,11 @@ def _describe(graph: ir.Graph, flat: FlatGraph) -> None:
 
 
 def _arrays(batch: Any, flat: FlatGraph) -> Batch:
-    """One batch of a loader as arrays in the order of the graph's inputs."""
+    """Convert a batch of a loader to arrays in the order of the graph's inputs."""
     inputs = flat.model.graph.inputs
     alone = isinstance(batch, (tuple, list)) and len(batch) == len(inputs) and all(isinstance(t, Tensor) for t in batch)
     if isinstance(batch, (tuple, list)) and len(batch) == 2 and not alone:
-        batch = batch[0]  # what stands beside it is the target
+        batch = batch[0]  # batch[1] is the target
     if isinstance(batch, Mapping):
         batch = in_order(batch, [v.name or "" for v in inputs])
     given = list(batch) if isinstance(batch, (tuple, list)) else [batch]
@@ -232,7 +232,7 @@ def _fits(array: NDArray[Any], value: ir.Value, first: NDArray[Any]) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep ONNX Runtime's advice out of the root logger, and the root logger as the caller has set it up."""
+    """Silence ONNX Runtime's advice in the root logger, then restore the root logger."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     root.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Nodes that hold graphs (If, Loop, Scan, SequenceMap): what these read of the graph around them."""
+"""Nodes that contain subgraphs (If, Loop, Scan, SequenceMap), and the values that these read from outside."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 
 def graphs_of(node: ir.Node) -> Iterator[ir.Graph]:
-    """The graphs that a node holds itself."""
+    """Yield the direct subgraphs of a node."""
     for attribute in node.attributes.values():
         if attribute.type == ir.AttributeType.GRAPH:
             yield attribute.as_graph()
@@ -15,20 +15,20 @@ def graphs_of(node: ir.Node) -> Iterator[ir.Graph]:
 
 
 def nodes_of(graph: ir.Graph) -> Iterator[ir.Node]:
-    """All nodes of a graph, and those of the graphs that they hold."""
+    """Yield all nodes of a graph and of its subgraphs."""
     for node in graph:
         yield from within(node)
 
 
 def within(node: ir.Node) -> Iterator[ir.Node]:
-    """The node, and all nodes of the graphs that it holds."""
+    """Yield the node and all nodes of its subgraphs."""
     yield node
     for graph in graphs_of(node):
         yield from nodes_of(graph)
 
 
 def reads(node: ir.Node) -> list[ir.Value]:
-    """What a node reads: its inputs, then what the graphs that it holds take from around it, each once."""
+    """Return the values that a node reads, each once: its inputs, then values that its subgraphs read from outside."""
     found = dict.fromkeys(v for v in node.inputs if v is not None)
     for graph in graphs_of(node):
         found.update(dict.fromkeys(_captured(graph)))

@@ -1,7 +1,7 @@
-"""From a PyTorch network to one flat torch.fx graph that computes every exit, tidied before it is cut.
+"""Export a PyTorch network to one flat torch.fx graph that computes every exit, and simplify it before the cut.
 
-The graph is functional and keeps PyTorch's own operators (`linear`, `conv2d`). The parameters and buffers that it reads
-are the network's own, not copies.
+The graph is functional and keeps PyTorch's operators (`linear`, `conv2d`). It shares the parameters and buffers of the
+network.
 """
 
 import operator
@@ -20,7 +20,7 @@ from .torch_program import NOT_THE_NETWORKS, argument_of, export_failure, progra
 
 _aten = torch.ops.aten
 _ANY_LAYOUT = {_aten.view.default: _aten.reshape.default, _aten._unsafe_view.default: _aten.reshape.default}
-_SWITCHES = ("dropout_p", "p", "train", "training")  # arguments that are 0 or False where nothing is random
+_SWITCHES = ("dropout_p", "p", "train", "training")  # if one of these arguments is 0 or False, nothing is random
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,10 +28,10 @@ class TorchGraph:
     """A functional graph with every exit's output and score.
 
     Attributes:
-        nodes: all of them, sources first.
+        nodes: all nodes, in topological order.
         inputs: the network's inputs.
-        outputs, scores: one an exit.
-        constants: the parameters, buffers, constants and submodules that nodes stand for.
+        outputs, scores: one per exit.
+        constants: the parameter, buffer, constant or submodule of each node that represents one.
         batch: the symbol of the batch size.
     """
 
@@ -47,16 +47,16 @@ def torch_flatten(net: nn.Module, example: Any, score: Score) -> TorchGraph:
     """Export a network with a free batch size, in eval mode, to one graph.
 
     Args:
-        net: a `BranchyNet`, or any network; see `branchynet.nn.network.exits_in` for which of its outputs are exits.
+        net: a `BranchyNet`, or any network; see `branchynet.nn.network.exit_outputs` for which outputs are exits.
         example: one batch of inputs: a tensor, a tuple of tensors, or a dict of keyword arguments.
-        score: computed in the graph for every exit.
+        score: the score to compute for every exit.
 
     Raises:
-        InputError, GraphError: as `program_of`.
+        InputError, GraphError: see `program_of`.
     """
     program = program_of(net, example, score=score)
     with torch.no_grad(), quiet_export():
-        try:  # takes no operator apart, but nothing is overwritten now
+        try:  # decomposes no operator, but makes the graph functional
             exported = program.exported.run_decompositions({})
         except Exception as error:
             raise GraphError(export_failure(error, program.whole, net)) from error
@@ -65,17 +65,18 @@ def torch_flatten(net: nn.Module, example: Any, score: Score) -> TorchGraph:
     inputs = tuple(node for node in graph.nodes if node.name in signature.user_inputs)
     _tidy(graph)
     returned: Any = graph.output_node().args[0]
-    results = returned[-len(signature.user_outputs) :]  # behind them stand inputs that the network overwrites
+    results = returned[-len(signature.user_outputs) :]  # before them come inputs that the network overwrites
     batch = inputs[0].meta["val"].shape[0].node.expr
     outputs, scores = results[: program.num_exits], results[program.num_exits :]
     return TorchGraph(tuple(graph.nodes), inputs, outputs, scores, constants, batch)
 
 
 def check(node: fx.Node, graph: TorchGraph) -> None:
-    """Refuse a node that cannot answer sample by sample.
+    """Check that a node can compute each sample on its own.
 
     Raises:
-        GraphError: it draws random numbers, makes Python numbers of a tensor's values, or decides for a whole batch.
+        GraphError: the node draws random numbers, converts tensor values to Python numbers, or branches for a whole
+            batch.
     """
     inner = graph.constants.get(node)
     for one in (node, *(inner.graph.nodes if isinstance(inner, fx.GraphModule) else ())):
@@ -93,7 +94,7 @@ def check(node: fx.Node, graph: TorchGraph) -> None:
 
 
 def name_of(node: fx.Node) -> str:
-    """The operator that a node calls, such as ``conv2d``; its own name where it calls none."""
+    """Return the operator that a node calls, such as ``conv2d``; the node's name if it calls none."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.removeprefix("aten::")
@@ -101,7 +102,7 @@ def name_of(node: fx.Node) -> str:
 
 
 def place_of(node: fx.Node) -> str:
-    """Such as `` in 'layers.0' at net.py:12``: the module and line that made a node, as far as torch tells."""
+    """Return the module and line of a node as far as torch records them, such as `` in 'layers.0' at net.py:12``."""
     modules = [readable_path(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
     frames = [text for text in node.meta.get("stack_trace", "").splitlines() if text.startswith('  File "')]
     lines = [text.split('"')[1] + ":" + text.split("line ")[1].split(",")[0] for text in frames]
@@ -127,16 +128,16 @@ def _constants(exported: torch.export.ExportedProgram, whole: nn.Module) -> dict
 
 
 def _tidy(graph: fx.Graph) -> None:
-    """Drop copies and merge common subexpressions, so that what trunk and branch share crosses the cut once."""
+    """Remove copies and merge common subexpressions, so that shared values cross the cut once."""
     seen: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        # Rows picked from a transposed value lie in memory in another way, so that a view may have to copy.
+        # Rows picked from a transposed value have another memory layout, so a view may have to copy.
         node.target = _ANY_LAYOUT.get(node.target, node.target)
         twin: Any = seen.setdefault((node.target, _key(node.args), _key(node.kwargs)), node)
         if node.target is _aten.clone.default and "memory_format" not in node.kwargs:
-            twin = node.args[0]  # which nothing overwrites
+            twin = node.args[0]  # nothing overwrites it
         if twin is not node:
             node.replace_all_uses_with(twin)
             graph.erase_node(node)

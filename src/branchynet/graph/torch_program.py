@@ -1,4 +1,4 @@
-"""From a PyTorch network to one exported torch program with every exit's output and score, or the reason why not."""
+"""Export a PyTorch network to one torch program with every exit's output and score, or explain why that fails."""
 
 import contextlib
 import inspect
@@ -24,7 +24,7 @@ from ..nn.trace import Trace
 from ..policy.scores import Score
 from .onnx_builder import BATCH
 
-# Code that is not the network's own.
+# Folders of code that does not belong to the network.
 NOT_THE_NETWORKS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 
 # The largest batch that convolutions and pooling export with on a GPU: the second side of a CUDA grid.
@@ -36,11 +36,11 @@ class Program:
     """An exported program.
 
     Attributes:
-        exported: functional; its outputs are every exit's output, then with scores every exit's score.
-        exits: N.
+        exported: a functional program; it returns every exit's output, then, with scores, every exit's score.
+        num_exits: N.
         kinds: ``("output",)``, or ``("output", "score")``.
-        dynamic_shapes: of the inputs, as `torch.export` takes them.
-        whole: the module that was exported.
+        dynamic_shapes: the shapes of the inputs in the form of `torch.export`.
+        whole: the exported module.
     """
 
     exported: torch.export.ExportedProgram
@@ -51,7 +51,7 @@ class Program:
 
 
 def tensors_of(example: Any) -> tuple[Tensor, ...]:
-    """The tensors of an example, positional ones first. Raises `InputError` where they are not one batch of tensors."""
+    """Return the tensors of an example, positional ones first. Raises `InputError` unless they are one batch."""
     args, kwargs = arguments(example)
     tensors = (*args, *kwargs.values())
     if not tensors or not all(isinstance(t, Tensor) and t.dim() > 0 and len(t) for t in tensors):
@@ -65,23 +65,24 @@ def tensors_of(example: Any) -> tuple[Tensor, ...]:
 
 
 def program_of(net: nn.Module, example: Any, *, score: Score | None, dynamic: bool = True) -> Program:
-    """Export a network in eval mode, after one plain forward, in which most mistakes show at once.
+    """Export a network in eval mode. A normal forward runs first, because it reveals most mistakes early.
 
     Args:
-        net: a `BranchyNet`, or any network; see `branchynet.nn.network.exits_in` for which of its outputs are exits.
+        net: a `BranchyNet`, or any network; see `branchynet.nn.network.exit_outputs` for which outputs are exits.
         example: one batch of inputs: a tensor, a tuple of tensors, or a dict of keyword arguments.
-        score: computed for every exit.
-        dynamic: leave the batch size free; else it is fixed at 1.
+        score: the score to compute for every exit.
+        dynamic: whether the batch size is free; otherwise it is fixed at 1.
 
     Raises:
-        InputError: the example holds no tensors with a leading batch dimension, or `score` does not give one number a
-            sample.
-        GraphError: as `check_weights`; the network cannot be exported (module and line are named where known), does not
-            keep the batch size free, has an exit that needs the last one, or is in training mode whatever one does.
+        InputError: the example holds no tensors with a leading batch dimension, or `score` does not return one number
+            per sample.
+        GraphError: see `check_weights`; the network cannot be exported (the message names module and line if they are
+            known), fixes the batch size, has an exit that depends on the last one, or behaves as in training even in
+            eval mode.
     """
     check_weights(net)
     _check_no_target(net, example)
-    rows = 2 if dynamic else 1  # a batch of 1 in the example would be taken as a constant
+    rows = 2 if dynamic else 1  # torch treats a batch of 1 as a constant
     tensors = tuple(_rows(t, rows) for t in tensors_of(example))
     most = CUDA_ROWS if any(t.is_cuda for t in tensors) else None
     free = {0: torch.export.Dim(BATCH, max=most)} if dynamic else None
@@ -95,20 +96,20 @@ def program_of(net: nn.Module, example: Any, *, score: Score | None, dynamic: bo
             exported = torch.export.export(whole, tensors, dynamic_shapes=shapes if dynamic else None, strict=False)
         except (GraphError, InputError):
             raise
-        except Exception as error:  # torch passes on whatever the network's own code raises
+        except Exception as error:  # torch passes on any error of the network's code
             raise GraphError(export_failure(error, whole, net)) from error
     _check_samples_apart(exported)
     return Program(exported, exits, kinds, shapes if dynamic else None, whole)
 
 
 def _check_no_target(net: nn.Module, example: Any) -> None:
-    """Refuse labels among the inputs, which would become an input of the file. Raises `InputError`."""
+    """Raise `InputError` for labels among the inputs, which would become an input of the file."""
     named = arguments(example)[1].keys() & {"labels", "label", "label_ids"}
     if not named:
         return
     read = inspect.signature(getattr(net, "backbone", net).forward).parameters
     for name in sorted(named):
-        if name in read and read[name].default is None:  # a network may well need labels to answer
+        if name in read and read[name].default is None:  # without a default, the network needs labels to answer
             raise InputError(
                 f"the example holds {name!r}, which the network reads only to compute its loss: leave it out, "
                 f"{{k: v for k, v in batch.items() if k != {name!r}}}"
@@ -116,7 +117,7 @@ def _check_no_target(net: nn.Module, example: Any) -> None:
 
 
 class AllExits(nn.Module):
-    """Outputs, then scores, as one tuple; the last of its positional inputs go to the network by keyword."""
+    """Return all outputs, then all scores, in one tuple. The last positional inputs become keyword arguments."""
 
     def __init__(self, net: nn.Module, score: Score | None, keywords: tuple[str, ...]) -> None:
         super().__init__()
@@ -125,7 +126,7 @@ class AllExits(nn.Module):
         self.keywords = keywords
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Every exit's output, and then its score where there is one."""
+        """Return every exit's output, then every exit's score if there is a score."""
         outputs = self._outputs(inputs)
         if self.score is None:
             return outputs
@@ -134,8 +135,8 @@ class AllExits(nn.Module):
             if not isinstance(score, Tensor) or score.shape != output.shape[:1]:
                 given = f"shape {tuple(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
                 raise InputError(
-                    f"the score gives {given} for output {tuple(output.shape)} at exit {n}; it must give one number a "
-                    "sample, (B,): reduce the other dimensions in a callable"
+                    f"the score gives {given} for output {tuple(output.shape)} at exit {n}; it must give one number "
+                    "per sample, (B,): reduce the other dimensions in a callable"
                 )
         return (*outputs, *(score.float() for score in scores))
 
@@ -148,13 +149,13 @@ class AllExits(nn.Module):
                 raise GraphError(
                     f"exit {n} gives shape {tuple(output.shape)} and the last exit {tuple(outputs[-1].shape)}; "
                     "all exits must give (B, C, ...) of one shape: give every branch the shape of the backbone's "
-                    "output, and one number a sample as (B, 1)"
+                    "output, and one number per sample as (B, 1)"
                 )
         return tuple(output.float() for output in outputs)
 
 
 def _rehearse(whole: AllExits, tensors: tuple[Tensor, ...], kinds: int, example: Any) -> int:
-    """The number of exits, from a plain forward. Raises `GraphError` for an exit that is made of the last one."""
+    """Count the exits in a normal forward. Raises `GraphError` for an exit that is computed from the last one."""
     survey = Trace((), tensors)
     with survey, calling(whole.net, example):
         results = whole(*tensors)
@@ -174,7 +175,7 @@ def _rows(tensor: Tensor, rows: int) -> Tensor:
 
 
 def export_failure(error: Exception, whole: nn.Module, net: nn.Module) -> str:
-    """What went wrong, in which module and at which line of the network's own code."""
+    """Say what failed, in which module and at which line of the network's code."""
     names = {id(module): (name, module) for name, module in whole.named_modules()}
     place = line = ""
     module: nn.Module = whole
@@ -184,11 +185,11 @@ def export_failure(error: Exception, whole: nn.Module, net: nn.Module) -> str:
             place = f"{readable_path(name)!r} ({type(module).__name__})"
         if not frame.f_code.co_filename.startswith((*NOT_THE_NETWORKS, "<")):
             line = f"{frame.f_code.co_filename}:{number}"
-    told = [text.strip(" -") for text in str(error).splitlines() if text.strip()] or [type(error).__name__]
-    cause = told[0]
+    lines = [text.strip(" -") for text in str(error).splitlines() if text.strip()] or [type(error).__name__]
+    cause = lines[0]
     if cause.startswith("Constraints violated"):
         cause = (
-            f"the batch size, dimension 0 of every input, cannot stay free ({told[1]}); write the batch as x.shape[0] "
+            f"the batch size, dimension 0 of every input, cannot stay free ({lines[1]}); write the batch as x.shape[0] "
             "or -1 in shapes and do not compare it, or export with batch=1"
         )
         place = line = ""
@@ -201,15 +202,15 @@ def export_failure(error: Exception, whole: nn.Module, net: nn.Module) -> str:
 
 
 def readable_path(path: str) -> str:
-    """A path in the exported wrapper as the user knows it."""
+    """Convert a path in the exported wrapper to a path in the user's network."""
     return path.removeprefix("net").removeprefix(".").removeprefix("backbone.")
 
 
 def _check_still(whole: nn.Module, tensors: tuple[Tensor, ...]) -> None:
-    """Refuse a network that changes its parameters or buffers when it answers. Raises `GraphError`.
+    """Raise `GraphError` if the network changes its parameters or buffers when it answers.
 
-    Parameters may be too large to copy, so only their counts of writes are compared. To be called when it has answered
-    once, so that what it keeps from its first answer on is there.
+    Parameters may be too large to copy, so only their counts of writes are compared. Call this after a first forward,
+    in which some networks create buffers.
     """
     own = written(whole.named_parameters())
     before, values = written(whole.named_buffers()), {name: buffer.clone() for name, buffer in whole.named_buffers()}
@@ -221,7 +222,7 @@ def _check_still(whole: nn.Module, tensors: tuple[Tensor, ...]) -> None:
         )
     for name, (buffer, writes) in written(whole.named_buffers()).items():
         then = before.get(name, (None, 0))
-        # Writing through .data is not counted, but shows; NaN differs from itself.
+        # Writes through .data are not counted, but change the values; NaN differs from itself.
         if then[0] is not buffer or then[1] != writes or (buffer != values[name]).logical_and(buffer == buffer).any():
             raise GraphError(
                 f"the network changes its buffer {readable_path(name)!r} when it answers, so that answers would depend "
@@ -230,12 +231,12 @@ def _check_still(whole: nn.Module, tensors: tuple[Tensor, ...]) -> None:
 
 
 def _check_samples_apart(exported: torch.export.ExportedProgram) -> None:
-    """Refuse a batch norm that averages over the samples of a batch, as in training. Raises `GraphError`."""
+    """Raise `GraphError` for a batch norm that averages over the samples of a batch, as in training."""
     for node in exported.graph.nodes:
         trains = _name(node) == "_native_batch_norm_legit" or (
             _name(node) == "batch_norm" and argument_of(node, "training")
         )
-        if trains and any(isinstance(d, torch.SymInt) for d in node.args[0].meta["val"].shape):  # weights may well be
+        if trains and any(isinstance(d, torch.SymInt) for d in node.args[0].meta["val"].shape):  # else weights
             modules = [readable_path(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
             place = next((name for name in reversed(modules) if name), "the network")
             raise GraphError(
@@ -250,7 +251,7 @@ def _name(node: fx.Node) -> str:
 
 
 def argument_of(node: fx.Node, name: str) -> Any:
-    """The value that a node gives to an operator's argument of that name."""
+    """Return the value of an operator's argument in a node."""
     for place, argument in enumerate(getattr(node.target, "_schema").arguments):  # noqa: B009  # not typed
         if argument.name == name:
             return node.args[place] if place < len(node.args) else node.kwargs.get(name, argument.default_value)
@@ -259,7 +260,7 @@ def argument_of(node: fx.Node, name: str) -> Any:
 
 @contextlib.contextmanager
 def quiet_export() -> Iterator[None]:
-    """Silence torch's notices of packages that are not there, deprecations and retries; errors still raise."""
+    """Silence torch's notices about missing packages, deprecations and retries; errors are still raised."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx.experimental.symbolic_shapes", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

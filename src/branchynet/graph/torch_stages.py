@@ -1,6 +1,6 @@
-"""Early exits over `torch.export`: one torch.fx graph a stage, cut by the same rule as the ONNX graphs.
+"""Cut a network exported by `torch.export` into one torch.fx graph per stage, by the same rule as ONNX graphs.
 
-A stage takes values of earlier stages on the rows that stay; what cannot be picked by rows is computed again.
+A stage takes values of earlier stages on the rows that stay; values that cannot be picked by rows are recomputed.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ _LOOKUPS = {"index", "index_select", "gather", "take_along_dim", "index_put", "s
 
 @dataclass(frozen=True)
 class StageInput:
-    """A value that a stage takes: its name, and which of its dimensions is the batch (None: it has no batch)."""
+    """A value that a stage takes: its name, and which of its dimensions is the batch (None if none is)."""
 
     name: str
     axis: int | None
@@ -36,13 +36,13 @@ class StageInput:
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """What is left to compute between one enabled exit and the next.
+    """The computation between one enabled exit and the next.
 
     Attributes:
-        exit: its number, from 1.
-        module: called with the number of rows (an int), then the values of `takes`; gives a tuple of the exit's output
+        exit: the number of its exit, from 1.
+        module: takes the number of rows (an int), then the values of `takes`; returns a tuple of the exit's output
             `(rows, C, ...)` float32, its score `(rows,)` float32, and the values of `gives`.
-        takes: inputs of the network and values of earlier stages, each on the rows that are left.
+        takes: inputs of the network and values of earlier stages, each on the rows that remain.
         gives: the values that later stages take.
     """
 
@@ -57,10 +57,10 @@ class Stages:
     """A network cut at its exits.
 
     Attributes:
-        stages: one an enabled exit, in order.
-        inputs: the names under which stages take the network's inputs.
-        arguments: the names of the same inputs in the network's own forward.
-        output_shape: of an exit's output, without the batch.
+        stages: one per enabled exit, in order.
+        inputs: the names of the network's inputs in the stages.
+        arguments: the names of the same inputs in the network's forward.
+        output_shape: the shape of an exit's output, without the batch.
     """
 
     stages: tuple[Stage, ...]
@@ -70,20 +70,20 @@ class Stages:
 
 
 def cut_stages(net: nn.Module, example: Any, policy: Policy) -> Stages:
-    """Cut a network at the exits that `policy` enables, scores included.
+    """Cut a network at the exits that `policy` enables; the stages also compute the scores.
 
     Args:
-        net: a `BranchyNet`, or any network; see `branchynet.nn.network.exits_in` for which of its outputs are exits.
-            It is exported in eval mode; the stages share its parameters and buffers.
+        net: a `BranchyNet`, or any network; see `branchynet.nn.network.exit_outputs` for which outputs are exits. It is
+            exported in eval mode; the stages share its parameters and buffers.
         example: one batch of inputs: a tensor, a tuple of tensors, or a dict of keyword arguments.
-        policy: N-1 thresholds; an exit whose threshold is None is left out with its branch.
+        policy: N-1 thresholds; an exit with the threshold None is left out together with its branch.
 
     Raises:
-        InputError: a number of thresholds other than N-1, an unknown score, or one that does not give one number a
-            sample; or the example holds no tensors with a leading batch dimension.
-        GraphError: the network cannot be exported with a free batch size, decides by the values of tensors, draws
-            random numbers, answers as in training, or a value that must cross a cut can neither be picked by rows nor
-            cheaply computed again. Each names the module and the line where torch tells them.
+        InputError: the number of thresholds is not N-1; the score is unknown, or does not return one number per sample;
+            or the example holds no tensors with a leading batch dimension.
+        GraphError: the network cannot be exported with a free batch size, branches on tensor values, draws random
+            numbers, or answers as in training; or a value that must cross a cut can neither be picked by rows nor
+            cheaply recomputed. The message names the module and line if torch records them.
     """
     exits = count_exits(net, example)
     if policy.num_exits != exits:
@@ -99,7 +99,7 @@ def cut_stages(net: nn.Module, example: Any, policy: Policy) -> Stages:
 
 
 class _Cut:
-    """One cut under way; level i, counted from 0, is the stage of the i-th enabled exit."""
+    """The state of one cut. Level i, counted from 0, is the stage of the i-th enabled exit."""
 
     def __init__(self, flat: TorchGraph, exits: list[int]) -> None:
         self.flat = flat
@@ -109,7 +109,7 @@ class _Cut:
         self.dependence = Dependence(flat.inputs, [node for node in flat.inputs if _is_integer(node)])
         for node in (node for node in flat.nodes if node in self.level):
             check(node, flat)
-            if name_of(node) == "getitem":  # the parts of what a node gives out are taken apart where it is made
+            if name_of(node) == "getitem":  # a tuple is unpacked in the stage that computes it
                 self.level[node] = self.level[node.all_input_nodes[0]]
             _add(self.dependence, node)
         for n, (output, _) in zip(exits, self.needs, strict=True):
@@ -141,30 +141,30 @@ class _Cut:
         return Stage(self.exits[i], module.eval(), tuple(self.takes[i].values()), tuple(gives.values()))
 
     def _local(self, node: fx.Node, i: int) -> fx.Node:
-        """A node of the flat graph as level i has it: made there, taken from an earlier level, or computed again."""
-        here = self.values[i]
-        if node in here:
-            return here[node]
+        """The node at level i for a node of the flat graph: computed there, taken from before, or recomputed."""
+        values = self.values[i]
+        if node in values:
+            return values[node]
         if node in self.flat.constants:
             self.constants[i][node.name] = self.flat.constants[node]
-            here[node] = self.graphs[i].create_node("get_attr", node.name, name=node.name)
+            values[node] = self.graphs[i].create_node("get_attr", node.name, name=node.name)
         elif self._is_batch_size(node):
-            here[node] = self.rows[i]
+            values[node] = self.rows[i]
         elif node.op == "placeholder" or (self.level[node] < i and self._crosses(node)):
             self.takes[i][node] = StageInput(node.name, self._axis(node) if self.dependence.varies(node) else None)
             with self.graphs[i].inserting_after(self.last[i]):
-                here[node] = self.last[i] = self.graphs[i].placeholder(node.name)
+                values[node] = self.last[i] = self.graphs[i].placeholder(node.name)
         else:
             self._check_made(node, i)
-            here[node] = self.graphs[i].node_copy(node, lambda source: self._local(source, i))
-            here[node].meta = {}  # it tells of the whole batch, and holds the exporter's state in memory
-        return here[node]
+            values[node] = self.graphs[i].node_copy(node, lambda source: self._local(source, i))
+            values[node].meta = {}  # it describes the whole batch, and keeps the exporter's state in memory
+        return values[node]
 
     def _crosses(self, node: fx.Node) -> bool:
-        """Whether a later level takes the value: it is the same for every batch, or its rows can be picked."""
+        """Whether a later level can take the value: it is the same for every batch, or its rows can be picked."""
         if not isinstance(node.meta["val"], Tensor):
             return False
-        if node.target is torch.ops.aten.expand.default:  # picking its rows would write out what it repeats
+        if node.target is torch.ops.aten.expand.default:  # picking its rows would copy the repeated values
             source = node.all_input_nodes[0]
             return source not in self.flat.constants and not self._crosses(source)
         if not self.dependence.varies(node):
@@ -172,7 +172,7 @@ class _Cut:
         return self._axis(node) is not None and node not in self.dependence.again
 
     def _axis(self, node: fx.Node) -> int | None:
-        """Which dimension of a tensor is the batch; None where none is, or where two are."""
+        """Which dimension of a tensor is the batch; None if none or two are."""
         shape = node.meta["val"].shape if isinstance(node.meta["val"], Tensor) else ()
         axes = [axis for axis, dim in enumerate(shape) if self._is_batch(dim)]
         return axes[0] if len(axes) == 1 else None
@@ -187,13 +187,13 @@ class _Cut:
         if self.level[node] < i and _costly(node):
             raise GraphError(
                 f"the value {node.name!r} {self._shape(node)}{place_of(node)} crosses from one stage to the next, but "
-                "none of its dimensions is the batch B, so that the samples that stay cannot be picked from it; tap "
-                "where the batch stands alone"
+                "none of its dimensions is the batch B alone, so the samples that stay cannot be picked from it; tap "
+                "a submodule whose output has the batch as a dimension"
             )
         if i and node.target is torch.ops.aten.as_strided.default:
             raise GraphError(
-                f"the value {node.name!r}{place_of(node)} is read by strides, but the rows that stay lie in memory in "
-                "another way; write it with unfold, transpose or indices"
+                f"the value {node.name!r}{place_of(node)} is read by strides, but the rows that stay have another "
+                "memory layout; write it with unfold, transpose or indices"
             )
 
     def _shape(self, node: fx.Node) -> str:
@@ -217,7 +217,7 @@ def _add(dependence: Dependence[fx.Node], node: fx.Node) -> None:
 
 
 def _dtype(node: fx.Node) -> torch.dtype | None:
-    """Of a tensor; None for all else."""
+    """The dtype of a tensor; None for other values."""
     return node.meta["val"].dtype if isinstance(node.meta["val"], Tensor) else None
 
 
@@ -227,5 +227,5 @@ def _is_integer(node: fx.Node) -> bool:
 
 
 def _costly(node: fx.Node) -> bool:
-    """Whether a node is too much work to be done again."""
+    """Whether a node is too expensive to recompute."""
     return name_of(node) in _HEAVY or name_of(node).startswith("wrap_")

@@ -1,4 +1,4 @@
-"""What an ONNX file cannot hold, or its runtimes cannot compute, found before the long work of converting."""
+"""Refuse programs that ONNX files cannot hold, or that runtimes cannot compute, before the slow conversion."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,22 +11,22 @@ from ..errors import GraphError
 from .torch_flat import name_of, place_of
 from .torch_program import readable_path
 
-LIMIT = (1 << 31) - (1 << 24)  # bytes of weights: protobuf allows 2 GiB in all, and the graph needs room as well
+LIMIT = (1 << 31) - (1 << 24)  # bytes of weights: protobuf allows 2 GiB in total, and the graph needs space too
 _COMPUTED = {torch.float16, torch.float32, torch.float64, torch.bool, torch.uint8, torch.uint16, torch.uint32}
 _COMPUTED |= {torch.uint64, torch.int8, torch.int16, torch.int32, torch.int64}
 _ALTERNATIVE = "or answer in PyTorch, with branchynet.deploy.torch_engine.TorchEngine"
 
 
 def check_writable(exported: torch.export.ExportedProgram, inputs: Sequence[str]) -> None:
-    """Refuse a program that would make no file, or one that no runtime opens.
+    """Check that a program can be written as an ONNX file that a runtime opens.
 
     Args:
-        exported: not converted yet.
-        inputs: what its inputs are called.
+        exported: the program, before conversion.
+        inputs: the names of its inputs.
 
     Raises:
-        GraphError: an input is complex; something is computed in a number type that ONNX Runtime lacks, such as
-            bfloat16; an LSTM projects its state; or the weights take more than 2 GB.
+        GraphError: an input is complex; a dtype is one that ONNX Runtime cannot compute, such as bfloat16; an LSTM
+            projects its state; or the weights take more than 2 GB.
     """
     signature = exported.graph_signature
     stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -55,7 +55,7 @@ def _check_types(node: fx.Node, what: str) -> None:
         name = str(dtype).removeprefix("torch.")
         if dtype.is_complex and node.op == "placeholder":
             raise GraphError(
-                f"{what} is {name}, and files hold no complex numbers: give the network real and imaginary parts, "
+                f"{what} is {name}, and files cannot hold complex numbers: give the network real and imaginary parts, "
                 f"{_ALTERNATIVE}"
             )
         if not dtype.is_complex and dtype not in _COMPUTED:
@@ -71,5 +71,5 @@ def _check_lstm(node: fx.Node) -> None:
     if hidden != cell:
         raise GraphError(
             f"the LSTM{place_of(node)} projects its state from {cell} to {hidden} (proj_size={hidden}), which ONNX's "
-            f"LSTM does not: leave proj_size out and put an nn.Linear behind it, {_ALTERNATIVE}"
+            f"LSTM does not: leave proj_size out and put an nn.Linear after it, {_ALTERNATIVE}"
         )

@@ -65,7 +65,7 @@ def batch_exits(net: nn.Module, inputs: Any) -> tuple[Tensor, ...]:
     """Every exit's output for one batch, earliest first; a network with a single output has one exit.
 
     Args:
-        net: a `BranchyNet`, or any module; see `branchynet.nn.network.exits_in` for which of its outputs are exits.
+        net: a `BranchyNet`, or any module; see `branchynet.nn.network.exit_outputs` for which outputs are exits.
         inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
 
     Raises:
