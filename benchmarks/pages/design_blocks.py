@@ -162,7 +162,7 @@ def _where(row):
 def design_goals():
     """The wanted and the measured speed-up of designed exits, and what limits it."""
     lines = [
-        "| network | batch | answers | wanted | speed-up | beside plain, points | at best | engine's floor |",
+        "| network | batch | answers | wanted | speed-up | above plain, points | at best | engine's floor |",
         "|---|--:|---|--:|---|--:|--:|--:|",
     ]
     for r in _rows():

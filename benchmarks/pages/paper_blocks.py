@@ -104,7 +104,7 @@ def earlier():
 
 def held_back():
     lines = [
-        "| network | exits alone | beside plain, points | gain | wanted | at best | overhead | graphs in order "
+        "| network | exits alone | above plain, points | gain | wanted | at best | overhead | graphs in order "
         "| images sorted |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
