@@ -15,7 +15,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 MOST_LINES, MOST_BODY, MOST_PARAMETERS, MOST_OF_A_VERB = 350, 80, 8, 12
 VERBS = {name for name in branchynet.__all__ if inspect.isfunction(getattr(branchynet, name))}
 COMMANDS = SOURCE / "cli" / "verbs.py"  # whose signatures are the options of the command line
-TO_BE_SPLIT = {"_line", "advise", "figure_tradeoff", "write_report"}
+TO_BE_SPLIT = {"_line", "figure_tradeoff", "write_report"}
 
 
 def functions(path):

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from branchynet import ExitRecord, reproduce
-from branchynet.runs import design, run, steps
+from branchynet.runs import run, steps
 from branchynet.training.history import History
 from helpers.command import call
 
@@ -104,7 +104,7 @@ def test_who_stops_a_training_is_told_that_it_goes_on(tmp_path, monkeypatch, cap
     [
         (("demo", "--run", "{tmp}/run"), (steps, "train_run"), True),
         (("demo", "--run", "{tmp}/run"), (run, "create_run"), True),
-        (("design", "{tmp}/run"), (design, "design_run"), True),
+        (("design", "{tmp}/run"), (run, "open_run"), True),
         (("reproduce", "all", "--from-nothing", "--output", "{tmp}/out"), (reproduce, "reproduce"), True),
         (("reproduce", "all", "--output", "{tmp}/out"), (reproduce, "reproduce"), False),
         (("choose", "{tmp}/run"), (run, "open_run"), False),
