@@ -66,6 +66,8 @@ def test_metadata_says_all_that_is_documented(exported):
     assert engine.metadata["sample_bytes"] > 0
     assert engine.labels == ("ant", "bee", "cat", "dog") and engine.policy == TWO and engine.num_exits == 3
     stored = {p.key: p.value for p in onnx.load(exported).metadata_props}
+    # These names are part of the format: files that were exported before must still be read.
+    assert (METADATA_KEY, SAMPLES_KEY, seal.KEY) == ("branchynet", "branchynet.samples", "branchynet_sha256")
     assert json.loads(stored.pop(METADATA_KEY)) == engine.metadata
     assert stored.pop(SAMPLES_KEY) and list(stored) == [seal.KEY]
 
