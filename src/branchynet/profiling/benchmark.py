@@ -127,7 +127,8 @@ def bench(
                 progress(f"batch {target.batch_size}, {counted(target.threads, 'thread')}")
                 count = max(1, min(samples, len(order)) // target.batch_size) * target.batch_size
                 times = _row(engine, parts, tuple(a[:count] for a in arrays), enabled, target.batch_size, repeats)
-                rows.append({**dict.fromkeys(_ABOUT), **given, **_told(target), **times, **answers})
+                named = {"network": given.get("network"), **_told(target)}
+                rows.append({**named, **times, "plain_accuracy": given.get("plain_accuracy"), **answers})
     return rows
 
 
