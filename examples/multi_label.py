@@ -1,4 +1,4 @@
-"""Early exits where a sample may have several labels: which of six tones are in a sound."""
+"""Early exits for several labels per sample: which of six tones are in a sound."""
 
 import math
 import tempfile
@@ -15,14 +15,14 @@ TONES = 6
 
 
 def sounds(samples, seed):
-    """Sounds (S, 1, 128), some clear, some noisy, and which tones are in them (S, 6), 0.0 or 1.0."""
+    """Return sounds (S, 1, 128), some clear, some noisy, and labels (S, 6): 1.0 if a tone is in the sound, else 0.0."""
     random = torch.Generator().manual_seed(seed)
-    there = torch.randint(0, 2, (samples, TONES), generator=random).float()
+    labels = torch.randint(0, 2, (samples, TONES), generator=random).float()
     phase = 2 * math.pi * torch.rand(samples, TONES, 1, generator=random)
     turns = torch.arange(6, 30, 4).view(1, TONES, 1) * torch.linspace(0, 2 * math.pi, 128)
-    clear = (there.unsqueeze(2) * torch.sin(turns + phase)).sum(dim=1)
+    clear = (labels.unsqueeze(2) * torch.sin(turns + phase)).sum(dim=1)
     noise = 3 * torch.rand(samples, 1, generator=random) ** 2 * torch.randn(samples, 128, generator=random)
-    return TensorDataset((clear + noise).unsqueeze(1), there)
+    return TensorDataset((clear + noise).unsqueeze(1), labels)
 
 
 def backbone(width=32):
@@ -34,13 +34,13 @@ def backbone(width=32):
 
 
 def unsure(outputs):
-    """Score: the entropy of the label that the latest exit is least sure of, in nats."""
+    """Score: the entropy, in nats, of the label that the latest exit is least sure of."""
     logits = outputs[-1]
     return F.binary_cross_entropy_with_logits(logits, logits.sigmoid(), reduction="none").amax(dim=1)
 
 
 def hamming(output, target):
-    """Loss: the share of a sample's labels that are wrong. For exact match: ``.any(dim=1)`` instead of the mean."""
+    """Loss: the share of wrong labels per sample. For an exact match, use ``.any(dim=1)`` instead of the mean."""
     return ((output > 0) != (target > 0.5)).float().mean(dim=1)
 
 
@@ -54,16 +54,16 @@ def main(epochs=6, samples=2000, progress=True):
     loss = F.binary_cross_entropy_with_logits
     fit(net, DataLoader(train, 64, shuffle=True), val_loader, epochs=epochs, loss=loss, progress=progress)
     cost = measure(net, example, score=unsure)
-    judge = {"loss": hamming, "score": unsure, "progress": progress}
-    choice = choose(record(net, val_loader, **judge), cost, max_drop=0.002, confidence=None)
+    options = {"loss": hamming, "score": unsure, "progress": progress}
+    choice = choose(record(net, val_loader, **options), cost, max_drop=0.002, confidence=None)
     print("threshold:", choice.policy.thresholds)
-    print("test:", evaluate(record(net, test_loader, **judge), choice.policy, cost))
+    print("test:", evaluate(record(net, test_loader, **options), choice.policy, cost))
 
     with tempfile.TemporaryDirectory() as folder:
         path = export(net, Path(folder) / "model.onnx", policy=choice, example=example)
-        heard, there = test.tensors
-        answer = load(path, threads=1)(heard.numpy())
-    right = (answer.output > 0) == (there.numpy() > 0.5)  # answer.label, the largest output, means nothing here
+        inputs, labels = test.tensors
+        answer = load(path, threads=1)(inputs.numpy())
+    right = (answer.output > 0) == (labels.numpy() > 0.5)  # answer.label has no meaning for several labels
     print("left at exit 1:", (answer.exit == 1).mean(), "labels right:", right.mean())
 
 

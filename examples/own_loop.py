@@ -1,4 +1,4 @@
-"""Training in a loop of your own: all that it needs from us is `joint_loss`."""
+"""Train with your own loop, which needs only `joint_loss`."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Early exits for a network of your own, start to end, on the embedded digits: under a minute on a laptop."""
+"""Add early exits to your own network, start to end, on the embedded digits. Takes under a minute on a laptop."""
 
 import tempfile
 from pathlib import Path
@@ -11,7 +11,7 @@ from branchynet.data import load_data, loader
 
 
 def backbone():
-    """Any module will do; this one is a plain chain."""
+    """Any module works; this one is a sequence of layers."""
     layers = [nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)]
     for _ in range(3):
         layers += [nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()]

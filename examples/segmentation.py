@@ -1,4 +1,4 @@
-"""Early exits for semantic segmentation: pictures of a few clear shapes leave early, crowded noisy ones go on."""
+"""Early exits for semantic segmentation: images with few clear shapes leave early, crowded and noisy ones continue."""
 
 import tempfile
 from pathlib import Path
@@ -14,7 +14,7 @@ SIDE = 32
 
 
 def shapes(samples, seed):
-    """Noisy pictures (S, 1, 32, 32) of squares and discs; masks (S, 32, 32): 0 background, 1 square, 2 disc."""
+    """Return noisy images (S, 1, 32, 32) of squares and discs; masks (S, 32, 32): 0 background, 1 square, 2 disc."""
     random = torch.Generator().manual_seed(seed)
 
     def draw(low, high):
@@ -32,7 +32,7 @@ def shapes(samples, seed):
 
 
 def backbone(width=40):
-    """Fully convolutional: down to a quarter, some work there, and up again to logits (B, 3, 32, 32)."""
+    """Fully convolutional: reduce to a quarter of the size, process, and upsample to logits (B, 3, 32, 32)."""
     layers, before = [], 1
     for stride, dilation in ((2, 1), (2, 1), (1, 1), (1, 2), (1, 4), (1, 2), (1, 1)):
         layers += [nn.Conv2d(before, width, 3, stride, dilation, dilation), nn.BatchNorm2d(width), nn.ReLU()]
@@ -46,18 +46,18 @@ def main(epochs=5, samples=1600, progress=True):
     val_loader, test_loader = DataLoader(val, 100), DataLoader(test, 100)
     example = val.tensors[0][:8]
 
-    net = attach(backbone(), at=["5"], example=example)  # a branch for masks, since the backbone gives masks
+    net = attach(backbone(), at=["5"], example=example)  # a branch that returns masks, like the backbone
     fit(net, DataLoader(train, 32, shuffle=True), val_loader, epochs=epochs, progress=progress)
     cost = measure(net, example)
-    # Of each picture two numbers an exit are kept: the share of wrong pixels, and the mean entropy of a pixel.
+    # The record keeps two numbers per image and exit: the share of wrong pixels, and the mean entropy over pixels.
     choice = choose(record(net, val_loader, loss=pixel_error, progress=progress), cost, max_drop=0.01, confidence=None)
     print("threshold:", choice.policy.thresholds)
     print("test:", evaluate(record(net, test_loader, loss=pixel_error, progress=progress), choice.policy, cost))
 
     with tempfile.TemporaryDirectory() as folder:
         path = export(net, Path(folder) / "model.onnx", policy=choice, example=example)
-        pictures, masks = test.tensors
-        answer = load(path, threads=1)(pictures.numpy())
+        images, masks = test.tensors
+        answer = load(path, threads=1)(images.numpy())
     print("left at exit 1:", (answer.exit == 1).mean(), "pixels right:", (answer.label == masks.numpy()).mean())
 
 
