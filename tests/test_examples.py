@@ -1,10 +1,15 @@
-"""The examples run, and reach what they show."""
+"""The examples and the examples in docstrings run and show what they claim."""
 
+import doctest
 import importlib.util
+import inspect
 import re
 from pathlib import Path
 
 import pytest
+import torch
+
+import branchynet
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -44,3 +49,24 @@ def test_other_tasks(name, size, least, most, capsys):
 def test_examples_are_short():
     for path in EXAMPLES.glob("*.py"):
         assert len(path.read_text().splitlines()) < 80, path
+
+
+def docstring_examples():
+    public = {name: getattr(branchynet, name) for name in branchynet.__all__}
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    found = [
+        test
+        for name, value in public.items()
+        if not inspect.ismodule(value)
+        for test in finder.find(value, name, globs=public)
+    ]
+    return [pytest.param(test, id=test.name) for test in found if test.examples]
+
+
+@pytest.mark.parametrize("test", docstring_examples())
+def test_docstring_examples(test, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    report = []
+    doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE).run(test, out=report.append)
+    assert not report, "".join(report)

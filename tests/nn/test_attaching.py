@@ -418,7 +418,7 @@ class Late(nn.Module):
 @pytest.mark.parametrize(
     ("tap", "told"),
     [
-        ("softmax", "'softmax' runs when the backbone's output is already there"),
+        ("softmax", "'softmax' runs after the backbone's output is computed"),
         ("head", "'head' runs when"),
         ("length_first", r"'length_first' has shape \(3, 2, 6\), whose first dimension is not the batch of 2.*tap="),
     ],

@@ -1,1 +1,1 @@
-"""Networks with side branches: attaching, tracing, placing exits, averaging, weights."""
+"""Networks with side branches: attach branches, trace forwards, place exits, average outputs, save weights."""

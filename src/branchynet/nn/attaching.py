@@ -1,4 +1,4 @@
-"""Adding branches to a network and taking them off again."""
+"""Attach branches to a network and detach them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -39,27 +39,35 @@ def attach(
     output: Reader | None = None,
     tap: Mapping[str, Reader] | None = None,
 ) -> BranchyNet:
-    """Add a branch at each of the named taps, sized from an example.
+    """Attach a branch at each named tap. Branches get their sizes from an example.
 
     Args:
         backbone: the network; it is not changed.
-        at: names of submodules (as in ``named_modules()``) or ``"input"``, in any order: exits are numbered as they
-            run. ``"auto"`` spreads `exits` exits evenly by multiply-accumulates, at ends of blocks.
-        example: one batch of inputs: a tensor, a tuple of arguments, or a dict of keyword arguments; its first two rows
-            are looked at.
-        num_exits: with ``at="auto"``, how many exits there shall be, the backbone's own included; 3 by default.
-        num_classes: outputs of every exit; by default as many as the backbone's own output has. Where that is not
-            `(B, num_classes, ...)`, as on a backbone without a head, the last exit gets a branch as well.
-        branch: ``branch(features, num_classes) -> nn.Module``, told the features at the tap, or a `Maker`; by default
-            one is made by `default_branch`, or by `DenseBranch` where the backbone gives a map `(B, C, H, W)`.
-        output: as `BranchyNet` takes it.
-        tap: as `BranchyNet` takes it.
+        at: names of submodules (as in ``named_modules()``) or ``"input"``, in any order: exits are numbered in running
+            order. ``"auto"`` spreads `num_exits` exits evenly by multiply-accumulates, at ends of blocks.
+        example: one batch of inputs: a tensor, a tuple of arguments, or a dict of keyword arguments; only the first two
+            rows are used.
+        num_exits: the number of exits for ``at="auto"``, including the backbone's own; 3 by default.
+        num_classes: outputs of every exit; by default as many as the backbone has. If the backbone's output is not
+            `(B, num_classes, ...)`, as without a head, the last exit gets a branch too.
+        branch: ``branch(features, num_classes) -> nn.Module``, called with the features at the tap, or a
+            `BranchFactory`; `default_branch` by default, or `DenseBranch` if the backbone returns a map `(B, C, H, W)`.
+        output: see `BranchyNet`.
+        tap: see `BranchyNet`.
 
     Raises:
-        InputError: no taps, a name twice, an unknown submodule (the nearest is suggested), a number of exits below 2,
-            or no way to tell the number of classes.
-        GraphError: a tap that never runs, runs twice, or runs when the output is already there; with ``"auto"``, fewer
-            places for exits than asked for.
+        InputError: no taps, a repeated name, an unknown submodule (the nearest is suggested), fewer than 2 exits, or an
+            unknown number of classes.
+        GraphError: a tap never runs, runs twice, or runs after the output is computed; or ``"auto"`` finds fewer places
+            for exits than requested.
+
+    Example:
+        >>> import torch, branchynet
+        >>> from torch import nn
+        >>> backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.LazyLinear(10))
+        >>> net = branchynet.attach(backbone, ["1"], example=torch.randn(2, 3, 8, 8))
+        >>> [tuple(output.shape) for output in net(torch.randn(5, 3, 8, 8))]
+        [(5, 10), (5, 10)]
     """
     check_network(backbone)
     if at == "auto":
@@ -69,9 +77,7 @@ def attach(
     elif isinstance(at, str) or not at or len(set(at)) != len(at):
         raise InputError(f"at must be 'auto', or a list of one or more different tap names; got {at!r}")
     elif num_exits is not None:
-        raise InputError(
-            f"num_exits={num_exits} is for at='auto'; with taps given by name there is one exit a tap and the last"
-        )
+        raise InputError(f"num_exits={num_exits} is for at='auto'; named taps give one exit per tap and the last")
     names = () if at == "auto" else tuple(at)
     BranchyNet(backbone, dict.fromkeys(names, nn.Identity()), output=output, tap=tap)  # refuses unknown names
     check_weights(backbone)
@@ -84,7 +90,7 @@ def attach(
 
     if any(is_lazy(p) for p in backbone.parameters()):
         with torch.no_grad(), evaluating(backbone), calling(backbone, example):
-            backbone(*args, **kwargs)  # gives them their sizes
+            backbone(*args, **kwargs)  # initializes lazy parameters
     with torch.no_grad(), evaluating(backbone), tracing(backbone, (args, kwargs), tensor) as survey:
         with calling(backbone, example):
             returned = backbone(*args, **kwargs)
@@ -95,7 +101,7 @@ def attach(
         if len(names) < num_exits - 1:
             raise GraphError(
                 f"only {len(names)} places for exits were found, {names}, and {num_exits} exits need {num_exits - 1}; "
-                "ask for fewer, or give names: an exit may also stand inside a block, or where skip connections pass by"
+                "ask for fewer, or give names: named taps may also be inside a block, or parallel to a skip connection"
             )
     features: dict[str, tuple[Tensor, int | None]] = {}
     if INPUT in names:
@@ -114,17 +120,17 @@ def attach(
 
 
 def attach_branches(backbone: nn.Module, taps: Sequence[str], names: Sequence[str], example: Any) -> BranchyNet:
-    """Add untrained branches, identified by name, at the given taps, as `advise` reports them.
+    """Attach untrained branches by name, in the form that `advise` reports.
 
     Args:
         backbone: becomes part of the network.
-        taps: where the early exits stand, in running order.
-        names: one branch per tap, by its name in `branchynet.nn.branches.named_branches`.
+        taps: the taps of the early exits, in running order.
+        names: one branch name per tap; see `branchynet.nn.branches.named_branches`.
         example: one batch of inputs.
 
     Raises:
-        InputError: no branch of that name fits its tap (the message lists those that do), or an unknown tap.
-        GraphError: as `attach`.
+        InputError: no branch of that name fits its tap (the message lists those that do), or a tap is unknown.
+        GraphError: see `attach`.
     """
     if len(taps) != len(names):
         raise InputError(f"{len(taps)} taps need as many branches; got {', '.join(names) or 'none'}")
@@ -132,10 +138,17 @@ def attach_branches(backbone: nn.Module, taps: Sequence[str], names: Sequence[st
 
 
 def detach(net: BranchyNet) -> nn.Module:
-    """The backbone of a `BranchyNet`, without branches and as it was but for its training.
+    """Return the backbone of a `BranchyNet`, without its branches. Training has changed only its weights.
 
     Raises:
-        InputError: `net` is no `BranchyNet`.
+        InputError: `net` is not a `BranchyNet`.
+
+    Example:
+        >>> from branchynet import BranchyNet, detach
+        >>> from torch import nn
+        >>> backbone = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> detach(BranchyNet(backbone, {"1": nn.Linear(8, 3)})) is backbone
+        True
     """
     if not isinstance(net, BranchyNet):
         raise InputError(f"only a BranchyNet has a backbone to give back; got {type(net).__name__}")
@@ -143,7 +156,7 @@ def detach(net: BranchyNet) -> nn.Module:
 
 
 class LastExit(nn.Module):
-    """The last exit of a backbone without a head: what the backbone returns, read, through a branch of its own."""
+    """The last exit of a backbone without a head: a branch that reads the backbone's output."""
 
     def __init__(self, read: Reader | None, head: nn.Module) -> None:
         super().__init__()
@@ -151,32 +164,32 @@ class LastExit(nn.Module):
         self.head = head
 
     def forward(self, returned: Any) -> Tensor:
-        """Logits `(B, num_classes)`."""
+        """Return logits `(B, num_classes)`."""
         return self.head(read_tensor(self.read or single_output, returned, "the backbone's output"))
 
 
 class BranchFactory(ABC):
-    """Makes branches as `attach` asks for them, told also where the network itself has the features' channels."""
+    """Base class for callables that create branches for `attach`, and use the feature dimension that it found."""
 
     @abstractmethod
     def __call__(self, features: Tensor, num_classes: int, feature_dim: int | None = None) -> nn.Module:
-        """A branch to `(B, num_classes, ...)`.
+        """Return a branch with outputs `(B, num_classes, ...)`.
 
         Args:
-            features: at the tap.
-            num_classes: outputs.
-            feature_dim: which of their dimensions holds channels or features, where that is known.
+            features: the features at the tap.
+            num_classes: number of outputs.
+            feature_dim: the dimension of `features` that holds channels or features, if known.
         """
 
 
 class _NamedBranches(BranchFactory):
-    """Branches by name, one after the other."""
+    """Create named branches, one per call."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = list(names)
 
     def __call__(self, features: Tensor, num_classes: int, feature_dim: int | None = None) -> nn.Module:
-        """The next branch."""
+        """Return the next branch."""
         name, made = self.names.pop(0), named_branches(features, num_classes, feature_dim)
         if name not in made:
             raise InputError(
@@ -187,7 +200,7 @@ class _NamedBranches(BranchFactory):
 
 
 class _DefaultBranches(BranchFactory):
-    """Branches by the shapes of the features and of the backbone's output, None where exits are not to follow that."""
+    """Create default branches. If `last`, the backbone's output, is a map, branches return maps of its size."""
 
     def __init__(self, last: Tensor | None) -> None:
         self.size = None if last is None or last.dim() != 4 else (last.shape[2], last.shape[3])
@@ -199,10 +212,11 @@ class _DefaultBranches(BranchFactory):
 
 
 def _features(survey: Trace, names: Sequence[str], last: Tensor) -> dict[str, tuple[Tensor, int | None]]:
-    """What each named submodule gave, in running order, and which of its dimensions holds features where that is known.
+    """Return each named submodule's output, in running order, and the dimension that holds its features, if known.
 
     Raises:
-        GraphError: one never ran, ran twice, ran when the output was there, or gave no leading batch.
+        GraphError: a submodule never ran, ran twice, ran after the output was computed, or its output has no leading
+            batch dimension.
     """
     found: dict[str, tuple[Tensor, int | None]] = {}
     for moment in survey.moments:
@@ -212,7 +226,7 @@ def _features(survey: Trace, names: Sequence[str], last: Tensor) -> dict[str, tu
             assert moment.features is not None
             if survey.node(last) in survey.needed_until(moment.node):
                 raise GraphError(
-                    f"the tap {moment.name!r} runs when the backbone's output is already there, so an exit could save "
+                    f"the tap {moment.name!r} runs after the backbone's output is computed, so an exit could save "
                     "nothing; tap an earlier submodule"
                 )
             if moment.features.dim() == 0 or moment.features.shape[0] != last.shape[0]:
@@ -229,15 +243,15 @@ def _features(survey: Trace, names: Sequence[str], last: Tensor) -> dict[str, tu
 
 
 def _typed(branch: nn.Module, features: Tensor) -> nn.Module:
-    """The branch, its floating-point parameters in the type of the features: float64, or half precision."""
+    """Convert the branch's floating-point parameters to the dtype of the features."""
     return branch.to(features.dtype) if features.is_floating_point() else branch
 
 
 def _classes(last: Tensor, num_classes: int | None) -> int:
     if last.dim() < 2:
         raise InputError(
-            f"the backbone's output has shape {tuple(last.shape)}, but exits give (B, C, ...); for one number a sample "
-            "make it (B, 1): output=lambda y: y.unsqueeze(1)"
+            f"the backbone's output has shape {tuple(last.shape)}, but exits give (B, C, ...); for one number per "
+            "sample make it (B, 1): output=lambda y: y.unsqueeze(1)"
         )
     if last.dim() == 3 and num_classes is None:
         raise InputError(

@@ -1,4 +1,4 @@
-"""A network whose exits answer with the mean of the exits passed so far."""
+"""A network whose exits return the mean of the exits so far."""
 
 from typing import Any
 
@@ -10,21 +10,32 @@ from .network import BranchyNet
 
 
 def averaged(net: BranchyNet, exit_weights: WeightRows | None = None, *, of: Of = "softmax") -> BranchyNet:
-    """The network whose exit n answers with the mean of exits 1..n of `net`.
+    """Return a network whose exit n outputs the mean of exits 1..n of `net`.
 
-    It shares the modules and parameter names of `net`; `record`, `choose`, `export` and engines take it like any other
-    network. A branch whose threshold is *never* stays in its graph, because later answers read it: give `measure` this
-    network, so that costs include it.
+    The result shares the modules and parameter names of `net`, and works with `record`, `choose`, `export` and engines.
+    A branch with the threshold *never* stays in its graph, because later exits read it. Give `measure` this network, so
+    that costs include such branches.
 
     Args:
-        net: trained; it is not changed.
-        exit_weights: one row per exit, such as `fit_averaging` returns; row n holds n numbers, not negative and not all
+        net: a trained network; it is not changed.
+        exit_weights: one row per exit, such as `fit_averaging` returns. Row n holds n numbers, not negative and not all
             0, which are scaled to sum to 1. Equal by default.
-        of: ``"softmax"``: probabilities are averaged, and an exit's outputs are their logarithms (minus infinity where
-            the probability is 0); ``"logits"``.
+        of: ``"softmax"`` averages probabilities, and outputs are their logarithms (minus infinity for a probability of
+            0); ``"logits"`` averages logits.
 
     Raises:
-        InputError: no `BranchyNet`, or `exit_weights` that are not one row of n numbers for each exit n.
+        InputError: `net` is not a `BranchyNet` or is averaged already, or `exit_weights` is not one row of n numbers
+            for each exit n.
+
+    Example:
+        >>> import torch
+        >>> from branchynet import BranchyNet, averaged
+        >>> from torch import nn
+        >>> net = BranchyNet(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), {"1": nn.Linear(8, 3)})
+        >>> x = torch.randn(5, 4)
+        >>> mean = sum(output.softmax(dim=1) for output in net(x)) / 2
+        >>> torch.allclose(averaged(net)(x)[1].exp(), mean)
+        True
     """
     if not isinstance(net, BranchyNet) or isinstance(net, _Averaged):
         raise InputError(f"averaged(net) takes a BranchyNet that is not averaged yet; got {type(net).__name__}")

@@ -1,4 +1,4 @@
-"""One way to feed a batch to a network, shared by training and recording."""
+"""Feed batches to a network, in training and recording."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,10 +13,10 @@ from .network import exit_outputs
 
 
 def batches(loader: Any, device: torch.device, channels_last: bool = False) -> Iterator[tuple[Any, Tensor]]:
-    """The `(inputs, target)` pairs of a loader, on `device`; 4-d inputs in channels-last memory order where asked.
+    """Yield the `(inputs, target)` pairs of a loader on `device`; with `channels_last`, 4-d inputs in that layout.
 
     Raises:
-        InputError: a batch that is no `(inputs, target)` pair, or a target that is no tensor.
+        InputError: a batch is not an `(inputs, target)` pair, or a target is not a tensor.
     """
 
     def place(value: Any) -> Any:
@@ -50,7 +50,7 @@ def batches(loader: Any, device: torch.device, channels_last: bool = False) -> I
 
 
 def tensors_in(inputs: Any) -> Iterator[Tensor]:
-    """The tensors in a batch's inputs, in an order of their own."""
+    """Yield the tensors in a batch's inputs in a fixed order; dicts are sorted by key."""
     if isinstance(inputs, Tensor):
         yield inputs
     elif isinstance(inputs, Mapping):
@@ -62,14 +62,14 @@ def tensors_in(inputs: Any) -> Iterator[Tensor]:
 
 
 def batch_exits(net: nn.Module, inputs: Any) -> tuple[Tensor, ...]:
-    """Every exit's output for one batch, earliest first; a network with a single output has one exit.
+    """Return every exit's output for one batch, earliest first; a network with a single output has one exit.
 
     Args:
         net: a `BranchyNet`, or any module; see `branchynet.nn.network.exit_outputs` for which outputs are exits.
         inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
 
     Raises:
-        InputError: the network cannot answer to such inputs; the message says what may be wrong with them.
+        InputError: the network fails on these inputs; the message says what may be wrong with them.
     """
     with calling(net, inputs):
         if isinstance(inputs, Mapping):

@@ -11,20 +11,20 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 
-_LINEAR, _HIDDEN = 256, 1024  # features that a classifier without convolutions reads, about
-_FINE = 16  # positions a side that the first convolution gives
+_LINEAR, _HIDDEN = 256, 1024  # approximate number of features for a classifier without convolutions
+_FINE = 16  # positions per side after the first convolution
 _CONVOLUTIONS = ("8", "16-32", "32-64", "32-64-64", "64-64-128", "64x2-128x2-128")
 DEEP_BRANCHES = frozenset({"conv-64x2-128x2-128"})
-"""Branches by name that have several convolutions between two poolings."""
+"""Names of branches with several convolutions between two poolings."""
 
 
 class ConvBranch(nn.Sequential):
-    """Convolutions, ReLU and max-pooling, average over positions, linear: `(B, C, H, W)` -> `(B, num_classes)`.
+    """Convolutions with ReLU and max-pooling, mean over positions, linear: `(B, C, H, W)` -> `(B, num_classes)`.
 
     Args:
         in_channels: C of the feature map.
-        num_classes: outputs.
-        channels: output channels of each 3x3 convolution (the paper's advice: more layers early, fewer late).
+        num_classes: number of outputs.
+        channels: output channels of each 3x3 convolution (the paper advises more layers early, fewer late).
     """
 
     def __init__(self, in_channels: int, num_classes: int, channels: Sequence[int] = (32,)) -> None:
@@ -36,7 +36,7 @@ class ConvBranch(nn.Sequential):
 
 
 class PooledLinear(nn.Sequential):
-    """ReLU, average-pooling to a small grid, linear: `(B, C, H, W)` -> `(B, num_classes)`, the cheapest branch."""
+    """The cheapest branch: ReLU, average-pooling to a small grid, linear. `(B, C, H, W)` -> `(B, num_classes)`."""
 
     def __init__(self, in_channels: int, num_classes: int, grid: int = 4) -> None:
         super().__init__(
@@ -49,8 +49,8 @@ class TokenLinear(nn.Module):
 
     Args:
         features: D.
-        num_classes: outputs.
-        feature_dim: which dimension is D; 1 for `(B, D, L)` or `(B, D, H, W)`.
+        num_classes: number of outputs.
+        feature_dim: the dimension of size D; 1 for `(B, D, L)` or `(B, D, H, W)`.
     """
 
     def __init__(self, features: int, num_classes: int, feature_dim: int = -1) -> None:
@@ -60,19 +60,21 @@ class TokenLinear(nn.Module):
         self.classifier = nn.Linear(features, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits `(B, num_classes)`."""
+        """Return logits `(B, num_classes)`."""
         positions = [d for d in range(1, x.dim()) if d != self.feature_dim % x.dim()]
         return self.classifier(self.norm(x.mean(dim=positions) if positions else x))
 
 
 class DenseBranch(nn.Module):
-    """A 3x3 convolution, ReLU, a classifier at every position, resized: `(B, C, H, W)` -> `(B, num_classes, *size)`.
+    """Classify every position, then resize: `(B, C, H, W)` -> `(B, num_classes, *size)`.
+
+    The layers are ReLU, a 3x3 convolution, ReLU, and a 1x1 convolution.
 
     Args:
         in_channels: C of the feature map.
-        num_classes: outputs at every position.
-        size: height and width of the backbone's own output.
-        channels: of the convolution.
+        num_classes: number of outputs per position.
+        size: height and width of the backbone's output.
+        channels: output channels of the 3x3 convolution.
     """
 
     def __init__(self, in_channels: int, num_classes: int, size: tuple[int, int], channels: int = 32) -> None:
@@ -82,17 +84,17 @@ class DenseBranch(nn.Module):
         self.classifier = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits `(B, num_classes, *size)`."""
+        """Return logits `(B, num_classes, *size)`."""
         x = self.classifier(torch.relu(self.conv(torch.relu(x))))
         return nn.functional.interpolate(x, size=self.size, mode="bilinear", align_corners=False)
 
 
 class InputMLP(nn.Sequential):
-    """A small classifier on the raw input: optional pooling, one hidden layer: `(B, C, H, W)` -> `(B, num_classes)`.
+    """A small classifier of raw inputs, with optional pooling and a hidden layer: `(B, ...)` -> `(B, num_classes)`.
 
     Args:
         shape: `(C, H, W)` of one input, or `(D,)`.
-        num_classes: outputs.
+        num_classes: number of outputs.
         hidden: width of the hidden layer; 0 for a linear classifier.
         pool: side of the max-pooling window over pixels; 1 for none.
     """
@@ -110,20 +112,20 @@ class InputMLP(nn.Sequential):
 
 
 def default_branch(features: Tensor, num_classes: int, feature_dim: int | None = None) -> nn.Module:
-    """A sensible branch to `(B, num_classes)` for features of any shape with a leading batch.
+    """Return a branch with outputs `(B, num_classes)` that suits the shape of the features.
 
     Args:
-        features: such as the branch will read.
-        num_classes: outputs.
-        feature_dim: which dimension of them holds channels or features, which their shape alone does not say. By
-            default 1 for `(B, C, H, W)` and `(B, C, T, H, W)` and the last for `(B, D)` and `(B, L, D)`; -1 for
-            `(B, H, W, C)`, 1 for `(B, C, L)`.
+        features: an example of the branch's input, `(B, ...)`.
+        num_classes: number of outputs.
+        feature_dim: the dimension of `features` that holds channels or features; the shape does not show it. The
+            default is 1 for `(B, C, H, W)` and `(B, C, T, H, W)`, and the last for `(B, D)` and `(B, L, D)`. Use -1 for
+            `(B, H, W, C)` and 1 for `(B, C, L)`.
 
     Returns:
         `ConvBranch` for `(B, C, H, W)`, else `TokenLinear`.
 
     Raises:
-        InputError: features without a second dimension, or of integers (tap a later submodule).
+        InputError: the features have no second dimension, or are integers (tap a later submodule).
     """
     if not torch.is_floating_point(features):
         raise InputError(f"no default branch reads {features.dtype} features; tap a later submodule or bring a branch")
@@ -141,11 +143,11 @@ def default_branch(features: Tensor, num_classes: int, feature_dim: int | None =
 
 
 def named_branches(features: Tensor, num_classes: int, feature_dim: int | None = None) -> dict[str, nn.Module]:
-    """Branches of several sizes by name, about the cheapest first; empty for integer or scalar features.
+    """Return branches of several sizes by name, roughly the cheapest first; empty for integer or scalar features.
 
     Args:
-        features: what the branches will read, `(B, ...)`.
-        num_classes: outputs of each branch, `(B, num_classes)`.
+        features: an example of the branches' input, `(B, ...)`.
+        num_classes: number of outputs of each branch.
         feature_dim: the dimension of `features` that holds channels or features, if known; by default 1 for maps
             `(B, C, H, W)`, else the last.
     """
@@ -175,7 +177,7 @@ def _on_maps(shape: tuple[int, ...], classes: int) -> dict[str, nn.Module]:
 
 
 def _flat(shape: tuple[int, ...], classes: int, most: int, hidden: int) -> nn.Module:
-    """Max-pooling to at most `most` features, then one or two linear layers."""
+    """Max-pool to at most `most` features (or one position), then apply one or two linear layers."""
     _, channels, height, width = shape
     grid = max(1, math.isqrt(most // channels))
     size = math.ceil(height / grid), math.ceil(width / grid)
@@ -188,9 +190,9 @@ def _flat(shape: tuple[int, ...], classes: int, most: int, hidden: int) -> nn.Mo
 
 
 def _convolutions(channels: int, sides: tuple[int, int], classes: int, widths: str) -> nn.Module:
-    """Convolutions, each with batch norm and ReLU, pooling by 2 after one or (``x2``) two, and a linear layer.
+    """Convolutions with batch norm and ReLU, pooling by 2 after each one or (``x2``) two of them, and a linear layer.
 
-    The first strides over maps of more than 16 positions a side.
+    On maps of more than 16 positions per side, the first convolution has a stride.
     """
     layers: list[nn.Module] = []
     height, width = sides

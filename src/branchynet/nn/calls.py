@@ -1,4 +1,4 @@
-"""Calling any network: its arguments, its modes, and the tensors in what it returns."""
+"""Call any network: arguments, modes, and the tensors in its output."""
 
 import contextlib
 import threading
@@ -12,21 +12,21 @@ from torch.nn.parameter import is_lazy
 from ..errors import GraphError, InputError
 from .outputs import warn_of_further
 
-INPUT = "input"  # the tap name that stands for the network's first argument
+INPUT = "input"  # the name of the tap at the network's first argument
 
 
 Reader = Callable[[Any], Tensor]
 
 
 def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """`(args, kwargs)` of a forward call from a tensor, a tuple of arguments, or a dict of keyword arguments."""
+    """Return `(args, kwargs)` for forward from a tensor, a tuple of arguments, or a dict of keyword arguments."""
     if isinstance(example, Mapping):
         return (), dict(example)
     return (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}
 
 
 def first_rows(example: Any, rows: int = 2) -> Any:
-    """The first rows of an example whose tensors all have one leading batch dimension; any other as it is."""
+    """Return the first rows of an example; the example itself unless it holds only tensors with one batch size."""
     args, kwargs = arguments(example)
     values = (*args, *kwargs.values())
     if not all(isinstance(v, Tensor) and v.dim() for v in values) or len({len(v) for v in values}) != 1:
@@ -35,9 +35,9 @@ def first_rows(example: Any, rows: int = 2) -> Any:
 
 
 class _SlowPath:
-    """Blocks, in any thread, in which torch's fast path for transformers is off.
+    """A context manager that disables torch's fast path for transformers while any thread is in its block.
 
-    The fast path computes `nn.TransformerEncoder` in nested tensors, which branches cannot read and graphs cannot hold.
+    The fast path computes `nn.TransformerEncoder` in nested tensors, which neither branches nor graphs support.
     """
 
     def __init__(self) -> None:
@@ -64,17 +64,17 @@ slow_path = _SlowPath()
 
 @contextlib.contextmanager
 def evaluating(net: nn.Module) -> Iterator[None]:
-    """Put every module of `net` into eval mode for the block; modes and buffers are put back after it.
+    """Put every module of `net` into eval mode for the block, then restore modes and buffers.
 
-    So are parameters that a forward replaces; what it writes into them stays, since they may be too large to copy.
-    Within the block torch's fast path for transformers is off.
+    Parameters that a forward replaces are restored too. Writes into parameters stay, because parameters may be too
+    large to copy. Torch's fast path for transformers is off in the block.
     """
     modes = [(module, module.training) for module in net.modules()]
     buffers = [
         (module, name, tensor, None if tensor is None else tensor.detach().clone())
         for module in net.modules()
         for name, tensor in module._buffers.items()
-        if tensor is None or not is_lazy(tensor)  # a lazy module gives them their sizes
+        if tensor is None or not is_lazy(tensor)  # lazy buffers have no size yet
     ]
     parameters = [(module, *named) for module in net.modules() for named in module._parameters.items()]
     net.eval()
@@ -94,19 +94,19 @@ def evaluating(net: nn.Module) -> Iterator[None]:
 
 
 def single_output(returned: Any, where: str = "the backbone's output") -> Tensor:
-    """The one tensor of a network with a single exit. Raises `GraphError` where there are several exits, or none."""
+    """Return the output tensor of a network with a single exit. Raises `GraphError` for several exits, or none."""
     if found := several_exits(returned):
         raise GraphError(
             f"{where} is {len(found)} tensors of one shape {tuple(found[0].shape)}, which are exits of its own: "
-            "use such a network as it is, without attaching branches, or say which tensor is meant with output="
+            "use such a network without attaching branches, or select one tensor with output="
         )
     answer = output_tensor(returned, where)
-    warn_of_further(returned, answer, where, "to say which tensor is the answer, or that this one is, give output=")
+    warn_of_further(returned, answer, where, "give output= to select the tensor that is the answer")
     return answer
 
 
 def output_tensor(value: Any, where: str) -> Tensor:
-    """The tensor in a module's output: itself, ``.logits``, or the first entry. Raises `GraphError` for none."""
+    """Return the tensor in a module's output: itself, ``.logits``, or the first entry. Raises `GraphError` for none."""
     tensor = find_tensor(value)
     if tensor is None:
         raise GraphError(
@@ -116,7 +116,7 @@ def output_tensor(value: Any, where: str) -> Tensor:
 
 
 def find_tensor(value: Any) -> Tensor | None:
-    """As `output_tensor`, or None."""
+    """Like `output_tensor`, but return None if there is none."""
     if isinstance(value, Tensor):
         return value
     if isinstance(getattr(value, "logits", None), Tensor):
@@ -126,16 +126,16 @@ def find_tensor(value: Any) -> Tensor | None:
 
 
 def several_exits(value: Any) -> tuple[Tensor, ...]:
-    """The exits of a network that has several, else nothing."""
+    """Return the exits in the output of a network that has several of its own; empty for any other."""
     if not isinstance(value, (tuple, list)) or isinstance(getattr(value, "logits", None), Tensor) or len(value) < 2:
         return ()
-    # Compared one by one: the shapes of an export hold symbols, which cannot be hashed.
+    # Not compared as a set: the shapes of an export contain symbols, which cannot be hashed.
     exits = all(isinstance(v, Tensor) and v.dim() > 1 and v.shape == value[0].shape for v in value)
     return tuple(value) if exits else ()
 
 
 def read_tensor(reader: Reader | None, value: Any, where: str) -> Tensor:
-    """The tensor that `reader`, or else `output_tensor`, finds. Raises `GraphError` where it is none."""
+    """Return the tensor that `reader`, or by default `output_tensor`, finds. Raises `GraphError` if it finds none."""
     tensor = output_tensor(value, where) if reader is None else reader(value)
     if not isinstance(tensor, Tensor):
         raise GraphError(f"what reads {where!r} gives a {type(tensor).__name__}; output= and tap= must give a tensor")
@@ -143,7 +143,7 @@ def read_tensor(reader: Reader | None, value: Any, where: str) -> Tensor:
 
 
 def first_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """The first argument of a forward call, positional or by keyword."""
+    """Return the first argument of a forward call, positional or by keyword."""
     if args:
         return args[0]
     if kwargs:

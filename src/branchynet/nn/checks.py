@@ -1,4 +1,4 @@
-"""Networks, devices, loaders and inputs that users often mix up, refused with what to give instead."""
+"""Check networks, devices, loaders and inputs. Messages say what to give instead."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,8 +13,7 @@ from ..arguments import described, dtype_name, instance
 from ..errors import BranchyNetError, InputError
 
 _IMAGE_CHANNELS = (1, 3, 4)
-# What torch and a network's own code raise for inputs that do not fit. An import, memory or user's error of another
-# kind is none of the inputs' making.
+# Errors that torch and networks raise for inputs that do not fit. Other errors have other causes.
 MISFITS = (RuntimeError, TypeError, ValueError, IndexError)
 
 
@@ -26,7 +25,7 @@ def check_network(net: Any) -> None:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """The device of that name. Raises `InputError` for an unknown one, or one that this machine does not have."""
+    """Return the device of that name. Raises `InputError` if it is unknown or not available on this machine."""
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
@@ -43,7 +42,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def check_loader(name: str, value: Any) -> None:
-    """Raise `InputError` for what is no loader of batches."""
+    """Raise `InputError` unless `value` is a loader of batches."""
     if not hasattr(value, "__iter__") and (hasattr(value, "images") or hasattr(value, "train")):  # of branchynet.data
         raise InputError(f"{name} is {described(value)}, not a loader: give branchynet.data.loader(data.train, 64)")
     remedy = "wrap it, such as torch.utils.data.DataLoader(data, batch_size=64, shuffle=True)"
@@ -54,12 +53,12 @@ def check_loader(name: str, value: Any) -> None:
 
 
 def written(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[Tensor, int]]:
-    """Each tensor by its name, and how often it was written to, as far as torch counts; -1 before it has a size."""
+    """Return each tensor by name with torch's count of writes; -1 for a lazy tensor, which has no size yet."""
     return {name: (t, -1 if is_lazy(t) else 0 if t.is_inference() else t._version) for name, t in tensors}
 
 
 def changed(before: Mapping[str, tuple[Tensor, int]], after: Mapping[str, tuple[Tensor, int]]) -> str | None:
-    """The first of the tensors `after`, as `written` gives them, that is another one or was written to; or None."""
+    """Return the name of the first tensor that was replaced or written to between two calls of `written`, or None."""
     for name, (tensor, writes) in after.items():
         then = before.get(name, (None, 0))
         if then[0] is not tensor or then[1] not in (writes, -1):
@@ -68,10 +67,10 @@ def changed(before: Mapping[str, tuple[Tensor, int]], after: Mapping[str, tuple[
 
 
 STILL = (
-    "change parameters under `if self.training:` alone, and leave max_norm= out of embeddings (set emb.max_norm = None "
+    "change parameters only under `if self.training:`, and leave max_norm= out of embeddings (set emb.max_norm = None "
     "once emb.weight is renormalised)"
 )
-"""What to do with a network that changes its parameters when it answers."""
+"""The remedy for a network that changes its parameters when it answers."""
 
 
 def misfit(what: str, features: Tensor, error: Exception) -> str:
@@ -86,10 +85,10 @@ def misfit(what: str, features: Tensor, error: Exception) -> str:
 
 @contextlib.contextmanager
 def calling(net: nn.Module, inputs: Any) -> Iterator[None]:
-    """Within the block, what `net` cannot do with these inputs is raised as `InputError`, with what may be wrong.
+    """Convert errors of `net` in the block to `InputError`, with a hint at what is wrong with the inputs.
 
     Args:
-        net: the network that is called.
+        net: the network that the block calls.
         inputs: a tensor, a tuple of arguments, or a dict of keyword arguments.
     """
     try:
@@ -105,7 +104,7 @@ def calling(net: nn.Module, inputs: Any) -> Iterator[None]:
 
 
 def _hint(net: nn.Module, inputs: Any, error: str) -> str:
-    """What is most likely wrong with the inputs, or nothing."""
+    """Say what is most likely wrong with the inputs; empty if unknown."""
     values = _values(inputs)
     if "is invalid for input of size" in error:
         return (
@@ -114,10 +113,9 @@ def _hint(net: nn.Module, inputs: Any, error: str) -> str:
         )
     inner = getattr(net, "module", net)
     dtypes = {p.dtype for p in inner.parameters() if p.is_floating_point()}
-    alien = [v for v in values if not isinstance(v, Tensor)]
-    if any(isinstance(v, np.ndarray) for v in alien):
+    if any(isinstance(v, np.ndarray) for v in values):
         return ": give tensors, torch.from_numpy(array)"
-    if any(isinstance(v, torch.utils.data.DataLoader) for v in alien):
+    if any(isinstance(v, torch.utils.data.DataLoader) for v in values):
         return ": give one batch of inputs, such as next(iter(loader))[0]"
     tensors = [v for v in values if isinstance(v, Tensor)]
     if not isinstance(inputs, Mapping) and len(values) == 2 and len(tensors) == 2 and _is_target(*tensors):

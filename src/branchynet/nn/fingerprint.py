@@ -1,4 +1,4 @@
-"""Telling networks apart, so that what was recorded, measured and chosen of one is not mixed with another's."""
+"""Fingerprints of networks, so that records, costs and choices of different networks are not mixed."""
 
 import hashlib
 
@@ -10,11 +10,11 @@ from .readable import check_weights
 
 
 def fingerprint(net: nn.Module) -> str:
-    """``structure-weights``: two short digests, of what parameters and buffers there are, and of what they hold.
+    """Return ``structure-weights``: a short digest of the names, shapes and taps, and one of the values.
 
-    The first tells architectures apart, wherever they differ in what they hold or where they are tapped; the second
-    also two trainings of one. Buffers count even where ``state_dict()`` leaves them out. Averaged answers are another
-    network's, see `averaged_fingerprint`. Raises `GraphError` as `check_weights`.
+    The first distinguishes architectures that differ in parameters, buffers or taps; the second also distinguishes two
+    trainings of one architecture. Buffers that ``state_dict()`` omits count too. An averaged network has a fingerprint
+    of its own, see `averaged_fingerprint`. Raises `GraphError` like `check_weights`.
     """
     check_weights(net)
     structure, weights = hashlib.sha256(repr(getattr(net, "taps", ())).encode()), hashlib.sha256()

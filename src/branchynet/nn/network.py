@@ -1,4 +1,4 @@
-"""A network with side branches: one forward gives every exit."""
+"""A network with side branches: one forward computes every exit."""
 
 import contextlib
 import threading
@@ -29,34 +29,43 @@ from .readable import scripted_submodule
 
 
 class OrderError(GraphError):
-    """Branches are listed in another order than their taps run."""
+    """The branches are not listed in the order in which their taps run."""
 
 
 class BranchyNet(nn.Module):
-    """A backbone with side branches; `forward` returns every exit's output, earliest first, the backbone's own last.
+    """A backbone with side branches. `forward` returns every exit's output, earliest first, the backbone's last.
 
-    The backbone is not changed: it keeps its parameters' names, and its own checkpoints load into ``net.backbone``.
+    The backbone is not changed: its parameters keep their names, and its checkpoints load into ``net.backbone``.
 
     Args:
-        backbone: any module whose output is a tensor (or a tuple, dict or dataclass whose first entry or ``.logits``
-            is).
-        branches: for each tap, the module fed by it, in the order in which the taps run. A tap is the name of a
+        backbone: any module that returns a tensor, or an object with a tensor ``.logits``, or a tuple, list or dict
+            with a tensor as its first entry.
+        branches: for each tap, the module that reads it, in the order in which the taps run. A tap is the name of a
             submodule as in ``backbone.named_modules()``, or ``"input"`` for the network's first argument. A branch may
-            be a `BranchyNet` itself (the paper's tree): its exits take its place in the tuple. Classifiers give
-            *logits*, as the backbone should: no softmax at their end.
-        output: ``output(what the backbone returns) -> Tensor`` where the rule above does not find the last exit. A
-            module, such as a head on a headless backbone, is trained and saved with the branches.
-        tap: for some taps, ``tap[name](what the submodule returns) -> Tensor`` where the rule above does not find the
+            be a `BranchyNet` itself (the paper's tree): its exits take its place in the tuple. Branches and backbone
+            should return *logits*, without a softmax at the end.
+        output: ``output(backbone_output) -> Tensor``, if the rule for `backbone` does not find the last exit. If it is
+            a module, such as a head for a headless backbone, it is trained and saved with the branches.
+        tap: for some taps, ``tap[name](submodule_output) -> Tensor``, if the rule for `backbone` does not find the
             features.
-
-    Raises:
-        InputError: a tap that is no submodule (the nearest name is suggested), or a branch that is no module.
-        GraphError: a tap in TorchScript; from `forward`, where a tap never runs, runs twice, or runs out of order, or
-            where the backbone has several exits of its own.
 
     Attributes:
         selected_on: sketches (see `branchynet.policy.digests`) of the samples that the exits were selected on.
-        VersionError: torch, or a package that `export` needs, is installed in a version that is known to be wrong.
+
+    Raises:
+        InputError: a tap is not a submodule (the nearest name is suggested), or a branch is not a module.
+        GraphError: a tap is in TorchScript. `forward` raises it if a tap never runs, runs twice or runs out of order,
+            or if the backbone has several exits of its own.
+        VersionError: BranchyNet does not work with the installed version of torch or of a package for `export`.
+
+    Example:
+        >>> import torch
+        >>> from branchynet import BranchyNet
+        >>> from torch import nn
+        >>> backbone = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> net = BranchyNet(backbone, {"1": nn.Linear(8, 3)})
+        >>> [tuple(logits.shape) for logits in net(torch.randn(5, 4))]
+        [(5, 3), (5, 3)]
     """
 
     selected_on: tuple[str, ...] = ()
@@ -70,7 +79,7 @@ class BranchyNet(nn.Module):
         tap: Mapping[str, Reader] | None = None,
     ) -> None:
         super().__init__()
-        require(*EXPORTING)  # now, not when the training is done
+        require(*EXPORTING)  # now, and not only after the training
         modules = dict(backbone.named_modules())
         for name, branch in branches.items():
             if name != INPUT and (not name or name not in modules):
@@ -80,9 +89,8 @@ class BranchyNet(nn.Module):
         for name in branches:
             if name != INPUT and (path := scripted_submodule(backbone, name)) is not None:
                 raise GraphError(
-                    f"the submodule {path or type(backbone).__name__!r} is TorchScript, which does not say what its "
-                    f"insides answer, so that {name!r} cannot be tapped; give the nn.Module that it was made of, or "
-                    "tap a submodule that is none"
+                    f"the submodule {path or type(backbone).__name__!r} is TorchScript, which runs no hooks, so "
+                    f"{name!r} cannot be tapped; give the nn.Module that it was made of, or tap a submodule outside it"
                 )
         for name in tap or ():
             if name not in branches:
@@ -95,11 +103,11 @@ class BranchyNet(nn.Module):
 
     @property
     def num_exits(self) -> int:
-        """N, the number of exits, the backbone's own included."""
+        """N, the number of exits, including the backbone's own."""
         return 1 + sum(branch.num_exits if isinstance(branch, BranchyNet) else 1 for branch in self.branches)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        """Every exit's output: a tuple of N tensors, earliest exit first."""
+        """Return every exit's output: a tuple of N tensors, earliest exit first."""
         by_tap = dict(zip(self.taps, self.branches, strict=True))
         passed: list[str] = []
         exits: list[Tensor] = []
@@ -144,9 +152,8 @@ class BranchyNet(nn.Module):
         for tap, features, version in tapped:
             if features._version != version:
                 raise GraphError(
-                    f"the output of {tap!r} is overwritten in place after the branch has read it, "
-                    "which breaks backward; "
-                    "tap the submodule that overwrites it, or make that operation not in-place"
+                    f"the output of {tap!r} is overwritten in place after the branch has read it, which breaks "
+                    "backward; tap the submodule that overwrites it, or make that operation not in-place"
                 )
         return (*exits, last)
 
@@ -155,7 +162,7 @@ class BranchyNet(nn.Module):
 
 
 def plain_network(net: nn.Module) -> nn.Module:
-    """The network alone, in the same mode; `net` itself where its last exit is what its backbone answers."""
+    """Return a network whose last exit is the backbone's output: `net`, or a `BranchyNet` without its averaging."""
     if not isinstance(net, BranchyNet) or type(net).forward is BranchyNet.forward:
         return net
     plain = BranchyNet(net.backbone, {}, output=net.output)
@@ -164,10 +171,10 @@ def plain_network(net: nn.Module) -> nn.Module:
 
 
 def exit_outputs(net: nn.Module, returned: Any) -> tuple[Tensor, ...]:
-    """Every exit's output in what `net` returned, earliest first.
+    """Return every exit's output in the value that `net` returned, earliest first.
 
-    They are a `BranchyNet`'s whole tuple, or from any other network a tuple or list of two or more tensors of one shape
-    `(B, C, ...)`: a network with exits of its own. All else is one exit, see `output_tensor`.
+    For a `BranchyNet`, this is the whole tuple. For another network with exits of its own, it is a tuple or list of two
+    or more tensors of one shape `(B, C, ...)`. Any other value has one exit, see `output_tensor`.
     """
     if isinstance(getattr(net, "module", net), BranchyNet):  # DistributedDataParallel keeps the network as its module
         return returned
@@ -179,7 +186,7 @@ def exit_outputs(net: nn.Module, returned: Any) -> tuple[Tensor, ...]:
 
 
 def count_exits(net: nn.Module, example: Any) -> int:
-    """N, how many exits a network has, from a forward of two rows where its type does not say."""
+    """Return N, the number of exits of a network; unless it is a `BranchyNet`, from a forward of two rows."""
     if isinstance(net, BranchyNet):
         return net.num_exits
     args, kwargs = arguments(first_rows(example))
@@ -188,12 +195,12 @@ def count_exits(net: nn.Module, example: Any) -> int:
 
 
 def never_ran(tap: str) -> str:
-    """What to say of a tap that `forward` does not reach."""
+    """The error message for a tap that `forward` does not reach."""
     return f"the tap {tap!r} never ran before the output; tap a submodule that forward calls"
 
 
 def runs_twice(tap: str) -> str:
-    """What to say of a tap that `forward` reaches more than once."""
+    """The error message for a tap that `forward` reaches more than once."""
     return f"the tap {tap!r} runs twice in one forward; tap a submodule that runs once"
 
 

@@ -1,4 +1,4 @@
-"""Where exits can stand in a network."""
+"""Find places for exits in a network."""
 
 from collections.abc import Iterable, Mapping
 
@@ -8,10 +8,10 @@ from .trace import ModuleOutput, Trace
 
 
 def exit_places(survey: Trace, output: Tensor) -> list[tuple[float, ModuleOutput]]:
-    """Where an exit may stand, in running order, each with the share of the multiply-accumulates that lie before it.
+    """Return the places for exits, in running order, each with the share of multiply-accumulates before it.
 
-    Only a submodule will do that runs once and at whose return everything learned so far is in its own output, so that
-    no other such value is needed later: the end of a residual block, not its inside.
+    A place is a submodule that runs exactly once, and whose output is the only value, computed so far from inputs and
+    parameters, that is needed later: the end of a residual block, not its inside.
     """
     until = survey.needed_until(survey.node(output))
     total = survey.operations[-1].macs
@@ -25,19 +25,18 @@ def exit_places(survey: Trace, output: Tensor) -> list[tuple[float, ModuleOutput
 
 
 def spread_exits(survey: Trace, output: Tensor, num_exits: int) -> tuple[str, ...]:
-    """Names of `exits` - 1 submodules that divide the forward into parts of about equal multiply-accumulates.
+    """Choose `num_exits` - 1 submodules that divide the forward into parts of about equal multiply-accumulates.
 
-    Of the `exit_places` that stand at about the same share, the one with the smallest output is taken, and of these the
-    outermost.
+    Among `exit_places` with about the same share, the smallest output wins, then the outermost submodule.
 
     Returns:
-        The names in running order; fewer where there are not so many places.
+        The names in running order; fewer if there are not enough places.
     """
-    here = exit_places(survey, output)
+    places = exit_places(survey, output)
     chosen: list[tuple[float, ModuleOutput]] = []
     for k in range(1, num_exits):
         after = chosen[-1][0] if chosen else 0.0
-        free = [(share, moment) for share, moment in here if share > after]
+        free = [(share, moment) for share, moment in places if share > after]
         if not free:
             break
         nearest = min(abs(share - k / num_exits) for share, _ in free)
@@ -57,7 +56,7 @@ def _usable(moment: ModuleOutput, output: Tensor) -> bool:
 
 
 def _alone(survey: Trace, moment: ModuleOutput, until: Mapping[int, int]) -> bool:
-    """Whether of all that is learned so far nothing but this moment's output is needed later."""
+    """Whether this output is the only value, computed so far from inputs and parameters, that is needed later."""
     for number, operation in enumerate(survey.operations[: moment.time]):
         if operation.data and operation.weighed and number != moment.node and until.get(number, -1) >= moment.time:
             return False

@@ -1,4 +1,4 @@
-"""Networks whose weights or submodules cannot be read, told before any long work."""
+"""Detect weights and submodules that cannot be read, before any slow step."""
 
 import torch
 from torch import nn
@@ -8,10 +8,10 @@ from ..errors import GraphError
 
 
 def check_weights(net: nn.Module) -> None:
-    """Refuse weights that are no plain tensors with values.
+    """Check that all weights are plain tensors with values.
 
     Raises:
-        GraphError: a weight on the meta device, a quantised one (torchao, torch.ao), or another tensor of tensors.
+        GraphError: a weight is on the meta device, quantised (torchao, torch.ao), or another tensor subclass.
     """
     for name, module in net.named_modules():
         if ".ao.nn." in type(module).__module__ and "quantized" in type(module).__module__:
@@ -22,24 +22,24 @@ def check_weights(net: nn.Module) -> None:
         if is_traceable_wrapper_subclass(value):
             kind = type(value)
             raise GraphError(
-                f"the weight {name!r} is a {kind.__module__.partition('.')[0]} {kind.__name__}, no plain tensor; "
+                f"the weight {name!r} is a {kind.__module__.partition('.')[0]} {kind.__name__}, not a plain tensor; "
                 f"{_FLOAT_FIRST}"
             )
         if value.is_meta:
             raise GraphError(
-                f"the weight {name!r} lies on the meta device and has no values: give it some first, such as with "
+                f"the weight {name!r} is on the meta device and has no values: load values first, such as with "
                 "net.to_empty(device='cpu') and load_state_dict"
             )
 
 
 def scripted_submodule(net: nn.Module, path: str) -> str | None:
-    """Which submodule on the way to `path`, itself included, is TorchScript, whose insides run no hooks; or None."""
+    """Return the first TorchScript module on the way to `path`, or None. TorchScript runs no hooks inside."""
     modules, parts = dict(net.named_modules()), path.split(".")
     names = ("", *(".".join(parts[:end]) for end in range(1, len(parts) + 1)))
     return next((name for name in names if isinstance(modules.get(name), torch.jit.ScriptModule)), None)
 
 
 _FLOAT_FIRST = (
-    "use the network as it was before (full-size weights), and quantise the file instead: "
+    "use the network before quantisation (full-size weights), and quantise the file instead: "
     "export(..., quantize='int8', calibration=batches)"
 )

@@ -1,6 +1,6 @@
-"""One forward of a network, watched: which operation reads what, what each submodule gives out, and what it costs.
+"""Trace one forward of a network: what each operation reads, what each submodule returns, and what it costs.
 
-It sees tensors and operations only, so that any network can be surveyed; nothing is known of any architecture.
+The trace contains only tensors and operations, so it works for any architecture.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +19,7 @@ from ..errors import GraphError
 from .readable import scripted_submodule
 
 aten = torch.ops.aten
-# Operations that tell which dimension of what they read holds the features: the second, or the last.
+# Operations that show which dimension of their input holds the features: the second, or the last.
 _SECOND = {"convolution", "native_batch_norm", "_native_batch_norm_legit_no_training", "native_group_norm",
            "max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "upsample_nearest2d",
            "upsample_bilinear2d"}  # fmt: skip
@@ -28,7 +28,7 @@ _LAST = {"native_layer_norm", "addmm", "mm"}
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a tensor's elements lie: sizes and strides, by which views of one memory can be compared."""
+    """Sizes and strides of a tensor, to compare views of the same memory."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -36,25 +36,34 @@ class Layout:
 
 @dataclass(frozen=True)
 class Operation:
-    """Something computed: the operation's name, what it read (by number, with layouts) and what it gave."""
+    """One operation of a forward.
+
+    Attributes:
+        name: the name of the operation.
+        read: number and layout of each value that it read.
+        gave: layout of its output, if any.
+        data: whether its output depends on inputs.
+        weighed: whether its output depends on parameters. With `data`, it is a feature, not only a mask or a weight.
+        macs: multiply-accumulates of the forward so far, including this operation.
+    """
 
     name: str
     read: tuple[tuple[int, Layout], ...]
     gave: Layout | None
-    data: bool  # a function of inputs
-    weighed: bool  # a function of parameters; of both: what is learned of the inputs, not merely a mask or a weight
-    macs: float  # of the whole forward up to and with this
+    data: bool
+    weighed: bool
+    macs: float
 
 
 @dataclass(frozen=True)
 class ModuleOutput:
-    """A submodule has just returned.
+    """The output of a submodule.
 
     Attributes:
-        name: of the submodule.
-        features: what it gave, as its reader sees it; None where that is no tensor.
-        node: the operation that made them.
-        time: how many operations had run.
+        name: the name of the submodule.
+        features: the tensor that the tap's reader finds in the output; None if there is none.
+        node: the number of the operation that computed it.
+        time: the number of operations that had run when the submodule returned.
     """
 
     name: str
@@ -64,33 +73,33 @@ class ModuleOutput:
 
 
 class Trace(TorchDispatchMode):
-    """The operations of one forward, in order. Views share a memory, and so a number, with what they view.
+    """The operations of one forward, in order. A view has the number of the tensor that it views.
 
     Attributes:
-        operations: by number; inputs and parameters are among them.
-        moments: each return of a submodule, in order.
+        operations: all operations, by number; inputs and parameters are included.
+        moments: the outputs of submodules, in the order in which they return.
     """
 
-    supports_higher_order_operators = True  # that is, they come here, to be refused by name
+    supports_higher_order_operators = True  # they are dispatched here, and refused by name
 
     def __init__(self, parameters: Iterable[Tensor], inputs: Iterable[Tensor]) -> None:
         super().__init__()
         self.operations: list[Operation] = []
         self.moments: list[ModuleOutput] = []
-        self._latest: dict[int, int] = {}  # memory -> the operation that wrote it last
-        self._kept: list[Any] = []  # a memory that is freed may be given out again under the same address
+        self._latest: dict[int, int] = {}  # memory address -> the operation that wrote it last
+        self._kept: list[Any] = []  # keeps tensors alive, because freed addresses are reused
         for parameter in parameters:
             self._add("parameter", (), [parameter], weighed=True)
         for given in inputs:
             self._add("input", (), [given], data=True)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operation and note it."""
+        """Run one operation and record it."""
         kwargs = kwargs or {}
         if isinstance(func, HigherOrderOperator):
             raise GraphError(
-                f"the network holds torch's {func.name()!r}, control flow that a tensor's values decide or an operator "
-                "that takes functions; its graph must be one course of action for all samples: use torch.where"
+                f"the network holds torch's {func.name()!r}, control flow that depends on tensor values or an operator "
+                "that takes functions; its graph must be the same for all samples: use torch.where"
             )
         out = func(*args, **kwargs)
         read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -102,7 +111,7 @@ class Trace(TorchDispatchMode):
         return out
 
     def node(self, tensor: Tensor) -> int:
-        """The number of the operation that last wrote this tensor's memory."""
+        """Return the number of the operation that last wrote this tensor's memory."""
         found = self._latest.get(_memory(tensor))
         return self._add("constant", (), [tensor]) if found is None else found
 
@@ -128,7 +137,7 @@ class Trace(TorchDispatchMode):
         return number
 
     def needed_until(self, output: int) -> dict[int, int]:
-        """For every operation that operation `output` depends on, the last of those that reads it."""
+        """For every operation that `output` depends on, return the last such operation that reads it."""
         until = {output: len(self.operations)}
         for number in range(output, -1, -1):
             if number in until:
@@ -138,7 +147,7 @@ class Trace(TorchDispatchMode):
         return until
 
     def feature_dim(self, moment: ModuleOutput) -> int | None:
-        """Which dimension of a submodule's output holds its features, as the operations that read it next take it."""
+        """Return the dimension that holds the features of a submodule's output, inferred from its next readers."""
         assert moment.features is not None
         shape, views = tuple(moment.features.shape), {moment.node: _layout(moment.features)}
         for number, operation in enumerate(self.operations[moment.time :], moment.time):
@@ -160,12 +169,12 @@ class Trace(TorchDispatchMode):
 
 @contextmanager
 def tracing(backbone: nn.Module, inputs: Iterable[Any], tensor: Callable[[str, Any], Tensor | None]) -> Iterator[Trace]:
-    """Watch the forwards of `backbone` within the block.
+    """Trace the forwards of `backbone` in the block.
 
     Args:
-        backbone: its parameters are told from other constants.
-        inputs: what it is about to be given.
-        tensor: the tensor in a named submodule's output, or None.
+        backbone: the network; the trace distinguishes its parameters from other constants.
+        inputs: the inputs of the forward.
+        tensor: returns the tensor in a named submodule's output, or None.
     """
     survey = Trace(backbone.parameters(), [t for t in tree_leaves(list(inputs)) if isinstance(t, Tensor)])
 
@@ -191,7 +200,7 @@ def tracing(backbone: nn.Module, inputs: Iterable[Any], tensor: Callable[[str, A
 
 
 def _matched(known: Layout, view: Layout) -> dict[int, int]:
-    """For dimensions of `view`, which dimension of `known`, a view of the same memory, each is."""
+    """Map dimensions of `view` to dimensions of `known`, a view of the same memory."""
     places = {
         (size, stride): d for d, (size, stride) in enumerate(zip(known.shape, known.stride, strict=True)) if size > 1
     }
@@ -212,9 +221,12 @@ def _memory(tensor: Tensor) -> int:
 
 def _macs(func: Any, args: Any, kwargs: Any, out: Any) -> float:
     packet = func._overloadpacket
-    if packet is aten._scaled_dot_product_flash_attention_for_cpu:  # which the registry forgets
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu:  # missing in the registry
         return sdpa_flop_count(*(tuple(t.shape) for t in args[:3])) / 2
-    if packet in (aten.mkldnn_rnn_layer, aten._cudnn_rnn):  # likewise: every step reads all weights of input and state
+    if packet in (
+        aten.mkldnn_rnn_layer,
+        aten._cudnn_rnn,
+    ):  # missing too: every step uses all weights of input and state
         weights = args[1] if isinstance(args[1], (list, tuple)) else args[1:3]
         return args[0].shape[0] * args[0].shape[1] * float(sum(w.numel() for w in weights if w.dim() == 2))
     return flop_registry[packet](*args, **kwargs, out_val=out) / 2 if packet in flop_registry else 0.0

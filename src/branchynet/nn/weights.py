@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors with a checksum, never pickle."""
+"""Save and load weights as safetensors with a checksum, never pickle."""
 
 import json
 import os
@@ -17,9 +17,9 @@ _CHECKSUM = "sha256"
 
 
 def save_weights(net: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write a network's parameters and buffers as safetensors, whole or not at all, with a checksum.
+    """Write a network's parameters and buffers atomically as safetensors with a checksum.
 
-    The checksum is the metadata entry ``sha256``; other readers of safetensors ignore it.
+    The checksum is the metadata entry ``sha256``, which other readers of safetensors ignore.
 
     Raises:
         FileError: the file cannot be written.
@@ -28,19 +28,17 @@ def save_weights(net: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def load_weights(net: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Read what `save_weights` wrote into `net`, in place.
-
-    A backbone's own file loads into ``net.backbone``.
+    """Load a file of `save_weights` into `net`, in place. Files of a backbone load into ``net.backbone``.
 
     Raises:
-        FileError: the file is missing, damaged or foreign, or holds another architecture's weights: the first tensor
-            that differs is named with both shapes, and `net` stays as it was.
+        FileError: the file is missing, damaged or foreign, or holds weights of another architecture. The message names
+            the first tensor that differs with both shapes, and `net` does not change.
     """
     load_tensors(net, read_tensors(path)[0], path)
 
 
 def _in_order(content: bytes) -> bytes:
-    """A safetensors file with its metadata sorted: as they are written, their order is another each time."""
+    """Sort the metadata of a safetensors file, because safetensors writes them in random order."""
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -50,8 +48,8 @@ def _in_order(content: bytes) -> bytes:
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors as safetensors, whole or not at all, with a checksum among the metadata."""
-    # Copies, because safetensors refuses tied weights, which share memory, and strides other than the default ones.
+    """Write tensors atomically as safetensors, with a checksum in the metadata."""
+    # Copies, because safetensors refuses shared memory (tied weights) and non-default strides.
     plain = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
     content = _in_order(safetensors.torch.save(plain, {**metadata, _CHECKSUM: checksum(_parts(plain, metadata))}))
     with replacing(path) as temporary:
@@ -59,24 +57,24 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], m
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read tensors and metadata. Raises `FileError` where the file is damaged or foreign."""
+    """Read tensors and metadata. Raises `FileError` if the file is damaged or foreign."""
     try:
         with safetensors.safe_open(regular(path), framework="pt") as stored:
             tensors, metadata = {n: stored.get_tensor(n).clone() for n in stored.keys()}, stored.metadata() or {}
     except FileError:
         raise
-    except Exception as error:  # damage can raise nearly anything, such as a dtype that torch does not have
+    except Exception as error:  # damage can cause almost any error, such as an unknown dtype
         raise FileError(
             f"cannot read {path}: {error}; it is truncated, damaged or no safetensors file: train or fetch it again"
         ) from error
     known = metadata.pop(_CHECKSUM, None)
-    if known is not None:  # files of earlier versions, and of other writers, have none
+    if known is not None:  # older files, and files of other writers, have none
         check_checksum(path, known, _parts(tensors, metadata))
     return tensors, metadata
 
 
 def _parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
-    """What the checksum of a file is of."""
+    """Yield the contents that the checksum covers."""
     yield from sorted(metadata.items())
     for name, tensor in sorted(tensors.items()):
         yield name, f"{tensor.dtype} {tuple(tensor.shape)}"
@@ -84,7 +82,7 @@ def _parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterat
 
 
 def load_tensors(net: nn.Module, tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Put tensors into `net`. Raises `FileError`, and leaves `net` alone, where they do not fit."""
+    """Load tensors into `net`. Raises `FileError`, and does not change `net`, if they do not fit."""
     problem = _mismatch(net, tensors)
     if problem:
         raise FileError(f"{path} holds the weights of another network: {problem}")
@@ -92,19 +90,19 @@ def load_tensors(net: nn.Module, tensors: dict[str, Tensor], path: str | os.Path
 
 
 def _mismatch(net: nn.Module, tensors: Mapping[str, Tensor]) -> str:
-    """What is wrong with `tensors` as the weights of `net`, in words; empty where they fit."""
-    own = net.state_dict()
-    for name in [*own, *tensors]:
-        here, there = own.get(name), tensors.get(name)
-        if here is not None and there is not None and here.shape == there.shape:
-            if here.is_floating_point() == there.is_floating_point():
+    """Say why `tensors` do not fit `net`; empty if they fit."""
+    state = net.state_dict()
+    for name in [*state, *tensors]:
+        wanted, stored = state.get(name), tensors.get(name)
+        if wanted is not None and stored is not None and wanted.shape == stored.shape:
+            if wanted.is_floating_point() == stored.is_floating_point():
                 continue
-            return f"the tensor {name!r} is {there.dtype} in the file and {here.dtype} in the network"
-        shown = [f"of shape {tuple(t.shape)}" if t is not None else "missing" for t in (there, here)]
+            return f"the tensor {name!r} is {stored.dtype} in the file and {wanted.dtype} in the network"
+        shown = [f"of shape {tuple(t.shape)}" if t is not None else "missing" for t in (stored, wanted)]
         hint = ""
-        if there is None and f"backbone.{name}" in tensors:
+        if stored is None and f"backbone.{name}" in tensors:
             hint = "; the file is of a BranchyNet around this network: load it into that"
-        elif there is None and name.removeprefix("backbone.") in tensors:
+        elif stored is None and name.removeprefix("backbone.") in tensors:
             hint = "; the file is of the backbone alone: load it into net.backbone"
         return f"the tensor {name!r} is {shown[0]} in the file and {shown[1]} in the network{hint}"
     return ""
