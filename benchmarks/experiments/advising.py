@@ -1,9 +1,9 @@
-"""How long does `advise` take, from a trained network to an answer, on all cores of this machine?
+"""Measure how long `advise` takes, from a trained network to the advice, on all cores of this machine.
 
     python benchmarks/experiments/advising.py LeNet          # minutes
-    python benchmarks/experiments/advising.py ResNet-56      # wanted: 20 minutes on two cores
+    python benchmarks/experiments/advising.py ResNet-56      # goal: 20 minutes on two cores
 
-Writes its row into benchmarks/results/advising.json.
+Writes a row into benchmarks/results/advising.json.
 """
 
 import argparse

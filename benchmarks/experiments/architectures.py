@@ -1,20 +1,21 @@
-"""What do exits cost, and what do they save, on networks that no one here wrote?
+"""Measure what exits cost, and what they save, on third-party networks.
 
-Networks of Hugging Face `transformers` with random weights, of such sizes that one forward takes over a millisecond.
-Thresholds are quantiles of the recorded entropies, so that given shares of the samples leave where the question wants
-them; what the weights answer does not matter to what they cost.
+The networks are from Hugging Face `transformers`, with random weights, and large enough that one forward takes over a
+millisecond. Thresholds are quantiles of the recorded entropies, so that given shares of the samples leave at each exit;
+the weights do not affect the cost.
 
-1. Three exits placed by ``attach(at="auto")``: overhead beside the limit with 25/25/50 and 75/15/10 % of the samples
-   leaving, at batches 1 (files and static graphs fixed at one sample a call) and 64.
-2. Two exits, the first of six evenly spread ones and the last, half of each batch of 64 leaving at the first: speed-up
-   beside the plain network.
-3. A network of 110 layers: how long export takes, and how much larger the file is than the plain one plus the branches.
+1. Three exits from ``attach(at="auto")``: the overhead if 25/25/50 and 75/15/10 % of the samples leave, at batch 1
+   (with files and static graphs for one sample) and at batch 64.
+2. Two exits, the first of six evenly spread ones and the last: the speed-up over the plain network if half of each
+   batch of 64 leaves at the first.
+3. A network of 110 layers: the time of the export, and the size of the file relative to the plain file plus the
+   branches.
 
-    python benchmarks/experiments/architectures.py  # one trial more of every network, of those with the fewest first
-    python benchmarks/experiments/architectures.py MobileNetV2   # of these alone
-    python benchmarks/experiments/architectures.py --ones  # the first question at batch 1 alone, which swings most
+    python benchmarks/experiments/architectures.py  # one more trial per network, those with the fewest trials first
+    python benchmarks/experiments/architectures.py MobileNetV2   # these networks only
+    python benchmarks/experiments/architectures.py --ones  # question 1 at batch 1 only, which varies most
 
-All trials are kept and medians told, since how cold the caches of a shared machine are differs from hour to hour.
+All trials are stored and medians reported, because the caches of a shared machine differ from hour to hour.
 
 Writes benchmarks/results/architectures.json. Needs the extra `dev` (transformers).
 """

@@ -1,12 +1,12 @@
-"""What does a call of an engine take beyond ONNX Runtime's own `run`?
+"""Measure what a call of an engine takes beyond ``session.run`` of ONNX Runtime.
 
-B-LeNet as designed for one sample a call, one thread; every sample leaves at exit 1, where a call is shortest. Each way
-of calling takes turns with ``session.run`` on the same feeds; the overhead is the median of the differences in a turn,
-so that a busy neighbour slows both sides down alike.
+The network is B-LeNet, designed for one sample per call, on one thread. Every sample leaves at exit 1, where a call is
+shortest. Each kind of call takes turns with ``session.run`` on the same feeds. The overhead is the median of the
+differences per turn, so other programs slow down both sides equally.
 
     python benchmarks/experiments/call_overhead.py
 
-Adds this processor's rows to benchmarks/results/call_overhead.json, or replaces them.
+Writes the rows of this processor into benchmarks/results/call_overhead.json.
 """
 
 import tempfile

@@ -1,15 +1,15 @@
-"""Are thresholds chosen fast, better than by the usual searches, and does the promise hold?
+"""Measure whether thresholds are chosen fast, better than by the usual searches, and with a promise that holds.
 
 1. Search: seconds and memory for 1,000,000 threshold vectors over 10,000 samples of 3 and of 4 exits, and for 6 exits.
-2. Rivals at equal accuracy, on the same record: (a) nine fixed values, one exit after the other; (b) one threshold for
-   all exits; (c) all combinations of a sweep of 17 values. For each point of theirs, our mean cost over theirs.
-3. Coverage: 2,000 redraws with replacement from a record whose mean is the truth; how often does the promise break?
-   Both bounds, on B-LeNet, on four exits on Fashion-MNIST, and on made-up scores whose risk grows evenly with the
-   threshold.
-4. Price: mean cost of the promised choice over that of the one without a promise.
+2. Rivals at equal accuracy, on the same record: (a) nine fixed values, one exit after another; (b) one threshold for
+   all exits; (c) all combinations of a sweep of 17 values. For each of their points: our mean cost / theirs.
+3. Coverage: 2,000 draws with replacement from a record that serves as the truth. How often does a choice break its
+   limit? Both bounds, on B-LeNet, on four exits on Fashion-MNIST, and on made-up scores whose risk grows evenly with
+   the threshold.
+4. Price: mean cost with a promise / mean cost without.
 
-    python benchmarks/experiments/choosing.py  # about 30 minutes on one core; the networks are those of scores.py
-    python benchmarks/experiments/choosing.py search networks    # the first alone, or the second and fourth: minutes
+    python benchmarks/experiments/choosing.py  # about 30 minutes on one core; uses the networks of scores.py
+    python benchmarks/experiments/choosing.py search networks    # the first part, and the second and fourth: minutes
 
 Writes benchmarks/results/choosing.json.
 """

@@ -1,20 +1,20 @@
-"""AlexNet and ResNet-110 on CIFAR-10, with and without the paper's branches, and smaller plain networks beside them.
+"""Train AlexNet and ResNet-110 on CIFAR-10, with and without the paper's branches, and smaller plain networks.
 
-The recipes are those of `branchynet.reproduce`: a plain baseline is trained from nothing; from its weights go on, for
-the same number of epochs and with the same augmentation, once the network with its branches (joint) and once the plain
-network alone (continued). B-ResNet-110's branches first learn on the frozen baseline, which teaches the trunk nothing:
-untrained ones undo what so short a training cannot mend. The smaller plain networks get the same epochs in the same two
-parts.
+The recipes are those of `branchynet.reproduce`. First a plain network is trained from nothing (baseline). From its
+weights, with the same number of epochs and the same augmentation, the network with branches (joint) and the plain
+network (continued) are trained. The branches of B-ResNet-110 learn on the frozen baseline: with a trunk that trains,
+untrained branches do harm that so short a training cannot repair. Smaller plain networks get the same epochs in the
+same two parts.
 
     python benchmarks/experiments/cifar_training.py b_alexnet --phase baseline
-    python benchmarks/experiments/cifar_training.py b_alexnet  # all phases; resumes where it was stopped
+    python benchmarks/experiments/cifar_training.py b_alexnet  # all phases; resumes if it was stopped
     python benchmarks/experiments/cifar_training.py b_resnet110 --precision no  # on a processor without bfloat16
     python benchmarks/experiments/cifar_training.py b_alexnet --ship  # also writes the weights that the package ships
-    python benchmarks/experiments/cifar_training.py b_alexnet --shipped-baseline  # the second part alone
+    python benchmarks/experiments/cifar_training.py b_alexnet --shipped-baseline  # the second part only
 
-Every phase first makes sure of those before it, and then writes its accuracies and seconds into
-benchmarks/results/cifar_training-NETWORK.json. On one core of a server an epoch of AlexNet takes about 50 to 75
-seconds, of ResNet-20 90 to 120 and of ResNet-110 nine to thirteen minutes, which is why ResNets train for few epochs,
+Each phase runs the phases before it if needed, and writes accuracies and seconds into
+benchmarks/results/cifar_training-NETWORK.json. On one core of a server, an epoch takes about 50 to 75 seconds for
+AlexNet, 90 to 120 for ResNet-20, and nine to thirteen minutes for ResNet-110. ResNets therefore train for few epochs,
 the first of them on smaller images.
 """
 

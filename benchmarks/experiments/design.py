@@ -1,21 +1,21 @@
-"""Do designed exits beat published ones and evenly spread ones? And does the designer predict what they will take?
+"""Compare designed exits with published and evenly spread ones, and predicted times with measured ones.
 
-For each network three designs are trained alike, from one baseline's weights on (those that ship, where some do), by
-the recipe in branchynet/reproduce/recipes.py: the paper's branches (published), ``attach(at="auto")`` (even), and those
-of `advise` (designed), for batches of 1 and of 64. Thresholds are chosen on validation at the validation accuracy of
-the plain network that was trained as long; accuracy and time are of test images, everything timed, one thread. Each
-design answers twice: by the exit taken, and averaged over the exits passed (weights fitted on the validation samples
-that thresholds are chosen on). Predictions are on disk before the design is measured.
+For each network, three designs are trained the same way from the same weights (the shipped ones, if any), with the
+recipe in src/branchynet/reproduce/recipes.py: the paper's branches (published), ``attach(at="auto")`` (even), and the
+exits from `advise` for batches of 1 and of 64 (designed). Thresholds are chosen on validation at the validation
+accuracy of the plain network, which was trained for as long. Accuracy and time are from test images, with everything
+timed, on one thread. Each design answers in two ways: with the exit taken, and averaged over the exits passed (exit
+weights are fitted on the validation samples that choose thresholds). Predictions are stored before the design is timed.
 
-    python benchmarks/experiments/design.py b_lenet          # trains what is not trained yet, then measures; minutes
-    python benchmarks/experiments/design.py b_alexnet        # hours; resumes where it was stopped
+    python benchmarks/experiments/design.py b_lenet          # trains what is missing, then measures; minutes
+    python benchmarks/experiments/design.py b_alexnet        # hours; resumes if it was stopped
     python benchmarks/experiments/design.py b_resnet110      # a day
-    python benchmarks/experiments/design.py b_alexnet --train  # trains alone; measure on an idle machine
+    python benchmarks/experiments/design.py b_alexnet --train  # trains only; measure on an idle machine
     python benchmarks/experiments/design.py b_lenet --train --ship  # also writes the weights that the package ships
-    python benchmarks/experiments/design.py text  # a transformer on source code, see text.py; published branches: none
-    python benchmarks/experiments/design.py b_resnet110 --only even --batch 64   # these alone; rows of the others stay
+    python benchmarks/experiments/design.py text  # a transformer on source code, see text.py; no published branches
+    python benchmarks/experiments/design.py b_resnet110 --only even --batch 64   # these rows only
 
-Writes its rows into benchmarks/results/design.json.
+Writes rows into benchmarks/results/design.json.
 """
 
 import argparse

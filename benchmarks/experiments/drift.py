@@ -1,17 +1,17 @@
-"""Does the monitor keep its promise on real digits, how soon does it see drift, and is a mean cost held meanwhile?
+"""Measure on real digits how often the monitor alarms falsely, how soon it sees drift, and how well a cost is held.
 
-B-LeNet with the shipped weights and the threshold of mnist_training.py. The 20,000 validation and test images, none of
-which trained the network, are run once for every kind and strength of drift; streams are then rows drawn anew.
+B-LeNet has the shipped weights and the threshold of mnist_training.py. The 20,000 validation and test images, none of
+which trained the network, run once for every kind and strength of drift; streams are random rows of these.
 
-1. Unshifted: 1,000 times, 5,000 (or 10,000) images drawn at random calibrate and all others are the stream, so that
-   both have one distribution, as the promise assumes. Beside it, what the promise does not cover: thresholds chosen on
-   the calibration images themselves, and one fixed calibration (validation) for all streams (of test images).
-2. Shifted: 1,000 streams of a kind. After QUIET unshifted images noise or rotation grows evenly for DELAY images, or
-   only some digits are left from one image to the next: 5 to 9, which are together at one end of the labels' order, or
-   five or eight drawn anew for every stream. Seen means: an alarm within DELAY images of the change.
-3. Budget: streams of LENGTH images, where drift grows from a fifth of it to the end, or classes vanish at a fifth of
-   it. The error is that of the mean cost since the start, at its worst from image 2,000 on.
-4. The exported file itself, in ONNX Runtime, on test images.
+1. Unshifted: 1,000 times, 5,000 (or 10,000) random images calibrate and all others are the stream, so both have one
+   distribution, as the promise assumes. Also two cases that the promise does not cover: thresholds chosen on the
+   calibration images, and one fixed calibration (validation images) for all streams (of test images).
+2. Shifted: 1,000 streams per kind. After QUIET unshifted images, noise or rotation grows evenly for DELAY images, or
+   only some digits remain from one image to the next: 5 to 9, which are at one end of the labels' order, or five or
+   eight random digits per stream. Drift counts as seen if an alarm comes within DELAY images of the change.
+3. Budget: streams of LENGTH images, in which drift grows from a fifth of the stream to its end, or classes vanish at a
+   fifth. The error is the largest error of the mean cost since the start, from image 2,000 on.
+4. The exported file in ONNX Runtime, on test images.
 
     python benchmarks/experiments/drift.py  # twenty minutes on one core; or name parts: deployed, unshifted, ...
 

@@ -1,16 +1,16 @@
-"""What does int8 do to a network with early exits? Accuracy and time beside float, in ONNX Runtime and OpenVINO.
+"""Compare accuracy and time of int8 and float networks with early exits, in ONNX Runtime and OpenVINO.
 
     python benchmarks/experiments/int8.py                    # every network, about 20 minutes
-    python benchmarks/experiments/int8.py B-LeNet            # one of them; the rows of the others stay
-    python benchmarks/experiments/int8.py --accuracy         # no times; those of before stay
+    python benchmarks/experiments/int8.py B-LeNet            # one network; the rows of the others stay
+    python benchmarks/experiments/int8.py --accuracy         # no times; stored times stay
 
-Accuracy is that of every exit on test images: float, `int8` (7 bits of a weight) and `int8-full-range` (all 8). It is
-measured on this processor, and once more as on an AMD EPYC of Zen 2 (tests/processors/hide_avx512.c), which has AVX2
-and no VNNI, so that 16-bit sums may saturate. The answers there are compared with this processor's.
+Accuracy is that of every exit on test images, for float, `int8` (7 bits per weight) and `int8-full-range` (all 8). It
+is measured on this processor, and again as on an AMD EPYC of Zen 2 (tests/processors/hide_avx512.c), which has AVX2 but
+no VNNI, so 16-bit sums may saturate. The outputs there are compared with those on this processor.
 
-Times are those of five files that take turns on the same images, one thread: the plain network in float and in both
-kinds of int8, and the network with exits in float and int8. Its thresholds are chosen on validation images, for int8 on
-what the flat int8 file answers. Medians over REPEATS passes; on a busy machine only their ratios mean something.
+Times are those of five files that take turns on the same images, on one thread: the plain network in float and in both
+kinds of int8, and the network with exits in float and in int8. Thresholds are chosen on validation images; for int8, on
+a record of the flat int8 file. Medians are over REPEATS passes; on a busy machine only ratios are meaningful.
 
 Writes benchmarks/results/int8.json.
 """

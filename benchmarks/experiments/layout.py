@@ -1,7 +1,7 @@
-"""What does it bring to keep maps in the layout that ONNX Runtime convolves in?
+"""Measure what it gains to keep feature maps in the memory layout of ONNX Runtime's convolutions.
 
-ResNet-110, whose shortcuts have no parameters, as a plain graph and with two exits at which nobody leaves; each with
-the pooling of `branchynet.graph.onnx_layout` and without, all four taking turns, one thread.
+The network is ResNet-110, whose shortcuts have no parameters, as a plain graph and with two exits at which no sample
+leaves. Each runs with the pooling of `branchynet.graph.onnx_layout` and without; all four take turns on one thread.
 
     python benchmarks/experiments/layout.py
 

@@ -1,7 +1,7 @@
-"""What would a user pick instead? Smaller plain LeNets, same recipe and total epochs, beside B-LeNet on MNIST.
+"""Compare B-LeNet on MNIST with smaller plain LeNets, trained with the same recipe for the same total epochs.
 
-Each is named by the channels of its three convolutions (LeNet has 5, 10, 20). Accuracy on test images, and time in the
-same engine as B-LeNet's, interleaved with it; LeNet and B-LeNet have the shipped weights, B-LeNet the threshold of
+A network is named by the channels of its three convolutions (LeNet has 5, 10, 20). Accuracy is from test images. All
+networks are timed in the same engine, in turns. LeNet and B-LeNet have the shipped weights, B-LeNet the threshold of
 mnist_speed.py.
 
     python benchmarks/experiments/mnist_smaller.py  # about 5 minutes per network on one core; resumes

@@ -1,7 +1,7 @@
-"""How fast is B-LeNet on MNIST beside the plain LeNet, in one and the same file, at batch 1 and 64?
+"""Measure the speed of B-LeNet and of the plain LeNet on MNIST, at batch 1 and 64.
 
-Shipped weights; the threshold is that of mnist_training.py, chosen on validation. The whole
-measurement is repeated TRIALS times, each with another random order of the test images; all are kept.
+Weights are the shipped ones; the threshold is that of mnist_training.py, chosen on validation images. The measurement
+is repeated TRIALS times, each with another random order of the test images; all trials are stored.
 
     python benchmarks/experiments/mnist_speed.py
 

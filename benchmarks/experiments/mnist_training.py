@@ -1,15 +1,15 @@
-"""Does joint training lift the final exit? LeNet and B-LeNet on MNIST, five seeds, each side the same total epochs.
+"""Measure whether joint training lifts the final exit: LeNet and B-LeNet on MNIST, five seeds, equal total epochs.
 
-For each seed a plain LeNet is trained by the first part of the recipe in branchynet/reproduce/recipes.py. From these
-same weights go on, by its second part: once LeNet alone (the baseline), once with its branch (B-LeNet). The threshold
-is the one below which 95 % of the validation images leave (the published point: 94.3 %). Recipe and rule were settled
-after trial runs on another split, whose test figures had been seen, and after a first look at seed 0; the rule does not
-depend on them, but only seeds 1 to 4 are untouched. The shipped seed is picked by validation accuracy.
+For each seed, a plain LeNet is trained by the first part of the recipe in src/branchynet/reproduce/recipes.py. From
+its weights, the second part trains LeNet alone (the baseline) and LeNet with its branch (B-LeNet). The threshold is the
+one at which 95 % of the validation images leave (published: 94.3 %). Recipe and rule were settled after trial runs on
+another split, with test results seen, and after a first look at seed 0. The rule does not depend on them, but only
+seeds 1 to 4 are untouched. The shipped seed is selected by validation accuracy.
 
-    python benchmarks/experiments/mnist_training.py  # about 10 minutes a seed on one core; resumes where it was stopped
+    python benchmarks/experiments/mnist_training.py  # about 10 minutes per seed on one core; resumes if stopped
     python benchmarks/experiments/mnist_training.py --ship     # also writes the weights that the package ships
 
-Writes benchmarks/results/mnist_training.json and, with the weights, how each epoch of the shipped seed went (CSV).
+Writes benchmarks/results/mnist_training.json and, with the weights, the history of the shipped seed (CSV).
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""Where does the overhead go? ONNX Runtime's own profile of the exported B-LeNet, node by node, batch 1 and 64.
+"""Profile where the overhead of B-LeNet goes, with ONNX Runtime's profiler, node by node, at batch 1 and 64.
 
-Every sample is made to leave at exit 1 (threshold 1e30), so what is not the network's own work is the price of
-deciding. The profiler adds about a microsecond to each node, so shares are what to read, not the sums. Beside it,
-without the profiler: the same batches through the branchy file and through the static graph up to exit 1, taking turns.
+Every sample leaves at exit 1 (threshold 1e30), so all work beyond the network is the cost of deciding. The profiler
+adds about a microsecond per node, so read shares, not sums. Without the profiler, the exported file and the static
+graph up to exit 1 also run on the same batches, in turns.
 
     python benchmarks/experiments/overhead_profile.py
 

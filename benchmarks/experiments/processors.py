@@ -1,9 +1,9 @@
-"""How much do speed-ups depend on the processor? Designed exits with all instructions, and with AVX2 alone.
+"""Measure how speed-ups depend on the processor: designed exits with all instructions, and with AVX2 only.
 
-Shipped weights; thresholds are chosen once, on 2,000 validation images, for the plain network's accuracy there. The
-same files are then timed in processes of their own, in turns: as the machine is, and with AVX-512, VNNI and AMX hidden
-(tests/processors/hide_avx512.c). Frequency and caches stay those of this machine: the second is no other processor, but
-runs the kernels that one with AVX2 alone would run.
+Weights are the shipped ones. Thresholds are chosen once, on 2,000 validation images, at the accuracy of the plain
+network there. The same files are timed in separate processes, in turns: with all instructions of the machine, and with
+AVX-512, VNNI and AMX hidden (tests/processors/hide_avx512.c). Frequency and caches are those of this machine in both
+cases: the second runs the kernels of a processor with AVX2 only, but is not such a processor.
 
     python benchmarks/experiments/processors.py        # about ten minutes; writes benchmarks/results/processors.json
 """

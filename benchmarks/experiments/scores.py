@@ -1,13 +1,13 @@
-"""Which score should decide who leaves? Every score of the library, on six networks, at equal accuracy.
+"""Compare all scores of the library at equal accuracy, on six networks.
 
-Each of SPLITS times, validation images are halved at random: what is fitted is fitted on one half, thresholds are
-chosen on the other for every drop in DROPS (and, beyond the smallest, tightened), and judged on test images. Costs are
-multiply-accumulates in percent of the plain network's, branches included; a score or an average that reads earlier
-exits keeps their branches even where nobody leaves there. The cost at an accuracy is read off the line through a
-split's (cost, test accuracy) points, made monotone (isotonic regression). AUROC: how well a score tells wrong from
-right answers of an exit, on test.
+SPLITS times, the validation images are halved at random. Scores are fitted on one half. On the other half, thresholds
+are chosen for every drop in DROPS (and, beyond the smallest, tightened), and evaluated on test images. Costs are
+multiply-accumulates in percent of the plain network's, with branches; a score or an average that reads earlier exits
+keeps their branches even if no sample leaves there. The cost at an accuracy is interpolated between the (cost, test
+accuracy) points of a split, made monotone (isotonic regression). AUROC is how well a score separates wrong from right
+answers of an exit, on test images.
 
-The learned score's features and penalty were picked on validation halves of these networks.
+The features and the penalty of the learned score were selected on validation halves of these networks.
 
     python benchmarks/experiments/scores.py     # about 25 minutes of training, then 15 more on one core; resumes
 

@@ -1,7 +1,7 @@
-"""A small transformer on text that every installation has: which package does a snippet of source code come from?
+"""A small transformer for text that every installation has: which package is a snippet of source code from?
 
-128 bytes from somewhere in the Python files of ten packages; whole files are held out for validation and test. Used by
-design.py.
+A sample is 128 bytes from a Python file of one of ten packages. Whole files are held out for validation and test. Used
+by design.py.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
-"""What would a user pick instead of exits on the transformer? Transformers of fewer blocks, trained for as long.
+"""Compare the transformer of text.py with transformers of fewer blocks, trained for as long.
 
-Accuracy on test snippets, and time in the same engine, all networks in turns.
+Accuracy is from test snippets. All networks are timed in the same engine, in turns.
 
-    python benchmarks/experiments/text_smaller.py  # three quarters of an hour on one core; resumes where it was stopped
+    python benchmarks/experiments/text_smaller.py  # three quarters of an hour on one core; resumes if stopped
 
 Writes benchmarks/results/text_smaller.json.
 """

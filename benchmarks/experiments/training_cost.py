@@ -1,7 +1,7 @@
-"""Does an epoch of joint training cost what its work costs? B-LeNet beside LeNet, batch 256, one thread.
+"""Compare the time of an epoch of joint training with its work: B-LeNet and LeNet, batch 256, one thread.
 
-Epochs of the two take turns on the same images; the ratio of their medians is compared with
-1 + branch MACs / trunk MACs. (The paper's released code ran the trunk once for every exit.)
+Epochs of the two networks take turns on the same images. The ratio of their medians is compared with
+1 + branch MACs / trunk MACs. (The released code of the paper runs the trunk once per exit.)
 
     python benchmarks/experiments/training_cost.py
 

@@ -1,9 +1,9 @@
-"""How long TorchEngine takes on a GPU: the plain network, nobody leaving early, and everybody leaving at exit 1.
+"""Time TorchEngine on a GPU: the plain network, no sample leaving early, and every sample leaving at exit 1.
 
     python benchmarks/experiments/gpu/torch_engine.py --out FOLDER              # writes torch_engine.json
     python benchmarks/experiments/gpu/torch_engine.py --out FOLDER --rehearse   # on the CPU, batch 1 only
 
-Inputs lie on the device, answers come back to the host; medians of calls.
+Inputs are on the device, outputs are copied to the host; medians over calls.
 """
 
 import argparse

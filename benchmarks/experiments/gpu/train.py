@@ -1,21 +1,21 @@
-"""ResNet-20, -32, -56 and -110 on CIFAR-10 by one modern recipe on one GPU, then B-ResNet-110.
+"""Train ResNet-20, -32, -56 and -110 on CIFAR-10 with one modern recipe on one GPU, then B-ResNet-110.
 
 Part 1 trains the four plain networks side by side, each from nothing, on the 45,000 training images of `load_data`.
-Part 2 goes on from ResNet-110: once with the published branches (joint training) and once plain, for as many epochs.
+Part 2 continues from ResNet-110: with the published branches (joint training), and plain for as many epochs.
 
 Recipe of both parts: batches of 256, SGD with Nesterov momentum 0.9 and weight decay 5e-4, linear warm-up and cosine
 decay to 0, label smoothing 0.1, random crops from 4 pixels of padding, mirrored images, one 8 x 8 square of grey in
-every image; bfloat16 autocast, channels_last. Gradients are clipped to norm 5. The number of epochs is what fits into
-the seconds given: it is fixed from the time of the first steps, before training begins, and the schedule always ends.
+every image; bfloat16 autocast, channels_last. Gradients are clipped to norm 5. The number of epochs is
+set from the time of the first steps, before training begins, to fit into the given seconds; the schedule always ends.
 
-A step is one CUDA graph: pick the batch, forward, backward, update. The networks take turns on streams of their own.
+A step is one CUDA graph: select the batch, forward, backward, update. Each network has its own stream; they take turns.
 
     python benchmarks/experiments/gpu/train.py --out FOLDER --seconds 400       # weights and train.json
     python benchmarks/experiments/gpu/train.py --trial                          # times of a step, without data
     python benchmarks/experiments/gpu/train.py --out FOLDER --rehearse          # a few steps of ResNet-8 on the CPU
 
-Validation accuracies are of the 5,000 held-out images, test accuracies of the 10,000 test images; no choice depends on
-either.
+Validation accuracies are from the 5,000 held-out images, test accuracies from the 10,000 test images. No decision
+depends on either.
 """
 
 import argparse
