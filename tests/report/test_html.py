@@ -14,6 +14,7 @@ from branchynet.errors import FileError, InputError
 from branchynet.policy.exit_record import ExitRecord
 from branchynet.policy.values import Choice, ExitCost, Outcome, Policy, Promise
 from branchynet.report import Gallery, figure_scores, figure_shares, figure_tradeoff, write_report
+from branchynet.report.html import RunReport
 from branchynet.report.svg import inline
 
 VOID = {"meta", "img", "br"}
@@ -103,7 +104,7 @@ def a_gallery(title="Left first", count=5, size=(8, 8), **more):
 
 
 def written(tmp_path, **more):
-    write_report(tmp_path / "report.html", **run(**more))
+    write_report(tmp_path / "report.html", RunReport(**run(**more)))
     return (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
@@ -259,7 +260,7 @@ class TestPage:
     def test_unwritable(self, tmp_path):
         (tmp_path / "file").touch()
         with pytest.raises(FileError, match="cannot write"):
-            write_report(tmp_path / "file" / "report.html", **run())
+            write_report(tmp_path / "file" / "report.html", RunReport(**run()))
 
 
 def strip_data(text):
@@ -311,9 +312,7 @@ class TestFigures:
 
     def test_tradeoff(self):
         us, accuracy = np.array([30.0, 10, 20]), [0.97, 0.95, 0.96]
-        figure = figure_tradeoff(
-            us, accuracy, plain=(50, 0.965), chosen=(20, 0.96), judged=(21, 0.955), interval=(0.95, 0.96)
-        )
+        figure = figure_tradeoff(us, accuracy, plain=(50, 0.965), chosen=(20, 0.96), judged=(21, 0.955, 0.95, 0.96))
         assert self.tips(figure) == [
             "10 µs, 95.00 %",
             "20 µs, 96.00 %",
@@ -394,6 +393,6 @@ class TestFigures:
 def test_undecodable_names_of_files_are_escaped(tmp_path):
     """A folder of data may have any bytes as its name, and the title names it."""
     made = run(title="net on folder:/data/caf\udce9", facts={"data": "folder:/data/caf\udce9", "\udcff": 1})
-    write_report(tmp_path / "report.html", **made)
+    write_report(tmp_path / "report.html", RunReport(**made))
     text = (tmp_path / "report.html").read_bytes().decode("utf-8")
     assert r"folder:/data/caf\udce9" in Page(text).text

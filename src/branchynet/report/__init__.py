@@ -5,7 +5,7 @@ from ..extras import first_used
 # Imported when first used: the tables for the terminal need no matplotlib. __init__.pyi has the types.
 _MODULES = {
     "gallery": ("Gallery",),
-    "html": ("write_report",),
+    "html": ("RunReport", "write_report"),
     "plots": (
         "figure_leaving",
         "figure_scores",

@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from ..errors import InputError, counted
 from ..files import replacing
@@ -34,49 +35,58 @@ class Curve(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class RunReport:
+    """The contents of a report.
+
+    Attributes:
+        title: names the network and the data.
+        choice: the thresholds that were chosen on validation data.
+        outcome: the outcome of ``choice.policy`` on the test data.
+        record: the record of the test data, S samples of N exits.
+        scores: `(S, N)` scores of `record` by the policy's score.
+        curve: all good thresholds on the validation data, as from `branchynet.frontier`.
+        cost: the cost of each stage.
+        plain: microseconds per sample and accuracy of the plain network. By default they come from the row of `bench`
+            that was timed like `cost`, and the time from `cost` if it has one.
+        bench: rows of `branchynet.bench`.
+        galleries: images to show.
+        candidates: the exits that the search for a design tried.
+        taken: tap and branch of the candidates that the design uses.
+        facts: machine, versions, seed, data: what is needed to reproduce the run.
+    """
+
+    title: str
+    choice: Choice
+    outcome: Outcome
+    record: ExitRecord
+    scores: NDArray[Any]
+    curve: Curve | None = None
+    cost: ExitCost | None = None
+    plain: tuple[float, float] | None = None
+    bench: Sequence[Mapping[str, Any]] = ()
+    galleries: Sequence[Gallery] = ()
+    candidates: Sequence[CandidatePoint] = ()
+    taken: Sequence[tuple[str, str]] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
 def write_report(
-    path: str | os.PathLike[str],
-    *,
-    title: str,
-    choice: Choice,
-    outcome: Outcome,
-    record: ExitRecord,
-    scores: ArrayLike,
-    curve: Curve | None = None,
-    cost: ExitCost | None = None,
-    plain: tuple[float, float] | None = None,
-    bench: Sequence[Mapping[str, Any]] = (),
-    galleries: Sequence[Gallery] = (),
-    candidates: Sequence[CandidatePoint] = (),
-    taken: Sequence[tuple[str, str]] = (),
-    facts: Mapping[str, Any] | None = None,
-    picture: str | os.PathLike[str] | None = None,
+    path: str | os.PathLike[str], report: RunReport, *, picture: str | os.PathLike[str] | None = None
 ) -> None:
     """Write one HTML file below 3 MB with the curve, the exits, the scores, the timings and the pictures of a run.
 
     Args:
-        path: where to; its folder is made.
-        title: names the network and the data.
-        choice: what was chosen on validation data.
-        outcome: of ``choice.policy`` on the test data.
-        record: the test data's, S samples of N exits.
-        scores: `(S, N)` scores of `record`, as the policy's score gives them.
-        curve: all good thresholds on the validation data (`branchynet.frontier`).
-        cost: what each stage costs.
-        plain: microseconds a sample and accuracy of the plain network; else the time in `cost`, where it holds one,
-            and what the row of `bench` tells that was timed as `cost` was.
-        bench: rows of `branchynet.bench`.
-        galleries: images to show.
-        candidates: exits that were tried where a design was searched for; `taken` are tap and branch of those it took.
-        taken: see `candidates`.
-        facts: machine, versions, seed, data: all that is needed to do it again.
-        picture: also write the curve here, as PNG.
+        path: the HTML file; its folder is created.
+        report: the contents.
+        picture: also write the curve to this PNG file.
 
     Raises:
         InputError: the values are not for one number of exits and samples.
         FileError: the file cannot be written.
     """
-    scores = np.asarray(scores)
+    choice, outcome, record, cost, bench = report.choice, report.outcome, report.record, report.cost, report.bench
+    scores, plain = np.asarray(report.scores), report.plain
     _check(choice, outcome, record, scores, cost, bench)
     alike = _timed_alike(bench, cost)
     if plain is None and alike is not None and alike["plain_accuracy"] is not None:
@@ -84,14 +94,14 @@ def write_report(
         plain_us = alike["plain_us"] if cost is None or cost.plain_us is None else cost.plain_us
         plain = float(plain_us), float(alike["plain_accuracy"])
     sections = [
-        _head(title, choice, outcome, record, alike or next(iter(bench), None)),
-        _tradeoff(choice, outcome, curve, plain, picture),
-        _candidates(candidates, taken, plain),
+        _head(report.title, choice, outcome, record, alike or next(iter(bench), None)),
+        _tradeoff(choice, outcome, report.curve, plain, picture),
+        _candidates(report.candidates, report.taken, plain),
         _exits(choice, outcome, cost),
         _scores(choice, record, scores),
         _bench(bench),
-        *(gallery_section(gallery) for gallery in galleries),
-        _facts(choice, record, facts or {}),
+        *(gallery_section(gallery) for gallery in report.galleries),
+        _facts(choice, record, report.facts),
     ]
     style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
     page = (
@@ -99,7 +109,7 @@ def write_report(
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
         'img-src data:">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{escape(report.title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(sections)
         + "\n</main>\n</body>\n</html>\n"
     )
@@ -183,8 +193,7 @@ def _tradeoff(
         curve.accuracy,
         plain=plain,
         chosen=None if before.mean_us is None else (before.mean_us, before.accuracy),
-        judged=None if after.mean_us is None else (after.mean_us, after.accuracy),
-        interval=after.accuracy_interval,
+        judged=None if after.mean_us is None else (after.mean_us, after.accuracy, *after.accuracy_interval),
     )
     if picture is not None:
         with replacing(picture) as temporary:

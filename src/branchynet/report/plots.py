@@ -48,8 +48,7 @@ def figure_tradeoff(
     *,
     plain: tuple[float, float] | None = None,
     chosen: tuple[float, float] | None = None,
-    judged: tuple[float, float] | None = None,
-    interval: tuple[float, float] | None = None,
+    judged: tuple[float, float, float, float] | None = None,
     rivals: Mapping[str, tuple[float, float]] | None = None,
     sweep: tuple[ArrayLike, ArrayLike] | None = None,
     most: int = 300,
@@ -61,8 +60,8 @@ def figure_tradeoff(
         accuracy: `(P,)` fractions.
         plain: microseconds and accuracy of the plain network, drawn as a diamond.
         chosen: those of the chosen thresholds on the data that chose, a star.
-        judged: those of the same thresholds on other data, a ring, with the 95 % `interval` of its accuracy.
-        interval: lower and upper accuracy.
+        judged: microseconds, accuracy and the two ends of its 95 % interval for the same thresholds on other data,
+            drawn as a ring with a bar.
         rivals: microseconds and accuracy of other plain networks by name, drawn as small diamonds.
         sweep: microseconds and accuracy of other threshold vectors, drawn small under the curve.
         most: draw at most so many points of the curve.
@@ -107,8 +106,8 @@ def figure_tradeoff(
             spot = axes.scatter(x, 100 * y, marker="D", s=26, color="none", edgecolors=MUTED, lw=1.3, zorder=4)
             spot.set_gid(f"tip:{name}: {microseconds(x)}, {100 * y:.2f} %")
             axes.annotate(name, (x, 100 * y), xytext=(6, -9), textcoords="offset points", fontsize=8, color=MUTED)
-        if judged and interval:
-            axes.vlines(judged[0], 100 * interval[0], 100 * interval[1], color=CHOSEN, lw=1.6, alpha=0.5, zorder=4)
+        if judged:
+            axes.vlines(judged[0], 100 * judged[2], 100 * judged[3], color=CHOSEN, lw=1.6, alpha=0.5, zorder=4)
         if judged and plain and plain[0] > judged[0]:
             axes.annotate(
                 f"←  {plain[0] / judged[0]:.1f}× faster", ((judged[0] + plain[0]) / 2, 100 * judged[1]),

@@ -53,8 +53,7 @@ def figure_3(found: NetworkResult) -> tuple[dict[str, Any], Figure]:
         [p["us"] for p in best],
         [p["accuracy"] for p in best],
         plain=(found.plain.us, found.plain.accuracy),
-        judged=(outcome.mean_us or 0.0, outcome.accuracy),
-        interval=outcome.accuracy_interval,
+        judged=(outcome.mean_us or 0.0, outcome.accuracy, *outcome.accuracy_interval),
         rivals={s.name: (s.us, s.accuracy) for s in found.smaller},
         sweep=([p["us"] for p in sweep], [p["accuracy"] for p in sweep]),
     )

@@ -14,7 +14,7 @@ from ..policy.prediction import Prediction
 from ..policy.promise import tightest
 from ..policy.record_scores import scores_of_record
 from ..policy.values import Choice
-from ..report import Gallery, write_report
+from ..report import Gallery, RunReport, write_report
 from ..stored import read_entry
 from .provenance import bench_rows, check_data, check_report, outdated
 from .run import Run, report_progress
@@ -76,8 +76,7 @@ def report_run(run: Run, *, progress: bool = False) -> Path:
     tried = Advice.load(advised).tried if advised.exists() else ()
     path = run.path / "report.html"
     order = np.lexsort((answer.score, answer.exit))  # by exit, then the surest first
-    write_report(
-        path,
+    report = RunReport(
         title=f"{run.settings.network} on {run.settings.data}",
         choice=choice,
         outcome=evaluate(test, choice, cost),
@@ -92,7 +91,6 @@ def report_run(run: Run, *, progress: bool = False) -> Path:
         ],
         candidates=tried,
         taken=list(zip(run.settings.taps, run.settings.branches, strict=True)),
-        picture=run.path / "tradeoff.png",
         facts={
             **read_entry(run.path / "config.json", "environment", dict[str, Any], "`branchynet train`"),
             "data": run.settings.data,
@@ -100,6 +98,7 @@ def report_run(run: Run, *, progress: bool = False) -> Path:
             **({"plain network": run.settings.caveat} if run.settings.caveat else {}),
         },
     )
+    write_report(path, report, picture=run.path / "tradeoff.png")
     return path
 
 
