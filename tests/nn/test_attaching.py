@@ -419,7 +419,7 @@ class Late(nn.Module):
     ("tap", "told"),
     [
         ("softmax", "'softmax' runs after the backbone's output is computed"),
-        ("head", "'head' runs when"),
+        ("head", "'head' runs after"),
         ("length_first", r"'length_first' has shape \(3, 2, 6\), whose first dimension is not the batch of 2.*tap="),
     ],
 )

@@ -74,7 +74,7 @@ STILL = (
 
 
 def misfit(what: str, features: Tensor, error: Exception) -> str:
-    """What to say of a branch that cannot read its features."""
+    """The error message for a branch that cannot read its features."""
     lines = str(error).splitlines() or [type(error).__name__]
     shape = tuple(features.shape)
     return (
@@ -108,8 +108,8 @@ def _hint(net: nn.Module, inputs: Any, error: str) -> str:
     values = _values(inputs)
     if "is invalid for input of size" in error:
         return (
-            ": it is tried with two rows, and its forward may hold the size of a batch, as view(64, -1) does; write "
-            "x.shape[0]"
+            ": it was called with two rows, and its forward may contain a fixed batch size, such as view(64, -1); "
+            "write x.shape[0]"
         )
     inner = getattr(net, "module", net)
     dtypes = {p.dtype for p in inner.parameters() if p.is_floating_point()}
