@@ -54,3 +54,9 @@ def test_python_blocks_are_python_and_links_lead_somewhere():
             compile(block, str(page), "exec")
         for link in re.findall(r"\]\(((?!https?:)[^)#]+)", text):
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_files_that_the_design_page_names_exist():
+    named = re.findall(r"`([\w/]+\.py)`", (ROOT / "docs" / "design.md").read_text())
+    assert len(named) > 40
+    assert [name for name in named if not (ROOT / "src" / "branchynet" / name).exists()] == []

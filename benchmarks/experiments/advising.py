@@ -21,7 +21,7 @@ from branchynet.environment import environment
 from branchynet.files import read_json, write_json
 
 RESULTS = Path(__file__).parents[1] / "results" / "advising.json"
-# Network, data set, augmentation, wanted minutes.
+# Network, data set, augmentation, goal in minutes.
 TASKS = {
     "LeNet": (zoo.lenet, "mnist", affine(degrees=10, translate=2 / 28, scale=0.1), 3),
     "ResNet-56": (partial(zoo.resnet, 56), "cifar10", flip_crop(4), 20),

@@ -89,7 +89,7 @@ NETWORKS = {
 
 @torch.no_grad()
 def backbone(name):
-    """The network, with weights and batch norms with which inputs do not all look the same, as they do at the start."""
+    """The network with new weights and batch statistics, because all inputs look the same to the initial ones."""
     kind, settings, inputs = NETWORKS[name]
     model = getattr(transformers, kind)
     torch.manual_seed(0)
@@ -107,7 +107,7 @@ def backbone(name):
 
 @torch.no_grad()
 def calmed(net, inputs):
-    """The network with branches whose logits differ from sample to sample by about 1, so that entropies do too."""
+    """Scale the branches so that logits, and therefore entropies, differ between samples by about 1."""
     for branch, logits in zip(net.branches, net(**first_rows(inputs, 64)), strict=False):
         last = [m for m in branch.modules() if isinstance(m, nn.Linear)][-1]
         mean = logits.mean(dim=0)
@@ -118,7 +118,7 @@ def calmed(net, inputs):
 
 
 def thresholds_for(net, inputs, shares):
-    """Thresholds at which `shares` of the samples leave: quantiles of the entropies of those that are still there."""
+    """Thresholds at which `shares` of the samples leave: quantiles of the entropies of the remaining samples."""
     rows = len(next(iter(inputs.values())))
     blocks = [({k: v[i : i + 64] for k, v in inputs.items()}, torch.zeros(64, dtype=torch.int64))
               for i in range(0, rows, 64)]  # fmt: skip
@@ -133,7 +133,7 @@ def thresholds_for(net, inputs, shares):
 
 
 def timed(net, inputs, thresholds, batches, name):
-    """Rows of `bench`, for one sample a call of a file made for that; the labels are of no matter."""
+    """Rows of `bench`; for batch 1, of a file exported for one sample. The labels do not matter."""
     nothing, rows = torch.zeros(SAMPLES, dtype=torch.int64), []
     with tempfile.TemporaryDirectory() as folder:
         for batch in batches:
@@ -147,7 +147,7 @@ def timed(net, inputs, thresholds, batches, name):
 
 
 def first_share(net, inputs):
-    """What the first exit costs of the whole, at batch 64."""
+    """The cost of the first exit as a share of the whole, at batch 64."""
     flat = flatten(net, first_rows(inputs), score=entropy)
     arrays = [t.numpy()[:64] for t in tensors_of(inputs)]
     with tempfile.TemporaryDirectory() as folder:
@@ -158,7 +158,7 @@ def first_share(net, inputs):
 
 
 def measured(name, ones):
-    """One trial of a network; with `ones` of one sample a call alone."""
+    """One trial of a network; with `ones`, at batch 1 only."""
     torch.manual_seed(1)
     inputs = NETWORKS[name][2](SAMPLES)
     example = first_rows(inputs, 8)
@@ -177,7 +177,7 @@ def measured(name, ones):
 
 
 def deep():
-    """Export of ResNet-110 with two branches: seconds, and bytes beside the plain file plus the branches' weights."""
+    """Export ResNet-110 with two branches: seconds, and bytes of the file and of the plain file plus the branches."""
     torch.manual_seed(0)
     example = torch.rand(8, 3, 32, 32)
     net = attach(zoo.resnet(110), "auto", num_exits=3, example=example).eval()

@@ -22,13 +22,13 @@ from branchynet.environment import environment
 from branchynet.files import read_json, write_json
 
 TURNS = 8000
-CALLS = 4  # a turn, after one to warm up
+CALLS = 4  # per turn, after one to warm up
 RESULTS = Path(__file__).parents[1] / "results" / "call_overhead.json"
 COMMAND = "python benchmarks/experiments/call_overhead.py"
 
 
 def turns(calls):
-    """Microseconds of each call, `(calls, TURNS)`."""
+    """Microseconds per call, `(calls, TURNS)`."""
     taken = np.empty((len(calls), TURNS))
     for turn in range(TURNS):
         for row, call in enumerate(calls):

@@ -35,7 +35,7 @@ from branchynet.policy.exit_rule import route
 from branchynet.policy.record_scores import scores_of_record
 
 DRAWS, SAMPLES, CONFIDENCE, SEED = 2000, 4000, 0.95, 0
-MADE_UP_SAMPLES = 10_000  # enough for candidates to lie densely
+MADE_UP_SAMPLES = 10_000  # enough for dense candidates
 DROPS = (0.0, 0.001, 0.002, 0.005, 0.01)
 NINE = np.arange(1, 10) / 10
 SWEEP = np.geomspace(1e-4, 1.0, 17)  # of the largest entropy, as are the nine
@@ -43,14 +43,14 @@ RESULTS = Path(__file__).parents[1] / "results" / "choosing.json"
 
 
 def evenly(exits, samples, steps):
-    """Scores of `steps` values at random, later exits better, and losses of which none is in vain: no short cuts."""
+    """Random scores of `steps` values, with later exits better, and losses that rule out no threshold in advance."""
     rng = np.random.default_rng(SEED)
     scores = np.floor(rng.random((samples, exits)) * steps) / steps
     return ExitRecord.from_scores(scores, rng.random((samples, exits)) * scores / (1 + np.arange(exits)))
 
 
 def distinct(samples):
-    """Two thresholds over all distinct scores of 10,000 samples, right and wrong answers: the exact answer."""
+    """Two thresholds over all distinct scores of 10,000 samples with right and wrong answers: the exact search."""
     rng = np.random.default_rng(SEED)
     scores = rng.random((samples, 3))
     return ExitRecord.from_scores(scores, rng.random((samples, 3)) < scores * (0.3, 0.1, 0.05))
@@ -92,7 +92,7 @@ def outcome_of(scores, losses, cost, thresholds):
 
 
 def rivals(made, cost):
-    """Each rival's points, (accuracy, microseconds), on the record."""
+    """Points (accuracy, microseconds) of each rival on the record."""
     scores, losses, early = scores_of_record(made), made.losses.astype(np.float64), made.num_exits - 1
     top = math.log(made.outputs.shape[2])
     last = 1 - losses[:, -1].mean()
@@ -114,7 +114,7 @@ def rivals(made, cost):
 
 
 def against(made, cost):
-    """For each rival, our cost at its accuracy or above over its cost: the worst and the middle over its points."""
+    """Per rival: our cost at its accuracy or above / its cost, as the worst and the median over its points."""
     found = frontier(made, cost)
     rows = []
     for name, points in rivals(made, cost).items():
@@ -131,14 +131,14 @@ def without_the_third(made, cost):
 
 
 def synthetic():
-    """One early exit that alone is wrong, with a probability that grows evenly with its score; the last is right."""
+    """One early exit, wrong with a probability that grows evenly with its score; the last exit is always right."""
     rng = np.random.default_rng(SEED)
     scores = rng.random((200_000, 2))
     return ExitRecord.from_scores(scores, np.stack([rng.random(200_000) < 0.1 * scores[:, 0], np.zeros(200_000)], 1))
 
 
 def coverage(truth, cost, limit, bound, samples=SAMPLES):
-    """How often the promise of `choose` on a redraw is not true of the whole."""
+    """How often the promise of `choose` on a draw does not hold for the whole record."""
     ((name, value),) = limit.items()
     rng = np.random.default_rng(SEED)
     scores = scores_of_record(truth)
@@ -148,7 +148,7 @@ def coverage(truth, cost, limit, bound, samples=SAMPLES):
         losses = (answers != answers[:, -1:]).astype(np.float32)
         limit = {"max_drop": value}  # on losses that are disagreements
     broken, us, plain = 0, [], []
-    each = np.arange(samples, dtype=np.uint64)  # every draw is a sample of its own
+    each = np.arange(samples, dtype=np.uint64)  # every draw counts as a separate sample
     for draw in range(DRAWS):
         rows = rng.integers(0, len(scores), samples)
         sample = ExitRecord.from_scores(scores[rows], losses[rows], inputs=each)
@@ -180,7 +180,7 @@ def judged():
 
 
 def on_networks():
-    """Rivals and price for each network, and the cases whose coverage is asked for."""
+    """Rivals and price per network, and the cases for the coverage."""
     found, cases = {"rivals": [], "price": []}, []
     for name, net, data in judged():
         val, test = (record(net, loader(part, 1000), progress=False) for part in (data.val, data.test))

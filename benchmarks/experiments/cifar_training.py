@@ -43,7 +43,7 @@ SHIPPED = ROOT.parent / "src" / "branchynet" / "zoo" / "weights"
 
 
 def trained(task, phase):
-    """Yield `(name, network, its run folders)` for each network of a phase; what was trained before is read."""
+    """Yield `(name, network, run folders)` for each network of a phase; trained networks are read from disk."""
     first = () if task.start else ("baseline",)
     if phase == "smaller":
         for name, net in task.smaller():
@@ -56,17 +56,17 @@ def trained(task, phase):
 
 
 def accuracies(net, split):
-    """Every exit's, over all images."""
+    """Accuracy per exit, over all images."""
     return [float(a) for a in 1 - record(net, loader(split, 500), progress=False).losses.mean(axis=0)]
 
 
 def row(task, net, runs):
-    """Every exit's accuracy over all validation and all test images, and what the training took."""
+    """Accuracy per exit over all validation and all test images, and the seconds of the training."""
     parts = [task.folder / run / "train.csv" for run in runs]
-    history = [History.load(part) for part in parts if part.exists()]  # there is none of a part without epochs
+    history = [History.load(part) for part in parts if part.exists()]  # a part without epochs has no file
     accuracy = {f"{part}_accuracy": accuracies(net, getattr(task.data, part)) for part in ("val", "test")}
     epochs = sum(len(h.rows) for h in history)
-    # Medians, since the machine had other work at times, and stood still.
+    # Medians, because the machine had other work at times.
     seconds = sum(len(h.rows) * statistics.median(r.seconds for r in h.rows) for h in history)
     start = {"start": task.start.stem} if task.start else {}
     how = {"seed": task.seed, "precision": task.precision, "processor": environment()["processor"]}
@@ -74,7 +74,7 @@ def row(task, net, runs):
 
 
 def approximate_images():
-    """How many images of this copy of the data set are stand-ins for the published ones, as a list beside it says."""
+    """How many images of this copy approximate the published ones, according to the list that comes with it."""
     listed = Path(os.environ.get("BRANCHYNET_DATA", ".")) / "cifar-10-batches-bin" / "approx_indices.json"
     return {part: len(indices) for part, indices in read_json(listed).items()} if listed.exists() else {}
 
@@ -117,7 +117,7 @@ def main():
             if options.ship:
                 path = SHIPPED / f"{weights.get(name, name)}.safetensors"
                 save_weights(copy.deepcopy(net).half(), path)
-                load_weights(net, path)  # what half the bits leave of its accuracy
+                load_weights(net, path)  # accuracy with weights in half precision
                 rows[name]["shipped_test_accuracy"] = accuracies(net, task.data.test)
             write_json(results, result)
             print(name, json.dumps(rows[name]), flush=True)

@@ -67,12 +67,12 @@ EXITS = 3  # of the evenly spread
 # As a recipe's, which has none above for ResNet-110 and one standard error of LeNet's 10,000 images.
 SLACK = {"b_resnet110": (0.003, -0.005), "b_lenet": (-0.001, -0.002)}
 DESIGNS = ("published", "designed", "even")
-PASSES = {"b_resnet110": 3, "text": 2}  # epochs of candidate branches, where six take too long
+PASSES = {"b_resnet110": 3, "text": 2}  # epochs of candidate branches, if six take too long
 FINAL = {"b_resnet110": 4}  # more epochs of the best branches
 
 
 class Images:
-    """One of the paper's networks, with its recipe, as a task."""
+    """A network of the paper, with its recipe, as a task."""
 
     channels_last = True
 
@@ -100,7 +100,7 @@ class Images:
 
 
 def task_of(name, precision):
-    """A task: loaders, and networks that are trained when they are asked for."""
+    """A task: loaders, and networks that are trained on first use."""
     if name == "text":
         return Text(RUNS / "text" / "seed-0", precision)
     folder = RUNS / ("mnist" if name == "b_lenet" else "cifar") / name.removeprefix("b_") / "seed-0"
@@ -108,7 +108,7 @@ def task_of(name, precision):
 
 
 def advised(task, batch):
-    """The advice for a batch size, from disk where it is there, and what adds the design to a network."""
+    """The advice for a batch size, read from disk if present, and a function that adds the design to a network."""
     folder, example = task.folder / f"designed-{batch}", task.example()
     if (folder / "advice.json").exists():
         advice = Advice.load(folder / "advice.json")
@@ -132,7 +132,7 @@ def advised(task, batch):
 
 
 def designs(task, wanted, sizes):
-    """Yield `(design, batch sizes, network, advice or None)`, each trained for as long as the others."""
+    """Yield `(design, batch sizes, network, advice or None)`, all trained for equally long."""
 
     def even(baseline):
         return attach(baseline, "auto", num_exits=EXITS, example=task.example())
@@ -146,7 +146,7 @@ def designs(task, wanted, sizes):
         design = advice.design.taps, advice.design.branches
         if not advice.design.taps:
             continue
-        if design not in found:  # else it is the same network for both
+        if design not in found:  # otherwise one network serves both
             found[design] = task.with_exits(add, f"designed-{batch}")
         if batch in sizes:
             yield "designed", (batch,), found[design], advice
@@ -155,7 +155,7 @@ def designs(task, wanted, sizes):
 
 
 class Least(nn.Module):
-    """Ten numbers of the input as they are: what a call takes in which nothing is computed."""
+    """Return ten numbers of the input: the time of a call that computes nothing."""
 
     def forward(self, x):
         """Logits `(B, 10)`."""
@@ -163,7 +163,7 @@ class Least(nn.Module):
 
 
 def floor(inputs, batch):
-    """Microseconds a sample of the least that the engine can do."""
+    """Microseconds per sample of a call that computes nothing."""
     with tempfile.TemporaryDirectory() as folder:
         fixed = 1 if batch == 1 else "dynamic"
         path = export(Least().eval(), Path(folder) / "least.onnx", policy=None, example=inputs[:8], batch=fixed)
@@ -172,9 +172,9 @@ def floor(inputs, batch):
 
 
 def rows_of(task, only, sizes):
-    """Yield each row twice: with what is predicted, and then with what was measured.
+    """Yield each row twice: with its prediction, then with its measurement.
 
-    ``oracle_us``: if every test sample left at the first exit that is right, at the predicted times.
+    ``oracle_us`` is the predicted time if every test sample left at its first exit that is right.
     """
     plain = task.continued().eval()
     wanted, baseline = (
@@ -245,7 +245,7 @@ def main():
 
 
 def train(task, ship, only, sizes):
-    """Train everything; with `ship`, write the designed networks' weights, half the bits, into the package."""
+    """Train everything; with `ship`, write the weights of designed networks into the package, in half precision."""
     task.continued()
     shipped = []
     for name, batches, net, _ in designs(task, only, sizes):
@@ -257,12 +257,12 @@ def train(task, ship, only, sizes):
 
 
 def judge(task, only, sizes):
-    """Measure designs, and write their rows anew."""
+    """Measure designs and replace their rows."""
     found = []
     for row in rows_of(task, only, sizes):
         if row not in found:
             found.append(row)
-        # Read each time: another network may be judged meanwhile.
+        # Read each time, because another process may measure another network.
         kept = read_json(RESULTS)["rows"] if RESULTS.exists() else []
         here = environment()["processor"]
         kept = [

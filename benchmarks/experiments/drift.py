@@ -46,12 +46,12 @@ STATED = (0.1, 0.01)
 QUIET, DELAY = 2000, 2000
 LENGTH, BUDGET_SEEDS = 10_000, 20
 STRENGTHS = {"noise": np.linspace(0, 0.6, 13), "rotation": np.linspace(0, 60, 13)}  # standard deviation, degrees
-KEPT = {"classes": (5, 6, 7, 8, 9), "five": 5, "eight": 8}  # these digits, or so many drawn anew for every stream
+KEPT = {"classes": (5, 6, 7, 8, 9), "five": 5, "eight": 8}  # these digits, or this many random digits per stream
 RESULTS = Path(__file__).parents[1] / "results" / "drift.json"
 
 
 def drifted(images, kind, strength):
-    """Images (S, 1, 28, 28) in [0, 1] with so much noise, or turned by so many degrees."""
+    """Images (S, 1, 28, 28) in [0, 1] with noise of this standard deviation, or rotated by this many degrees."""
     if kind == "noise":
         noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(int(strength * 1000)))
         return (images + float(strength) * noise).clamp(0, 1)
@@ -62,7 +62,7 @@ def drifted(images, kind, strength):
 
 
 class Pool:
-    """What every exit says to every image at every strength of drift; rows are drawn from it."""
+    """The answers of every exit to every image at every strength of drift; streams are rows of it."""
 
     def __init__(self, net, images, labels):
         self.labels = labels.numpy()
@@ -76,7 +76,7 @@ class Pool:
             self.tables[kind] = [np.stack(column) for column in zip(*rows, strict=True)]
 
     def calibration(self, rows):
-        """The record of these images."""
+        """Record of the given images."""
         return ExitRecord(self.record.outputs[rows], self.record.labels[rows])
 
     def stream(self, kind, progress, rng, rows):
@@ -100,14 +100,14 @@ def batches(images, labels, size=1000):
 
 
 def left(scores, labels, policy):
-    """Exits, scores and labels (T,) that the engine would answer."""
+    """Exits, scores and labels (T,) that the engine would return."""
     position = leaving(scores, np.array(policy.thresholds, np.float32))
     rows = np.arange(len(scores))
     return position + 1, scores[rows, position], labels[rows, position]
 
 
 def unshifted(pool, policy, name, draw, own_policy=False):
-    """In how many of STREAMS streams the monitor alarms, for each stated rate."""
+    """The number of STREAMS streams in which the monitor alarms, per stated rate."""
     alarms = dict.fromkeys(STATED, 0)
     samples = 0
     for seed in range(STREAMS):
@@ -117,7 +117,7 @@ def unshifted(pool, policy, name, draw, own_policy=False):
         scores, _, labels = (table[0, stream] for table in pool.tables["noise"])
         answers = left(scores, labels, used)
         samples = len(stream)
-        for rate in STATED:  # from the larger on: what does not alarm there does not alarm at a smaller one
+        for rate in STATED:  # from the largest rate: a stream without an alarm there has none at smaller rates
             if not Monitor(known, used, false_alarm=rate, seed=seed).update(*answers).alarmed:
                 break
             alarms[rate] += 1
@@ -126,7 +126,7 @@ def unshifted(pool, policy, name, draw, own_policy=False):
 
 
 def shifted(pool, policy, kind, quiet, labels_too=True):
-    """How soon the monitor alarms after the change; alarms before it are counted apart."""
+    """How soon the monitor alarms after the change; earlier alarms are counted separately."""
     progress = np.zeros(quiet + 2 * DELAY)
     progress[quiet:] = 1 if kind in KEPT else np.minimum(np.arange(1, 2 * DELAY + 1) / DELAY, 1)
     delays, statistics, early = [], {}, 0
@@ -161,13 +161,13 @@ def shifted(pool, policy, kind, quiet, labels_too=True):
 
 
 def quantile(delays, share):
-    """None where so many were never seen."""
+    """The quantile of the delays; None if drift was missed that often."""
     found = float(np.quantile(delays, share, method="inverted_cdf"))
     return found if np.isfinite(found) else None
 
 
 def budget(pool, policy, cost, kind, goal_us, batch):
-    """How far the mean cost strays from the goal, and what that does to accuracy beside thresholds left alone."""
+    """The error of the mean cost, and the accuracy, with the controller and with fixed thresholds."""
     start = LENGTH // 5
     progress = np.zeros(LENGTH)
     if kind == "classes":
@@ -213,9 +213,9 @@ def budget(pool, policy, cost, kind, goal_us, batch):
 
 
 def deployed(net, data, policy, cost, known):
-    """The exported file on test images, batches of 64: shuffled, in the file's own order, and with noise that grows.
+    """The exported file on test images in batches of 64: shuffled, in file order, and with growing noise.
 
-    MNIST's test images come from two groups of writers, one after the other, so their own order is drift already.
+    MNIST test images are from two groups of writers, one after the other, so their order is drift.
     """
     images = data.test.images.float() / 255
     images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
@@ -249,7 +249,7 @@ def deployed(net, data, policy, cost, known):
 
 
 def false_alarms(pool, policy, val, test):
-    """All settings of 1."""
+    """All settings of part 1."""
     everything = np.concatenate([val, test])
 
     def split(size):

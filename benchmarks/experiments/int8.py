@@ -46,7 +46,7 @@ CALIBRATION, VALIDATION, MAX_DROP, REPEATS = 256, 1_000, 0.005, 11
 EMULATED = "AMD EPYC of Zen 2, emulated"
 RESULTS = Path(__file__).parents[1] / "results" / "int8.json"
 
-# What runs as on another processor: MODEL RUNTIME IMAGES ANSWERS.
+# The process that runs as on another processor: MODEL RUNTIME IMAGES ANSWERS.
 ANSWER = """
 import sys
 import numpy as np
@@ -58,7 +58,7 @@ np.savez(sys.argv[4], *(np.concatenate(parts) for parts in zip(*answers)))
 
 
 def first(split, samples):
-    """The first so many images of a split."""
+    """The first images of a split."""
     return Split(split.images[:samples], split.labels[:samples])
 
 
@@ -68,14 +68,14 @@ def asked(kind, calibration):
 
 
 def answers(path, images, runtime):
-    """What every exit of a flat file answers here: an array (S, C) per exit."""
+    """Outputs of every exit of a flat file on this processor: an array (S, C) per exit."""
     engine = load(path, threads=1, runtime=runtime)
     parts = [engine.outputs(images[at : at + 50])[1:] for at in range(0, len(images), 50)]
     return [np.concatenate(exit) for exit in zip(*parts, strict=True)]
 
 
 def answers_as_amd(path, images, runtime, hide):
-    """What every exit of a flat file answers as on an AMD processor."""
+    """Outputs of every exit of a flat file as on an AMD processor."""
     with tempfile.TemporaryDirectory() as name:
         given, taken = Path(name) / "images.npy", Path(name) / "answers.npz"
         np.save(given, images)
@@ -92,7 +92,7 @@ def answers_as_amd(path, images, runtime, hide):
 
 
 def judged(found, here, labels):
-    """Accuracy per exit by kind, and the kinds whose outputs are this machine's to the last bit."""
+    """Accuracy per exit by kind, and the kinds whose outputs equal those of this machine bit by bit."""
     return {
         "images": len(labels),
         "accuracy": {
@@ -107,7 +107,7 @@ def judged(found, here, labels):
 
 
 def accuracies(network, flats, images, labels, hide):
-    """Two rows for each engine: this processor, and an AMD without VNNI."""
+    """Two rows per engine: this processor, and an AMD processor without VNNI."""
     rows = []
     for runtime in RUNTIMES:
         here = {kind: answers(path, images, runtime) for kind, path in flats.items()}
@@ -120,13 +120,13 @@ def accuracies(network, flats, images, labels, hide):
 
 
 def has_vnni():
-    """Whether Linux names VNNI among this processor's features."""
+    """Whether Linux lists VNNI among the features of this processor."""
     info = Path("/proc/cpuinfo")
     return info.exists() and "_vnni" in info.read_text()
 
 
 def times(network, net, flats, folder, data, calibration):
-    """A row for each engine and batch size: how much faster than the plain float network."""
+    """A row per engine and batch size: speed-ups over the plain float network."""
     _, _, tested, timed = NETWORKS[network]
     test, example = first(data.test, tested), data.test.images[:8].float() / 255
     images = (data.test.images[:timed].float() / 255).numpy()
@@ -164,7 +164,7 @@ def times(network, net, flats, folder, data, calibration):
 
 
 def keep(network, kind, rows):
-    """Store a network's rows of one kind in place of its earlier ones."""
+    """Replace the stored rows of one kind of a network."""
     stored = read_json(RESULTS) if RESULTS.exists() else {"accuracy": [], "times": []}
     rows = [row for row in stored[kind] if row["network"] != network] + rows
     rows.sort(key=lambda row: list(NETWORKS).index(row["network"]))

@@ -30,7 +30,7 @@ SECONDS, NEVER = 40.0, -1.0
 
 
 def row(batch):
-    """Microseconds a call with the pooling and without."""
+    """Microseconds per call, with the pooling and without."""
     torch.manual_seed(0)
     x = torch.rand(batch, 3, 32, 32)
     net = attach(zoo.resnet(110, pretrained=True), "auto", num_exits=3, example=x[:8]).eval()

@@ -44,7 +44,7 @@ SHIPPED = ROOT.parent / "src" / "branchynet" / "zoo" / "weights"
 
 
 def train(net, data, part, seed, run):
-    """Part 0 of the recipe begins from nothing, part 1 goes on."""
+    """Train part 0 of the recipe from nothing, or continue with part 1."""
     fit(
         net,
         loader(data.train, RECIPE.batch, shuffle=True, augment=RECIPE.augment),
@@ -73,7 +73,7 @@ def one_seed(data, seed):
 
 
 def threshold_at_share(val):
-    """The threshold below which SHARE of the validation samples have their entropy at exit 1."""
+    """The threshold at which SHARE of the validation samples leave at exit 1."""
     entropies = np.sort(scores_of_record(val)[:, 0])
     position = round(SHARE * len(entropies))
     return float((entropies[position - 1] + entropies[position]) / 2)

@@ -40,7 +40,7 @@ KINDS = {
 
 
 def profile(path, inputs, folder):
-    """Mean microseconds of each kind of node in a run."""
+    """Mean microseconds per run of each kind of node."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
@@ -52,7 +52,7 @@ def profile(path, inputs, folder):
     events = json.loads(Path(session.end_profiling()).read_text())
     kind_of = {op: kind for kind, ops in KINDS.items() for op in ops}
     total = defaultdict(float)
-    inside = 0.0  # what runs inside the If is counted by itself
+    inside = 0.0  # nodes inside the If are counted separately
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
             op = event["args"]["op_name"]

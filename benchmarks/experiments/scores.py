@@ -49,7 +49,7 @@ BRANCH_EPOCHS, JOINT_EPOCHS = 6, 10
 FASHION_SEEDS = (0, 1, 2, 3)
 SPLITS = 20
 DROPS = tuple(np.round(np.arange(-0.003, 0.0121, 0.001), 4).tolist())
-CAUTION = (0.99, 0.97, 0.94, 0.9, 0.8, 0.65, 0.5, 0.25, 0.0)  # shares of those who leave at the smallest drop
+CAUTION = (0.99, 0.97, 0.94, 0.9, 0.8, 0.65, 0.5, 0.25, 0.0)  # shares of the samples that leave at the smallest drop
 TARGETS = (0.0, 0.002)  # points below the plain network's accuracy
 VECTORS = 100_000
 ROOT = Path(__file__).parents[1]
@@ -87,7 +87,7 @@ def train(net, data, epochs, which, seed, run):
 
 
 def networks():
-    """(name, seed, network, data) of each; all but the first are trained where their run folders do not hold them."""
+    """(name, seed, network, data) per network; all but the first are trained unless their run folders hold them."""
     mnist, fashion = load_data("mnist"), load_data("fashion-mnist")
     yield "B-LeNet, MNIST", 0, zoo.b_lenet(branches="published", pretrained=True), mnist
     torch.manual_seed(0)
@@ -104,7 +104,7 @@ def rows_of(found, rows):
 
 
 def perceptrons(half, others, seed):
-    """Scores of `others` by a network of 16 hidden units an exit in place of the logistic regressions."""
+    """Scores of `others` from one network with 16 hidden units per exit instead of the logistic regressions."""
     scores = [np.empty((r.samples, r.num_exits), np.float32) for r in others]
     for n in range(1, half.num_exits + 1):
         seen = [
@@ -119,7 +119,7 @@ def perceptrons(half, others, seed):
 
 
 def candidates(half, others, seed):
-    """For each score its name, whether it reads earlier exits, and records of scores for each of `others`."""
+    """Per score: its name, whether it reads earlier exits, and records of scores for each of `others`."""
 
     def judged(score, records):
         return [ExitRecord.from_scores(scores_of_record(r, score), r.losses) for r in records]
@@ -142,7 +142,7 @@ def candidates(half, others, seed):
 
 
 def points(chosen, base, test, cost):
-    """(cost, accuracy) on test of what is chosen for every drop from `base`, then ever more cautiously, up to never."""
+    """(cost, accuracy) on test images of the choice for every drop from `base`, then tightened in steps to never."""
     found = frontier(chosen, cost, vectors=VECTORS)
     policies = []
     for drop in DROPS:
@@ -164,13 +164,13 @@ def points(chosen, base, test, cost):
 
 
 def leaving(chosen, left, n, share):
-    """The threshold at which only this share of those who left at exit n still do, the surest."""
+    """The threshold at which only this share of the samples that left at exit n, the surest, still leave."""
     scores = chosen.scores[left == n, n - 1]
     return float(np.quantile(scores, share)) if len(scores) else None
 
 
 def cost_at(made, accuracy, plain):
-    """The cost in percent at which a split's points reach an accuracy; the plain network's where they never do."""
+    """The cost in percent at which the points of a split reach an accuracy; that of the plain network if none does."""
     cost, reached = (np.array([p[key] for p in made]) for key in ("cost", "accuracy"))
     order = np.argsort(cost)
     cost, reached = cost[order], IsotonicRegression().fit_transform(cost[order], reached[order])
@@ -185,14 +185,14 @@ def cost_at(made, accuracy, plain):
 
 
 def stage_costs(net, example):
-    """ExitCosts in percent of the plain network's work: where *never* removes a branch, and where not."""
+    """ExitCosts in percent of the plain network's work, if *never* removes a branch and if it does not."""
     trunk, branch = (np.array(part) for part in exit_macs(flatten(net, example)))
     trunk, branch = 100 * trunk / trunk.sum(), 100 * branch / trunk.sum()
     return ExitCost(tuple(trunk), tuple(branch)), ExitCost(tuple(trunk + branch), (0.0,) * len(trunk))
 
 
 def one_network(name, seed, net, data):
-    """The table's rows and all trials of one network, kept in the run folder."""
+    """The table rows and all trials of one network, stored in the run folder."""
     kept_as = RUNS / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}.json"
     if kept_as.exists():
         return read_json(kept_as)
@@ -275,7 +275,7 @@ def score_times(net, data):
 
 
 def rounded(value):
-    """To five decimals, so that the file stays small."""
+    """Round to five decimals to keep the file small."""
     if isinstance(value, dict):
         return {key: rounded(v) for key, v in value.items()}
     if isinstance(value, list):

@@ -24,12 +24,12 @@ SNIPPETS = {"train": 15000, "val": 500, "test": 500}  # of each package
 
 
 def part_of(path):
-    """Which part a file belongs to, by its name alone: one in ten for validation, one for test."""
+    """The part of a file, from its name: one file in ten for validation, one for test."""
     return {0: "val", 1: "test"}.get(hashlib.sha256(str(path).encode()).digest()[0] % 10, "train")
 
 
 def snippets(seed=0):
-    """``{part: (bytes (S, 128) int64, package (S,) int64)}``, as many of each package."""
+    """``{part: (bytes (S, 128) int64, package (S,) int64)}``, with equally many of each package."""
     generator = np.random.default_rng(seed)
     texts = {part: ([], []) for part in SNIPPETS}
     for label, package in enumerate(PACKAGES):
@@ -88,7 +88,7 @@ class Coder(nn.Module):
 
 
 class Text:
-    """The task as design.py takes it: 3 epochs from nothing, then 2 with exits or without; `make` makes the network."""
+    """The task for design.py: 3 epochs from nothing, then 2 with exits or without; `make` builds the network."""
 
     name, slack, channels_last = "text", (0.0,), False
     epochs, rate, batch = (3, 2), 1e-3, 128

@@ -94,7 +94,7 @@ class Job:
         self.done = 0
 
     def turn(self):
-        """What the job's work runs on."""
+        """Return the context of the job: its CUDA stream, or none on a CPU."""
         return torch.cuda.stream(self.stream) if self.cuda else contextlib.nullcontext()
 
     def _step(self):
@@ -114,7 +114,7 @@ class Job:
         self.at += 1
 
     def prepare(self):
-        """Warm up on the network's own state, put that back, and capture the step."""
+        """Warm up, restore the state of the network, and capture the step."""
         kept = {name: value.clone() for name, value in self.net.state_dict().items()}
         self.rates = torch.zeros(10**6, device=self.device)  # of rate 0 until `plan`; same storage in the graph
         with self.turn():
@@ -130,7 +130,7 @@ class Job:
         self.restore = kept
 
     def plan(self, epochs):
-        """Fix the schedule and start from the beginning."""
+        """Set the schedule and start from the beginning."""
         self.net.load_state_dict(self.restore)
         for state in self.optimizer.state.values():
             state["momentum_buffer"].zero_()
@@ -138,7 +138,7 @@ class Job:
         self.rates[: epochs * self.steps] = rates(epochs * self.steps, self.peak).to(self.device)
 
     def shuffle(self):
-        """A new order and new images for an epoch."""
+        """Draw a new order and new augmentations for an epoch."""
         self.order.copy_(
             torch.randperm(len(self.images), generator=self.generator, device=self.device)[: len(self.order)]
         )
@@ -148,7 +148,7 @@ class Job:
 
 @torch.no_grad()
 def accuracies(net, split, device):
-    """Every exit's share of right answers, in float32."""
+    """Accuracy per exit, in float32."""
     net.eval()
     images, labels = split.images.to(device), split.labels.to(device)
     right = 0
@@ -162,13 +162,13 @@ def accuracies(net, split, device):
 
 
 def wait(device):
-    """Until the device has done everything."""
+    """Wait until the device is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def seconds_an_epoch(jobs, device, steps):
-    """How long one epoch of all jobs takes, from `steps` steps and one shuffle."""
+    """Seconds of one epoch of all jobs, estimated from `steps` steps and one shuffle."""
     for job in jobs:
         with job.turn():
             job.shuffle()
