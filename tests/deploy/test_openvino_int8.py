@@ -39,27 +39,29 @@ def conv(inputs, outputs, **options):
 
 
 def _plain():
-    return [conv(1, 8), nn.ReLU(), conv(8, 8), nn.ReLU()], nn.Linear(8 * 64, 4)
+    return [conv(1, 8, stride=2), nn.ReLU(), conv(8, 8), nn.ReLU()], nn.Linear(8 * 64, 4)
 
 
 def _shapes():
-    return [conv(1, 8), nn.ReLU(), WithZeros(), nn.MaxPool2d(2), conv(9, 4)], nn.Linear(4 * 16, 4)
+    return [conv(1, 8, stride=2), nn.ReLU(), WithZeros(), nn.MaxPool2d(2), conv(9, 4)], nn.Linear(4 * 16, 4)
 
 
 def _normalised():
-    return [conv(1, 8), nn.BatchNorm2d(8), nn.ReLU(), WithZeros(), nn.BatchNorm2d(9), nn.ReLU()], nn.Linear(9 * 64, 4)
+    return [conv(1, 8, stride=2), nn.BatchNorm2d(8), nn.ReLU(), WithZeros(), nn.BatchNorm2d(9), nn.ReLU()], nn.Linear(
+        9 * 64, 4
+    )
 
 
 def _depthwise():
-    return [conv(1, 8), nn.ReLU6(), WithZeros(), conv(9, 9, groups=9), nn.Hardswish()], nn.Linear(9 * 64, 4)
+    return [conv(1, 8, stride=2), nn.ReLU6(), WithZeros(), conv(9, 9, groups=9), nn.Hardswish()], nn.Linear(9 * 64, 4)
 
 
 def _residual():
-    return [conv(1, 8), nn.ReLU(), Sum(conv(8, 8)), Sum(conv(8, 8))], nn.Linear(8 * 64, 4)
+    return [conv(1, 8, stride=2), nn.ReLU(), Sum(conv(8, 8)), Sum(conv(8, 8))], nn.Linear(8 * 64, 4)
 
 
 def _dense():
-    return [nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), WithZeros(), nn.Linear(9, 8), nn.ReLU()], nn.Linear(8, 4)
+    return [nn.Flatten(), nn.Linear(256, 8), nn.ReLU(), WithZeros(), nn.Linear(9, 8), nn.ReLU()], nn.Linear(8, 4)
 
 
 @pytest.fixture(scope="module", params=[_plain, _shapes, _normalised, _depthwise, _residual, _dense])
@@ -71,7 +73,7 @@ def case(request):
     for name, parameter in trunk.named_parameters():
         if name.endswith("bias"):
             nn.init.uniform_(parameter, -1, 1)
-    images = torch.rand(128, 1, 8, 8)
+    images = torch.rand(128, 1, 16, 16)
     return attach(trunk, at=["1"], example=images[:8]).eval(), images
 
 
@@ -101,10 +103,10 @@ def test_a_file_that_never_leaves_early_asks_for_no_shape(tmp_path):
     import openvino
 
     torch.manual_seed(0)
-    trunk = nn.Sequential(conv(1, 8), nn.ReLU(), conv(8, 8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 4))
+    trunk = nn.Sequential(conv(1, 8, stride=2), nn.ReLU(), conv(8, 8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 4))
     for layer in trunk[:3:2]:
         nn.init.uniform_(layer.bias, -1, 1)
-    images = torch.rand(64, 1, 8, 8)
+    images = torch.rand(64, 1, 16, 16)
     net = attach(trunk, at=["1"], example=images).eval()
     path = export(net, tmp_path / "m.onnx", policy=NEVER, example=images, quantize="int8", calibration=[images])
     compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
