@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any, Protocol
@@ -68,7 +68,7 @@ class RunReport:
     galleries: Sequence[Gallery] = ()
     candidates: Sequence[CandidatePoint] = ()
     taken: Sequence[tuple[str, str]] = ()
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] | None = None
 
 
 def write_report(
@@ -101,7 +101,7 @@ def write_report(
         _scores(choice, record, scores),
         _bench(bench),
         *(gallery_section(gallery) for gallery in report.galleries),
-        _facts(choice, record, report.facts),
+        _facts(choice, record, report.facts or {}),
     ]
     style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
     page = (
