@@ -1,4 +1,4 @@
-"""Values made of the number of samples alone, such as places in the batch: a smaller batch makes its own."""
+"""Values that depend only on the number of samples, such as positions in the batch, are recomputed per stage."""
 
 import onnx_ir as ir
 import pytest
@@ -16,7 +16,7 @@ from helpers.networks import spread_out
 
 
 class Looks(nn.Module):
-    """Three layers; each looks up one feature of its own row, by places that `look` makes before the first exit."""
+    """Three layers; each looks up one feature of its row, with positions that `look` computes before the first exit."""
 
     def __init__(self, look):
         super().__init__()
@@ -35,7 +35,7 @@ class Looks(nn.Module):
 
 
 def rows(make):
-    """Look up by pairs of a row and a column."""
+    """Index with pairs of a row and a column."""
 
     def look(x, chosen):
         places = make(x)
@@ -45,7 +45,7 @@ def rows(make):
 
 
 def flat(make):
-    """Look up by one index into all rows laid end to end."""
+    """Index into the flattened rows."""
 
     def look(x, chosen):
         index = make(torch.arange(x.shape[0]), x.shape[1], chosen)
@@ -55,13 +55,13 @@ def flat(make):
 
 
 def features(x, chosen):
-    """Features that depend on the size of the batch alone, in a costly way too."""
+    """Features that depend only on the batch size, also through costly operators."""
     same = torch.ones(x.shape[0], 6) @ torch.full((6, 6), 0.01)
     return lambda y: same + same.cumsum(1) * 0.1
 
 
 def masks(x, chosen):
-    """Masks and numbers of rows, with places that make no difference."""
+    """Masks and row numbers; the positions do not change the result."""
     places = torch.arange(x.shape[0])
     mask = (places >= 0)[:, None] & (x > 0)
     counts = (1.0 - (x > 0).float()) * 0.1 + 0.0 * places.float()[:, None]
@@ -90,7 +90,9 @@ def test_every_batch_that_stays_has_places_of_its_own(look, tmp_path):
     x = torch.randn(43, 6, generator=torch.Generator().manual_seed(1))
     spread_out(net, (x,))
     outputs, policy = every_exit(net, (x,)), Policy(thresholds=(0.5, 0.5))
-    ir.save(assemble(flatten(net, x[:1], score=entropy), policy), tmp_path / "model.onnx")  # one row shows no mixing
+    ir.save(
+        assemble(flatten(net, x[:1], score=entropy), policy), tmp_path / "model.onnx"
+    )  # the example has a single row
     for engine in (load(tmp_path / "model.onnx", threads=1), TorchEngine(net, policy, x[:1])):
         agree_everywhere(engine, (x.numpy(),), outputs)
 

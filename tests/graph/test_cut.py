@@ -9,7 +9,7 @@ from branchynet.graph.cut import cut
 
 @st.composite
 def dags(draw):
-    """(parents of each node, nodes of each exit): node i reads some of the nodes before it."""
+    """(parents of each node, nodes of each exit); node i reads some earlier nodes."""
     count = draw(st.integers(1, 14))
     parents = [draw(st.sets(st.integers(0, i - 1), max_size=3)) if i else set() for i in range(count)]
     exits = draw(st.lists(st.sets(st.integers(0, count - 1), min_size=1, max_size=3), min_size=1, max_size=5))
@@ -17,7 +17,7 @@ def dags(draw):
 
 
 def reaches(parents):
-    """(N, N) whether there is a path from node i to node j, the empty path included: powers of the adjacency matrix."""
+    """(N, N) whether a path leads from node i to node j, including empty paths: powers of the adjacency matrix."""
     matrix = np.eye(len(parents), dtype=int)
     for child, own in enumerate(parents):
         matrix[list(own), child] = 1

@@ -1,4 +1,4 @@
-"""Multiply-accumulates against torch's own counter, with its operators taken apart into plain products."""
+"""Multiply-accumulates agree with torch's counter, with operators decomposed into plain products."""
 
 import numpy as np
 import onnx_ir as ir
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:TF32")  # torch's own flags(), b
 
 
 class Then(nn.Module):
-    """A module, or a function of `(B, L, 6)`, and a classifier of the mean of what it gives."""
+    """A module, or a function of `(B, L, 6)`, followed by a classifier of the mean of its output."""
 
     def __init__(self, act, width=6):
         super().__init__()
@@ -84,7 +84,7 @@ COUNTED = {
 
 
 def counted(net, x):
-    """By torch's counter, which knows no fused attention and no fused LSTM."""
+    """Count with torch's counter, which does not know fused attention and fused LSTMs."""
     mkldnn = torch.backends.mkldnn.flags(enabled=False)
     with (
         FlopCounterMode(display=False) as counter,
@@ -115,13 +115,13 @@ def test_what_exits_and_trunk_cost_is_the_whole_network(family):
     one = tuple(t[:1] for t in example)
     plain = BranchyNet(net.backbone, {})
     assert sum(trunk) + sum(branch) == counted(net, one) and sum(branch) > 0
-    assert sum(trunk) == counted(plain, one)  # a tree's exits share only what is a branch's
+    assert sum(trunk) == counted(plain, one)  # exits of a tree share only nodes of a branch
 
 
 @pytest.mark.parametrize("inner", [1, 2, 3])
 @pytest.mark.parametrize("outer", [0, 1])
 def test_an_exit_of_a_tree_costs_what_it_takes_and_never_costs_the_plain_network(inner, outer):
-    """`inner` exits inside of the branch that is a tree, `outer` branches before it."""
+    """A tree has `inner` exits inside its branch and `outer` branches before it."""
     layers = [nn.Linear(9, 30), *(nn.Linear(30, 30) for _ in range(inner)), nn.Linear(30, 4)]
     tree = BranchyNet(nn.Sequential(*layers), {str(i): nn.Linear(30, 4) for i in range(inner)})
     heads = {"0": nn.Linear(8, 4)} if outer else {}
@@ -145,7 +145,7 @@ def test_products_of_several_operands_are_contracted_from_the_left():
 
 
 def holding(op_type, bodies, inputs):
-    """A sketch whose exit is made by a node with the given numbers of products in its graphs."""
+    """A sketch whose exit is computed by a node with the given numbers of products in its subgraphs."""
     sketch = Sketch()
     x, w = sketch.input("x", 4), sketch.constant(np.ones((4, 4), np.float32))
     graphs = {}

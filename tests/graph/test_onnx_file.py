@@ -96,7 +96,7 @@ def weights(count=200):
 
 
 def twins(shared, own):
-    """Two exits; a matrix `shared` is used in both stages, and `own` in the second alone."""
+    """Two exits; both stages use the matrix `shared`, and only the second uses `own`."""
     sketch = Sketch()
     width = len(shared)
     x, matrix = sketch.input("x", width), sketch.constant(shared)
@@ -117,7 +117,7 @@ def test_a_large_shared_initializer_is_stored_once(width, copies, tmp_path):
         for t in graph.initializer
         if list(t.dims) == [width, width]
     ]
-    assert levels == [1, 2] if copies == 1 else [1, 2, 2]  # what only the second stage uses is never in the outer graph
+    assert levels == [1, 2] if copies == 1 else [1, 2, 2]  # a matrix of the second stage is never in the outer graph
     x = np.random.default_rng(1).integers(-2, 3, (5, width)).astype(np.float32)
     answer = load(path, threads=1)(x)
     first = x @ shared
@@ -196,7 +196,7 @@ def test_a_costly_value_without_a_batch_dimension_cannot_cross_a_cut():
     flat = sketch.flat([first, last], [sketch.total(first), sketch.total(last)])
     with pytest.raises(GraphError, match=r"'product' \[2\*batch,2\] crosses .* tap"):
         nest(flat, Policy(thresholds=(0.5,)))
-    nest(flat, Policy(thresholds=(None,)))  # nothing crosses where the exit is not used
+    nest(flat, Policy(thresholds=(None,)))  # nothing crosses the cut of a disabled exit
 
 
 def test_a_flat_file_holds_only_what_its_outputs_need(family, tmp_path):

@@ -1,4 +1,4 @@
-"""Maps stay in the layout that ONNX Runtime convolves in: values are the same, and no chain of additions runs alone."""
+"""Maps stay in the layout of ONNX Runtime's convolutions: values are equal, and chains of additions are fused."""
 
 from collections import Counter
 
@@ -25,7 +25,7 @@ def pools(model):
 
 
 def chain(sketch, x, channels, *, reader="Conv", kind=np.float32, other=None):
-    """Maps to which a convolution of them is added, and what reads the sum; as in a residual block."""
+    """As in a residual block: the sum of a map and its convolution, and a reader of the sum."""
     shape = x.shape
     generator = np.random.default_rng(0)
     weights = sketch.constant(generator.normal(size=(channels, channels, 1, 1)).astype(kind))
@@ -64,20 +64,20 @@ def test_the_side_that_no_convolution_made_is_brought_into_blocks(tmp_path):
 
 
 def alike(sketch, x, channels):
-    """Both sides from convolutions."""
+    """Both operands come from convolutions."""
     weights = sketch.constant(np.ones((channels, channels, 1, 1), np.float32))
     made = sketch.op("Conv", x, weights, shape=x.shape, kernel_shape=[1, 1])
     return chain(sketch, made, channels)
 
 
 def scaled(sketch, x, channels):
-    """One number a channel on the other side."""
+    """The other operand has one number per channel."""
     scale = sketch.op("GlobalAveragePool", x, shape=[sketch.batch, channels, 1, 1])
     return chain(sketch, x, channels, other=sketch.op("Exp", scale, shape=scale.shape))
 
 
 def read_twice(sketch, x, channels):
-    """The convolution's own maps are needed as well, so that it cannot give the sum."""
+    """The convolution's output has another reader, so the addition cannot be fused."""
     weights = sketch.constant(np.ones((channels, channels, 1, 1), np.float32))
     made = sketch.op("Conv", x, weights, shape=x.shape, kernel_shape=[1, 1])
     added = sketch.op("Add", sketch.op("Add", made, x, shape=x.shape), made, shape=x.shape)
@@ -85,15 +85,15 @@ def read_twice(sketch, x, channels):
 
 
 def shifted(sketch, x, channels):
-    """Constants on the other side."""
+    """The other operand is constant."""
     return chain(sketch, x, channels, other=sketch.constant(np.ones((1, channels, 3, 3), np.float32)))
 
 
 @pytest.mark.parametrize(
     ("make", "channels", "more"),
     [
-        (chain, 10, {}),  # no full block
-        (chain, 16, {"reader": "Exp"}),  # in blocks nothing would be gained
+        (chain, 10, {}),  # not a whole block
+        (chain, 16, {"reader": "Exp"}),  # the reader does not use blocks
         (chain, 16, {"dtype": ir.DataType.DOUBLE, "kind": np.float64}),
         (alike, 16, {}),
         (scaled, 16, {}),
@@ -108,7 +108,7 @@ def test_nothing_is_added_where_it_would_not_help(make, channels, more):
 
 
 class Stack(torch.nn.Module):
-    """Residual blocks, the first of a stage with a shortcut that has no parameters."""
+    """Residual blocks; the first of a stage has a shortcut without parameters."""
 
     def __init__(self):
         super().__init__()
@@ -118,7 +118,7 @@ class Stack(torch.nn.Module):
         self.classifier = torch.nn.Sequential(pool, torch.nn.Flatten(), torch.nn.Linear(32, 10))
 
     def forward(self, x):
-        """Logits (B, 10)."""
+        """Return logits (B, 10)."""
         return self.classifier(self.stage2(self.stage1(self.stem(x))))
 
 
@@ -135,7 +135,7 @@ def test_behind_a_cut_no_more_additions_run_by_themselves_than_in_the_static_gra
         results, events = profile(tmp_path / f"{name}.onnx", {"x": rows}, tmp_path, FULL)
         ran[name] = Counter(event["op"] for event in events)
         np.testing.assert_allclose(results[last], net(x[: len(rows)])[-1].detach(), rtol=1e-4, atol=1e-4)
-    # The padded shortcut of a block right before a cut: no convolution in its own graph reads that sum.
+    # A block right before a cut has a padded shortcut: no convolution in the same graph reads that sum.
     assert ran["exits"]["Add"] - ran["static"]["Add"] <= dynamic
     assert ran["exits"]["Conv"] == ran["static"]["Conv"] > 12
 

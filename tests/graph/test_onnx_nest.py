@@ -1,4 +1,4 @@
-"""Nesting: the structure of the file and, by ONNX Runtime's own profile, that it does no needless work."""
+"""Nested files: their structure and, by ONNX Runtime's profile, that they do no needless work."""
 
 from collections import Counter
 
@@ -37,7 +37,7 @@ def enabled_of(policy):
     return [n for n, on in enumerate(policy.enabled, 1) if on]
 
 
-# Any graph: random ones in small whole numbers, for which floating point is exact
+# Random graphs of small whole numbers, for which floating point is exact
 
 
 KINDS = [
@@ -72,7 +72,7 @@ def any_flat(random):
     shared = sketch.constant(numbers(4, 4))
 
     def shape_like(tail):
-        """(?, *tail) with the batch size computed in the graph from some value."""
+        """Reshape to (?, *tail), with the batch size computed in the graph from some value."""
         if not rows or random.random() < 0.5:
             shape = sketch.op("Shape", random.choice(wide), shape=[1], dtype=ir.DataType.INT64, start=0, end=1)
             rows.append(shape)
@@ -80,7 +80,7 @@ def any_flat(random):
         return sketch.op("Concat", random.choice(rows), behind, shape=[1 + len(tail)], dtype=ir.DataType.INT64, axis=0)
 
     def holding(op_type, inputs, bodies, **attributes):
-        """A node that holds graphs whose nodes read values of the graph around them."""
+        """A node with subgraphs that read values of the surrounding graph."""
         graphs = {
             name: ir.Graph(made.inputs, made.outputs, nodes=made.nodes, initializers=made.initializers, name=name)
             for name, made in bodies.items()
@@ -148,7 +148,7 @@ def any_flat(random):
     for kind in ["matmul", *random.choices(KINDS, k=random.randint(3, 9))]:
         add(kind)
     exits = random.sample(wide[2:], min(len(wide) - 2, random.choice([1, 2, 2, 3, 3, 4])))
-    if random.random() < 0.7:  # else later exits may be computed on the way to earlier ones
+    if random.random() < 0.7:  # otherwise earlier exits may depend on later ones
         exits.sort(key=wide.index)
     scores = []
     for n in range(len(exits)):
@@ -203,7 +203,7 @@ def outputs_of(net, example, samples):
 
 
 def leaving(outputs, leave):
-    """Thresholds at which exactly `leave[n]` samples leave at each exit but the last, and the exit of each sample."""
+    """(thresholds, exit of each sample), where exactly `leave[n]` samples leave at each exit except the last."""
     exits = np.full(len(outputs), len(leave) + 1)
     thresholds = []
     for n, count in enumerate(leave):
@@ -222,7 +222,7 @@ def feeds_of(flat, inputs):
 def test_nothing_runs_behind_an_exit_where_all_leave(family, tmp_path):
     _, example, flat = flat_of(family)
     inputs = draw(example, 9, seed=3)
-    for enabled in range(1, flat.num_exits):  # the first exit in use is each of them in turn
+    for enabled in range(1, flat.num_exits):  # each exit is the first enabled one in turn
         policy = Policy(thresholds=(NEVER,) * (enabled - 1) + (ALWAYS,) * (flat.num_exits - enabled))
         path = save(flat, policy, tmp_path / "all.onnx")
         results, events = profile(path, feeds_of(flat, inputs), tmp_path)
@@ -236,7 +236,7 @@ def test_nothing_runs_behind_an_exit_where_all_leave(family, tmp_path):
 
 def test_later_nodes_see_just_the_rows_that_stayed(family, tmp_path):
     net, example, flat = flat_of(family)
-    # 89, 71, 53 and 31 rows are lengths that no other dimension of these networks has, so none is taken for another
+    # 89, 71, 53 and 31 rows differ from all other dimensions of these networks, so they cannot be confused
     inputs, outputs = outputs_of(net, example, 89)
     thresholds, exits = leaving(outputs, (18, 18, 22)[: flat.num_exits - 1])
     path = save(flat, Policy(thresholds=thresholds), tmp_path / "mixed.onnx")
@@ -295,12 +295,12 @@ def test_every_node_in_use_is_in_the_file_once_and_no_other(family, dynamic, tmp
 
 
 def fixed(flat):
-    """The same flat graph for one sample at a time, as far as the structure goes."""
+    """The same flat graph with the structure for one sample per call."""
     return FlatGraph(flat.model, flat.num_exits, dynamic=False)
 
 
 def test_symbols_name_one_length_only(family):
-    """In the graph of each level the symbol of the samples that stay stands where the flat graph has the batch."""
+    """The graph of each level replaces the batch symbol of the flat graph by its own."""
     flat = flat_of(family)[2]
     values = {v.name: v for node in flat.model.graph for v in node.outputs}
     model = onnx.load_from_string(

@@ -1,4 +1,4 @@
-"""int8: the nested file is the flat int8 graph with the paper's loop in it, and it really runs in int8."""
+"""int8: the nested file equals the flat int8 graph with the paper's loop, and computes in int8."""
 
 import functools
 import importlib
@@ -29,7 +29,7 @@ PRODUCTS = ("Conv", "Gemm", "MatMul")
 
 @functools.cache
 def int8_of(family):
-    """(flat graph, flat int8 graph, 64 samples) of one of the random networks."""
+    """(flat graph, flat int8 graph, 64 samples) of a random network."""
     _, example, flat = flat_of(family)
     inputs = draw(example, 64, 0)
     batches = calibration_batches([tuple(i[at : at + 16] for i in inputs) for at in range(0, 64, 16)], flat)
@@ -44,7 +44,7 @@ def opened(folder, flat, policy=None, **options):
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.__name__)
 def case(request, tmp_path_factory):
-    """The flat int8 graph, its path when nested, 64 samples, and what every exit of the flat graph says of each."""
+    """(flat int8 graph, path of the nested file, 64 samples, every exit's outputs for them by the flat graph)."""
     _, int8, inputs = int8_of(request.param)
     folder = tmp_path_factory.mktemp("int8")
     flat = opened(folder, int8)
@@ -72,7 +72,7 @@ def test_each_exit_can_be_left_out(case, tmp_path):
 
 
 def test_it_runs_in_int8_at_every_level(case, tmp_path):
-    """ONNX Runtime, at full optimisation, fuses every convolution and product of weights, in subgraphs as well."""
+    """ONNX Runtime at full optimisation fuses every convolution and product of weights, also in subgraphs."""
     int8, path, inputs, _ = case
     names = [v.name for v in int8.model.graph.inputs]
     never = {f"threshold_{n}": np.array([-1], np.float32) for n in range(1, int8.num_exits)}
@@ -121,7 +121,7 @@ def test_weights_are_int8_and_exits_and_scores_float(case):
 
 
 def in_float(model, inputs):
-    """Every exit's outputs of an int8 graph, its arithmetic done in float32: without optimisation nothing is fused."""
+    """Every exit's outputs of an int8 graph with float32 arithmetic: without optimisation, nothing is fused."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
@@ -129,19 +129,19 @@ def in_float(model, inputs):
 
 
 def test_the_processor_computes_what_the_int8_graph_says(case, tmp_path, request):
-    """Sums that saturate would miss it by as much as int8 misses float, and more."""
+    """Saturated sums would cause a larger error than int8 itself."""
     flat, int8, inputs = int8_of(request.node.callspec.params["case"])
     exact, rounded = (np.stack(opened(tmp_path, f).outputs(*inputs)[1:]) for f in (flat, int8))
     said = in_float(tmp_path / "model.onnx", inputs)
     off = np.abs(exact - said).mean()
-    # A value midway between two steps may be rounded to either, so equality cannot be asked for.
+    # A value midway between two steps may be rounded to either, so the test cannot require equality.
     assert np.abs(rounded - said).mean() < 0.25 * off
-    # Of random networks, whose outputs differ little from sample to sample; unrelated answers would be 1.1 away.
+    # Outputs of random networks differ little between samples; unrelated outputs would be 1.1 away.
     assert 0 < off < 0.4 * exact.std() and 0 < np.abs(exact - rounded).mean() < 0.4 * exact.std()
 
 
 def weights_of(int8):
-    """Every int8 weight tensor of a graph."""
+    """All int8 weight tensors of a graph."""
     stored = (i.const_value for i in int8.model.graph.initializers.values())
     return [t.numpy() for t in stored if t.dtype == ir.DataType.INT8 and t.numpy().ndim > 1]
 
@@ -159,7 +159,7 @@ def test_no_two_products_saturate_16_bits_unless_the_full_range_is_asked_for(cas
 
 
 class Wide(nn.Module):
-    """Convolutions wide enough that weights make up the file."""
+    """Convolutions so wide that weights dominate the file size."""
 
     def __init__(self):
         super().__init__()
@@ -174,7 +174,7 @@ class Wide(nn.Module):
 def wide():
     torch.manual_seed(0)
     net = BranchyNet(Wide(), {"stem": nn.Sequential(nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(288, 4))}).eval()
-    with torch.no_grad():  # spread the answers, so that samples differ in how sure they are
+    with torch.no_grad():  # spread the outputs, so that samples differ in confidence
         for head, n in ((net.branches[0][2], 0), (net.backbone.fc, 1)):
             outputs = net(images())[n]
             head.weight /= outputs.std(0)[:, None] / 2
@@ -201,7 +201,7 @@ def flat_wide(score, dynamic):
 
 @pytest.fixture(scope="module")
 def net():
-    """`wide`, which is exported from PyTorch once for each score."""
+    """`wide`, exported from PyTorch once per score."""
     net = wide()
 
     def flat(given, example, *, score=None, dynamic=True):
@@ -215,7 +215,7 @@ def net():
 
 @pytest.fixture(scope="module")
 def recorded(net, tmp_path_factory):
-    """The engine of the flat int8 file, and a record of it."""
+    """(engine of the flat int8 file, its record)."""
     path = tmp_path_factory.mktemp("flat") / "flat.onnx"
     engine = load(export(net, path, policy=None, example=images(4), **INT8), threads=1)
     return engine, record(engine, loader(seed=1), progress=False)
@@ -244,7 +244,7 @@ def test_the_record_is_of_what_the_engine_says(recorded):
 
 def test_a_score_of_ones_own_stays_float(net, recorded, tmp_path):
     def weighed(outputs):
-        """A score with a matrix product in it."""
+        """A score with a matrix product."""
         return 1 - torch.softmax(outputs[-1] @ (2 * torch.eye(4)), dim=1).amax(dim=1)
 
     _, seen = recorded
@@ -277,7 +277,7 @@ def test_the_file_is_smaller_and_says_what_it_is(net, recorded, tmp_path):
 
 
 def rough(value):
-    """Calibration samples among which one value makes the step of int8 too coarse for all others."""
+    """Calibration samples with one value so large that the step of int8 is too coarse for all others."""
     x = images()
     x[0, 0, 0, 0] = value
     return [x]
@@ -305,7 +305,7 @@ def test_agreement_of_one_output_is_the_variance_that_int8_explains(tmp_path):
     rounded = np.stack(load(good).outputs(images().numpy())[1:])
     explained = 1 - ((exact - rounded) ** 2).mean((1, 2)) / exact.var((1, 2))
     np.testing.assert_allclose(load(good).metadata["quantize"]["agreement"], explained, atol=1e-3)  # float32 sums
-    with torch.no_grad():  # the same network, but one channel is so large that it sets the step of all others
+    with torch.no_grad():  # the same network, but one large channel sets the step of all others
         backbone.stem[1].weight[0] *= 1e4
         backbone.stem[1].bias[0] *= 1e4
         backbone.body[0].weight[:, 0] /= 1e4
@@ -315,7 +315,7 @@ def test_agreement_of_one_output_is_the_variance_that_int8_explains(tmp_path):
     assert max(load(bad).metadata["quantize"]["agreement"]) < 0.9
 
 
-@pytest.mark.filterwarnings("ignore:the int8.*agrees with the float network")  # as it may where VNNI is missing
+@pytest.mark.filterwarnings("ignore:the int8.*agrees with the float network")  # possible without VNNI
 def test_the_full_range_is_another_network_than_the_reduced(net, tmp_path):
     how = {"policy": Policy(thresholds=(0.5,)), "example": images(4), "calibration": loader()}
     full = export(net, tmp_path / "full.onnx", quantize="int8-full-range", **how)
@@ -392,7 +392,7 @@ def test_the_callers_logging_is_left_alone(net):
     assert (root.handlers, root.level) == before
 
 
-# What is refused
+# Refused arguments
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Networks that cannot be cut are refused with the reason and the place, before any long work."""
+"""Networks that cannot be cut are refused early, with the reason and the place."""
 
 import functools
 import re
@@ -29,7 +29,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "branchynet"
 
 
 class Inner(nn.Module):
-    """Where `act` is done to the features."""
+    """A network that applies `act` to its features."""
 
     def __init__(self, act):
         super().__init__()
@@ -60,7 +60,7 @@ def reads(x):
 
 
 class Batched(nn.BatchNorm1d):
-    """A batch norm that does not heed eval mode."""
+    """A batch norm that ignores eval mode."""
 
     def train(self, mode=True):
         return super().train(True)
@@ -110,7 +110,7 @@ def test_the_line_is_the_networks_own():
 def test_an_exit_made_of_the_last_ones_output_is_refused():
     backbone = nn.Sequential(nn.Linear(6, 4), nn.Softmax(1))
     net = BranchyNet(backbone, {"1": nn.Identity()}, output=lambda p: p)
-    flatten(net, torch.randn(3, 6))  # the same value: nothing is lost
+    flatten(net, torch.randn(3, 6))  # the same value: no information is lost
 
     class Answer(nn.Module):
         def __init__(self):
@@ -127,7 +127,7 @@ def test_an_exit_made_of_the_last_ones_output_is_refused():
 
 
 class Places(nn.Module):
-    """Integers, booleans and places in the batch, made before the first exit and read by every later stage."""
+    """Integers, booleans and positions in the batch, computed before the first exit and read by every later stage."""
 
     def __init__(self, classes=4):
         super().__init__()
@@ -138,13 +138,15 @@ class Places(nn.Module):
         rows = torch.arange(x.shape[0], device=x.device)
         chosen = x[..., 0].argmax(1)  # int64 (B,)
         positive = x > 0  # bool (B, L, 6)
-        odd = (rows % 2 == 0) | (rows >= 0)  # of places alone, always true
-        weight = torch.full((x.shape[0], 1), 0.5).cumsum(1)  # depends on the batch by its size alone
+        odd = (rows % 2 == 0) | (rows >= 0)  # depends only on positions; always true
+        weight = torch.full((x.shape[0], 1), 0.5).cumsum(1)  # depends only on the batch size
         first = x[rows, chosen]
         for layer in self.layers:
             x = torch.tanh(layer(x))
             x = torch.where(positive & odd[:, None, None], x, 0.5 * x) + (1 - positive.long()) * 0.1
-        flat = x.reshape(-1, 6)[rows * x.shape[1] + chosen]  # places in the batch merged with positions
+        flat = x.reshape(-1, 6)[
+            rows * x.shape[1] + chosen
+        ]  # positions in the batch merged with positions in the sequence
         return self.head(flat + first * weight + x[rows, chosen])
 
 
@@ -188,7 +190,7 @@ def test_floats_less_integers_are_exported(tmp_path):
     np.testing.assert_allclose(results[-1], net(x, mask)[-1].detach(), atol=1e-5)
 
 
-# What fails behind the exporter
+# Failures after the export
 
 
 UNRUNNABLE = {
@@ -217,7 +219,7 @@ def fails(error):
 
 @pytest.fixture
 def cached(monkeypatch):
-    """Exports of `branchy()` from `chains` take a flat graph that is there, so that they cost milliseconds."""
+    """Exports of `branchy()` from `chains` use a cached flat graph and take milliseconds."""
     monkeypatch.setattr(export_module, "flatten", lambda net, example, **options: flat_chain())
 
 
@@ -263,7 +265,7 @@ def test_no_line_of_the_library_is_about_one_architecture():
     found = {
         (path.name, word)
         for path in SOURCE.rglob("*.py")
-        if not {"zoo", "reproduce"} & set(path.parts)  # which are about the paper's
+        if not {"zoo", "reproduce"} & set(path.parts)  # these are about the paper's networks
         for word in words
         if re.search(rf"(?<![A-Za-z_]){word}(?![A-Za-z])", path.read_text())
     }

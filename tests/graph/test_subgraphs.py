@@ -1,4 +1,4 @@
-"""Operators that the exporter writes as nodes with graphs inside, and what these read of the graph around them."""
+"""Operators that the exporter writes as nodes with subgraphs, and the values that these read from outside."""
 
 import numpy as np
 import onnx_ir as ir
@@ -16,7 +16,7 @@ from helpers.networks import spread_out
 
 
 class Joined(nn.Module):
-    """`join(a, b)` gives `(B, 12)` of two tensors `(B, 6)`, before the first exit and behind it."""
+    """`join(a, b)` combines two tensors `(B, 6)` to `(B, 12)`, before and after the first exit."""
 
     def __init__(self, join):
         super().__init__()
@@ -32,7 +32,7 @@ class Joined(nn.Module):
 
 
 class Bags(nn.Module):
-    """Bags of words, in the trunk and in a layer behind the first exit."""
+    """Bags of words, in the trunk and in a layer after the first exit."""
 
     def __init__(self, mode):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The cut over torch.export graphs: what each stage computes, what crosses between stages and how, what is refused."""
+"""The cut of torch.export graphs: the computation of each stage, the values that cross, and refused networks."""
 
 import functools
 
@@ -15,14 +15,14 @@ from branchynet.graph.torch_flat import TorchGraph, check, name_of, torch_flatte
 from branchynet.graph.torch_stages import StageInput, cut_stages
 from helpers.networks import FAMILIES, build, draw
 
-LIGHT = {"expand", "reshape", "permute", "transpose", "mul", "arange", "unsqueeze"}  # may be computed again
+LIGHT = {"expand", "reshape", "permute", "transpose", "mul", "arange", "unsqueeze"}  # may be recomputed
 ONE = Policy(thresholds=(1.0,))
 
 
 class Trunk(nn.Module):
-    """Three linear layers; a test may change what goes into the first, comes out of it, and goes into the second.
+    """Three linear layers; a test may change the input and output of the first, and the input of the second.
 
-    `seen` is what a branch at "tap" is fed.
+    `seen` computes the input of a branch at "tap".
     """
 
     def __init__(self, seen=None, then=None, before=None):
@@ -45,7 +45,7 @@ class Trunk(nn.Module):
 
 
 class Read(nn.Module):
-    """A branch that sums all it is given into four numbers a sample, the batch first."""
+    """A branch that sums its input to four numbers per sample, (B, 4)."""
 
     def __init__(self, read=None):
         super().__init__()
@@ -71,7 +71,7 @@ def calls(module):
 
 @torch.inference_mode()
 def run(cut, inputs, rows):
-    """The last stage's output for the `rows` of a batch: all stages, where everyone else leaves at the first exit."""
+    """The last stage's output for `rows` of a batch, if all other samples leave at the first exit."""
     held = dict(zip(cut.inputs, inputs, strict=True))
     batch = len(inputs[0])
     for n, stage in enumerate(cut.stages):
@@ -86,7 +86,7 @@ def run(cut, inputs, rows):
 
 
 def check_last(net, cut, x):
-    """The last exit's output is right for all rows, some rows, and one."""
+    """The last exit's output is right for all rows, some rows, and one row."""
     with torch.no_grad():
         want = torch.cat([net(x[r : r + 1])[-1] for r in range(len(x))])
     for rows in ([*range(len(x))], [4, 1], [2]):
@@ -95,7 +95,7 @@ def check_last(net, cut, x):
 
 @functools.cache
 def cut_of(family):
-    """(net, example, its cut, the graph that was cut)."""
+    """(net, example, its cut, the flat graph)."""
     net, inputs = build(family, 0)
     graphs = []
     with pytest.MonkeyPatch.context() as patch:
@@ -163,7 +163,7 @@ def test_weights_are_shared(family):
             assert id(tensor) in own
 
 
-# What crosses
+# Values that cross
 
 
 def test_batch_leading_values_are_picked_and_constants_pass():
@@ -235,7 +235,7 @@ def test_parts_of_one_value_are_taken_apart_where_it_is_made():
 
 
 def test_picked_rows_of_a_transposed_view_can_be_viewed():
-    # For the whole batch the view needs no copy, and is exported as one; the picked rows lie in memory another way.
+    # On the whole batch the view needs no copy, and is exported as a view; picked rows have another memory layout.
     net = trunk(
         lambda self, h: h.view(-1, 2, 4).transpose(1, 2) + 1,
         lambda self, h, value: value.transpose(1, 2).reshape(-1, 8),
@@ -288,7 +288,7 @@ def test_overwriting_in_place_is_undone():
         return h.mul_(2).relu_()
 
     net = trunk(None, then)
-    net.backbone.relu = nn.ReLU(inplace=True)  # so that the branch is fed a copy
+    net.backbone.relu = nn.ReLU(inplace=True)  # the branch gets a copy
     check_last(net, cut_stages(net, example(), ONE), example())
 
 
@@ -297,7 +297,7 @@ def test_attention_is_not_taken_for_random():
     check_last(net, cut_stages(net, example(), ONE), example())
 
 
-# Other shapes of network
+# Other kinds of networks
 
 
 class Several(nn.Module):
@@ -332,12 +332,12 @@ def test_inputs_keep_their_own_names_and_modes_their_state():
     assert [s.takes for s in named.stages] == [s.takes for s in cut.stages]
 
 
-# What is refused
+# Refused networks
 
 
 class Broken(nn.Module):
     def forward(self, x):
-        return x if x.sum() > 0 else -x  # the line that is named
+        return x if x.sum() > 0 else -x  # the error names this line
 
 
 LINE = Broken.forward.__code__.co_firstlineno + 1
@@ -390,7 +390,7 @@ def test_what_cannot_be_cut_is_refused_with_the_reason(case):
 
 
 def test_a_decision_for_a_whole_batch_is_refused():
-    graph = torch.fx.Graph()  # as torch.export writes torch.cond
+    graph = torch.fx.Graph()  # the form in which torch.export writes torch.cond
     x, decided = graph.placeholder("x"), graph.placeholder("decided")
     node = graph.call_function(torch.ops.higher_order.cond, (decided, x, x, (x,)))
     for made in graph.nodes:

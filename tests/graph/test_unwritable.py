@@ -1,4 +1,4 @@
-"""Networks that are the reason why there is no file: the error says which part of them, and what to do."""
+"""Networks that cannot be written to a file: the error names the part and the remedy."""
 
 import importlib.util
 import logging
@@ -30,7 +30,7 @@ def chain(dtype=torch.float32):
 
 
 class Scaled(nn.Module):
-    """Numbers of any type, which become float32 first."""
+    """A network that converts inputs of any dtype to float32."""
 
     def __init__(self):
         super().__init__()
@@ -62,7 +62,7 @@ def test_branches_have_the_type_of_their_features(dtype):
 
 
 class Inside(nn.Module):
-    """Half the way in another type."""
+    """A network whose second half computes in another dtype."""
 
     def __init__(self, dtype):
         super().__init__()
@@ -132,7 +132,7 @@ def test_an_lstm_that_projects_its_state(options, tmp_path):
 
 def test_weights_beyond_two_gigabytes():
     class Words(nn.Module):
-        """A table of 3 GB, nominally: its rows are one."""
+        """A table of nominally 3 GB, with one row in memory."""
 
         def __init__(self):
             super().__init__()
@@ -148,7 +148,7 @@ def test_weights_beyond_two_gigabytes():
 
 
 class Scales(Tensor):
-    """Weights of 8 bits with a scale, as quantisation libraries make them: a tensor of tensors."""
+    """8-bit weights with a scale, as in quantisation libraries: a tensor of tensors."""
 
     @staticmethod
     def __new__(cls, whole, scale):
@@ -202,7 +202,7 @@ def test_weights_that_are_no_plain_tensors(make, told, tmp_path):
 
 
 class Part(nn.Module):
-    """A network of which `how` makes a part."""
+    """A network with a part that `how` creates."""
 
     def __init__(self, how):
         super().__init__()

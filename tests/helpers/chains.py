@@ -1,4 +1,4 @@
-"""A chain of three layers with an exit after each, which tests change as they like."""
+"""A chain of three layers with an exit after each; tests can change its parts."""
 
 import torch
 from torch import nn
@@ -8,7 +8,7 @@ from branchynet.policy.values import Policy
 
 
 class Chain(nn.Module):
-    """Three linear layers; `early`, `late` and `final` are what a test does to the input, before and after the last."""
+    """Three linear layers. `early` changes the input, `late` and `final` the input and output of the last layer."""
 
     def __init__(self, width=8, early=None, late=None, final=None):
         super().__init__()
@@ -39,5 +39,5 @@ TWO = Policy(thresholds=(0.9, 0.9))
 
 @torch.no_grad()
 def alone(net, x):
-    """Every exit's output (N, B, C), each sample by itself."""
+    """Every exit's output (N, B, C), computed one sample at a time."""
     return torch.stack([torch.stack([o[0] for o in net(row[None])]) for row in x], dim=1).numpy()

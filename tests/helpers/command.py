@@ -1,4 +1,4 @@
-"""Calling the command line as a person does."""
+"""Call the command line as a user does."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What a device does that only runs exported files: ``make FOLDER`` where one trains, ``run FOLDER`` on the device."""
+"""A device that only runs exported files: ``make FOLDER`` on the training machine, ``run FOLDER`` on the device."""
 
 import copy
 import importlib.metadata
@@ -16,7 +16,7 @@ transformers typer
 
 
 def forbid(*modules):
-    """Make these modules look as if they were not installed."""
+    """Make these modules appear not to be installed."""
 
     class Finder:
         def find_spec(self, name, path=None, target=None):
@@ -27,7 +27,7 @@ def forbid(*modules):
 
 
 def make(folder):
-    """Export a network, and write its inputs, its answers, a record, a cost and a pickled monitor beside it."""
+    """Export a network, and write its inputs, outputs, a record, a cost and a pickled monitor to the same folder."""
     import torch
     from torch import nn
 
@@ -51,7 +51,7 @@ def make(folder):
 
 
 def run(folder):
-    """Load the file, call it in every way, and watch it."""
+    """Load the file, call it in every way, and monitor it."""
     from branchynet import BudgetController, Engine, ExitCost, ExitRecord, Monitor, Policy, evaluate, frontier, load
 
     wanted = np.load(folder / "answers.npz")

@@ -1,4 +1,4 @@
-"""Data sets on disk as they are published, but small, and images that tell their number."""
+"""Small data sets in the published file formats, with images that encode their index."""
 
 import gzip
 import io
@@ -29,7 +29,7 @@ def idx(array):
 
 
 def numbered(count, shape):
-    """Images that tell their number by their first two bytes."""
+    """Images that encode their index in the first two bytes."""
     images = np.zeros((count, *shape), dtype=np.uint8)
     images.reshape(count, -1)[:, 0] = np.arange(count) // 256
     images.reshape(count, -1)[:, 1] = np.arange(count) % 256
@@ -68,7 +68,7 @@ def write_cifar(folder, packed=False, **changed):
             (folder / file).write_bytes(content)
         return folder
     with tarfile.open(folder / TAR, "w:gz") as tar:
-        for file, content in sorted(files.items(), reverse=True):  # the published archive is in no order either
+        for file, content in sorted(files.items(), reverse=True):  # the published archive is not sorted either
             member = tarfile.TarInfo(f"cifar-10-batches-bin/{file}")
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))

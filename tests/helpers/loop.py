@@ -1,4 +1,4 @@
-"""The oracle: inference as the paper's Figure 2 writes it, one sample and one exit at a time, with nothing clever."""
+"""The oracle: inference as in the paper's Figure 2, one sample and one exit at a time."""
 
 import numpy as np
 import torch
@@ -8,7 +8,7 @@ QUANTILES = ((0.0, 0.0, 0.0), (0.3, 0.5, 0.5), (0.75, 0.4, 0.1), (1.0, 1.0, 1.0)
 
 
 def entropy(logits):
-    """Of (C,) logits in nats; of (C, H, W) the mean over all positions."""
+    """Entropy in nats of (C,) logits; for (C, H, W), the mean over all positions."""
     if np.ndim(logits) > 1:
         positions = np.reshape(logits, (len(logits), -1)).T
         return float(np.mean([entropy(z) for z in positions]))
@@ -25,7 +25,7 @@ def doubt(logits):
 
 
 def figure_2(outputs, thresholds, score=entropy):
-    """(exit, logits) for one sample whose exits gave `outputs` (N, C); None never leaves."""
+    """(exit, logits) for one sample with the exits' `outputs` (N, C); None means never."""
     for n, logits in enumerate(outputs, 1):
         if n == len(outputs):
             return n, logits
@@ -36,7 +36,7 @@ def figure_2(outputs, thresholds, score=entropy):
 
 @torch.no_grad()
 def every_exit(net, inputs):
-    """Every exit's logits (S, N, C) from the PyTorch network, each sample run by itself; inputs a tuple or a dict."""
+    """Every exit's logits (S, N, C) by the PyTorch network, one sample at a time; inputs are a tuple or a dict."""
     net.eval()
     named = inputs if isinstance(inputs, dict) else {}
     listed = () if named else inputs
@@ -61,7 +61,7 @@ def safe_thresholds(outputs, quantiles, gap=1e-4):
 
 
 def agree(answer, outputs, thresholds, atol=1e-4):
-    """An engine's answer is that of Figure 2 on `outputs` (S, N, C): exits, outputs, scores and labels."""
+    """An engine's exits, outputs, scores and labels agree with Figure 2 on `outputs` (S, N, C)."""
     expected = [figure_2(sample, thresholds) for sample in outputs]
     assert answer.exit.tolist() == [n for n, _ in expected]
     if expected:

@@ -39,7 +39,7 @@ class Blocks(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention whose views name the batch size, so that shapes are computed in the graph."""
+    """Self-attention with views that use the batch size, so that the graph computes shapes."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -56,7 +56,7 @@ class Attention(nn.Module):
 
 
 class Tokens(nn.Module):
-    """Embedded integer tokens through attention blocks, with a class token that is expanded to the batch."""
+    """Attention blocks on embedded integer tokens, with a class token that is expanded to the batch."""
 
     def __init__(self, layers, width, classes):
         super().__init__()
@@ -73,7 +73,7 @@ class Tokens(nn.Module):
 
 
 class TwoInputs(nn.Module):
-    """An image and a vector, joined half-way; the vector is read only behind the first exit."""
+    """An image and a vector, joined half-way; the vector is read only after the first exit."""
 
     def __init__(self, classes):
         super().__init__()
@@ -125,7 +125,7 @@ def two_inputs(rng, classes):
 
 
 def tree(rng, classes):
-    """A branch that has a branch of its own."""
+    """A branch with a branch."""
     stem = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(54, classes))
     branch = BranchyNet(stem, {"0": InputMLP((6, 6, 6), classes)})
     blocks = [Residual(3, 3, 1), Residual(3, 6, 1), Residual(6, 6, 1)]
@@ -151,7 +151,7 @@ def build(family, seed):
 
 @torch.no_grad()
 def spread_out(net, inputs):
-    """Make every exit's outputs differ from sample to sample of `inputs`, a tuple or a dict."""
+    """Make every exit's outputs differ between the samples of `inputs`, a tuple or a dict."""
     outputs = net(**inputs) if isinstance(inputs, dict) else net(*inputs)
     for head, output in zip(heads(net), outputs, strict=True):
         gain = 1.5 / output.std(0).mean().clamp_min(1e-6)

@@ -1,4 +1,4 @@
-"""Flat graphs to nest, made by hand or from the random networks, and what ONNX Runtime does with the nested file."""
+"""Flat graphs to nest, by hand or from random networks, and profiles of nested files in ONNX Runtime."""
 
 import contextlib
 import functools
@@ -34,14 +34,14 @@ def save(flat, policy, path, **options):
 
 @functools.cache
 def flat_of(family, seed=0):
-    """(net, example, flat graph with entropies) of one of the random networks; exported once a test run."""
+    """(net, example, flat graph with entropies) of a random network; exported once per test run."""
     net, example = build(family, seed)
     return net, example, flatten(net, example, score=scores.entropy)
 
 
 @functools.cache
 def flat_lenet():
-    """(B-LeNet, flat graph with entropies); exported once a test run."""
+    """(B-LeNet, flat graph with entropies); exported once per test run."""
     net = zoo.b_lenet(branches="published")
     return net, flatten(net, grey_images(2), score=scores.entropy)
 
@@ -53,7 +53,7 @@ def grey_images(rows):
 
 @contextlib.contextmanager
 def hasty_threads():
-    """Threads take turns a thousand times as often as they do by default, so that what they share shows."""
+    """Switch threads a thousand times as often as by default, so that races on shared state show."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(5e-6)
     try:
@@ -69,7 +69,7 @@ class Sketch:
         self.dynamic = dynamic
         self.batch = BATCH if dynamic else 1
         self.inputs, self.initializers, self.nodes = [], [], []
-        self.inner = 0  # names given in graphs that nodes hold
+        self.inner = 0  # number of names in subgraphs
 
     def input(self, name, *tail):
         value = ir.val(name, ir.DataType.FLOAT, [self.batch, *tail])
@@ -84,7 +84,7 @@ class Sketch:
         return value
 
     def op(self, op_type, *inputs, shape, dtype=ir.DataType.FLOAT, name=None, **attributes):
-        """The output of a new node; a tuple of them where `shape` is a list of shapes."""
+        """The output of a new node; a tuple of outputs if `shape` is a list of shapes."""
         several = bool(shape) and isinstance(shape[0], (list, tuple))
         shapes = shape if several else [shape]
         node = ir.node(op_type, inputs, attributes, num_outputs=len(shapes), name=f"node_{len(self.nodes)}")
@@ -135,7 +135,7 @@ class Inner:
 
 
 def stage_of(flat, enabled):
-    """{node name: stage} by the definition, worked out slowly: the first enabled exit that it is an ancestor of."""
+    """{node name: stage} by the definition: the first enabled exit that the node is an ancestor of."""
     produced = {v.name: node for node in flat.model.graph for v in node.outputs}
 
     @functools.cache
@@ -159,7 +159,7 @@ def level_of(name):
 
 
 def graphs(graph, level=1):
-    """(level, graph) of every graph in a nested one; the ``else`` side counts as part of the level it is left from."""
+    """(level, graph) of every graph in a nested one; the side of an ``If`` that leaves belongs to the outer level."""
     yield level, graph
     for node in graph.node:
         for attribute in node.attribute:
@@ -168,7 +168,7 @@ def graphs(graph, level=1):
 
 
 def profile(path, feeds, folder, optimization=PLAIN):
-    """(outputs by name, one dict an executed node: name, op, inputs and outputs as lists of shapes)."""
+    """(outputs by name, one dict per executed node: name, op, inputs and outputs as lists of shapes)."""
     options = onnxruntime.SessionOptions()
     options.enable_profiling, options.graph_optimization_level = True, optimization
     options.profile_file_prefix = str(Path(folder) / "profile")
@@ -189,7 +189,7 @@ def profile(path, feeds, folder, optimization=PLAIN):
 
 
 def shapes_at(values, rows):
-    """The shapes of values of a flat graph where the batch has so many rows."""
+    """The shapes of values of a flat graph for a batch of so many rows."""
     return [
         [d if isinstance(d, int) else d.evaluate({BATCH: rows}) for d in v.shape]
         for v in values
@@ -198,31 +198,31 @@ def shapes_at(values, rows):
 
 
 def same(shape, wanted):
-    """Whether a shape is the one wanted, where that is known: the exporter does not say it of every value."""
+    """Whether a shape is as expected; True if the exporter does not state it."""
     return len(shape) == len(wanted) and all(b in (a, None) for a, b in zip(shape, wanted, strict=True))
 
 
 def check_work(flat, events, enabled, exits):
-    """Every node of the network ran once, on just the rows that stayed, and not at all where none did.
+    """Every node of the network ran once, on exactly the rows that stayed, and not at all if none did.
 
     Args:
         flat: the flat graph that was nested.
         events: from `profile`, not optimised.
-        enabled: the exits in use, by their numbers.
-        exits: (B,) the exit that each sample left at.
+        enabled: the numbers of the enabled exits.
+        exits: (B,) the exit of each sample.
     """
-    rows = [int((exits >= n).sum()) for n in enabled]  # that each level sees
+    rows = [int((exits >= n).sum()) for n in enabled]  # of each level
     stages = stage_of(flat, enabled)
     nodes = {node.name: node for node in flat.model.graph}
     inner = {node.name for node in nodes_of(flat.model.graph)} - nodes.keys()
     ran = Counter()
     for event in events:
         name, level = level_of(event["name"])
-        if name in inner:  # the node around it is looked at
+        if name in inner:  # the surrounding node is checked
             assert rows[level - 1], f"{event['name']} ran for nobody"
             continue
         if name not in nodes and not name.startswith("exits/"):
-            assert event["op"] in ("HardSigmoid", "Mul")  # of which ONNX Runtime makes a HardSwish
+            assert event["op"] in ("HardSigmoid", "Mul")  # ONNX Runtime fuses them into a HardSwish
             continue
         if name not in nodes:
             assert rows[level - 1] or re.fullmatch(r"exits/kept_\d", name), f"{event['name']} ran for nobody"
@@ -243,9 +243,9 @@ def check_work(flat, events, enabled, exits):
 
 
 def is_recomputed(node, flat):
-    """Whether a node may appear in a later stage again.
+    """Whether a node may be repeated in a later stage.
 
-    It computes a shape, or what has no dimension for the batch, or reads nothing of the samples but how many they are.
+    It computes a shape or a value without a batch dimension, or reads only the number of samples.
     """
     integers = all(v.dtype == ir.DataType.INT64 for v in node.outputs)
     if integers or not any(d == BATCH for v in node.outputs for d in v.shape):

@@ -1,4 +1,4 @@
-"""Small records and costs for the deciding half, so small that everything can be tried."""
+"""Records and costs for policies, so small that tests can try all thresholds."""
 
 import itertools
 import math
@@ -11,7 +11,7 @@ from branchynet.policy.values import ExitCost, Policy
 
 
 def logits_record(samples, exits, classes=4, seed=0):
-    """Deeper exits are better, and hard samples are hard for all."""
+    """Deeper exits are better, and hard samples are hard for all exits."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, samples)
     outputs = rng.normal(size=(samples, exits, classes))

@@ -4,7 +4,7 @@ import numpy as np
 
 
 def softmax(z):
-    """In float64, and by another way than torch's."""
+    """Softmax in float64, without torch."""
     p = np.exp(z.astype(np.float64) - z.max(axis=1, keepdims=True))
     return p / p.sum(axis=1, keepdims=True)
 

@@ -1,4 +1,4 @@
-"""A function that a run folder may name as its network, which must not be called."""
+"""A function that a run folder may name as its network, but that must not be called."""
 
 CALLED: list[str] = []
 

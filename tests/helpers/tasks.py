@@ -1,4 +1,4 @@
-"""Tasks other than classification, as users bring them, each with its score and loss written out once more in numpy."""
+"""Tasks other than classification, each with its score and loss written again in numpy."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ SAMPLES = 48
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A task as a user brings it, and its score and loss once more for one sample, in numpy float64."""
+    """A user's task, and its score and loss for one sample again in numpy float64."""
 
     net: Callable[[Any], BranchyNet]
     data: Callable[[], tuple[torch.Tensor, torch.Tensor]]
@@ -30,7 +30,7 @@ class Task:
 
 
 def softmax_entropy(z):
-    """Of one vector, in nats."""
+    """Entropy of one vector, in nats."""
     p = np.exp(np.float64(z) - z.max())
     p /= p.sum()
     return -sum(q * math.log(q) for q in p if q > 0)
@@ -76,7 +76,7 @@ def sentences():
     return x, x[:, :3].argmax(dim=1)
 
 
-# Several labels a sample (B, K)
+# Several labels per sample (B, K)
 
 
 def several(example):

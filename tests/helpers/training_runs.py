@@ -1,4 +1,4 @@
-"""A small training task, the same in every process: noisy pictures of four patterns, and a network of two exits."""
+"""A small training task, equal in every process: noisy pictures of four patterns, and a network with two exits."""
 
 import functools
 import random
@@ -17,7 +17,7 @@ CLASSES = 4
 
 
 class Pictures(TensorDataset):
-    """Noisy copies of one pattern a class; `interrupt` is called before the given sample is drawn for the n-th time."""
+    """Noisy copies of one pattern per class; `interrupt` runs before the given sample is drawn for the n-th time."""
 
     def __init__(self, samples=60, interrupt=None, at=-1):
         generator = torch.Generator().manual_seed(1)
@@ -31,12 +31,12 @@ class Pictures(TensorDataset):
             self.interrupt()
         self.drawn += 1
         image, label = super().__getitem__(index)
-        # Augmentation from all three generators, so that a resume which restored only one of them would show.
+        # The augmentation uses all three generators, so a resume that misses one of them fails.
         return image + 0.1 * torch.rand(()) + 0.1 * float(np.random.rand()) + 0.1 * random.random(), label
 
 
 def make(seed=0, classes=CLASSES, width=4):
-    """Two exits, with batch normalisation, dropout and tied nothing; reproducible whatever the global generator."""
+    """Two exits with batch normalisation and dropout; independent of the global generator."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         backbone = nn.Sequential(
@@ -66,7 +66,7 @@ def equal(a, b):
 
 
 def quiet(*loaders, **given):
-    """`fit` on the CPU without a bar; fields of `FitOptions` may be given like other arguments."""
+    """`fit` on the CPU without a progress bar; fields of `FitOptions` may be given as arguments."""
     options = {"device": "cpu"} | {f.name: given.pop(f.name) for f in fields(FitOptions) if f.name in given}
     return fit(*loaders, **{"progress": False, "options": FitOptions(**options)} | given)
 

@@ -1,4 +1,4 @@
-"""Networks of Hugging Face `transformers`, tiny and with random weights: code that no one here wrote."""
+"""Tiny networks of Hugging Face `transformers` with random weights: code of third parties."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -32,7 +32,7 @@ def sound(*shape, name="input_values"):
 
 
 def words(rows, length=9):
-    """Token ids with padding at the end of every third row, and the mask that says so."""
+    """Token ids with padding at the end of every third row, and the attention mask."""
     mask = torch.ones(rows, length, dtype=torch.int64)
     mask[::3, 6:] = 0
     return {"input_ids": torch.randint(5, 50, (rows, length)) * mask, "attention_mask": mask}
@@ -40,7 +40,7 @@ def words(rows, length=9):
 
 @dataclass(frozen=True)
 class Case:
-    """A model class, its configuration, what it reads, and two of its submodules by name."""
+    """A model class, its configuration, its inputs, and the names of two of its submodules."""
 
     model: str
     settings: dict
@@ -93,7 +93,7 @@ VISION = [
     Case("ViTForImageClassification", PATCHES, images(), layers("vit.layers")),
     Case("DeiTForImageClassification", PATCHES, images(), layers("deit.layers")),
     Case("DeiTForImageClassificationWithTeacher", PATCHES, images(), layers("deit.layers"),
-         {"output": lambda out: out.logits}),  # beside the logits of both its heads
+         {"output": lambda out: out.logits}),  # it also returns the logits of both heads
     Case(
         "BeitForImageClassification", {**PATCHES, "use_relative_position_bias": True}, images(), layers("beit.layers")
     ),
@@ -169,7 +169,7 @@ SEQUENCES = [
 
 @torch.no_grad()
 def enliven(net, inputs):
-    """Weights and batch norms with which the inputs do not all look the same, as they do to networks at their start."""
+    """Set weights and batch norms so that outputs differ between inputs, unlike in untrained networks."""
     norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for module in net.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -184,7 +184,7 @@ def enliven(net, inputs):
 
 
 def check(case, folder):
-    """Two branches on untouched model code: the file answers as the naive loop, and does only the work it must."""
+    """Two branches on unchanged model code: the file agrees with the naive loop and does no needless work."""
     torch.manual_seed(0)
     backbone = case.backbone()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}

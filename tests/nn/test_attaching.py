@@ -1,4 +1,4 @@
-"""attach on networks of any kind: which tensor is meant, how it lies, where exits go, and what comes back."""
+"""attach on networks of any kind: the selected tensor, its layout, the places of exits, and detach."""
 
 import functools
 
@@ -23,7 +23,7 @@ def seeded(seed=0):
 
 
 def agrees(engine, net, inputs, thresholds):
-    """The engine answers as the naive loop, at several batch sizes."""
+    """The engine agrees with the naive loop at several batch sizes."""
     outputs = every_exit(net, inputs)
     expected = [figure_2(sample, thresholds) for sample in outputs]
     arrays = [t.numpy() for t in (inputs.values() if isinstance(inputs, dict) else inputs)]
@@ -37,7 +37,7 @@ def agrees(engine, net, inputs, thresholds):
 
 
 def exported(net, inputs, folder):
-    """(the engine of an exported file, its thresholds), with about a third of the samples leaving at each exit."""
+    """(engine of an exported file, its thresholds); about a third of the samples leave at each exit."""
     spread_out(net.eval(), inputs)
     outputs = every_exit(net, inputs)
     thresholds = safe_thresholds(outputs, (0.3, 0.5, 0.5)[: outputs.shape[1] - 1])
@@ -45,11 +45,11 @@ def exported(net, inputs, folder):
     return load(path, threads=1), thresholds
 
 
-# Which tensor is meant
+# The selected tensor
 
 
 class Wrapped(nn.Module):
-    """Layers that give dicts and tuples in which the tensor meant is not the first."""
+    """Layers that return dicts and tuples; the wanted tensor is not the first entry."""
 
     class Layer(nn.Module):
         def __init__(self):
@@ -125,11 +125,11 @@ def test_a_module_may_read_the_output_and_is_trained():
     assert not before.equal(head[1].weight) and net(x)[-1].equal(head(backbone(x)))
 
 
-# How it lies
+# The layout
 
 
 class Mixed(nn.Module):
-    """Square feature maps with as many channels as rows, so that nothing but the next layer tells the layout."""
+    """Square feature maps with as many channels as rows, so that only the next layer shows the layout."""
 
     def __init__(self, last, size=6):
         super().__init__()
@@ -214,11 +214,11 @@ def test_maps_get_branches_that_give_maps(tmp_path):
     agrees(engine, net, (x,), thresholds)
 
 
-# Where exits go
+# The places of exits
 
 
 class Deep(nn.Module):
-    """Residual blocks in a list, each of the same cost, behind a stem and before a head of hardly any."""
+    """A list of residual blocks with equal costs, between a stem and a head of almost no cost."""
 
     def __init__(self, blocks=8, channels=8):
         super().__init__()
@@ -246,7 +246,7 @@ def test_automatic_exits_take_the_smallest_output_of_those_at_one_place():
 
 
 class Attended(nn.Module):
-    """Token ids and a mask, which every layer reads; one layer is used twice."""
+    """A network of token ids and a mask that every layer reads; one layer is used twice."""
 
     def __init__(self, layers=3, width=8):
         super().__init__()
@@ -260,7 +260,7 @@ class Attended(nn.Module):
         x = self.shared(torch.tanh(self.shared(self.embed(ids))))
         for layer in self.layers:
             x = torch.where(keep, layer(x), 0.0) * scale[:, None, None]
-        last = mask.sum(1) - 1  # integers, of which the last stage makes places in the batch
+        last = mask.sum(1) - 1  # integers; the last stage computes positions in the batch from them
         return self.head(x[torch.arange(ids.shape[0]), last])
 
 
@@ -302,7 +302,7 @@ def test_wrong_numbers_of_exits_are_named(at, exits, told):
         attach(Deep(), at, example=torch.randn(2, 3, 8, 8), num_exits=exits)
 
 
-# The whole way, with inputs by keyword
+# From network to engine, with keyword inputs
 
 
 def test_token_ids_and_masks_go_the_whole_way(tmp_path):
@@ -322,7 +322,7 @@ def test_token_ids_and_masks_go_the_whole_way(tmp_path):
     agrees(TorchEngine(net, Policy(thresholds=thresholds), inputs), net, inputs, thresholds)
 
 
-# Networks with exits of their own
+# Networks with their own exits
 
 
 class Several(nn.Module):
@@ -381,7 +381,7 @@ def test_branches_on_a_network_with_exits_of_its_own_are_refused():
         BranchyNet(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4)), {"0": Several()})(x)
 
 
-# And back
+# detach
 
 
 def test_detach_gives_the_backbone_back_unchanged():
@@ -396,11 +396,11 @@ def test_detach_gives_the_backbone_back_unchanged():
         detach(backbone)
 
 
-# Taps that cannot be
+# Refused taps
 
 
 class Late(nn.Module):
-    """`softmax` runs on the answer, `aux` when the answer is there but without it."""
+    """`softmax` reads the output; `aux` runs after the output is computed, but does not read it."""
 
     def __init__(self):
         super().__init__()

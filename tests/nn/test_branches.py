@@ -1,4 +1,4 @@
-"""Ready-made branches: the shapes they take and give, and what the default one is for each kind of features."""
+"""Ready-made branches: shapes of inputs and outputs, and the default branch for each kind of features."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ sizes, classes = st.integers(1, 9), st.integers(1, 5)
 
 
 def answers(branch, features, num_classes):
-    """The branch gives one finite row of `num_classes` a sample, each from its own sample alone, and can be trained."""
+    """The branch returns a finite row of `num_classes` per sample, from that sample alone, and is trainable."""
     branch.eval()
     before = features.clone()
     output = branch(features)

@@ -1,4 +1,4 @@
-"""What was recorded, measured and chosen of one network is not mixed with another's."""
+"""Records, costs and choices of different networks are not mixed."""
 
 import copy
 import hashlib
@@ -52,7 +52,7 @@ def test_it_tells_architectures_and_trainings_apart():
 
 
 class Held(torch.nn.Module):
-    """A linear layer with one more tensor, held as a buffer that `state_dict()` has or lacks."""
+    """A linear layer with one more tensor, in a buffer that `state_dict()` includes or omits."""
 
     def __init__(self, value, persistent, deep):
         super().__init__()
@@ -99,10 +99,10 @@ def test_records_costs_and_choices_carry_it(tmp_path):
 def test_another_training_is_refused_where_its_answers_matter():
     one, other = (record(b_lenet(seed), batches(), progress=False) for seed in (0, 1))
     cost = measure(b_lenet(2), batches()[0][0], seconds=0.1)
-    choice = choose(one, cost, max_drop=0.999, confidence=None)  # what it costs does not depend on the weights
+    choice = choose(one, cost, max_drop=0.999, confidence=None)  # costs do not depend on the weights
     with pytest.raises(InputError, match=f"different networks .{other.network} and {one.network}"):
         evaluate(other, choice)
-    evaluate(other, choice.policy, cost)  # said on purpose
+    evaluate(other, choice.policy, cost)  # an explicit policy is accepted
 
 
 def test_another_architecture_is_refused():

@@ -1,4 +1,4 @@
-"""BranchyNet and attach: every exit from one forward, with the backbone untouched."""
+"""BranchyNet and attach: one forward computes every exit and does not change the backbone."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -59,7 +59,7 @@ def test_a_branch_may_branch_itself_and_its_exits_take_its_place():
 
 
 class Pair(nn.Module):
-    """Two arguments, the second of which is the one that counts."""
+    """A network of two arguments that ignores the first."""
 
     def __init__(self):
         super().__init__()
@@ -127,7 +127,7 @@ def test_outputs_without_a_tensor_are_refused(value):
         output_tensor(value, "there")
 
 
-# What is refused
+# Refused networks
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_a_branch_must_be_a_module():
 
 
 class Odd(nn.Module):
-    """Runs `twice` two times, `never` not at all, and `after` not before the output was returned."""
+    """A network that runs `twice` two times, `never` not at all, and `after` only when forward has returned."""
 
     def __init__(self):
         super().__init__()

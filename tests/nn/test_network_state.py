@@ -1,4 +1,4 @@
-"""BranchyNet in training and in place: what it keeps of the backbone, of features and of threads."""
+"""The state of a BranchyNet: in-place operations, copies, buffers and threads."""
 
 import contextlib
 import copy
@@ -22,7 +22,7 @@ from helpers.trunks import X, head, hooks, trunk
 
 
 def chains(inplace):
-    """The same network, with in-place ReLUs or not, tapped before and behind them."""
+    """The same network with or without in-place ReLUs, tapped before and after them."""
     torch.manual_seed(1)
     layers = [nn.Linear(5, 5), nn.ReLU(inplace), nn.Linear(5, 5), nn.BatchNorm1d(5), nn.ReLU(inplace), nn.Linear(5, 3)]
     branches = {"0": nn.Sequential(nn.Tanh(), head()), "1": head(), "3": nn.Sequential(nn.Tanh(), head()), "4": head()}
@@ -52,7 +52,7 @@ def test_a_branch_that_only_views_its_features_keeps_them(grad):
 
 
 class Skips(nn.Module):
-    """`+=` overwrites what `a` gave, as residual networks do."""
+    """A network whose `+=` overwrites the output of `a`, as in residual networks."""
 
     def __init__(self):
         super().__init__()
@@ -130,7 +130,7 @@ def test_features_are_freed_when_the_forward_is_done():
             return x.mean(1, keepdim=True)
 
     net = BranchyNet(trunk(), {"0": Watch(), "1": Watch()})
-    gc.disable()  # a cycle would keep features until the next collection, and a GPU out of memory until then
+    gc.disable()  # a reference cycle would keep features in GPU memory until the next collection
     try:
         with torch.no_grad():
             net(X)
@@ -148,11 +148,11 @@ def test_torch_can_export_it_with_a_free_batch():
             torch.testing.assert_close(got, want)
 
 
-# Buffers that forward moves
+# Buffers that forward changes
 
 
 class Moving(nn.Module):
-    """`move(net, y)` writes to the buffers when it answers."""
+    """A network whose forward calls `move(net, y)`, which writes to its buffers."""
 
     def __init__(self, move):
         super().__init__()
@@ -231,7 +231,7 @@ def test_a_network_that_moves_its_buffers_is_refused_and_left_as_it_was(move, tm
 
 
 class Writes(nn.Module):
-    """Changes a parameter of its own in every forward under no_grad, in one of several ways."""
+    """A network that changes one of its parameters in every forward under no_grad, in one of several ways."""
 
     def __init__(self, how):
         super().__init__()
@@ -306,7 +306,7 @@ def test_lazy_modules_keep_the_sizes_that_they_get():
 
 
 def test_forwards_of_several_threads_do_not_meet():
-    """Two networks that share one backbone, each run by many threads with inputs of their own."""
+    """Two networks share a backbone, and many threads run each with different inputs."""
     backbone = trunk()
     nets = [
         BranchyNet(backbone, {"0": head(), "2": head()}).eval(),

@@ -1,4 +1,4 @@
-"""Outputs that are not what exits should give are warned of: probabilities, and further outputs that nobody keeps."""
+"""Warnings for probabilities instead of logits, and for outputs that exits ignore."""
 
 import logging
 import types
@@ -21,7 +21,7 @@ def _brief_failures(caplog):
 
 
 def net(*ends, backbone_end=None):
-    """A chain with a branch an end, each of which is what stands behind the last linear layer."""
+    """A chain with one branch per end; an end is the module after a branch's linear layer."""
     torch.manual_seed(0)
     layers = [nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4), backbone_end or nn.Identity()]
     taps = dict(zip(("1", "3"), ends, strict=False))
@@ -60,7 +60,7 @@ def told(action):
 def test_probabilities_are_warned_of_once(verb, made, exits, tmp_path):
     (warning,) = told(lambda: VERBS[verb](made(), tmp_path))
     assert f"{exits} probabilities" in str(warning.message) and "logits" in str(warning.message)
-    assert warning.filename == __file__  # the user's own line
+    assert warning.filename == __file__  # the user's line
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -97,7 +97,7 @@ def test_a_plain_network_may_answer_in_probabilities(tmp_path):
 
 
 def test_the_remedy_works(tmp_path):
-    """The logarithm of probabilities is logits: the same labels, and entropies that near 0."""
+    """Logarithms of probabilities are logits: labels are equal, and entropies come near 0."""
     sharp = net(nn.Softmax(1), backbone_end=nn.Softmax(1))
     with torch.no_grad():
         sharp.branches[0][0].weight.mul_(100)
@@ -123,7 +123,7 @@ def test_maps_of_probabilities_and_half_precision():
 
 
 class Detector(nn.Module):
-    """Classes and boxes, as `returns` puts them together."""
+    """A network of classes and boxes, combined by `returns`."""
 
     def __init__(self, returns):
         super().__init__()
@@ -155,7 +155,7 @@ def test_further_outputs_are_told(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", FURTHER)
 def test_further_outputs_are_told_once_a_verb(kind, tmp_path):
-    """Whatever batches it runs: Python's own filter shows a text of one line once."""
+    """For all batch sizes: Python's filter shows the same text of a line once."""
     net = Detector(FURTHER[kind][0])
     verbs = (
         lambda: export(net, tmp_path / "m.onnx", policy=None, example=X[:3]),

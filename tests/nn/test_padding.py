@@ -1,4 +1,4 @@
-"""torch's own transformer blocks with a padding mask, for which it has a fast path in nested tensors."""
+"""torch's transformer blocks with a padding mask, for which torch has a fast path in nested tensors."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ LENGTHS = torch.tensor([7, 2, 5, 7, 3, 6])
 
 
 class Text(nn.Module):
-    """Blocks of torch's own, which read a padding mask."""
+    """torch's transformer blocks with a padding mask."""
 
     def __init__(self, block):
         super().__init__()
@@ -56,7 +56,7 @@ def test_padding_masks_reach_every_exit(block, tmp_path):
     net = attach(Text(make), [tap], example=(x, mask), num_classes=3)
     trained = [output.detach() for output in net.train().requires_grad_(True).apply(no_dropout)(x, mask)]
     net.eval()
-    with torch.no_grad():  # where torch would take its fast path
+    with torch.no_grad():  # torch uses its fast path only under no_grad
         for got, want in zip(net(x, mask), trained, strict=True):
             torch.testing.assert_close(got, want)
     policy = Policy(thresholds=(float(np.median(entropies(trained[0]))),))
