@@ -95,7 +95,7 @@ def as_graph_errors() -> Iterator[None]:
     except Exception as error:
         if isinstance(error, (BranchyNetError, OSError, MemoryError)) and not isinstance(error, FileError):
             raise
-        lines = str(error.__cause__ or error).splitlines() or [type(error).__name__]  # the runtime's own words
+        lines = str(error.__cause__ or error).splitlines() or [type(error).__name__]  # the runtime's message
         raise GraphError(
             f"the graph of this network cannot be run ({lines[0][:300]}); write that operation in another way (in half "
             "precision, try net.float()), or use TorchEngine, which needs no file"

@@ -113,5 +113,5 @@ def test_dependence_by_hand():
     made.add("mask", ["places", "x"], ["places", "x"], number=False)
     made.add("again", ["mask", "places"], ["mask", "places"], number=None)
     assert made.size == {"size", "ones", "bag", "wide", "places"} and not made.varies("same")
-    assert made.again == {"size", "ones", "wide", "places", "index", "float"}
+    assert made.recomputed == {"size", "ones", "wide", "places", "index", "float"}
     assert made.samples == {"x", "ids", "index", "float", "shaped", "feature", "looked up", "mask", "again"}

@@ -40,13 +40,13 @@ class Dependence(Generic[Node]):
     Attributes:
         samples: values that depend on the samples.
         size: values that depend on the number of samples, and on nothing else of the batch.
-        again: values of both kinds that must be recomputed for a smaller batch.
+        recomputed: values of both kinds that must be recomputed for a smaller batch.
     """
 
     def __init__(self, inputs: Iterable[Node], integers: Iterable[Node]) -> None:
         self.samples = set(inputs)
         self.size: set[Node] = set()
-        self.again: set[Node] = set()
+        self.recomputed: set[Node] = set()
         self._numbers = set(integers)
 
     def varies(self, value: Node) -> bool:
@@ -85,8 +85,8 @@ class Dependence(Generic[Node]):
         made_of = [v for v in data if self.varies(v)]
         if value in self.size:
             self._numbers.add(value)
-            self.again.add(value)
+            self.recomputed.add(value)
         elif number or (number is None and made_of and self._numbers.issuperset(made_of)):
             self._numbers.add(value)
-            if not self.again.isdisjoint(made_of):
-                self.again.add(value)
+            if not self.recomputed.isdisjoint(made_of):
+                self.recomputed.add(value)

@@ -99,9 +99,9 @@ def input_names(net: nn.Module, count: int, keywords: Sequence[str] = ()) -> lis
     Underscores are appended to names that the graph itself uses.
     """
     forward = (net.backbone if isinstance(net, BranchyNet) else net).forward
-    own = [p.name for p in inspect.signature(forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    known = [p.name for p in inspect.signature(forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     names: list[str] = []
-    for name in (*(own[i] if i < len(own) else f"input_{i + 1}" for i in range(count)), *keywords):
+    for name in (*(known[i] if i < len(known) else f"input_{i + 1}" for i in range(count)), *keywords):
         while reserved(name) or re.fullmatch(r"(output|score)_\d+", name) or name in names:
             name += "_"
         names.append(name)

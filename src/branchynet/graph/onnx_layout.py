@@ -30,7 +30,7 @@ def _keep_blocks(graph: ir.Graph, level: int) -> None:
         for attribute in node.attributes.values():
             if attribute.type == ir.AttributeType.GRAPH:
                 _keep_blocks(attribute.as_graph(), level + 1)
-        if node.op_type == "Add" and _read_on(node.outputs[0]):
+        if node.op_type == "Add" and _reaches_convolution(node.outputs[0]):
             for position, (value, other) in enumerate((node.inputs, node.inputs[::-1])):
                 if value is not None and value not in blocked and _fusable(other) and _fits(value, other):
                     if value not in pooled:
@@ -71,7 +71,7 @@ def _fits(value: ir.Value, other: ir.Value | None) -> bool:
     return other is not None and _maps(value) and not value.is_initializer() and value.shape == other.shape
 
 
-def _read_on(value: ir.Value) -> bool:
+def _reaches_convolution(value: ir.Value) -> bool:
     """Whether a convolution reads the value, directly or through an activation."""
     readers = list(value.consumers())
     readers += [later for node in readers if node.op_type in _OF_ONE for later in node.outputs[0].consumers()]

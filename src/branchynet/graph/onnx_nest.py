@@ -184,17 +184,17 @@ class _NestedGraph:
         else:
             home = next(j for j in range(i - 1, -1, -1) if value in self.sections[j].values or j == 0)
             if value not in self.sections[home].values:
-                local = self._again(value, i)
+                local = self._recomputed(value, i)
             elif not self.flat.dynamic or not self.dependence.varies(value):
                 local = self.sections[home].values[value]
-            elif (axis := _batch_axis(value)) is not None and value not in self.dependence.again:
+            elif (axis := _batch_axis(value)) is not None and value not in self.dependence.recomputed:
                 source, rows = self.sections[home].values[value], self._rows(home, i)
                 shape = [section.dim(d) for d in value.shape or ()]
                 local = section.op(
                     "Gather", [source, rows], {"axis": axis}, name=f"{value.name}/stay", type=value.type, shape=shape
                 )
             else:
-                local = self._again(value, i)
+                local = self._recomputed(value, i)
         section.values[value] = local
         return local
 
@@ -217,7 +217,7 @@ class _NestedGraph:
                     return section.values[value]
         return self.sections[i].copy_initializer(value)
 
-    def _again(self, value: ir.Value, i: int) -> ir.Value:
+    def _recomputed(self, value: ir.Value, i: int) -> ir.Value:
         """Recompute a value, such as a shape or mask, from the smaller batch of this level."""
         node = value.producer()
         assert node is not None

@@ -180,10 +180,12 @@ def _own_dequantizers(graph: ir.Graph) -> None:
         if node.op_type != "DequantizeLinear":
             continue
         for number, use in enumerate(list(node.outputs[0].uses())[1:], 2):
-            own = ir.node("DequantizeLinear", node.inputs, node.attributes, num_outputs=1, name=f"{node.name}_{number}")
-            own.outputs[0].name = f"{node.outputs[0].name}_{number}"
-            graph.insert_before(use.node, own)
-            use.node.replace_input_with(use.idx, own.outputs[0])
+            copy = ir.node(
+                "DequantizeLinear", node.inputs, node.attributes, num_outputs=1, name=f"{node.name}_{number}"
+            )
+            copy.outputs[0].name = f"{node.outputs[0].name}_{number}"
+            graph.insert_before(use.node, copy)
+            use.node.replace_input_with(use.idx, copy.outputs[0])
 
 
 def _describe(graph: ir.Graph, flat: FlatGraph) -> None:

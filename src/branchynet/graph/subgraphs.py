@@ -36,6 +36,6 @@ def reads(node: ir.Node) -> list[ir.Value]:
 
 
 def _captured(graph: ir.Graph) -> list[ir.Value]:
-    own = {*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)}
+    local = {*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)}
     used = [v for node in graph for v in reads(node)] + list(graph.outputs)
-    return [v for v in used if v not in own]
+    return [v for v in used if v not in local]

@@ -112,16 +112,16 @@ def place_of(node: fx.Node) -> str:
 
 def _constants(exported: torch.export.ExportedProgram, whole: nn.Module) -> dict[fx.Node, Any]:
     signature = exported.graph_signature
-    own = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    paths = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     lifted = signature.inputs_to_lifted_tensor_constants
     constants: dict[fx.Node, Any] = {}
     for node in exported.graph.nodes:
         if node.op == "get_attr":
             constants[node] = operator.attrgetter(str(node.target))(exported.graph_module)
-        elif node.name in own:
-            path, _, attribute = own[node.name].rpartition(".")
-            held = getattr(whole.get_submodule(path), attribute)
-            constants[node] = exported.state_dict[own[node.name]] if held is None else held  # None before it answered
+        elif node.name in paths:
+            path, _, attribute = paths[node.name].rpartition(".")
+            held = getattr(whole.get_submodule(path), attribute)  # None before the first forward
+            constants[node] = exported.state_dict[paths[node.name]] if held is None else held
         elif node.name in lifted:
             constants[node] = exported.constants[lifted[node.name]]
     return constants

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from ..arguments import described
 from ..errors import GraphError, InputError
 from ..nn.calls import arguments, evaluating
-from ..nn.checks import STILL, calling, changed, written
+from ..nn.checks import KEEP_PARAMETERS, calling, changed, written
 from ..nn.network import exit_outputs
 from ..nn.readable import check_weights
 from ..nn.trace import Trace
@@ -91,14 +91,14 @@ def program_of(net: nn.Module, example: Any, *, score: Score | None, dynamic: bo
     with evaluating(net), torch.no_grad(), quiet_export():
         whole = AllExits(net, score, tuple(arguments(example)[1])).eval()
         exits = _rehearse(whole, tensors, len(kinds), example)
-        _check_still(whole, tensors)
+        _check_unchanged(whole, tensors)
         try:
             exported = torch.export.export(whole, tensors, dynamic_shapes=shapes if dynamic else None, strict=False)
         except (GraphError, InputError):
             raise
         except Exception as error:  # torch passes on any error of the network's code
             raise GraphError(export_failure(error, whole, net)) from error
-    _check_samples_apart(exported)
+    _check_no_batch_statistics(exported)
     return Program(exported, exits, kinds, shapes if dynamic else None, whole)
 
 
@@ -206,19 +206,19 @@ def readable_path(path: str) -> str:
     return path.removeprefix("net").removeprefix(".").removeprefix("backbone.")
 
 
-def _check_still(whole: nn.Module, tensors: tuple[Tensor, ...]) -> None:
+def _check_unchanged(whole: nn.Module, tensors: tuple[Tensor, ...]) -> None:
     """Raise `GraphError` if the network changes its parameters or buffers when it answers.
 
     Parameters may be too large to copy, so only their counts of writes are compared. Call this after a first forward,
     in which some networks create buffers.
     """
-    own = written(whole.named_parameters())
+    parameters = written(whole.named_parameters())
     before, values = written(whole.named_buffers()), {name: buffer.clone() for name, buffer in whole.named_buffers()}
     whole(*tensors)
-    if (name := changed(own, written(whole.named_parameters()))) is not None:
+    if (name := changed(parameters, written(whole.named_parameters()))) is not None:
         raise GraphError(
             f"the network changes its parameter {readable_path(name)!r} when it answers, so that answers would "
-            f"depend on those before: {STILL}"
+            f"depend on those before: {KEEP_PARAMETERS}"
         )
     for name, (buffer, writes) in written(whole.named_buffers()).items():
         then = before.get(name, (None, 0))
@@ -230,7 +230,7 @@ def _check_still(whole: nn.Module, tensors: tuple[Tensor, ...]) -> None:
             )
 
 
-def _check_samples_apart(exported: torch.export.ExportedProgram) -> None:
+def _check_no_batch_statistics(exported: torch.export.ExportedProgram) -> None:
     """Raise `GraphError` for a batch norm that averages over the samples of a batch, as in training."""
     for node in exported.graph.nodes:
         trains = _name(node) == "_native_batch_norm_legit" or (

@@ -169,7 +169,7 @@ class _Cut:
             return source not in self.flat.constants and not self._crosses(source)
         if not self.dependence.varies(node):
             return True
-        return self._axis(node) is not None and node not in self.dependence.again
+        return self._axis(node) is not None and node not in self.dependence.recomputed
 
     def _axis(self, node: fx.Node) -> int | None:
         """Which dimension of a tensor is the batch; None if none or two are."""

@@ -66,7 +66,7 @@ def changed(before: Mapping[str, tuple[Tensor, int]], after: Mapping[str, tuple[
     return None
 
 
-STILL = (
+KEEP_PARAMETERS = (
     "change parameters only under `if self.training:`, and leave max_norm= out of embeddings (set emb.max_norm = None "
     "once emb.weight is renormalised)"
 )

@@ -1,6 +1,7 @@
 """Find places for exits in a network."""
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -15,11 +16,16 @@ def exit_places(survey: Trace, output: Tensor) -> list[tuple[float, ModuleOutput
     """
     until = survey.needed_until(survey.node(output))
     total = survey.operations[-1].macs
-    runs: Mapping[str, int] = _counted(moment.name for moment in survey.moments)
+    runs = Counter(moment.name for moment in survey.moments)
     found = []
     for moment in survey.moments:
         share = survey.operations[moment.time - 1].macs / total if total and moment.time else 0.0
-        if runs[moment.name] == 1 and 0 < share < 1 and _usable(moment, output) and _alone(survey, moment, until):
+        if (
+            runs[moment.name] == 1
+            and 0 < share < 1
+            and _usable(moment, output)
+            and _is_only_dependency(survey, moment, until)
+        ):
             found.append((share, moment))
     return found
 
@@ -55,16 +61,9 @@ def _usable(moment: ModuleOutput, output: Tensor) -> bool:
     )
 
 
-def _alone(survey: Trace, moment: ModuleOutput, until: Mapping[int, int]) -> bool:
+def _is_only_dependency(survey: Trace, moment: ModuleOutput, until: Mapping[int, int]) -> bool:
     """Whether this output is the only value, computed so far from inputs and parameters, that is needed later."""
     for number, operation in enumerate(survey.operations[: moment.time]):
         if operation.data and operation.weighed and number != moment.node and until.get(number, -1) >= moment.time:
             return False
     return moment.node in until
-
-
-def _counted(names: Iterable[str]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for name in names:
-        counts[name] = counts.get(name, 0) + 1
-    return counts

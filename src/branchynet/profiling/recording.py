@@ -15,7 +15,7 @@ from ..deploy.engine import Engine
 from ..errors import InputError
 from ..nn.batches import batch_exits, batches, tensors_in
 from ..nn.calls import evaluating
-from ..nn.checks import STILL, changed, check_loader, check_network, resolve_device, written
+from ..nn.checks import KEEP_PARAMETERS, changed, check_loader, check_network, resolve_device, written
 from ..nn.fingerprint import fingerprint
 from ..nn.outputs import warn_of_probabilities
 from ..policy.digests import Digests, digests
@@ -98,7 +98,7 @@ def record(
     if name is not None:
         warnings.warn(
             f"the network changes its parameter {name!r} when it answers, so that the record depends on the order of "
-            f"the samples, and export refuses the network: {STILL}",
+            f"the samples, and export refuses the network: {KEEP_PARAMETERS}",
             stacklevel=2,
         )
     if not seen:
