@@ -1,10 +1,12 @@
-"""What all tests share: one thread a process, unless the environment says otherwise, and draws of their own."""
+"""Shared settings: one thread per process unless the environment says otherwise, and a seed per test."""
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads for small networks on a busy machine wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # with small networks on a busy machine, threads wait for each other
 
-os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # so that tests train alike beside a GPU; test_cuda.py takes it
+os.environ.setdefault(
+    "ACCELERATE_USE_CPU", "true"
+)  # tests train on the CPU also if there is a GPU; test_cuda.py uses the GPU
 
 import pytest
 import torch
@@ -13,22 +15,22 @@ from hypothesis import HealthCheck, settings
 from branchynet.data import archives
 from helpers.networks import FAMILIES
 
-# How fast the machine is decides nothing, and in CI all runs draw the same examples.
+# Without deadlines, slow machines pass too; in CI, all runs draw the same examples.
 settings.register_profile(
     "suite", deadline=None, derandomize="CI" in os.environ, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("suite")
 
 
-@pytest.hookimpl(tryfirst=True)  # before fixtures of modules too
+@pytest.hookimpl(tryfirst=True)  # also before fixtures of modules
 def pytest_runtest_setup():
-    """What a test draws does not depend on which tests ran before it."""
+    """Seed all generators, so that a test does not depend on the tests before it."""
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def own_cache(tmp_path_factory, monkeypatch):
-    """No test sees the machine's data sets or downloads, unless it says so."""
+    """Hide the machine's data sets and downloads from tests that do not request them."""
     cache = tmp_path_factory.mktemp("cache")
     monkeypatch.setattr(archives, "_cache", lambda name: cache / name)
     monkeypatch.delenv(archives.VARIABLE, raising=False)
@@ -36,5 +38,5 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(params=FAMILIES, ids=lambda f: f.__name__)
 def family(request):
-    """The random networks, one kind after the other."""
+    """Each function that builds a random network, in turn."""
     return request.param

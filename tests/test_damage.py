@@ -1,4 +1,4 @@
-"""Whatever happens to a file, reading it gives what was written or an error of ours that names it."""
+"""Reading a damaged file returns what was written, or raises an error that names the file."""
 
 import io
 import json
@@ -95,7 +95,7 @@ KINDS = {
 
 @pytest.fixture(scope="module", params=KINDS)
 def kept(request, tmp_path_factory):
-    """A file of each kind that carries a checksum: its path, its bytes, how it is read, and what that gives."""
+    """A file of each kind with a checksum: its path, its bytes, its reader, and the value read."""
     save, read = KINDS[request.param]
     path = tmp_path_factory.mktemp("kept") / request.param
     save(path)
@@ -103,7 +103,7 @@ def kept(request, tmp_path_factory):
 
 
 def noticed(path, read, right):
-    """The file gives what it gave before the damage, or an error that names it."""
+    """The reader returns the same value as before the damage, or raises an error that names the file."""
     try:
         found = read(path)
     except FileError as error:
@@ -308,13 +308,13 @@ def test_metadata_of_wrong_types_are_refused(tmp_path, change):
 
 @pytest.mark.parametrize("read", [load, verify, model_metadata, read_samples])
 def test_a_flipped_bit_at_the_end_is_ours_to_tell(tmp_path, read):
-    """Where it makes the checksum's entry another one, the metadata may no longer be text."""
+    """If the damage renames the checksum's entry, the metadata may no longer be text."""
     path = tmp_path / "x.onnx"
     KINDS["model.onnx"][0](path)
     sound, told = path.read_bytes(), 0
     for place in range(len(sound) - 110, len(sound)):
         damaged = bytearray(sound)
-        damaged[place] ^= 0x80  # no text has such a byte alone
+        damaged[place] ^= 0x80  # the byte alone is not valid UTF-8
         path.write_bytes(damaged)
         try:
             read(path)

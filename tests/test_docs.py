@@ -1,4 +1,4 @@
-"""Numbers in the pages are those of the result files, and what the pages name exists."""
+"""Numbers in the pages equal those of the result files, and everything that the pages name exists."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""The versions of other packages: stated once, refused by name before the long work, tested at the lowest."""
+"""Versions of other packages: stated once, and checked by name before slow steps."""
 
 import importlib
 import re
@@ -21,7 +21,7 @@ STATED = re.findall(r'^    "([\w.-]+(?:[><=!~][^"]*))",', (ROOT / "pyproject.tom
 
 @pytest.fixture
 def installed(monkeypatch):
-    """A dict of versions that stand in for those installed; what is not in it is not there."""
+    """A dict that replaces the installed versions; packages that it lacks appear not to be installed."""
     found = {}
 
     def version(package):

@@ -36,8 +36,8 @@ def test_own_loop(capsys):
     ("name", "size", "least", "most"),
     [
         ("segmentation", {"epochs": 2, "samples": 640}, 0.8, 1),  # pixels right; three of four are background
-        ("multi_label", {"epochs": 3, "samples": 1000}, 0.75, 1),  # labels right; a coin would be at half
-        ("regression", {"epochs": 4, "samples": 3000}, 0, 0.3),  # mean error; always answering the mean has 0.37
+        ("multi_label", {"epochs": 3, "samples": 1000}, 0.75, 1),  # labels right; guessing reaches 0.5
+        ("regression", {"epochs": 4, "samples": 3000}, 0, 0.3),  # mean error; always predicting the mean has 0.37
     ],
 )
 def test_other_tasks(name, size, least, most, capsys):

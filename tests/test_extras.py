@@ -1,4 +1,4 @@
-"""Exported files run with numpy and ONNX Runtime alone; whatever needs more names the extra that brings it."""
+"""Exported files need only numpy and ONNX Runtime; anything else names the extra that installs its dependencies."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from branchynet.errors import MissingExtraError
 from helpers import device
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = {"PIL": "pillow", "onnx_ir": "onnx-ir"}  # modules whose packages have other names
+PACKAGES = {"PIL": "pillow", "onnx_ir": "onnx-ir"}  # packages with another name than their module
 PROJECT = (ROOT / "pyproject.toml").read_text()
 LISTS = {
     name: re.findall(r'^ *"([^"]+)"|\["([^"]+)"\]', body, flags=re.MULTILINE)
@@ -33,7 +33,7 @@ BASE = {
 
 
 def python(code, *arguments, forbidden=device.OPTIONAL):
-    """Run code where these modules are not installed."""
+    """Run code in a process in which these modules appear not to be installed."""
     paths = os.pathsep.join([str(ROOT / "tests"), str(Path(branchynet.__file__).parents[1])])
     code = f"from helpers import device\ndevice.forbid({', '.join(map(repr, forbidden))})\n{code}"
     command = [sys.executable, "-c", code, *map(str, arguments)]
@@ -42,7 +42,7 @@ def python(code, *arguments, forbidden=device.OPTIONAL):
 
 
 def missing(code, *arguments, forbidden=device.OPTIONAL):
-    """The message of the `MissingExtraError` that the last expression of each line of code raises."""
+    """The messages of the `MissingExtraError` that the last expression of each line raises."""
     told = f"""
 import json, sys
 from branchynet.errors import MissingExtraError
@@ -60,7 +60,7 @@ for line in {code.strip().splitlines()!r}:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What `device.make` writes."""
+    """The folder that `device.make` writes."""
     path = tmp_path_factory.mktemp("device")
     device.make(path)
     return path
@@ -84,7 +84,7 @@ choice = choose(record(net, batches[:1]), measure(net, x[:1]), max_drop=0.1, con
 export(net, sys.argv[1] + "/model.onnx", policy=choice, example=x)
 load(sys.argv[1] + "/model.onnx", verify=True)
 """
-    done = python(code, tmp_path, forbidden=forbidden)  # tqdm comes with accelerate too
+    done = python(code, tmp_path, forbidden=forbidden)  # accelerate installs tqdm too
     assert done.returncode == 0, done.stderr
 
 

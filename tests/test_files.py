@@ -1,4 +1,4 @@
-"""Files are written whole or not at all."""
+"""Files are written atomically."""
 
 import os
 import signal
@@ -84,7 +84,7 @@ def test_folders_are_made_and_files_in_the_way_are_named(tmp_path):
 
 
 def node(path, kind):
-    """Something at `path` that is no regular file."""
+    """Create something at `path` that is not a regular file."""
     if kind == "pipe":
         os.mkfifo(path)
     elif kind == "folder":
@@ -202,7 +202,7 @@ def test_a_missing_file_is_named(tmp_path):
             read_json(missing)
 
 
-# Processes that are killed, and processes at once
+# Killed and concurrent processes
 
 
 WRITER = """
@@ -217,7 +217,7 @@ with locked(sys.argv[1]), replacing(sys.argv[1] + "/file.txt") as temporary:
 
 @pytest.fixture
 def writer(tmp_path):
-    """Another process amid writing ``file.txt`` in a folder that it has locked, and the name of its temporary file."""
+    """Another process that is writing ``file.txt`` in a locked folder, and the name of its temporary file."""
     child = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         yield child, child.stdout.readline().strip()
@@ -256,7 +256,7 @@ def test_a_folder_is_one_processes(tmp_path, writer):
         pass
     child.send_signal(signal.SIGKILL)
     child.wait()
-    with locked(tmp_path):  # the lock of a killed process is free
+    with locked(tmp_path):  # the lock of a killed process is released
         pass
 
 
@@ -321,7 +321,7 @@ def test_json_that_no_number_or_stack_can_hold_is_refused(tmp_path, text):
 
 def test_a_huge_file_is_not_read_as_json(tmp_path):
     with (tmp_path / "x.json").open("wb") as stream:
-        stream.truncate(files.MOST_JSON + 1)  # takes no room on the disk
+        stream.truncate(files.MOST_JSON + 1)  # a sparse file
     with pytest.raises(FileError, match=r"more than"):
         read_json(tmp_path / "x.json")
 
@@ -343,4 +343,4 @@ def test_systems_without_file_locks_write_all_the_same(tmp_path, monkeypatch):
     for value in (1, 2):
         write_json(tmp_path / "x.json", value)
     assert read_json(tmp_path / "x.json") == 2
-    assert names(tmp_path) == [".x-abc.partial.json", "x.json"]  # who knows whether somebody writes it still
+    assert names(tmp_path) == [".x-abc.partial.json", "x.json"]  # another process may still be writing it

@@ -1,4 +1,4 @@
-"""Names of classes and files hold what they like: the terminal shows them as they are, and obeys none of them."""
+"""Names of classes and files may contain any text: the terminal shows it and does not interpret it."""
 
 import json
 import sys
@@ -37,7 +37,7 @@ def test_printable(text, shown):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A network of one class for each name, an image that it answers as each, and a folder to work in."""
+    """A folder with a network of one class per name, and one image per class."""
     folder = tmp_path_factory.mktemp("names")
     names = MARKUP + CONTROL
     last = nn.Linear(len(names), len(names), bias=False)

@@ -1,4 +1,4 @@
-"""Values come back from JSON with the types that their annotations name, or not at all."""
+"""Values are read from JSON with the annotated types, or refused."""
 
 import json
 from dataclasses import asdict, dataclass, replace
@@ -89,7 +89,7 @@ def test_a_field_of_another_type_is_named(change, told):
         from_stored(Outer, {k: v for k, v in sound.items() if k not in ("count", "inner")}, "x.json", "make(...)")
 
 
-# What the verbs keep, with any part of it replaced by anything
+# Stored values of the verbs, with each part replaced by other values
 
 OUTCOME = Outcome(4, 0.5, (0.1, 0.9), 0.5, (0.5, 0.5), (0.5, None))
 CHOICE = Choice(
@@ -141,16 +141,16 @@ def test_a_file_with_any_part_replaced_is_refused_or_whole(tmp_path_factory, kin
     save(path)
     assert isinstance(load(path), cls)
     sound = json.loads(path.read_text())
-    sound.pop("sha256", None)  # whose comparison comes before all others
+    sound.pop("sha256", None)  # it is compared first
     place = data.draw(st.sampled_from(list(places(sound))))
     path.write_text(json.dumps(replaced(sound, place, data.draw(anything))))
     try:
         found = load(path)
     except FileError as error:
         assert kind in str(error)
-    except InputError as error:  # text that names a function
+    except InputError as error:  # the text names a function
         assert cls is Settings and "--trust" in str(error)
-    else:  # of the right types: what was replaced had no type of its own, or got a value of the same
+    else:  # the replaced part had no fixed type, or the new value has the same type
         assert isinstance(found, cls)
         if cls is not Settings:
             found.save(path)
@@ -167,7 +167,7 @@ def test_integers_beyond_all_floats_are_refused_wherever_numbers_stand(tmp_path,
     for place in places(sound):
         (tmp_path / kind).write_text(json.dumps(replaced(sound, place, number)))
         try:
-            assert isinstance(load(tmp_path / kind), cls)  # where integers, or anything, may stand
+            assert isinstance(load(tmp_path / kind), cls)  # the part may be an integer, or any value
         except FileError as error:
             assert kind in str(error)
 

@@ -1,4 +1,4 @@
-"""Segmentation, several labels a sample, regression: every step takes them as it takes classification.
+"""Segmentation, several labels per sample, regression: every step works as for classification.
 
 The oracle is a loop over samples and exits in float64, with scores and losses written out in numpy.
 """
@@ -45,7 +45,7 @@ from helpers.tasks import SAMPLES, TASKS, Task, disagreement, hamming, log_varia
 
 @dataclasses.dataclass(frozen=True)
 class TrainedNetwork:
-    """A task after attach, fit and record, beside what the loop says of every sample."""
+    """A task after attach, fit and record, and the loop's results for every sample."""
 
     task: Task
     net: BranchyNet
@@ -91,7 +91,7 @@ def adam(parameters):
 
 
 def in_gaps(scores, share):
-    """Thresholds near this quantile of each early exit's scores, midway in the widest of the gaps around it."""
+    """Thresholds near this quantile of each early exit's scores, midway in the widest gap around it."""
     thresholds = []
     for column in scores[:, :-1].T:
         values = np.sort(column)
@@ -258,7 +258,7 @@ def test_nan_outputs_and_shapes_that_differ_are_told():
 
 
 class TestWhichScore:
-    """A policy compares thresholds with the score that they were chosen on, and with no other."""
+    """A policy compares thresholds only with the score that they were chosen on."""
 
     made = ExitRecord.from_scores([[0.1, 0], [0.2, 0]], [[0, 0], [1, 0]], score=log_variance)
 
@@ -319,7 +319,7 @@ def test_a_dense_score_is_the_mean_over_positions(name, shape, flat, seed):
 @pytest.mark.parametrize("name", SCORES)
 @pytest.mark.parametrize("shape", [(4, 1), (4, 1, 3, 3), (4,)])
 def test_named_scores_refuse_what_has_no_classes(name, shape):
-    """Entropy of one output is 0 whatever it says: every sample would leave at exit 1."""
+    """The entropy of one output is always 0: every sample would leave at exit 1."""
     with pytest.raises(InputError, match=r"have not two classes in dimension 1.*callable"):
         SCORES[name]((torch.zeros(shape),))
 
@@ -346,13 +346,13 @@ def tallied(output, target):
 @pytest.mark.parametrize(
     ("output", "target"),
     [
-        ((6, 1), torch.zeros(6, dtype=torch.int64)),  # one number, told as whole ones: argmax is 0 whatever it says
+        ((6, 1), torch.zeros(6, dtype=torch.int64)),  # one number with integer targets: argmax is always 0
         ((6, 1, 2, 2), torch.zeros(6, 2, 2, dtype=torch.int64)),  # a mask from one logit
         ((6, 1), torch.zeros(6, dtype=torch.bool)),
-        ((6, 4), torch.zeros(6, 4, dtype=torch.int64)),  # several labels, as whole numbers
+        ((6, 4), torch.zeros(6, 4, dtype=torch.int64)),  # several labels as integers
         ((6, 4), torch.zeros(6)),
         ((6,), torch.zeros(6, dtype=torch.int64)),
-        ((6, 3), torch.full((6,), -100)),  # nothing to be right about
+        ((6, 3), torch.full((6,), -100)),  # every target is ignored
     ],
 )
 def test_there_is_no_accuracy_without_classes(output, target):
@@ -378,11 +378,11 @@ def test_dense_branches_of_another_size_are_told():
         joint_loss((torch.zeros(2, 3, 2, 2), torch.zeros(2, 3, 4, 4)), torch.zeros(2, 4, 4, dtype=torch.int64))
 
 
-# One number a sample without a dimension for it: (B,)
+# One number per sample without a dimension for it: (B,)
 
 
 class Bare(nn.Module):
-    """A regression network as many are written."""
+    """A common form of regression network."""
 
     def __init__(self):
         super().__init__()

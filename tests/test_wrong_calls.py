@@ -1,4 +1,4 @@
-"""Calls that new users make wrongly: each ends in an error of ours that says what to give, or in the right answer."""
+"""Typical wrong calls of new users: each raises an error that says what to give, or returns the right result."""
 
 import copy
 import functools
@@ -54,7 +54,7 @@ class FixedBatch(Small):
 
 
 class WithLoss(nn.Module):
-    """As those of transformers: labels are read for the loss alone."""
+    """A network as in transformers: it reads labels only for the loss."""
 
     def __init__(self):
         super().__init__()
