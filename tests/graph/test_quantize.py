@@ -23,6 +23,7 @@ from helpers.onnx_graphs import FULL, flat_of, graphs, profile
 
 exporting, costing, benching = (importlib.import_module(f.__module__) for f in (export, measure, bench))
 assemble = exporting.assemble
+assembly = importlib.import_module(assemble.__module__)
 
 PRODUCTS = ("Conv", "Gemm", "MatMul")
 
@@ -400,7 +401,7 @@ def test_the_callers_logging_is_left_alone(net):
     [
         ({"quantize": "int4"}, "quantize must be 'int8'.*'int4'"),
         ({"quantize": True}, "quantize must be 'int8'.*True"),
-        ({"calibration": None}, r"needs calibration=.*hundreds"),
+        ({"calibration": None}, r"needs calibration=.*hundred"),
         ({"quantize": None}, "calibration= is for quantize='int8'"),
         ({"calibration": images()}, r"loader or a list of batches; got a Tensor.*\[batch\]"),
         ({"calibration": {"x": images()}}, "got a dict"),
@@ -449,7 +450,7 @@ def test_a_network_that_mixes_the_samples_of_a_batch_is_caught(tmp_path):
 
 
 def test_a_nested_file_that_disagrees_with_the_flat_int8_graph_is_refused(net, tmp_path, monkeypatch):
-    right = exporting.nest
+    right = assembly.nest
 
     def wrong(flat, policy, **options):
         bias = next(v for name, v in flat.model.graph.initializers.items() if "fc.bias" in name and "quantized" in name)
@@ -458,7 +459,7 @@ def test_a_nested_file_that_disagrees_with_the_flat_int8_graph_is_refused(net, t
             bias.const_value = ir.tensor(-array - 10000, name=bias.name)
         return right(flat, policy, **options)
 
-    monkeypatch.setattr(exporting, "nest", wrong)
+    monkeypatch.setattr(assembly, "nest", wrong)
     with pytest.raises(GraphError, match=r"differs from its flat int8 graph: outputs differ by .* at exit 2"):
         export(net, tmp_path / "m.onnx", policy=Policy(thresholds=(0.5,)), example=images(4), **INT8)
     assert not list(tmp_path.iterdir())

@@ -196,7 +196,7 @@ def export_failure(error: Exception, whole: nn.Module, net: nn.Module) -> str:
     elif isinstance(module, torch.jit.ScriptModule):
         cause += "; TorchScript cannot be exported: give the nn.Module that it was made of"
     elif "data-dependent" in cause:
-        cause += "; its forward decides by a tensor's values: write that with torch.where"
+        cause += "; its control flow depends on a tensor's values: write that with torch.where"
     at = f" (in {place} at {line})" if place and line else f" (at {line})" if line else ""
     return f"{type(net).__name__} cannot be exported{at}: {cause}"
 
@@ -217,16 +217,16 @@ def _check_unchanged(whole: nn.Module, tensors: tuple[Tensor, ...]) -> None:
     whole(*tensors)
     if (name := changed(parameters, written(whole.named_parameters()))) is not None:
         raise GraphError(
-            f"the network changes its parameter {readable_path(name)!r} when it answers, so that answers would "
-            f"depend on those before: {KEEP_PARAMETERS}"
+            f"the network changes its parameter {readable_path(name)!r} when it answers, so its outputs would "
+            f"depend on earlier calls: {KEEP_PARAMETERS}"
         )
     for name, (buffer, writes) in written(whole.named_buffers()).items():
         then = before.get(name, (None, 0))
         # Writes through .data are not counted, but change the values; NaN differs from itself.
         if then[0] is not buffer or then[1] != writes or (buffer != values[name]).logical_and(buffer == buffer).any():
             raise GraphError(
-                f"the network changes its buffer {readable_path(name)!r} when it answers, so that answers would depend "
-                "on those before: is a batch norm in training mode? change buffers under `if self.training:` alone"
+                f"the network changes its buffer {readable_path(name)!r} when it answers, so its outputs would depend "
+                "on earlier calls: is a batch norm in training mode? change buffers only under `if self.training:`"
             )
 
 

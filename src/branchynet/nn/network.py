@@ -162,7 +162,7 @@ class BranchyNet(nn.Module):
 
 
 def plain_network(net: nn.Module) -> nn.Module:
-    """Return a network whose last exit is the backbone's output: `net`, or a `BranchyNet` without its averaging."""
+    """Return `net`, or for an averaged network, its backbone as a `BranchyNet` without branches in the same mode."""
     if not isinstance(net, BranchyNet) or type(net).forward is BranchyNet.forward:
         return net
     plain = BranchyNet(net.backbone, {}, output=net.output)
