@@ -52,13 +52,15 @@ def test_examples_are_short():
 
 
 def docstring_examples():
-    public = {name: getattr(branchynet, name) for name in branchynet.__all__}
+    names = {name: getattr(branchynet, name) for name in branchynet.__all__}
+    for module in (value for value in list(names.values()) if inspect.ismodule(value)):
+        names |= {name: getattr(module, name) for name in getattr(module, "__all__", ())}
     finder = doctest.DocTestFinder(exclude_empty=True)
     found = [
         test
-        for name, value in public.items()
-        if not inspect.ismodule(value)
-        for test in finder.find(value, name, globs=public)
+        for name, value in names.items()
+        if inspect.isclass(value) or inspect.isfunction(value)
+        for test in finder.find(value, name, globs=names)
     ]
     return [pytest.param(test, id=test.name) for test in found if test.examples]
 

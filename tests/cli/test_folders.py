@@ -80,7 +80,11 @@ def test_a_folder_that_has_moved_is_named(here, monkeypatch, capsys):
     for verb in ("design", "report"):
         assert call(monkeypatch, verb, "run", "--quiet") == 1
         error = capsys.readouterr().err
-        assert "has no choice.json yet" in error if verb == "report" else f"{here / 'photos'}' names no folder" in error
+        assert (
+            "has no choice.json yet" in error
+            if verb == "report"
+            else f"{here / 'photos'}' does not name a folder" in error
+        )
 
 
 def test_a_run_goes_on_however_its_folder_is_named(here, monkeypatch, capsys):
@@ -113,21 +117,21 @@ def test_a_run_goes_on_however_its_folder_is_named(here, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (("--size", "0"), "--size 0 is no size; give one side, such as 64"),
-        (("--size", "-3"), "is no size"),
-        (("--size", "64x"), "--size 64x is no size"),
-        (("--size", "1e3"), "is no size"),
+        (("--size", "0"), "--size 0 is not a size; give one side, such as 64"),
+        (("--size", "-3"), "is not a size"),
+        (("--size", "64x"), "--size 64x is not a size"),
+        (("--size", "1e3"), "is not a size"),
         (("--size", "99999x99999"), "do not fit in memory; give a smaller size"),
-        (("--split", "70/30"), "--split 70/30 is no split; give three numbers"),
-        (("--split", "a/b/c"), "is no split"),
+        (("--split", "70/30"), "--split 70/30 is not a split; give three numbers"),
+        (("--split", "a/b/c"), "is not a split"),
         (("--split", "80/20/0"), "split must be three numbers above 0"),
         (("--split", "nan/1/1"), "split must be three numbers above 0"),
         (("--data", "digits", "--size", "28"), "--size 28x28 is only for folder:PATH"),
         (("--data", "digits", "--split", "1/1/1"), "is only for folder:PATH"),
-        (("--data", "folder:"), "names no folder"),
-        (("--data", "folder:~nobody-of-this-name/x"), "names no folder"),
-        (("--data", "folder:a\0b"), "names no folder"),
-        (("--data", "folder:nothing"), "nothing' names no folder"),
+        (("--data", "folder:"), "does not name a folder"),
+        (("--data", "folder:~nobody-of-this-name/x"), "does not name a folder"),
+        (("--data", "folder:a\0b"), "does not name a folder"),
+        (("--data", "folder:nothing"), "nothing' does not name a folder"),
     ],
 )
 def test_wrong_values_are_told_before_anything_is_written(here, options, told, monkeypatch, capsys):
@@ -142,7 +146,7 @@ def test_a_size_is_suggested_where_photographs_are_large(here, monkeypatch, caps
         Image.new("1", (1200, 900)).save(file)
     assert call(monkeypatch, "train", "run", "--data", "folder:photos", *SHORT) == 1
     told = capsys.readouterr().err
-    assert "are 900 x 1200 pixels in the median" in told and told.rstrip().endswith("give a size, such as 224")
+    assert "is 900 x 1200 pixels" in told and told.rstrip().endswith("give a size, such as 224")
 
 
 @pytest.mark.parametrize(
@@ -166,7 +170,7 @@ def test_sizes(text, size):
 
 @pytest.mark.parametrize("text", ["x", "3x4x5", "3.5", "٣", "9999999999", "0x3", "3x0"])
 def test_what_is_no_size(text):
-    with pytest.raises(InputError, match="is no size"):
+    with pytest.raises(InputError, match="is not a size"):
         image_size(text)
 
 

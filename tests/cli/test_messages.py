@@ -144,11 +144,11 @@ def test_after_more_epochs_no_verb_answers_with_the_old_file(run, monkeypatch, c
     assert "out of date" not in capsys.readouterr().out
     assert call(monkeypatch, *train, "--epochs", 2) == 0
     told = capsys.readouterr().out
-    assert "out of date, as they were made of earlier weights: choice.json, model.onnx\n" in told
+    assert "out of date, made with earlier weights: choice.json, model.onnx\n" in told
     for verb, arguments in VERBS.items():
         assert call(monkeypatch, *arguments(run)) == 1, verb
         told = capsys.readouterr().err
-        assert "model.onnx was made of other weights" in told, verb
+        assert "model.onnx was made with other weights" in told, verb
         assert f"`branchynet choose {run}` and `branchynet export {run}` again" in told, verb
     assert call(monkeypatch, "inspect", model) == 0  # the file itself is what was asked for
     ExitCost((20.0, 60.0), (5.0, 0.0), plain_us=80.0).save(run / "cost.json")
@@ -259,8 +259,10 @@ def test_bench_tells_the_last_exit_the_promise_and_an_unsteady_clock(run, monkey
         assert call(monkeypatch, "bench", run, "--batch", "1", "--quiet") == 0
         told = capsys.readouterr().out
         assert ("not steady" in told) != steady
-        assert f"the last exit alone has {outcome.last_accuracy:.2%}" in told
-        assert "promised beside the last exit" in told and f"{outcome.last_accuracy - outcome.accuracy:+.2%}" in told
+        assert f"the last exit alone {outcome.last_accuracy:.2%}" in told
+        assert (
+            "promised relative to the last exit" in told and f"{outcome.last_accuracy - outcome.accuracy:+.2%}" in told
+        )
     assert call(monkeypatch, "choose", run, "--max-drop", 0.4, "--no-promise", "--quiet") == 0
     assert call(monkeypatch, "export", run, "--quiet") == 0
     capsys.readouterr()

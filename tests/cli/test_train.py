@@ -95,7 +95,7 @@ def test_who_stops_a_training_is_told_that_it_goes_on(tmp_path, monkeypatch, cap
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steps, "fit", stopped)
         assert call(monkeypatch, "train", tmp_path / "run", *PAPER, *SHORT) == 130
-    assert "stopped; the same command goes on" in capsys.readouterr().err
+    assert "stopped; run the same command again" in capsys.readouterr().err
     assert call(monkeypatch, "train", tmp_path / "run", *PAPER, *SHORT) == 0
 
 
@@ -118,7 +118,7 @@ def test_every_command_that_resumes_says_so_when_it_is_stopped(
 
     monkeypatch.setattr(*where, stopped)
     assert call(monkeypatch, *(a.format(tmp=tmp_path) for a in arguments)) == 130
-    assert ("the same command goes on" in capsys.readouterr().err) == resumes
+    assert ("run the same command again" in capsys.readouterr().err) == resumes
 
 
 # Runs that change

@@ -109,10 +109,10 @@ class TestMissing:
             data.load_data(name, root=tmp_path, download=False)
 
     def test_no_such_root(self, tmp_path, monkeypatch):
-        with pytest.raises(DataError, match=r"root='.*nothing' is no folder"):
+        with pytest.raises(DataError, match=r"root='.*nothing' is not a folder"):
             data.load_data("mnist", root=tmp_path / "nothing")
         monkeypatch.setenv(archives.VARIABLE, str(tmp_path / "nothing"))
-        with pytest.raises(DataError, match=r"BRANCHYNET_DATA='.*nothing' is no folder"):
+        with pytest.raises(DataError, match=r"BRANCHYNET_DATA='.*nothing' is not a folder"):
             data.load_data("cifar10")
 
     def test_some_files(self, tmp_path):
@@ -124,7 +124,7 @@ class TestMissing:
             data.load_data("cifar10", root=tmp_path)
 
     def test_size_is_for_folders(self):
-        with pytest.raises(InputError, match=r"only for folder:PATH; 'digits' has a size of its own"):
+        with pytest.raises(InputError, match=r"only for folder:PATH; 'digits' has a fixed size"):
             data.load_data("digits", size=(8, 8))
 
 

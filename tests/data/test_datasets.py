@@ -79,7 +79,7 @@ class TestDownload:
         data.load_data("mnist")
         cached = archives._cache("mnist") / IDX[1]
         cached.write_bytes(cached.read_bytes()[:-9])
-        with pytest.raises(DataError, match=r"damaged or not complete"):
+        with pytest.raises(DataError, match=r"damaged or incomplete"):
             data.load_data("mnist", download=False)
         assert len(data.load_data("mnist").train) == 50
         assert len(asked) == 5

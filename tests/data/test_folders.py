@@ -80,7 +80,7 @@ class TestFolder:
         assert loaded.shape == (3, 6, 5)
         assert loaded.notes == (
             "10 of 20 images are resized to 6 x 5 (height x width), the median of heights 6 to 30 and widths 5 to 41; "
-            "give a size for another",
+            "give a size to change this",
         )
         assert data.load_data(f"folder:{tmp_path}", size=(12, 9)).shape == (3, 12, 9)
 
@@ -141,12 +141,12 @@ class TestFolder:
 
     def test_not_a_folder_of_classes(self, tmp_path):
         for name in ("folder:", f"folder:{tmp_path / 'nothing'}"):
-            with pytest.raises(DataError, match=r"names no folder; give folder:PATH"):
+            with pytest.raises(DataError, match=r"does not name a folder; give folder:PATH"):
                 data.load_data(name)
-        with pytest.raises(DataError, match=r"holds no folders; it must hold one for each class"):
+        with pytest.raises(DataError, match=r"holds no folders; it must hold one folder per class"):
             data.load_data(f"folder:{tmp_path}")
         write_images(tmp_path, ("ant",))
-        with pytest.raises(DataError, match=r"holds one folder alone, 'ant'"):
+        with pytest.raises(DataError, match=r"holds only one folder, 'ant'"):
             data.load_data(f"folder:{tmp_path}")
         write_images(tmp_path, ("bee",), count=2)
         with pytest.raises(DataError, match=r"bee holds 2 images directly in it; a class needs three"):
@@ -169,7 +169,7 @@ class TestFolder:
     @pytest.mark.parametrize("large", [(1025, 1024), (1, 1024 * 1024 + 1), (2000, 3000)])
     def test_photographs_need_a_size(self, tmp_path, large):
         write_images(tmp_path, count=3, size=large, mode="1", ending="png")
-        with pytest.raises(DataError, match=rf"are {large[0]} x {large[1]} pixels in the median, .*give a size"):
+        with pytest.raises(DataError, match=rf"the median size .* is {large[0]} x {large[1]} pixels, .*give a size"):
             data.load_data(f"folder:{tmp_path}")
         assert data.load_data(f"folder:{tmp_path}", size=(4, 3)).shape[1:] == (4, 3)
 
@@ -235,7 +235,7 @@ class TestSplit:
 
     @pytest.mark.parametrize("name", ["digits", "mnist", "cifar10"])
     def test_is_for_folders(self, name):
-        with pytest.raises(InputError, match=rf"split=8/1/1 is only for folder:PATH; '{name}' has a split of its own"):
+        with pytest.raises(InputError, match=rf"split=8/1/1 is only for folder:PATH; '{name}' has a fixed split"):
             data.load_data(name, split=(8, 1, 1))
 
 
@@ -256,7 +256,7 @@ class TestParts:
             for c, label in enumerate(loaded.classes):
                 files = {np.asarray(Image.open(file)).tobytes() for file in (tmp_path / part / label).iterdir()}
                 assert {image.numpy().tobytes() for image in split.images[split.labels == c]} == files
-        with pytest.raises(InputError, match=r"split=8/1/1 does not go with .*all three parts: leave it out"):
+        with pytest.raises(InputError, match=r"split=8/1/1 cannot be used with .*all three parts: leave it out"):
             data.load_data(f"folder:{tmp_path}", split=(8, 1, 1))
 
     @pytest.mark.parametrize("given", [("train",), ("train", "val"), ("train", "test")])
@@ -291,7 +291,7 @@ class TestParts:
             data.load_data(f"folder:{tmp_path}")
         (tmp_path / "test" / "cat").rmdir()
         shutil.copytree(tmp_path / "val", tmp_path / "valid")
-        with pytest.raises(DataError, match="holds val and valid, which mean the same part: put them together"):
+        with pytest.raises(DataError, match="holds val and valid, which mean the same part: merge them"):
             data.load_data(f"folder:{tmp_path}")
         shutil.rmtree(tmp_path / "valid")
         for file in (tmp_path / "val").rglob("*.png"):
@@ -299,7 +299,7 @@ class TestParts:
         with pytest.raises(DataError, match="holds no val images; add some, or remove its empty folder"):
             data.load_data(f"folder:{tmp_path}")
         shutil.rmtree(tmp_path / "train" / "bee")
-        with pytest.raises(DataError, match=r"train holds one folder alone, 'ant'; it must hold one for each class"):
+        with pytest.raises(DataError, match=r"train holds only one folder, 'ant'; it must hold one folder per class"):
             data.load_data(f"folder:{tmp_path}")
 
 
@@ -330,7 +330,7 @@ class TestTold:
         noise(tmp_path / "ant", count, 0)
         noise(tmp_path / "bee", 30, 1)
         notes = data.load_data(f"folder:{tmp_path}").notes
-        assert any(f"fewer than 10 images, too few to learn or to judge: 'ant' ({count})" in n for n in notes) == (
+        assert any(f"fewer than 10 images, too few to learn or to evaluate: 'ant' ({count})" in n for n in notes) == (
             count < 10
         )
 

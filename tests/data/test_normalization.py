@@ -84,12 +84,12 @@ def test_as_files_hold_it(preprocessing, expected):
 @pytest.mark.parametrize(
     ("preprocessing", "told"),
     [
-        ({"mean": 0.5}, "std=None, and for 3 channels"),
-        ({"std": 0.5}, "mean=None, and for 3 channels"),
-        ({"mean": [0.5, 0.5], "std": 1}, r"mean=\[0.5, 0.5\], and for 3 channels"),
-        ({"mean": "0.5", "std": 1}, "mean='0.5', and for 3 channels"),
-        ({"mean": True, "std": 1}, "mean=True, and for 3 channels"),
-        ({"mean": [123.7, 116.3, 103.5], "std": [58.4, 57.1, 57.4]}, "no mean of pixels in .*divided by 255"),
+        ({"mean": 0.5}, "std=None, but for 3 channels"),
+        ({"std": 0.5}, "mean=None, but for 3 channels"),
+        ({"mean": [0.5, 0.5], "std": 1}, r"mean=\[0.5, 0.5\], but for 3 channels"),
+        ({"mean": "0.5", "std": 1}, "mean='0.5', but for 3 channels"),
+        ({"mean": True, "std": 1}, "mean=True, but for 3 channels"),
+        ({"mean": [123.7, 116.3, 103.5], "std": [58.4, 57.1, 57.4]}, "not a mean of pixels in .*divided by 255"),
         ({"mean": 0.5, "std": 0}, "std above 0"),
         ({"mean": float("nan"), "std": 1}, "mean=nan"),
         ({"mean": 0.5, "std": float("nan")}, "finite"),

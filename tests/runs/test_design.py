@@ -83,7 +83,7 @@ def test_the_verbs_of_a_run_work_on_it_and_the_report_shows_candidates(base, des
     assert call(monkeypatch, "choose", folder, "--max-drop", "0.05", "--no-promise") == 0
     assert call(monkeypatch, "export", folder) == 0
     assert call(monkeypatch, "report", folder) == 1
-    assert "bench.json was not made from the other files there" in " ".join(capsys.readouterr().err.split())
+    assert "bench.json was not made from the other files of this run" in " ".join(capsys.readouterr().err.split())
     (folder / "bench.json").unlink()
     assert call(monkeypatch, "report", folder) == 0
     page = (folder / "report.html").read_text()
@@ -130,7 +130,7 @@ def test_for_another_runtime_there_is_a_design_of_its_own(base, designed, monkey
 
 
 def test_what_cannot_be_designed_for_is_refused(base, tmp_path):
-    with pytest.raises(FileError, match="is no run folder"):
+    with pytest.raises(FileError, match="is not a run folder"):
         design_run(open_run(tmp_path))
     empty = create_run(tmp_path / "untrained", Settings())
     with pytest.raises(FileError, match="branchynet train"):

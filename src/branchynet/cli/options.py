@@ -1,4 +1,4 @@
-"""What options of the command line take: names, lists of numbers, sizes of images, shares of a split."""
+"""Options of the command line, and the parsers of their values."""
 
 import contextlib
 import re
@@ -12,7 +12,7 @@ import typer
 from ..errors import InputError
 from ..files import check_path
 
-# Written out so that --help and completion need no torch; a test compares them with their sources.
+# Repeated here so that --help and completion do not import torch; a test compares them with their sources.
 RUNTIMES = ("onnxruntime", "openvino", "onnxruntime-cuda")
 NETWORKS = (
     "b_lenet",
@@ -31,52 +31,58 @@ SCORES = ("entropy", "max_probability", "margin", "patience", "learned")
 
 
 def named(help: str, *names: str, **more: Any) -> Any:
-    """An option whose values have names, which the shell completes; ``{}`` in `help` stands for them."""
+    """An option with named values, which the shell completes; ``{}`` in `help` is replaced by the names."""
     complete: Callable[[str], list[str]] = lambda incomplete: [n for n in names if n.startswith(incomplete)]  # noqa: E731
     return typer.Option(help=help.format(", ".join(names)), autocompletion=complete, **more)
 
 
 def path(text: str) -> Path:
-    """The parser of all paths. Raises `FileError` for an empty one."""
+    """Parse a path. Raises `FileError` if it is empty."""
     check_path(text)
     return Path(text)
 
 
 def fraction(text: str | float) -> float:
-    """The parser of limits: ``0.005`` or ``0.5%``."""
+    """Parse a limit: ``0.005`` or ``0.5%``."""
     share = str(text).strip()
     try:
         return float(share.removesuffix("%")) / (100 if share.endswith("%") else 1)
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is no number; give a fraction, such as 0.005, or 0.5%") from None
+        raise typer.BadParameter(f"{text!r} is not a number; give a fraction, such as 0.005, or 0.5%") from None
 
 
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.", parser=path)]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.", parser=path)]
 ModelArgument = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="A .onnx file that export wrote, or a run's folder.", parser=path)
+    Path, typer.Argument(metavar="MODEL", help="An .onnx file written by export, or a run folder.", parser=path)
 ]
-Size = Annotated[str, typer.Option(help="Of a folder's images: 64, or 48x64 high and wide; by default their median.")]
-Split = Annotated[
-    str, typer.Option(help="Shares of a folder's images to train on, choose on and test on; by default 70/15/15.")
+Size = Annotated[
+    str, typer.Option(help="Size of the images of a folder: 64, or 48x64 (height x width). Default: their median.")
 ]
+Split = Annotated[str, typer.Option(help="Shares of a folder for training, validation and test. Default: 70/15/15.")]
 
 
 def _limit(help: str) -> Any:
     return typer.Option(help=help, parser=fraction, metavar="FRACTION")
 
 
-Accuracy = Annotated[float | None, _limit("Accuracy at least this.")]
-Disagreement = Annotated[float | None, _limit("Another class than the last exit's for at most this share.")]
-Drop = Annotated[float | None, _limit("Accuracy at most this far below the last exit's.")]
-DropOfPlain = Annotated[float, _limit("Accuracy at most this far below the plain network's.")]
+Accuracy = Annotated[float | None, _limit("Lowest accuracy.")]
+Disagreement = Annotated[float | None, _limit("Largest share of samples whose class differs from the last exit's.")]
+Drop = Annotated[float | None, _limit("Largest drop of accuracy below the last exit's.")]
+DropOfPlain = Annotated[float, _limit("Largest drop of accuracy below the plain network's.")]
 Plain = Annotated[
-    bool, typer.Option(help="Also train the plain network on as long, to compare with; else with the warm start.")
+    bool,
+    typer.Option(
+        help="Train the plain network for as many epochs, to compare with. If not, compare with the warm start."
+    ),
 ]
-Thresholds = Annotated[str, named("default: optional inputs; input: required inputs.", "default", "input")]
+Thresholds = Annotated[
+    str, named("Whether callers must pass the thresholds: default (optional) or input (required).", "default", "input")
+]
 Trust = Annotated[
-    bool, typer.Option("--trust", help="Run the function that a folder from elsewhere names as its network.")
+    bool,
+    typer.Option("--trust", help="Trust a folder from elsewhere to run the function that it names as its network."),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -94,41 +100,41 @@ Version = Annotated[
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Run a command that can be resumed; on Ctrl-C, say that the same command resumes it."""
+    """Run a command that can be resumed; on Ctrl-C, print how to resume it."""
     try:
         yield
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last whole epoch", file=sys.stderr)
+        print("\nstopped; run the same command again to resume from the last complete epoch", file=sys.stderr)
         raise
 
 
 def numbers(text: str, kind: Any) -> list[Any]:
-    """The numbers in text such as ``1,64``. Raises `InputError`."""
+    """Parse numbers such as ``1,64``. Raises `InputError`."""
     try:
         return [kind(part) for part in text.split(",")] if text.strip() else []
     except ValueError as error:
-        raise InputError(f"{text!r} is no list of numbers; write them as 1,64") from error
+        raise InputError(f"{text!r} is not a list of numbers; write them as 1,64") from error
 
 
 def image_size(text: str) -> tuple[int, int] | None:
-    """`(H, W)` of ``64`` or ``48x64``; None of empty text. Raises `InputError`."""
+    """Parse ``64`` or ``48x64`` as `(H, W)`; None if empty. Raises `InputError`."""
     if not text.strip():
         return None
     found = re.fullmatch(r"\s*(\d{1,9})\s*(?:[xX,]\s*(\d{1,9})\s*)?", text, re.ASCII)
     size = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
     if min(size) < 1:
-        raise InputError(f"size={text!r} is no size; give one side, such as 64, or height and width, such as 48x64")
+        raise InputError(f"size={text!r} is not a size; give one side, such as 64, or height and width, such as 48x64")
     return size
 
 
 def shares(text: str) -> tuple[float, float, float] | None:
-    """The three numbers of ``70/15/15``; None of empty text. Raises `InputError`."""
+    """Parse ``70/15/15`` as three numbers; None if empty. Raises `InputError`."""
     if not text.strip():
         return None
     try:
         train, val, test = (float(part) for part in re.split("[/,]", text))
     except ValueError as error:
         raise InputError(
-            f"split={text!r} is no split; give three numbers, for training, validation and test, such as 70/15/15"
+            f"split={text!r} is not a split; give three numbers, for training, validation and test, such as 70/15/15"
         ) from error
     return train, val, test

@@ -1,4 +1,4 @@
-"""The program `branchynet`: it runs the verbs and reports their errors."""
+"""The program `branchynet`: runs the verbs and reports their errors."""
 
 import io
 import os
@@ -13,8 +13,8 @@ from .verbs import app
 
 
 def main() -> None:
-    """Run the command line; a `BranchyNetError` becomes one line on standard error and exit status 1."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names may hold what the terminal's encoding has not
+    """Run the command line; print a `BranchyNetError` as one line on standard error and exit with status 1."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # the terminal's encoding may lack characters of names
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with needed_by("this command"):
@@ -22,9 +22,9 @@ def main() -> None:
     except BranchyNetError as error:
         from ..report.console import in_options
 
-        told = in_options(str(error), called_options(app, sys.argv[1:]))
-        told = "error: " + "\n".join(map(printable, told.splitlines()))
-        Console(stderr=True).print(told, style="red", highlight=False, markup=False, soft_wrap=True)
+        message = in_options(str(error), called_options(app, sys.argv[1:]))
+        message = "error: " + "\n".join(map(printable, message.splitlines()))
+        Console(stderr=True).print(message, style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def called_options(app: typer.Typer, arguments: list[str]) -> dict[str, str]:
-    """The option of each parameter of the command that was called; `batch_size` has another name in some."""
+    """The option of each parameter of the called command; in some commands `batch_size` is ``--batch``."""
     commands = getattr(typer.main.get_command(app), "commands", {})
     called = next((commands[word] for word in arguments if word in commands), None)
     named = {p.name: p.opts[0] for p in (called.params if called else ()) if p.param_type_name == "option"}

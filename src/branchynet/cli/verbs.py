@@ -1,4 +1,4 @@
-"""The command line: one verb per step, over run folders. Thin: the work is done elsewhere."""
+"""The verbs of the command line, one per step. They parse options and call `branchynet.runs`."""
 
 import contextlib
 import json
@@ -37,28 +37,28 @@ from .options import (
 )
 
 app = typer.Typer(
-    help="Deep networks that answer early when they are sure.",
+    help="Neural networks with early exits: train, choose thresholds, export.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode=None,  # tables would cut words on a narrow terminal
+    rich_markup_mode=None,  # rich tables truncate words on a narrow terminal
     pretty_exceptions_enable=False,
 )
-out = Console(markup=False, emoji=False, highlight=False)  # names of files and classes are not ours
+out = Console(markup=False, emoji=False, highlight=False)  # names of files and classes may look like markup
 
 
 @app.callback()
 def _main(version: Version = False) -> None:
-    """Deep networks that answer early when they are sure."""
+    """Neural networks with early exits: train, choose thresholds, export."""
 
 
 @app.command()
 @stoppable()
 def demo(
-    run: Annotated[Path, typer.Option(help="Where to put the run.", parser=path)] = Path("runs/demo"),
+    run: Annotated[Path, typer.Option(help="The run folder.", parser=path)] = Path("runs/demo"),
     data: Annotated[str, typer.Option(help="digits, mnist, fashion-mnist or folder:PATH (28 x 28 grey).")] = "digits",
     quiet: Quiet = False,
 ) -> None:
-    """Train, choose, export, time and report on real digits. It takes about a minute."""
+    """Run all steps on handwritten digits. This takes about a minute."""
     from ..report.console import print_bench, print_choice
     from ..runs.report import report_run
     from ..runs.run import create_run
@@ -70,7 +70,7 @@ def demo(
         warm_start_epochs=15,
         epochs=25,
         batch_size=64,
-        taps=("input", "pool1"),  # a cheap exit and a good one, between which there is something to choose
+        taps=("input", "pool1"),  # a cheap exit and an accurate one
         branches=("linear", "hidden-64"),
     )
     made = create_run(run, settings)
@@ -81,8 +81,8 @@ def demo(
     rows, _ = bench_run(made, batches=(1, 64), threads=(1,), progress=not quiet)
     report = report_run(made, progress=not quiet)
     print_bench(out, rows)
-    told = {"the network, exits inside": model, "the report": report, "its picture": made.path / "tradeoff.png"}
-    out.print("", *(f"{what + ':':<27}{path}" for what, path in told.items()), sep="\n", soft_wrap=True)
+    files = {"network with exits": model, "report": report, "trade-off curve": made.path / "tradeoff.png"}
+    out.print("", *(f"{name + ':':<20}{path}" for name, path in files.items()), sep="\n", soft_wrap=True)
 
 
 @app.command()
@@ -90,28 +90,28 @@ def demo(
 def train(
     run: RunArgument,
     network: Annotated[
-        str, named("{}; or your own, as module:function, from the current folder or installed.", *NETWORKS)
+        str, named("{}; or module:function for your own network (installed or in the current folder).", *NETWORKS)
     ] = "b_lenet",
-    data: Annotated[str, named("{}, or folder:PATH with a folder of images for each class.", *DATA)] = "digits",
+    data: Annotated[str, named("{}; or folder:PATH with one folder of images per class.", *DATA)] = "digits",
     size: Size = "",
     split: Split = "",
     normalize: Annotated[
-        bool, typer.Option("--normalize", help="Bring each channel to mean 0 and deviation 1; predict does the same.")
+        bool, typer.Option("--normalize", help="Normalize each channel to mean 0 and standard deviation 1.")
     ] = False,
-    warm_start_epochs: Annotated[int, typer.Option(help="Epochs of the plain network first: the warm start.")] = 10,
-    epochs: Annotated[int, typer.Option(help="Epochs of all exits together; a trained run takes more.")] = 25,
+    warm_start_epochs: Annotated[int, typer.Option(help="Epochs of the plain network, trained first.")] = 10,
+    epochs: Annotated[int, typer.Option(help="Epochs of joint training. You can raise them later.")] = 25,
     plain: Plain = True,
-    branches_only: Annotated[bool, typer.Option(help="Leave the backbone exactly as it is.")] = False,
-    loss_weights: Annotated[str, typer.Option(help="One per exit, such as 1,0.3; all 1 by default.")] = "",
-    distill: Annotated[float, typer.Option(help="How strongly the last exit teaches the earlier ones.")] = 0.0,
-    augment: Annotated[str, named("How images are varied: {}.", *AUGMENTS)] = "affine",
-    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 128,
-    lr: Annotated[float, typer.Option(help="Adam's highest learning rate.")] = 3e-3,
-    seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = 0,
-    mixed_precision: Annotated[str, named("{} (on a GPU).", "no", "bf16", "fp16")] = "no",
+    branches_only: Annotated[bool, typer.Option(help="Train the branches only and freeze the backbone.")] = False,
+    loss_weights: Annotated[str, typer.Option(help="Loss weight per exit, such as 1,0.3. Default: all 1.")] = "",
+    distill: Annotated[float, typer.Option(help="Weight of distillation from the last exit.")] = 0.0,
+    augment: Annotated[str, named("Augmentation of the training images: {}.", *AUGMENTS)] = "affine",
+    batch_size: Annotated[int, typer.Option(help="Images per step.")] = 128,
+    lr: Annotated[float, typer.Option(help="Highest learning rate of Adam.")] = 3e-3,
+    seed: Annotated[int, typer.Option(help="Seed of weights, order and augmentation.")] = 0,
+    mixed_precision: Annotated[str, named("Mixed precision: {}. fp16 needs a GPU.", "no", "bf16", "fp16")] = "no",
     quiet: Quiet = False,
 ) -> None:
-    """Train a network and its branches. Stopped and called again, it goes on where it was."""
+    """Train a network and its branches. Run the same command again to resume."""
     from ..runs.report import after_training
     from ..runs.run import create_run
     from ..runs.settings import Settings
@@ -146,16 +146,16 @@ def choose(
     max_drop: Drop = None,
     min_accuracy: Accuracy = None,
     max_disagreement: Disagreement = None,
-    max_latency_us: Annotated[float | None, typer.Option(help="Mean microseconds a sample at most this.")] = None,
-    max_macs: Annotated[float | None, typer.Option(help="Mean multiply-accumulates a sample at most this.")] = None,
-    score: Annotated[str | None, named("What exits are judged by: {}.", *SCORES)] = None,
-    confidence: Annotated[float, typer.Option(help="That a limit on accuracy holds for samples not seen.")] = 0.95,
-    promise: Annotated[bool, typer.Option(help="Without one, the limit holds on the validation data alone.")] = True,
-    remeasure: Annotated[bool, typer.Option("--remeasure", help="Measure what the stages cost again.")] = False,
+    max_latency_us: Annotated[float | None, typer.Option(help="Largest mean microseconds per sample.")] = None,
+    max_macs: Annotated[float | None, typer.Option(help="Largest mean multiply-accumulates per sample.")] = None,
+    score: Annotated[str | None, named("Score of the exits: {}.", *SCORES)] = None,
+    confidence: Annotated[float, typer.Option(help="Confidence that an accuracy limit holds for unseen data.")] = 0.95,
+    promise: Annotated[bool, typer.Option(help="Promise the limit for unseen data, not for validation only.")] = True,
+    remeasure: Annotated[bool, typer.Option("--remeasure", help="Measure the cost of the stages again.")] = False,
     trust: Trust = False,
     quiet: Quiet = False,
 ) -> None:
-    """Choose thresholds on the validation data. By default accuracy is at most 0.005 below the last exit's."""
+    """Choose thresholds on the validation data. The default limit is --max-drop 0.005."""
     from ..report.console import print_choice
     from ..runs.report import reason_run
     from ..runs.run import open_run
@@ -181,13 +181,13 @@ def choose(
 @app.command()
 def export(
     run: RunArgument,
-    output: Annotated[Path | None, typer.Option(help="Where to write; RUN/model.onnx by default.", parser=path)] = None,
+    output: Annotated[Path | None, typer.Option(help="File to write. Default: RUN/model.onnx.", parser=path)] = None,
     thresholds: Thresholds = "default",
-    batch: Annotated[str, typer.Option(help="dynamic, or 1 for a file that answers one sample at a time.")] = "dynamic",
+    batch: Annotated[str, typer.Option(help="Batch size of the file: dynamic or 1.")] = "dynamic",
     trust: Trust = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write one ONNX file with the exits inside. It is compared with PyTorch."""
+    """Write one ONNX file with the exits inside. Its outputs are first compared with PyTorch's."""
     from ..runs.run import open_run
     from ..runs.steps import export_run
 
@@ -199,14 +199,16 @@ def export(
 @app.command()
 def bench(
     run: RunArgument,
-    batch: Annotated[str, typer.Option(help="Batch sizes.")] = "1,64",
-    threads: Annotated[str, typer.Option(help="Threads within an operator.")] = "1",
-    runtime: Annotated[str, named("One or several of {}, with commas between.", *RUNTIMES)] = "onnxruntime",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows here.", parser=path)] = None,
+    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,64",
+    threads: Annotated[str, typer.Option(help="Numbers of threads, separated by commas.")] = "1",
+    runtime: Annotated[str, named("Runtimes, separated by commas: {}.", *RUNTIMES)] = "onnxruntime",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the rows to a file.", parser=path)
+    ] = None,
     trust: Trust = False,
     quiet: Quiet = False,
 ) -> None:
-    """Time the exported file beside the plain network. Everything is inside the clock."""
+    """Time the exported file and the plain network. Every operation is timed."""
     from ..files import write_json
     from ..report.console import print_bench
     from ..runs.report import bench_notes
@@ -228,18 +230,18 @@ def bench(
 @stoppable()
 def design(
     run: RunArgument,
-    batch: Annotated[int, typer.Option(help="Samples a call: the best design depends on it.")] = 1,
-    threads: Annotated[int, typer.Option(help="Threads within an operator.")] = 1,
-    runtime: Annotated[str, named("What will run it: one of {}.", *RUNTIMES, metavar="NAME")] = "onnxruntime",
+    batch: Annotated[int, typer.Option(help="Batch size to design for.")] = 1,
+    threads: Annotated[int, typer.Option(help="Threads per operator.")] = 1,
+    runtime: Annotated[str, named("Runtime to design for: {}.", *RUNTIMES, metavar="NAME")] = "onnxruntime",
     max_drop: DropOfPlain = 0.0,
-    num_exits: Annotated[int, typer.Option(help="The most exits, the network's own included.")] = 4,
-    epochs: Annotated[int, typer.Option(help="Of all candidates together, on the frozen network.")] = 3,
-    final_epochs: Annotated[int, typer.Option(help="More, of the candidates that the best designs have.")] = 0,
-    anyway: Annotated[bool, typer.Option(help="Train the design even where exits are not worth it.")] = False,
+    num_exits: Annotated[int, typer.Option(help="Largest number of exits, including the last.")] = 4,
+    epochs: Annotated[int, typer.Option(help="Epochs of all candidates, on the frozen network.")] = 3,
+    final_epochs: Annotated[int, typer.Option(help="Further epochs of the candidates of the best designs.")] = 0,
+    anyway: Annotated[bool, typer.Option(help="Train the design even if exits are not worth it.")] = False,
     trust: Trust = False,
     quiet: Quiet = False,
 ) -> None:
-    """Find where early exits help, and build them. They are trained, exported and timed beside the prediction."""
+    """Find the best places for early exits and train them. The design is also exported and timed."""
     from ..profiling.target import Target
     from ..report.console import print_advice
     from ..runs.design import design_folder, design_run, next_steps
@@ -256,16 +258,16 @@ def design(
     if comparison is not None:
         out.print(*filter(None, [str(comparison), open_run(run, trust=trust).settings.caveat]), sep="\n")
         report = report_run(open_run(folder, trust=trust), progress=not quiet)
-        out.print(f"a run of its own: {folder}; the report: {report}", soft_wrap=True)
+        out.print(f"run folder of the design: {folder}; report: {report}", soft_wrap=True)
 
 
 @app.command()
 def predict(
     model: ModelArgument,
-    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", parser=path)],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES", help="Image files or folders.", parser=path)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")] = False,
 ) -> None:
-    """Answer image files: label, exit and score of each."""
+    """Predict label, exit and score of image files."""
     from ..deploy.loading import load
     from ..report.console import print_answers
     from ..runs.predict import image_files, model_file, predict_files
@@ -285,9 +287,9 @@ def predict(
 
 @app.command()
 def inspect(
-    model: ModelArgument, as_json: Annotated[bool, typer.Option("--json", help="The metadata as JSON.")] = False
+    model: ModelArgument, as_json: Annotated[bool, typer.Option("--json", help="Print the metadata as JSON.")] = False
 ) -> None:
-    """Show what a file holds. Inputs, exits, thresholds, labels and preprocessing."""
+    """Show inputs, exits, thresholds and metadata of a file."""
     from ..deploy.loading import load
     from ..report.console import print_model
     from ..runs.predict import model_file
@@ -302,10 +304,10 @@ def inspect(
 @app.command()
 def verify(
     model: ModelArgument,
-    threads: Annotated[int | None, typer.Option(help="Threads within an operator.")] = None,
-    runtime: Annotated[str, named("One of {}.", *RUNTIMES, metavar="NAME")] = "onnxruntime",
+    threads: Annotated[int | None, typer.Option(help="Threads per operator.")] = None,
+    runtime: Annotated[str, named("Runtime: {}.", *RUNTIMES, metavar="NAME")] = "onnxruntime",
 ) -> None:
-    """Check that a file answers rightly on this machine. It holds samples to compare; exit status 1 if not."""
+    """Check the outputs of a file on this machine. The status is 1 if they differ from those stored in the file."""
     from ..deploy.loading import verify as compare
     from ..runs.predict import model_file
 
@@ -318,22 +320,22 @@ def verify(
 @app.command()
 def reproduce(
     what: Annotated[str, typer.Argument(metavar="WHAT", help="table1, fig3, fig4 or all.")],
-    output: Annotated[Path, typer.Option(help="The folder for tables and pictures.", parser=path)] = Path("reproduced"),
-    networks: Annotated[str, typer.Option(help="Which of the paper's, with commas between; or all.")] = "all",
-    from_nothing: Annotated[bool, typer.Option(help="Train them first: hours. Goes on where it was stopped.")] = False,
-    precision: Annotated[str, typer.Option(help="Of that training: no, bf16, or fp16 on a GPU.")] = "no",
+    output: Annotated[Path, typer.Option(help="Folder for tables and figures.", parser=path)] = Path("reproduced"),
+    networks: Annotated[str, typer.Option(help="b_lenet, b_alexnet, b_resnet110 (with commas), or all.")] = "all",
+    from_nothing: Annotated[bool, typer.Option(help="Train the networks first (hours; resumes).")] = False,
+    precision: Annotated[str, typer.Option(help="Precision of that training: no, bf16, or fp16 on a GPU.")] = "no",
 ) -> None:
-    """Make the paper's table and figures again. From shipped weights, or from nothing."""
+    """Reproduce the paper's table and figures. Uses the shipped weights, or trains from scratch."""
     from ..reproduce import reproduce as make
 
     with stoppable() if from_nothing else contextlib.nullcontext():
         lines = make(what, output, networks=networks, from_nothing=from_nothing, precision=precision)
-    out.print(*lines, f"the tables and pictures: {output}", sep="\n", soft_wrap=True)
+    out.print(*lines, f"tables and figures: {output}", sep="\n", soft_wrap=True)
 
 
 @app.command()
 def report(run: RunArgument, trust: Trust = False, quiet: Quiet = False) -> None:
-    """Write one offline HTML page. The trade-off curve, who leaves where, which images left first and last."""
+    """Write one offline HTML page. It shows the trade-off curve, the exits, the timings and example images."""
     from ..runs.report import report_run
     from ..runs.run import open_run
 

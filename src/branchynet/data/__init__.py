@@ -1,11 +1,11 @@
-"""Images to learn from: loading, batching and augmenting data sets, and reading single image files.
+"""Image data sets: loading, batching and augmentation, and reading and writing of single image files.
 
 Shape letters: S samples of a split, B samples in a batch, C channels, H rows, W columns.
 """
 
 from ..extras import first_used
 
-# Imported when first used: reading one image needs no PyTorch. __init__.pyi has the types.
+# Imported on first use: reading one image does not need PyTorch. __init__.pyi has the types.
 _MODULES = {
     "datasets": (
         "ImageData",

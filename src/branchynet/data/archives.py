@@ -1,7 +1,7 @@
-"""MNIST, Fashion-MNIST and CIFAR-10 as their authors publish them: finding, downloading and reading the files.
+"""Finding, downloading and reading the published files of MNIST, Fashion-MNIST and CIFAR-10.
 
-Files that a user placed are checked for structure, so that re-compressed copies and subsets will do; a download must
-have the published SHA-256 as well. Nothing is unpickled, and no archive is unpacked onto the disk.
+Files of the user are checked for structure only, so re-compressed copies and subsets are accepted; a download must
+also have the published SHA-256. Nothing is unpickled, and no archive is unpacked to disk.
 """
 
 import gzip
@@ -23,23 +23,23 @@ from ..errors import DataError
 
 Bytes = NDArray[np.uint8]
 
-VARIABLE = "BRANCHYNET_DATA"  # the environment variable that names the user's folder of data sets
+VARIABLE = "BRANCHYNET_DATA"  # environment variable with the user's folder of data sets
 CIFAR_BATCHES = (*(f"data_batch_{n}.bin" for n in range(1, 6)), "test_batch.bin")
 CIFAR_RECORD = 1 + 3 * 32 * 32
-MOST_BYTES = 1 << 29  # of images, unpacked, three times the largest published set; a small gz may hold gigabytes
+MOST_BYTES = 1 << 29  # limit of unpacked images, three times the largest published set; a small gz may hold gigabytes
 
 
 @dataclass(frozen=True)
 class Archive:
-    """Where a data set lies and what its files are called.
+    """The location and the file names of a data set.
 
     Attributes:
-        classes: the names of the classes, in the order of the labels.
-        validation: the share of the published training half that is held out for validation.
-        folders: where under the user's folder its files may lie, best first.
-        urls: addresses that the published files' names are appended to, tried in turn.
-        sha256: for each published file, its checksum.
-        opening: the first labels of the test half, which tell apart sets whose files have the same names.
+        classes: names of the classes, in the order of the labels.
+        validation: share of the published training set that is held out for validation.
+        folders: subfolders of the user's folder that are searched, in this order.
+        urls: prefixes of the download addresses, tried in this order.
+        sha256: checksum of each published file.
+        opening: first labels of the test set; they distinguish data sets with the same file names.
     """
 
     classes: tuple[str, ...]
@@ -51,7 +51,7 @@ class Archive:
 
     @property
     def forms(self) -> tuple[tuple[str, ...], ...]:
-        """The sets of file names, any one of which is the whole data set; the published one first."""
+        """Alternative sets of file names; each set is the complete data set. The published set is first."""
         published = tuple(self.sha256)
         unpacked = CIFAR_BATCHES if len(published) == 1 else tuple(name.removesuffix(".gz") for name in published)
         return published, unpacked
@@ -104,10 +104,10 @@ ARCHIVES = {
 def read_archive(
     name: str, root: str | os.PathLike[str] | None, download: bool
 ) -> tuple[tuple[Bytes, Bytes], tuple[Bytes, Bytes]]:
-    """The published training and test halves: for each, images `(S, C, H, W)` and labels `(S,)`, uint8.
+    """Read the published training and test sets: for each, images `(S, C, H, W)` and labels `(S,)`, uint8.
 
     Raises:
-        DataError: no files and no download, a failed download, or malformed files.
+        DataError: the files are missing or malformed, or the download failed.
     """
     archive = ARCHIVES[name]
     paths = _find(name, root) or (_download(name) if download else _downloaded(name, root))
@@ -123,25 +123,25 @@ def read_archive(
                 f"{name}: the {half} labels in {paths[-1].parent} reach {labels.max()}, but there are "
                 f"{len(archive.classes)} classes (0..{len(archive.classes) - 1}); get the files again"
             )
-    # MNIST and Fashion-MNIST files have the same names, sizes and labels: only their content tells them apart.
+    # MNIST and Fashion-MNIST files have the same names, sizes and labels; only their content differs.
     for other, known in ARCHIVES.items():
         if other != name and tuple(test[1][: len(known.opening)]) == known.opening:
             raise DataError(
-                f"the files in {paths[-1].parent} are {other}, not {name}; keep each data set in a folder of its own: "
+                f"the files in {paths[-1].parent} are {other}, not {name}; keep each data set in a separate folder: "
                 f"{archive.folders[0]!r} for {name}, {known.folders[0]!r} for {other}"
             )
     return (train[0], train[1]), test
 
 
 def _find(name: str, root: str | os.PathLike[str] | None) -> list[Path] | None:
-    """The files of a data set in the user's folder, or None where the folder holds none of them."""
+    """Find the files of a data set in the user's folder; None if the folder holds none of them."""
     place, origin = (root, "root") if root is not None else (os.environ.get(VARIABLE), VARIABLE)
     if not place:
         return None
     base = Path(place).expanduser()
     if not base.is_dir():
         raise DataError(
-            f"{origin}={os.fspath(place)!r} is no folder; name the one that holds the data sets, or leave it out"
+            f"{origin}={os.fspath(place)!r} is not a folder; give the folder of the data sets, or leave it out"
         )
     partial = None
     for folder in (base / sub for sub in ARCHIVES[name].folders):
@@ -163,7 +163,7 @@ def _cache(name: str) -> Path:
 
 
 def _downloaded(name: str, root: str | os.PathLike[str] | None) -> list[Path]:
-    """The files of an earlier download."""
+    """The files of an earlier download. Raises `DataError` if one is missing."""
     paths = [_cache(name) / file for file in ARCHIVES[name].sha256]
     if not all(path.is_file() for path in paths):
         place = root or os.environ.get(VARIABLE)
@@ -184,7 +184,7 @@ def _download(name: str) -> list[Path]:
     import pooch
 
     archive, paths = ARCHIVES[name], []
-    # tqdm, which pooch draws its bar with, is not among pooch's own requirements
+    # pooch draws its progress bar with tqdm but does not require it
     progress = importlib.util.find_spec("tqdm") is not None
     downloader: Any = pooch.HTTPDownloader(progressbar=progress, chunk_size=1 << 16)
     for file, sha256 in archive.sha256.items():
@@ -211,30 +211,30 @@ def _idx_pair(images: Path, labels: Path) -> tuple[Bytes, Bytes]:
 
 
 def read_idx(path: Path, shape: tuple[int, ...]) -> Bytes:
-    """The `(S, *shape)` uint8 array in an IDX file, gzipped where its name ends in ``.gz``. Raises `DataError`."""
+    """Read an IDX file, gzipped if its name ends in ``.gz``: `(S, *shape)` uint8. Raises `DataError`."""
     ndim = 1 + len(shape)
     body = bytearray()
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
             header = stream.read(4 + 4 * ndim)
             if len(header) < 4 + 4 * ndim:
-                raise EOFError(f"it ends after {len(header)} bytes, within its header")
+                raise EOFError(f"it ends after {len(header)} bytes, inside its header")
             magic, *dims = struct.unpack(f">{1 + ndim}I", header)
             if magic != 0x800 + ndim:
-                raise DataError(f"{path} starts with {magic:#010x}, not {0x800 + ndim:#010x}: it is no such IDX file")
+                raise DataError(f"{path} starts with {magic:#010x}, not {0x800 + ndim:#010x}: not the right IDX file")
             if dims[0] == 0 or tuple(dims[1:]) != shape:
                 wanted = " x ".join(map(str, ("S", *shape)))
                 raise DataError(f"{path} holds {' x '.join(map(str, dims))} bytes; it must hold {wanted}, S at least 1")
             if math.prod(dims) > MOST_BYTES:
                 raise DataError(f"{path} announces {math.prod(dims):,} bytes, more than {MOST_BYTES:,}: get it again")
-            # Chunks, and no more than announced: a lying header must not take all memory.
+            # In chunks, and no more than announced: a false header must not fill the memory.
             while len(body) <= math.prod(dims) and (chunk := stream.read(1 << 20)):
                 body += chunk
         if len(body) != math.prod(dims):
             few = "fewer" if len(body) < math.prod(dims) else "more"
             raise EOFError(f"it announces {math.prod(dims)} bytes and holds {few}")
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"cannot read {path}: {error}; the file is damaged or not complete: get it again") from error
+        raise DataError(f"cannot read {path}: {error}; the file is damaged or incomplete: get it again") from error
     return np.frombuffer(body, dtype=np.uint8).reshape(dims)
 
 
@@ -245,7 +245,7 @@ def _cifar_batches(paths: Sequence[Path]) -> list[tuple[Bytes, Bytes]]:
     except DataError:
         raise
     except (OSError, EOFError, ValueError, OverflowError, zlib.error, tarfile.TarError) as error:
-        raise DataError(f"cannot read {paths[0]}: {error}; it is damaged or not complete: get it again") from error
+        raise DataError(f"cannot read {paths[0]}: {error}; it is damaged or incomplete: get it again") from error
     batches = []
     for file in CIFAR_BATCHES:
         content = contents.get(file)
@@ -274,10 +274,10 @@ def _check_size(path: Path, size: int) -> None:
 def _tar_batches(path: Path) -> Iterator[tuple[str, Any]]:
     with gzip.open(path) as stream:
         with tarfile.open(fileobj=stream) as tar:
-            for member in tar:  # in the archive's order: going back in a gzip stream means reading it all again
+            for member in tar:  # in the archive's order: seeking back in a gzip stream reads it again from the start
                 file = PurePosixPath(member.name).name
                 if file in CIFAR_BATCHES and member.isfile() and (content := tar.extractfile(member)):
                     _check_size(path / file, member.size)
                     yield file, content.read()
-        while stream.read(1 << 20):  # up to the checksum at the stream's end, which tells damage
+        while stream.read(1 << 20):  # up to the checksum at the stream's end, which detects damage
             pass

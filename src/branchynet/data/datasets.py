@@ -1,4 +1,4 @@
-"""Whole data sets, each with one fixed split into training, validation and test images."""
+"""Data sets with one fixed split into training, validation and test images."""
 
 import hashlib
 import os
@@ -19,20 +19,21 @@ from .folders import PARTS, read_folder
 from .normalization import Normalization, normalization_of
 
 FOLDER = "folder:"  # the prefix of a folder of the user's own images
-MOST_CLASSES = 20  # that a summary counts one by one
+MOST_CLASSES = 20  # more classes than this are not listed in a summary
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images and their classes.
+    """Images and labels of one part of a data set.
 
     Attributes:
         images: `(S, C, H, W)` uint8.
         labels: `(S,)` int64.
-        normalization: how `inputs` prepares the images; None to leave them in [0, 1].
+        normalization: normalization of `inputs`; None to keep them in [0, 1].
 
     Raises:
-        InputError: another shape or dtype, no images, not one label per image, or a normalisation of other channels.
+        InputError: wrong shape or dtype, no images, not one label per image, or a normalization for another number of
+            channels.
     """
 
     images: Tensor
@@ -46,17 +47,17 @@ class Split:
         if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
             raise InputError(f"labels must be int64 ({len(images)},); got {labels.dtype} {tuple(labels.shape)}")
         if self.normalization is not None and len(self.normalization.mean) != images.shape[1]:
-            raise InputError(f"the normalisation {self.normalization} is not for images of {images.shape[1]} channels")
+            raise InputError(f"the normalization {self.normalization} is not for images of {images.shape[1]} channels")
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def inputs(self, rows: Any = slice(None), augment: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Images as a network reads them: `(B, C, H, W)` float32, in [0, 1] or normalised.
+        """Return images as network inputs: `(B, C, H, W)` float32, in [0, 1] or normalized.
 
         Args:
-            rows: which ones, as a slice or a tensor of indices; all by default.
-            augment: a change of the images in [0, 1], before they are normalised.
+            rows: a slice or a tensor of indices; default: all images.
+            augment: a function of the images in [0, 1], applied before normalization.
         """
         images = self.images[rows].float().div_(255)
         images = augment(images) if augment else images
@@ -66,7 +67,7 @@ class Split:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of images and labels, to tell whether two splits are the same."""
+        """SHA-256 of images and labels."""
         parts = hashlib.sha256(f"{tuple(self.images.shape)}".encode())
         for values in (self.images, self.labels):
             parts.update(values.contiguous().numpy().data)
@@ -78,15 +79,15 @@ class ImageData:
     """A data set of images in three parts.
 
     Attributes:
-        name: what `load_data` was asked for.
-        classes: the names of the classes, in the order of the labels.
-        train: what the network learns from.
-        val: what thresholds are chosen on.
-        test: what results are reported on.
-        notes: what to know of how they were read, such as the size that they were given; printing the data tells it.
+        name: the name given to `load_data`.
+        classes: names of the classes, in the order of the labels.
+        train: images that the network is trained on.
+        val: images that thresholds are chosen on.
+        test: images that results are reported on.
+        notes: remarks on how the images were read, such as their size; printed with the data.
 
     Raises:
-        InputError: parts of different shapes, or a label without a class.
+        InputError: the parts have different shapes, or a label has no class.
     """
 
     name: str
@@ -113,30 +114,30 @@ class ImageData:
 
     @property
     def counts(self) -> NDArray[np.int64]:
-        """`(3, C)`: how many images each class has to train on, to choose on and to test on."""
+        """Number of training, validation and test images per class: `(3, C)`."""
         parts = (self.train, self.val, self.test)
         return np.stack([np.bincount(part.labels.numpy(), minlength=len(self.classes)) for part in parts])
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """How an image file becomes an input, as exported files keep it and ``branchynet predict`` does it."""
+        """How an image file becomes an input; stored in exported files and applied by ``branchynet predict``."""
         how = {"shape": list(self.shape), "scale": "pixels / 255", "resize": "bilinear"}
         normalization = self.train.normalization
         return how if normalization is None else how | {"mean": normalization.mean, "std": normalization.std}
 
     def __str__(self) -> str:
-        """How many images of what shape each class has, and the notes."""
+        """The shape of the images, their number per class, and the notes."""
         channels, height, width = self.shape
         counts = self.counts
-        told = (
+        lines = [
             f"{printable(self.name)}: {counts.sum():,} images of {channels} x {height} x {width} (channels x height x "
-        )
-        lines = [told + f"width), {len(self.classes)} classes"]
+            f"width), {len(self.classes)} classes"
+        ]
         rows = [("class", *PARTS)]
         if len(self.classes) <= MOST_CLASSES:
             rows += [(name, *map(str, column)) for name, column in zip(self.classes, counts.T, strict=True)]
         else:
-            rows += [(f"{word} in a class", *map(str, pick(counts, 1))) for word, pick in _EXTREMES.items()]
+            rows += [(f"{word} per class", *map(str, pick(counts, 1))) for word, pick in _EXTREMES.items()]
         rows.append(("all", *map(str, counts.sum(axis=1))))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for name, *numbers in rows:
@@ -156,7 +157,7 @@ def load_data(
     split: Sequence[float] | None = None,
     normalize: bool = False,
 ) -> ImageData:
-    """Load a data set by name, in its one split, which depends on no random state.
+    """Load a data set by name. Its split is fixed and does not depend on any random state.
 
     ==================  ========================================================  ==============================
     name                images                                                    training / validation / test
@@ -165,31 +166,35 @@ def load_data(
     ``mnist``           handwritten digits, (1, 28, 28)                           50,000 / 10,000 / 10,000
     ``fashion-mnist``   articles of clothing, (1, 28, 28)                         50,000 / 10,000 / 10,000
     ``cifar10``         small photographs, (3, 32, 32)                            45,000 / 5,000 / 10,000
-    ``folder:PATH``     your own: one folder per class, images directly in it     about 70 / 15 / 15 %
+    ``folder:PATH``     your images: one folder per class, images directly in it  about 70 / 15 / 15 %
     ==================  ========================================================  ==============================
 
-    An image of a folder goes to one of the three by its content, and stays there when others are added or removed.
-    Where the folder has folders ``train``, ``val`` and ``test`` (or ``valid``, ``validation``) instead, each with one
-    folder per class, these are the three; one that is missing is split off the training images.
+    The content of an image of a folder determines its part, so the image stays there when others are added or
+    removed. A folder may instead hold folders ``train``, ``val`` and ``test`` (or ``valid``, ``validation``), each with
+    one folder per class; a missing part is split off the training images.
 
-    ``print(load_data(...))`` shows how many images each class has.
+    ``print(load_data(...))`` shows the number of images per class.
 
     Args:
         name: one of the names above.
-        root: the folder where MNIST, Fashion-MNIST and CIFAR-10 files lie, as published or unpacked, in folders
-            ``mnist``, ``fashion-mnist``, ``cifar-10-batches-bin``, or as torchvision arranges them; by default the one
-            that the environment variable BRANCHYNET_DATA names.
-        download: whether to download what is not there, once, into the user's cache folder.
-        size: `(H, W)` that the images of a folder are resized to; by default the median height and the median width,
-            which may then have 2**20 pixels at most.
-        split: how many images of a folder are for training, validation and test, as three numbers in proportion, such
-            as ``(70, 15, 15)``, the default.
-        normalize: give the images of all parts the `Normalization` with which the training images have a mean of 0 and
-            a standard deviation of 1 per channel.
+        root: folder of the MNIST, Fashion-MNIST and CIFAR-10 files, as published or unpacked, in subfolders ``mnist``,
+            ``fashion-mnist``, ``cifar-10-batches-bin``, or arranged as by torchvision. Default: the environment
+            variable BRANCHYNET_DATA.
+        download: whether to download missing files to the user's cache folder.
+        size: `(H, W)` that the images of a folder are resized to. Default: the median height and the median width,
+            of at most 2**20 pixels.
+        split: proportions of training, validation and test images of a folder. Default: ``(70, 15, 15)``.
+        normalize: whether to normalize all parts with the mean and standard deviation per channel of the training
+            images (see `Normalization`).
 
     Raises:
         DataError: an unknown name, a data set that is missing or cannot be downloaded, or a malformed file.
-        InputError: `size` or `split` for a data set that has its own, or values that are no size and no split.
+        InputError: `size` or `split` is invalid, or is given for a data set other than a folder.
+
+    Example:
+        >>> data = load_data("digits")
+        >>> data.shape, len(data.train), len(data.val), len(data.test)
+        ((1, 28, 28), 1197, 300, 300)
     """
     data = _loaded(name, root, download, size, split)
     if not normalize:
@@ -211,9 +216,7 @@ def _loaded(
     for option, value in (("size", size), ("split", split)):
         if value is not None:
             shown = "x".join(map(str, value)) if option == "size" else "/".join(map(str, value))
-            raise InputError(
-                f"{option}={shown} is only for {FOLDER}PATH; {name!r} has a {option} of its own: leave it out"
-            )
+            raise InputError(f"{option}={shown} is only for {FOLDER}PATH; {name!r} has a fixed {option}: leave it out")
     if name == "digits":
         return _digits()
     if name not in ARCHIVES:
@@ -230,8 +233,8 @@ def _loaded(
 
 
 def _order(count: int) -> NDArray[np.int64]:
-    # RandomState's stream is frozen for good (NEP 19), torch's may change with a release: a network trained under one
-    # and tested under another must not meet its training images.
+    # RandomState's stream never changes (NEP 19); torch's may change between releases, and a network tested under
+    # another release must not be tested on its training images.
     return np.random.RandomState(0).permutation(count).astype(np.int64)
 
 
@@ -240,7 +243,7 @@ def _take(images: NDArray[np.uint8], labels: NDArray[np.integer], indices: NDArr
 
 
 def _digits() -> ImageData:
-    """The test images of Alpaydin and Kaynak 1998, as in scikit-learn; doi:10.24432/C50P49, licensed CC BY 4.0."""
+    """The test images of Alpaydin and Kaynak (1998), as in scikit-learn; doi:10.24432/C50P49, licensed CC BY 4.0."""
     with np.load(Path(__file__).with_name("digits.npz")) as stored:
         pixels, labels = stored["pixels"], stored["labels"]
     small = np.rint(pixels * (255 / 16)).astype(np.uint8)
@@ -251,14 +254,14 @@ def _digits() -> ImageData:
 
 
 def folder_path(name: str) -> Path:
-    """The absolute path in ``folder:PATH``. Raises `DataError` where there is none."""
+    """The absolute path in ``folder:PATH``. Raises `DataError` if it is not a folder."""
     try:
         base = Path(name.removeprefix(FOLDER)).expanduser().resolve()
         if name != FOLDER and base.is_dir():
             return base
-    except (OSError, ValueError, RuntimeError):  # a null character, links in a circle, the home of nobody
+    except (OSError, ValueError, RuntimeError):  # null character, circular links, home folder of an unknown user
         pass
-    raise DataError(f"{name!r} names no folder; give {FOLDER}PATH, with one folder of images for each class")
+    raise DataError(f"{name!r} does not name a folder; give {FOLDER}PATH, with one folder of images per class")
 
 
 def _folder(name: str, size: tuple[int, int] | None, split: Sequence[float] | None) -> ImageData:

@@ -1,7 +1,7 @@
-"""Folders of the user's own images: classes, sizes, and which image is trained, validated or tested on.
+"""Folders of the user's images: classes, sizes, and the split into training, validation and test images.
 
-Either one folder per class, whose images are split by their content; or folders ``train``, ``val`` and ``test``, each
-with one folder per class. A part that such a folder lacks is split off the training images.
+A folder holds either one folder per class, whose images are split by content, or folders ``train``, ``val`` and
+``test`` with one folder per class. A missing part is split off the training images.
 """
 
 import hashlib
@@ -17,10 +17,10 @@ from PIL import Image
 from ..errors import DataError, InputError, counted, printable
 from .images import decode, image_size
 
-MOST_UNASKED = 1 << 20  # pixels that images may have without a size; photographs must not fill the memory
-MOST_BYTES = 8 << 30  # of images in memory; more is nearly always a photograph's size taken for want of `size`
+MOST_UNASKED = 1 << 20  # limit of pixels per image if no size is given; photographs must not fill the memory
+MOST_BYTES = 8 << 30  # limit of all images in memory
 SPLIT = (70.0, 15.0, 15.0)
-FEW = 10  # images of a class, below which the result is mostly chance
+FEW = 10  # with fewer images of a class, the result is mostly chance
 PARTS = ("train", "val", "test")
 _PART_NAMES = {
     **dict.fromkeys(("train", "training"), 0),
@@ -31,13 +31,13 @@ _PART_NAMES = {
 
 @dataclass(frozen=True, eq=False)
 class Folder:
-    """What was read of a folder.
+    """The content of a folder of images.
 
     Attributes:
-        classes: names, printable.
+        classes: printable names of the classes.
         images: `(S, C, H, W)`.
         labels: `(S,)`.
-        parts: for training, validation and test the indices of its images.
+        parts: indices of the training, validation and test images.
         notes: sentences about sizes, copies and small classes.
     """
 
@@ -49,16 +49,16 @@ class Folder:
 
 
 def read_folder(base: Path, size: tuple[int, int] | None, split: Sequence[float] | None) -> Folder:
-    """Read a folder of images, see `load_data`. Raises `DataError` and `InputError` as it does."""
+    """Read a folder of images. Arguments and errors as in `load_data`."""
     _check_size(size)
     shares = _shares(split)
     roots = _roots(base)
     if roots.keys() == {0, 1, 2} and split is not None:
         raise InputError(
-            f"split={'/'.join(f'{s:g}' for s in shares)} does not go with {base}, which has folders for all three "
+            f"split={'/'.join(f'{s:g}' for s in shares)} cannot be used with {base}, which has folders for all three "
             "parts: leave it out"
         )
-    drawn = {n for n in range(3) if n == 0 or n not in roots}  # the parts that the first folder's images fall into
+    drawn = {n for n in range(3) if n == 0 or n not in roots}  # the parts of the images in the first folder
     names, listed = _listed(roots, len(drawn))
     files = [file for group, _, _ in listed for file in group]
     rows = [(label, part) for group, label, part in listed for _ in group]
@@ -70,7 +70,7 @@ def read_folder(base: Path, size: tuple[int, int] | None, split: Sequence[float]
             "size=(H, W))"
         )
     decoded = [decode(file, (height, width)) for file in files]
-    channels = max(len(image) for image in decoded)  # one colour image makes them all RGB
+    channels = max(len(image) for image in decoded)  # if one image has colour, all become RGB
     images = np.stack([np.broadcast_to(image, (channels, height, width)) for image in decoded])
     places = np.array([_place(file) for file in files])
     parts = _divided(labels, places, given, [shares[n] if n in drawn else 0.0 for n in range(3)])
@@ -99,7 +99,7 @@ def _shares(split: Sequence[float] | None) -> tuple[float, ...]:
             f"{'/'.join(map(str, shares))}"
         )
     total = sum(shares)
-    if total > 50 and not math.isclose(total, 100):  # 8/1/1 are parts of 10, but these are meant in percent
+    if total > 50 and not math.isclose(total, 100):  # 8/1/1 are proportions, but such numbers are percentages
         raise InputError(
             f"split={'/'.join(f'{share:g}' for share in shares)} adds up to {total:g} %; give shares that add up to "
             "100, such as 70/15/15"
@@ -115,7 +115,7 @@ def _subfolders(folder: Path) -> list[str]:
 
 
 def _roots(base: Path) -> dict[int, Path]:
-    """The folders of training, validation and test images by 0, 1 and 2; the folder itself where it has classes."""
+    """The folders of training (0), validation (1) and test (2) images; ``{0: base}`` if `base` holds the classes."""
     names = _subfolders(base)
     parts = [_PART_NAMES.get(name.lower(), -1) for name in names]
     if 0 not in parts or -1 in parts or not all(_subfolders(base / name) for name in names):
@@ -123,16 +123,16 @@ def _roots(base: Path) -> dict[int, Path]:
     for part in parts:
         if parts.count(part) > 1:
             same = [name for name, p in zip(names, parts, strict=True) if p == part]
-            raise DataError(f"{base} holds {' and '.join(same)}, which mean the same part: put them together")
+            raise DataError(f"{base} holds {' and '.join(same)}, which mean the same part: merge them")
     return dict(sorted((part, base / name) for part, name in zip(parts, names, strict=True)))
 
 
 def _listed(roots: dict[int, Path], least: int) -> tuple[list[str], list[tuple[list[Path], int, int]]]:
-    """Names of the classes, and the images in each of their folders with the number of the class and of the part."""
+    """Names of the classes; and for each class folder its image files, the index of its class, and its part."""
     names = _subfolders(roots[0])
     if len(names) < 2:
-        shown = f"one folder alone, {printable(names[0])!r}" if names else "no folders"
-        raise DataError(f"{roots[0]} holds {shown}; it must hold one for each class, two at least")
+        shown = f"only one folder, {printable(names[0])!r}" if names else "no folders"
+        raise DataError(f"{roots[0]} holds {shown}; it must hold one folder per class, at least two")
     listed = []
     for part, root in roots.items():
         for name in _subfolders(root):
@@ -151,25 +151,25 @@ def _image_files(folder: Path, least: int) -> list[Path]:
         key=lambda file: file.name,
     )
     if len(files) < least:
-        needed = {1: "one at least", 2: "two at least", 3: "three at least, one each to train on, to choose on and to "}
+        parts = ", for training, validation and test" * (least == 3)
         raise DataError(
-            f"{folder} holds {counted(len(files), 'image')} directly in it; a class needs {needed[least]}"
-            f"{'test on' * (least == 3)}: add some, or remove the folder"
+            f"{folder} holds {counted(len(files), 'image')} directly in it; a class needs at least {least}{parts}: add "
+            "some, or remove the folder"
         )
     return files
 
 
 def _size(base: Path, files: Sequence[Path], size: tuple[int, int] | None) -> tuple[list[str], tuple[int, int]]:
-    """The size that all images get, and what to tell of it: by default their median height and median width."""
+    """Notes on the size of the images, and the size: as given, or their median height and median width."""
     if size is not None:
         return [], size
     sizes = np.array([image_size(file) for file in files])
-    # A value that occurs, and the one size of most images where most have one.
+    # The lower median is a value that occurs, and equals the size of most images if most have the same.
     height, width = (int(np.sort(column)[(len(column) - 1) // 2]) for column in sizes.T)
     if height * width > MOST_UNASKED:
         raise DataError(
-            f"the images in {base} are {height} x {width} pixels in the median, too large to train on as they are; "
-            "give a size, such as 224 (in Python, size=(224, 224))"
+            f"the median size of the images in {base} is {height} x {width} pixels, too large to train on; give a "
+            "size, such as 224 (in Python, size=(224, 224))"
         )
     other = int((sizes != (height, width)).any(axis=1).sum())
     if not other:
@@ -177,12 +177,12 @@ def _size(base: Path, files: Sequence[Path], size: tuple[int, int] | None) -> tu
     (low, left), (high, right) = sizes.min(axis=0), sizes.max(axis=0)
     return [
         f"{other} of {len(files)} images are resized to {height} x {width} (height x width), the median of heights "
-        f"{low} to {high} and widths {left} to {right}; give a size for another"
+        f"{low} to {high} and widths {left} to {right}; give a size to change this"
     ], (height, width)
 
 
 def _place(file: Path) -> float:
-    """Where a file falls between 0 and 1 by its content, wherever it lies and whatever lies beside it."""
+    """A number in [0, 1) that depends only on the content of a file."""
     try:
         return int.from_bytes(hashlib.sha256(file.read_bytes()).digest()[:8], "big") / 2**64
     except OSError as error:
@@ -192,7 +192,7 @@ def _place(file: Path) -> float:
 def _divided(
     labels: NDArray[np.int64], places: NDArray[np.floating], given: NDArray[np.int64], shares: Sequence[float]
 ) -> tuple[NDArray[np.int64], ...]:
-    """Indices of training, validation and test images, mixed: half of a part must not be half of the classes."""
+    """Indices of training, validation and test images, shuffled so that half of a part holds all classes."""
     part = given.copy()
     drawn = np.flatnonzero(given == 0)
     part[drawn] = split_by_place(labels[drawn], places[drawn], shares)
@@ -203,16 +203,16 @@ def _divided(
 def split_by_place(
     labels: NDArray[np.integer], places: NDArray[np.floating], shares: Sequence[float]
 ) -> NDArray[np.int64]:
-    """The part of every image: 0 for training, 1 for validation, 2 for test.
+    """Return the part of every image: 0 for training, 1 for validation, 2 for test.
 
-    An image goes where it falls, so that another one more or less moves none, and copies of one image stay together:
-    what is tested on was never trained on. Of a class too small for that the lowest one is for testing, the next for
-    validation and the highest for training.
+    The place of an image determines its part. Adding or removing an image therefore moves no other one, and copies of
+    an image are never in different parts. If a class has no image in some part, its lowest image is moved to test, the
+    next to validation and the highest to training.
 
     Args:
         labels: `(S,)` classes.
-        places: `(S,)` between 0 and 1.
-        shares: of the three parts; a part with a share of 0 gets none.
+        places: `(S,)` numbers between 0 and 1.
+        shares: proportions of the three parts; a part with a share of 0 gets no images.
     """
     train, val, test = shares
     total = train + val + test
@@ -228,25 +228,25 @@ def split_by_place(
 
 
 def _copies(places: NDArray[np.floating], parts: Sequence[NDArray[np.int64]]) -> list[str]:
-    """That images to choose or test on are copies of training images, which makes results look too good."""
-    told = []
+    """Notes on validation and test images that are copies of training images."""
+    notes = []
     for name, part in zip(PARTS[1:], parts[1:], strict=True):
         if same := int(np.isin(places[part], places[parts[0]]).sum()):
-            told.append(f"{same} of {len(part)} {name} images are copies of training images: results look too good")
-    return told
+            notes.append(f"{same} of {len(part)} {name} images are copies of training images: results look too good")
+    return notes
 
 
 def _small(classes: Sequence[str], labels: NDArray[np.int64], parts: Sequence[NDArray[np.int64]]) -> list[str]:
-    """That classes have few images, or none in a part."""
-    told = []
+    """Notes on classes with few images, or with none in a part."""
+    notes = []
     counts = np.bincount(labels, minlength=len(classes))
     if few := [f"{classes[n]!r} ({counts[n]})" for n in np.flatnonzero(counts < FEW).tolist()]:
-        told.append(f"classes with fewer than {FEW} images, too few to learn or to judge: {_shown(few)}")
+        notes.append(f"classes with fewer than {FEW} images, too few to learn or to evaluate: {_shown(few)}")
     for name, part in zip(PARTS, parts, strict=True):
         none = np.flatnonzero(np.bincount(labels[part], minlength=len(classes)) == 0).tolist()
         if none:
-            told.append(f"classes without {name} images: {_shown([repr(classes[n]) for n in none])}")
-    return told
+            notes.append(f"classes without {name} images: {_shown([repr(classes[n]) for n in none])}")
+    return notes
 
 
 def _shown(names: Sequence[str]) -> str:

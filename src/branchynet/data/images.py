@@ -1,4 +1,4 @@
-"""Single image files: decoding, resizing, writing."""
+"""Reading, resizing and writing single image files."""
 
 import contextlib
 import os
@@ -13,22 +13,22 @@ from PIL import ExifTags, Image, ImageOps
 from ..errors import DataError, InputError
 from ..files import replacing
 
-MOST_PIXELS = 89_478_485  # where Pillow warns of a decompression bomb: 256 MB in RGB
+MOST_PIXELS = 89_478_485  # Pillow's limit for decompression bombs: 256 MB in RGB
 
 
 def read_image(path: str | os.PathLike[str], shape: tuple[int, int, int]) -> NDArray[np.float32]:
-    """An image file as a batch of one, as `loader` gives them: `(1, C, H, W)` float32 in [0, 1].
+    """Read an image file as a batch of one: `(1, C, H, W)` float32 in [0, 1], as from `loader`.
 
-    Turned upright by its EXIF orientation, made grey where C is 1 and RGB where C is 3 (transparency is dropped), and
-    resized to H x W, not cropped, with an antialiased bilinear filter.
+    The image is rotated by its EXIF orientation, converted to grey (C = 1) or RGB (C = 3) without transparency, and
+    resized to H x W with an antialiased bilinear filter; it is not cropped.
 
     Args:
         path: any file that Pillow can read.
         shape: `(C, H, W)`, as in `ImageData.shape`.
 
     Raises:
-        DataError: a file that is missing or cannot be decoded.
-        InputError: a shape with other than 1 or 3 channels.
+        DataError: the file is missing or cannot be decoded.
+        InputError: the shape does not have 1 or 3 channels.
     """
     channels, height, width = shape
     if channels not in (1, 3) or min(height, width) < 1:
@@ -37,7 +37,7 @@ def read_image(path: str | os.PathLike[str], shape: tuple[int, int, int]) -> NDA
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The image files in a folder and below, by name, hidden ones left out. Raises `DataError` where there is none."""
+    """List the image files in a folder and its subfolders by name, without hidden ones. Raises `DataError` if empty."""
     known = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     found = sorted(
         file
@@ -45,15 +45,19 @@ def images_in(folder: Path) -> list[Path]:
         if file.suffix.lower() in known and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     )
     if not found:
-        raise DataError(f"{folder} holds no image file; give image files, or a folder of them")
+        raise DataError(f"{folder} holds no image file; give image files, or a folder of images")
     return found
 
 
 def save_image(image: ArrayLike, path: str | os.PathLike[str]) -> None:
-    """Write an image `(C, H, W)`, floats in [0, 1] or uint8, C 1 or 3, in the format that the path's ending names.
+    """Write an image in the format of the path's extension.
+
+    Args:
+        image: `(C, H, W)` with 1 or 3 channels; floats in [0, 1], or uint8.
+        path: such as ``image.png``.
 
     Raises:
-        InputError: another shape, or an ending that Pillow cannot write.
+        InputError: another shape, or an extension that Pillow cannot write.
         FileError: the file cannot be written.
     """
     array = np.asarray(image)
@@ -71,17 +75,17 @@ def save_image(image: ArrayLike, path: str | os.PathLike[str]) -> None:
 def decode(
     path: str | os.PathLike[str], size: tuple[int, int] | None = None, channels: int | None = None
 ) -> NDArray[np.uint8]:
-    """An image file as `(C, H, W)` uint8, upright; by default at its own size, C 1 if the file is grey, else 3.
+    """Decode an image file as `(C, H, W)` uint8, upright; by default at its size, with C = 1 if it is grey, else 3.
 
     Raises:
-        DataError: a file that is missing, cannot be decoded, or holds more than `MOST_PIXELS` pixels.
+        DataError: the file is missing, cannot be decoded, or has more than `MOST_PIXELS` pixels.
     """
     with _opened(path) as opened:
         image: Any = ImageOps.exif_transpose(opened)
         grey = image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I")
-        if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
+        if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip at 255
             image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-        if image.mode == "P":  # straight to RGB, a palette with transparency makes Pillow warn
+        if image.mode == "P":  # converting a palette with transparency to RGB directly makes Pillow warn
             image = image.convert("RGBA")
         image = image.convert("L" if channels == 1 or (channels is None and grey) else "RGB")
     if size is not None and image.size != size[::-1]:
@@ -91,18 +95,18 @@ def decode(
 
 
 def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """`(H, W)` of an image file, upright, as its header has it. Raises `DataError` as `decode` does."""
+    """Read the upright size `(H, W)` of an image file from its header. Raises `DataError` as `decode` does."""
     with _opened(path) as opened:
-        # A PNG file may hold its orientation behind its pixels, which would all be decoded for it.
+        # A PNG file may hold its orientation after its pixels, which would all be decoded.
         turned = opened.format != "PNG" and opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
         return (opened.width, opened.height) if turned else (opened.height, opened.width)
 
 
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
-    """An image file of at most `MOST_PIXELS` pixels; what fails on it within the block is a `DataError`."""
+    """Open an image file of at most `MOST_PIXELS` pixels; any error within the block becomes a `DataError`."""
     if Path(path).exists() and not Path(path).is_file():
-        raise DataError(f"cannot read the image {os.fspath(path)}: it is no regular file; replace or remove it")
+        raise DataError(f"cannot read the image {os.fspath(path)}: it is not a regular file; replace or remove it")
     try:
         with Image.open(path) as opened:
             if opened.width * opened.height > MOST_PIXELS:

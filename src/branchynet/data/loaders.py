@@ -1,7 +1,7 @@
-"""Batches for training and recording, and random changes to them.
+"""Batches for training and recording, and augmentation.
 
-Everything random here is drawn from torch's global generator on the CPU, so that whoever seeds it (the trainer, every
-epoch) gets the same batches again.
+All random numbers are from torch's global generator on the CPU. The trainer seeds it in every epoch, so batches are
+reproducible.
 """
 
 import math
@@ -21,7 +21,7 @@ Augment = Callable[[Tensor], Tensor]  # (B, C, H, W) float in [0, 1] -> the same
 
 
 class _Images(Dataset[Any]):
-    """A split that is indexed by whole batches: one gather instead of B small ones and a stack."""
+    """A split that gathers a whole batch at once."""
 
     def __init__(self, split: Split, augment: Augment | None) -> None:
         self.split = split
@@ -47,19 +47,24 @@ def loader(
     augment: Augment | None = None,
     seed: int | None = None,
 ) -> DataLoader[Any]:
-    """Batches `(images, labels)` of a split: float32 `(B, C, H, W)`, as `Split.inputs` gives them, and int64 `(B,)`.
+    """Return a loader of batches `(images, labels)`: `Split.inputs`, float32 `(B, C, H, W)`, and int64 `(B,)`.
 
-    The last batch may be smaller. Without `seed` all chance comes from torch's global generator.
+    The last batch may be smaller.
 
     Args:
         split: the images.
         batch_size: B, at least 1.
         shuffle: whether every pass has a new order.
-        augment: a random change of each batch, such as `shift`, `affine`, `flip_crop` or any function of its kind.
-        seed: fixes the orders (not the augmentation), whatever the state of the global generator.
+        augment: a random function of each batch, such as `shift`, `affine`, `flip_crop` or your own.
+        seed: seed of the orders, but not of the augmentation. Default: torch's global generator.
 
     Raises:
         InputError: a batch size below 1, or a seed outside 0..2^32 - 1.
+
+    Example:
+        >>> images, labels = next(iter(loader(load_data("digits").val, 8)))
+        >>> images.shape, labels.shape
+        (torch.Size([8, 1, 28, 28]), torch.Size([8]))
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1; got {batch_size}")
@@ -72,21 +77,23 @@ def _as_is(batch: Any) -> Any:
 
 
 class ProgressiveLoader:
-    """Batches whose images are small in the first epochs and grow: a cheap way to more epochs (arXiv:2104.00298, 4).
+    """Loader with small images in the first epochs and larger ones later, which makes epochs cheaper.
 
-    `fit` tells it the epoch. Networks must take images of any size, as those do that end in global average pooling.
+    `fit` sets the epoch. The network must accept images of any size, for example by global average pooling.
 
     Args:
         batches: a loader of `(images, target)`, images float `(B, C, H, W)`.
-        sides: H and W of the images in epoch 1, 2 and so on; the last holds for all later ones.
+        sides: height and width of the images in epoch 1, 2 and so on; the last one applies to all later epochs.
 
     Raises:
         InputError: no sides, or one below 1.
+
+    Source: Tan and Le 2021, section 4 (arXiv:2104.00298).
     """
 
     def __init__(self, batches: DataLoader[Any], sides: Sequence[int]) -> None:
         if not sides or min(sides) < 1:
-            raise InputError(f"sides must be one size of at least 1 an epoch; got {tuple(sides)}")
+            raise InputError(f"sides must be one size of at least 1 per epoch; got {tuple(sides)}")
         self.batches, self.sides = batches, tuple(sides)
         self.batch_size, self.num_workers = batches.batch_size, batches.num_workers
         self.set_epoch(1)
@@ -95,7 +102,7 @@ class ProgressiveLoader:
         return len(self.batches)
 
     def set_epoch(self, epoch: int) -> None:
-        """From now on give images of this epoch's size; epochs count from 1."""
+        """Use the image size of this epoch from now on; epochs count from 1."""
         self.side = self.sides[min(epoch, len(self.sides)) - 1]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -107,7 +114,7 @@ class ProgressiveLoader:
 
 
 def shift(pixels: int) -> Augment:
-    """Move each image by up to `pixels` rows and columns, either way; what comes in at the edge is 0.
+    """Shift each image by up to `pixels` rows and columns in either direction, and fill with 0.
 
     Raises:
         InputError: a negative number of pixels.
@@ -125,7 +132,7 @@ def shift(pixels: int) -> Augment:
 
 
 def flip_crop(padding: int = 4) -> Augment:
-    """Crop each image at random from itself padded with 0, and mirror every other one: the usual change for CIFAR-10.
+    """Pad each image with 0, crop it at random and mirror it with probability 1/2, as is usual for CIFAR-10.
 
     Raises:
         InputError: a negative padding.
@@ -141,12 +148,12 @@ def flip_crop(padding: int = 4) -> Augment:
 
 
 def affine(degrees: float = 10.0, translate: float = 0.1, scale: float = 0.1) -> Augment:
-    """Turn, move and zoom each image about its centre by amounts of its own, bilinearly; what comes in is 0.
+    """Rotate, shift and scale each image by random amounts with bilinear interpolation, and fill with 0.
 
     Args:
-        degrees: the most that an image is turned, either way.
-        translate: the most that it is moved, as a share of its height and width, either way.
-        scale: the most that it is enlarged or shrunk, as a share of its size; below 1.
+        degrees: largest rotation in either direction.
+        translate: largest shift in either direction, as a share of height and width.
+        scale: largest change of size, as a share of it; below 1.
 
     Raises:
         InputError: a negative amount, or a scale of 1 or more.
@@ -161,7 +168,7 @@ def affine(degrees: float = 10.0, translate: float = 0.1, scale: float = 0.1) ->
         turn, zoom, right, down = torch.rand(4, batch) * 2 - 1
         angle, size = turn * math.radians(degrees), 1 + zoom * scale
         cos, sin = torch.cos(angle) / size, torch.sin(angle) / size
-        # affine_grid asks where each output pixel comes from, in units of half the width and half the height.
+        # affine_grid maps output to input positions, in units of half the width and half the height.
         rows = (cos, -sin * (height / width), 2 * translate * right, sin * (width / height), cos, 2 * translate * down)
         matrices = torch.stack(rows, dim=1).view(batch, 2, 3).to(images)
         grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
@@ -171,7 +178,7 @@ def affine(degrees: float = 10.0, translate: float = 0.1, scale: float = 0.1) ->
 
 
 def compose(*augments: Augment) -> Augment:
-    """One augmentation that applies the given ones in turn."""
+    """Return an augmentation that applies the given ones one after the other."""
 
     def apply(images: Tensor) -> Tensor:
         for augment in augments:

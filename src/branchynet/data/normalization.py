@@ -1,4 +1,4 @@
-"""Normalisation: what is taken from the pixels of each channel before the network reads them, and kept in the file."""
+"""Normalization of pixels per channel, as stored in exported files."""
 
 import math
 from collections.abc import Mapping
@@ -13,14 +13,14 @@ from ..errors import InputError
 
 @dataclass(frozen=True)
 class Normalization:
-    """Subtracts a mean per channel and divides by a standard deviation per channel, both of pixels in [0, 1].
+    """Subtract a mean per channel and divide by a standard deviation per channel, both of pixels in [0, 1].
 
     Attributes:
         mean: `(C,)`.
         std: `(C,)`, above 0.
 
     Raises:
-        InputError: numbers that are not finite, a `std` that is not above 0, or not one of each per channel.
+        InputError: `mean` and `std` are not finite or not of one length, or a `std` is not above 0.
     """
 
     mean: tuple[float, ...]
@@ -35,19 +35,19 @@ class Normalization:
             )
 
     def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Images `(B, C, H, W)` in [0, 1], normalised."""
+        """Normalize images `(B, C, H, W)` in [0, 1]."""
         mean, std = (np.array(values, np.float32)[:, None, None] for values in (self.mean, self.std))
         return (images - mean) / std
 
 
 def normalization_of(images: NDArray[np.uint8]) -> Normalization:
-    """What gives each channel of `(S, C, H, W)` a mean of 0 and a standard deviation of 1.
+    """Return the normalization that gives each channel of `(S, C, H, W)` a mean of 0 and a standard deviation of 1.
 
-    A constant channel has a standard deviation of 0 and is only centred.
+    A constant channel is only centred.
     """
     means, stds = [], []
     for channel in range(images.shape[1]):
-        # From exact counts and exact sums, so that it is the same on every machine.
+        # Exact counts and sums give the same result on every machine.
         counts = np.zeros(256, np.int64)
         for image in images[:, channel]:
             counts += np.bincount(image.ravel(), minlength=256)
@@ -61,21 +61,21 @@ def normalization_of(images: NDArray[np.uint8]) -> Normalization:
 
 
 def stored_normalization(preprocessing: Any, channels: int) -> Normalization | None:
-    """The normalisation in a file's `preprocessing`: its `mean` and `std`, a number each or one per channel.
+    """Return the normalization in a file's `preprocessing`: `mean` and `std`, one number each or one per channel.
 
     Args:
-        preprocessing: as `export` was given it; None, or without these two entries, for no normalisation.
+        preprocessing: the argument of `export`; without `mean` and `std` there is no normalization.
         channels: C.
 
     Raises:
-        InputError: one without the other, or entries that are no such numbers.
+        InputError: one of `mean` and `std` is missing, or they are not such numbers.
     """
     if not isinstance(preprocessing, Mapping) or not {"mean", "std"} & preprocessing.keys():
         return None
     entries = {name: _per_channel(name, preprocessing.get(name), channels) for name in ("mean", "std")}
     if not all(0 <= mean <= 1 for mean in entries["mean"]):
         raise InputError(
-            f"the file's preprocessing has mean={preprocessing['mean']!r}, which is no mean of pixels in [0, 1]; "
+            f"the file's preprocessing has mean={preprocessing['mean']!r}, which is not a mean of pixels in [0, 1]; "
             "export it again with mean and std divided by 255, or prepare the images yourself in Python"
         )
     return Normalization(**entries)
@@ -85,7 +85,7 @@ def _per_channel(name: str, value: Any, channels: int) -> tuple[float, ...]:
     values = value if isinstance(value, list) else [value] * channels
     if len(values) != channels or any(type(v) not in (int, float) for v in values):
         raise InputError(
-            f"the file's preprocessing has {name}={value!r}, and for {channels} channels it must have one number, or "
-            "one per channel, of pixels in [0, 1]; export it again, or prepare the images yourself in Python"
+            f"the file's preprocessing has {name}={value!r}, but for {channels} channels it needs one number, or "
+            "one per channel, for pixels in [0, 1]; export it again, or prepare the images yourself in Python"
         )
     return tuple(map(float, values))

@@ -1,1 +1,1 @@
-"""Run folders: the steps of the command line, each of which reads and writes files."""
+"""Run folders: the steps of the command line, which read and write files."""

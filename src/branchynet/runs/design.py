@@ -1,15 +1,15 @@
-"""From a trained run to a designed one: advise, train on, choose again, export, measure, compare.
+"""Design exits for a trained run: advise, train, choose, export, measure and compare with the prediction.
 
-The design's folder, ``RUN/design-BATCH``, is a run folder itself, so that every verb works on it; for other runtimes
-than ONNX Runtime on the CPU it is ``RUN/design-BATCH-RUNTIME``. More files are::
+The folder of a design, ``RUN/design-BATCH``, is itself a run folder, so every verb works on it. For a runtime other
+than ONNX Runtime on the CPU it is ``RUN/design-BATCH-RUNTIME``. It holds these additional files::
 
-    asked.json            what was asked of the designer
-    advice.json           what was found, and predicted, before anything was built
-    warm.safetensors      the best design with its branches so far
-    prediction.json       what the trained design should take, written before it is measured
-    comparison.json       what it takes
+    asked.json            the arguments of the designer
+    advice.json           the candidates and predictions, written before a design is trained
+    warm.safetensors      the best design, with branches trained on the frozen network
+    prediction.json       the predicted latency of the trained design, written before it is measured
+    comparison.json       the measured latency and accuracy
 
-``RUN/candidates`` keeps the training of all candidates on the frozen network, which serves every batch size.
+``RUN/candidates`` holds the training of all candidates on the frozen network; every batch size uses it.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -42,23 +42,25 @@ from .settings import build_network, data_of, example_of
 from .steps import export_run, train_exits
 
 TIMING_S = 10.0
-_IMPROVES = 0.98  # of the last epoch's validation loss to the one before, below which more epochs help
+_IMPROVES = 0.98  # last validation loss / the one before it; below this, more epochs help
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A design, what was predicted of it, and what it does.
+    """The predicted and the measured performance of a design.
 
     Attributes:
-        network, batch, threads: what was designed for.
-        taps, branches: of the early exits.
-        advised_us: predicted microseconds a sample with branches trained on the frozen network.
-        predicted_us, predicted_speedup: from the trained design's answers on validation, before it was timed; the
-            second beside the plain network of that moment, so that it holds where the machine's pace has changed.
-        measured_us, plain_us, limit_us: timed together, everything inside the clock.
-        accuracy, plain_accuracy: on test: with exits, and of the network without, trained for as long.
-        reached: whether thresholds of the network's own validation accuracy were found; else the most accurate ones
-            stand here.
+        network, batch, threads: the network, the batch size and the number of threads of the design.
+        taps, branches: the taps and branch names of the early exits.
+        advised_us: predicted microseconds per sample with branches trained on the frozen network.
+        predicted_us, predicted_speedup: predicted from the validation record of the trained design, before it is
+            timed. The speed-up is relative to the plain network measured at the same time, so it stays valid if the
+            machine becomes faster or slower.
+        measured_us, plain_us, limit_us: microseconds per sample, measured together; every operation is timed.
+        accuracy, plain_accuracy: test accuracy with exits, and of the plain network.
+        exit_share: share of the test samples that leave at each exit.
+        reached: whether some thresholds reach the wanted validation accuracy; otherwise the results are those of the
+            most accurate thresholds.
     """
 
     network: str
@@ -79,21 +81,21 @@ class Comparison:
 
     @property
     def speedup(self) -> float:
-        """Measured, beside the network without exits."""
+        """Measured speed-up over the plain network."""
         return self.plain_us / self.measured_us
 
     @property
     def error(self) -> float:
-        """By how much of it the measured time is beyond the prediction, or short of it."""
+        """Relative error of the prediction: above 0 if the measured time is longer."""
         return self.measured_us / self.predicted_us - 1
 
     def __str__(self) -> str:
         """The comparison in words."""
-        held = "" if self.reached else " (its validation accuracy was not reached; these are the best thresholds)"
+        held = "" if self.reached else " (no thresholds reach its validation accuracy; these are the most accurate)"
         return (
-            f"measured {self.measured_us:.1f} us a sample, {self.error:+.0%} beside the predicted "
-            f"{self.predicted_us:.1f}; {self.speedup:.2f}x faster than {self.plain_us:.1f} without exits, predicted "
-            f"{self.predicted_speedup:.2f}x; test accuracy {self.accuracy:.2%}, without exits "
+            f"measured {self.measured_us:.1f} us per sample, {self.error:+.0%} relative to the predicted "
+            f"{self.predicted_us:.1f}; speed-up {self.speedup:.2f}x over the plain network ({self.plain_us:.1f} us), "
+            f"predicted {self.predicted_speedup:.2f}x; test accuracy {self.accuracy:.2%}, plain network "
             f"{self.plain_accuracy:.2%}{held}"
         )
 
@@ -109,23 +111,24 @@ def design_run(
     anyway: bool = False,
     progress: bool = True,
 ) -> tuple[Advice, Comparison | None]:
-    """Find, train, export and time the exits that suit a trained run's network; goes on where it was stopped.
+    """Find, train, export and time exits for the plain network of a trained run; resumes if it was interrupted.
 
     Args:
-        base: a trained run; its plain network is what exits are designed for, and what they are compared with.
-        target: what the design is for: the batch size, the threads and the runtime of the deployed file.
-        max_drop: accuracy on validation at most so far below the plain network's.
-        num_exits: the most the design may have, the network's own included.
-        epochs: for all candidate branches together; all exits are then trained for as long as the run's were.
-        final_epochs: as `advise` takes it.
-        anyway: go on with a design that is not worth it.
-        progress: show bars and tell what is being done.
+        base: a trained run. The exits are designed for its plain network and compared with it.
+        target: batch size, threads and runtime of the deployed file.
+        max_drop: largest drop of validation accuracy below the plain network's.
+        num_exits: largest number of exits, including the final exit.
+        epochs: epochs of all candidate branches together. The chosen exits are then trained for as many epochs as
+            those of `base`.
+        final_epochs: as in `advise`.
+        anyway: train the design even if exits are not worth it.
+        progress: whether to show progress.
 
     Returns:
-        The advice; and the comparison, or None where exits are not worth it.
+        The advice; and the comparison, or None if exits are not worth it.
 
     Raises:
-        InputError, GraphError: as `advise`; a design in this folder with another limit.
+        InputError, GraphError: as `advise`; or the folder holds a design with other arguments.
         FileError: the run is not trained, or has no plain network.
     """
     check_fraction("max_drop", max_drop)
@@ -163,9 +166,13 @@ def design_run(
 
 
 def next_steps(folder: Path, num_exits: int, epochs: int, final_epochs: int) -> str:
-    """What may change a verdict that exits are not worth it: options below their defaults, branches that still improve.
+    """Suggest options that may change a verdict that exits are not worth it; empty if there are none.
 
-    `folder` is the design's, inside the run's; the others are as `design_run` took them.
+    Args:
+        folder: the design's folder, inside the run's folder.
+        num_exits: as in `design_run`.
+        epochs: as in `design_run`.
+        final_epochs: as in `design_run`.
     """
     path = folder.parent
     histories = [History.load(file).rows for file in sorted((path / "candidates").rglob("train.csv"))]
@@ -184,13 +191,13 @@ def next_steps(folder: Path, num_exits: int, epochs: int, final_epochs: int) -> 
 
 
 def design_folder(run: Path, target: Target) -> Path:
-    """Where a run's design for a batch size and a runtime lies."""
+    """The folder of a run's design for a target."""
     name = f"design-{target.batch_size}"
     return run / (name if target.runtime == "onnxruntime" else f"{name}-{target.runtime}")
 
 
 def _advised(base: Run, data: ImageData, folder: Path, target: Target, asked: dict[str, Any], progress: bool) -> Advice:
-    """The advice in the folder, or a new one; `asked` is what ``asked.json`` keeps."""
+    """Load the advice in the folder, or make it; `asked` is the content of ``asked.json``."""
     path = folder / "advice.json"
     settings = base.settings
     plain = build_network(replace(settings, taps=()), data).backbone
@@ -202,8 +209,8 @@ def _advised(base: Run, data: ImageData, folder: Path, target: Target, asked: di
         advice = Advice.load(path)
         if advice.fingerprint != fingerprint(plain):
             raise FileError(
-                f"{path} is advice on other weights than those there; remove {folder} and {base.path / 'candidates'}, "
-                "and design again"
+                f"{path} is advice on other weights than those of {base.path}; remove {folder} and "
+                f"{base.path / 'candidates'}, and run `branchynet design {base.path}` again"
             )
         return advice
     train, val = loaders(settings, data)
@@ -227,18 +234,18 @@ def _advised(base: Run, data: ImageData, folder: Path, target: Target, asked: di
     assert advice.network is not None
     save_weights(advice.network, folder / "warm.safetensors")
     write_json(folder / "asked.json", asked)
-    advice.save(path)  # last: with it, all is there
+    advice.save(path)  # last: its presence shows that the other files are complete
     return advice
 
 
 def _compared(
     base: Run, run: Run, net: BranchyNet, data: ImageData, advice: Advice, max_drop: float, progress: bool
 ) -> Comparison:
-    """Choose at the plain network's accuracy, predict, then export and time."""
+    """Choose thresholds at the plain network's accuracy, predict the latency, then export and time the file."""
     _, val = loaders(run.settings, data)
     plain = build_network(replace(base.settings, taps=()), data).backbone
     load_weights(plain, _plain(base, "plain" if base.settings.plain else "warm-start"))
-    report_progress(progress, "recording what the plain network answers, and measuring what the trained design costs")
+    report_progress(progress, "recording the plain network, and measuring the cost of the trained design")
     wanted = evaluate(record(plain, val, progress=False), Policy()).accuracy - max_drop
     cost = measure(net, example_of(data), advice.target, seconds=TIMING_S)
     choice, reached = nearest_to(ExitRecord.load(run.path / "record-val.npz"), cost, wanted)
@@ -285,7 +292,7 @@ def _compared(
 
 
 def _plain(base: Run, name: str) -> Path:
-    """The weights of a plain network of the run. Raises `FileError` where it trained none."""
+    """The weights of a plain network of the run. Raises `FileError` if the run trained none."""
     path = base.path / name / "checkpoint.safetensors"
     if not path.exists():
         raise FileError(

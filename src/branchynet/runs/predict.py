@@ -1,4 +1,4 @@
-"""Answers to image files."""
+"""Predictions for image files."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,11 +15,11 @@ BATCH = 64
 
 
 def predict_files(engine: Engine, images: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    """Answer image files, prepared as the training images were.
+    """Predict the labels of image files, with the preprocessing of the training images.
 
     Yields:
-        ``{"image", "label", "exit", "score"}`` for each file, in order; ``{"image", "error"}`` for one that is missing
-        or is no image.
+        ``{"image", "label", "exit", "score"}`` for each file, in order; ``{"image", "error"}`` if the file is missing
+        or not an image.
 
     Raises:
         InputError: the network does not read one image of fixed size, or the file's `mean` and `std` are not numbers.
@@ -45,7 +45,7 @@ def predict_files(engine: Engine, images: Sequence[Path]) -> Iterator[dict[str, 
 
 
 def _image(file: Path, size: tuple[int, int, int]) -> Any:
-    """The image in a file, or the `DataError` that says why there is none."""
+    """The image in a file, or the `DataError` of reading it."""
     try:
         return read_image(file, size)
     except DataError as error:
@@ -53,7 +53,7 @@ def _image(file: Path, size: tuple[int, int, int]) -> Any:
 
 
 def model_file(path: Path) -> Path:
-    """The file itself, or the one that a run's folder holds. Raises `FileError` where it has none, or an old one."""
+    """The file itself, or ``model.onnx`` of a run folder. Raises `FileError` if it is missing or out of date."""
     if not path.is_dir():
         return path
     if not (path / "model.onnx").is_file():
@@ -66,9 +66,9 @@ def model_file(path: Path) -> Path:
 
 
 def image_files(paths: Sequence[Path]) -> list[Path]:
-    """The files, and of folders the images in them and below, by name, each once.
+    """The files, and for each folder all image files in it and its subfolders, sorted by name, without duplicates.
 
-    Raises `DataError` for a folder without any.
+    Raises `DataError` for a folder without images.
     """
     found = [file for path in paths for file in (images_in(path) if path.is_dir() else [path])]
     return list({file.absolute(): file for file in found}.values())

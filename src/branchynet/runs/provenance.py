@@ -1,7 +1,8 @@
-"""What the files of a run were made from: each names it, and what does not belong together is refused by name.
+"""Provenance of the files of a run: checks that they were made from the same data, weights and thresholds.
 
 ``data.json`` holds a digest of the training, validation and test images of a run. Records, costs, choices and exported
-files carry the fingerprint of their network; a choice names the record that chose, and ``bench.json`` the file timed.
+files hold the fingerprint of their network; a choice holds the digest of its record, and ``bench.json`` that of the
+timed file.
 """
 
 import hashlib
@@ -27,56 +28,56 @@ _FILE = "data.json"
 
 
 def keep_data(run: Path, data: ImageData) -> None:
-    """Write which images a run is made with."""
+    """Write the digests of the images that a run uses."""
     digests = {part: getattr(data, part).digest for part in PARTS}
     write_json(run / _FILE, {"name": data.name, "digests": digests})
 
 
 def check_data(run: Path, data: ImageData, parts: Sequence[str] = PARTS) -> None:
-    """Raises `DataError` where these parts of the data are not those that the run was made with."""
+    """Raise `DataError` if these parts of the data differ from those that the run was made with."""
     if not any((run / part / "train.csv").exists() for part in (".", "warm-start", "plain")):
         return  # nothing has been made yet
     if not (run / _FILE).exists():
         if data.name.startswith(FOLDER):
             raise DataError(
-                f"{run} has no {_FILE}: its images were split in another way, so that those to test on now may have "
-                f"been trained on; train again into a new folder: `branchynet train NEW --data {data.name}`"
+                f"{run} has no {_FILE}: its images were split in another way, so the test images may include training "
+                f"images; train again into a new folder: `branchynet train NEW --data {data.name}`"
             )
         return
     made = read_entry(run / _FILE, "digests", dict[str, str], "train")
     for part in parts:
         if made.get(part) != getattr(data, part).digest:
             raise DataError(
-                f"the {part} images of {data.name} are not those that {run} was made with; put these back, or train "
+                f"the {part} images of {data.name} are not those that {run} was made with; restore them, or train "
                 f"again into a new folder: `branchynet train NEW --data {data.name}`"
             )
 
 
 def check_design(run: Path) -> None:
-    """Raises `FileError` for a design that was selected on all validation samples, which leaves none for a promise."""
+    """Raise `FileError` for a design that was selected on all validation samples, which leaves none for a promise."""
     path = run / "advice.json"
     if path.exists() and not Advice.load(path).selected_on:
         raise FileError(
-            f"{path} does not say which samples selected the design: it was made by a version that took all "
-            f"validation samples, which leaves none to test a promise. Remove {run} and run `branchynet design "
-            f"{run.parent}` again, or ask for no promise (--no-promise)"
+            f"{path} does not name the samples that selected the design: an older version used all validation "
+            f"samples, which leaves none to test a promise. Remove {run} and run `branchynet design {run.parent}` "
+            "again, or choose without a promise (--no-promise)"
         )
 
 
 def check_choice(run: Path, choice: Choice, network: str) -> None:
-    """Raises `FileError` where a choice is not of the weights there, whose fingerprint is `network`."""
+    """Raise `FileError` if a choice was made for weights with a fingerprint other than `network`."""
     if choice.network in (None, network):
         return
     recorded = ExitRecord.load(run / "record-val.npz").network if (run / "record-val.npz").exists() else None
     verb = "choose" if recorded == network else "train"
     raise FileError(
-        f"{run / 'choice.json'} was chosen for other weights ({choice.network}) than those there ({network}); run "
-        f"`branchynet {verb} {run}` again"
+        f"{run / 'choice.json'} was chosen for other weights ({choice.network}) than the current ones ({network}); "
+        f"run `branchynet {verb} {run}` again"
     )
 
 
 def check_model(run: Path, about: Mapping[str, Any]) -> None:
-    """Raises `FileError` where a run's file was not made of its weights or with its thresholds.
+    """Raise `FileError` if ``model.onnx`` was made with other weights or thresholds than the run has now.
 
     Args:
         run: the folder.
@@ -85,9 +86,7 @@ def check_model(run: Path, about: Mapping[str, Any]) -> None:
     records, chosen = run / "record-val.npz", run / "choice.json"
     current = ExitRecord.load(records).network if records.exists() else None
     if not _same_weights(about, current):
-        raise FileError(
-            f"{run / 'model.onnx'} was made of other weights than those that {run} has now: {_remake(run, current)}"
-        )
+        raise FileError(f"{run / 'model.onnx'} was made with other weights than {run} has now: {_remake(run, current)}")
     choice = Choice.load(chosen) if chosen.exists() else None
     if choice is not None and about.get("policy") is not None and about["policy"] != choice.policy.to_json():
         raise FileError(
@@ -96,7 +95,7 @@ def check_model(run: Path, about: Mapping[str, Any]) -> None:
 
 
 def outdated(run: Path) -> list[str]:
-    """The names of a run's files that were made of other weights than it has now, in the order that they are made."""
+    """The names of a run's files that were made with other weights than it has now, in the order of the steps."""
     current = ExitRecord.load(run / "record-val.npz").network
     old = []
     if (run / "choice.json").exists() and Choice.load(run / "choice.json").network not in (None, current):
@@ -113,19 +112,19 @@ def _same_weights(about: Mapping[str, Any], current: str | None) -> bool:
 
 
 def _remake(run: Path, current: str | None) -> str:
-    """The commands that make ``model.onnx`` of the weights there."""
+    """The commands that make ``model.onnx`` with the current weights."""
     chosen = run / "choice.json"
     fits = chosen.exists() and Choice.load(chosen).network in (None, current)
     return "run " + f"`branchynet choose {run}` and " * (not fits) + f"`branchynet export {run}` again"
 
 
 def keep_bench(run: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write ``bench.json`` with the file that was timed."""
+    """Write ``bench.json``, with the digest of the timed file."""
     write_json(run / "bench.json", {"environment": environment(), "model": _digest(run / "model.onnx"), "rows": rows})
 
 
 def bench_rows(run: Path) -> list[dict[str, Any]]:
-    """The rows of ``bench.json``; none without it. Raises `FileError` where another version wrote them."""
+    """The rows of ``bench.json``; empty without it. Raises `FileError` if a row lacks a column."""
     path = run / "bench.json"
     again = f"`branchynet bench {run}`"
     rows = read_entry(path, "rows", list[dict[str, Any]], again) if path.exists() else []
@@ -140,23 +139,23 @@ def _digest(path: Path) -> str:
 
 
 def check_report(run: Path, choice: Choice, val: ExitRecord, test: ExitRecord, model: Engine) -> None:
-    """What a report puts together belongs together.
+    """Check that the files of a report were made from each other.
 
     Args:
         run: the folder.
-        choice: of thresholds.
+        choice: the chosen thresholds.
         val: the validation record.
         test: the test record.
         model: the exported file.
 
     Raises:
-        FileError: a file was made from others than those there; the command that makes it again is named.
+        FileError: a file was not made from the others; the message names the command that recreates it.
     """
 
     def check(name: str, verb: str, *same: tuple[Any, Any]) -> None:
         if any(None not in pair and pair[0] != pair[1] for pair in same):
             raise FileError(
-                f"{run / name} was not made from the other files there; run `branchynet {verb} {run}` again"
+                f"{run / name} was not made from the other files of this run; run `branchynet {verb} {run}` again"
                 + ", or remove it" * (verb == "bench")
             )
 

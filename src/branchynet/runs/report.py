@@ -1,4 +1,4 @@
-"""What people look at: answers to image files, and the report of a run."""
+"""The report of a run, and the notes that the commands print below their results."""
 
 from pathlib import Path
 from typing import Any
@@ -21,48 +21,47 @@ from .run import Run, report_progress
 from .settings import data_of
 from .steps import measure_run
 
-SHOWN = 24  # pictures a gallery
-LIMITS = (0.005, 0.01, 0.02, 0.05, 0.1)  # of accuracy that one may want to promise; the first is the default of choose
+SHOWN = 24  # images per gallery
+LIMITS = (0.005, 0.01, 0.02, 0.05, 0.1)  # accuracy drops that users may want to promise; `choose` defaults to the first
 
 
 def after_training(run: Run) -> list[str]:
-    """What to tell when a run is trained: files of earlier weights, and the command that comes next.
+    """The lines after training: the files of earlier weights, and the next command.
 
-    That command has a limit that the run's samples can carry.
+    That command has a limit that the run has enough samples to promise.
     """
     samples = ExitRecord.load(run.file("record-val.npz", "train")).samples
     carried = tightest(samples, 0.05, "betting")
     limit = next((limit for limit in LIMITS if carried is not None and limit >= carried), None)
     how = " --no-promise" if limit is None else "" if limit == LIMITS[0] else f" --max-drop {limit:g}"
     old = outdated(run.path)
-    told = [f"out of date, as they were made of earlier weights: {', '.join(old)}"] if old else []
-    return [*told, f"trained; next: branchynet choose {run.path}{how}"]
+    lines = [f"out of date, made with earlier weights: {', '.join(old)}"] if old else []
+    return [*lines, f"trained; next: branchynet choose {run.path}{how}"]
 
 
 def reason_run(run: Run, choice: Choice) -> str:
-    """Why a choice of this run lets no sample leave early, in words; empty where it lets some."""
+    """Why no sample leaves early with a choice of this run; empty if some do."""
     design = f"\n`branchynet design {run.path}` looks for exits that pay"
     return choice.reason + design if choice.reason and not run.settings.taps else choice.reason
 
 
 def bench_notes(run: Run) -> str:
-    """Below the times of a run: the last exit's accuracy on test images, and what was promised beside it."""
+    """The notes below the times of a run: test accuracy of the last exit and with early exits, and the promise."""
     choice = Choice.load(run.file("choice.json", "choose"))
     outcome = evaluate(ExitRecord.load(run.file("record-test.npz", "train")), choice.policy)
-    told = [
-        f"on the test images the last exit alone has {outcome.last_accuracy:.2%}, with early exits "
-        f"{outcome.accuracy:.2%}"
+    lines = [
+        f"test accuracy of the last exit alone {outcome.last_accuracy:.2%}, with early exits {outcome.accuracy:.2%}"
     ]
     if choice.promise is not None:
-        told.append(
-            f"promised beside the last exit, not the plain network: {choice.promise}; the test images show a drop of "
-            f"{outcome.last_accuracy - outcome.accuracy:+.2%}"
+        lines.append(
+            f"promised relative to the last exit, not to the plain network: {choice.promise}; the drop on the test "
+            f"images is {outcome.last_accuracy - outcome.accuracy:+.2%}"
         )
-    return "\n".join(filter(None, [*told, run.settings.caveat]))
+    return "\n".join(filter(None, [*lines, run.settings.caveat]))
 
 
 def report_run(run: Run, *, progress: bool = False) -> Path:
-    """Write ``report.html`` and its curve as ``tradeoff.png``. Raises `FileError` where a step before is missing."""
+    """Write ``report.html`` and its curve as ``tradeoff.png``. Raises `FileError` if an earlier step is missing."""
     choice = Choice.load(run.file("choice.json", "choose"))
     val, test = (ExitRecord.load(run.file(f"record-{part}.npz", "train")) for part in ("val", "test"))
     cost = measure_run(run, choice.policy.score)
@@ -70,12 +69,12 @@ def report_run(run: Run, *, progress: bool = False) -> Path:
     check_data(run.path, data, ["test"])
     engine = load(run.file("model.onnx", "export"))
     check_report(run.path, choice, val, test, engine)
-    report_progress(progress, f"answering the {len(data.test)} test images, and drawing")
+    report_progress(progress, f"predicting the {len(data.test)} test images, and drawing")
     answer = engine.answer_all(data.test.inputs().numpy())
     advised = run.path / "advice.json"
     tried = Advice.load(advised).tried if advised.exists() else ()
     path = run.path / "report.html"
-    order = np.lexsort((answer.score, answer.exit))  # by exit, then the surest first
+    order = np.lexsort((answer.score, answer.exit))  # by exit, then by score, most confident first
     report = RunReport(
         title=f"{run.settings.network} on {run.settings.data}",
         choice=choice,
@@ -86,8 +85,8 @@ def report_run(run: Run, *, progress: bool = False) -> Path:
         cost=cost,
         bench=bench_rows(run.path),
         galleries=[
-            _gallery("Left first: the surest answers", order[:SHOWN], data, answer),
-            _gallery("Left last: the least sure answers", order[::-1][:SHOWN], data, answer),
+            _gallery("Left first: the most confident predictions", order[:SHOWN], data, answer),
+            _gallery("Left last: the least confident predictions", order[::-1][:SHOWN], data, answer),
         ],
         candidates=tried,
         taken=list(zip(run.settings.taps, run.settings.branches, strict=True)),

@@ -1,4 +1,4 @@
-"""A run folder: opening, creating, configuring and loading it."""
+"""Opening, creating, configuring and loading run folders."""
 
 import os
 import sys
@@ -32,7 +32,7 @@ class Run:
     settings: Settings
 
     def file(self, name: str, made_by: str) -> Path:
-        """The path of one of its files. Raises `FileError`, naming the command that makes it, where it is not there."""
+        """The path of a file of the run. Raises `FileError` if it is missing; `made_by` is the command to run first."""
         path = self.path / name
         if not path.is_file():
             raise FileError(f"{self.path} has no {name} yet; run `branchynet {made_by} {self.path}` first")
@@ -40,17 +40,17 @@ class Run:
 
 
 def open_run(path: str | os.PathLike[str], *, trust: bool = False) -> Run:
-    """The run in a folder.
+    """Open a run folder.
 
     Args:
         path: the folder.
-        trust: let the function run that the folder names as its network, if it names one; this is remembered. A folder
-            that this user made here needs no trust, until it is moved or copied, or the function's module changes in
-            the current folder. In a folder from elsewhere the function may do anything.
+        trust: allow the folder to run the function that it names as its network, now and later. A folder that you
+            made yourself is trusted until it is moved or copied, or the function's module changes in the current
+            folder. The function of a folder from elsewhere may do anything.
 
     Raises:
         FileError: the folder holds no run.
-        InputError: the folder names a function, is not trusted to run it, and `trust` is not given.
+        InputError: the folder names a function and is not trusted to run it.
     """
     settings = settings_in(path)
     if ":" in settings.network:
@@ -63,19 +63,19 @@ def settings_in(path: str | os.PathLike[str]) -> Settings:
     check_folder(path)
     config = Path(path) / "config.json"
     if not config.is_file():
-        raise FileError(f"{path} is no run folder (it has no config.json); make one with `branchynet train {path}`")
+        raise FileError(f"{path} is not a run folder (it has no config.json); make one with `branchynet train {path}`")
     return read_entry(config, "settings", Settings, f"`branchynet train {path}` after you remove that folder")
 
 
 def create_run(path: str | os.PathLike[str], settings: Settings) -> Run:
-    """A run to be trained in a folder: a new one, or what is there with the same settings. Writes nothing yet.
+    """Create a run in a folder, or open the run of the same settings in it. Writes nothing.
 
-    A run that has not trained an epoch may be given other settings. One that has may be given more epochs, a plain
-    network to compare with, and the new place of a folder of images that has moved.
+    Before its first epoch, a run accepts any other settings. After it, a run accepts more epochs, a plain network to
+    compare with, and the new path of a folder of images that has moved.
 
     Raises:
-        InputError: the folder holds a run that trained with other settings, or a setting is out of range.
-        DataError: the settings name a folder of images that is not there.
+        InputError: the folder holds a run trained with other settings, or a setting is out of range.
+        DataError: the settings name a folder of images that does not exist.
     """
     check_settings(settings)
     check_folder(path)
@@ -91,20 +91,20 @@ def create_run(path: str | os.PathLike[str], settings: Settings) -> Run:
         ]
         if other:
             raise InputError(
-                f"{path} was trained with {'; '.join(other)}: use these settings, or another folder (a trained run "
-                "takes more epochs, but no other change)"
+                f"{path} was trained with {'; '.join(other)}: use these settings, or another folder (you can train a "
+                "run for more epochs, but not change anything else)"
             )
     return Run(Path(path), settings)
 
 
 def is_trained(path: Path) -> bool:
-    """Whether a folder holds an epoch of training."""
+    """Whether a folder holds at least one epoch of training."""
     histories = (path / part / "train.csv" for part in (".", "warm-start", "plain"))
     return any(History.load(file).rows for file in histories if file.exists())
 
 
 def configure(run: Run) -> None:
-    """Write the configuration of a run that is about to train, where it is another than the folder's."""
+    """Write the configuration of a run before it trains, unless the folder holds the same one."""
     if ":" in run.settings.network:
         remember(run.path, run.settings.network)
     if not is_trained(run.path) or settings_in(run.path) != run.settings:
@@ -112,19 +112,19 @@ def configure(run: Run) -> None:
 
 
 def report_progress(progress: bool, line: str) -> None:
-    """Say on standard error what begins now, in a log file as soon as on a terminal."""
+    """Print a line on standard error and flush it, so that log files show it at once."""
     if progress:
         print(line, file=sys.stderr, flush=True)
 
 
 def loaders(settings: Settings, data: ImageData) -> tuple[Any, Any]:
-    """What trains, augmented and shuffled, and what validates."""
+    """The training loader, augmented and shuffled, and the validation loader."""
     augment = AUGMENTS[settings.augment]
     return loader(data.train, settings.batch_size, shuffle=True, augment=augment), loader(data.val, EVAL_BATCH)
 
 
 def load_run(run: Run) -> tuple[BranchyNet, ImageData]:
-    """The trained network of a run, and its data."""
+    """The trained network of a run, in evaluation mode, and its data."""
     weights = run.file("checkpoint.safetensors", "train")
     data = data_of(run.settings)
     net = build_network(run.settings, data)

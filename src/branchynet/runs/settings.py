@@ -1,4 +1,4 @@
-"""What a run is to do, and what is checked before its first epoch: the settings, and the network that they name."""
+"""The settings of a run, the checks before its first epoch, and the network that the settings name."""
 
 import importlib
 import inspect
@@ -32,20 +32,26 @@ AUGMENTS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What `train_run` is to do.
+    """The settings of `train_run`.
 
     Attributes:
         network: a name in `branchynet.zoo.NETWORKS`, or ``"package.module:function"``, a function that returns a
             `BranchyNet`; it receives the number of classes if it has a parameter ``num_classes``.
-        data: a name that `load_data` knows.
-        size, split, normalize: as `load_data` takes them.
-        warm_start_epochs: of the plain network, trained first; exits start from its weights. 0 for none.
-        epochs: of joint training.
-        plain: also train the plain network for `epochs` more, to compare with; else the warm start is compared with.
-        train: ``"all"`` or ``"branches"``.
+        data: a name of a data set, as in `load_data`.
+        size, split, normalize: as in `load_data`.
+        warm_start_epochs: epochs of the plain network, trained first; the exits start from its weights. 0 for none.
+        epochs: epochs of joint training.
+        plain: whether to train the plain network for `epochs` more as well, and compare with it; otherwise results are
+            compared with the warm start.
+        train: ``"all"`` or ``"branches"``, as in `fit`.
         loss_weights: one per exit; empty for all 1.
+        distill: weight of the distillation loss, as in `fit`.
         augment: one of `AUGMENTS`.
-        taps, branches: early exits that replace the network's own: where they stand, and one name per tap, as in
+        batch_size: images per step.
+        lr: the highest learning rate of Adam.
+        seed: seed of the weights, the order and the augmentation.
+        mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``, as in `FitOptions`.
+        taps, branches: early exits that replace those of the network: the taps, and one branch name per tap, as in
             `branchynet.nn.branches.named_branches`.
     """
 
@@ -70,31 +76,31 @@ class Settings:
 
     @property
     def placed(self) -> "Settings":
-        """The same with the absolute path of a folder of images. Raises `DataError` where there is no such folder."""
+        """These settings with the absolute path of a folder of images. Raises `DataError` if it does not exist."""
         if not self.data.startswith(FOLDER):
             return self
         return replace(self, data=f"{FOLDER}{folder_path(self.data)}")
 
     @property
     def plain_epochs(self) -> int:
-        """How many epochs the plain network that exits are compared with has trained."""
+        """Number of epochs of the plain network that results are compared with."""
         return self.warm_start_epochs + self.epochs * self.plain
 
     @property
     def caveat(self) -> str:
-        """What a comparison with the plain network must say, where it did not train for as long; else empty."""
+        """A note for comparisons with a plain network that trained for fewer epochs; otherwise empty."""
         if self.plain:
             return ""
         if not self.warm_start_epochs:
             return "the plain network was never trained, so its accuracy is not shown: train without --no-plain"
         return (
-            f"the plain network is the warm start, trained for {counted(self.warm_start_epochs, 'epoch')}; with exits "
-            f"it trained for {self.epochs} more: train again with --plain to compare with one that had as many"
+            f"the plain network is the warm start, trained for {counted(self.warm_start_epochs, 'epoch')}; the network "
+            f"with exits was trained for {self.epochs} more: train again with --plain for a fair comparison"
         )
 
 
 def check_settings(settings: Settings) -> None:
-    """Raises `InputError` for a value that no training takes on this machine, before any data are read."""
+    """Raise `InputError` for a value that cannot be trained with on this machine; reads no data."""
     if settings.augment not in AUGMENTS:
         raise InputError(f"unknown augment {settings.augment!r}{nearest(settings.augment, AUGMENTS)}")
     precisions = ("no", "bf16", "fp16")
@@ -103,7 +109,7 @@ def check_settings(settings: Settings) -> None:
             f"unknown mixed_precision {settings.mixed_precision!r}{nearest(settings.mixed_precision, precisions)}"
         )
     if settings.mixed_precision != "no":
-        with accelerating(settings.mixed_precision, None):  # raises where this machine cannot
+        with accelerating(settings.mixed_precision, None):  # raises if this machine lacks the precision
             pass
     for name, least in {"warm_start_epochs": 0, "epochs": 1, "batch_size": 1}.items():
         value = getattr(settings, name)
@@ -117,32 +123,32 @@ def check_settings(settings: Settings) -> None:
 
 
 def _cannot_read(settings: Settings, data: ImageData, error: Exception) -> InputError:
-    """That a network does not take the images, and for one of the zoo which it takes, and which other takes these."""
+    """The error of a network that cannot read the images; for the zoo's networks it names a remedy."""
     shape, folder = tuple(data.shape), data.name.startswith(FOLDER)
-    told = f"{settings.network} cannot read the images of {data.name}, of shape {shape}: "
+    message = f"{settings.network} cannot read the images of {data.name}, of shape {shape}: "
     if settings.network not in NETWORKS:
-        return InputError(f"{told}{error}")
+        return InputError(f"{message}{error}")
     grey, reads_grey = shape[0] == 1, settings.network.startswith("b_lenet")
     other, side = ("b_lenet", 28) if grey else ("b_resnet20-published", 32)
     remedy = "" if reads_grey == grey else f"network={other}"
     remedy = " ".join(filter(None, [remedy, f"size={side}" if folder else ""]))
     reads = "grey images of 28 x 28" if reads_grey else "colour images of 32 x 32"
-    return InputError(f"{told}it reads {reads}; give {remedy}, or a network of your own")
+    return InputError(f"{message}it reads {reads}; give {remedy}, or a network of your own")
 
 
 def build_network(settings: Settings, data: ImageData) -> BranchyNet:
-    """The untrained network of `Settings`, proven on a few images.
+    """Build the untrained network of `Settings` and check it on a few images.
 
     Raises:
-        InputError: a network that cannot be had or cannot read the images, another number of outputs than of classes,
-            or another number of loss weights than exits.
+        InputError: the network cannot be built or cannot read the images, the number of outputs differs from the
+            number of classes, or the number of loss weights from the number of exits.
     """
     example, labels = example_of(data), data.val.labels[:8]
     net = named_network(settings.network, len(data.classes))
     try:
         with torch.no_grad(), evaluating(net):
             net(example)
-    except (RuntimeError, InputError) as error:  # of the backbone, and of a branch
+    except (RuntimeError, InputError) as error:  # from the backbone, or from a branch
         raise _cannot_read(settings, data, error) from error
     if settings.taps:
         net = attach_branches(net.backbone, settings.taps, settings.branches, example)
@@ -154,15 +160,15 @@ def build_network(settings: Settings, data: ImageData) -> BranchyNet:
             if output.ndim < 2 or output.shape[1] != len(data.classes):
                 raise InputError(
                     f"exit {n} of {settings.network} gives outputs of shape {tuple(output.shape)} for {len(labels)} "
-                    f"images, but {data.name} has {len(data.classes)} classes: build it for so many (a function with a "
-                    "parameter num_classes is told how many)"
+                    f"images, but {data.name} has {len(data.classes)} classes: build it for that number (a function "
+                    "with a parameter num_classes receives it)"
                 )
         joint_loss(outputs, labels, settings.loss_weights or None, distill=settings.distill)
     return net
 
 
 def named_network(name: str, num_classes: int) -> BranchyNet:
-    """A network of the zoo, or what a function of the user's returns. Raises `InputError`."""
+    """Build a network of the zoo, or call the user's function that makes one. Raises `InputError`."""
     if name in NETWORKS:
         return NETWORKS[name](num_classes=num_classes)
     module, colon, function = name.partition(":")
@@ -175,8 +181,8 @@ def named_network(name: str, num_classes: int) -> BranchyNet:
         )
     make = _imported(module, function)
     try:
-        taken = inspect.signature(make).parameters
-        net = make(num_classes=num_classes) if "num_classes" in taken else make()
+        parameters = inspect.signature(make).parameters
+        net = make(num_classes=num_classes) if "num_classes" in parameters else make()
     except BranchyNetError:
         raise
     except Exception as error:
@@ -187,10 +193,10 @@ def named_network(name: str, num_classes: int) -> BranchyNet:
 
 
 def _imported(module: str, function: str) -> Any:
-    """A function of a module, which may also lie in the current folder."""
+    """Import a function from an installed module or one in the current folder."""
     here = str(Path.cwd())
     if not {here, ""} & set(sys.path):
-        sys.path.append(here)  # last, so that no file there stands in for an installed package
+        sys.path.append(here)  # last, so that no file there shadows an installed package
     importlib.invalidate_caches()
     try:
         found = importlib.import_module(module)
@@ -213,16 +219,16 @@ def _imported(module: str, function: str) -> Any:
 
 
 def _place(error: BaseException) -> str:
-    """The file and line where an error arose."""
+    """The file and line that raised an error."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{frame.filename}:{frame.lineno}"
 
 
 def data_of(settings: Settings) -> ImageData:
-    """The images that `Settings` names. Raises as `load_data` does."""
+    """Load the data set that `Settings` names. Raises as `load_data` does."""
     return load_data(settings.data, size=settings.size, split=settings.split, normalize=settings.normalize)
 
 
 def example_of(data: ImageData) -> torch.Tensor:
-    """A few images, as the networks take them."""
+    """Eight validation images, as network inputs."""
     return data.val.inputs(slice(8))

@@ -1,15 +1,15 @@
-"""A run folder and the steps that fill it: train, choose, export, bench, report.
+"""The steps that fill a run folder: train, choose, export and bench.
 
-Every file is readable by hand or by a standard tool; each is written whole or not at all::
+Every file is readable by hand or with a standard tool, and is written atomically::
 
-    config.json           what was asked for, and on what machine
-    warm-start/           the network without exits, trained first
-    plain/                the same, trained for as many epochs more as all exits are: what exits are compared with
+    config.json           the settings and the machine
+    warm-start/           the plain network, trained first
+    plain/                the plain network, trained for as many more epochs as the exits, to compare with
     checkpoint.safetensors, training.safetensors, train.csv
-    data.json             digests of the images that it was trained, chosen and tested on
+    data.json             digests of the training, validation and test images
     record-val.npz, record-test.npz, record-plain.npz
     cost.json, choice.json, model.onnx, bench.json, report.html, tradeoff.png
-    design-N/             another run, of the exits that `branchynet design` found best for batches of N
+    design-N/             another run, with the exits that `branchynet design` found for batches of N
 """
 
 import contextlib
@@ -50,7 +50,7 @@ from .settings import build_network, data_of, example_of
 
 
 def train_run(run: Run, *, progress: bool = True) -> BranchyNet:
-    """Train the warm start, the plain network and all exits together, then record; resumes where it was stopped.
+    """Train the warm start, the plain network and all exits, then record them; resumes if it was interrupted.
 
     Raises:
         FileError: another process is training in the folder.
@@ -60,7 +60,7 @@ def train_run(run: Run, *, progress: bool = True) -> BranchyNet:
     torch.manual_seed(settings.seed)
     net = build_network(settings, data)
     report_progress(progress, str(data))
-    first = os.environ.get("RANK", "0") == "0"  # of the processes that train together, one locks
+    first = os.environ.get("RANK", "0") == "0"  # in distributed training, one process locks the folder
     with locked(run.path) if first else contextlib.nullcontext():
         check_data(run.path, data)
         configure(run)
@@ -76,15 +76,15 @@ def train_run(run: Run, *, progress: bool = True) -> BranchyNet:
 
 
 def train_exits(run: Run, net: BranchyNet, data: ImageData, progress: bool) -> None:
-    """Train all exits of `net` together as the settings say, and record them; goes on where it was stopped."""
+    """Train all exits of `net` jointly and record them; resumes if it was interrupted."""
     settings = run.settings
     more = {"loss_weights": settings.loss_weights or None, "train": settings.train, "distill": settings.distill}
     fit_in(run, ".", net, data, settings.epochs, settings.seed + 1, progress, **more)
-    report_progress(progress, "recording what every exit answers")
+    report_progress(progress, "recording the outputs of every exit")
     for name, split in (("val", data.val), ("test", data.test)):
         found = record(net, loader(split, EVAL_BATCH), progress=False)
         found.save(run.path / f"record-{name}.npz")
-        for old in run.path.glob("cost*.json"):  # costs of the weights before these are measured anew when asked for
+        for old in run.path.glob("cost*.json"):  # costs of earlier weights; `measure_run` measures again on demand
             if ExitCost.load(old).network != found.network:
                 old.unlink(missing_ok=True)
 
@@ -92,7 +92,7 @@ def train_exits(run: Run, net: BranchyNet, data: ImageData, progress: bool) -> N
 def fit_in(
     run: Run, folder: str, network: nn.Module, data: ImageData, epochs: int, seed: int, progress: bool, **more: Any
 ) -> None:
-    """One training of a run, its state in a folder of the run's; `more` as `fit` takes it."""
+    """Train one network of a run, with its state in a subfolder; `more` are arguments of `fit`."""
     settings = run.settings
     what = "all exits" if folder == "." else f"the plain network ({folder})"
     report_progress(progress, f"training {what}: {counted(epochs, 'epoch')} of {len(data.train)} images")
@@ -115,16 +115,16 @@ def fit_in(
 
 
 def measure_run(run: Run, score: Any = "entropy", *, again: bool = False, progress: bool = False) -> ExitCost:
-    """The cost of every stage, with that score, at batch 1 and one thread: measured once, and kept.
+    """Load the cost of every stage with a score, at batch 1 and one thread, or measure and save it.
 
-    In ``cost.json``, or for a score other than entropy in ``cost-NAME.json``; `again` measures anew.
+    The file is ``cost.json``, or ``cost-NAME.json`` for a score other than entropy; `again` measures once more.
     """
     name = score_name(score)
     path = run.path / ("cost.json" if name == "entropy" else f"cost-{name}.json")
     if path.exists() and not again:
         return ExitCost.load(path)
     net, data = load_run(run)
-    report_progress(progress, "measuring what every stage costs, until the times are steady: seconds, or a minute")
+    report_progress(progress, "measuring the cost of every stage until the times are steady (up to a minute)")
     cost = measure(net, example_of(data), score=score)
     cost.save(path)
     return cost
@@ -133,10 +133,10 @@ def measure_run(run: Run, score: Any = "entropy", *, again: bool = False, progre
 def choose_run(
     run: Run, *, score: str | None = None, remeasure: bool = False, progress: bool = False, **constraint: Any
 ) -> Choice:
-    """Choose thresholds on the validation record; writes ``choice.json``. Arguments as in `choose`.
+    """Choose thresholds on the validation record and write ``choice.json``. Arguments as in `choose`.
 
-    `score` may also be ``"learned"`` (see `fit_score`): it is fitted on the half of the samples that finds candidates,
-    and a promise is tested on the other; without a promise the thresholds are chosen on the other.
+    `score` may also be ``"learned"`` (see `fit_score`). It is fitted on the half of the samples that `choose` searches
+    for candidates; the promise is tested on the other half. Without a promise, the other half chooses the thresholds.
     """
     found = ExitRecord.load(run.file("record-val.npz", "train"))
     if score not in (None, "learned", *SCORES):
@@ -158,12 +158,12 @@ def choose_run(
 
 
 def export_run(run: Run, path: Path | None = None, *, progress: bool = False, **options: Any) -> Path:
-    """Write ``model.onnx`` with the chosen thresholds; `options` as in `export`."""
+    """Export ``model.onnx`` with the chosen thresholds; `options` as in `export`."""
     choice = Choice.load(run.file("choice.json", "choose"))
     net, data = load_run(run)
     check_choice(run.path, choice, fingerprint(net))
     limit, value = next(iter(choice.constraint.items()))
-    told = f"none; chosen for {limit} {value:g} on {choice.outcome.samples} validation samples"
+    unpromised = f"none; chosen for {limit} {value:g} on {choice.outcome.samples} validation samples"
     report_progress(progress, "exporting, and comparing the file with PyTorch")
     return export(
         net,
@@ -172,7 +172,7 @@ def export_run(run: Run, path: Path | None = None, *, progress: bool = False, **
         example=example_of(data),
         labels=data.classes,
         preprocessing=data.preprocessing,
-        promise=told if choice.promise is None else None,
+        promise=unpromised if choice.promise is None else None,
         **options,
     )
 
@@ -185,10 +185,10 @@ def bench_run(
     runtimes: Sequence[Any] = ("onnxruntime",),
     progress: bool = True,
 ) -> tuple[list[dict[str, Any]], dict[str, BranchyNetError]]:
-    """Time ``model.onnx`` beside the plain network, in one runtime after the other; ``bench.json`` grows with each.
+    """Time ``model.onnx`` and the plain network in each runtime; ``bench.json`` is written after each.
 
     Returns:
-        The rows; and for each runtime that failed, why.
+        The rows; and the error of each runtime that failed.
 
     Raises:
         InputError: an unknown runtime.
@@ -198,7 +198,7 @@ def bench_run(
         if name not in RUNTIMES:
             raise InputError(f"unknown runtime {name!r}{nearest(name, RUNTIMES)}")
     if not (runtimes and batches and threads):
-        raise InputError("give one batch size, one number of threads and one runtime at least")
+        raise InputError("give at least one batch size, one number of threads and one runtime")
     model = run.file("model.onnx", "export")
     check_model(run.path, model_metadata(model))
     net, data = load_run(run)

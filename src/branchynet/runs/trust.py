@@ -1,7 +1,7 @@
-"""Which functions of run folders may run: those that this user named, and those of folders that the user trusts.
+"""Which run folders may run the function that they name as their network.
 
-A run folder made elsewhere may name any function as its network. So the user's cache folder remembers which folder may
-run which function, with which content where its module lies in the current folder: what a folder holds proves nothing.
+A run folder from elsewhere may name any function. The user's cache folder therefore holds the trusted pairs of folder
+and function, together with the content of the function's module if it is in the current folder.
 """
 
 import contextlib
@@ -15,19 +15,19 @@ from ..errors import InputError
 
 
 def remember(folder: str | os.PathLike[str], function: str) -> None:
-    """Let `folder` run `function` from now on, unless nothing can be kept in the cache folder."""
+    """Trust `folder` to run `function` from now on; does nothing if the cache folder is not writable."""
     with contextlib.suppress(OSError):
         _place().mkdir(parents=True, exist_ok=True)
         (_place() / _key(folder, function)).touch()
 
 
 def check_trust(folder: str | os.PathLike[str], function: str, trust: bool) -> None:
-    """Raises `InputError` where `folder`, as it lies there, may not run `function`; with `trust` it may from now on."""
+    """Raise `InputError` if `folder` is not trusted to run `function`; `trust` makes it trusted from now on."""
     if trust:
         remember(folder, function)
     elif not (_place() / _key(folder, function)).is_file():
         raise InputError(
-            f"to open {folder} runs the function {function!r} that it names as its network, but the folder was not "
+            f"opening {folder} runs the function {function!r} that it names as its network, but the folder was not "
             "made here, was moved or copied, or the function's module has changed; if you trust it, add --trust once "
             "(in Python, open_run(..., trust=True))"
         )
@@ -46,7 +46,7 @@ def _key(folder: str | os.PathLike[str], function: str) -> str:
 
 
 def _sources(module: str) -> list[Path]:
-    """The files of the current folder that the import of `module` runs, as far as its name tells; nothing is run."""
+    """The files of the current folder that importing `module` by its name runs; runs nothing itself."""
     importlib.invalidate_caches()
     found, places, names = [], [str(Path.cwd())], module.split(".")
     for n in range(len(names)):

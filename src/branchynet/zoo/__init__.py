@@ -1,4 +1,4 @@
-"""Networks of the paper, with and without branches, and their trained weights."""
+"""The networks of the paper, with and without branches, and their trained weights."""
 
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +19,6 @@ NETWORKS: dict[str, Callable[..., BranchyNet]] = {
     "b_resnet110": partial(b_resnet, 110),
     **{f"b_resnet{n}-published": partial(b_resnet, n, branches="published") for n in (20, 32, 56, 110)},
 }
-"""Networks by name, as `branchynet train --network` takes them: the zoo's defaults, and the paper's branches."""
+"""Networks by name, as in `branchynet train --network`: with designed exits, and with the paper's branches."""
 
 __all__ = ["NETWORKS", "alexnet", "b_alexnet", "b_lenet", "b_resnet", "lenet", "resnet"]

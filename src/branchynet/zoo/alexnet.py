@@ -1,6 +1,6 @@
-"""AlexNet and B-AlexNet for 32 x 32 colour images, layer for layer as in the paper and its released code.
+"""AlexNet and B-AlexNet for 32 x 32 colour images, with the layers of the paper and its released code.
 
-Both take pixels in [0, 1], `(B, 3, 32, 32)` float32, normalize them inside, and give logits `(B, 10)`.
+Inputs are pixels in [0, 1], `(B, 3, 32, 32)` float32, which the networks normalize; outputs are logits `(B, 10)`.
 """
 
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ def _pool() -> nn.MaxPool2d:
 
 
 def _block(channels: int) -> nn.Sequential:
-    # Published is ReLU before max-pooling. The two commute and this order trains faster; `export` turns it back.
+    # Published with ReLU before max-pooling. They commute; this order trains faster, `export` swaps them.
     return nn.Sequential(_pool(), nn.ReLU(), LocalResponseNorm(channels))
 
 
@@ -24,8 +24,8 @@ class AlexNet(nn.Module):
     """The paper's AlexNet: five convolutions and three linear layers; 28 M multiply-accumulates.
 
     Args:
-        num_classes: outputs.
-        channels: of the five convolutions; fewer make the smaller plain networks that early exits compete with.
+        num_classes: number of classes.
+        channels: channels of the five convolutions; fewer give the smaller plain networks to compare with.
         hidden: widths of the two linear layers before the last.
     """
 
@@ -68,23 +68,23 @@ class AlexNet(nn.Module):
 
 
 def alexnet(num_classes: int = 10, *, pretrained: bool = False) -> AlexNet:
-    """AlexNet, untrained or with the weights shipped for CIFAR-10.
+    """Return AlexNet, untrained or with the weights shipped for CIFAR-10.
 
     Raises:
-        InputError: pretrained weights for other than 10 classes, or none ship.
+        InputError: pretrained weights for a number of classes other than 10.
     """
     net = AlexNet(num_classes)
     return load_shipped(net, "alexnet-cifar10", num_classes, 10) if pretrained else net
 
 
-# Behind which convolutions the three sources put the two branches.
+# The convolutions after which the three sources place the two branches.
 _PLACES = {"text": (1, 2), "figure": (1, 3), "code": (2, 3)}
-# A tap behind the convolution's ReLU, pooling and LRN, which the branch then shares with the trunk; the third
-# convolution has only a ReLU in the trunk, so the branch brings the rest.
+# Taps after ReLU, pooling and LRN, which branch and trunk share. After the third convolution the trunk has only ReLU,
+# so the branch holds the other two.
 _TAPS = {1: ("block1", 32, 16), 2: ("block2", 64, 8), 3: ("relu3", 96, 8)}
 
 
-# Where `advise` put exits, by target; see benchmarks/experiments/design.py.
+# Exits designed by `advise`, by target; see benchmarks/experiments/design.py.
 _DESIGNS = {
     "latency": {"block1": "conv-64-64-128", "conv4": "hidden-64"},
     "batch": {"input": "conv-32-64", "block1": "conv-64-64-128"},
@@ -94,20 +94,21 @@ _DESIGNS = {
 def b_alexnet(
     num_classes: int = 10, *, branches: str = "designed", target: str = "latency", pretrained: bool = False
 ) -> BranchyNet:
-    """B-AlexNet: AlexNet with two early exits, where `advise` put them or as in the paper; 3 exits.
+    """Return B-AlexNet: AlexNet with two early exits, designed by `advise` or from the paper; 3 exits in all.
 
-    The paper's branches have two convolutions and one. The released code taps the convolutions' raw output and repeats
-    ReLU, pooling and LRN in the branch; here the branch takes the trunk's own, which is the same function.
+    The paper's branches have two and one convolutions. The released code taps the raw output of the convolutions and
+    repeats ReLU, pooling and LRN in the branch. Here the branch shares those of the trunk, which is the same function.
 
     Args:
-        num_classes: outputs.
-        branches: ``"designed"``; or where the paper's sit, on which the sources disagree: ``"text"`` after convolutions
-            1 and 2, ``"figure"`` (Figure 1) after 1 and 3, ``"code"`` after 2 and 3.
-        target: what the design is for: ``"latency"``, one sample a call, or ``"batch"``, 64.
-        pretrained: with the weights shipped for CIFAR-10.
+        num_classes: number of classes.
+        branches: ``"designed"``; or the places of the paper's branches, on which its sources disagree: ``"text"`` after
+            convolutions 1 and 2, ``"figure"`` (Figure 1) after 1 and 3, ``"code"`` after 2 and 3.
+        target: target of the design: ``"latency"`` for batches of 1, or ``"batch"`` for batches of 64.
+        pretrained: whether to load the weights shipped for CIFAR-10.
 
     Raises:
-        InputError: other `branches` or `target`, pretrained weights for other than 10 classes, or none ship.
+        InputError: unknown `branches` or `target`, or pretrained weights that do not ship or for a number of classes
+            other than 10.
     """
     check_branches(branches, ("designed", *_PLACES))
     if branches == "designed":
@@ -122,7 +123,7 @@ def b_alexnet(
 
 
 def _branch(place: int, convolutions: int, num_classes: int) -> nn.Sequential:
-    """The branch behind convolution `place`: `convolutions` of 3x3 to 32 channels, pooling, linear."""
+    """The branch after convolution `place`: 3x3 `convolutions` to 32 channels, pooling, linear."""
     _, channels, side = _TAPS[place]
     layers: list[nn.Module] = []
     if place == 3:

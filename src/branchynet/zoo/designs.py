@@ -1,4 +1,4 @@
-"""The paper's networks with exits where `branchynet.advise` put them, found by ``benchmarks/experiments/design.py``."""
+"""Designed exits for the paper's networks, found with `branchynet.advise` (``benchmarks/experiments/design.py``)."""
 
 from collections.abc import Mapping
 
@@ -10,22 +10,22 @@ from ..nn.attaching import attach_branches
 from ..nn.network import BranchyNet
 
 Places = Mapping[str, str]
-"""Names of branches, as in `branchynet.nn.branches.named_branches`, by tap, in running order."""
+"""Branch names, as in `branchynet.nn.branches.named_branches`, by tap, in the order of execution."""
 
 
 def designed(
     backbone: nn.Module, designs: Mapping[str, Places], target: str, shape: tuple[int, int, int]
 ) -> BranchyNet:
-    """The backbone with the exits designed for a target.
+    """Attach the exits designed for a target to a backbone.
 
     Args:
-        backbone: becomes part of the network.
-        designs: by target.
-        target: ``"latency"``, one sample a call, or ``"batch"``, 64.
-        shape: of one input.
+        backbone: the plain network; becomes part of the result.
+        designs: the designs by target.
+        target: ``"latency"`` for batches of 1, or ``"batch"`` for batches of 64.
+        shape: shape of one input.
 
     Raises:
-        InputError: another target.
+        InputError: unknown target.
     """
     if target not in designs:
         raise InputError(f"target={target!r} is none of {', '.join(designs)}{nearest(target, designs)}")
@@ -34,6 +34,6 @@ def designed(
 
 
 def check_branches(branches: str, known: tuple[str, ...]) -> None:
-    """Raises `InputError` for branches that are not known."""
+    """Raise `InputError` for unknown branches."""
     if branches not in known:
         raise InputError(f"branches={branches!r} is none of {', '.join(known)}{nearest(branches, known)}")

@@ -15,9 +15,9 @@ Net = TypeVar("Net", bound=nn.Module)
 
 
 def initialize(net: Net) -> Net:
-    """Draw convolutions' and linear layers' weights as in He et al. (arXiv:1502.01852), in place; biases become 0.
+    """Initialize convolutions and linear layers in place as in He et al. (arXiv:1502.01852), with biases of 0.
 
-    PyTorch's own draw is smaller, and an AlexNet without batch normalization then stands still for its first epoch.
+    With PyTorch's smaller default weights, an AlexNet without batch normalization does not learn in its first epoch.
     """
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -28,9 +28,9 @@ def initialize(net: Net) -> Net:
 
 
 class Normalize(nn.Module):
-    """Pixels in [0, 1] to zero mean and unit deviation, channel by channel: `(B, 3, H, W)` float32 -> the same shape.
+    """Normalize pixels in [0, 1] to zero mean and unit deviation per channel: `(B, 3, H, W)` float32 -> the same shape.
 
-    The constants are those of CIFAR-10's training images; they are no parameters and not in the state dict.
+    The constants are those of CIFAR-10's training images. They are neither parameters nor part of the state dict.
     """
 
     mean: Tensor
@@ -50,20 +50,20 @@ class Normalize(nn.Module):
 class LocalResponseNorm(nn.Module):
     """Local response normalization over channels: `(B, C, H, W)` float32 -> the same shape.
 
-    x / (k + alpha * sum)^0.75, where the sum is of the squares of `size` neighbouring channels. Equal to
-    ``torch.nn.LocalResponseNorm(size, alpha=size * alpha, beta=0.75, k=k)``, which divides its own alpha by `size`, but
-    several times faster in training and in ONNX Runtime: with r = sqrt(k + alpha * sum) the power is r * sqrt(r), which
-    needs no logarithm, and the sum is a 1x1 convolution with a constant banded weight, which keeps the memory order of
-    the convolutions around it.
+    Computes x / (k + alpha * sum)^0.75 with the sum of the squares of `size` neighbouring channels. Equal to
+    ``torch.nn.LocalResponseNorm(size, alpha=size * alpha, beta=0.75, k=k)``, which divides alpha by `size`, but several
+    times faster in training and in ONNX Runtime: with r = sqrt(k + alpha * sum) the power is r * sqrt(r), which needs
+    no logarithm, and the sum is a 1x1 convolution with a constant banded weight, which keeps the memory format of the
+    convolutions around it.
 
     Args:
         channels: C.
-        size: channels in the window, odd.
+        size: number of channels in the window, odd.
         alpha: factor of the sum, not divided by `size` (as in Chainer and in Krizhevsky et al., 2012, section 3.3).
-        k: what is added to it.
+        k: constant added to the sum.
 
     Raises:
-        InputError: an even window, or one below 1.
+        InputError: `size` is even or below 1.
     """
 
     band: Tensor

@@ -1,6 +1,6 @@
-"""LeNet and B-LeNet for 28 x 28 grey images, layer for layer as in the paper's released code.
+"""LeNet and B-LeNet for 28 x 28 grey images, with the layers of the paper's released code.
 
-Both take pixels in [0, 1], `(B, 1, 28, 28)` float32, and give logits `(B, 10)`.
+Inputs are pixels in [0, 1], `(B, 1, 28, 28)` float32; outputs are logits `(B, 10)`.
 """
 
 from torch import Tensor, nn
@@ -19,8 +19,8 @@ class LeNet(nn.Module):
     """The paper's LeNet: three 5x5 convolutions and two linear layers; 1.14 M multiply-accumulates.
 
     Args:
-        num_classes: outputs.
-        channels: of the three convolutions; fewer make the smaller plain networks that early exits compete with.
+        num_classes: number of classes.
+        channels: channels of the three convolutions; fewer give the smaller plain networks to compare with.
     """
 
     def __init__(self, num_classes: int = 10, channels: tuple[int, int, int] = (5, 10, 20)) -> None:
@@ -44,16 +44,16 @@ class LeNet(nn.Module):
 
 
 def lenet(num_classes: int = 10, *, pretrained: bool = False) -> LeNet:
-    """LeNet, untrained or with the weights shipped for MNIST.
+    """Return LeNet, untrained or with the weights shipped for MNIST.
 
     Raises:
-        InputError: pretrained weights for other than 10 classes.
+        InputError: pretrained weights for a number of classes other than 10.
     """
     net = LeNet(num_classes)
     return load_shipped(net, "lenet-mnist", num_classes, 10) if pretrained else net
 
 
-# Where `advise` put exits, by target; see benchmarks/experiments/design.py.
+# Exits designed by `advise`, by target; see benchmarks/experiments/design.py.
 _DESIGNS = {
     "latency": {"input": "conv-16-32", "pool1": "conv-16-32", "pool3": "hidden-64"},
     "batch": {"input": "conv-16-32", "pool2": "hidden-64"},
@@ -63,17 +63,24 @@ _DESIGNS = {
 def b_lenet(
     num_classes: int = 10, *, branches: str = "designed", target: str = "latency", pretrained: bool = False
 ) -> BranchyNet:
-    """B-LeNet: LeNet with early exits.
+    """Return B-LeNet: LeNet with early exits.
 
     Args:
-        num_classes: outputs.
-        branches: ``"designed"``: where `advise` put them; ``"published"``: the paper's branch on the first
-            convolution's raw output, 2 exits.
-        target: what the design is for: ``"latency"``, one sample a call (4 exits), or ``"batch"``, 64 (3 exits).
-        pretrained: with the weights shipped for MNIST.
+        num_classes: number of classes.
+        branches: ``"designed"`` by `advise`; or ``"published"``, the paper's branch on the raw output of the first
+            convolution (2 exits).
+        target: target of the design: ``"latency"`` for batches of 1 (4 exits), or ``"batch"`` for batches of 64 (3
+            exits).
+        pretrained: whether to load the weights shipped for MNIST.
 
     Raises:
-        InputError: other `branches` or `target`, pretrained weights for other than 10 classes.
+        InputError: unknown `branches` or `target`, or pretrained weights for a number of classes other than 10.
+
+    Example:
+        >>> import torch
+        >>> net = b_lenet(pretrained=True)
+        >>> [tuple(logits.shape) for logits in net(torch.zeros(2, 1, 28, 28))]
+        [(2, 10), (2, 10), (2, 10), (2, 10)]
     """
     check_branches(branches, ("designed", "published"))
     if branches == "designed":

@@ -1,7 +1,7 @@
-"""ResNet-20 to ResNet-110 for 32 x 32 colour images, and the paper's branches on them.
+"""ResNet and B-ResNet for 32 x 32 colour images.
 
-Both take pixels in [0, 1], `(B, 3, 32, 32)` float32, normalize them inside, and give logits `(B, 10)`. The plain
-network is that of He et al. (arXiv:1512.03385, section 4.2), with shortcuts that have no parameters.
+Inputs are pixels in [0, 1], `(B, 3, 32, 32)` float32, which the networks normalize; outputs are logits `(B, 10)`. The
+plain network is that of He et al. (arXiv:1512.03385, section 4.2), with shortcuts without parameters.
 """
 
 import torch
@@ -22,7 +22,7 @@ def _conv(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions around a shortcut: `(B, C, H, W)` -> `(B, channels_out, H / stride, W / stride)`.
 
-    Where the shape changes, the shortcut takes every `stride`-th position and fills the new channels with 0.
+    If the shape changes, the shortcut takes every `stride`-th position and fills the new channels with 0.
     """
 
     def __init__(self, channels_in: int, channels_out: int, stride: int = 1) -> None:
@@ -47,11 +47,11 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """A residual network of three stages with 16, 32 and 64 channels; 253 M multiply-accumulates for 18 blocks each.
 
-    (The 255 M that are published for ResNet-110 count batch normalization, which `export` folds away.)
+    (The published 255 M for ResNet-110 include batch normalization, which `export` folds into the convolutions.)
 
     Args:
-        blocks: basic blocks a stage.
-        num_classes: outputs.
+        blocks: number of basic blocks per stage.
+        num_classes: number of classes.
     """
 
     def __init__(self, blocks: int, num_classes: int = 10) -> None:
@@ -76,50 +76,51 @@ def _stage(blocks: int, channels_in: int, channels_out: int, stride: int = 1) ->
 
 
 def resnet(n: int, num_classes: int = 10, *, pretrained: bool = False) -> ResNet:
-    """ResNet-n, untrained or with the weights shipped for CIFAR-10.
+    """Return ResNet-n, untrained or with the weights shipped for CIFAR-10.
 
     Args:
-        n: layers, 6m + 2 for m basic blocks a stage: 20, 32, 44, 56, 110.
-        num_classes: outputs.
-        pretrained: with the weights shipped for CIFAR-10.
+        n: number of layers, 6m + 2 for m basic blocks per stage: 20, 32, 44, 56, 110.
+        num_classes: number of classes.
+        pretrained: whether to load the weights shipped for CIFAR-10.
 
     Raises:
-        InputError: another `n`, pretrained weights for other than 10 classes, or none ship.
+        InputError: another `n`, or pretrained weights that do not ship or for a number of classes other than 10.
     """
     net = ResNet(_blocks(n), num_classes)
     return load_shipped(net, f"resnet{n}-cifar10", num_classes, 10) if pretrained else net
 
 
-# Where `advise` put exits on ResNet-110, the same for both targets; see benchmarks/experiments/design.py.
+# Exits designed by `advise` for ResNet-110, the same for both targets; see benchmarks/experiments/design.py.
 _DESIGN = {"input": "conv-64-64-128", "stage1.4": "conv-64x2-128x2-128", "stage1.10": "conv-64x2-128x2-128"}
 
 
 def b_resnet(
     n: int, num_classes: int = 10, *, branches: str = "designed", target: str = "latency", pretrained: bool = False
 ) -> BranchyNet:
-    """B-ResNet-n: ResNet-n with early exits, where `advise` put them (4 exits) or as in the paper (3 exits).
+    """Return B-ResNet-n: ResNet-n with early exits, designed by `advise` (4 exits) or from the paper (3 exits).
 
-    The paper's branches stand after the stem and after the 16-channel stage. The first of them alone costs 55 M
-    multiply-accumulates, as published; more than the whole of ResNet-20.
+    The paper's branches follow the stem and the 16-channel stage. The first one costs 55 M multiply-accumulates, as
+    published, which is more than all of ResNet-20.
 
     Args:
-        n: layers, as `resnet` takes them; of designs there is one for 110.
-        num_classes: outputs.
+        n: number of layers, as in `resnet`; designed exits exist for 110 only.
+        num_classes: number of classes.
         branches: ``"designed"`` or ``"published"``.
-        target: what the design is for: ``"latency"``, one sample a call, or ``"batch"``, 64; for 110 it is the same.
-        pretrained: with the weights shipped for CIFAR-10.
+        target: target of the design: ``"latency"`` for batches of 1, or ``"batch"`` for batches of 64. The design for
+            110 is the same for both.
+        pretrained: whether to load the weights shipped for CIFAR-10.
 
     Raises:
-        InputError: another `n`, `branches` or `target`, no design for this `n`, pretrained weights for other than 10
-            classes, or none ship.
+        InputError: unknown `n`, `branches` or `target`, no design for this `n`, or pretrained weights that do not ship
+            or for a number of classes other than 10.
     """
     check_branches(branches, ("designed", "published"))
     backbone = ResNet(_blocks(n), num_classes)
     if branches == "designed":
         if n != 110:
             raise InputError(
-                f"no exits have been designed for n={n}, only for 110: take branches='published', or let advise(...) "
-                "place them on your trained network"
+                f"no exits are designed for n={n}, only for 110: use branches='published', or find exits for your "
+                "trained network with advise(...)"
             )
         net = designed(backbone, {"latency": _DESIGN, "batch": _DESIGN}, target, (3, 32, 32))
         return load_shipped(net, f"b_resnet{n}-latency-cifar10", num_classes, 10) if pretrained else net

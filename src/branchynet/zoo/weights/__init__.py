@@ -1,4 +1,4 @@
-"""The weights that ship with the package; how they were made is in ``benchmarks/results/*_training.json``."""
+"""The weights shipped with the package; ``benchmarks/results/*_training.json`` holds how they were trained."""
 
 from pathlib import Path
 from typing import TypeVar
@@ -12,7 +12,11 @@ Net = TypeVar("Net", bound=nn.Module)
 
 
 def load_shipped(net: Net, name: str, num_classes: int, trained_classes: int) -> Net:
-    """Load shipped weights into `net`, in eval mode. Raises `InputError` where none ship, or for other classes."""
+    """Load shipped weights into `net` and set it to evaluation mode.
+
+    Raises:
+        InputError: no such weights ship, or they have another number of classes.
+    """
     if num_classes != trained_classes:
         raise InputError(
             f"the weights {name!r} have {trained_classes} classes, not {num_classes}; use pretrained=False"
