@@ -105,7 +105,7 @@ def main():
                 "recipe": {
                     "batch": recipe.batch,
                     "epochs": recipe.epochs,
-                    "rates": recipe.rates,
+                    "rates": recipe.lrs,
                     "warm": recipe.warm,
                     "sides": recipe.sides,
                     "distill": recipe.distill,

@@ -50,7 +50,7 @@ def train(net, data, part, seed, run):
         loader(data.train, RECIPE.batch, shuffle=True, augment=RECIPE.augment),
         loader(data.val, 1000),
         epochs=RECIPE.epochs[part],
-        optimizer=RECIPE.optimizer(RECIPE.rates[part]),
+        optimizer=RECIPE.optimizer(RECIPE.lrs[part]),
         run=run,
         options=FitOptions(seed=seed, channels_last=True, schedule=RECIPE.schedule),
     )
@@ -125,7 +125,7 @@ def main():
             "warm_epochs": RECIPE.epochs[0],
             "joint_epochs": RECIPE.epochs[1],
             "batch": RECIPE.batch,
-            "rate": RECIPE.rates[1],
+            "rate": RECIPE.lrs[1],
             "augment": "affine: 10 degrees, 2 pixels, 10 % scale",
         },
         "training_seconds": sum(History.load(path).seconds for path in RUNS.glob("seed-*/*/train.csv")),

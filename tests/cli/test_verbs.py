@@ -126,7 +126,7 @@ def test_choose_promises_and_takes_a_score(run, tmp_path, monkeypatch, capsys):
     choice = Choice.load(copy / "choice.json")
     assert choice.policy.score == "margin" and str(choice.promise) in told
     plain_us = ExitCost.load(copy / "cost-margin.json").plain_us
-    assert f"{plain_us / choice.outcome.mean_us:.2f}x the speed of the network without exits" in told
+    assert f"{plain_us / choice.outcome.mean_us:.2f}x the speed of the plain network" in told
     assert call(monkeypatch, "choose", copy, "--max-drop", 0.001) == 1
     assert f"needs at least {2 * fewest(0.001, 0.05, 'betting')} samples" in " ".join(capsys.readouterr().err.split())
     assert Choice.load(copy / "choice.json") == choice

@@ -149,7 +149,7 @@ class TestFolder:
         with pytest.raises(DataError, match=r"holds only one folder, 'ant'"):
             data.load_data(f"folder:{tmp_path}")
         write_images(tmp_path, ("bee",), count=2)
-        with pytest.raises(DataError, match=r"bee holds 2 images directly in it; a class needs three"):
+        with pytest.raises(DataError, match=r"bee holds 2 images directly in it; a class needs at least 3"):
             data.load_data(f"folder:{tmp_path}")
 
     def test_too_large(self, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from branchynet import Choice, ExitCost, Outcome, Policy
-from branchynet.report.console import in_options, print_bench, show, speed_told
+from branchynet.report.console import in_options, print_bench, show, speed_lines
 
 
 def shown(width, terminal, *arguments, print_=show, **options):
@@ -77,13 +77,13 @@ def test_errors_speak_of_options(python, told):
 def told_of(policy, mean_us, spread):
     outcome = Outcome(10, 0.9, (0.8, 1.0), 0.9, (0.5, 0.5), (0.9, 0.9), mean_us, mean_us, mean_us)
     cost = ExitCost((50.0, 50.0), (1.0, 0.0), plain_us=100.0, spread=spread)
-    return " ".join(speed_told(Choice(Policy("entropy", policy), {"max_drop": 0.0}, outcome, "00"), cost))
+    return " ".join(speed_lines(Choice(Policy("entropy", policy), {"max_drop": 0.0}, outcome, "00"), cost))
 
 
 def test_a_speed_up_is_told_as_surely_as_the_clock_knows_it():
-    assert told_of((0.1,), 50.0, 0.0).startswith("2.00x the speed of the network without exits")
+    assert told_of((0.1,), 50.0, 0.0).startswith("2.00x the speed of the plain network")
     assert "between 1.87x and 2.14x" in told_of((0.1,), 50.0, 0.05)
     assert "no clear difference" in told_of((0.1,), 98.0, 0.05) and "no clear" not in told_of((0.1,), 98.0, 0.001)
     assert "--remeasure" in told_of((0.1,), 50.0, 0.05) and "--remeasure" not in told_of((0.1,), 50.0, 0.01)
     assert "between" not in told_of((0.1,), 50.0, None)
-    assert told_of((None,), 100.0, 0.01) == "1.00x the speed of the network without exits, 100.0 us"
+    assert told_of((None,), 100.0, 0.01) == "1.00x the speed of the plain network, 100.0 us"

@@ -116,10 +116,10 @@ class TestPage:
             "on test data.",
             "Shares of the test samples. exit 1: 33.3\u202f% of the samples; exit 2: 33.3\u202f% of the samples; "
             "exit 3: 33.3\u202f% of the samples.",
-            "Histograms of the entropy at each of 3 exits, for right and wrong answers.",
+            "Histograms of the entropy at each of 3 exits, for right and wrong predictions.",
         ]
         for words in (
-            "chosen on 77 validation samples under max drop 0.005 ; the figures here are of 60 test samples",
+            "chosen on 77 validation samples under max drop 0.005 ; this page shows results for 60 test samples",
             "95.10 % 95 % interval 94.00 % to 96.00 %",
             "96.20 % −1.10 points with early exits",
             "Speed-up at batch 64 2.93×",  # timed as the cost was
@@ -127,7 +127,7 @@ class TestPage:
             "1 entropy < 0.3 33.3 % 99.00 % 20.5 4 1,000 70",
             "2 never (left out) 33.3 % 20.5",
             "3 always",
-            "stage costs a sample at batch 64, 2 threads",
+            "costs per sample of the stages at batch 64, 2 threads",
             "b_lenet onnxruntime 1 1 89.5 30.2 29 2.93× 1.043 96.12 % 95.10 % 50.0, 30.0, 20.0 0.3, never",
             "b_lenet onnxruntime 64 2 152.5",
             "Left first",
@@ -218,13 +218,13 @@ class TestPage:
     def test_warns_when_chosen_and_reported_on_the_same_data(self, tmp_path):
         parts = run()
         choice = Choice(parts["choice"].policy, {"max_drop": 0}, parts["outcome"], parts["record"].digest)
-        assert "chosen on the very data" in Page(written(tmp_path, choice=choice)).text
-        assert "chosen on the very data" not in Page(written(tmp_path)).text
+        assert "chosen on the data that this page reports" in Page(written(tmp_path, choice=choice)).text
+        assert "chosen on the data that this page reports" not in Page(written(tmp_path)).text
 
     def test_says_what_is_promised(self, tmp_path):
         promise = Promise("max_drop", 0.005, 0.95, "betting", 500, 500)
         page = Page(written(tmp_path, choice=replace(run()["choice"], promise=promise)))
-        assert str(promise) in page.text and "confidence" not in Page(written(tmp_path)).text
+        assert str(promise) in page.text and "95 % confidence" not in Page(written(tmp_path)).text
 
     def test_says_why_no_sample_leaves_early(self, tmp_path):
         page = Page(written(tmp_path, choice=replace(run()["choice"], reason="no <exit> pays")))
@@ -279,7 +279,7 @@ class TestGallery:
         gallery = a_gallery(count=3, predicted=np.array([0, 2, 2]), names=("zero", "one", "two"))
         page = Page(written(tmp_path, galleries=[gallery]))
         assert [a.get("class") for a in page.all("li")] == [None, "missed", None]
-        assert "zero exit 2 0.0123 two , is one exit 2 0.0123 two exit 2" in page.text
+        assert "zero exit 2 0.0123 two , true class one exit 2 0.0123 two exit 2" in page.text
 
     def test_at_most_24_and_small(self, tmp_path):
         page = Page(written(tmp_path, galleries=[a_gallery(count=30, size=(300, 150))]))
@@ -312,21 +312,21 @@ class TestFigures:
 
     def test_tradeoff(self):
         us, accuracy = np.array([30.0, 10, 20]), [0.97, 0.95, 0.96]
-        figure = figure_tradeoff(us, accuracy, plain=(50, 0.965), chosen=(20, 0.96), judged=(21, 0.955, 0.95, 0.96))
+        figure = figure_tradeoff(us, accuracy, plain=(50, 0.965), chosen=(20, 0.96), tested=(21, 0.955, 0.95, 0.96))
         assert self.tips(figure) == [
             "10 µs, 95.00 %",
             "20 µs, 96.00 %",
             "30 µs, 97.00 %",
             "plain network: 50 µs, 96.50 %",
-            "chosen, on the data that chose: 20 µs, 96.00 %",
-            "the same thresholds on test data, 95 %: 21 µs, 95.50 %",
+            "chosen thresholds, validation data: 20 µs, 96.00 %",
+            "chosen thresholds, test data (95 %): 21 µs, 95.50 %",
         ]
         assert [t.get_text() for t in figure.axes[0].texts] == ["←  2.4× faster"]
         assert [t.get_text() for t in figure.legends[0].get_texts()] == [
-            "the best of all thresholds",
+            "best thresholds, validation data",
             "plain network",
-            "chosen, on the data that chose",
-            "the same thresholds on test data, 95 %",
+            "chosen thresholds, validation data",
+            "chosen thresholds, test data (95 %)",
         ]
 
     def test_tradeoff_by_itself(self):
@@ -340,8 +340,8 @@ class TestFigures:
 
     def test_shares(self):
         figure = figure_shares((0.7, 0.0, 0.3), (0.99, None, 0.8))
-        told = ["70.0 %, 99.00 % of them right", "0.0 %", "30.0 %, 80.00 % of them right"]
-        assert [t.get_text() for t in figure.axes[0].texts] == told
+        texts = ["70.0 %, accuracy 99.00 %", "0.0 %", "30.0 %, accuracy 80.00 %"]
+        assert [t.get_text() for t in figure.axes[0].texts] == texts
         widths = [bar.get_width() for bar in figure.axes[0].patches]
         assert widths == pytest.approx([69.3, 0.7, 0, 0, 24, 6])
 
@@ -352,7 +352,7 @@ class TestFigures:
         assert self.tips(figure) == [
             "2 right, 0 wrong at 0 to 0.5",
             "0 right, 1 wrong at 0.5 to 1",
-            "exit 1 answers below 0.4",
+            "exit 1: threshold 0.4",
             "1 right, 0 wrong at 0 to 0.5",
             "2 right, 0 wrong at 0.5 to 1",
         ]

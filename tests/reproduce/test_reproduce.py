@@ -194,8 +194,8 @@ def test_a_smaller_network_that_does_better_is_named(found):
     slow, wrong = PlainResult("slow", 1.0, us * 2), PlainResult("wrong", accuracy - 0.01, us / 9)
     assert table1.dominated(row(slow, wrong)) is None
     assert table1.dominated(row(slow, best, wrong))["network"] == "small"
-    assert "small does better" in table1.compared(row(best))
-    assert "does better" not in table1.compared(row(slow, wrong))
+    assert "small is better" in table1.compared(row(best))
+    assert "is better" not in table1.compared(row(slow, wrong))
 
 
 def test_rows_of_another_device(training, digits):
@@ -238,10 +238,10 @@ def test_other_networks_rows_are_kept_where_they_were_made_alike(found, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("table2", {}), "unknown 'table2'; make one of table1, fig3, fig4 again, or all"),
-        (("table1", {"networks": "b_lenet,vgg"}), "unknown network 'vgg'; take some of b_lenet, b_alexnet"),
+        (("table2", {}), "unknown 'table2'; give one of table1, fig3, fig4, or all"),
+        (("table1", {"networks": "b_lenet,vgg"}), "unknown network 'vgg'; give one or more of b_lenet, b_alexnet"),
         (("table1", {"networks": " , "}), "no network"),
-        (("fig4", {"networks": "b_lenet"}), "Figure 4 is about b_alexnet"),
+        (("fig4", {"networks": "b_lenet"}), "Figure 4 needs b_alexnet"),
     ],
 )
 def test_wrong_requests(tmp_path, arguments, message):
@@ -253,9 +253,9 @@ def test_wrong_requests(tmp_path, arguments, message):
 
 def test_recipes_are_fair():
     for recipe in recipes(",".join(RECIPES)):
-        assert len(recipe.epochs) == len(recipe.rates) == 2
-        rates = [recipe.optimizer(r)(zoo.lenet().parameters()).param_groups[0]["lr"] for r in recipe.rates]
-        assert rates == list(recipe.rates)
+        assert len(recipe.epochs) == len(recipe.lrs) == 2
+        lrs = [recipe.optimizer(r)(zoo.lenet().parameters()).param_groups[0]["lr"] for r in recipe.lrs]
+        assert lrs == list(recipe.lrs)
         title = recipe.plain_title
         assert title in recipe.title and not title.startswith("B-")
     assert recipes("all") == recipes("b_lenet,b_alexnet,b_resnet110")

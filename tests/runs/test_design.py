@@ -87,7 +87,7 @@ def test_the_verbs_of_a_run_work_on_it_and_the_report_shows_candidates(base, des
     (folder / "bench.json").unlink()
     assert call(monkeypatch, "report", folder) == 0
     page = (folder / "report.html").read_text()
-    assert "Where exits could stand" in page
+    assert "Candidate exits" in page
     for one in designed[0].tried:
         assert f"{one.branch} at {one.tap}" in page
 

@@ -202,11 +202,11 @@ def test_advice_on_other_weights_or_of_all_samples_is_refused(run, monkeypatch):
         design_run(run, progress=False)
     (folder / "advice.json").write_text(json.dumps(advice))
     with pytest.raises(
-        FileError, match=r"advice\.json is advice on other weights than those there; remove .*candidates"
+        FileError, match=r"advice\.json is advice on other weights than those of .*; remove .*candidates"
     ):
         design_run(run, progress=False)
     shutil.copy(folder / "advice.json", run.path / "advice.json")  # a design's folder is a run like any other
-    with pytest.raises(FileError, match=r"does not say which samples selected the design.*--no-promise"):
+    with pytest.raises(FileError, match=r"does not name the samples that selected the design.*--no-promise"):
         choose_run(run, max_drop=0.5)
     assert choose_run(run, max_drop=0.5, confidence=None).promise is None
     assert choose_run(run, max_latency_us=1e6).promise is None

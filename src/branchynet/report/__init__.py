@@ -2,7 +2,7 @@
 
 from ..extras import first_used
 
-# Imported when first used: the tables for the terminal need no matplotlib. __init__.pyi has the types.
+# Imported on first use: the tables for the terminal do not need matplotlib. __init__.pyi has the types.
 _MODULES = {
     "gallery": ("Gallery",),
     "html": ("RunReport", "write_report"),

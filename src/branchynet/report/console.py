@@ -1,4 +1,4 @@
-"""Tables for the terminal, whose numbers stay whole however narrow it is, and errors in the command line's words."""
+"""Tables for the terminal, which never truncate numbers, and error messages in terms of options."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -12,22 +12,22 @@ from rich.table import Table
 from ..errors import counted, printable
 from ..policy.values import PROMISED, STEADY, Choice, ExitCost
 
-_FRAME = 3  # characters that a column takes beside its content: a line and two spaces
+_FRAME = 3  # characters per column in addition to its content: a line and two spaces
 _NEVER = "never (left out)"
-_WORD = 16  # characters that a column of words is not narrowed below
+_WORD = 16  # smallest width of a text column
 
 
 def show(
     out: Console, columns: Mapping[str, bool], rows: Sequence[Sequence[str]], *, title: str = "", every: int = 0
 ) -> None:
-    """Print a table; where the terminal is too narrow for it, every row as lines of ``name: value``.
+    """Print a table; if the terminal is too narrow, print each row as lines of ``name: value``.
 
     Args:
-        out: where to; a log file has no width, and gets the table as wide as it is.
-        columns: names, and whether words stand there, which may be folded. Numbers are not.
-        rows: a text a column.
-        title: above the table.
-        every: a line after so many rows; 0 for none.
+        out: the terminal, or a log file, which gets the table at full width.
+        columns: names, and whether the column holds text that may be wrapped; numbers are never wrapped.
+        rows: one text per column.
+        title: title above the table.
+        every: draw a line after this many rows; 0 for no lines.
     """
     rows = [tuple(printable(text) for text in row) for row in rows]
     needed = 1
@@ -37,8 +37,8 @@ def show(
     if out.is_terminal and needed > out.width:
         out.print(title, style="italic")
         for row in rows:
-            told = [f"{name}: {text}" for name, text in zip(columns, row, strict=True) if text]
-            out.print("\n".join(told), "", sep="\n", soft_wrap=True)
+            lines = [f"{name}: {text}" for name, text in zip(columns, row, strict=True) if text]
+            out.print("\n".join(lines), "", sep="\n", soft_wrap=True)
         return
     table = Table(title=title or None)
     for i, (name, words) in enumerate(columns.items()):
@@ -54,7 +54,7 @@ def show(
 
 
 def print_choice(out: Console, choice: Choice, cost: ExitCost) -> None:
-    """The chosen thresholds, what they do on the validation data and cost, and what is promised of other data."""
+    """Print the chosen thresholds, their outcome on the validation data, their cost, and the promise."""
     outcome = choice.outcome
     each = cost.latency_us(choice.policy.enabled)
     rows = [
@@ -63,44 +63,44 @@ def print_choice(out: Console, choice: Choice, cost: ExitCost) -> None:
             zip(choice.policy.rules(), outcome.exit_share, outcome.exit_accuracy, each, strict=True), 1
         )
     ]
-    columns = {"exit": False, "leaves when": True, "share": False, "accuracy there": False, "us": False}
-    show(out, columns, rows, title="chosen on validation")
+    columns = {"exit": False, "leaves if": True, "share": False, "accuracy": False, "us": False}
+    show(out, columns, rows, title="chosen on validation data")
     out.print(f"accuracy {outcome.accuracy:.2%}, last exit alone {outcome.last_accuracy:.2%}")
     if outcome.mean_us is not None:
         out.print(
-            f"a sample costs {outcome.mean_us:.1f} us in the mean, {outcome.p95_us:.1f} us at the 95th percentile, "
-            f"{outcome.worst_us:.1f} us at worst"
+            f"time per sample: mean {outcome.mean_us:.1f} us, 95th percentile {outcome.p95_us:.1f} us, worst "
+            f"{outcome.worst_us:.1f} us"
         )
-        for line in speed_told(choice, cost):
+        for line in speed_lines(choice, cost):
             out.print(line)
     if choice.promise is not None:
         out.print(str(choice.promise))
     elif choice.constraint.keys() & set(PROMISED):
-        out.print(f"no promise for other data: chosen on {outcome.samples} samples as they are")
+        out.print(f"no promise for unseen data: the limit holds for these {outcome.samples} samples only")
 
 
-def speed_told(choice: Choice, cost: ExitCost) -> list[str]:
-    """How fast a choice is beside the network without exits, as far as the clock can tell."""
+def speed_lines(choice: Choice, cost: ExitCost) -> list[str]:
+    """The speed-up of a choice over the plain network with its timing error, and a warning about unsteady times."""
     if cost.plain_us is None or choice.outcome.mean_us is None:
         return []
-    speed, plain = cost.plain_us / choice.outcome.mean_us, f"the network without exits, {cost.plain_us:.1f} us"
-    told = f"{speed:.2f}x the speed of {plain}"
+    speed = cost.plain_us / choice.outcome.mean_us
+    line = f"{speed:.2f}x the speed of the plain network, {cost.plain_us:.1f} us"
     if cost.spread is not None and any(choice.policy.enabled[:-1]):
-        factor = 1 + sqrt(2) * cost.spread  # of a ratio of two such times
-        told += f"; between {speed / factor:.2f}x and {speed * factor:.2f}x, as far as the clock can tell"
+        factor = 1 + sqrt(2) * cost.spread  # error of a ratio of two such times
+        line += f"; between {speed / factor:.2f}x and {speed * factor:.2f}x within the timing error"
         if speed / factor <= 1 <= speed * factor:
-            told += ": no clear difference"
-    lines = [told]
+            line += ": no clear difference"
+    lines = [line]
     if cost.spread is not None and cost.spread > STEADY:
         lines.append(
-            f"the times were not steady (off by up to {cost.spread:.1%}), as other work keeps this machine busy: "
-            "measure again with --remeasure when it is quiet"
+            f"the times were not steady (error up to {cost.spread:.1%}) because of other work on this machine: "
+            "measure again with --remeasure when it is idle"
         )
     return lines
 
 
 def print_advice(out: Console, advice: Any, note: str = "") -> None:
-    """The best design of each number of exits, what is advised, and a note below."""
+    """Print the best design per number of exits, the advice, and a note."""
     columns = {
         "exits": False, "early exits": True, "us": False, "95 %": False, "speed-up": False, "at best": False,
         "accuracy": False,
@@ -121,7 +121,7 @@ def print_advice(out: Console, advice: Any, note: str = "") -> None:
 
 
 def print_bench(out: Console, rows: Sequence[Mapping[str, Any]], note: str = "") -> None:
-    """Plain, branchy and limit, one below the other, for each batch size; a note on the plain network below."""
+    """Print plain, branchy and limit in three lines per row, and a note."""
     columns = {
         "engine": True, "network": True, "us": False, "speed-up": False, "accuracy": False,
         "leave at exit 1, 2, …": False,
@@ -138,14 +138,14 @@ def print_bench(out: Console, rows: Sequence[Mapping[str, Any]], note: str = "")
             (threads, "limit", row["limit_us"], branchy, f"overhead {row['overhead']:.2f}"),
         ):
             lines.append((where, name, f"{us:.1f}", f"{row['plain_us'] / us:.2f}x", accuracy, told))
-    show(out, columns, lines, title="microseconds a sample, everything timed; accuracy on test images", every=3)
+    show(out, columns, lines, title="microseconds per sample, and test accuracy", every=3)
     if rows and all(threshold is None for threshold in rows[0]["thresholds"]):
-        out.print("no sample leaves early with these thresholds: the file does the plain network's work, and its score")
+        out.print("no sample leaves early with these thresholds: the file computes the plain network and its score")
     spread = max((row.get("spread") or 0.0 for row in rows), default=0.0)
     if spread > STEADY:
         out.print(
-            f"the times were not steady (a speed-up is off by up to {spread:.1%}), as other work keeps this machine "
-            "busy: time again when it is quiet",
+            f"the times were not steady (error of a speed-up up to {spread:.1%}) because of other work on this "
+            "machine: time again when it is idle",
             soft_wrap=True,
         )
     if note:
@@ -153,17 +153,17 @@ def print_bench(out: Console, rows: Sequence[Mapping[str, Any]], note: str = "")
 
 
 def print_answers(out: Console, answers: Sequence[Mapping[str, Any]]) -> None:
-    """What `predict_files` answers of each image; nothing where there is none."""
+    """Print the predictions of `predict_files`, if there are any."""
     rows = [(a["image"], a["label"], str(a["exit"]), f"{a['score']:.4g}") for a in answers]
     if rows:
         show(out, {"image": True, "label": True, "exit": False, "score": False}, rows)
 
 
 def print_model(out: Console, engine: Any) -> None:
-    """What an exported file holds: inputs, exits, thresholds, labels, preprocessing."""
+    """Print the inputs, exits, thresholds and metadata of an exported file."""
     rows = [("inputs", "\n".join(str(i) for i in engine.inputs))]
     if engine.policy is None:
-        rows.append(("exits", f"{engine.num_exits}, flat: none leaves early"))
+        rows.append(("exits", f"{engine.num_exits}, flat: no sample leaves early"))
     else:
         rows.append(("exits", "\n".join(f"{n}: {rule}" for n, rule in enumerate(engine.policy.rules(6, _NEVER), 1))))
     for name in ("batch", "thresholds", "labels", "preprocessing", "promise", "version"):
@@ -180,22 +180,21 @@ _CALLS = {"record": "train", "fit": "train", "measure": "choose", "advise": "des
 _PHRASES = {
     "confidence=None": "--no-promise",
     "or None for no promise": "or --no-promise for none",
-    ", or FitOptions(resume=False) to start it anew": "",
-    " (or FitOptions(resume=False))": "",
     "policy=None": "no thresholds",
 }
 
 
 def in_options(message: str, options: Mapping[str, str]) -> str:
-    """A message that speaks of Python arguments, in terms of a command's options.
+    """Rewrite a message about Python arguments in terms of the options of a command.
 
     Args:
         message: such as "max_drop=2 is out of range".
         options: the option of each parameter, such as ``--max-drop`` of ``max_drop``.
     """
     message = re.sub(r" \(in Python, [^()]*(\([^()]*\))?[^()]*\)", "", message)
-    for python, told in _PHRASES.items():
-        message = message.replace(python, told)
+    message = re.sub(r",? (\()?or FitOptions\(resume=False\)[\w ]*(?(1)\))", "", message)
+    for python, phrase in _PHRASES.items():
+        message = message.replace(python, phrase)
     message = re.sub(
         r"\b(attach|advise|bench|choose|export|fit|measure|record)\(\.\.\.\)",
         lambda found: f"`branchynet {_CALLS.get(found[1], found[1])}`",

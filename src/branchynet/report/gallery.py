@@ -1,4 +1,4 @@
-"""Galleries: the images that left first, or last, with what was answered."""
+"""Galleries of images with their predictions, as parts of a report."""
 
 import base64
 import io
@@ -11,23 +11,21 @@ from PIL import Image
 
 from ..errors import InputError
 
-MOST_PICTURES = 24
-"""So many images of a gallery are shown, and no larger than `LARGEST` pixels a side, to keep the page small."""
-
-LARGEST = 96
+MOST_PICTURES = 24  # images per gallery
+LARGEST = 96  # pixels per side of a shown image
 
 
 @dataclass(frozen=True, eq=False)
 class Gallery:
-    """Images with what was answered, such as those that left first.
+    """Images with their predictions, such as those that leave first. A report shows the first 24.
 
     Attributes:
-        title: a heading.
+        title: the heading.
         images: `(B, H, W)` or `(B, H, W, 3)` uint8.
-        label, predicted: `(B,)` right and given class indices.
-        exit: `(B,)` the exit that answered, from 1.
-        score: `(B,)` that exit's score.
-        names: of the classes; their indices where empty.
+        label, predicted: `(B,)` indices of the true and the predicted classes.
+        exit: `(B,)` the exit that each image left at, from 1.
+        score: `(B,)` the score of that exit.
+        names: names of the classes; if empty, their indices are shown.
 
     Raises:
         InputError: the images are not uint8 pictures, the lengths differ, or a class has no name.
@@ -56,7 +54,7 @@ class Gallery:
 
 
 def gallery_section(gallery: Gallery) -> str:
-    """The pictures as HTML, each with the answer given, the exit and the score; wrong answers are marked."""
+    """Return the images as HTML with prediction, exit and score; wrong predictions are marked."""
     items = []
     for image, label, predicted, place, score in zip(
         gallery.images, *map(np.asarray, (gallery.label, gallery.predicted, gallery.exit, gallery.score)), strict=True
@@ -64,14 +62,14 @@ def gallery_section(gallery: Gallery) -> str:
         if len(items) == MOST_PICTURES:
             break
         right, given = (escape(gallery.names[i] if gallery.names else str(i)) for i in (label, predicted))
-        verdict = given if label == predicted else f"<b>{given}</b>, is {right}"
+        verdict = given if label == predicted else f"<b>{given}</b>, true class {right}"
         items.append(
             f'<li{"" if label == predicted else " class=missed"}><img src="{_png(image)}" '
             f'alt="an image of {right}">{verdict}<br><span class="quiet">exit {place}<br>{score:.3g}</span></li>'
         )
     return (
-        f"<section>\n<h2>{escape(gallery.title)}</h2>\n<p class=quiet>The answer given (and the right one where they "
-        f'differ), the exit that gave it, and its score.</p>\n<ul class="pictures">{"".join(items)}</ul>\n</section>'
+        f"<section>\n<h2>{escape(gallery.title)}</h2>\n<p class=quiet>The predicted class (and the true class if it "
+        f'differs), the exit, and its score.</p>\n<ul class="pictures">{"".join(items)}</ul>\n</section>'
     )
 
 

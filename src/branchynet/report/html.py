@@ -1,4 +1,4 @@
-"""The report: one HTML file that opens anywhere, offline, and asks nothing of any other machine."""
+"""The report of a run: one HTML file that works offline and loads nothing from other machines."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -22,16 +22,16 @@ _UNITS = {"entropy": "entropy (nats)", "max_probability": "1 − largest probabi
 
 
 class Curve(Protocol):
-    """Accuracies `(P,)` and mean microseconds `(P,)` of threshold vectors, as `branchynet.frontier` gives them."""
+    """Accuracies and mean times of P threshold vectors, as from `branchynet.frontier`."""
 
     @property
     def accuracy(self) -> NDArray[Any]:
-        """Fractions."""
+        """`(P,)` fractions."""
         ...
 
     @property
     def mean_us(self) -> NDArray[Any]:
-        """Microseconds a sample."""
+        """`(P,)` microseconds per sample."""
         ...
 
 
@@ -74,7 +74,7 @@ class RunReport:
 def write_report(
     path: str | os.PathLike[str], report: RunReport, *, picture: str | os.PathLike[str] | None = None
 ) -> None:
-    """Write one HTML file below 3 MB with the curve, the exits, the scores, the timings and the pictures of a run.
+    """Write one HTML file below 3 MB with the curve, the exits, the scores, the timings and the images of a run.
 
     Args:
         path: the HTML file; its folder is created.
@@ -82,7 +82,7 @@ def write_report(
         picture: also write the curve to this PNG file.
 
     Raises:
-        InputError: the values are not for one number of exits and samples.
+        InputError: the values have different numbers of exits or samples.
         FileError: the file cannot be written.
     """
     choice, outcome, record, cost, bench = report.choice, report.outcome, report.record, report.cost, report.bench
@@ -90,7 +90,7 @@ def write_report(
     _check(choice, outcome, record, scores, cost, bench)
     alike = _timed_alike(bench, cost)
     if plain is None and alike is not None and alike["plain_accuracy"] is not None:
-        # Of the clock that timed the curve, where it is known: another moment's pace may be another.
+        # Prefer the time measured together with the curve: the machine may have been faster or slower at other times.
         plain_us = alike["plain_us"] if cost is None or cost.plain_us is None else cost.plain_us
         plain = float(plain_us), float(alike["plain_accuracy"])
     sections = [
@@ -132,10 +132,12 @@ def _check(
         "the cost": record.num_exits if cost is None else cost.num_exits,
     }
     if len(set(exits.values())) > 1:
-        raise InputError("all must be of one network, but " + ", ".join(f"{k} has {n} exits" for k, n in exits.items()))
+        raise InputError(
+            "all must be for one network, but " + ", ".join(f"{k} has {n} exits" for k, n in exits.items())
+        )
     if scores.shape != record.losses.shape or outcome.samples != record.samples:
         raise InputError(
-            f"scores of shape {scores.shape} and an outcome of {outcome.samples} samples are not of this record, "
+            f"scores of shape {scores.shape} and an outcome of {outcome.samples} samples do not match this record, "
             f"which has {record.samples} samples of {record.num_exits} exits"
         )
     for row in bench:
@@ -152,7 +154,7 @@ def _head(title: str, choice: Choice, outcome: Outcome, record: ExitRecord, time
     ]
     if outcome.mean_us is not None and outcome.p95_us is not None and outcome.worst_us is not None:
         most = f"95 % within {microseconds(outcome.p95_us)}, worst {microseconds(outcome.worst_us)}"
-        cards.append(("Mean time, from costs", microseconds(outcome.mean_us), most))
+        cards.append(("Mean time per sample", microseconds(outcome.mean_us), most))
     if timed is not None:
         times = f"{microseconds(timed['plain_us'])} plain, {microseconds(timed['branchy_us'])} with early exits"
         cards.append((f"Speed-up at batch {timed['batch']}", f"{timed['speedup']:.2f}×", f"measured: {times}"))
@@ -160,19 +162,19 @@ def _head(title: str, choice: Choice, outcome: Outcome, record: ExitRecord, time
     warning = ""
     if choice.record_digest == record.digest:
         warning = (
-            '<p class="warning" role="note">The thresholds were chosen on the very data that they are reported on: '
-            "these figures are optimistic.</p>"
+            '<p class="warning" role="note">The thresholds were chosen on the data that this page reports, so all '
+            "figures are optimistic.</p>"
         )
-    said = [str(choice.promise) if choice.promise else "", choice.reason]
-    grounds = "".join(f'<p class="lead">{escape(text)}</p>\n' for text in said if text)
+    notes = [str(choice.promise) if choice.promise else "", choice.reason]
+    grounds = "".join(f'<p class="lead">{escape(text)}</p>\n' for text in notes if text)
     shown = "".join(
         f'<div><dt>{escape(name)}</dt><dd class="value">{value}</dd><dd class="note">{note}</dd></div>'
         for name, value, note in cards
     )
     return (
-        f'<header>\n<h1>{escape(title)}</h1>\n<p class="lead">Samples leave at the first exit that is sure enough. '
-        f"The thresholds were chosen on {choice.outcome.samples:,} validation samples under "
-        f"<strong>{escape(limit)}</strong>; the figures here are of {outcome.samples:,} test samples.</p>\n"
+        f'<header>\n<h1>{escape(title)}</h1>\n<p class="lead">Each sample leaves at the first exit that is confident '
+        f"enough. The thresholds were chosen on {choice.outcome.samples:,} validation samples under "
+        f"<strong>{escape(limit)}</strong>; this page shows results for {outcome.samples:,} test samples.</p>\n"
         f"{grounds}{warning}"
         f'<dl class="cards">{shown}</dl>\n</header>'
     )
@@ -193,7 +195,7 @@ def _tradeoff(
         curve.accuracy,
         plain=plain,
         chosen=None if before.mean_us is None else (before.mean_us, before.accuracy),
-        judged=None if after.mean_us is None else (after.mean_us, after.accuracy, *after.accuracy_interval),
+        tested=None if after.mean_us is None else (after.mean_us, after.accuracy, *after.accuracy_interval),
     )
     if picture is not None:
         with replacing(picture) as temporary:
@@ -204,8 +206,9 @@ def _tradeoff(
         figure,
         f"Accuracy against mean time per sample for {len(curve.accuracy)} threshold settings; the chosen one reaches "
         f"{_percent(after.accuracy)} on test data.",
-        "Each point is a setting of the thresholds that no other beats on the validation data, at the measured cost of "
-        "the stages; settings far below the chosen accuracy are left out. The bar is the 95 % interval on test data.",
+        "Each dot is a choice of thresholds. No other choice is both faster and more accurate on the validation data, "
+        "at the measured costs. Choices far below the chosen accuracy are left out. The bar is the 95 % interval of "
+        "the test accuracy.",
     )
 
 
@@ -216,13 +219,13 @@ def _candidates(
         return ""
     return _figure(
         "candidates",
-        "Where exits could stand",
+        "Candidate exits",
         figure_candidates(tried, taken, plain),
-        f"Time against accuracy of {len(tried)} candidate exits; the design takes "
+        f"Accuracy against time of {len(tried)} candidate exits; exits of the design: "
         + (", then ".join(f"{branch} at {tap}" for tap, branch in taken) or "none")
         + ".",
-        "Each point is one classifier at one place of the network, trained on the frozen network, on validation data; "
-        "those at one place are joined. Exits are chosen together: the best set need not hold the best exit.",
+        "Each dot is one branch at one tap, trained on the frozen network and evaluated on validation data. Lines join "
+        "the branches at one tap. The exits are chosen as a set, which need not contain the best single exit.",
     )
 
 
@@ -236,14 +239,14 @@ def _exits(choice: Choice, outcome: Outcome, cost: ExitCost | None) -> str:
             row += [f"{cost.trunk_us[n]:.4g}", f"{cost.branch_us[n]:.4g}"]
             row += [f"{cost.trunk_macs[n]:,.0f}", f"{cost.branch_macs[n]:,.0f}"]
         rows.append(row)
-    head = ["exit", "leaves when", "share", "accuracy there"]
+    head = ["exit", "leaves if", "share", "accuracy"]
     caption = "Exits on test data"
     if cost is not None:
         head += ["trunk µs", "branch µs", "trunk MACs", "branch MACs"]
-        caption += f"; stage costs a sample at batch {cost.batch_size}, {counted(cost.threads, 'thread')}"
-    told = "; ".join(f"exit {row[0]}: {row[2]} of the samples" for row in rows)
+        caption += f"; costs per sample of the stages at batch {cost.batch_size}, {counted(cost.threads, 'thread')}"
+    shares = "; ".join(f"exit {row[0]}: {row[2]} of the samples" for row in rows)
     figure = figure_shares(outcome.exit_share, outcome.exit_accuracy)
-    return _figure("shares", "Who leaves where", figure, f"Shares of the test samples. {told}.", "") + _table(
+    return _figure("shares", "Samples per exit", figure, f"Shares of the test samples. {shares}.", "") + _table(
         caption, head, rows, words=(1,)
     )
 
@@ -253,11 +256,12 @@ def _scores(choice: Choice, record: ExitRecord, scores: NDArray[Any]) -> str:
     figure = figure_scores(scores, record.losses, choice.policy.thresholds, name=_UNITS.get(name, name))
     return _figure(
         "scores",
-        "How sure each exit is",
+        "Confidence of each exit",
         figure,
-        f"Histograms of the {name} at each of {record.num_exits} exits, for right and wrong answers.",
-        "All test samples at every exit, whether they would have arrived there or not; smaller is surer. A good exit "
-        "keeps its wrong answers to the right of its threshold. The vertical axis is logarithmic.",
+        f"Histograms of the {name} at each of {record.num_exits} exits, for right and wrong predictions.",
+        "Each histogram shows all test samples, including those that leave earlier. A smaller score means more "
+        "confidence. At a good exit, wrong predictions are to the right of the threshold. The vertical axis is "
+        "logarithmic.",
     )
 
 
@@ -266,10 +270,10 @@ def _bench(rows: Sequence[Mapping[str, Any]]) -> str:
         return ""
     body = [["" if row[key] is None else show(row[key]) for key, (_, show) in BENCH_COLUMNS.items()] for row in rows]
     head = [title for title, _ in BENCH_COLUMNS.values()]
-    table = _table("Microseconds a sample, everything inside the clock", head, body, words=(1,))
+    table = _table("Microseconds per sample; every operation is timed", head, body, words=(1,))
     return (
         '<section class="dense" aria-labelledby="bench">\n<h2 id="bench">Measured speed</h2>\n<p class="quiet">'
-        "Limit: the time of the static graphs up to each exit, weighted by who leaves there. "
+        "Limit: the time of the plain graphs up to each exit, weighted by the share of samples that leave there. "
         f"Overhead: branchy ÷ limit. Speed-up: plain ÷ branchy.</p>\n{table}\n</section>"
     )
 
@@ -309,7 +313,7 @@ def _table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], wor
 
 
 def _timed_alike(bench: Sequence[Mapping[str, Any]], cost: ExitCost | None) -> Mapping[str, Any] | None:
-    """The row of the batch size and threads that `cost` was measured at."""
+    """The row with the batch size and the threads of `cost`."""
     for row in bench:
         if cost is not None and (row["batch"], row["threads"]) == (cost.batch_size, cost.threads):
             return row

@@ -1,7 +1,7 @@
 """The report's figures, as matplotlib Figures that save as PNG, SVG or PDF.
 
-Shape letters: S samples, N exits, P threshold vectors. Colours are of one palette, which `svg.inline` turns into the
-page's own, light or dark. A name (gid) beginning with ``tip:`` is shown there when the pointer rests on the shape.
+Shape letters: S samples, N exits, P threshold vectors. `svg.inline` replaces the colours of the palette by those of the
+page, light or dark, and makes tooltips of group ids that begin with ``tip:``.
 """
 
 import math
@@ -48,49 +48,53 @@ def figure_tradeoff(
     *,
     plain: tuple[float, float] | None = None,
     chosen: tuple[float, float] | None = None,
-    judged: tuple[float, float, float, float] | None = None,
+    tested: tuple[float, float, float, float] | None = None,
     rivals: Mapping[str, tuple[float, float]] | None = None,
     sweep: tuple[ArrayLike, ArrayLike] | None = None,
     most: int = 300,
 ) -> Figure:
-    """Accuracy against mean time a sample, as in the paper's Figure 3.
+    """Plot accuracy against mean time per sample.
 
     Args:
-        mean_us: `(P,)` microseconds a sample of each threshold vector, on the data that chose.
+        mean_us: `(P,)` microseconds per sample of each threshold vector, on validation data.
         accuracy: `(P,)` fractions.
         plain: microseconds and accuracy of the plain network, drawn as a diamond.
-        chosen: those of the chosen thresholds on the data that chose, a star.
-        judged: microseconds, accuracy and the two ends of its 95 % interval for the same thresholds on other data,
+        chosen: microseconds and accuracy of the chosen thresholds on validation data, drawn as a star.
+        tested: microseconds, accuracy and the two ends of its 95 % interval of the chosen thresholds on test data,
             drawn as a ring with a bar.
         rivals: microseconds and accuracy of other plain networks by name, drawn as small diamonds.
-        sweep: microseconds and accuracy of other threshold vectors, drawn small under the curve.
-        most: draw at most so many points of the curve.
+        sweep: microseconds and accuracy of other threshold vectors, drawn as small dots.
+        most: largest number of points of the curve.
 
     Raises:
-        InputError: `mean_us` and `accuracy` are not of one length, or empty.
+        InputError: `mean_us` and `accuracy` have different lengths, or are empty.
 
     Source: Teerapittayanon et al. 2016, Figure 3.
+
+    Example:
+        >>> figure_tradeoff([10.0, 20.0], [0.95, 0.97], plain=(40.0, 0.97)).axes[0].get_ylabel()
+        'accuracy (%)'
     """
     us, percent = np.asarray(mean_us, np.float64), 100 * np.asarray(accuracy, np.float64)
     if us.ndim != 1 or us.shape != percent.shape or not len(us):
         raise InputError(f"mean_us {us.shape} and accuracy {percent.shape} must be of one shape (P,), not empty")
-    points = [point for point in (plain, chosen, judged, *(rivals or {}).values()) if point is not None]
+    points = [point for point in (plain, chosen, tested, *(rivals or {}).values()) if point is not None]
     top = max(percent.max(), *(100 * point[1] for point in points), -math.inf)
     low = min(top - 2, *(100 * point[1] for point in points), math.inf)
     keep = np.argsort(us, kind="stable")
-    keep = keep[percent[keep] >= min(percent.max(), 2 * low - top)]  # the knee matters: what lies far below is left out
+    keep = keep[percent[keep] >= min(percent.max(), 2 * low - top)]  # points far below would hide the knee
     keep = keep[_spread(len(keep), most)]
     us, percent = us[keep], percent[keep]
 
     with matplotlib.rc_context(_STYLE):
         figure, axes = _new(7.4, 4.3)
         axes.plot(us, percent, color=RIGHT, lw=1.4, drawstyle="steps-post", alpha=0.6, zorder=2)
-        dots = axes.scatter(us, percent, s=11, color=RIGHT, lw=0, zorder=3, label="the best of all thresholds")
+        dots = axes.scatter(us, percent, s=11, color=RIGHT, lw=0, zorder=3, label="best thresholds, validation data")
         dots.set_gid("tip:" + "|".join(f"{microseconds(u)}, {p:.2f} %" for u, p in zip(us, percent, strict=True)))
         marks = (
             (plain, "D", 62, MUTED, MUTED, "plain network"),
-            (chosen, "*", 230, CHOSEN, CHOSEN, "chosen, on the data that chose"),
-            (judged, "o", 80, "none", CHOSEN, "the same thresholds on test data, 95 %"),
+            (chosen, "*", 230, CHOSEN, CHOSEN, "chosen thresholds, validation data"),
+            (tested, "o", 80, "none", CHOSEN, "chosen thresholds, test data (95 %)"),
         )
         for point, marker, size, face, edge, label in marks:
             if point is not None:
@@ -99,63 +103,63 @@ def figure_tradeoff(
                 spot.set_gid(f"tip:{label}: {microseconds(x)}, {y:.2f} %")
                 spot.set_label(label)
         if sweep is not None:
-            tried_us, tried = np.asarray(sweep[0], np.float64), 100 * np.asarray(sweep[1], np.float64)
-            shown = tried >= percent.min()
-            axes.scatter(tried_us[shown], tried[shown], s=7, color=MUTED, alpha=0.5, lw=0, zorder=1, label="a sweep")
+            swept_us, swept = np.asarray(sweep[0], np.float64), 100 * np.asarray(sweep[1], np.float64)
+            shown = swept >= percent.min()
+            axes.scatter(swept_us[shown], swept[shown], s=7, color=MUTED, alpha=0.5, lw=0, zorder=1, label="sweep")
         for name, (x, y) in (rivals or {}).items():
             spot = axes.scatter(x, 100 * y, marker="D", s=26, color="none", edgecolors=MUTED, lw=1.3, zorder=4)
             spot.set_gid(f"tip:{name}: {microseconds(x)}, {100 * y:.2f} %")
             axes.annotate(name, (x, 100 * y), xytext=(6, -9), textcoords="offset points", fontsize=8, color=MUTED)
-        if judged:
-            axes.vlines(judged[0], 100 * judged[2], 100 * judged[3], color=CHOSEN, lw=1.6, alpha=0.5, zorder=4)
-        if judged and plain and plain[0] > judged[0]:
+        if tested:
+            axes.vlines(tested[0], 100 * tested[2], 100 * tested[3], color=CHOSEN, lw=1.6, alpha=0.5, zorder=4)
+        if tested and plain and plain[0] > tested[0]:
             axes.annotate(
-                f"←  {plain[0] / judged[0]:.1f}× faster", ((judged[0] + plain[0]) / 2, 100 * judged[1]),
+                f"←  {plain[0] / tested[0]:.1f}× faster", ((tested[0] + plain[0]) / 2, 100 * tested[1]),
                 xytext=(0, -16), textcoords="offset points", ha="center", color=CHOSEN, weight="bold", zorder=6,
             )  # fmt: skip
         axes.set_xlabel("mean time per sample (µs)")
         axes.set_ylabel("accuracy (%)")
         axes.set_xlim(left=0)
-        figure.legend(loc="outside upper left", ncols=2, handletextpad=0.4)  # never over the curve
+        figure.legend(loc="outside upper left", ncols=2, handletextpad=0.4)
     return figure
 
 
 class CandidatePoint(Protocol):
-    """A candidate exit by itself, as `branchynet.design.advice.CandidateResult` is."""
+    """One candidate exit, such as a `branchynet.design.advice.CandidateResult`."""
 
     @property
     def tap(self) -> str:
-        """Where it stands."""
+        """The tap of its branch."""
         ...
 
     @property
     def branch(self) -> str:
-        """What stands there."""
+        """The name of its branch."""
         ...
 
     @property
     def us(self) -> float:
-        """Microseconds a sample until it has answered."""
+        """Microseconds per sample up to this exit."""
         ...
 
     @property
     def accuracy(self) -> float:
-        """A fraction."""
+        """Accuracy of the exit alone, a fraction."""
         ...
 
 
 def figure_candidates(
     tried: Sequence[CandidatePoint], chosen: Sequence[tuple[str, str]] = (), plain: tuple[float, float] | None = None
 ) -> Figure:
-    """Candidate exits along the trunk: what each costs until it answers against its accuracy alone.
+    """Plot the accuracy of each candidate exit against the time up to it.
 
     Args:
-        tried: in running order of their taps, one or several a tap; a tap's are joined by a line.
-        chosen: tap and branch of those that the design took, ringed.
-        plain: microseconds and accuracy of the network without exits, a diamond.
+        tried: the candidates, in the order of execution of their taps; lines join those at one tap.
+        chosen: tap and branch of the exits of the design, drawn as rings.
+        plain: microseconds and accuracy of the plain network, drawn as a diamond.
 
     Raises:
-        InputError: nothing was tried.
+        InputError: `tried` is empty.
     """
     if not tried:
         raise InputError("no candidates to draw; give those of an Advice")
@@ -179,11 +183,11 @@ def figure_candidates(
         if rings:
             axes.scatter(
                 [s.us for s in rings], [100 * s.accuracy for s in rings], s=130, color="none", edgecolors=CHOSEN, lw=2,
-                zorder=5, label="chosen together",
+                zorder=5, label="exits of the design",
             )  # fmt: skip
         if plain is not None:
-            axes.scatter(plain[0], 100 * plain[1], marker="D", s=62, color=MUTED, label="without exits", zorder=4)
-        axes.set_xlabel("time until the exit has answered (µs per sample)")
+            axes.scatter(plain[0], 100 * plain[1], marker="D", s=62, color=MUTED, label="plain network", zorder=4)
+        axes.set_xlabel("time up to the exit (µs per sample)")
         axes.set_ylabel("accuracy of the exit alone (%)")
         axes.set_xlim(left=0)
         if rings or plain is not None:
@@ -192,28 +196,28 @@ def figure_candidates(
 
 
 def figure_shares(share: Sequence[float], accuracy: Sequence[float | None]) -> Figure:
-    """How many samples leave at each exit, and how many of those answers are right.
+    """Plot the share of samples that leave at each exit, and their accuracy.
 
     Args:
         share: `(N,)` shares, summing to 1.
-        accuracy: `(N,)` accuracy among those that leave there; None where nobody does.
+        accuracy: `(N,)` accuracy of the samples that leave at each exit; None if there are none.
 
     Raises:
         InputError: the lengths differ.
     """
     if len(share) != len(accuracy) or not len(share):
-        raise InputError(f"{len(share)} shares and {len(accuracy)} accuracies; there must be one of each an exit")
+        raise InputError(f"{len(share)} shares and {len(accuracy)} accuracies; there must be one of each per exit")
     with matplotlib.rc_context(_STYLE):
         figure, axes = _new(7.4, 0.5 + 0.5 * len(share))
         for n, (part, right) in enumerate(zip(share, accuracy, strict=True), 1):
-            told = f"{100 * part:.1f} %" + (f", {100 * right:.2f} % of them right" if right is not None else "")
+            text = f"{100 * part:.1f} %" + (f", accuracy {100 * right:.2f} %" if right is not None else "")
             known = right or 0.0
             for left, width, colour in ((0, part * known, RIGHT), (part * known, part * (1 - known), WRONG)):
                 bar = axes.barh(n, 100 * width, left=100 * left, height=0.62, color=colour)[0]
-                bar.set_gid(f"tip:exit {n}: {told}")
-            axes.text(100 * part + 1, n, told, va="center")
+                bar.set_gid(f"tip:exit {n}: {text}")
+            axes.text(100 * part + 1, n, text, va="center")
         axes.set_yticks(range(1, len(share) + 1), [f"exit {n}" for n in range(1, len(share) + 1)], color=INK)
-        axes.set_xlim(0, 135)  # room for the words beside a full bar
+        axes.set_xlim(0, 135)  # leaves room for the text next to a full bar
         axes.set_xticks([])
         axes.spines["bottom"].set_visible(False)
         axes.invert_yaxis()
@@ -225,16 +229,16 @@ def figure_shares(share: Sequence[float], accuracy: Sequence[float | None]) -> F
 
 
 def figure_leaving(share: ArrayLike, accuracy: ArrayLike, largest: ArrayLike, *, knee: int | None = None) -> Figure:
-    """Accuracy, and the largest entropy that leaves, against the share of samples that leave at the first exit.
+    """Plot accuracy and largest entropy against the share of samples that leave at the first exit.
 
     Args:
-        share: `(P,)` fractions, rising.
+        share: `(P,)` increasing fractions.
         accuracy: `(P,)` fractions.
-        largest: `(P,)` nats.
-        knee: the position to mark.
+        largest: `(P,)` largest entropy of the samples that leave, in nats.
+        knee: index of the point to mark.
 
     Raises:
-        InputError: not of one shape (P,), or empty.
+        InputError: the arrays are not of one shape (P,), or empty.
 
     Source: Teerapittayanon et al. 2016, Figure 4.
     """
@@ -261,14 +265,14 @@ def figure_scores(
     name: str = "entropy (nats)",
     bins: int = 40,
 ) -> Figure:
-    """Histograms of the scores at each exit, right and wrong answers apart, with the thresholds.
+    """Plot histograms of the scores at each exit for right and wrong predictions, with the thresholds.
 
     Args:
-        scores: `(S, N)`, smaller = surer; NaN and infinity are left out.
-        losses: `(S, N)`; an answer counts as right where it is below one half.
-        thresholds: N-1 thresholds, None for never; or none at all.
-        name: what the score is, with its unit.
-        bins: bars a histogram.
+        scores: `(S, N)`; a smaller score means more confidence. NaN and infinity are left out.
+        losses: `(S, N)`; predictions with a loss below one half are right.
+        thresholds: N-1 thresholds, None for never; or an empty sequence.
+        name: name and unit of the score.
+        bins: number of bins per histogram.
 
     Raises:
         InputError: the shapes differ.
@@ -294,7 +298,7 @@ def figure_scores(
             limit = limits[n]
             if limit is not None and edges[0] <= limit <= edges[-1]:
                 line = axes.axvline(limit, color=CHOSEN, lw=1.6, ls=(0, (4, 2)))
-                line.set_gid(f"tip:exit {n + 1} answers below {limit:.4g}")
+                line.set_gid(f"tip:exit {n + 1}: threshold {limit:.4g}")
             axes.set_title(f"exit {n + 1}", fontsize=10.5, loc="left")
             axes.set_xlim(edges[0], edges[-1])
             axes.set_ylim(0.7, 1.6 * most)
@@ -308,17 +312,17 @@ def figure_scores(
 
 
 def _histogram(axes: Axes, values: NDArray[np.float64], wrong: NDArray[np.bool_], edges: NDArray[np.float64]) -> int:
-    """The largest count. Right and wrong are not stacked: on a logarithmic axis stacked lengths would mislead."""
+    """Draw both histograms, not stacked because the axis is logarithmic, and return the largest count."""
     finite = np.isfinite(values)
     right, wrong = (np.histogram(values[finite & those], edges)[0] for those in (~wrong, wrong))
     for counts, colour in ((right, RIGHT), (wrong, WRONG)):
         axes.stairs(counts, edges, fill=True, color=colour, alpha=0.22, lw=0)
         axes.stairs(counts, edges, color=colour, lw=1.3, baseline=None)
-    # Nothing to see, only for the pointer to rest on.
+    # Invisible bars for the tooltips.
     hover = axes.bar(edges[:-1], np.maximum(right, wrong), np.diff(edges), align="edge", color=RIGHT, alpha=0)
     for bar, yes, no, start, stop in zip(hover, right, wrong, edges[:-1], edges[1:], strict=True):
         bar.set_gid(f"tip:{yes} right, {no} wrong at {start:.3g} to {stop:.3g}")
-    axes.set_ylim(0.7, 1.6)  # before the scale, which warns of a panel without samples
+    axes.set_ylim(0.7, 1.6)  # before the scale, which warns if a panel has no samples
     axes.set_yscale("log")
     axes.grid(visible=False, axis="x")
     return max(right.max(), wrong.max())
@@ -330,10 +334,10 @@ def _new(width: float, height: float, rows: int = 1, columns: int = 1, sharey: b
 
 
 def _spread(count: int, most: int) -> NDArray[np.intp]:
-    """At most `most` of `count` positions, evenly, with both ends."""
+    """At most `most` of `count` positions, evenly spaced, with both ends."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.intp))
 
 
 def microseconds(us: float) -> str:
-    """A time in words, such as 41.2 µs."""
+    """Format a time, such as 41.2 µs."""
     return f"{us / 1000:.4g} ms" if us >= 10_000 else f"{us:.4g} µs"

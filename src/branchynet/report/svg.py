@@ -1,4 +1,4 @@
-"""A matplotlib figure as SVG that lives inside a page: the page's colours, tooltips, and no address anywhere."""
+"""Matplotlib figures as inline SVG with the colours of the page, with tooltips and without addresses."""
 
 import io
 from xml.etree import ElementTree
@@ -19,12 +19,12 @@ _COLOURS = {
 
 
 def inline(figure: Figure, name: str, description: str) -> str:
-    """The ``<svg>`` element of a figure.
+    """Return the ``<svg>`` element of a figure.
 
     Args:
-        figure: one of `figures`.
-        name: goes before every id, so that several figures can share a page.
-        description: what the figure shows, for those who cannot see it.
+        figure: one of `branchynet.report.plots`.
+        name: prefix of every id, so that several figures can share a page.
+        description: text alternative of the figure.
     """
     stream = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
@@ -33,7 +33,7 @@ def inline(figure: Figure, name: str, description: str) -> str:
     for element in list(root.iter()):
         element.tag = _local(element.tag)
         for child in list(element):
-            # The metadata hold addresses, and the style would leak out of the picture into the page.
+            # The metadata contain addresses, and the style would apply to the whole page.
             if _local(child.tag) in ("metadata", "style"):
                 element.remove(child)
         tip = element.attrib.get("id", "")
@@ -46,7 +46,7 @@ def inline(figure: Figure, name: str, description: str) -> str:
 
 
 def _add_tips(group: ElementTree.Element, tips: list[str]) -> None:
-    """One tooltip for the group, or one for each of the points drawn in it."""
+    """Add one tooltip to the group, or one to each point in it."""
     points = [element for element in group.iter() if _local(element.tag) == "use"]
     for element, tip in zip(points if len(tips) > 1 else [group], tips, strict=True):
         ElementTree.SubElement(element, "title").text = tip

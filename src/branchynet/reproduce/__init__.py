@@ -1,4 +1,4 @@
-"""The paper's evaluation, made again: Table I, Figures 3 and 4, from shipped weights or from nothing."""
+"""Reproduction of the paper's Table I and Figures 3 and 4, with shipped weights or trained from scratch."""
 
 import os
 from collections.abc import Callable
@@ -32,37 +32,38 @@ def reproduce(
     repeats: int = 7,
     say: Callable[[str], None] = print,
 ) -> list[str]:
-    """Make Table I, Figure 3, Figure 4 or all of them again.
+    """Reproduce Table I, Figure 3, Figure 4 or all of them.
 
-    Thresholds are chosen on validation images and judged on test images, in ONNX Runtime on one thread at batch 1, with
-    everything timed; GPU rows are added where there is one. What `output` holds of other networks, made on this machine
-    with these versions, is kept.
+    Thresholds are chosen on validation images and evaluated on test images, in ONNX Runtime on one thread at batch 1.
+    Every operation is timed. If there is a GPU, rows for it are added. Results of other networks in `output` are kept
+    if this machine made them with the same versions.
 
     Args:
         what: ``"table1"``, ``"fig3"``, ``"fig4"`` or ``"all"``.
-        output: a folder for ``table1.md``, and for each of them ``.json``, with ``.png`` and ``.svg`` pictures.
-        networks: which, by name, with commas between, or ``"all"``.
-        from_nothing: train them, in ``output/training``; stopped and called again, it goes on where it was.
-        precision: of that training, as `fit` takes it.
-        samples: how many test images are timed, in each of several passes.
-        repeats: how many passes.
-        say: called with a line now and then.
+        output: folder for the results: ``table1.md``, one ``.json`` per table or figure, and figures as ``.png`` and
+            ``.svg``.
+        networks: names of networks, separated by commas, or ``"all"``.
+        from_nothing: whether to train the networks, in ``output/training``; resumes if it was interrupted.
+        precision: mixed precision of that training, as in `FitOptions`.
+        samples: number of test images that are timed in each pass.
+        repeats: number of passes.
+        say: called with progress messages.
 
     Returns:
-        One line a network, ours beside the published.
+        One line per network, which compares the result with the published one.
 
     Raises:
-        InputError: an unknown name, no weights ship, or Figure 4 without its network.
-        DataError: the data set is not where it is looked for.
+        InputError: an unknown name, weights that do not ship, or Figure 4 without its network.
+        DataError: the data set is missing.
     """
     if what not in (*WHAT, "all"):
-        raise InputError(f"unknown {what!r}; make one of {', '.join(WHAT)} again, or all")
+        raise InputError(f"unknown {what!r}; give one of {', '.join(WHAT)}, or all")
     wanted = WHAT if what == "all" else (what,)
     chosen = recipes(networks)
     if what == "fig4":
         chosen = [recipe for recipe in chosen if recipe.name == FIG_4]
         if not chosen:
-            raise InputError(f"Figure 4 is about {FIG_4}, which is not among {networks!r}")
+            raise InputError(f"Figure 4 needs {FIG_4}, which is not among {networks!r}")
     folder = Path(output)
     about = {"environment": environment(), "timed": {"samples": samples, "repeats": repeats, "threads": 1, "batch": 1}}
     lines = []
@@ -94,7 +95,7 @@ def _picture(folder: Path, what: str, row: dict[str, Any], picture: Figure, abou
 
 
 def _write(folder: Path, what: str, row: dict[str, Any], about: dict[str, Any]) -> list[dict[str, Any]]:
-    """Write one network's row beside those of others that were made in the same way; all of them."""
+    """Write one network's row, keep the rows of others made in the same way, and return all rows."""
     path = folder / f"{what}.json"
     stored = read_json(path) if path.exists() else None
     alike = isinstance(stored, dict) and all(stored.get(key) == value for key, value in about.items())

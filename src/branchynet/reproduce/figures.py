@@ -1,4 +1,4 @@
-"""Figures 3 and 4 of the paper as data and pictures.
+"""Figures 3 and 4 of the paper, as data and as matplotlib figures.
 
 Shape letters: S samples, P threshold vectors.
 """
@@ -18,22 +18,22 @@ from ..report import figure_leaving, figure_tradeoff
 from .judging import NetworkResult
 
 SWEEP = 17
-"""Values a threshold in the paper's sweep; ours are spaced geometrically up to the largest entropy."""
+"""Number of values per threshold in the sweep, spaced geometrically up to the largest entropy."""
 
-_CURVE = 200  # points of a frontier that are kept
+_CURVE = 200  # number of points of a curve
 
 
 def figure_3(found: NetworkResult) -> tuple[dict[str, Any], Figure]:
-    """Accuracy against mean time: thresholds of the frontier on validation images, all judged on test images.
+    """Accuracy against mean time on test images, for thresholds of the validation frontier.
 
-    Under it a sweep of `SWEEP` values an exit, *never* included; beside it the plain network and smaller ones.
+    The figure also shows a sweep of `SWEEP` values per exit, plus *never*, and the plain and the smaller networks.
     """
     curve = frontier(found.val, found.cost)
     places = np.unique(np.linspace(0, len(curve) - 1, min(len(curve), _CURVE)).astype(int))
-    best = [_judged(found, curve.policy(int(i))) for i in places]
+    best = [_evaluated(found, curve.policy(int(i))) for i in places]
     ladder = np.geomspace(1e-4, 1.0, SWEEP) * _most(found)
     combinations = itertools.product((None, *ladder), repeat=found.cost.num_exits - 1)
-    sweep = [_judged(found, Policy(thresholds=c)) for c in combinations]
+    sweep = [_evaluated(found, Policy(thresholds=c)) for c in combinations]
     point = found.points[0]
     outcome = point.outcome
     data = {
@@ -41,7 +41,7 @@ def figure_3(found: NetworkResult) -> tuple[dict[str, Any], Figure]:
         "network": found.recipe.title,
         "frontier": best,
         "sweep": sweep,
-        "knee": _judged(found, curve.policy(curve.knee)),
+        "knee": _evaluated(found, curve.policy(curve.knee)),
         "chosen": {
             "thresholds": list(point.policy.thresholds), "us": outcome.mean_us, "accuracy": outcome.accuracy,
             "interval": list(outcome.accuracy_interval),
@@ -53,7 +53,7 @@ def figure_3(found: NetworkResult) -> tuple[dict[str, Any], Figure]:
         [p["us"] for p in best],
         [p["accuracy"] for p in best],
         plain=(found.plain.us, found.plain.accuracy),
-        judged=(outcome.mean_us or 0.0, outcome.accuracy, *outcome.accuracy_interval),
+        tested=(outcome.mean_us or 0.0, outcome.accuracy, *outcome.accuracy_interval),
         rivals={s.name: (s.us, s.accuracy) for s in found.smaller},
         sweep=([p["us"] for p in sweep], [p["accuracy"] for p in sweep]),
     )
@@ -61,9 +61,9 @@ def figure_3(found: NetworkResult) -> tuple[dict[str, Any], Figure]:
 
 
 def figure_4(found: NetworkResult) -> tuple[dict[str, Any], Figure]:
-    """Accuracy and the largest entropy, against the share of test images that leave at exit 1; only it and the last.
+    """Accuracy and largest entropy against the share of test images that leave at exit 1; the others leave at the last.
 
-    The knee of the entropy, which rises slowly and then fast, is the farthest point below the chord between both ends.
+    The knee is the point of the entropy curve that is farthest below the chord between its ends.
     """
     entropy = scores_of_record(found.test)[:, 0].astype(np.float64)
     order = np.argsort(entropy, kind="stable")
@@ -93,12 +93,12 @@ def figure_4(found: NetworkResult) -> tuple[dict[str, Any], Figure]:
     return data, figure_leaving(share, accuracy, largest, knee=knee)
 
 
-def _judged(found: NetworkResult, policy: Policy) -> dict[str, Any]:
+def _evaluated(found: NetworkResult, policy: Policy) -> dict[str, Any]:
     outcome = evaluate(found.test, policy, found.cost)
     return {"thresholds": list(policy.thresholds), "us": outcome.mean_us, "accuracy": outcome.accuracy}
 
 
 def _most(found: NetworkResult) -> float:
-    """The largest entropy there is: of that many classes."""
+    """The largest possible entropy for this number of classes."""
     assert found.test.outputs is not None
     return math.log(found.test.outputs.shape[2])

@@ -1,4 +1,4 @@
-"""One network of the paper, judged: accuracy on test images, thresholds from validation, everything timed."""
+"""Evaluation of one network of the paper: thresholds from validation images, accuracy on test images, time."""
 
 import tempfile
 from collections.abc import Callable, Sequence
@@ -28,16 +28,16 @@ from ..profiling.recording import record
 from .recipes import Recipe, TrainedNetwork
 
 AVERAGED = "max_probability"
-"""The score of averaged answers: it costs less than entropy and parts right answers from wrong at least as well."""
+"""The score of averaged outputs: it costs less than entropy and separates right from wrong at least as well."""
 
-_RECORDED = 250  # images a call
+_RECORDED = 250  # images per call
 _WARM = 8
 _PASSES = 5
 
 
 @dataclass(frozen=True)
 class PlainResult:
-    """A plain network beside ours: accuracy on test images, and microseconds a sample at batch 1."""
+    """A plain network to compare with: accuracy on test images, and microseconds per sample at batch 1."""
 
     name: str
     accuracy: float
@@ -46,16 +46,16 @@ class PlainResult:
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """A network at one choice of thresholds.
+    """A network with one choice of thresholds.
 
     Attributes:
-        name: the network's, and how it answers.
-        asked: the accuracy on validation images that thresholds had to reach, such as the plain network's.
-        reached: whether any do; else they are the most accurate ones.
+        name: name of the network and of its exit rule.
+        asked: required accuracy on validation images, such as the plain network's.
+        reached: whether some thresholds reach it; otherwise the policy is the most accurate one.
         policy: score and thresholds.
-        outcome: on test images, with costs.
-        bench: the row of `bench` at batch 1, ONNX Runtime.
-        cuda: the row of `on_device`, where there is a GPU.
+        outcome: outcome on test images, with costs.
+        bench: the row of `bench` at batch 1 in ONNX Runtime.
+        cuda: the result of `on_device`; None without a GPU.
     """
 
     name: str
@@ -69,18 +69,18 @@ class OperatingPoint:
 
 @dataclass(frozen=True)
 class NetworkResult:
-    """A recipe's networks, judged.
+    """The results of the networks of one recipe.
 
     Attributes:
-        recipe: of which.
+        recipe: the recipe.
         val, test: records of the network with branches.
-        cost: of its stages at batch 1 on one thread, ONNX Runtime.
+        cost: cost of its stages at batch 1 on one thread in ONNX Runtime.
         plain: the plain network.
-        plain_val: its accuracy on validation images.
+        plain_val: validation accuracy of the plain network.
         smaller: smaller plain networks.
-        points: answering by the published rule, at thresholds that keep the plain network's accuracy on validation
-            images, then with each of the recipe's slacks; then likewise with answers averaged over the exits passed and
-            the score of `AVERAGED`.
+        points: for the published exit rule, the thresholds that keep the plain network's validation accuracy, then
+            those with each slack of the recipe; then the same for outputs averaged over the exits so far, with the
+            score `AVERAGED`.
     """
 
     recipe: Recipe
@@ -99,18 +99,18 @@ def judge_network(
     """Record, choose, export and time the networks of one recipe, on one thread at batch 1.
 
     Args:
-        recipe: whose.
-        nets: its networks, trained.
-        data: their images.
-        samples: how many test images are timed; all count for accuracy.
-        repeats: passes over these.
-        say: called with a line now and then.
+        recipe: the recipe.
+        nets: its trained networks.
+        data: its data set.
+        samples: number of test images that are timed; the accuracy is that of all.
+        repeats: number of passes over them.
+        say: called with progress messages.
     """
     say(f"{recipe.title}: recording {len(data.val) + len(data.test)} images")
     val, test = (_recorded(nets.branchy, split) for split in (data.val, data.test))
     plain_val, plain_test = (_accuracy(nets.plain, split) for split in (data.val, data.test))
     images = data.test.images.float() / 255
-    # Five weights at most, fitted on the images that thresholds are chosen on; test images know nothing of either.
+    # At most five weights, fitted on the validation images, as are the thresholds.
     weights = fit_averaging(val, of="logits")
     rules = {
         recipe.title: (nets.branchy, "entropy", val, test),
@@ -123,7 +123,7 @@ def judge_network(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for title, (net, score, on_val, on_test) in rules.items():
-            say(f"{title}: measuring what each exit costs")
+            say(f"{title}: measuring the cost of each exit")
             costs[title] = cost = measure(net, images[:8], score=score, seconds=20.0)
             for slack in (0.0, *recipe.slack):
                 asked = plain_val - slack
@@ -142,7 +142,7 @@ def judge_network(
         say(f"{recipe.title}: timing {len(nets.smaller)} smaller networks")
         plains = {recipe.plain_title: nets.plain, **nets.smaller}
         us = _side_by_side(plains, images[:samples], repeats, folder)
-    # The plain network's time is that of the table's row, so that its neighbours are told by ratios taken in turns.
+    # Scale the times to the plain network's time in the table; only their ratios were measured in turns.
     scale = points[0].bench["plain_us"] / us[recipe.plain_title]
     smaller = tuple(PlainResult(n, _accuracy(net, data.test), us[n] * scale) for n, net in nets.smaller.items())
     plain = PlainResult(recipe.plain_title, plain_test, points[0].bench["plain_us"])
@@ -152,9 +152,9 @@ def judge_network(
 def on_device(
     plain: nn.Module, branchy: nn.Module, policy: Policy, images: torch.Tensor, device: str
 ) -> dict[str, float]:
-    """Milliseconds a sample at batch 1 of both networks in the PyTorch engine on a device, in turns.
+    """Time both networks in turns in the PyTorch engine on a device: milliseconds per sample at batch 1.
 
-    Answers come back to the host each time, so that nothing is left running when the clock stops.
+    Each call copies its outputs to the host, so all work is complete when the clock stops.
     """
     example = images[:_WARM]
     engines = {
@@ -178,7 +178,7 @@ def _accuracy(net: nn.Module, split: Split) -> float:
 
 
 def _side_by_side(nets: dict[str, nn.Module], images: torch.Tensor, repeats: int, folder: Path) -> dict[str, float]:
-    """Median microseconds a sample of each plain network."""
+    """Median microseconds per sample of each plain network, timed in turns."""
     engines: dict[str, Engine] = {}
     for n, (name, net) in enumerate(nets.items()):
         path = export(net, folder / f"plain-{n}.onnx", policy=None, example=images[:8], batch=1)

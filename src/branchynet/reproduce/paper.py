@@ -1,7 +1,7 @@
-"""What the paper printed: Table I of Teerapittayanon, McDanel and Kung 2016 (arXiv 1709.01686).
+"""Table I of Teerapittayanon, McDanel and Kung 2016 (arXiv:1709.01686) as published.
 
-Its clock runs around the trunk segment of each stage alone: branch layers, softmax, entropy and the copying of the
-samples that remain fall outside. Thresholds were swept on the test set.
+The paper times the trunk segment of each stage only, without branch layers, softmax, entropy and the copying of the
+remaining samples. It sweeps thresholds on the test set.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Published:
-    """Both rows of one network; accuracies are fractions, times milliseconds a sample at batch 1."""
+    """Both rows of one network; accuracies are fractions, times are milliseconds per sample at batch 1."""
 
     plain_accuracy: float
     accuracy: float
@@ -22,7 +22,7 @@ class Published:
 
     @property
     def cpu_gain(self) -> float:
-        """How many times faster, by that clock."""
+        """Speed-up as the paper times it."""
         return self.cpu_ms_plain / self.cpu_ms
 
 

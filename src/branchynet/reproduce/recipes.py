@@ -1,10 +1,10 @@
-"""How each of the paper's networks is trained, and what stands beside it: one recipe a network.
+"""Recipes: how each of the paper's networks and the networks to compare it with are trained.
 
-A plain network is trained from nothing. From its weights go on, for the same number of epochs and with the same
-augmentation, once the network with its branches (joint) and once the plain network alone (continued): the comparison
-that is fair to the baseline. Epochs in which branches learn alone on the frozen baseline teach the trunk nothing and
-are not counted. The smaller plain networks, which a user might pick instead of early exits, get the same epochs in the
-same two parts.
+In the first part, a plain network is trained from scratch. In the second part, its weights are the start of two
+trainings with the same number of epochs and the same augmentation: the network with branches (joint) and the plain
+network (continued). This comparison is fair to the plain network. Epochs that train only the branches on the frozen
+network do not train the trunk and are not counted. Smaller plain networks, an alternative to early exits, are trained
+for the same epochs in the same two parts.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,14 +33,14 @@ Make = Callable[[], nn.Module]
 COSINE = Cosine()
 
 
-def adam(rate: float) -> Callable[[Any], torch.optim.Optimizer]:
-    """Adam, as in the paper; `rate` is the schedule's peak."""
-    return partial(torch.optim.Adam, lr=rate)
+def adam(lr: float) -> Callable[[Any], torch.optim.Optimizer]:
+    """Adam, as in the paper; `lr` is the highest learning rate of the schedule."""
+    return partial(torch.optim.Adam, lr=lr)
 
 
-def sgd(rate: float) -> Callable[[Any], torch.optim.Optimizer]:
-    """SGD with Nesterov momentum and weight decay; `rate` is the schedule's peak."""
-    return partial(torch.optim.SGD, lr=rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
+def sgd(lr: float) -> Callable[[Any], torch.optim.Optimizer]:
+    """SGD with Nesterov momentum and weight decay; `lr` is the highest learning rate of the schedule."""
+    return partial(torch.optim.SGD, lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
 
 @dataclass(frozen=True)
@@ -48,20 +48,20 @@ class Recipe:
     """A network of the paper, and how it is trained.
 
     Attributes:
-        name, title: of the network with branches, for files and for people.
-        data: a name that `load_data` knows.
-        plain, branchy: make the network without and with branches; given ``pretrained=True``, with shipped weights.
-        optimizer: makes what `fit` takes as its optimizer from a learning rate.
-        weights: names of the shipped weights of both, with branches and without.
-        epochs, rates: of the two parts, from nothing and from the baseline's weights on (0 for none); the peak learning
-            rates.
-        batch, augment, schedule: as `loader` and `fit` take them.
+        name, title: names of the network with branches, in files and in text.
+        data: name of the data set, as in `load_data`.
+        plain, branchy: make the network without and with branches; with ``pretrained=True``, with shipped weights.
+        optimizer: makes the `optimizer` argument of `fit` from a learning rate.
+        weights: names of the shipped weights, with and without branches.
+        epochs, lrs: epochs (0 for none) and highest learning rates of the two parts: from scratch, and from the weights
+            of the first part.
+        batch, augment, schedule: as in `loader` and `fit`.
         smaller: name, maker and shipped weights' name of smaller plain networks.
-        slack: points of accuracy below the plain network's at which thresholds are chosen as well; below 0 for points
-            above it, which pay for the luck that the best of many thresholds has on validation images.
-        warm: epochs and peak rate at which branches learn alone on the frozen baseline before the second part.
-        sides: of the images in the first part's epochs, where not all are of full size.
-        distill: how much branches learn from the last exit as well, as `fit` takes it.
+        slack: drops of validation accuracy below the plain network's at which thresholds are chosen as well. Negative
+            values ask for more accuracy, because the best of many thresholds is partly lucky on validation images.
+        warm: epochs and highest learning rate of the branches alone on the frozen network before the second part.
+        sides: height and width of the images in the first epochs of the first part; empty for full size.
+        distill: weight of the distillation loss, as in `fit`.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Recipe:
     optimizer: Callable[[float], Callable[[Any], torch.optim.Optimizer]]
     weights: tuple[str, str]
     epochs: tuple[int, int]
-    rates: tuple[float, float]
+    lrs: tuple[float, float]
     batch: int = 128
     augment: Augment | None = None
     schedule: Cosine = COSINE
@@ -84,7 +84,7 @@ class Recipe:
 
     @property
     def plain_title(self) -> str:
-        """The plain network's name for people."""
+        """The name of the plain network in text."""
         return self.title.removeprefix("B-")
 
     @property
@@ -97,7 +97,7 @@ _LENETS = tuple(
     (f"LeNet {a}-{b}-{c}", partial(LeNet, channels=(a, b, c)), f"lenet_{a}_{b}_{c}-mnist")
     for a, b, c in ((2, 4, 8), (3, 6, 12), (4, 8, 16))
 )
-# Channels of the five convolutions and widths of the two linear layers, in parts of AlexNet's.
+# Channels of the five convolutions and widths of the two linear layers, by their ratio to AlexNet's.
 _WIDTHS = {
     "1/2": ((16, 32, 48, 48, 32), (128, 64)),
     "3/4": ((24, 48, 72, 72, 48), (192, 96)),
@@ -113,20 +113,20 @@ RECIPES = {
     for recipe in (
         Recipe(
             "b_lenet", "B-LeNet", "mnist", zoo.lenet, partial(zoo.b_lenet, branches="published"), adam,
-            ("b_lenet-mnist", "lenet-mnist"), epochs=(10, 25), rates=(5e-3, 5e-3), batch=256,
+            ("b_lenet-mnist", "lenet-mnist"), epochs=(10, 25), lrs=(5e-3, 5e-3), batch=256,
             augment=affine(degrees=10, translate=2 / 28, scale=0.1), smaller=_LENETS,
-            slack=(-0.001,),  # a standard error of 10,000 images
+            slack=(-0.001,),  # one standard error of 10,000 images
         ),
         Recipe(
             "b_alexnet", "B-AlexNet", "cifar10", zoo.alexnet, partial(zoo.b_alexnet, branches="text"), adam,
-            ("b_alexnet-text-cifar10", "alexnet-cifar10"), epochs=(90, 30), rates=(1e-3, 1e-3),
+            ("b_alexnet-text-cifar10", "alexnet-cifar10"), epochs=(90, 30), lrs=(1e-3, 1e-3),
             augment=flip_crop(4), schedule=Cosine(warmup=0.15), smaller=_ALEXNETS, distill=1.0,
             slack=(-0.005, -0.01),  # one and two standard errors of 5,000 images
         ),
         Recipe(
             "b_resnet110", "B-ResNet-110", "cifar10", partial(zoo.resnet, 110),
             partial(zoo.b_resnet, 110, branches="published"), sgd,
-            ("b_resnet110-cifar10", "resnet110-cifar10"), epochs=(11, 0), rates=(0.05, 0.0), batch=64,
+            ("b_resnet110-cifar10", "resnet110-cifar10"), epochs=(11, 0), lrs=(0.05, 0.0), batch=64,
             augment=flip_crop(4), schedule=Cosine(warmup=0.15), smaller=_RESNETS, slack=(0.003,),
             warm=(5, 0.005), sides=(16, 16, 16, 16, 24, 24, 24, 32), distill=1.0,
         ),
@@ -136,12 +136,12 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class TrainedNetwork:
-    """The networks of one recipe, ready to be judged.
+    """The trained networks of one recipe.
 
     Attributes:
-        branchy: with branches.
-        plain: without, trained for as long.
-        smaller: smaller plain networks, trained for as long, by name.
+        branchy: the network with branches.
+        plain: the plain network, trained for as many epochs.
+        smaller: smaller plain networks by name, trained for as many epochs.
     """
 
     branchy: BranchyNet
@@ -150,23 +150,23 @@ class TrainedNetwork:
 
 
 def shipped(recipe: Recipe) -> TrainedNetwork:
-    """The networks with the weights that the package ships. Raises `InputError` where none ship."""
+    """Return the networks of a recipe with shipped weights. Raises `InputError` if they do not ship."""
     smaller = {name: load_shipped(make(), weights, 10, 10) for name, make, weights in recipe.smaller}
     return TrainedNetwork(recipe.branchy(pretrained=True), recipe.plain(pretrained=True), smaller)
 
 
 @dataclass(frozen=True)
 class Training:
-    """One training of a recipe's networks: where it keeps its state, and what else is given.
+    """The training of the networks of a recipe.
 
     Attributes:
-        recipe: what is trained.
-        data: on what.
-        folder: state and history of every part; what was trained before is read from there.
-        seed: of weights, order and augmentation.
-        precision: as `fit` takes it: ``"bf16"`` where the processor is fast at it.
-        progress: show bars.
-        start: weights of a plain network that takes the place of the first part's.
+        recipe: the recipe.
+        data: its data set.
+        folder: folder for state and history of every part; trained parts are loaded from it.
+        seed: seed of weights, order and augmentation.
+        precision: mixed precision, as in `FitOptions`.
+        progress: whether to show progress.
+        start: weights of a plain network that replace the first part.
     """
 
     recipe: Recipe
@@ -178,7 +178,7 @@ class Training:
     start: Path | None = None
 
     def baseline(self) -> nn.Module:
-        """The plain network after the first part. Raises `FileError` where `start` is of another network."""
+        """The plain network after the first part. Raises `FileError` if `start` holds another network."""
         if self.start is None:
             return self._begin(self.recipe.plain, "baseline")
         net = self.recipe.plain()
@@ -190,7 +190,7 @@ class Training:
         return self._go_on(self.baseline(), "continued")
 
     def joint(self) -> BranchyNet:
-        """The network with the paper's branches, from the baseline's weights on."""
+        """The network with the paper's branches, trained from the weights of the first part."""
 
         def published(baseline: nn.Module) -> BranchyNet:
             branchy = self.recipe.branchy()
@@ -200,14 +200,14 @@ class Training:
         return self.with_exits(published, "joint")
 
     def with_exits(self, add: Callable[[nn.Module], BranchyNet], run: str) -> BranchyNet:
-        """The network with exits that `add` puts on the baseline, trained on with everything; `run` names its state."""
+        """The network after the second part, with the exits that `add` attaches; `run` is the folder of its state."""
         baseline = self.baseline()
         torch.manual_seed(self.seed)
         branchy = add(baseline)
         recipe = self.recipe
         if recipe.warm is not None:
             self._fit(branchy, *recipe.warm, self.seed, f"{run}-warm", train="branches", distill=recipe.distill)
-        self._fit(branchy, recipe.epochs[1], recipe.rates[1], 100 + self.seed, run, distill=recipe.distill)
+        self._fit(branchy, recipe.epochs[1], recipe.lrs[1], 100 + self.seed, run, distill=recipe.distill)
         return branchy
 
     def smaller(self) -> Iterator[tuple[str, nn.Module]]:
@@ -216,20 +216,20 @@ class Training:
             yield weights, self._go_on(self._begin(make, f"{weights}/baseline"), f"{weights}/continued")
 
     def all(self) -> TrainedNetwork:
-        """Everything; hours for AlexNet, a day for ResNet-110 on one core."""
+        """All networks; takes hours for AlexNet, and a day for ResNet-110 on one core."""
         titles = {weights: title for title, _, weights in self.recipe.smaller}
         branchy, plain = self.joint(), self.continued()
         return TrainedNetwork(branchy.eval(), plain.eval(), {titles[w]: net.eval() for w, net in self.smaller()})
 
     def _begin(self, make: Make, run: str) -> nn.Module:
         torch.manual_seed(self.seed)
-        return self._fit(make(), self.recipe.epochs[0], self.recipe.rates[0], self.seed, run, sides=self.recipe.sides)
+        return self._fit(make(), self.recipe.epochs[0], self.recipe.lrs[0], self.seed, run, sides=self.recipe.sides)
 
     def _go_on(self, net: nn.Module, run: str) -> nn.Module:
-        return self._fit(net, self.recipe.epochs[1], self.recipe.rates[1], 100 + self.seed, run)
+        return self._fit(net, self.recipe.epochs[1], self.recipe.lrs[1], 100 + self.seed, run)
 
     def _fit(
-        self, net: nn.Module, epochs: int, rate: float, seed: int, run: str,
+        self, net: nn.Module, epochs: int, lr: float, seed: int, run: str,
         train: str = "all", sides: tuple[int, ...] = (), distill: float = 0.0,
     ) -> nn.Module:  # fmt: skip
         recipe = self.recipe
@@ -245,7 +245,7 @@ class Training:
             epochs=epochs,
             train=train,
             distill=distill,
-            optimizer=recipe.optimizer(rate),
+            optimizer=recipe.optimizer(lr),
             run=self.folder / run,
             progress=self.progress,
             options=FitOptions(seed=seed, mixed_precision=self.precision, channels_last=True, schedule=recipe.schedule),
@@ -254,13 +254,13 @@ class Training:
 
 
 def recipes(names: str) -> list[Recipe]:
-    """The recipes of networks told as ``"b_lenet,b_alexnet"`` or ``"all"``. Raises `InputError` for an unknown one."""
+    """Return the recipes named in ``"b_lenet,b_alexnet"`` or ``"all"``. Raises `InputError` for unknown names."""
     if names.strip() == "all":
         return list(RECIPES.values())
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if not wanted:
-        raise InputError(f"no network is named; take some of {', '.join(RECIPES)}")
+        raise InputError(f"no network is named; give one or more of {', '.join(RECIPES)}")
     for name in wanted:
         if name not in RECIPES:
-            raise InputError(f"unknown network {name!r}; take some of {', '.join(RECIPES)}")
+            raise InputError(f"unknown network {name!r}; give one or more of {', '.join(RECIPES)}")
     return [RECIPES[name] for name in wanted]

@@ -1,4 +1,4 @@
-"""Table I of the paper, ours beside theirs, with what theirs left out: overhead, limit, and other plain networks."""
+"""Table I of the paper: our results and the published ones, with overhead, limit and smaller plain networks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ HEADER = (
 
 
 def rows(found: NetworkResult) -> dict[str, Any]:
-    """The rows of one network as data; ``oracle_gain`` if every image left at the first exit that is right."""
+    """The rows of one network as data; ``oracle_gain``: if each image left at the first exit that is right."""
     cost, plain = found.cost, found.plain
     published = TABLE_1[found.recipe.name]
     each = cost.latency_us([True] * cost.num_exits)
@@ -56,7 +56,7 @@ def _point(point: OperatingPoint) -> dict[str, Any]:
 
 
 def table(tables: list[dict[str, Any]]) -> str:
-    """The table as Markdown; a published row and the other plain networks below ours."""
+    """The table as Markdown: our rows, then the published row and the smaller plain networks."""
     lines = [HEADER]
     for t in tables:
         plain, published = t["plain"], t["published"]
@@ -96,23 +96,23 @@ def _line(
 
 
 def dominated(row: dict[str, Any]) -> dict[str, Any] | None:
-    """The smaller plain network that is both as accurate as ours, at its first choice, and as fast, if there is one."""
+    """The fastest smaller plain network that is as accurate and as fast as our first row; None if there is none."""
     first = row["branchy"][0]
     better = [s for s in row["smaller"] if s["accuracy"] >= first["accuracy"] and s["us"] <= first["us"]]
     return min(better, key=lambda s: float(s["us"]), default=None)
 
 
 def compared(row: dict[str, Any]) -> str:
-    """One line of a network's rows: ours, the published, and the smaller network that does better where one does."""
+    """One line that compares our first row with the published one, and with a smaller network that is better."""
     first, plain, theirs = row["branchy"][0], row["plain"], row["published"]
     line = (
-        f"{first['network']}: {first['accuracy']:.2%} at {first['gain']:.2f}x the plain network's speed, everything "
-        f"timed; plain {plain['accuracy']:.2%}. Published: {theirs['accuracy']:.2%} at {theirs['cpu_gain']:.1f}x, "
-        f"trunk timed only; plain {theirs['plain_accuracy']:.2%}."
+        f"{first['network']}: {first['accuracy']:.2%} at {first['gain']:.2f}x the plain network's speed (every "
+        f"operation timed); plain {plain['accuracy']:.2%}. Published: {theirs['accuracy']:.2%} at "
+        f"{theirs['cpu_gain']:.1f}x (only the trunk timed); plain {theirs['plain_accuracy']:.2%}."
     )
     rival = dominated(row)
     if rival:
-        line += f" {rival['network']} does better: {rival['accuracy']:.2%} at {plain['us'] / rival['us']:.2f}x."
+        line += f" {rival['network']} is better: {rival['accuracy']:.2%} at {plain['us'] / rival['us']:.2f}x."
     return line
 
 
