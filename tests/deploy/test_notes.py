@@ -29,7 +29,7 @@ def test_as_many_labels_as_outputs(tmp_path):
         with pytest.raises(InputError, match=rf"labels= names {len(labels)} classes.* answer with 4"):
             export(net(), tmp_path / "m.onnx", policy=None, example=X, labels=labels)
         assert not (tmp_path / "m.onnx").exists()
-    with pytest.raises(InputError, match="list of class names; got the string 'abcd'"):
+    with pytest.raises(InputError, match="got 'abcd': give a list of class names"):
         export(net(), tmp_path / "m.onnx", policy=None, example=X, labels="abcd")
     assert class_names(np.array(["a", "b"])) == ["a", "b"] and class_names((1, 2)) == ["1", "2"]
 

@@ -177,7 +177,7 @@ def test_a_processor_that_computes_otherwise_is_found(files, tmp_path, kind, nam
     path = changed(files[kind], tmp_path, edit(name, function))
     found = verify(path)
     assert not found.passed and told in str(found), str(found)
-    with pytest.raises(VerificationError, match=r"changed\.onnx answers otherwise here.*runtime or provider"):
+    with pytest.raises(VerificationError, match=r"outputs of .*changed\.onnx differ from.*runtime or provider"):
         load(path, verify=True)
 
 
@@ -233,7 +233,7 @@ def test_thresholds_that_a_tool_moved_are_found(files, tmp_path, kind, exit, the
             as_constants(model)
 
     path = changed(files[kind], tmp_path, move)
-    told = f"the file's threshold of exit {exit} is .*, its metadata say {TWO.thresholds[exit - 1]}"
+    told = f"the file's threshold at exit {exit} is .*, its metadata say {TWO.thresholds[exit - 1]}"
     with pytest.raises(VerificationError, match=told):
         load(path, verify=True, runtime=runtime)
     found = verify(path, runtime=runtime)
@@ -388,8 +388,8 @@ def each(name, function):
     ("change", "told"),
     [
         (each("slack", lambda a: np.float64(0)), r"slack is float64 \(\)"),
-        (each("score_slack", lambda a: a[:1]), "slack of 3 exits and 1 of scores"),
-        (lambda a: (each("slack", lambda s: s[:2])(a), each("score_slack", lambda s: s[:2])(a)), "slack of 2 exits"),
+        (each("score_slack", lambda a: a[:1]), "slack for 3 exits and 1 scores"),
+        (lambda a: (each("slack", lambda s: s[:2])(a), each("score_slack", lambda s: s[:2])(a)), "slack for 2 exits"),
         (each("slack", lambda a: a + np.nan), "slack is"),
         (each("slack", lambda a: a - 1), "slack is"),
         (each("slack", lambda a: a + 1e9), "slack is .*metadata"),

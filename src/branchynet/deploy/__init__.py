@@ -1,1 +1,1 @@
-"""Engines: run an exported network and say where each sample left."""
+"""Export a network with its exits, verify the file, and run it."""

@@ -1,4 +1,4 @@
-"""From a flat graph to the ONNX graph that is exported: quantized, cut and nested."""
+"""Build the exported ONNX model from a flat graph: quantize, cut and nest it."""
 
 import json
 import tempfile
@@ -24,7 +24,7 @@ from .stored_samples import Samples
 from .tolerance import differences
 from .verification import check
 
-LOW_AGREEMENT = 0.95  # of int8 with float; the networks of the zoo reach 0.98
+LOW_AGREEMENT = 0.95  # of int8 with float; the zoo's networks reach 0.98
 
 
 def assemble(
@@ -35,15 +35,15 @@ def assemble(
     outputs: Sequence[str] = (),
     notes: Mapping[str, Any] | None = None,
 ) -> ir.Model:
-    """The finished model of a flat graph, with what an engine must know in its metadata.
+    """Build the model of a flat graph, with the metadata that an engine reads.
 
     Args:
-        flat: with scores where there is a policy.
-        policy: None for a flat model.
-        thresholds: ``"default"`` or ``"input"``.
-        outputs: for a flat model, which of the flat graph's outputs to keep (all exits' by default); the first that is
-            an exit's output gets the ``label`` where they are named, else the last.
-        notes: labels, preprocessing and promise, as `export` takes them.
+        flat: the graph; it must hold scores if there is a policy.
+        policy: score and thresholds; None for a flat model.
+        thresholds: ``"default"`` or ``"input"``, as for `export`.
+        outputs: for a flat model, the outputs of the flat graph to keep, an exit's output first; by default the
+            outputs of all exits. The ``label`` is taken from the first of the given names, or from the last exit.
+        notes: labels, preprocessing and promise, as for `export`.
     """
     with as_graph_errors():
         if policy is None:
@@ -73,7 +73,7 @@ def assemble(
 
 
 def check_answers(path: Path, expected: Samples, source: str) -> None:
-    """Raises `GraphError` where a file does not answer as expected, in any exit, alone or in a batch."""
+    """Raise `GraphError` if a file's outputs differ from the expected ones at any exit, per sample or in a batch."""
     problems = check(load(path, threads=1), expected, strict=True).problems
     if problems:
         raise GraphError(
@@ -85,11 +85,11 @@ def check_answers(path: Path, expected: Samples, source: str) -> None:
 def _in_int8(
     flat: FlatGraph, batches: Sequence[Batch], quantize: Quantize, expected: Samples
 ) -> tuple[FlatGraph, Samples, dict[str, Any]]:
-    """The graph in int8, what its exits answer for the samples, and how far it agrees with the float graph.
+    """Return the int8 graph, the outputs of its exits for the samples, and its agreement with the float graph.
 
-    The float graph is compared with the network first. Two runs of one int8 graph may round a value to neighbouring
-    steps, where float operations between differ in the last bit; so the file that is cut from it may be off by as much
-    as int8 is off from float on average, far less than a wrong row or a missing node would make.
+    The float graph is first compared with the network. Float operations that differ in the last bit may round a value
+    to the neighbouring int8 step, so the exported file may differ from this graph by the mean difference between int8
+    and float. A wrong row or a missing node makes a far larger difference.
     """
     int8 = quantized(flat, batches, quantize)
     names = [f"{kind}_{n}" for kind in ("output", "score")[: 1 + bool(expected.scores)] for n in exits_of_graph(flat)]
@@ -103,22 +103,22 @@ def _in_int8(
         rounded = load(path)
         report, slack = _disagreement(exact, rounded, batches)
         rows = [rounded.outputs(*(i[s : s + 1] for i in expected.inputs))[1:] for s in range(len(expected))]
-    answers = [np.concatenate(exit) for exit in zip(*rows, strict=True)]
+    outputs = [np.concatenate(exit) for exit in zip(*rows, strict=True)]
     exits = flat.num_exits
-    return int8, Samples(expected.inputs, tuple(answers[:exits]), tuple(answers[exits:]), *slack), report
+    return int8, Samples(expected.inputs, tuple(outputs[:exits]), tuple(outputs[exits:]), *slack), report
 
 
 def exits_of_graph(flat: FlatGraph) -> range:
-    """Exits by number, from 1."""
+    """The numbers of the exits, from 1."""
     return range(1, flat.num_exits + 1)
 
 
 def _disagreement(
     exact: Engine, rounded: Engine, batches: Sequence[Batch]
 ) -> tuple[dict[str, Any], tuple[tuple[float, ...], tuple[float, ...]]]:
-    """For every exit, the agreement of both over all samples; and the mean difference of outputs, and of scores.
+    """Compare two engines over all samples: agreement and mean differences of outputs and scores, per exit.
 
-    Agreement is the share of equal labels, or, where there is one output a sample (regression), the share of the float
+    Agreement is the share of equal labels, or, with one output per sample (regression), the share of the float
     outputs' variance that int8 explains (R^2).
     """
     exits, samples = exact.num_exits, sum(len(batch[0]) for batch in batches)
@@ -148,9 +148,9 @@ def _warn_of_low_agreement(quantize: Quantize, agreement: Sequence[float]) -> No
     if agreement[worst] >= LOW_AGREEMENT:
         return
     remedy = (
-        "give more calibration samples, of the kind that it will see, or export in float"
+        "give more calibration samples, like the inputs in use, or export in float"
         if quantize == "int8"
-        else "where this processor lacks VNNI, sums of 16 bits saturate: use quantize='int8'"
+        else "on a processor without VNNI, 16-bit sums saturate: use quantize='int8'"
     )
     warnings.warn(
         f"the {quantize} network agrees with the float network in only {agreement[worst]:.1%} of the calibration "

@@ -1,4 +1,4 @@
-"""An exported file as an engine, in whichever runtime runs its graph: what both have in common."""
+"""Engine: run an exported file, in any runtime."""
 
 import math
 import os
@@ -22,14 +22,14 @@ from .inputs import Input, check_thresholds, checked_inputs
 FORMAT = 1
 METADATA_KEY = "branchynet"
 _THRESHOLD = re.compile(r"threshold_\d+")
-_CALL_ROWS, _CALL_BYTES = 256, 1 << 28  # of one call of answer_all
+_CALL_ROWS, _CALL_BYTES = 256, 1 << 28  # per call in answer_all
 
 Feeds = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class _Metadata:
-    """What an engine reads of a file's metadata."""
+    """The metadata entries that an engine reads."""
 
     format: int
     policy: dict[str, Any] | None
@@ -38,7 +38,7 @@ class _Metadata:
     batch: Literal["dynamic", 1]
     output_shape: tuple[int, ...]
     labels: tuple[str, ...]
-    inputs: tuple[str, ...] = ()  # older files do not say
+    inputs: tuple[str, ...] = ()  # older files do not hold this
     sample_bytes: int = 1
     network: str | None = None
     selected_on: tuple[str, ...] = ()
@@ -62,12 +62,12 @@ class Graph:
     """The graph of an exported file, opened in a runtime.
 
     Attributes:
-        run: from arrays by input name to the graph's outputs, in the order of the file.
-        inputs: what the network reads and, after that, the thresholds that a call may give.
-        required: names of those that a call must give.
-        outputs: how many.
-        metadata: what `export` wrote into the file, see `read_metadata`.
-        float32: whether sums of float32 are of float32 products; other processors may take TF32 or half precision.
+        run: maps arrays by input name to the graph's outputs, in the order of the file.
+        inputs: the network's inputs, then the thresholds that a call may give.
+        required: names of the inputs that a call must give.
+        outputs: number of outputs.
+        metadata: the metadata that `export` wrote; see `read_metadata`.
+        float32: whether products are computed in float32, rather than in TF32 or half precision.
     """
 
     run: Callable[[Feeds], Sequence[Any]]
@@ -79,21 +79,32 @@ class Graph:
 
 
 class Engine:
-    """An exported network, ready to answer. Made by `load`.
+    """An exported network with early exits. Made by `load`.
 
-    Calls are thread-safe: an engine holds no state between calls, and all runtimes may be called concurrently. An
+    Calls are thread-safe: an engine holds no state between calls, and every runtime may be called concurrently. An
     engine pickles and deep-copies as the arguments of `load`: the copy reads the file again from its absolute path, and
-    refuses another file there.
+    raises `FileError` if the file has changed.
 
     Attributes:
-        runtime: as `load` was told.
-        inputs: what the network reads, in the order of its arguments, whatever order another tool gave them.
+        runtime: as given to `load`.
+        inputs: the inputs of the network, in the order of its arguments.
         policy: score and default thresholds; None for a flat file (exported with ``policy=None``).
-        exits: N.
-        labels: class names, or () where none were given.
-        metadata: all that the file says of itself.
-        float32: whether the runtime multiplies in float32, and not in TF32 or half precision, as far as is known.
-        fixed: whether its thresholds are constants, as some tools make them, so that a call cannot give others.
+        num_exits: N.
+        labels: class names, or () if the file has none.
+        metadata: all metadata that `export` wrote.
+        float32: whether the runtime is known to multiply in float32, rather than in TF32 or half precision.
+        fixed: whether another tool turned the thresholds into constants, so that a call cannot give others.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from branchynet import export, load, zoo
+        >>> x = torch.rand(2, 1, 28, 28)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     engine = load(export(zoo.b_lenet(), folder + "/m.onnx", policy=None, example=x))
+        >>> print(engine.num_exits, engine.inputs[0])
+        4 x: float32 (B, 1, 28, 28)
+        >>> engine(x.numpy()).label.shape
+        (2,)
     """
 
     def __init__(self, runtime: str, graph: Graph, reopen: tuple[Callable[..., "Engine"], tuple[Any, ...]]) -> None:
@@ -115,29 +126,28 @@ class Engine:
         self._defaults = {name: array for name, array in own.items() if name in graph.required}
 
     def __repr__(self) -> str:
-        how = "flat" if self.policy is None else str(self.policy)
-        reads = ", ".join(map(str, self.inputs))
-        return f"Engine({self.runtime}, reads {reads}, {self.num_exits} exits, {how})"
+        policy = "flat" if self.policy is None else str(self.policy)
+        inputs = ", ".join(map(str, self.inputs))
+        return f"Engine({self.runtime}, reads {inputs}, {self.num_exits} exits, {policy})"
 
     def __reduce__(self) -> tuple[Callable[..., "Engine"], tuple[Any, ...]]:
         return self._reopen
 
     def __call__(self, /, *inputs: Any, thresholds: Sequence[float | None] | None = None, **named: Any) -> Prediction:
-        """Answer a batch of any size, zero included, each sample at the first exit that is sure enough.
+        """Predict a batch of any size, including zero. Each sample leaves at the first exit with a low enough score.
 
-        A call holds the activations of all its samples at once, and the runtime may keep that memory for later calls;
-        for many samples use `answer_all`.
+        A call holds the activations of all its samples at once, and the runtime may keep that memory for later calls.
+        For many samples use `answer_all`.
 
         Args:
-            inputs: numpy arrays or torch tensors as `inputs` says, all with the same leading batch size B; or one
-                mapping from input names to them.
-            thresholds: N-1 figures to use in this call instead of the file's own; None at an exit means never leave
-                there.
-            named: inputs by name, for those that are not given by position.
+            inputs: numpy arrays or torch tensors that match the attribute `inputs`, all with the same leading batch
+                size B; or one mapping from input names to them.
+            thresholds: N-1 thresholds for this call instead of the file's; None means that no sample leaves there.
+            named: the inputs that are not given by position, by name.
 
         Raises:
-            InputError: wrong number, names, shape or dtype of inputs, or wrong number of thresholds, or thresholds for
-                a file that fixes them.
+            InputError: wrong number, names, shape or dtype of inputs, wrong number of thresholds, or thresholds for a
+                file that fixes them.
         """
         feeds, rows = checked_inputs(inputs, named, self.inputs)
         if thresholds is not None:
@@ -156,17 +166,17 @@ class Engine:
         thresholds: Sequence[float | None] | None = None,
         **named: Any,
     ) -> Prediction:
-        """Answer any number of samples, some rows a call.
+        """Predict any number of samples, in calls of limited size.
 
         Args:
             inputs: as in a call.
-            rows: samples a call; by default 256, or fewer where their activations would exceed 256 MiB. A file of one
-                sample a call always takes one.
+            rows: samples per call; by default 256, or fewer if their activations would exceed 256 MiB. A file with a
+                fixed batch always takes one.
             thresholds: as in a call.
             named: as in a call.
 
         Raises:
-            InputError: as a call does, or `rows` is no integer of at least 1.
+            InputError: as in a call, or `rows` is not an integer of at least 1.
         """
         if rows is not None:
             rows = whole("rows", rows, 1)
@@ -177,9 +187,9 @@ class Engine:
         return Prediction(*(np.concatenate(parts) for parts in zip(*answers, strict=True)))
 
     def outputs(self, /, *inputs: Any, **named: Any) -> tuple[NDArray[Any], ...]:
-        """The graph's outputs in the order of the file: for a flat file ``(label, output_1, ..., output_N)``.
+        """Return the graph's outputs in the order of the file: for a flat file ``(label, output_1, ..., output_N)``.
 
-        Takes inputs, and raises, as a call does.
+        Inputs and errors are those of a call.
         """
         return tuple(self._results(*checked_inputs(inputs, named, self.inputs)))
 
@@ -193,7 +203,7 @@ class Engine:
     def _given(self, thresholds: Sequence[float | None]) -> Feeds:
         try:
             return self._override(tuple(thresholds))
-        except TypeError:  # no sequence, or of what cannot be looked up
+        except TypeError:  # not a sequence, or not hashable
             return _override(self.policy, self._settable, thresholds)
 
     def _rows_a_call(self) -> int:
@@ -208,7 +218,7 @@ class Engine:
 
 
 def read_metadata(properties: dict[str, str], path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `export` wrote into the file. Raises `FileError` for a foreign file or one of a later format."""
+    """Return the metadata that `export` wrote. Raise `FileError` for a foreign file or a newer format."""
     if METADATA_KEY not in properties:
         raise FileError(f"{path} was not written by BranchyNet (it has no {METADATA_KEY!r} metadata); use export(...)")
     try:
@@ -231,26 +241,25 @@ def read_metadata(properties: dict[str, str], path: str | os.PathLike[str]) -> d
 
 
 def _in_exported_order(graph: Graph, names: Sequence[str]) -> tuple[Input, ...]:
-    """What the network reads, in the order of `names`; in that of the graph where it has other inputs."""
+    """Return the network's inputs in the order of `names`, or of the graph if the names do not match."""
     found = {i.name: i for i in graph.inputs if not _THRESHOLD.fullmatch(i.name)}
     return tuple(found[name] for name in (names if sorted(names) == sorted(found) else found))
 
 
 def _override(policy: Policy | None, settable: Set[str], thresholds: Sequence[float | None]) -> Feeds:
-    """What a call's own thresholds feed. Raises `InputError` where the file does not take them."""
+    """Return the feeds of a call's thresholds. Raise `InputError` if the file does not take them."""
     if policy is None:
         raise InputError("this file was exported with policy=None and has no thresholds; export one")
     feeds = _threshold_feeds(check_thresholds(thresholds, policy, where="this file", remedy="export again"))
     if fixed := sorted(feeds.keys() - settable):
         raise InputError(
             f"{fixed[0]} is a constant in this file, so a call cannot give thresholds: leave them out, or export again "
-            "with thresholds='default', and keep tools that turn inputs with default values into constants away from "
-            "the file"
+            "with thresholds='default' and do not use a tool that turns inputs with default values into constants"
         )
     return feeds
 
 
 def _threshold_feeds(thresholds: Sequence[float | None]) -> Feeds:
-    with np.errstate(over="ignore"):  # beyond float32 is infinite
+    with np.errstate(over="ignore"):  # values beyond float32 become infinite
         values = np.array([math.nan if t is None else t for t in thresholds], np.float64).astype(np.float32)
     return {f"threshold_{n}": values[n - 1 : n] for n, t in enumerate(thresholds, 1) if t is not None}

@@ -1,4 +1,4 @@
-"""Writing a network as one ONNX file, checked against PyTorch before it gets its name."""
+"""Write a network as one ONNX file, after a comparison with PyTorch."""
 
 import copy
 import os
@@ -49,46 +49,59 @@ def export(
     promise: str | None = None,
     samples: int = MAX_SAMPLES,
 ) -> Path:
-    """Write a network with its early exits inside one ONNX file.
+    """Write a network with its early exits as one ONNX file.
 
-    The file's inputs are the network's own and one ``threshold_n`` (1,) float32 for each enabled exit but the last; its
-    outputs are ``label``, ``exit`` (from 1), ``score`` and ``output``, as in `Prediction`. It is compared with the
-    PyTorch network on `example`, exit by exit, before it is renamed into place. It ends in a checksum, which `load`
-    compares.
+    The file's inputs are the network's inputs and one ``threshold_n`` (1,) float32 per enabled exit except the last.
+    Its outputs are ``label``, ``exit`` (from 1), ``score`` and ``output``, as in `Prediction`. The file is compared
+    with the PyTorch network on `example`, exit by exit, before it is renamed to `path`. It ends with a checksum that
+    `load` compares.
 
     Args:
         net: a `BranchyNet`, or a network that returns a tuple of its exits' outputs; with ``policy=None`` any network.
-        path: where to write.
-        policy: score and thresholds. None writes the network flat: every exit's output, none of them early
-            (``label``, then ``output``, or ``output_1..N`` where there are several), with the same graph treatment. A
-            `Choice` gives its policy and its promise, and the metadata name the record that chose.
-        example: one batch of inputs: a tensor, a tuple of tensors, or a dict of keyword arguments. With two rows or
-            more, a network whose answer to one sample depends on the others is refused.
+        path: the file to write.
+        policy: score and thresholds, or a `Choice`, which also gives its promise and names its record in the metadata.
+            None writes a flat file, without early exits: ``label``, then ``output``, or ``output_1..N`` for several.
+        example: one batch of inputs: a tensor, a tuple of tensors, or a dict of keyword arguments. Give at least two
+            rows, so that a network that mixes the samples of a batch is refused.
         thresholds: ``"default"`` makes thresholds inputs with default values, which a caller may omit; ``"input"``
             makes them required inputs, for runtimes that drop inputs with defaults.
-        batch: leave the batch size free, or fix it at 1 for the smallest overhead a sample.
+        batch: leave the batch size free, or fix it at 1 for the smallest overhead per sample.
         quantize: ``"int8"`` computes convolutions and matrix products in 8 bits; outputs and scores stay float32. The
-            int8 network is another network than the float one: choose its thresholds on its own answers (`record` of a
-            flat int8 file). The file is compared with PyTorch before it is quantised and with the flat int8 graph
-            after. Its metadata says in what share of the calibration samples int8 and float agree, and a `UserWarning`
-            says so where that is less than 95 %. ``"int8"`` uses 7 of a weight's 8 bits, so that the file answers alike
-            on every processor; ``"int8-full-range"`` uses all 8 and is wrong on x86 processors without VNNI, where
-            16-bit sums saturate.
-        calibration: with ``quantize``, a loader of inputs or `(inputs, target)` batches, some hundreds of training
-            samples, held in memory; the ranges of all values are taken from them, so that the same samples give the
-            same network.
-        labels: class names, kept in the file's metadata.
-        preprocessing: how to make the input, kept likewise, such as ``{"size": [28, 28], "mode": "L", "scale": 1 /
+            file is compared with PyTorch before quantisation and with the flat int8 graph after it. The int8 network
+            needs its own thresholds: choose them on a `record` of a flat int8 file. The metadata holds the share of the
+            calibration samples in which int8 and float agree. ``"int8"`` uses 7 of a weight's 8 bits, so that every
+            processor computes the same; ``"int8-full-range"`` uses all 8 and is wrong on x86 processors without VNNI,
+            because 16-bit sums saturate.
+        calibration: with ``quantize``, a loader of inputs or `(inputs, target)` batches: some hundreds of training
+            samples, held in memory, which give the ranges of all values. The same samples give the same network.
+        labels: class names, for the metadata.
+        preprocessing: how to make the input, for the metadata, such as ``{"size": [28, 28], "mode": "L", "scale": 1 /
             255}``. ``branchynet predict`` reads ``mean`` and ``std``: one number per channel, of pixels in [0, 1].
-        promise: a sentence on what the thresholds promise, kept likewise; by default that of a `Choice`.
-        samples: how many rows of `example`, at most 8 and about 1 MiB, the file holds with their answers, by which
-            `verify` and ``load(..., verify=True)`` check it on another machine; 0 for none.
+        promise: a sentence on what the thresholds promise, for the metadata; by default the promise of a `Choice`.
+        samples: number of rows of `example`, at most 8 and about 1 MiB, to store with their outputs, so that `verify`
+            and ``load(..., verify=True)`` can check the file on another machine; 0 for none.
+
+    Returns:
+        `path`.
 
     Raises:
         InputError: a number of thresholds other than N-1, a `Choice` for another network or other weights, an unknown
-            score or option, or calibration batches that the network does not read.
+            score or option, or calibration batches that do not fit the network.
         GraphError: the network cannot be exported, quantised or cut, or the file disagrees with PyTorch.
-        FileError: the file cannot be written; nothing is left half-written under `path`.
+        FileError: the file cannot be written; no partial file remains at `path`.
+
+    Warns:
+        UserWarning: int8 and float agree in less than 95 % of the calibration samples.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from branchynet import Policy, export, load, zoo
+        >>> x = torch.rand(4, 1, 28, 28)
+        >>> policy = Policy(thresholds=(0.5, None, 0.5))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = export(zoo.b_lenet(), folder + "/m.onnx", policy=policy, example=x)
+        ...     print(load(file)(x).output.shape)
+        (4, 10)
     """
     check_path(path)
     samples = whole("samples", samples, 0, MAX_SAMPLES)
@@ -143,7 +156,7 @@ def export(
 
 @torch.no_grad()
 def _from_network(net: nn.Module, example: Any, score: Score | None) -> Samples:
-    """What the PyTorch network answers for the first rows of the example, each row alone."""
+    """Return the PyTorch network's outputs for the first rows of the example, each row alone."""
     given = [t[:MAX_SAMPLES] for t in tensors_of(example)]
     outputs = answers_alone(net, example, MAX_SAMPLES)
     found = [] if score is None else [score(outputs[:n]).numpy() for n in range(1, len(outputs) + 1)]
@@ -151,7 +164,7 @@ def _from_network(net: nn.Module, example: Any, score: Score | None) -> Samples:
         if output.isnan().any():
             row = int(output.flatten(1).isnan().any(dim=1).nonzero()[0])
             raise GraphError(
-                f"exit {n} gives NaN for row {row} of the example, so that no file could be compared with the network: "
+                f"exit {n} gives NaN for row {row} of the example, so the file cannot be compared with the network: "
                 "give an example of real inputs, or look for NaN among the weights"
             )
     none = (0.0,) * len(outputs)
@@ -159,13 +172,13 @@ def _from_network(net: nn.Module, example: Any, score: Score | None) -> Samples:
 
 
 def _magnified(net: nn.Module, example: Any, expected: Samples) -> str:
-    """What to add to an error where the network itself answers otherwise in float64; nothing where it does not."""
+    """Return a hint for an error if the network's own outputs differ in float64, else an empty string."""
     args, kwargs = arguments(example)
     exact = {name: t.double() if t.is_floating_point() else t for name, t in (*enumerate(args), *kwargs.items())}
     try:
         twin = copy.deepcopy(net).double()
         want = _from_network(twin, {k: exact[k] for k in kwargs} if kwargs else tuple(exact.values()), None).outputs
-    except Exception:  # some networks cannot be copied, or hold constants of float32
+    except Exception:  # some networks cannot be copied, or hold float32 constants
         return ""
     offs = [differences(a, b) for a, b in zip(expected.outputs, want, strict=True)]
     beyond = [float((off / tolerances(b)).max()) for off, b in zip(offs, want, strict=True)]
@@ -173,7 +186,7 @@ def _magnified(net: nn.Module, example: Any, expected: Samples) -> str:
     if not beyond[n] > 1:
         return ""
     return (
-        f" In float64 the network itself answers {offs[n].max():.3g} off what it answers in float32 (exit {n + 1}): it "
-        "magnifies rounding, so that no two runtimes agree. Is it trained? Normalise features that hardly differ "
-        "from sample to sample"
+        f" The network's own outputs in float32 and float64 differ by {offs[n].max():.3g} (exit {n + 1}): it "
+        "magnifies rounding, so no two runtimes agree. Is it trained? Normalise features that hardly differ between "
+        "samples"
     )

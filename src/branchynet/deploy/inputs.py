@@ -1,4 +1,4 @@
-"""What every engine asks of a call: its inputs and thresholds."""
+"""Check the inputs and thresholds of a call to an engine."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,46 +14,46 @@ from ..policy.values import Policy
 
 @dataclass(frozen=True)
 class Input:
-    """One input of the network: its name, numpy dtype, and shape without the batch (None where a length is free)."""
+    """One input of the network: name, numpy dtype, and shape without the batch (None for a free length)."""
 
     name: str
     dtype: Any
     shape: tuple[int | None, ...]
 
     def __post_init__(self) -> None:
-        if self.dtype is not None and not isinstance(self.dtype, str):  # comparing dtypes is fast, with types it is not
+        if self.dtype is not None and not isinstance(self.dtype, str):  # comparing two dtypes is fast
             object.__setattr__(self, "dtype", np.dtype(self.dtype))
 
     def accepts(self, array: Any) -> bool:
-        """Whether `array` has this dtype and this shape behind its batch dimension."""
+        """Whether `array` has this dtype and, after the batch dimension, this shape."""
         if not isinstance(array, np.ndarray) or array.dtype != self.dtype:
             return False
         shape = array.shape
         return (shape != () and shape[1:] == self.shape) or self.fits(shape)
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether `shape`, batch first, is this input's."""
+        """Whether `shape`, batch first, matches this input."""
         return len(shape) == len(self.shape) + 1 and all(
             want is None or have == want for have, want in zip(shape[1:], self.shape, strict=True)
         )
 
     def taken(self, given: Any) -> Any:
-        """A torch tensor as an array, which shares its memory where that lies on the CPU; anything else as it is."""
-        if not hasattr(given, "detach"):  # torch need not be installed where an exported file runs
+        """Convert a torch tensor to an array, which shares its memory on the CPU; return anything else unchanged."""
+        if not hasattr(given, "detach"):  # torch may not be installed
             return given
         try:
             return given.detach().cpu().numpy()
-        except (TypeError, RuntimeError):  # numpy has no bfloat16, and no sparse or quantised tensors
+        except (TypeError, RuntimeError):  # numpy has no bfloat16, sparse or quantised tensors
             return given
 
     def describe(self, given: Any) -> str:
-        """What was given instead, such as ``float64 (3, 28)``."""
+        """Describe a given value, such as ``float64 (3, 28)``."""
         if hasattr(given, "detach"):
             return f"{str(given.dtype).removeprefix('torch.')} {tuple(given.shape)}"
         return f"{given.dtype} {given.shape}" if isinstance(given, np.ndarray) else type(given).__name__
 
     def remedy(self, given: Any) -> str:
-        """How to make what was given into this input, where that can be told."""
+        """Say how to convert a given value to this input; empty if unknown."""
         if not hasattr(given, "dtype"):
             return f"give numpy.asarray(..., numpy.{self.dtype_name})"
         shape = tuple(given.shape)
@@ -76,12 +76,12 @@ class Input:
 def checked_inputs(
     inputs: Sequence[Any], named: Mapping[str, Any], wanted: Sequence[Input]
 ) -> tuple[dict[str, Any], int]:
-    """The inputs of a call by their names, in the order of `wanted`, and how many samples they hold.
+    """Return the inputs of a call by name, in the order of `wanted`, and the number of samples.
 
     Args:
-        inputs: as given by position; or one mapping from names to inputs.
-        named: those given by keyword, for what is not given by position.
-        wanted: what the network reads.
+        inputs: the positional inputs, or one mapping from names to inputs.
+        named: the keyword inputs.
+        wanted: the network's inputs.
 
     Raises:
         InputError: wrong number, names, shape or dtype of inputs, or their batch sizes disagree.
@@ -89,7 +89,7 @@ def checked_inputs(
     if not named and len(inputs) == len(wanted):
         taken: dict[str, Any] = {}
         rows = 0
-        for given, want in zip(inputs, wanted, strict=True):  # in every call, so it is kept short
+        for given, want in zip(inputs, wanted, strict=True):  # runs in every call, so keep it short
             if not want.accepts(given) or (taken and len(given) != rows):
                 break
             rows = len(given)
@@ -100,7 +100,7 @@ def checked_inputs(
 
 
 def _mended(inputs: Sequence[Any], named: Mapping[str, Any], wanted: Sequence[Input]) -> Sequence[Any]:
-    """Inputs that are right but for their order or for being torch tensors, as arrays in order. Raises `InputError`."""
+    """Return the inputs as arrays in order, from names or torch tensors. Raise `InputError` if they do not match."""
     if len(inputs) == 1 and isinstance(inputs[0], Mapping):
         inputs, named = (), {**inputs[0], **named}
     if named:
@@ -133,16 +133,16 @@ def _listed(inputs: Sequence[Input]) -> str:
 def check_thresholds(
     thresholds: Sequence[float | None], policy: Policy, *, where: str, remedy: str
 ) -> tuple[float | None, ...]:
-    """The thresholds of a call, one an exit but the last: None where an exit is left out, never as minus infinity.
+    """Return the thresholds of a call, per early exit: None for a left-out exit, minus infinity for never.
 
     Args:
-        thresholds: as the caller gave them.
-        policy: which exits are in use.
-        where: what an exit may be left out of, such as ``"this file"``.
-        remedy: how to get it in, such as ``"export again"``.
+        thresholds: as given by the caller.
+        policy: names the exits in use.
+        where: for the message, such as ``"this file"``.
+        remedy: for the message: how to include a left-out exit, such as ``"export again"``.
 
     Raises:
-        InputError: they are no numbers, not one an exit but the last, or one is for an exit that was left out.
+        InputError: not N-1 numbers or None, or a threshold for a left-out exit.
     """
     thresholds = threshold_list(thresholds)
     if len(thresholds) != policy.num_exits - 1:

@@ -1,4 +1,4 @@
-"""Opening an exported file: in ONNX Runtime here, on CPU or GPU, and in OpenVINO where that is asked for."""
+"""Open an exported file in ONNX Runtime, on CPU or GPU, or in OpenVINO."""
 
 import contextlib
 import os
@@ -53,21 +53,34 @@ def load(
 
     Args:
         path: the ``.onnx`` file.
-        threads: threads within an operator; by default as many as the runtime chooses.
+        threads: threads within an operator; by default the runtime chooses.
         providers: ONNX Runtime execution providers, in order of preference, each a name or a pair of a name and its
             options; by default the CPU.
-        runtime: what runs the graph. ``"openvino"``, on the CPU, needs ``pip install 'branchynet[openvino]'``;
-            ``"onnxruntime-cuda"`` is ONNX Runtime on an NVIDIA GPU and needs ``onnxruntime-gpu`` in its place.
-        verify: first compare the answers for the samples stored in the file, as `verify` does.
+        runtime: what runs the graph. ``"openvino"`` runs on the CPU and needs ``pip install 'branchynet[openvino]'``;
+            ``"onnxruntime-cuda"`` runs on an NVIDIA GPU and needs ``onnxruntime-gpu`` instead of ``onnxruntime``.
+        verify: first compare the outputs for the samples stored in the file, as `verify` does.
+
+    Returns:
+        An `Engine`; call it with a batch.
 
     Raises:
-        FileError: no such file, or it is damaged (see its checksum), or BranchyNet did not write it, or the runtime
-            cannot run it, or it holds no samples to verify it with.
-        VerificationError: with `verify`, the answers are not those stored in the file.
+        FileError: the file does not exist, is damaged (its checksum differs), was not written by BranchyNet, cannot
+            run in the runtime, or holds no samples to verify.
+        VerificationError: with `verify`, the outputs differ from those stored in the file.
         InputError: threads outside 1..1024, an unknown runtime, malformed providers, or a first provider that this
             build of ONNX Runtime does not have or cannot use on this machine.
         MissingExtraError: `runtime` needs OpenVINO, or `verify` needs onnx, which is not installed.
-        VersionError: the runtime is installed in a version that is known to be wrong.
+        VersionError: the installed version of the runtime is known to be wrong.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from branchynet import Policy, export, load, zoo
+        >>> x = torch.rand(4, 1, 28, 28)
+        >>> policy = Policy(thresholds=(3.0, None, None))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     engine = load(export(zoo.b_lenet(), folder + "/m.onnx", policy=policy, example=x))
+        >>> engine(x.numpy()).exit.tolist()
+        [1, 1, 1, 1]
     """
     check_runtime(runtime)
     require(runtime.partition("-")[0])
@@ -100,10 +113,10 @@ def load(
 
 
 def _reopened(path: str, threads: Any, providers: Any, runtime: Any, sealed: str | None) -> Engine:
-    """The engine of a pickle or copy, of a file with the checksum `sealed`. Raises as `load`, and `FileError`."""
+    """Open the file of a pickled or copied engine. Raise `FileError` if its checksum is not `sealed`."""
     engine = load(path, threads, providers, runtime)
     if engine.__reduce__()[1][-1] != sealed:
-        raise FileError(f"{path} is another file than when this engine was opened; open the new one with load(...)")
+        raise FileError(f"{path} has changed since this engine was opened; open the new file with load(...)")
     return engine
 
 
@@ -113,13 +126,13 @@ def verify(
     providers: Sequence[str | Provider] | None = None,
     runtime: Runtime = "onnxruntime",
 ) -> "Verification":
-    """Compare the answers of this machine and runtime with those stored in a file that `export` wrote.
+    """Compare the outputs on this machine and runtime with those stored in a file that `export` wrote.
 
-    The samples stored in the file leave at every exit in turn, and by its thresholds. Each output may differ from the
-    stored one by about a thousandth of the largest of its class, masked ones apart; those of an int8 network, in the
-    mean over all samples, by twice what int8 differs from float. A sample whose score lies within 1e-5 of a threshold
-    may leave on either side of it, and one whose two largest outputs lie within these tolerances may get either label.
-    Thresholds in the graph that are not those of the metadata, as another tool may have written, are wrong.
+    The stored samples leave at every exit in turn, then by the file's thresholds. An output may differ from the stored
+    one by about a thousandth of the largest output of its class (masked ones apart); for an int8 network, the mean over
+    all samples may differ by twice the difference between int8 and float. If a score lies within 1e-5 of a threshold,
+    either exit is right; if the two largest outputs lie within these tolerances, either label is right. Thresholds in
+    the graph must equal those in the metadata.
 
     Args:
         path: the ``.onnx`` file.
@@ -127,10 +140,22 @@ def verify(
         providers: as for `load`.
         runtime: as for `load`.
 
+    Returns:
+        A `Verification`; see its ``passed`` and ``problems``.
+
     Raises:
-        FileError: the file holds no samples, or as `load` raises.
-        InputError: as `load` raises.
-        MissingExtraError: onnx, or what `runtime` needs, is not installed.
+        FileError: the file holds no samples, or as for `load`.
+        InputError: as for `load`.
+        MissingExtraError: onnx, or the extra that `runtime` needs, is not installed.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from branchynet import Policy, export, verify, zoo
+        >>> x = torch.rand(4, 1, 28, 28)
+        >>> policy = Policy(thresholds=(0.5, None, 0.5))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     verify(export(zoo.b_lenet(), folder + "/m.onnx", policy=policy, example=x)).passed
+        True
     """
     with needed_by("verify"):
         from .verification import check_file
@@ -138,13 +163,13 @@ def verify(
 
 
 def check_runtime(runtime: Any) -> None:
-    """Raises `InputError` for a runtime that is not one of `RUNTIMES`."""
+    """Raise `InputError` for a runtime that is not one of `RUNTIMES`."""
     if runtime not in RUNTIMES:
         raise InputError(f"unknown runtime {runtime!r}; it is one of {', '.join(RUNTIMES)}")
 
 
 def check_threads(threads: Any) -> None:
-    """Raises `InputError` for a number of threads that no runtime takes; None lets the runtime choose."""
+    """Raise `InputError` for a number of threads outside 1..1024; None lets the runtime choose."""
     if threads is None:
         return
     if whole("threads", threads, 1) > _MOST_THREADS:
@@ -152,7 +177,7 @@ def check_threads(threads: Any) -> None:
 
 
 def _pairs(providers: Any) -> list[Provider]:
-    """Providers with their options, from names and pairs, or one of either."""
+    """Return providers with their options, from names and pairs, or a single one."""
     several = isinstance(providers, Sequence) and not isinstance(providers, str) and not _is_pair(providers)
     pairs: list[Any] = [p if _is_pair(p) else (p, {}) for p in (providers if several else [providers])]
     if wrong := [name for name, _ in pairs if not isinstance(name, str)]:
@@ -166,28 +191,28 @@ def _is_pair(value: Any) -> bool:
 
 def _open(path: str | os.PathLike[str], threads: int | None, providers: Sequence[Provider]) -> Graph:
     options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever the file's name ends in
-    options.log_severity_level = 3  # thresholds are inputs with defaults on purpose; the runtime warns of each
+    options.add_session_config_entry("session.load_model_format", "ONNX")  # for any file name
+    options.log_severity_level = 3  # the runtime warns of each input with a default, such as a threshold
     if threads is not None:
         options.intra_op_num_threads = int(threads)
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=providers)
-        properties = session.get_modelmeta().custom_metadata_map  # raises for what is no UTF-8
-    except Exception as error:  # ONNX Runtime's errors share no base class of their own
-        with contextlib.suppress(ModuleNotFoundError):  # where onnx is installed, it says more
+        properties = session.get_modelmeta().custom_metadata_map  # raises if it is not UTF-8
+    except Exception as error:  # ONNX Runtime's errors share no base class
+        with contextlib.suppress(ModuleNotFoundError):  # onnx, if installed, gives a better message
             from .onnx_file import read_model
 
             read_model(path)
         version = onnxruntime.__version__
         raise FileError(f"ONNX Runtime {version} cannot run {path} ({_brief(error)}); export it again") from error
     first = providers[0][0]
-    if first not in session.get_providers():  # it goes on without, and says so only in a log
+    if first not in session.get_providers():  # it continues without, with a line in its log
         raise InputError(
-            f"ONNX Runtime cannot use {first!r} on this machine, only {session.get_providers()}; its log tells "
-            "what is missing"
+            f"ONNX Runtime cannot use {first!r} on this machine, only {session.get_providers()}; its log names the "
+            "missing part"
         )
     names = [output.name for output in session.get_outputs()]
-    run: Any = getattr(session, "_sess", session).run  # the engine has checked what `run` would check once more
+    run: Any = getattr(session, "_sess", session).run  # skips checks that the engine has made
     required = session.get_inputs()
     return Graph(
         lambda feeds: run(names, feeds, None),

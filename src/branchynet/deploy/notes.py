@@ -1,4 +1,4 @@
-"""What `export` keeps in a file beside the graph: class names and preprocessing, as plain JSON values."""
+"""Turn class names and preprocessing into plain JSON values for a file's metadata."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,17 +12,17 @@ from ..errors import InputError
 
 
 def class_names(labels: Sequence[str] | None) -> list[str]:
-    """The names as a list; none for None. Raises `InputError` for a single string, or what has no order."""
+    """Return the names as a list, empty for None. Raise `InputError` for a string or an unordered collection."""
     if labels is None:
         return []
     return [str(label) for label in ordered("labels", labels, "give a list of class names in the order of the classes")]
 
 
 def plain_values(preprocessing: Mapping[str, Any] | None) -> Any:
-    """A copy in which numbers and arrays of numpy and torch are Python's.
+    """Return a copy with Python numbers and lists instead of numpy's and torch's.
 
     Raises:
-        InputError: it holds what JSON cannot keep.
+        InputError: it holds a value that JSON cannot store.
     """
 
     def plain(value: Any) -> Any:
@@ -32,7 +32,7 @@ def plain_values(preprocessing: Mapping[str, Any] | None) -> Any:
 
     try:
         return json.loads(json.dumps(preprocessing, default=plain))
-    except (TypeError, ValueError) as error:  # keys of other types too, and what holds itself
+    except (TypeError, ValueError) as error:  # also for other types of keys, and circular references
         raise InputError(
             f"preprocessing= cannot be kept in a file: {error}; give numbers, strings, lists and dicts"
         ) from error

@@ -1,4 +1,4 @@
-"""An exported file read as a model, without a runtime."""
+"""Read an exported file without a runtime."""
 
 import os
 from pathlib import Path
@@ -12,38 +12,35 @@ from .engine import read_metadata
 
 
 def read_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
-    """The file with all its weights. Raises `FileError` for no ONNX file, or where weights that it names are gone."""
+    """Read the file with all its weights. Raise `FileError` if it is not an ONNX file or weights are missing."""
     model = parse_model(path)
     try:
         onnx.load_external_data_for_model(model, str(Path(path).parent))
     except (OSError, ValueError, onnx.checker.ValidationError) as error:
         raise FileError(
-            f"weights that {path} keeps in another file cannot be read ({error}); put that file beside it"
+            f"weights that {path} keeps in another file cannot be read ({error}); put that file next to it"
         ) from error
     return model
 
 
 def parse_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
-    """The file without weights that it keeps elsewhere. Raises `FileError` for no ONNX file.
-
-    It is read as what ONNX Runtime reads, whatever its name: by itself onnx would take ``.json`` for another format.
-    """
-    try:
+    """Read the file without its external weights. Raise `FileError` if it is not an ONNX file."""
+    try:  # as protobuf, like ONNX Runtime: onnx chooses the format by the file name
         return onnx.load(path, format="protobuf", load_external_data=False)
     except (DecodeError, ValueError, OSError, RecursionError) as error:
-        raise FileError(f"{path} is no ONNX file ({error}); give one that export(...) wrote") from error
+        raise FileError(f"{path} is not an ONNX file ({error}); give one that export(...) wrote") from error
 
 
 def model_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a file says of itself, read without a runtime. Raises `FileError`."""
+    """Read the metadata that `export` wrote. Raise `FileError`."""
     return read_metadata(entries(parse_model(path), path), path)
 
 
 def entries(model: onnx.ModelProto, path: str | os.PathLike[str]) -> dict[str, str]:
-    """The metadata of a model, not yet understood. Raises `FileError` where they are no text."""
+    """Return all metadata entries of a model as text. Raise `FileError` if they are not text."""
     try:
         return {entry.key: entry.value for entry in model.metadata_props}
     except UnicodeDecodeError as error:
         raise FileError(
-            f"the metadata of {path} are no text ({error}); the file is damaged: export it again"
+            f"the metadata of {path} are not text ({error}); the file is damaged: export it again"
         ) from error

@@ -1,4 +1,4 @@
-"""The same file in OpenVINO, on the CPU."""
+"""Open an exported file in OpenVINO, on the CPU."""
 
 import os
 from collections.abc import Sequence
@@ -15,18 +15,18 @@ from .onnx_file import entries, read_model
 
 
 def open_in_openvino(path: str | os.PathLike[str], threads: int | None) -> Graph:
-    """Open a file that `export` wrote; see `branchynet.load`, which calls this. Raises as it does."""
+    """Open a file that `export` wrote, for `branchynet.load`. Raise `FileError`."""
     import openvino
 
     model = read_model(path)
     metadata = read_metadata(entries(model, path), path)
-    # OpenVINO takes an input with a default value for a constant: without the default it stays an input, which we feed.
+    # OpenVINO turns an input with a default value into a constant, so remove the default; the engine feeds it.
     weights = [t for t in model.graph.initializer if t.name not in {i.name for i in model.graph.input}]
     del model.graph.initializer[:]
     model.graph.initializer.extend(weights)
     options: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",  # it may choose bfloat16, which moves scores across thresholds
+        "INFERENCE_PRECISION_HINT": "f32",  # bfloat16, its other choice, moves scores across thresholds
     }
     if threads is not None:
         options["INFERENCE_NUM_THREADS"] = int(threads)
@@ -36,7 +36,7 @@ def open_in_openvino(path: str | os.PathLike[str], threads: int | None) -> Graph
         _fix_shapes_of_biases(graph)
         compiled = core.compile_model(graph, "CPU", options)
         inputs = tuple(_input(i) for i in model.graph.input)
-    except Exception as error:  # on a damaged file other errors too, such as one of a message that is no UTF-8
+    except Exception as error:  # a damaged file raises other errors too, such as UnicodeDecodeError
         version = openvino.__version__.split("-")[0]
         raise FileError(
             f"OpenVINO {version} cannot run {path} ({_brief(error)}); load it with runtime='onnxruntime'"
@@ -47,10 +47,10 @@ def open_in_openvino(path: str | os.PathLike[str], threads: int | None) -> Graph
 
 
 def _fix_shapes_of_biases(model: Any) -> None:
-    """Reshape biases by constants, where OpenVINO's reader computes their shape from that of the convolution's output.
+    """Reshape biases by constants instead of shapes that OpenVINO computes from the convolution's output.
 
-    Otherwise the convolution has a second reader wherever a shape is needed, so the bias is not fused with it but with
-    the FakeQuantize behind, which then adds the first channel's bias to all channels.
+    A computed shape is a second reader of the convolution, so OpenVINO fuses the bias with the following FakeQuantize
+    instead, which then adds the first channel's bias to all channels.
     """
     from openvino import opset13
 
@@ -64,12 +64,12 @@ def _fix_shapes_of_biases(model: Any) -> None:
 
 
 class _Requests:
-    """Runs a compiled model; calls at the same time each take a request of their own."""
+    """Run a compiled model, with one request per concurrent call."""
 
     def __init__(self, compiled: Any, inputs: Sequence[Input]) -> None:
         self.compiled = compiled
         kept = {name for port in compiled.inputs for name in port.get_names()}
-        self.names = [i.name for i in inputs if i.name in kept]  # OpenVINO drops inputs that nothing reads
+        self.names = [i.name for i in inputs if i.name in kept]  # OpenVINO drops unused inputs
         self.free: list[Any] = []
 
     def __call__(self, feeds: Feeds) -> Sequence[NDArray[Any]]:
@@ -78,16 +78,16 @@ class _Requests:
         except IndexError:
             request = self.compiled.create_infer_request()
         try:
-            # Copying the inputs takes several times as long as a small network; answers are copied.
+            # Copying the inputs takes several times as long as a small network; outputs are copied.
             return request.infer({name: feeds[name] for name in self.names}, share_inputs=True).to_tuple()
         finally:
             self.free.append(request)
 
 
 def _brief(error: Exception) -> str:
-    """OpenVINO tells at length how it went; its summary says why it failed."""
-    told = str(error)
-    return " ".join(told[max(0, told.find("Summary:")) :].split())[:300]
+    """Return the summary of one of OpenVINO's long error messages."""
+    text = str(error)
+    return " ".join(text[max(0, text.find("Summary:")) :].split())[:300]
 
 
 def _input(value: onnx.ValueInfoProto) -> Input:

@@ -1,4 +1,4 @@
-"""What a network answers to each row alone, which files and engines are compared with."""
+"""The reference for files and engines: a network's outputs for each row alone."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from ..nn.network import exit_outputs
 
 @torch.no_grad()
 def answers_alone(net: nn.Module, example: Any, rows: int) -> tuple[Tensor, ...]:
-    """Every exit's output `(R, C, ...)` float32 on the CPU for the first R <= `rows` rows of the example."""
+    """Return every exit's output `(R, C, ...)`, float32 on the CPU, for the first R <= `rows` rows of the example."""
     args, kwargs = arguments(example)
     answers = []
     with evaluating(net):

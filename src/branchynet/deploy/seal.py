@@ -1,8 +1,8 @@
-"""A checksum at the end of an exported file, so that damage is noticed when it is opened.
+"""A checksum at the end of an exported file, to detect damage when the file is opened.
 
-It is one more entry of the model's metadata, appended to the finished file (protobuf messages that follow each other
-are merged), so every ONNX reader still reads the file. The entry also says how long the file was: a tool that rewrites
-the model leaves another length, and the checksum is then no longer of this file.
+It is a metadata entry of the model, appended to the finished file. Consecutive protobuf messages are merged, so every
+ONNX reader still reads the file. The entry also holds the length of the file before it: if a tool rewrites the model,
+the length changes, and the checksum no longer applies.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ KEY = "branchynet_sha256"
 
 
 def seal(path: str | os.PathLike[str]) -> None:
-    """Append the checksum of a file to it."""
+    """Append a file's checksum to the file."""
     size = Path(path).stat().st_size
     entry = _entry(size, _sha256(path, size))
     with Path(path).open("ab") as stream:
@@ -23,7 +23,7 @@ def seal(path: str | os.PathLike[str]) -> None:
 
 
 def check_seal(path: str | os.PathLike[str]) -> str | None:
-    """Compare a file with its checksum, where it has one, and give that.
+    """Compare a file with its checksum and return the checksum; None if the file has none.
 
     Raises:
         FileError: they disagree, or the file cannot be read.
@@ -49,7 +49,7 @@ def check_seal(path: str | os.PathLike[str]) -> str | None:
 
 
 def _entry(size: int, digest: str) -> bytes:
-    """The entry as protobuf writes it, every length below 128: a ModelProto whose field 14 has a key and a value."""
+    """Return the entry in protobuf, with all lengths below 128: field 14 of a ModelProto, with a key and a value."""
     key, value = KEY.encode(), f"{size:020d} {digest}".encode()
     pair = b"\x0a%c%b\x12%c%b" % (len(key), key, len(value), value)
     return b"\x72%c%b" % (len(pair), pair)

@@ -1,4 +1,4 @@
-"""Samples that a file stores with what its exits answer, to be compared on another machine."""
+"""Samples stored in a file with the outputs of its exits, for a comparison on another machine."""
 
 import base64
 import io
@@ -19,20 +19,20 @@ from .onnx_file import entries, parse_model
 
 SAMPLES_KEY = "branchynet.samples"
 MAX_SAMPLES = 8
-_BYTES, _MOST_BYTES = 2**20, 2**24  # of all stored samples, and of one that is stored alone
-_FAR = 10  # mean differences of scores are below so many times the largest stored score
+_BYTES, _MOST_BYTES = 2**20, 2**24  # for all stored samples, and for a single one
+_FAR = 10  # limit of mean differences of scores, relative to the largest stored score
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Samples and what every exit should answer for them.
+    """Samples and the expected outputs of every exit.
 
     Attributes:
-        inputs: `(S, ...)` in the order of the file's inputs.
-        outputs: `(S, C, ...)`, one an exit.
-        scores: `(S,)`, one an exit; () for a flat file.
-        slack: one an exit: mean difference of outputs between int8 and float; 0 for a float network.
-        score_slack: the same of scores.
+        inputs: `(S, ...)` each, in the order of the file's inputs.
+        outputs: `(S, C, ...)` per exit.
+        scores: `(S,)` per exit; () for a flat file.
+        slack: mean difference of outputs between int8 and float, per exit; 0 for a float network.
+        score_slack: mean difference of scores, per exit.
     """
 
     inputs: tuple[NDArray[Any], ...]
@@ -46,12 +46,12 @@ class Samples:
 
 
 def pack(samples: Samples, kept: Sequence[int], limit: int) -> str:
-    """The first samples as text for a file's metadata, "" where even one would be too large.
+    """Return the first samples as text for a file's metadata, or "" if a single sample is too large.
 
     Args:
-        samples: as compared when the file is written.
-        kept: the exits that the file has, from 1.
-        limit: how many samples at most.
+        samples: the samples that the exported file was compared with.
+        kept: the exits in the file, from 1.
+        limit: the largest number of samples to store.
     """
     arrays = {f"input_{i}": a for i, a in enumerate(samples.inputs)}
     arrays |= {f"output_{n}": samples.outputs[n - 1] for n in kept}
@@ -68,17 +68,17 @@ def pack(samples: Samples, kept: Sequence[int], limit: int) -> str:
 
 
 def read_samples(path: str | os.PathLike[str]) -> Samples:
-    """What `pack` put into a file. Raises `FileError` where it holds none, or damaged ones."""
+    """Read the samples in a file. Raise `FileError` if it holds none, or damaged ones."""
     return samples_in(parse_model(path), path)
 
 
 def samples_in(model: onnx.ModelProto, path: str | os.PathLike[str], engine: Engine | None = None) -> Samples:
-    """What `pack` put into a model. Raises `FileError` where it holds none, or damaged ones.
+    """Read the samples in a model. Raise `FileError` if it holds none, or damaged ones.
 
     Args:
-        model: as read from `path`.
-        path: for the message.
-        engine: of that file; samples that do not fit it are damaged too.
+        model: the model in the file.
+        path: the file, for messages.
+        engine: the file's engine; samples that do not fit it are damaged too.
     """
     text = entries(model, path).get(SAMPLES_KEY, "")
     if not text:
@@ -94,13 +94,13 @@ def samples_in(model: onnx.ModelProto, path: str | os.PathLike[str], engine: Eng
 
 def _unpack(content: bytes) -> Samples:
     if not zipfile.is_zipfile(io.BytesIO(content)):
-        raise ValueError("they are no archive")
+        raise ValueError("they are not an archive")
     with np.load(io.BytesIO(content), allow_pickle=False) as stored:
         arrays = dict(stored)
     slack, score_slack = arrays["slack"], arrays["score_slack"]
     for name, array in (("slack", slack), ("score_slack", score_slack)):
         if array.ndim != 1 or array.dtype.kind != "f" or not (np.isfinite(array) & (array >= 0)).all():
-            raise ValueError(f"{name} is {array.dtype} {array.shape}, not one number an exit")
+            raise ValueError(f"{name} is {array.dtype} {array.shape}, not one number per exit")
     exits, inputs = len(slack), sum(name.startswith("input_") for name in arrays)
     return Samples(
         tuple(arrays[f"input_{i}"] for i in range(inputs)),
@@ -112,14 +112,14 @@ def _unpack(content: bytes) -> Samples:
 
 
 def _check_fit(samples: Samples, engine: Engine) -> None:
-    """Raises `ValueError` for samples that are none of this engine's file."""
+    """Raise `ValueError` for samples that do not belong to this engine's file."""
     if len(samples.slack) != engine.num_exits or len(samples.score_slack) != engine.num_exits:
         raise ValueError(
-            f"they have slack of {len(samples.slack)} exits and {len(samples.score_slack)} of scores, the file "
+            f"they have slack for {len(samples.slack)} exits and {len(samples.score_slack)} scores, the file has "
             f"{engine.num_exits} exits"
         )
     if len(samples.inputs) != len(engine.inputs):
-        raise ValueError(f"they have {len(samples.inputs)} inputs, the file {len(engine.inputs)}")
+        raise ValueError(f"they have {len(samples.inputs)} inputs, the file has {len(engine.inputs)}")
     for array, want in zip(samples.inputs, engine.inputs, strict=True):
         if not want.accepts(array):
             raise ValueError(f"input {want.name!r} is {want.describe(array)}, the file reads {want}")
@@ -127,7 +127,7 @@ def _check_fit(samples: Samples, engine: Engine) -> None:
     if rows < 1 or any(len(array) != rows for array in samples.inputs):
         raise ValueError(f"their inputs have {[len(array) for array in samples.inputs]} rows")
     if bool(samples.scores) != (engine.policy is not None):
-        raise ValueError("they are of a flat file" if engine.policy else "they are of a file with early exits")
+        raise ValueError("they belong to a flat file" if engine.policy else "they belong to a file with early exits")
     tail = tuple(engine.metadata["output_shape"])
     for n in range(1, engine.num_exits + 1):
         if engine.policy is not None and not engine.policy.enabled[n - 1]:
@@ -139,22 +139,22 @@ def _check_fit(samples: Samples, engine: Engine) -> None:
 
 
 def _check_array(name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
-    """Raises `ValueError` unless `array` has floats in this shape, where 0 stands for any size."""
+    """Raise `ValueError` unless `array` holds floats in this shape; 0 means any size."""
     fits = array.ndim == len(shape) and all(want in (0, have) for have, want in zip(array.shape, shape, strict=True))
     if array.dtype.kind != "f" or not fits:
         raise ValueError(f"{name} is {array.dtype} {array.shape}, not floats {shape}")
 
 
 def _check_slack(samples: Samples, engine: Engine) -> None:
-    """Raises `ValueError` for slack that `export` does not write, which would let wrong answers pass."""
+    """Raise `ValueError` for slack that `export` does not write, which would let wrong outputs pass."""
     quantize = engine.metadata.get("quantize")
     report = quantize.get("mean_difference") if isinstance(quantize, dict) else [0.0] * engine.num_exits
     if list(samples.slack) != report:
-        raise ValueError(f"slack is {samples.slack}, and int8 is off by {report} in the metadata")
+        raise ValueError(f"slack is {samples.slack}, the difference of int8 in the metadata is {report}")
     for n, slack in enumerate(samples.score_slack, 1):
         most = 0.0
         if quantize and samples.scores:
             scores = samples.scores[n - 1]
             most = _FAR * float(np.abs(scores[np.isfinite(scores)]).max(initial=1.0))
         if slack > most:
-            raise ValueError(f"the slack of score {n} is {slack:.3g}, beyond {most:.3g}")
+            raise ValueError(f"the slack of score {n} is {slack:.3g}, above {most:.3g}")

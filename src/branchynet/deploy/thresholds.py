@@ -1,4 +1,4 @@
-"""The thresholds that a file's graph holds, against the policy in its metadata."""
+"""Compare the thresholds in a file's graph with the policy in its metadata."""
 
 import os
 from collections.abc import Iterator
@@ -14,12 +14,12 @@ from ..policy.values import Policy
 
 
 def moved_thresholds(policy: Policy | None, model: onnx.ModelProto, path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """What is wrong with the thresholds in a file's graph: default values or constants other than the policy's.
+    """Return the problems of the thresholds in a file's graph: default values or constants other than the policy's.
 
     Args:
-        policy: from the metadata; None for a flat file.
-        model: as read from `path`, its weights not needed.
-        path: where weights may lie beside it.
+        policy: the policy in the metadata; None for a flat file.
+        model: the model in the file; external weights are not needed.
+        path: the file.
     """
     held = dict(_constants(model.graph, str(Path(path).parent), path))
     problems = []
@@ -28,20 +28,20 @@ def moved_thresholds(policy: Policy | None, model: onnx.ModelProto, path: str | 
         if value is None:
             continue
         if threshold is None:
-            problems.append(f"the file has a threshold of exit {n}, its metadata say never")
+            problems.append(f"the file has a threshold at exit {n}, its metadata say never")
             continue
-        with np.errstate(over="ignore"):  # beyond float32 is infinite, as in the file
+        with np.errstate(over="ignore"):  # values beyond float32 are infinite in the file
             want = np.float32(threshold).astype(value.dtype)
         if value.size != 1 or value.item() != want:
-            told = f"{value.item():.6g}" if value.size == 1 else f"{value.size} values"
-            problems.append(f"the file's threshold of exit {n} is {told}, its metadata say {threshold:.6g}")
+            text = f"{value.item():.6g}" if value.size == 1 else f"{value.size} values"
+            problems.append(f"the file's threshold at exit {n} is {text}, its metadata say {threshold:.6g}")
     return tuple(problems)
 
 
 def _constants(
     graph: onnx.GraphProto, folder: str, path: str | os.PathLike[str]
 ) -> Iterator[tuple[str, NDArray[np.generic]]]:
-    """Every initializer and constant named as a threshold, at any level."""
+    """Yield every initializer and constant with a threshold's name, at any level."""
     tensors = [(tensor.name, tensor) for tensor in graph.initializer]
     for node in graph.node:
         for attribute in node.attribute:

@@ -1,16 +1,16 @@
-"""How far two engines' answers may lie apart, for every figure by itself.
+"""How much the outputs of two correct engines may differ, per value.
 
-Two right engines differ by rounding, and rounding is relative to what is added up. Of a sum no more is known here than
-other results of its kind: the same output for other samples (a column), and the other outputs of the same sample (a
-row), which read the same features. Neither counts where it is of another scale: a class masked by -1e9, or a price
-beside a share, says nothing about the rounding of other figures, and would hide that they are wrong.
+Rounding is relative to the terms of a sum, which are unknown here. Their size is estimated from other results: the same
+output for other samples (a column) and the other outputs of the same sample (a row), which read the same features.
+Values of another scale are left out: a class masked by -1e9, or a price next to a share, says nothing about the
+rounding of other values and would hide their errors.
 
-- A column is of one weight vector, so its largest figure is near what was added up, or above what a single figure, in
-  which products may cancel, is.
-- A row matters where all of a column is small beside it. In float32 its rounding is some units in the last place (1e-7)
-  times the square root of the number of products, which deep networks add up: 1e-5 holds that. TF32 and half precision
-  round the products themselves, to 2^-11 and coarser, so that a row counts as much as a column.
-- A figure near 0 in a column of far larger ones is off by float32's rounding of those.
+- A column has one weight vector, so its largest value estimates the terms better than a single value, in which products
+  may cancel.
+- A row matters if its whole column is small in comparison. In float32 its rounding is some units in the last place
+  (1e-7) times the square root of the number of products, over all layers: below 1e-5. TF32 and half precision round the
+  products themselves, to 2^-11 and coarser, so there a row counts as much as a column.
+- A value near 0 in a column of far larger values differs by float32's rounding of those.
 """
 
 from typing import Any
@@ -18,32 +18,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-FLOAT = 1e-3  # of a column's figures; float32 in another order takes a hundredth of it, TF32 about half
-_ROW = 1e-5  # of a row's figures in float32
-_NEAR_ZERO = 1e-6, 1e6  # of a column's figures in float32, however much larger up to so many times
-_SCALE, _COARSE_SCALE = 1e2, 1e4  # figures so many times larger than the next smaller one are of another scale
+FLOAT = 1e-3  # relative to a column; float32 in another order needs a hundredth of it, TF32 about half
+_ROW = 1e-5  # relative to a row, in float32
+_NEAR_ZERO = 1e-6, 1e6  # relative to a column, and the ratio of neighbouring values up to which it counts
+_SCALE, _COARSE_SCALE = 1e2, 1e4  # ratio of neighbouring values above which another scale begins
 
 
 def differences(got: NDArray[Any], want: NDArray[Any]) -> NDArray[Any]:
-    """How far every figure of two answers is off; infinite where they are not finite in the same way."""
-    with np.errstate(invalid="ignore", over="ignore"):  # infinity less infinity
+    """Return the absolute difference per value; infinite if only one is finite or both are different infinities."""
+    with np.errstate(invalid="ignore", over="ignore"):  # infinity minus infinity
         apart = np.abs(got - want)
     same = np.equal(got, want) | (np.isnan(got) & np.isnan(want))
     return np.where(same, 0.0, np.where(np.isnan(apart), np.inf, apart))
 
 
 def difference(got: NDArray[Any], want: NDArray[Any]) -> float:
-    """The largest difference of two answers; infinite where they are not finite in the same way."""
+    """Return the largest of the `differences`."""
     return float(differences(got, want).max(initial=0.0))
 
 
 def tolerances(want: NDArray[Any], share: float = FLOAT, *, coarse: bool = False) -> NDArray[Any]:
-    """How far every figure of an answer `(S, C, ...)` may be off, float64 of the same shape.
+    """Return the allowed difference per value of an output `(S, C, ...)`, float64 of the same shape.
 
     Args:
-        want: S samples; the more, the better their scale is known.
-        share: of the largest figure of the same scale.
-        coarse: products are rounded to fewer bits than float32 has (TF32, half precision).
+        want: the expected output; more samples give a better estimate of the scale.
+        share: allowed difference, relative to the largest value of the same scale.
+        coarse: products are rounded to fewer bits than in float32 (TF32, half precision).
     """
     sizes = np.abs(want.astype(np.float64))
     sizes = np.maximum(np.where(np.isfinite(sizes), sizes, 1.0), 1.0)  # below 1, an error is not relative
@@ -57,7 +57,7 @@ def tolerances(want: NDArray[Any], share: float = FLOAT, *, coarse: bool = False
 
 
 def _largest_near(sizes: NDArray[Any], scale: float) -> NDArray[Any]:
-    """For every figure, the largest one of its row that is reached by steps to the next larger of at most `scale`."""
+    """Return, per value, the largest of its row that steps of at most a factor `scale` to the next larger reach."""
     order = np.argsort(sizes, axis=1)
     ascending = np.take_along_axis(sizes, order, axis=1)
     last = np.ones(sizes.shape, bool)

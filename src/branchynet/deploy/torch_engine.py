@@ -1,4 +1,4 @@
-"""The PyTorch engine: a network run stage by stage in PyTorch itself, on any device, without exporting a file."""
+"""Run a network stage by stage in PyTorch, on any device, without an exported file."""
 
 import math
 import sys
@@ -28,18 +28,18 @@ _EPS = float(torch.finfo(torch.float32).eps)
 
 @dataclass(frozen=True)
 class TensorInput(Input):
-    """An input that may be given as a torch tensor too, on any device."""
+    """An input that also accepts a torch tensor, on any device."""
 
     tensor_dtype: torch.dtype
 
     def accepts(self, array: Any) -> bool:
-        """Whether `array` has this dtype and this shape behind its batch dimension."""
+        """Whether `array` has this dtype and, after the batch dimension, this shape."""
         if isinstance(array, Tensor):
             return array.dtype == self.tensor_dtype and self.fits(tuple(array.shape))
         return self.dtype is not None and super().accepts(array)
 
     def taken(self, given: Any) -> Any:
-        """What was given, as it is."""
+        """Return the input unchanged."""
         return given
 
     @property
@@ -49,33 +49,40 @@ class TensorInput(Input):
 
 
 class TorchEngine:
-    """A network with early exits, ready to answer in PyTorch: what an exported file does, without the file.
+    """A network with early exits that runs in PyTorch. It predicts like an exported file.
 
-    Each exit costs one `nonzero`, where a GPU waits for the host, and one `index_select` a tensor that the next stage
-    reads. Stages share the network's parameters and buffers: change these in place (``optimizer.step()``,
-    ``load_state_dict``) and the next call answers with the new ones; make a new engine after replacing or moving them.
+    Each exit costs one `nonzero`, for which a GPU waits for the host, and one `index_select` per tensor that the next
+    stage reads. Stages share the network's parameters and buffers: after a change in place (``optimizer.step()``,
+    ``load_state_dict``) the next call uses the new values. Make a new engine after replacing or moving them.
 
     Calls are thread-safe: an engine holds no state between calls.
 
     Args:
-        net: a `BranchyNet`, or any network; see `branchynet.nn.network.exits_in` for which of its outputs are exits. It
-            answers as in eval mode, whatever mode it is in.
-        policy: score and default thresholds; an exit whose threshold is None is left out with its branch.
-        example: one batch of inputs: a tensor, a tuple of tensors, or a dict of keyword arguments. With two rows or
-            more, a network whose answer to one sample depends on the others is refused.
-        device: where to run; by default where `net` is. `net` is moved there and stays there.
+        net: a `BranchyNet`, or any network; `branchynet.nn.network.exits_in` says which of its outputs are exits. It
+            runs in eval mode.
+        policy: score and default thresholds; an exit with threshold None is left out with its branch.
+        example: one batch of inputs: a tensor, a tuple of tensors, or a dict of keyword arguments. Give at least two
+            rows, so that a network that mixes the samples of a batch is refused.
+        device: where to run; by default where `net` is. `net` is moved there.
 
     Attributes:
-        inputs: what the network reads.
+        inputs: the inputs of the network.
         policy: as given.
-        exits: N.
+        num_exits: N.
         device: where it runs.
 
     Raises:
         InputError: the policy has a number of thresholds other than N-1, or an unknown score; the example holds no
             tensors with a leading batch dimension.
-        GraphError: the network cannot be exported with a free batch size or cut into stages (see `cut_stages`), or
-            stage by stage it does not answer as it does for each row alone.
+        GraphError: the network cannot be exported with a free batch size or cut into stages (see `cut_stages`), or its
+            outputs stage by stage differ from those for each row alone.
+
+    Example:
+        >>> import torch
+        >>> from branchynet import Policy, TorchEngine, zoo
+        >>> engine = TorchEngine(zoo.b_lenet(), Policy(thresholds=(3.0, None, None)), torch.rand(2, 1, 28, 28))
+        >>> engine(torch.rand(3, 1, 28, 28)).exit.tolist()
+        [1, 1, 1]
     """
 
     def __init__(
@@ -100,17 +107,16 @@ class TorchEngine:
         self._check(net, moved)
 
     def __call__(self, /, *inputs: Any, thresholds: Sequence[float | None] | None = None, **named: Any) -> Prediction:
-        """Answer a batch of any size, zero included, each sample at the first exit that is sure enough.
+        """Predict a batch of any size, including zero. Each sample leaves at the first exit with a low enough score.
 
         Args:
-            inputs: arrays or tensors as `inputs` says, all with the same leading batch size B; or one mapping from
-                input names to them.
-            thresholds: N-1 figures to use in this call instead of the policy's; None at an exit means never leave
-                there.
-            named: inputs by name, for those that are not given by position.
+            inputs: arrays or tensors that match the attribute `inputs`, all with the same leading batch size B; or one
+                mapping from input names to them.
+            thresholds: N-1 thresholds for this call instead of the policy's; None means that no sample leaves there.
+            named: the inputs that are not given by position, by name.
 
         Returns:
-            numpy arrays, whatever the inputs were.
+            A `Prediction` of numpy arrays.
 
         Raises:
             InputError: wrong number, names, shape or dtype of inputs, or wrong number of thresholds.
@@ -134,9 +140,9 @@ class TorchEngine:
             return Prediction(*(t.cpu().numpy() for t in (output.argmax(dim=1), exit, score, output)))
 
     def _answer(self, inputs: Sequence[Tensor], thresholds: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
-        """Every sample's (output, score, exit); thresholds are of the enabled exits but the last."""
+        """Return every sample's (output, score, exit), given the thresholds of the enabled exits except the last."""
         held = {name: (tensor, 0) for name, tensor in zip(self._cut.inputs, inputs, strict=True)}
-        left: list[Tensor | None] = [None]  # of the batch after each narrowing, the rows that are left; None for all
+        left: list[Tensor | None] = [None]  # the remaining rows after each narrowing of the batch; None for all
         rows = len(inputs[0])
         answer: tuple[Tensor, Tensor, Tensor] | None = None
         for stage, later, threshold in zip(self._cut.stages, self._later, (*thresholds, None), strict=True):
@@ -145,7 +151,7 @@ class TorchEngine:
             output, score, *given = stage.module(rows, *(held[taken.name][0] for taken in stage.takes))
             held.update((name, (value, len(left) - 1)) for name, value in zip(stage.gives, given, strict=True))
             held = {name: value for name, value in held.items() if name in later}
-            del given  # so that nothing of the larger batch is kept while later stages run
+            del given  # free the larger batch before later stages run
             answer = _put_back(answer, output, score, stage.exit, left[0])
             if threshold is None:
                 break
@@ -159,12 +165,12 @@ class TorchEngine:
         return answer
 
     def _check(self, net: nn.Module, example: Any) -> None:
-        """Each exit in turn, then samples that part, against the network on each row alone. Raises `GraphError`."""
+        """Compare each exit, then a mix of exits, with the network on each row alone. Raise `GraphError`."""
         alone = [exit.numpy() for exit in answers_alone(net, example, 4)]
         expected = np.stack(alone, axis=1)
         inputs = [t[: len(expected)] for t in tensors_of(example)]
         coarsest = max((torch.finfo(p.dtype).eps for p in net.parameters() if p.is_floating_point()), default=0.0)
-        # TF32 and half precision answer a batch and its rows a little apart.
+        # In TF32 and half precision, a batch and its rows alone differ a little.
         coarse = self.device.type != "cpu" or coarsest > _EPS or torch.get_float32_matmul_precision() != "highest"
         most = np.stack([tolerances(exit, max(1e-2, 16 * coarsest), coarse=coarse) for exit in alone], axis=1)
         parting: list[float | None] = [None] * (self.num_exits - 1)
@@ -176,8 +182,8 @@ class TorchEngine:
             if (beyond := off / allowed.reshape(off.shape)).max() > 1:
                 row, figure = np.unravel_index(beyond.argmax(), off.shape)
                 raise GraphError(
-                    f"exit {answer.exit[row]} answers {off[row, figure]:.3g} off what it answers to the same row alone "
-                    f"(allowed {allowed[row].flat[figure]:.3g}); does the network's forward depend on the other "
+                    f"outputs of exit {answer.exit[row]} differ by {off[row, figure]:.3g} from those for the same row "
+                    f"alone (allowed {allowed[row].flat[figure]:.3g}); does the network's forward depend on the other "
                     "samples of the batch?"
                 )
             if n is not None and n < self.num_exits:
@@ -188,7 +194,7 @@ class TorchEngine:
 def _input(name: str, tensor: Tensor) -> TensorInput:
     try:
         dtype: Any = torch.empty(0, dtype=tensor.dtype).numpy().dtype
-    except TypeError:  # numpy has no bfloat16: such an input is given as a tensor
+    except TypeError:  # numpy has no bfloat16: such an input must be a tensor
         dtype = None
     return TensorInput(name, dtype, tuple(tensor.shape[1:]), tensor.dtype)
 
@@ -196,13 +202,13 @@ def _input(name: str, tensor: Tensor) -> TensorInput:
 def _tensor(given: NDArray[Any] | Tensor) -> Tensor:
     if isinstance(given, Tensor):
         return given
-    if not given.flags.writeable or min(given.strides) < 0:  # torch takes neither as it is
+    if not given.flags.writeable or min(given.strides) < 0:  # torch accepts neither
         given = given.copy()
     return torch.from_numpy(given)
 
 
 def _pick(value: Tensor, narrowing: int, axis: int | None, left: Sequence[Tensor | None]) -> tuple[Tensor, int]:
-    """The rows that are left of a value, which has those of a narrowing; and which narrowing's it has now."""
+    """Return the remaining rows of a value that has the rows of a narrowing, and its new narrowing."""
     rows = left[narrowing]
     if axis is None or rows is None:
         return value, narrowing
@@ -212,10 +218,10 @@ def _pick(value: Tensor, narrowing: int, axis: int | None, left: Sequence[Tensor
 def _put_back(
     answer: tuple[Tensor, Tensor, Tensor] | None, output: Tensor, score: Tensor, exit: int, rows: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The whole batch's (output, score, exit), with those of one exit at its rows (all of them for None)."""
+    """Write one exit's outputs into the batch's (output, score, exit) at `rows`; None for all rows."""
     if answer is None or rows is None:
         exits = torch.full_like(score, exit, dtype=torch.int64)
-        # An output may be a view of an input or a parameter, and is written to below.
+        # An output may be a view of an input or a parameter; later exits write to it.
         return output.clone(memory_format=torch.contiguous_format), score.clone(), exits
     outputs, scores, exits = answer
     return outputs.index_copy_(0, rows, output), scores.index_copy_(0, rows, score), exits.index_fill_(0, rows, exit)

@@ -1,4 +1,4 @@
-"""Files that check themselves: whether an engine answers the stored samples as the file says."""
+"""Compare an engine's outputs with those stored in its file."""
 
 import importlib
 import os
@@ -19,24 +19,24 @@ from .stored_samples import Samples, samples_in
 from .thresholds import moved_thresholds
 from .tolerance import FLOAT, difference, differences, tolerances
 
-_TIE = 1e-5  # engines may decide either way on scores so near to a threshold
-_TAIL = 10  # a sample's score may be off so many times what scores are off in the mean between int8 and float
+_TIE = 1e-5  # distance of a score to a threshold within which either decision is right
+_TAIL = 10  # allowed difference of one score, relative to the mean difference between int8 and float
 _ALWAYS = 3e38  # a threshold that every score passes
 
 
 @dataclass(frozen=True)
 class Verification:
-    """Whether an engine gives the answers that are stored in its file. Made by `verify`.
+    """Result of comparing an engine with the outputs stored in its file. Made by `verify`.
 
     Attributes:
         where: runtime and processor.
-        samples: S, how many were compared.
-        same_labels, same_exits: how many of them got the stored label and left at the stored exit. Others are ties
-            where nothing is listed under `problems`.
-        difference: by exit, how far outputs are off: where they come closest to what is allowed or exceed it by most
-            (float), or in the mean over all samples (int8).
-        allowed: by exit, how far they may be off there.
-        problems: what is wrong; () where all is well.
+        samples: number of samples compared.
+        same_labels, same_exits: number of samples with the stored label and exit. The others are ties, unless
+            `problems` lists them.
+        difference: difference of outputs by exit: of the value with the largest ratio to its tolerance (float), or the
+            mean over all samples (int8).
+        allowed: tolerance of that difference, by exit.
+        problems: what is wrong; () if the file passes.
     """
 
     where: str
@@ -49,23 +49,24 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether labels, exits and outputs are those of the file, within `allowed`."""
+        """Whether labels, exits and outputs agree with the file."""
         return not self.problems
 
     def __str__(self) -> str:
-        told = (
+        text = (
             f"{self.samples} samples in {self.where}: {self.same_labels} labels and {self.same_exits} exits as stored; "
             + "; ".join(
                 f"exit {n} differs by {d:.2g} (allowed {self.allowed[n]:.2g})" for n, d in self.difference.items()
             )
         )
-        return f"{told}. Wrong: {'; '.join(self.problems)}" if self.problems else told
+        return f"{text}. Wrong: {'; '.join(self.problems)}" if self.problems else text
 
 
 def check_file(engine: Engine, path: str | os.PathLike[str]) -> Verification:
-    """Compare an engine's answers with those stored in its file, and the file's thresholds with its metadata.
+    """Compare an engine's outputs with those stored in its file, and the file's thresholds with its metadata.
 
-    Raises `FileError` where the file holds no samples, or damaged ones.
+    Raises:
+        FileError: the file holds no samples, or damaged ones.
     """
     model = parse_model(path)
     found = check(engine, samples_in(model, path, engine))
@@ -73,27 +74,27 @@ def check_file(engine: Engine, path: str | os.PathLike[str]) -> Verification:
 
 
 def check_or_raise(engine: Engine, path: str | os.PathLike[str]) -> None:
-    """Raises `VerificationError` where the engine does not give the answers that are stored in its file."""
+    """Raise `VerificationError` if an engine's outputs differ from those stored in its file."""
     found = check_file(engine, path)
     if not found.passed:
         scheme = engine.metadata.get("quantize", {}).get("scheme")
         remedy = "export it with quantize='int8'" if scheme == "int8-full-range" else "use another runtime or provider"
-        raise VerificationError(f"{path} answers otherwise here than where it was exported; {remedy}. {found}")
+        raise VerificationError(f"the outputs of {path} differ from those where it was exported; {remedy}. {found}")
 
 
 def check(engine: Engine, samples: Samples, *, strict: bool = False) -> Verification:
-    """Compare an engine's answers with stored ones.
+    """Compare an engine's outputs with stored ones.
 
-    Every exit is asked for, by one sample a call and by all in one; then samples leave by the file's own thresholds
-    and by thresholds that part them. Outputs of a float network may be off by about a thousandth of the largest of
-    their class (see `tolerances`). Two engines round values of an int8 network to neighbouring steps, so its outputs
-    may be off in the mean by twice what int8 is off from float; sums that saturate are off by five times as much and
-    more. A label may be another one where the stored outputs of both lie that near.
+    Samples leave at every exit in turn, one per call and all in one call; then by the file's thresholds and by
+    thresholds that split the samples. Outputs of a float network may differ by about a thousandth of the largest of
+    their class (see `tolerances`). Two engines may round int8 values to neighbouring steps, so the mean output of an
+    int8 network may differ by twice the difference between int8 and float; saturated sums differ by five times as much
+    or more. If the stored outputs of two labels are this close, either label is right.
 
     Args:
-        engine: of the file that holds the samples.
-        samples: from `read_samples`.
-        strict: ask of every single output of an int8 network what is else asked of their mean.
+        engine: the engine of the file that holds the samples.
+        samples: the samples from `read_samples`.
+        strict: apply the limit of the mean of an int8 network to every single output.
     """
     dynamic = engine.metadata["batch"] == "dynamic"
     alone = [slice(row, row + 1) for row in range(len(samples))]
@@ -110,7 +111,7 @@ def check(engine: Engine, samples: Samples, *, strict: bool = False) -> Verifica
         for part in parts:
             answer = engine(*_rows(samples, part), thresholds=forced)
             if (answer.exit != n).any():
-                seen.problems.append(f"samples leave at exits {answer.exit} where exit {n} is asked for")
+                seen.problems.append(f"samples leave at exits {answer.exit} instead of exit {n}")
             else:
                 seen.output(n, answer.output, part)
     for thresholds in (None, _middle(policy, samples)) if movable else (None,):
@@ -136,7 +137,7 @@ def _rows(samples: Samples, part: slice) -> list[NDArray[Any]]:
 
 
 def _middle(policy: Policy, samples: Samples) -> tuple[float | None, ...]:
-    """Thresholds that part the samples, where the file's own may not."""
+    """Return thresholds that split the samples at the median score."""
     return tuple(
         None if t is None else float(np.median(s)) if np.isfinite(s).all() else t
         for t, s in zip(policy.thresholds, samples.scores, strict=False)
@@ -144,7 +145,7 @@ def _middle(policy: Policy, samples: Samples) -> tuple[float | None, ...]:
 
 
 class _Comparison:
-    """What an engine answered beside what is stored."""
+    """Collects the differences between an engine's outputs and the stored ones."""
 
     def __init__(self, samples: Samples, *, coarse: bool = False) -> None:
         self.samples = samples
@@ -154,17 +155,17 @@ class _Comparison:
         self.problems: list[str] = []
 
     def output(self, n: int, got: NDArray[Any], rows: slice | NDArray[Any]) -> None:
-        """Outputs of exit n for some of the samples."""
+        """Compare outputs of exit n for some of the samples."""
         want = self.samples.outputs[n - 1][rows]
         allowed = self.tolerances[n - 1][rows]
         off = differences(got, want) if got.shape == want.shape else np.full(want.shape, np.inf)
         self.off.setdefault(n, []).append((off.ravel(), allowed.ravel()))
 
     def answer(self, answer: Prediction) -> None:
-        """An answer for all samples, each from the exit where it left."""
+        """Compare a prediction for all samples."""
         largest = np.take_along_axis(answer.output, answer.label[:, None], axis=1)[:, 0]
         if not np.array_equal(largest, answer.output.max(axis=1), equal_nan=True):
-            self.problems.append("a label is not the largest of its outputs")
+            self.problems.append("a label is not the index of its largest output")
         rows = list(enumerate(answer.exit - 1))
         wanted = np.array([self.samples.outputs[n][s].argmax(axis=0) for s, n in rows])
         self.same_labels = min(self.same_labels, _same(wanted, answer.label))
@@ -174,25 +175,25 @@ class _Comparison:
             self.output(n, answer.output[answer.exit == n], answer.exit == n)
 
     def _beyond_a_tie(self, n: int, s: int, got: NDArray[Any], wanted: NDArray[Any]) -> bool:
-        """Whether the stored outputs of two labels lie further apart than rounding explains, at exit n + 1."""
+        """Whether the stored outputs of two labels at exit n + 1 differ by more than rounding."""
         if got.shape != wanted.shape or ((got < 0) | (got >= len(self.samples.outputs[n][s]))).any():
             return True
         (low, high), (a, b) = (
             [np.take_along_axis(of[n][s], label[None], axis=0) for label in (got, wanted)]
             for of in (self.samples.outputs, self.tolerances)
         )
-        with np.errstate(invalid="ignore"):  # infinity less infinity
+        with np.errstate(invalid="ignore"):  # infinity minus infinity
             return bool((high.astype(np.float64) - low > a + b + 2 * _TAIL * self.samples.slack[n]).any())
 
     def exits(self, answer: Prediction, thresholds: Sequence[float | None]) -> None:
-        """Where the samples left, and with what score."""
+        """Compare the exits and scores of a prediction."""
         paths = [self._exits(s, thresholds) for s in range(len(self.samples))]
         left = answer.exit.tolist()
         self.same_exits = min(self.same_exits, sum(n == path[-1] for n, path in zip(left, paths, strict=True)))
         wrong = sum(n not in path for n, path in zip(left, paths, strict=True))
         if wrong:
-            told = f"{wrong} of {len(paths)} samples leave at another exit"
-            self.problems.append(f"{told}, at thresholds {thresholds_text(thresholds)}")
+            what = f"{wrong} of {len(paths)} samples leave at another exit"
+            self.problems.append(f"{what}, at thresholds {thresholds_text(thresholds)}")
         for s, n in enumerate(left):
             score, slack = self.samples.scores[n - 1][s], self.samples.score_slack[n - 1]
             off = difference(answer.score[s], score)
@@ -200,7 +201,7 @@ class _Comparison:
                 self.problems.append(f"scores differ by {off:.3g} at exit {n}")
 
     def _exits(self, sample: int, thresholds: Sequence[float | None]) -> list[int]:
-        """Where a sample may leave: at ties, and, last in the list, where its stored scores say."""
+        """Return the exits at which a sample may leave: ties, then the exit by its stored scores."""
         ties, said = [], 0
         for n, threshold in enumerate([*thresholds, np.inf], 1):
             if threshold is None:
@@ -216,7 +217,7 @@ class _Comparison:
         return [*ties, said]
 
     def differences(self, strict: bool) -> tuple[dict[int, float], dict[int, float]]:
-        """By exit, how far outputs are off and may be; puts what is too far before the other `problems`."""
+        """Return differences and tolerances by exit; add those that are too large to the front of `problems`."""
         difference, allowed, far = {}, {}, []
         for n, off in sorted(self.off.items()):
             slack = self.samples.slack[n - 1]
@@ -234,7 +235,7 @@ class _Comparison:
 
 
 def _same(a: NDArray[Any], b: NDArray[Any]) -> int:
-    """In how many rows the arrays are equal throughout."""
+    """Return the number of equal rows."""
     return int((a == b).reshape(len(a), -1).all(axis=1).sum())
 
 
