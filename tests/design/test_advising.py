@@ -186,13 +186,13 @@ def test_wrong_arguments_are_named_before_anything_is_trained(trained, digits, m
 def test_an_untrained_trunk_and_too_little_data_are_refused(trained, digits, monkeypatch):
     monkeypatch.setattr("branchynet.design.advising.fit", None)
     torch.manual_seed(1)
-    with pytest.raises(InputError, match=r"naming the commonest class always gives 1\d\.\d%: train it"):
+    with pytest.raises(InputError, match=r"always predicting the most common class gives 1\d\.\d%: train it"):
         advised(zoo.lenet(), digits)
     few = ImageData("few", digits.classes, split(digits, "train", 1000), split(digits, "val", 24), digits.test)
-    with pytest.raises(InputError, match=r"24 validation samples cannot rank designs: at .* it takes \d+ to tell"):
+    with pytest.raises(InputError, match=r"24 validation samples cannot rank designs: at .* \d+ are needed to distinguish"):
         advised(trained, few)
     few = ImageData("few", digits.classes, split(digits, "train", 100), digits.val, digits.test)
-    with pytest.raises(InputError, match=r"about 1\d\d training samples cannot train branches .*; it takes 200"):
+    with pytest.raises(InputError, match=r"about 1\d\d training samples cannot train branches .*; give at least 200"):
         advised(trained, few)
 
 

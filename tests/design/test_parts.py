@@ -66,23 +66,23 @@ class Residual(nn.Module):
 def test_a_forest_is_all_heads_on_one_trunk():
     torch.manual_seed(0)
     trunk, images = Residual().eval(), torch.rand(5, 1, 9, 9)
-    forest = attach_candidates(trunk, images)
-    forest.net.eval()
-    assert forest.net.taps[0] == "input" and "stem" in forest.net.taps and "blocks.0.0" not in forest.net.taps
-    assert [c.tap for c in forest.candidates] == sorted(
-        (c.tap for c in forest.candidates), key=forest.net.taps.index
-    ) and len(set(forest.candidates)) == len(forest.candidates) == forest.net.num_exits - 1
-    depths = [c.depth for c in forest.candidates]
+    pool = attach_candidates(trunk, images)
+    pool.net.eval()
+    assert pool.net.taps[0] == "input" and "stem" in pool.net.taps and "blocks.0.0" not in pool.net.taps
+    assert [c.tap for c in pool.candidates] == sorted(
+        (c.tap for c in pool.candidates), key=pool.net.taps.index
+    ) and len(set(pool.candidates)) == len(pool.candidates) == pool.net.num_exits - 1
+    depths = [c.depth for c in pool.candidates]
     assert depths == sorted(depths) and depths[0] == 0 and 0 < depths[-1] < 1
     with torch.no_grad():
-        every = forest.net(images)
+        every = pool.net(images)
         assert torch.equal(every[-1], trunk(images))
-        some = [i for i in range(len(forest.candidates)) if i % 3]
-        few = forest.of(some)
-        assert few.backbone is forest.net.backbone  # no copy: it learns with the forest
+        some = [i for i in range(len(pool.candidates)) if i % 3]
+        few = pool.of(some)
+        assert few.backbone is pool.net.backbone  # no copy: it learns with the pool
         assert all(torch.equal(a, every[i]) for a, i in zip(few.eval()(images), [*some, -1], strict=True))
-        for i, candidate in enumerate(forest.candidates):
-            net = forest.network([i])
+        for i, candidate in enumerate(pool.candidates):
+            net = pool.network([i])
             assert net.taps == (candidate.tap,)
             assert torch.allclose(net(images)[0], every[i], atol=1e-5) and torch.equal(net(images)[1], every[-1])
             assert net.backbone is not trunk  # a copy: training it leaves the trunk alone
@@ -104,16 +104,16 @@ def test_of_a_places_heads_those_stay_that_have_less_work_than_the_rest_of_the_t
         nn.Conv2d(1, a, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(a, b, 5, padding=2), nn.ReLU(),
         nn.Conv2d(b, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 10),
     ), torch.rand(2, 1, 28, 28)  # fmt: skip
-    forest, kept = attach_candidates(trunk, images), {}
-    for tap in forest.net.taps:
+    pool, kept = attach_candidates(trunk, images), {}
+    for tap in pool.net.taps:
         upto = 0 if tap == "input" else int(tap) + 1
         features = trunk[:upto](images)
         (first, _), *others = named_branches(features, 10).items()
         left = macs(trunk[upto:], features)
-        kept[tap] = [forest.candidates[i].branch for i in forest.at(tap)]
+        kept[tap] = [pool.candidates[i].branch for i in pool.at(tap)]
         within = {name: left / 4 if name == DEEP else left for name, _ in others}
         assert kept[tap] == [first, *(name for name, head in others if macs(head, features) < within[name])]
-    assert len(kept["input"]) > len(kept[forest.net.taps[-1]])
+    assert len(kept["input"]) > len(kept[pool.net.taps[-1]])
     assert [DEEP in names for names in kept.values()] == [wide, *[False] * (len(kept) - 1)]
 
 
@@ -145,15 +145,15 @@ def seconds_of(part, true, taps):
 def test_times_of_parts_follow_from_those_of_whole_graphs(single, monkeypatch):
     """Where many heads stand, and where one does: the trunk before a tap is not counted with its head."""
     net, x = zoo.b_lenet(branches="published").eval(), torch.rand(4, 1, 28, 28)
-    forest = (
+    pool = (
         CandidateNetwork(net, (Candidate(net.taps[0], "", 0.1),))
         if single
         else attach_candidates(zoo.lenet().eval(), x)
     )
-    flat = flatten(forest.net, x, score=entropy)
-    taps = [forest.net.taps.index(c.tap) for c in forest.candidates]
+    flat = flatten(pool.net, x, score=entropy)
+    taps = [pool.net.taps.index(c.tap) for c in pool.candidates]
     generator, names = np.random.default_rng(0), []
-    reach = np.cumsum(generator.uniform(5, 20, len(forest.net.taps) + 1))
+    reach = np.cumsum(generator.uniform(5, 20, len(pool.net.taps) + 1))
     true = Batch(1, reach, reach[-1] - 1, generator.uniform(1, 9, len(taps)),
                  generator.uniform(0, 1, len(reach) - 1), generator.uniform(1, 3, len(reach) - 1))  # fmt: skip
     made = part_times._Parts.__init__
@@ -166,7 +166,7 @@ def test_times_of_parts_follow_from_those_of_whole_graphs(single, monkeypatch):
     monkeypatch.setattr(
         part_times, "samples_of", lambda calls, _: np.array([[seconds_of(name, true, taps)] * 3 for name in names])
     )
-    found = time_stages(forest, flat, x, Target(), 0.1).whole
+    found = time_stages(pool, flat, x, Target(), 0.1).whole
     for field in ("reach", "branch", "leave", "stay", "plain"):
         np.testing.assert_allclose(getattr(found, field), getattr(true, field), err_msg=field)
 
@@ -220,10 +220,10 @@ def test_the_search_finds_what_trying_everything_finds(seed):
         trunk = np.diff([0.0, *reach[[taps[i] for i in chosen]], reach[-1]])
         return ExitCost(tuple(trunk), (*heads_us[list(chosen)], 0.0))
 
-    judged = CandidateScores(scores, losses, taps, cost)
-    scores, losses = scores[judged.tuning], losses[judged.tuning]
+    recorded = CandidateScores(scores, losses, taps, cost)
+    scores, losses = scores[recorded.tuning], losses[recorded.tuning]
     most = losses[:, -1].sum() + 2
-    found, least = search_exit_sets(judged, 2 * most, 4, lambda line: None)
+    found, least = search_exit_sets(recorded, 2 * most, 4, lambda line: None)
     assert found[0].chosen == () and found[0].us == 30
     best, lowest = found[0].us, np.full(4, np.inf)
     for size in (1, 2, 3):
@@ -314,8 +314,8 @@ def test_an_exit_saves_time_where_more_leave_than_must(seed):
         trunk = np.diff([0.0, *reach[list(chosen)], reach[-1]])
         return ExitCost(tuple(trunk), (*heads_us[list(chosen)], 0.0))
 
-    judged = CandidateScores(every, np.zeros((2 * samples, 4)), (0, 1, 2), cost)
-    scores = every[judged.tuning]
+    recorded = CandidateScores(every, np.zeros((2 * samples, 4)), (0, 1, 2), cost)
+    scores = every[recorded.tuning]
     thresholds = tuple(generator.uniform(0, 0.6, 3))
 
     def mean_and_first(chosen):
@@ -324,7 +324,7 @@ def test_an_exit_saves_time_where_more_leave_than_must(seed):
         return np.mean([each[n] for n in left]), np.bincount(left, minlength=len(chosen) + 1) / samples
 
     mean, share = mean_and_first((0, 1, 2))
-    needed = break_even(judged, ExitSet((0, 1, 2), thresholds, mean))
+    needed = break_even(recorded, ExitSet((0, 1, 2), thresholds, mean))
     for n in range(3):
         without, _ = mean_and_first(tuple(i for i in range(3) if i != n))
         assert 0 <= needed[n] <= 1 and (share[n] >= needed[n]) == (mean <= without)

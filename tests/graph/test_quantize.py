@@ -467,7 +467,7 @@ def test_a_nested_file_that_disagrees_with_the_flat_int8_graph_is_refused(net, t
 
 def test_only_a_flat_file_can_be_recorded(net, recorded, tmp_path):
     nested = load(export(net, tmp_path / "m.onnx", policy=Policy(thresholds=(0.5,)), example=images(4)), threads=1)
-    with pytest.raises(InputError, match=r"leaves early.*policy=None"):
+    with pytest.raises(InputError, match=r"early exits.*policy=None"):
         record(nested, loader(), progress=False)
     with pytest.raises(InputError, match=r"an engine runs where it was loaded.*'cpu'"):
         record(recorded[0], loader(), progress=False, device="cpu")

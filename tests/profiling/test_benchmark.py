@@ -222,9 +222,9 @@ def test_several_inputs_a_score_and_a_loss_of_ones_own(tmp_path):
     for row in rows:
         assert row["accuracy_branchy"] == pytest.approx(1 - float(loss(answers, target).mean()), abs=1e-5)
         assert row["exit_share"] == pytest.approx([float(early.float().mean()), 1 - float(early.float().mean())])
-    with pytest.raises(InputError, match=r"leaves by 'spread'.*score="):
+    with pytest.raises(InputError, match=r"uses the score 'spread'.*score="):
         bench(path, net, (inputs, target), loss=loss, **told)
-    with pytest.raises(InputError, match=r"leaves by 'spread', not 'entropy'"):
+    with pytest.raises(InputError, match=r"uses the score 'spread', not 'entropy'"):
         bench(path, net, (inputs, target), loss=loss, score=entropy, **told)
     with pytest.raises(InputError, match=r"targets must be class indices.*float32 of shape \(30, 3\).*loss="):
         bench(path, net, (inputs, target), score=spread, **told)
@@ -264,7 +264,7 @@ def test_progress_is_told(file, data):
         ({"about": {"net": "b_lenet"}}, r"about holds \['net'\]; give network and plain_accuracy alone"),
         ({"batches": (1, 71)}, r"1\.\.70.*\[1, 71\]"),
         ({"repeats": 0}, "repeats must be at least 1; got 0"),
-        ({"threads": 0}, "threads must be an integer of at least 1"),
+        ({"threads": 0}, "threads must be (at least 1|a whole number)"),
     ],
 )
 def test_wrong_options_are_named(file, data, changes, told):
@@ -280,11 +280,11 @@ def test_wrong_data_files_and_networks_are_named(tmp_path, file, data, policy):
         rows_of(file, (images.double(), labels))
     with pytest.raises(InputError, match=r"flat\.onnx.*policy=None"):
         rows_of(write(tmp_path, None, "flat"), data)
-    with pytest.raises(InputError, match=r"model\.onnx has 2 exits and the network 1"):
+    with pytest.raises(InputError, match=r"model\.onnx has 2 exits and the network has 1"):
         bench(file, zoo.lenet(), data)
     flat = flat_lenet()[1]
     one = write(tmp_path, policy, "one", FlatGraph(flat.model, flat.num_exits, dynamic=False))
-    with pytest.raises(InputError, match=r"one\.onnx answers one sample at a time; got batch sizes \[1, 64\]"):
+    with pytest.raises(InputError, match=r"one\.onnx takes one sample per call; got batch sizes \[1, 64\]"):
         rows_of(one, data, batches=(1, 64))
     with pytest.raises(FileError, match=r"none\.onnx"):
         rows_of(tmp_path / "none.onnx", data)

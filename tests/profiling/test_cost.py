@@ -172,7 +172,7 @@ def test_a_real_measurement_has_its_shape(lenet, batch):
     [
         ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
         ({"batch_size": -3}, "-3"),
-        ({"threads": 0}, "threads must be an integer of at least 1; got 0"),
+        ({"threads": 0}, "threads must be at least 1; got 0"),
         ({"runtime": "onnx"}, "unknown runtime 'onnx'"),
         ({"batch_size": 2.0}, "batch_size must be a whole number; got 2.0"),
     ],

@@ -96,15 +96,15 @@ class Engine:
         fixed: whether another tool turned the thresholds into constants, so that a call cannot give others.
 
     Example:
-        >>> import tempfile, torch
-        >>> from branchynet import export, load, zoo
-        >>> x = torch.rand(2, 1, 28, 28)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     engine = load(export(zoo.b_lenet(), folder + "/m.onnx", policy=None, example=x))
+        >>> import torch
+        >>> from branchynet import BranchyNet, export, load
+        >>> from torch import nn
+        >>> net = BranchyNet(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), {"1": nn.Linear(8, 3)})
+        >>> engine = load(export(net, "flat.onnx", policy=None, example=torch.randn(2, 4)))
         >>> print(engine.num_exits, engine.inputs[0])
-        4 x: float32 (B, 1, 28, 28)
-        >>> engine(x.numpy()).label.shape
-        (2,)
+        2 input: float32 (B, 4)
+        >>> engine(torch.randn(5, 4)).label.shape
+        (5,)
     """
 
     def __init__(self, runtime: str, graph: Graph, reopen: tuple[Callable[..., "Engine"], tuple[Any, ...]]) -> None:

@@ -94,14 +94,13 @@ def export(
         UserWarning: int8 and float agree in less than 95 % of the calibration samples.
 
     Example:
-        >>> import tempfile, torch
-        >>> from branchynet import Policy, export, load, zoo
-        >>> x = torch.rand(4, 1, 28, 28)
-        >>> policy = Policy(thresholds=(0.5, None, 0.5))
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     file = export(zoo.b_lenet(), folder + "/m.onnx", policy=policy, example=x)
-        ...     print(load(file)(x).output.shape)
-        (4, 10)
+        >>> import torch
+        >>> from branchynet import BranchyNet, Policy, export, load
+        >>> from torch import nn
+        >>> net = BranchyNet(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), {"1": nn.Linear(8, 3)})
+        >>> path = export(net, "net.onnx", policy=Policy(thresholds=(0.5,)), example=torch.randn(2, 4))
+        >>> load(path)(torch.randn(5, 4)).output.shape
+        (5, 3)
     """
     check_path(path)
     samples = whole("samples", samples, 0, MAX_SAMPLES)

@@ -73,14 +73,14 @@ def load(
         VersionError: the installed version of the runtime is known to be wrong.
 
     Example:
-        >>> import tempfile, torch
-        >>> from branchynet import Policy, export, load, zoo
-        >>> x = torch.rand(4, 1, 28, 28)
-        >>> policy = Policy(thresholds=(3.0, None, None))
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     engine = load(export(zoo.b_lenet(), folder + "/m.onnx", policy=policy, example=x))
-        >>> engine(x.numpy()).exit.tolist()
-        [1, 1, 1, 1]
+        >>> import torch
+        >>> from branchynet import BranchyNet, Policy, export, load
+        >>> from torch import nn
+        >>> net = BranchyNet(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), {"1": nn.Linear(8, 3)})
+        >>> export(net, "net.onnx", policy=Policy(thresholds=(2.0,)), example=torch.randn(2, 4)).name
+        'net.onnx'
+        >>> load("net.onnx")(torch.randn(5, 4)).exit.tolist()
+        [1, 1, 1, 1, 1]
     """
     check_runtime(runtime)
     require(runtime.partition("-")[0])
@@ -149,12 +149,12 @@ def verify(
         MissingExtraError: onnx, or the extra that `runtime` needs, is not installed.
 
     Example:
-        >>> import tempfile, torch
-        >>> from branchynet import Policy, export, verify, zoo
-        >>> x = torch.rand(4, 1, 28, 28)
-        >>> policy = Policy(thresholds=(0.5, None, 0.5))
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     verify(export(zoo.b_lenet(), folder + "/m.onnx", policy=policy, example=x)).passed
+        >>> import torch
+        >>> from branchynet import BranchyNet, Policy, export, verify
+        >>> from torch import nn
+        >>> net = BranchyNet(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), {"1": nn.Linear(8, 3)})
+        >>> path = export(net, "net.onnx", policy=Policy(thresholds=(0.5,)), example=torch.randn(2, 4))
+        >>> verify(path).passed
         True
     """
     with needed_by("verify"):

@@ -79,10 +79,12 @@ class TorchEngine:
 
     Example:
         >>> import torch
-        >>> from branchynet import Policy, TorchEngine, zoo
-        >>> engine = TorchEngine(zoo.b_lenet(), Policy(thresholds=(3.0, None, None)), torch.rand(2, 1, 28, 28))
-        >>> engine(torch.rand(3, 1, 28, 28)).exit.tolist()
-        [1, 1, 1]
+        >>> from branchynet import BranchyNet, Policy, TorchEngine
+        >>> from torch import nn
+        >>> net = BranchyNet(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), {"1": nn.Linear(8, 3)})
+        >>> engine = TorchEngine(net, Policy(thresholds=(2.0,)), torch.randn(2, 4))
+        >>> engine(torch.randn(5, 4)).exit.tolist()
+        [1, 1, 1, 1, 1]
     """
 
     def __init__(

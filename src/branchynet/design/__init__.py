@@ -1,7 +1,7 @@
-"""Where the exits should go and whether they help: candidates on a trained trunk, timed and tried together.
+"""Find the best exits for a trained network.
 
-`candidates` puts branches of several sizes on the trunk as one network with many exits, `part_times` times its parts,
-`exit_search` searches for the exits that together take least, and `advising` does it all.
+`candidates` attaches branches of several sizes to the trunk, as one network with many exits. `part_times` times its
+parts, `exit_search` finds the fastest set of exits, and `advising` runs all steps.
 """
 
 from .advice import Advice

@@ -1,4 +1,4 @@
-"""What a search over designs found: the design, what it will take, and whether it is worth the trouble."""
+"""Advice: the result of a search for exits, with predicted times."""
 
 import os
 from collections.abc import Sequence
@@ -13,20 +13,20 @@ from ..policy.values import ExitCost
 from ..profiling.target import Target
 from ..stored import from_stored
 
-WORTH = 1.05  # times faster, for sure, below which exits are not worth their trouble
+WORTH = 1.05  # lower bound of the speed-up from which exits are worth it
 
 
 @dataclass(frozen=True)
 class CandidateResult:
-    """One candidate by itself.
+    """The result of one candidate as the only early exit.
 
     Attributes:
-        tap, branch: where and what; `depth` is the share of the trunk's multiply-accumulates before the tap.
-        accuracy: of this exit alone, on validation.
-        us: microseconds a sample until it has answered.
-        added_us: what it adds to a sample that does not leave there.
-        break_even: the share of samples that must leave there for it to pay for itself as the only early exit; None
-            where it never can.
+        tap, branch: the submodule and the name of the branch.
+        depth: share of the trunk's multiply-accumulates before the tap.
+        accuracy: accuracy of this exit alone on the validation samples.
+        us: microseconds per sample up to this exit's output.
+        added_us: microseconds that it adds to a sample that does not leave there.
+        break_even: the share of samples that must leave there for it to save time; None if it never can.
     """
 
     tap: str
@@ -40,20 +40,20 @@ class CandidateResult:
 
 @dataclass(frozen=True)
 class Design:
-    """A set of early exits with thresholds, and what it does on validation; an entry an exit, the trunk's own last.
+    """A set of early exits with thresholds, and its results on validation samples, per exit; the trunk's exit is last.
 
     Attributes:
-        taps, branches: of the early exits.
-        thresholds: of the early exits, chosen with branches trained on the frozen trunk.
-        us: mean microseconds a sample, predicted before the design was ever built.
-        interval_us: 95 % of what these should be for other samples and another run of the clock.
-        accuracy: on the samples that chose the design, which flatters.
-        exit_share: who leaves where.
-        trunk_us, branch_us: microseconds a sample of trunk segments and of branches, as in `ExitCost`.
+        taps, branches: submodule and branch per early exit.
+        thresholds: threshold per early exit, chosen with branches trained on the frozen trunk.
+        us: predicted mean microseconds per sample.
+        interval_us: 95 % interval of `us` for other samples and another measurement.
+        accuracy: accuracy on the samples that chose the design, which is optimistic.
+        exit_share: share of samples that leave at each exit.
+        trunk_us, branch_us: microseconds per sample of trunk segments and of branches, as in `ExitCost`.
         break_even: for each early exit, the share of all samples that must leave there for it to save time in this
             design.
-        oracle_us: the least that any rule of leaving could take with these exits at the limit, if it knew which answers
-            are right: no score and no thresholds can do better.
+        oracle_us: a lower bound on `us` for all scores and thresholds with these exits at the accuracy limit: the time
+            of a rule that knows which predictions are right.
     """
 
     taps: tuple[str, ...]
@@ -71,21 +71,28 @@ class Design:
 
 @dataclass(frozen=True)
 class Advice:
-    """Where exits should go on a trained network, and what they will bring.
+    """The best exits for a trained network, with predicted times. Made by `advise`.
 
     Attributes:
-        batch_size, threads, score, runtime: what the design is for.
-        plain_us: microseconds a sample of the network without exits.
-        accuracy: of the network without exits, on the samples that chose the design.
-        min_accuracy: the limit that every design keeps, on the samples that chose it.
-        samples: how many those were.
-        designs: the best of each number of exits; the first has none but the trunk's own.
-        tried: every candidate by itself.
-        best: which of the designs takes least; of those that take as long, the one with fewest exits.
-        fingerprint: of the network advised on.
-        selected_on: the sketch (see `branchynet.policy.digests`) of the validation samples that chose the design, half
-            of them; empty where the inputs' tensors could not be told apart.
-        network: the best design, its branches trained on the frozen network; not kept on disk.
+        batch_size, threads, score, runtime: the target and the score of the designs.
+        plain_us: microseconds per sample of the network without exits.
+        accuracy: accuracy of the network without exits on the samples that chose the design.
+        min_accuracy: the accuracy limit that every design meets on those samples.
+        samples: number of those samples.
+        designs: the best design per number of exits; the first has only the trunk's exit.
+        tried: the result of every candidate alone.
+        best: index of the fastest design; among equally fast ones, the one with the fewest exits.
+        fingerprint: fingerprint of the network.
+        selected_on: the sketch (see `branchynet.policy.digests`) of the validation samples that chose the design;
+            empty if the samples have no digests.
+        network: the best design, with branches trained on the frozen network; `save` leaves it out.
+
+    Example:
+        >>> from branchynet import Advice
+        >>> from branchynet.design.advice import Design
+        >>> plain = Design((), (), (), 90.0, (85.0, 95.0), 0.9, (1.0,), (90.0,), (0.0,), (), 90.0)
+        >>> print(Advice(1, 1, "entropy", 90.0, 0.9, 0.9, 500, (plain,), (), best=0, fingerprint=""))
+        Do not bother: no early exit helps at batch 1, 1 thread at 90.00% accuracy. ...
     """
 
     batch_size: int
@@ -105,41 +112,41 @@ class Advice:
 
     def __post_init__(self) -> None:
         if not 0 <= self.best < len(self.designs):
-            raise InputError(f"an Advice names one of its {len(self.designs)} designs as the best; got {self.best}")
+            raise InputError(f"best must be the index of one of the {len(self.designs)} designs; got {self.best}")
 
     @property
     def design(self) -> Design:
-        """The design that takes least."""
+        """The fastest design."""
         return self.designs[self.best]
 
     @property
     def target(self) -> Target:
-        """What the design is for."""
+        """The target of the designs."""
         return Target(self.batch_size, self.threads, self.runtime)
 
     @property
     def cost(self) -> ExitCost:
-        """What the best design's stages cost, by the predicted times."""
+        """The predicted costs of the best design."""
         return ExitCost(self.design.trunk_us, self.design.branch_us, batch_size=self.batch_size, threads=self.threads)
 
     @property
     def speedup(self) -> float:
-        """Of the best design beside the network without exits, predicted."""
+        """The predicted speed-up of the best design over the network without exits."""
         return self.plain_us / self.design.us
 
     @property
     def speedup_interval(self) -> tuple[float, float]:
-        """95 % of what that should be."""
+        """The 95 % interval of `speedup`."""
         low, high = self.design.interval_us
         return self.plain_us / high, self.plain_us / low
 
     @property
     def worth(self) -> bool:
-        """Whether the best design is faster for sure by enough to matter."""
+        """Whether the lower bound of the best design's speed-up is large enough to matter."""
         return bool(self.design.taps) and self.speedup_interval[0] >= WORTH
 
     def __str__(self) -> str:
-        """The advice in words."""
+        """Return the advice in words."""
         each = f"at batch {self.batch_size}, {counted(self.threads, 'thread')}"
         each += f" in {self.runtime}" * (self.runtime != "onnxruntime")
         if not self.design.taps:
@@ -148,31 +155,31 @@ class Advice:
         exits = ", then ".join(
             f"{branch} at {tap!r}" for branch, tap in zip(self.design.branches, self.design.taps, strict=True)
         )
-        told = (
+        text = (
             f"{exits}: {self.speedup:.2f}x ({low:.2f}x to {high:.2f}x) faster {each}, "
-            f"{self.design.us:.1f} us a sample instead of {self.plain_us:.1f}, at {self.design.accuracy:.2%} accuracy "
-            f"on validation (without exits {self.accuracy:.2%}); {_shares(self.design.exit_share)} leave at exits 1 to "
-            f"{len(self.design.exit_share)}. No score could make these exits more than "
+            f"{self.design.us:.1f} us per sample instead of {self.plain_us:.1f}, at {self.design.accuracy:.2%} "
+            f"accuracy on validation (without exits {self.accuracy:.2%}); {_shares(self.design.exit_share)} leave at "
+            f"exits 1 to {len(self.design.exit_share)}. No score could make these exits more than "
             f"{self.plain_us / self.design.oracle_us:.2f}x faster."
         )
-        return told if self.worth else f"Do not bother: the best that was found is {told}"
+        return text if self.worth else f"Do not bother: the best design is {text}"
 
     def _least(self) -> str:
         pays = [(t.break_even, t) for t in self.tried if t.break_even is not None]
         if not pays:
-            return "None of those tried could pay for itself, even if all samples left there."
+            return "No candidate would save time, even if all samples left there."
         share, first = min(pays, key=lambda pair: pair[0])
-        return f"{first.branch} at {first.tap!r} would pay for itself if {share:.0%} of the samples left there."
+        return f"{first.branch} at {first.tap!r} would save time if {share:.0%} of the samples left there."
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write as JSON. Raises `FileError`."""
+        """Write as JSON. Raise `FileError`."""
         write_json(path, {k: v for k, v in asdict(replace(self, network=None)).items() if k != "network"})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Advice":
-        """Read what `save` wrote. Raises `FileError`."""
-        again = f"advise(...), after removing {Path(path).parent} if it is a run's design"
-        return from_stored(cls, read_json(path), path, again)
+        """Read a file that `save` wrote. Raise `FileError`."""
+        remedy = f"advise(...), after removing {Path(path).parent} if it is a run's design"
+        return from_stored(cls, read_json(path), path, remedy)
 
 
 def _shares(shares: Sequence[float]) -> str:

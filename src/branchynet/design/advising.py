@@ -1,4 +1,4 @@
-"""Advice on a trained network: which exits, where, and what they will bring."""
+"""Find the exits that make a trained network fastest."""
 
 import math
 import os
@@ -39,12 +39,12 @@ from .exit_search import CandidateScores, ExitSet, break_even, least_us, search_
 from .options import SearchOptions
 from .part_times import StageTimes, time_stages, uncuttable
 
-RESOLUTION = 0.05  # difference in accuracy that half of the validation samples must be able to show
-PER_CLASS = 20  # training samples a class that branches need
-ALIKE = 0.01  # of two designs that take as long but for so much, relatively, the one with fewer exits is better
-RATE, DISTILL = 3e-3, 0.5
-PLACES = 4  # where branches are trained on, or as many as a design may have early exits
-_CLOCK = 0.03  # medians of the same calls differ by so much, relatively, between runs on a machine that does other work
+RESOLUTION = 0.05  # smallest difference in accuracy that half of the validation samples must show
+PER_CLASS = 20  # training samples per class that branches need
+ALIKE = 0.01  # relative difference in time below which fewer exits are better
+LR, DISTILL = 3e-3, 0.5
+PLACES = 4  # places for further training, unless a design may have more early exits
+_CLOCK = 0.03  # relative difference of medians between runs on a busy machine
 
 
 def advise(
@@ -62,38 +62,41 @@ def advise(
     search: SearchOptions = SearchOptions(),
     options: FitOptions = FitOptions(),
 ) -> Advice:
-    """Find the exits that make a trained network fastest at an accuracy, and tell what they will bring.
+    """Find the exits that make a trained network fastest at an accuracy, and predict their times.
 
-    Branches of several sizes stand at the input and at up to eight other places. Every part is timed in the runtime as
-    it will be deployed, all branches are trained side by side on the frozen network in `epochs` passes, and every set
-    of exits is tried with every threshold on their recorded answers: all single exits and all pairs; of more, those
-    that add to the best.
+    Branches of several sizes are attached at the input and at up to eight other places. Every part is timed in the
+    target's runtime, and all branches are trained together on the frozen network. Then sets of exits are tried on the
+    recorded outputs with every threshold: all single exits, all pairs, and larger sets that extend the best ones.
 
     Args:
         backbone: a trained network that gives logits `(B, C)`; it is not changed.
         train_loader: yields `(inputs, target)` with `(B,)` int64 class indices, to train branches.
-        val_loader: likewise, not shuffled. Half of its samples choose the design; the others are left for the promise
-            that `choose` makes on a record of all, in the same order. Not the test set.
+        val_loader: yields validation samples in the same form, not shuffled; not the test set. One half chooses the
+            design; the other half is left for the promise of `choose` on a record of all samples in the same order.
         example: one batch of inputs, real ones if possible.
-        target: the batch size, the threads and the runtime of the deployed file. The best design depends on them: for
-            a batch, or on a GPU, it is another one.
-        max_drop: accuracy on validation at most so far below the network's own; by default 0.
-        min_accuracy: an accuracy instead.
-        num_exits: the most a design may have, the network's own included.
-        run: a folder for the branches' training, so that a stopped search goes on, and a search for another batch size
-            trains nothing again.
-        progress: show bars and tell what is being done.
-        search: places to try, the score, and how long branches learn and parts are timed.
-        options: as for `fit`, for the branches' training; the device also records, while what is timed runs where the
-            target's runtime does.
+        target: the batch size, the threads and the runtime of the deployed file, on which the best design depends.
+        max_drop: largest loss of validation accuracy against the network without exits; by default 0.
+        min_accuracy: smallest validation accuracy; give it instead of `max_drop`.
+        num_exits: the largest number of exits of a design, including the network's own.
+        run: a folder for the training of the branches, so that a stopped search resumes, and a search for another
+            target trains nothing again.
+        progress: show progress bars and messages.
+        search: places to try, the score, and the duration of training and timing.
+        options: options of `fit` for the branches; the device also records.
 
     Returns:
-        The advice; its ``network`` is the best design with branches trained so far, to be trained on with everything.
+        The advice. Its ``network`` is the best design, with branches trained on the frozen network; train it further
+        with `fit`.
 
     Raises:
-        InputError: an untrained network, too few samples (told how many are needed), a limit above what the network
-            reaches, or an argument that does not fit.
-        GraphError: a place where the network cannot be cut (the value in the way is named), or none.
+        InputError: an untrained network, too few samples (the message says how many are needed), a limit above the
+            network's accuracy, or an argument that does not fit.
+        GraphError: no place where the network can be cut, or a given place where it cannot; the message names the
+            value that prevents it.
+
+    Example:
+        >>> advice = advise(net, train_loader, val_loader, x, Target(batch_size=1), max_drop=0.01)  # doctest: +SKIP
+        >>> print(advice)  # doctest: +SKIP
     """
     say: Callable[[str], None] = partial(print, flush=True, file=sys.stderr) if progress else lambda line: None
     check_target(target)
@@ -105,22 +108,22 @@ def advise(
     _check_data(alone, validation.samples, accuracy, train_loader)
     limit = accuracy - (max_drop or 0.0) if min_accuracy is None else min_accuracy
     _check_reached(accuracy, limit)
-    say("looking for places where exits can stand")
+    say("looking for places for exits")
     torch.manual_seed(options.seed)
-    forest, flat = _planted(backbone, example, search.taps, resolve(search.score))
-    places = f"{len(forest.candidates)} branches at {len(forest.net.taps)} places"
-    say(f"timing {places} in {target.runtime}: {search.seconds:.0f} s, after they are exported")
-    times = time_stages(forest, flat, example, target, search.seconds)
+    pool, flat = _candidate_pool(backbone, example, search.taps, resolve(search.score))
+    places = f"{len(pool.candidates)} branches at {len(pool.net.taps)} places"
+    say(f"timing {places} in {target.runtime}: {search.seconds:.0f} s, after the export")
+    times = time_stages(pool, flat, example, target, search.seconds)
 
     def learned(net: BranchyNet, epochs: int, name: str) -> tuple[Floats, Floats]:
-        """Scores and losses `(S, N)` of a network whose branches have learned so long."""
+        """Train the branches of a network, and return its scores and losses `(S, N)`."""
         fit(
             net,
             train_loader,
             epochs=epochs,
             train="branches",
             distill=DISTILL,
-            optimizer=lambda parameters: torch.optim.Adam(parameters, lr=RATE),
+            optimizer=lambda parameters: torch.optim.Adam(parameters, lr=LR),
             run=None if run is None else Path(run) / name,
             progress=progress,
             options=options,
@@ -130,20 +133,20 @@ def advise(
         return scores_of_record(found, search.score), found.losses.astype(np.float64)
 
     say(f"training {places}, {search.epochs} epochs")
-    judged = CandidateScores(*learned(forest.net, search.epochs, "branches"), times.taps, times.cost)
+    recorded = CandidateScores(*learned(pool.net, search.epochs, "branches"), times.taps, times.cost)
     most = (1 - limit) * validation.samples
-    best, least = search_exit_sets(judged, most, num_exits, say)
+    best, least = search_exit_sets(recorded, most, num_exits, say)
     if search.final_epochs and np.isfinite(least).any():
         name = f"final-{target.runtime}-batch-{target.batch_size}-threads-{target.threads}-{search.score}-{limit:.4f}"
         kept = _finalists(
-            None if run is None else Path(run) / name / "finalists.json", judged, least, max(PLACES, num_exits - 1)
+            None if run is None else Path(run) / name / "finalists.json", recorded, least, max(PLACES, num_exits - 1)
         )
-        say(f"training {len(kept)} of them on, {search.final_epochs} epochs")
-        scores, losses = learned(forest.of(kept), search.final_epochs, name)
-        judged = judged.replaced(kept, scores[:, :-1], losses[:, :-1])
-        best, _ = search_exit_sets(judged, most, num_exits, say, among=kept)
-    designs = tuple(_design(forest, judged, times, one, most) for one in best)
-    selected_on = _sketch(validation, judged)
+        say(f"training {len(kept)} of them further, {search.final_epochs} epochs")
+        scores, losses = learned(pool.of(kept), search.final_epochs, name)
+        recorded = recorded.replaced(kept, scores[:, :-1], losses[:, :-1])
+        best, _ = search_exit_sets(recorded, most, num_exits, say, among=kept)
+    designs = tuple(_design(pool, recorded, times, one, most) for one in best)
+    selected_on = _sketch(validation, recorded)
     least = min(design.us for design in designs)
     fastest = next(n for n, design in enumerate(designs) if design.us <= (1 + ALIKE) * least)
     return Advice(
@@ -154,11 +157,11 @@ def advise(
         min_accuracy=limit,
         samples=alone.samples,
         designs=designs,
-        tried=_tried(forest, judged, times),
+        tried=_tried(pool, recorded, times),
         best=fastest,
         fingerprint=fingerprint(backbone),
         selected_on=selected_on,
-        network=_selected(forest.network(best[fastest].chosen), selected_on),
+        network=_selected(pool.network(best[fastest].chosen), selected_on),
     )
 
 
@@ -175,14 +178,14 @@ def _check_reached(accuracy: float, limit: float) -> None:
     if limit > accuracy:
         raise InputError(
             f"the network has {accuracy:.2%} accuracy on the validation samples, less than the limit of {limit:.2%}: "
-            "exits are chosen not to lose accuracy, not to gain it; ask for less, or train on"
+            "exits do not gain accuracy; lower the limit, or train the network longer"
         )
 
 
-def _sketch(validation: ExitRecord, judged: CandidateScores) -> str:
-    """Of the samples that chose the design; empty where they are not known."""
+def _sketch(validation: ExitRecord, recorded: CandidateScores) -> str:
+    """Return the sketch of the samples that chose the design; empty if they have no digests."""
     known = validation.sample_digests
-    return "" if known is None else sketch(known[judged.tuning])
+    return "" if known is None else sketch(known[recorded.tuning])
 
 
 def _selected(net: BranchyNet, known: str) -> BranchyNet:
@@ -190,24 +193,24 @@ def _selected(net: BranchyNet, known: str) -> BranchyNet:
     return net
 
 
-def _finalists(path: Path | None, judged: CandidateScores, least: Floats, places: int) -> list[int]:
-    """The candidates that learn on, in running order; those in a file where it is there, so that training goes on.
+def _finalists(path: Path | None, recorded: CandidateScores, least: Floats, places: int) -> list[int]:
+    """Return the candidates to train further, in running order. A file keeps them, so that training can resume.
 
-    At each of the places where the best sets have exits these are the branch that does best there so far, and the most
-    accurate one, which is large and still has most to learn.
+    For each place in the best sets, these are the branch of the fastest set and the most accurate branch, which is
+    large and gains most from training.
 
     Args:
-        path: the file.
-        judged: all candidates.
-        least: `(K,)` microseconds of the best set with each.
-        places: how many; as many as early exits at least, so that the best set is among them.
+        path: the file; None for no file.
+        recorded: all candidates.
+        least: `(K,)` microseconds of the best set with each candidate.
+        places: number of places; at least the number of early exits, so that the best set is included.
     """
     if path is not None and path.exists():
         kept = read_entry(path, "candidates", list[int], "design")
-        if not kept or min(kept) < 0 or max(kept) >= len(judged.taps):
-            raise FileError(f"{path} names candidates {kept} of {len(judged.taps)}; remove it, and design again")
+        if not kept or min(kept) < 0 or max(kept) >= len(recorded.taps):
+            raise FileError(f"{path} names candidates {kept} of {len(recorded.taps)}; remove it and design again")
         return kept
-    taps, wrong = np.array(judged.taps), judged.losses[judged.tuning, :-1].mean(axis=0)
+    taps, wrong = np.array(recorded.taps), recorded.losses[recorded.tuning, :-1].mean(axis=0)
     useful = [int(i) for i in np.argsort(least, kind="stable") if np.isfinite(least[i])]
     kept = set()
     for tap in list(dict.fromkeys(taps[useful]))[:places]:
@@ -219,68 +222,68 @@ def _finalists(path: Path | None, judged: CandidateScores, least: Floats, places
 
 
 def _check_trained(alone: ExitRecord, accuracy: float) -> None:
-    """Raises `InputError` where the network answers no better than by always naming the commonest class."""
+    """Raise `InputError` if the network is no more accurate than always predicting the most common class."""
     assert alone.labels is not None
     chance = float(np.bincount(alone.labels).max()) / alone.samples
     if accuracy <= chance + 3 * math.sqrt(chance * (1 - chance) / alone.samples):
         raise InputError(
-            f"the network's accuracy on the validation samples is {accuracy:.1%}, where naming the commonest class "
-            f"always gives {chance:.1%}: train it first, since where exits belong depends on what it has learned"
+            f"the network's accuracy on the validation samples is {accuracy:.1%}, and always predicting the most "
+            f"common class gives {chance:.1%}: train it first, because the best exits depend on what it has learned"
         )
 
 
 def _check_data(alone: ExitRecord, samples: int, accuracy: float, train_loader: Any) -> None:
-    """Raises `InputError` where designs could not be told apart, or branches not be trained.
+    """Raise `InputError` if there are too few samples to rank designs or to train branches.
 
     Args:
-        alone: the network's record of the half of the validation samples that chooses the design.
-        samples: how many validation samples there are.
-        accuracy: on that record.
+        alone: the network's record of the validation samples that choose the design.
+        samples: number of all validation samples.
+        accuracy: accuracy on that record.
         train_loader: trains the branches.
     """
     needed = math.ceil(Z95**2 * max(1 - accuracy, 0.01) / RESOLUTION**2)
     if alone.samples < needed:
         raise InputError(
-            f"{samples} validation samples cannot rank designs: at {accuracy:.1%} accuracy it takes {2 * needed} to "
-            f"tell apart two that differ by {RESOLUTION:.0%}, on the half of them that is not left for a promise; "
-            "take more validation samples (of a folder, a larger second number in split=), or train the network "
-            "longer first: the more accurate it is, the fewer it takes"
+            f"{samples} validation samples cannot rank designs: at {accuracy:.1%} accuracy, {2 * needed} are needed to "
+            f"distinguish designs that differ by {RESOLUTION:.0%}, because half of them are left for a promise; give "
+            "more validation samples (for a folder, a larger second number in split=), or train the network longer "
+            "first: a more accurate network needs fewer"
         )
     assert alone.outputs is not None
     first = next(iter(train_loader), None)
     samples, needed = 0 if first is None else len(train_loader) * len(first[1]), PER_CLASS * alone.outputs.shape[2]
     if samples < needed:
         raise InputError(
-            f"about {samples} training samples cannot train branches for {alone.outputs.shape[2]} classes; it takes "
-            f"{needed}, {PER_CLASS} a class"
+            f"about {samples} training samples cannot train branches for {alone.outputs.shape[2]} classes; give at "
+            f"least {needed}, {PER_CLASS} per class"
         )
 
 
-def _planted(
+def _candidate_pool(
     backbone: nn.Module, example: Any, taps: Sequence[str] | None, score: Any
 ) -> tuple[CandidateNetwork, FlatGraph]:
-    """The forest and its graph; of places found by itself those where the graph cannot be cut are passed over."""
-    forest = attach_candidates(backbone, example, taps)
-    flat = flatten(forest.net, example, score=score)
-    faults = uncuttable(forest, flat)
-    if faults and (taps is not None or len(faults) == len(forest.net.taps)):
+    """Return all candidates on the trunk, and their graph. Places where it cannot be cut are skipped, unless given."""
+    pool = attach_candidates(backbone, example, taps)
+    flat = flatten(pool.net, example, score=score)
+    faults = uncuttable(pool, flat)
+    if faults and (taps is not None or len(faults) == len(pool.net.taps)):
         raise next(iter(faults.values()))
     if faults:
-        return _planted(backbone, example, [tap for tap in forest.net.taps if tap not in faults], score)
-    return forest, flat
+        return _candidate_pool(backbone, example, [tap for tap in pool.net.taps if tap not in faults], score)
+    return pool, flat
 
 
 def _design(
-    forest: CandidateNetwork, judged: CandidateScores, times: StageTimes, found: ExitSet, most_loss: float
+    pool: CandidateNetwork, recorded: CandidateScores, times: StageTimes, found: ExitSet, most_loss: float
 ) -> Design:
-    problem = judged.problem(found.chosen)
+    problem = recorded.problem(found.chosen)
     cost, samples = problem.cost, len(problem.losses)
     each = cost.latency_us([True] * cost.num_exits)
     position = route(problem.scores, found.thresholds) - 1
     counts = np.bincount(position, minlength=cost.num_exits).astype(np.float64)
     mean = float(mean_cost(counts, each, samples))
     half = Z95 * math.hypot(each[position].std() / math.sqrt(samples), max(times.spread, _CLOCK) * mean)
-    chosen = [forest.candidates[i] for i in found.chosen]
+    chosen = [pool.candidates[i] for i in found.chosen]
     return Design(
         taps=tuple(c.tap for c in chosen),
         branches=tuple(c.branch for c in chosen),
@@ -291,14 +294,14 @@ def _design(
         exit_share=tuple(float(c) / samples for c in counts),
         trunk_us=cost.trunk_us,
         branch_us=cost.branch_us,
-        break_even=break_even(judged, found),
-        oracle_us=least_us(each, problem.losses, most_loss * samples / len(judged.losses)),
+        break_even=break_even(recorded, found),
+        oracle_us=least_us(each, problem.losses, most_loss * samples / len(recorded.losses)),
     )
 
 
-def _tried(forest: CandidateNetwork, judged: CandidateScores, times: StageTimes) -> tuple[CandidateResult, ...]:
+def _tried(pool: CandidateNetwork, recorded: CandidateScores, times: StageTimes) -> tuple[CandidateResult, ...]:
     rows = []
-    for i, candidate in enumerate(forest.candidates):
+    for i, candidate in enumerate(pool.candidates):
         cost: ExitCost = times.cost((i,))
         early, late = cost.latency_us([True, True])
         needed = (late - times.plain_us) / (late - early) if late > early else math.inf
@@ -307,7 +310,7 @@ def _tried(forest: CandidateNetwork, judged: CandidateScores, times: StageTimes)
                 tap=candidate.tap,
                 branch=candidate.branch,
                 depth=candidate.depth,
-                accuracy=float(1 - judged.losses[judged.tuning, i].mean()),
+                accuracy=float(1 - recorded.losses[recorded.tuning, i].mean()),
                 us=float(early),
                 added_us=float(late - times.plain_us),
                 break_even=max(0.0, float(needed)) if needed <= 1 else None,

@@ -1,4 +1,4 @@
-"""A trained trunk with every candidate branch on it, as one network with many exits."""
+"""A trained trunk with all candidate branches, as one network with many exits."""
 
 import copy
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ from ..nn.network import BranchyNet
 from ..nn.placement import spread_exits
 from ..nn.trace import Trace, tracing
 
-_MOST = 0.25  # of the work that is left, for a deep branch
+_MOST = 0.25  # largest work of a deep branch, relative to the rest of the trunk
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Candidate:
     Attributes:
         tap: a submodule's name, or ``"input"``.
         branch: the branch's name.
-        depth: share of the trunk's multiply-accumulates that lie before the tap.
+        depth: share of the trunk's multiply-accumulates before the tap.
     """
 
     tap: str
@@ -39,23 +39,23 @@ class CandidateNetwork:
     """All candidates on a trunk.
 
     Attributes:
-        net: the trunk with all branches: one exit per candidate, in this order, then the trunk's own.
-        candidates: by running order of their taps, and cheapest first at each.
+        net: the trunk with all branches: one exit per candidate, in the same order, then the trunk's exit.
+        candidates: in the running order of their taps, the cheapest first at each tap.
     """
 
     net: BranchyNet
     candidates: tuple[Candidate, ...]
 
     def at(self, tap: str) -> list[int]:
-        """The positions of the candidates at a tap."""
+        """Return the positions of the candidates at a tap."""
         return [i for i, c in enumerate(self.candidates) if c.tap == tap]
 
     def network(self, chosen: Sequence[int]) -> BranchyNet:
-        """A copy of the trunk with the candidates at these positions, in running order and one a tap."""
+        """Return a copy of the trunk with the candidates at these positions, in running order, one per tap."""
         return copy.deepcopy(self.of(chosen))
 
     def of(self, chosen: Sequence[int]) -> BranchyNet:
-        """The trunk itself with the candidates at these positions, in running order, as many a tap as there are."""
+        """Return the trunk itself with the candidates at these positions, in running order, one or more per tap."""
         every = [one for branch in self.net.branches for one in _apart(branch)]
         picked: dict[str, nn.Module] = {}
         for i in chosen:
@@ -67,20 +67,20 @@ class CandidateNetwork:
 def attach_candidates(
     trunk: nn.Module, example: Any, taps: Sequence[str] | None = None, most: int = 8
 ) -> CandidateNetwork:
-    """Branches of several sizes at the input and at up to `most` other places, evenly spread by multiply-accumulates.
+    """Attach branches of several sizes at the input and at up to `most` places, evenly spread by multiply-accumulates.
 
-    Of a place's branches all but the first have less work than what is left of the trunk there: others could save
-    nothing. Deep ones have less than a quarter of it: they take most of the training, and pay where much is left.
+    All branches at a place except the first have less work than the rest of the trunk; larger ones could not save time.
+    Deep branches have less than a quarter of it, because they take most of the training time.
 
     Args:
-        trunk: gives logits `(B, C)`; it is not changed.
+        trunk: a network that gives logits `(B, C)`; it is not changed.
         example: one batch of inputs.
-        taps: the names to try instead, in any order.
-        most: places beside the input.
+        taps: places to use instead, in any order.
+        most: largest number of places without the input.
 
     Raises:
         InputError: an unknown tap, or outputs that are not `(B, C)`.
-        GraphError: a tap that never runs, runs twice, or runs when the output is there; or no place for an exit at all.
+        GraphError: a tap that never runs, runs twice, or runs after the output exists; or no place for an exit.
     """
     args, kwargs = arguments(first_rows(example))
     with (
@@ -90,15 +90,15 @@ def attach_candidates(
     ):
         last = single_output(trunk(*args, **kwargs), "the network's output")
     if last.dim() != 2:
-        raise InputError(f"the network gives outputs of shape {tuple(last.shape)}; advice is for logits (B, C)")
+        raise InputError(f"the network gives outputs of shape {tuple(last.shape)}; advise needs logits (B, C)")
     if taps is None:
         names = list(spread_exits(survey, last, most + 1))
         if named_branches(first_input(args, kwargs), last.shape[1]):
             names.insert(0, INPUT)
         if not names:
             raise GraphError(
-                "no place for an exit was found by itself: the network runs its layers several times, or nothing that "
-                "it learns passes through one submodule alone; name places with taps="
+                "no place for an exit was found: the network runs its layers several times, or no single submodule "
+                "passes on all learned features; name places with taps="
             )
     else:
         names = list(taps)
@@ -112,14 +112,14 @@ def attach_candidates(
 
 
 class _EveryCandidate(BranchFactory):
-    """Every branch that may pay for the features at a tap, as one module; remembers their names, tap by tap."""
+    """Makes all branches that may save time at a tap, as one module, and keeps their names per tap."""
 
     def __init__(self, left: Iterable[float]) -> None:
-        self.left = list(left)  # multiply-accumulates behind each tap, in running order
+        self.left = list(left)  # multiply-accumulates after each tap, in running order
         self.names: list[list[str]] = []
 
     def __call__(self, features: Tensor, num_classes: int, feature_dim: int | None = None) -> nn.Module:
-        """A module with one exit per branch."""
+        """Return a module with one exit per branch."""
         made = named_branches(features, num_classes, feature_dim)
         if not made:
             raise InputError(
@@ -137,26 +137,26 @@ class _EveryCandidate(BranchFactory):
 
 
 def _work(branch: nn.Module, features: Tensor) -> float:
-    """Multiply-accumulates of a branch."""
+    """Return the multiply-accumulates of a branch."""
     with torch.no_grad(), evaluating(branch), tracing(branch, ((features,), {}), lambda _, v: find_tensor(v)) as survey:
         branch(features)
     return survey.operations[-1].macs
 
 
 def _together(branches: nn.Module | None, branch: nn.Module) -> nn.Module:
-    """One more branch at a tap, as the last exit of the module there."""
+    """Add a branch to the module at a tap, as its last exit."""
     return branch if branches is None else BranchyNet(branch, {INPUT: branches})
 
 
 def _apart(branches: nn.Module) -> list[nn.Module]:
-    """The branches in a module that `_together` made."""
+    """Return the branches in a module that `_together` made."""
     if isinstance(branches, BranchyNet):
         return [*_apart(branches.branches[0]), branches.backbone]
     return [branches]
 
 
 def _depth(survey: Trace, tap: str) -> float:
-    """Share of the multiply-accumulates before a tap."""
+    """Return the share of the multiply-accumulates before a tap."""
     total = survey.operations[-1].macs
     if tap == INPUT or not total:
         return 0.0

@@ -1,4 +1,4 @@
-"""Which exits together take the least time, among very many candidates.
+"""Search for the fastest set of exits among many candidates.
 
 Shape letters: S samples, K candidates, N exits of a design.
 """
@@ -18,19 +18,19 @@ from ..policy.risk_tests import halves
 from ..policy.search import SearchProblem
 from ..policy.values import ExitCost, Floats, Ints
 
-_BEAM = 16  # designs that are carried on with one exit more
-_COARSE = 10_000  # threshold vectors tried for a design while designs are compared; a hundred times as many for two
-_FINE = 1_000_000
+_BEAM = 16  # number of designs that are extended by one exit
+_COARSE = 10_000  # threshold vectors per design while designs are compared
+_FINE = 1_000_000  # for the best designs
 
 
 @dataclass(frozen=True)
 class ExitSet:
-    """One set of exits with its best thresholds.
+    """A set of exits with its best thresholds.
 
     Attributes:
-        chosen: positions of the candidates, in running order; none where the trunk alone is best.
-        thresholds: one a candidate.
-        us: mean microseconds a sample, as the search saw it.
+        chosen: positions of the candidates, in running order; () for the trunk alone.
+        thresholds: threshold per candidate.
+        us: mean microseconds per sample in the search.
     """
 
     chosen: tuple[int, ...]
@@ -40,15 +40,15 @@ class ExitSet:
 
 @dataclass(frozen=True, eq=False)
 class CandidateScores:
-    """What all candidates do on the recorded samples, and where they stand.
+    """Scores and losses of all candidates on the recorded samples.
+
+    Designs are selected on the half of the samples from which `choose` takes its candidates. The half that tests a
+    promise stays unused, so that `choose` can give a promise for the design.
 
     Attributes:
-        scores, losses: `(S, K + 1)`, the trunk's own exit last.
+        scores, losses: `(S, K + 1)`, the trunk's exit last.
         taps: `(K,)` the position of each candidate's tap.
-        cost: the microseconds of a design, given the positions of its candidates.
-
-    Designs are selected on the half of the samples that `choose` finds candidates with; the half that tests a promise
-    is left alone, so that a promise can be made of the design.
+        cost: returns the costs of a design, given the positions of its candidates.
     """
 
     scores: Floats
@@ -58,18 +58,18 @@ class CandidateScores:
 
     @functools.cached_property
     def tuning(self) -> Ints:
-        """The samples that designs are selected on."""
+        """The samples that select the designs."""
         return halves(len(self.scores))[0]
 
     def replaced(self, some: Sequence[int], scores: Floats, losses: Floats) -> "CandidateScores":
-        """With new scores and losses `(S, len(some))` of the candidates at these positions."""
+        """Return a copy with new scores and losses `(S, len(some))` of the candidates at these positions."""
         every = self.scores.copy(), self.losses.copy()
         for whole, part in zip(every, (scores, losses), strict=True):
             whole[:, list(some)] = part
         return replace(self, scores=every[0], losses=every[1])
 
     def problem(self, chosen: Sequence[int]) -> SearchProblem:
-        """The search over thresholds of one design."""
+        """Return the search over thresholds of one design."""
         columns = [*chosen, self.scores.shape[1] - 1]
         return SearchProblem(
             self.scores[:, columns][self.tuning], self.losses[:, columns][self.tuning], self.cost(chosen)
@@ -77,52 +77,53 @@ class CandidateScores:
 
 
 def search_exit_sets(
-    judged: CandidateScores,
+    recorded: CandidateScores,
     most_loss: float,
     num_exits: int,
     report: Callable[[str], None],
     among: Sequence[int] | None = None,
 ) -> tuple[list[ExitSet], Floats]:
-    """The best design of each number of exits, fewest first; the first is the trunk alone. And each candidate's best.
+    """Return the best design per number of exits, and the time of the best design with each candidate.
 
-    All single candidates and all pairs at different taps are tried with every threshold that matters; of three and more
-    those that add one to the best smaller designs.
+    All single candidates and all pairs at different taps are tried with every threshold that matters. Larger sets
+    extend the best smaller ones by one exit.
 
     Args:
-        judged: the candidates.
-        most_loss: summed loss that is allowed over all S samples; of the tuning half so much of it as that has samples.
-        num_exits: the most a design may have, the trunk's own included.
-        report: called with a line now and then.
+        recorded: the candidates.
+        most_loss: largest sum of losses over all S samples; the tuning half gets its share.
+        num_exits: the largest number of exits of a design, including the trunk's.
+        report: called with messages.
         among: the positions of the candidates to try; by default all.
 
     Returns:
-        The designs; and `(K,)` for each candidate the microseconds of the best set tried that has it, else infinity.
+        The designs, fewest exits first, beginning with the trunk alone; and, `(K,)` per candidate, the microseconds of
+        the fastest set with it, infinity if there is none.
     """
-    most_loss *= len(judged.tuning) / len(judged.scores)
-    alone = ExitSet((), (), float(judged.cost(()).latency_us([True])[-1]))
-    best, here = [alone], [alone]
-    least = np.full(len(judged.taps), np.inf)
-    everyone = range(len(judged.taps)) if among is None else sorted(among)
+    most_loss *= len(recorded.tuning) / len(recorded.scores)
+    alone = ExitSet((), (), float(recorded.cost(()).latency_us([True])[-1]))
+    best, beam = [alone], [alone]
+    least = np.full(len(recorded.taps), np.inf)
+    everyone = range(len(recorded.taps)) if among is None else sorted(among)
     for size in range(1, num_exits):
         if size <= 2:
             sets: Iterable[tuple[int, ...]] = itertools.combinations(everyone, size)
         else:
-            sets = sorted({tuple(sorted((*f.chosen, i))) for f in here for i in everyone if i not in f.chosen})
-        sets = [s for s in sets if len({judged.taps[i] for i in s}) == size]
+            sets = sorted({tuple(sorted((*f.chosen, i))) for f in beam for i in everyone if i not in f.chosen})
+        sets = [s for s in sets if len({recorded.taps[i] for i in s}) == size]
         report(f"trying {len(sets)} sets of {counted(size, 'early exit')}")
-        tried = [t for t in (_best(judged, s, most_loss, _COARSE) for s in sets) if t is not None]
+        tried = [t for t in (_best(recorded, s, most_loss, _COARSE) for s in sets) if t is not None]
         for found in tried:
             least[list(found.chosen)] = np.minimum(least[list(found.chosen)], found.us)
-        here = sorted(tried, key=lambda found: found.us)[:_BEAM]
-        fine = [t for t in (_best(judged, f.chosen, most_loss, _FINE) for f in here[:3]) if t is not None]
+        beam = sorted(tried, key=lambda found: found.us)[:_BEAM]
+        fine = [t for t in (_best(recorded, f.chosen, most_loss, _FINE) for f in beam[:3]) if t is not None]
         if fine:
             best.append(min(fine, key=lambda found: found.us))
     return best, least
 
 
-def _best(judged: CandidateScores, chosen: tuple[int, ...], most_loss: float, vectors: int) -> ExitSet | None:
-    """The cheapest thresholds of a design within the loss, or None where some of its exits stay unused."""
-    points = best_points(judged.problem(chosen), vectors)
+def _best(recorded: CandidateScores, chosen: tuple[int, ...], most_loss: float, vectors: int) -> ExitSet | None:
+    """Return the fastest thresholds of a design within the loss; None if an exit stays unused."""
+    points = best_points(recorded.problem(chosen), vectors)
     within = np.flatnonzero(points.loss <= most_loss + SLACK)
     if not len(within):
         return None
@@ -132,46 +133,46 @@ def _best(judged: CandidateScores, chosen: tuple[int, ...], most_loss: float, ve
     return ExitSet(chosen, used, float(points.us[at])) if len(used) == len(chosen) else None
 
 
-def break_even(judged: CandidateScores, found: ExitSet) -> tuple[float, ...]:
-    """For each early exit the share of all samples that must leave there for it to save time in this design.
+def break_even(recorded: CandidateScores, found: ExitSet) -> tuple[float, ...]:
+    """Return, per early exit, the share of all samples that must leave there for it to save time in this design.
 
-    What it saves is counted beside the same design without it, other thresholds unchanged, where those that would have
-    left there leave as those do that stay. Fewer may leave at an exit that is there because it is more often right.
+    The design is compared with the same design without that exit and with the same thresholds otherwise. Fewer samples
+    may leave at an exit that was chosen for its accuracy.
     """
-    each, mean = _times(judged, found)
-    position = route(judged.problem(found.chosen).scores, found.thresholds) - 1
+    each, mean = _times(recorded, found)
+    position = route(recorded.problem(found.chosen).scores, found.thresholds) - 1
     needed = []
     for n in range(len(found.chosen)):
         chosen, thresholds = (*found.chosen[:n], *found.chosen[n + 1 :]), found.thresholds
         rest = ExitSet(chosen, (*thresholds[:n], *thresholds[n + 1 :]), us=0.0)
-        here, later = position == n, each[position[position > n]]
+        leave, later = position == n, each[position[position > n]]
         spared = max((later.mean() if len(later) else each[-1]) - each[n], 1e-9)
-        saved = _times(judged, rest)[1] - mean
-        needed.append(float(np.clip(here.mean() - saved / spared, 0.0, 1.0)))
+        saved = _times(recorded, rest)[1] - mean
+        needed.append(float(np.clip(leave.mean() - saved / spared, 0.0, 1.0)))
     return tuple(needed)
 
 
 def least_us(each: Floats, losses: Floats, most_loss: float) -> float:
-    """The lower bound on mean microseconds per sample, over all exit rules, with the exits of a design.
+    """Return the lower bound on mean microseconds per sample over all exit rules, with the exits of a design.
 
-    It knows which answers are right: samples leave at the first exit that is, but for as many as the limit lets be
-    wrong. Those are the ones that no exit answers rightly, and those that save most by leaving wrongly.
+    A sample leaves at its first right exit. The errors that the limit allows are the samples without a right exit,
+    and those that save most by leaving at a wrong one.
 
     Args:
-        each: `(N,)` microseconds to each exit, rising.
+        each: `(N,)` microseconds to each exit, increasing.
         losses: `(S, N)` of 0 and 1.
-        most_loss: how many of the samples may be answered wrongly.
+        most_loss: number of samples that may get a wrong prediction.
     """
     rightly, wrongly = (np.where(those, each, np.inf).min(axis=1) for those in (losses < 0.5, losses >= 0.5))
-    saved = np.sort(rightly - wrongly)[::-1]  # infinite where none is right, and less than nothing where all are
+    saved = np.sort(rightly - wrongly)[::-1]  # infinite if no exit is right, negative if all are
     allowed = saved[: int(most_loss + SLACK)]
     must = np.isinf(rightly)
     finite = allowed[(allowed > 0) & np.isfinite(allowed)].sum()
     return float((np.where(must, wrongly, rightly).sum() - finite) / len(losses))
 
 
-def _times(judged: CandidateScores, found: ExitSet) -> tuple[Floats, float]:
-    """Microseconds to each exit of a design `(N,)`, and the mean over the samples."""
-    problem = judged.problem(found.chosen)
+def _times(recorded: CandidateScores, found: ExitSet) -> tuple[Floats, float]:
+    """Return microseconds to each exit of a design `(N,)`, and the mean over the samples."""
+    problem = recorded.problem(found.chosen)
     each = problem.cost.latency_us([True] * problem.cost.num_exits)
     return each, float(each[route(problem.scores, found.thresholds) - 1].mean())

@@ -1,4 +1,4 @@
-"""What a search for exits tries, and how long it learns and measures, as one value."""
+"""Options of the search for exits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,19 +9,24 @@ from ..policy.scores import resolve
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """Options of `advise`: ``advise(..., search=SearchOptions(epochs=6))``.
+    """Options of `advise`.
 
     Attributes:
         epochs: passes over the training data, for all branches together.
-        final_epochs: more of them for the best two branches at each of the four best places, after which the choice
-            among these is made again: large branches are still learning after a few passes, when small ones are not. So
-            advice takes longer and promises more (as successive halving does, Jamieson and Talwalkar 2016).
-        taps: places to try instead of those found, names as in ``named_modules()`` or ``"input"``.
+        final_epochs: further passes for the best two branches at each of the four best places, before a second
+            choice among these. The advice takes longer and finds faster designs, because large branches need more
+            passes than small ones (compare successive halving, Jamieson and Talwalkar 2016).
+        taps: places to try, names as in ``named_modules()`` or ``"input"``; by default they are found.
         score: the name of the score by which samples leave.
-        seconds: about how long to time.
+        seconds: approximate duration of the timing.
 
     Raises:
         InputError: numbers of epochs that are too small, or an unknown score.
+
+    Example:
+        >>> from branchynet import SearchOptions
+        >>> SearchOptions(epochs=6, taps=["input", "pool1"]).score
+        'entropy'
     """
 
     epochs: int = 3

@@ -1,1 +1,1 @@
-"""Recording every exit and measuring costs, with one fair clock."""
+"""Record the outputs of every exit, and measure costs and speed with one clock."""

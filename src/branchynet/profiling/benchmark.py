@@ -1,4 +1,4 @@
-"""Speed of an exported file beside the plain network, in the same engine, with everything inside the clock."""
+"""Compare the speed of an exported file with the plain network in the same runtime."""
 
 import os
 import tempfile
@@ -52,44 +52,54 @@ def bench(
 ) -> list[dict[str, Any]]:
     """Time one exported file for one or several targets.
 
-    For each target, the same real inputs in random order go through the branchy file, the plain backbone, and the
-    static graphs of every exit; engines take turns after every few calls, and medians over repeats are reported.
-    ``limit_us`` is the sum over exits n of share_n x time of the static graph that computes the trunk and all enabled
-    branches up to exit n, scores included; ``overhead = branchy / limit``; ``speedup = plain / branchy``. Each
-    graph is timed by itself, with its weights warm in the caches. For one sample a call, ``limit_in_order_us`` has
-    these graphs run in the samples' own order, each sample in that of its exit, as the file meets them: colder, the
-    more so as each graph holds the first stages' weights again. ``overhead_sorted`` is the other way round: the file
-    meets the samples sorted by their exits, its weights as warm as those of ``limit_us``, so that what is above 1 is
-    the file's own. Beyond one sample a call both are None.
+    For each target, the same inputs in random order go through the exported file, the plain network, and one graph
+    without decisions per exit, which computes the trunk and all enabled branches up to that exit, scores included.
+    Engines take turns every few calls; times are medians over repeats. ``speedup = plain / branchy``. ``limit_us`` is
+    the mean time of the exits' graphs, weighted by the share of samples that leave there; ``overhead = branchy /
+    limit``.
+
+    Each graph is timed with its weights warm in the caches. With one sample per call, ``limit_in_order_us`` runs each
+    sample in the graph of its exit, in the samples' order, with colder weights. ``overhead_sorted`` runs the file on
+    samples sorted by exit, with weights as warm as for ``limit_us``, so an excess above 1 is due to the file alone.
+    With larger batches both are None.
 
     Args:
-        path: a file that `export` wrote from `net` with a policy. Where its batch is fixed at 1, that of the static
-            graphs is too.
-        net: the network in it.
-        data: ``(inputs, target)`` of S test samples: what the network takes, a tensor or a tuple or dict of tensors;
-            and `(S,)` int64 class indices, or what `loss` takes, one per sample.
-        targets: one or several; by default batch size 1, and 64 where the file's batch is dynamic.
-        about: what cannot be measured here, for the rows: ``"network"``, a name, and ``"plain_accuracy"``, the plain
-            network's test accuracy.
+        path: a file that `export` wrote from `net` with a policy. If its batch is fixed at 1, so are the graphs'.
+        net: the network in the file.
+        data: ``(inputs, target)`` of S test samples: a tensor, or a tuple or dict of tensors; and `(S,)` int64 class
+            indices, or what `loss` takes.
+        targets: one or several; by default batch size 1, and 64 if the file's batch is dynamic.
+        about: extra entries for the rows: ``"network"``, a name, and ``"plain_accuracy"``, the plain network's test
+            accuracy.
         loss: as for `record`, ``loss(output, target) -> (B,)`` in [0, 1]; accuracy is then 1 - mean loss.
-        score: the callable that the file was exported with, where its score is no name in
-            `branchynet.policy.record_scores`: it is part of the static graphs.
-        samples: how many of the inputs are timed (all of them count for accuracy).
+        score: the callable that the file was exported with, if its score has no name in
+            `branchynet.policy.record_scores`.
+        samples: number of inputs to time; accuracy is over all inputs.
         repeats: passes over those samples.
-        seed: of the random order.
-        calibration: for an int8 file, the samples that it was quantised with, so that the static graphs are int8 too.
-        progress: called with a message now and then.
+        seed: seed of the random order.
+        calibration: for an int8 file, the samples that it was quantised with.
+        progress: called with messages.
 
     Returns:
         Rows with ``network, engine, batch, threads, plain_us, branchy_us, limit_us, limit_in_order_us, speedup,
         spread, overhead, overhead_sorted, plain_accuracy, accuracy_branchy, exit_share, thresholds``; times are
-        microseconds per sample, and ``spread`` is the share by which the speed-up may be off (95 %).
+        microseconds per sample, and ``spread`` is the relative uncertainty of the speed-up (95 %).
 
     Raises:
-        InputError: a flat file, one of another network, an int8 file without `calibration`, a score of your own without
-            `score`, a batch size below 1, beyond the number of inputs or that the file cannot take, targets that do not
-            fit.
+        InputError: a flat file, a file of another network, an int8 file without `calibration`, a score of your own
+            without `score`, a batch size that the inputs or the file do not allow, or targets that do not fit.
         FileError: no such file, or a foreign one.
+
+    Example:
+        >>> import torch
+        >>> from branchynet import BranchyNet, Policy, Target, bench, export
+        >>> from torch import nn
+        >>> net = BranchyNet(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), {"1": nn.Linear(8, 3)})
+        >>> x, target = torch.randn(64, 4), torch.zeros(64, dtype=torch.int64)
+        >>> path = export(net, "net.onnx", policy=Policy(thresholds=(0.5,)), example=x)
+        >>> row = bench(path, net, (x, target), Target(batch_size=64), repeats=2)[0]
+        >>> row["batch"], row["branchy_us"] > 0
+        (64, True)
     """
     targets, given = _targets(path, targets), dict(about or {})
     if unknown := given.keys() - _ABOUT:
@@ -114,8 +124,8 @@ def bench(
     for group in _alike(targets):
         if rows:
             engine = load(path, threads=group[0].threads, runtime=group[0].runtime)
-        left, accuracy = _judge(engine, arrays, wanted[torch.from_numpy(order)], loss)
-        answers = {
+        left, accuracy = _predict(engine, arrays, wanted[torch.from_numpy(order)], loss)
+        results = {
             "accuracy_branchy": accuracy,
             "exit_share": [float((left == n).mean()) for n in range(1, engine.num_exits + 1)],
             "thresholds": list(policy.thresholds),
@@ -127,8 +137,9 @@ def bench(
                 progress(f"batch {target.batch_size}, {counted(target.threads, 'thread')}")
                 count = max(1, min(samples, len(order)) // target.batch_size) * target.batch_size
                 times = _row(engine, parts, tuple(a[:count] for a in arrays), enabled, target.batch_size, repeats)
-                named = {"network": given.get("network"), **_told(target)}
-                rows.append({**named, **times, "plain_accuracy": given.get("plain_accuracy"), **answers})
+                settings = {"engine": target.runtime, "batch": target.batch_size, "threads": target.threads}
+                named = {"network": given.get("network"), **settings}
+                rows.append({**named, **times, "plain_accuracy": given.get("plain_accuracy"), **results})
     return rows
 
 
@@ -136,7 +147,7 @@ _ABOUT = ("network", "plain_accuracy")
 
 
 def _targets(path: str | os.PathLike[str], targets: Target | Sequence[Target] | None) -> list[Target]:
-    """The targets as a list; by default those that suit the file."""
+    """Return the targets as a list; by default those that fit the file."""
     if targets is not None:
         return listed(targets)
     dynamic = model_metadata(path)["batch"] == "dynamic"
@@ -144,24 +155,20 @@ def _targets(path: str | os.PathLike[str], targets: Target | Sequence[Target] | 
 
 
 def _alike(targets: Sequence[Target]) -> list[list[Target]]:
-    """The targets by number of threads and runtime, for each of which the file is opened once."""
+    """Group the targets by number of threads and runtime; the file is opened once per group."""
     groups: dict[tuple[int, str], list[Target]] = {}
     for target in targets:
         groups.setdefault((target.threads, target.runtime), []).append(target)
     return list(groups.values())
 
 
-def _told(target: Target) -> dict[str, Any]:
-    return {"engine": target.runtime, "batch": target.batch_size, "threads": target.threads}
-
-
 def _check(path: str | os.PathLike[str], engine: Engine, targets: Sequence[Target], rows: int, wanted: int) -> None:
-    """Raises `InputError` for batch sizes or numbers of samples that do not fit."""
+    """Raise `InputError` for batch sizes or numbers of samples that do not fit."""
     batches = [target.batch_size for target in targets]
     if engine.metadata["batch"] != "dynamic" and set(batches) != {1}:
-        raise InputError(f"{path} answers one sample at a time; got batch sizes {batches}: take 1 alone")
+        raise InputError(f"{path} takes one sample per call; got batch sizes {batches}: give batch size 1 alone")
     if max(batches) > rows:
-        raise InputError(f"batch sizes must lie in 1..{rows} (the test inputs); got {batches}")
+        raise InputError(f"batch sizes must be in 1..{rows} (the number of test inputs); got {batches}")
     if wanted != rows:
         raise InputError(f"{rows} inputs need as many targets; got {wanted}")
 
@@ -169,17 +176,17 @@ def _check(path: str | os.PathLike[str], engine: Engine, targets: Sequence[Targe
 def _check_network(
     path: str | os.PathLike[str], engine: Engine, net: nn.Module, inputs: Any, calibration: Any
 ) -> Quantize | None:
-    """How the file is quantised. Raises `InputError` where it is another network's, or calibration does not fit."""
+    """Return how the file is quantised. Raise `InputError` for another network or calibration that does not fit."""
     exits = count_exits(net, inputs)
     if exits != engine.num_exits:
         raise InputError(
-            f"{path} has {engine.num_exits} exits and the network {exits}; give the network that was exported"
+            f"{path} has {engine.num_exits} exits and the network has {exits}; give the network that was exported"
         )
     quantize = engine.metadata.get("quantize", {}).get("scheme")
     if (quantize is None) != (calibration is None):
-        told = "int8: give calibration=, the samples it was quantised with"
-        told = told if quantize else "float: leave calibration= out"
-        raise InputError(f"{path} is {told}, so that the static graphs are what it is")
+        remedy = "int8: give calibration=, the samples it was quantised with"
+        remedy = remedy if quantize else "float: leave calibration= out"
+        raise InputError(f"{path} is {remedy}, because the graphs that it is compared with are quantised like it")
     check_same_network(
         f"{path} and net", engine.metadata.get("network"), fingerprint(net) + (f"-{quantize}" if quantize else "")
     )
@@ -189,7 +196,7 @@ def _check_network(
 def _graphs(
     net: nn.Module, inputs: Any, score: Score, dynamic: bool, quantize: Quantize | None, calibration: Any
 ) -> tuple[FlatGraph, FlatGraph | None]:
-    """The network's graph; and that of the plain network, where the last exit holds branches (averaged answers)."""
+    """Return the network's graph, and the plain network's if the last exit contains branches (averaged exits)."""
     flat = flatten(net, first_rows(inputs), score=score, dynamic=dynamic)
     alone = plain_network(net)
     plain = None if alone is net else flatten(alone, first_rows(inputs), dynamic=dynamic)
@@ -202,12 +209,12 @@ def _graphs(
 def _row(
     engine: Engine, parts: dict[str, Engine], arrays: Arrays, enabled: Sequence[int], batch: int, repeats: int
 ) -> dict[str, float | None]:
-    """The times of one row, and what follows from them."""
-    # Ties may be decided otherwise at another batch size, so the exits are those of this one.
+    """Return the times of one row, and their ratios."""
+    # Ties may fall differently at another batch size, so take the exits at this one.
     chunks = range(0, len(arrays[0]), batch)
-    here = np.concatenate([engine(*(a[i : i + batch] for a in arrays)).exit for i in chunks])
-    us, spread = _time(engine, parts, arrays, here, batch, repeats)
-    limit = sum(float((here == n).mean()) * us[f"upto_{n}"] for n in enabled)
+    left = np.concatenate([engine(*(a[i : i + batch] for a in arrays)).exit for i in chunks])
+    us, spread = _time(engine, parts, arrays, left, batch, repeats)
+    limit = sum(float((left == n).mean()) * us[f"upto_{n}"] for n in enabled)
     return {
         "plain_us": us["plain"],
         "branchy_us": us["branchy"],
@@ -221,30 +228,30 @@ def _row(
 
 
 def _score(engine: Engine, score: Score | None, path: str | os.PathLike[str]) -> Score:
-    """The function behind the file's score, checked against what was given."""
+    """Return the function of the file's score. Raise `InputError` if `score` is another one."""
     assert engine.policy is not None
     if isinstance(engine.policy.score, FittedScore):
         return engine.policy.score
     name = score_name(engine.policy.score)
     if score is None and name not in SCORES:
         raise InputError(
-            f"{path} leaves by {name!r}, a score of your own; give that callable as score=, since the static graphs "
-            "compute it too"
+            f"{path} uses the score {name!r}, one of your own; give that callable as score=, because the graphs that "
+            "the file is compared with compute it too"
         )
     if score is not None and score_name(score) != name:
-        raise InputError(f"{path} leaves by {name!r}, not {score_name(score)!r}; give the score it has")
+        raise InputError(f"{path} uses the score {name!r}, not {score_name(score)!r}; give the score of the file")
     return resolve(name if score is None else score)
 
 
-def _judge(engine: Engine, arrays: Arrays, target: Tensor, loss: Loss | None) -> tuple[NDArray[Any], float]:
-    """The exit `(S,)` at which each sample leaves, and 1 - mean loss of the answers."""
+def _predict(engine: Engine, arrays: Arrays, target: Tensor, loss: Loss | None) -> tuple[NDArray[Any], float]:
+    """Return the exit `(S,)` of each sample, and 1 - mean loss of the predictions."""
     answer = engine.answer_all(*arrays)
     label = torch.from_numpy(answer.label)
     if loss is not None:
         return answer.exit, 1 - float(loss(torch.from_numpy(answer.output), target).mean())
     if target.is_floating_point() or target.shape != label.shape[:1] or label.dim() > 1:
         raise InputError(
-            f"targets must be class indices, one a sample, for labels {tuple(label.shape)}; got {target.dtype} of "
+            f"targets must be class indices, one per sample, for labels {tuple(label.shape)}; got {target.dtype} of "
             f"shape {tuple(target.shape)}: for other tasks give loss="
         )
     return answer.exit, 1 - int((label != target).sum()) / len(target)
@@ -253,10 +260,10 @@ def _judge(engine: Engine, arrays: Arrays, target: Tensor, loss: Loss | None) ->
 def _time(
     engine: Engine, parts: dict[str, Engine], arrays: Arrays, left: NDArray[Any], batch: int, repeats: int
 ) -> tuple[dict[str, float], float | None]:
-    """Median microseconds per sample over `repeats` passes, and the spread of the speed-up (see `ratio_spread`).
+    """Return median microseconds per sample over `repeats` passes, and the spread of the speed-up.
 
-    For one sample a call, ``in_order`` runs for each the static graph of the exit at which it `left`, and ``sorted`` is
-    the file where those that leave at one exit come one after the other.
+    With one sample per call, ``in_order`` runs each sample in the graph of the exit at which it `left`, and ``sorted``
+    runs the file on the samples sorted by exit.
     """
     starts = range(0, len(arrays[0]), batch)
     batches = [tuple(np.ascontiguousarray(a[i : i + batch]) for a in arrays) for i in starts]
@@ -269,5 +276,5 @@ def _time(
 
 
 def _instead(engine: Engine, batch: Arrays) -> Callable[..., Any]:
-    """The engine's answer to this batch, whatever it is called with."""
+    """Return a call of the engine on this batch that ignores its arguments."""
     return lambda *_: engine(*batch)

@@ -1,4 +1,4 @@
-"""Timing several things side by side, so that a slow moment of the machine hits them all alike."""
+"""Time several calls in turns, so that a slow moment of the machine affects all of them."""
 
 import time
 from collections import deque
@@ -13,18 +13,18 @@ _LONG = 0.05  # seconds
 _CALLS = 4
 _PATIENCE = 4
 _BLOCKS = 5
-_T95 = 2.776  # of Student's distribution with one degree of freedom less than there are blocks
+_T95 = 2.776  # of Student's t-distribution with _BLOCKS - 1 degrees of freedom
 
 
 def interleaved(calls: Sequence[Callable[[], Any]], seconds: float, *, rounds: int = 400) -> list[float]:
-    """Median microseconds of each call, taken in turns: once to warm its weights up, then a few times by the clock."""
+    """Return median microseconds of each call, timed in turns. Each turn starts with calls that warm the weights."""
     return [float(us) for us in np.median(samples_of(calls, seconds, rounds=rounds), axis=1)]
 
 
 def until_steady(calls: Sequence[Callable[[], Any]], seconds: float, *, rounds: int = 400) -> tuple[list[float], float]:
-    """Median microseconds of each call, taken in turns, and by what share of them they may be off.
+    """Return median microseconds of each call, timed in turns, and their relative uncertainty.
 
-    While that is more than `STEADY`, the calls are timed on, up to four times as long.
+    While the uncertainty is above `STEADY`, timing continues, up to four times as long.
     """
     times: list[list[float]] = [[] for _ in calls]
     for n in range(_PATIENCE):
@@ -36,9 +36,9 @@ def until_steady(calls: Sequence[Callable[[], Any]], seconds: float, *, rounds: 
 
 
 def spread_of(times: Floats) -> float:
-    """By what share of it the median of the least certain call may be off (95 %), from times `(calls, turns)`.
+    """Return the relative uncertainty (95 %) of the least certain call's median, from times `(calls, turns)`.
 
-    The turns are cut into five blocks, one after the other, whose medians differ by what slowly changes too.
+    It follows from the medians of five consecutive blocks of turns, which include slow changes.
     """
     medians = np.stack([np.median(block, axis=1) for block in np.array_split(times, _BLOCKS, axis=1)])
     half = _T95 * medians.std(axis=0, ddof=1) / np.sqrt(_BLOCKS)
@@ -46,14 +46,14 @@ def spread_of(times: Floats) -> float:
 
 
 def samples_of(calls: Sequence[Callable[[], Any]], seconds: float, *, rounds: int = 400) -> Floats:
-    """Microseconds of each call, `(calls, turns)`: at least 5 turns, and as many as fit into `seconds`, at one pace."""
+    """Return microseconds of each call, `(calls, turns)`, at one pace: at least 5 turns, as many as fit `seconds`."""
     times: list[list[float]] = [[] for _ in calls]
     _take_turns(calls, times, seconds, rounds)
     return at_one_pace(times)
 
 
 def _take_turns(calls: Sequence[Callable[[], Any]], times: list[list[float]], seconds: float, rounds: int) -> None:
-    """Add turns to the `times` of each call: at least 5 in all, and as many up to `rounds` as fit into `seconds`."""
+    """Append turns to the `times` of each call, for `seconds` and up to `rounds` in all, but at least 5."""
     for call in calls:
         call()
     end = time.perf_counter() + seconds
@@ -62,7 +62,7 @@ def _take_turns(calls: Sequence[Callable[[], Any]], times: list[list[float]], se
             start = time.perf_counter()
             call()
             once = time.perf_counter() - start
-            if once < _LONG:  # of long calls the cold start is no part worth telling
+            if once < _LONG:  # in a long call the cold start is negligible
                 start = time.perf_counter()
                 for _ in range(_CALLS):
                     call()
@@ -71,15 +71,14 @@ def _take_turns(calls: Sequence[Callable[[], Any]], times: list[list[float]], se
 
 
 def at_one_pace(times: Sequence[Sequence[float]]) -> Floats:
-    """Times `(calls, turns)` with what slows a turn down for all calls taken out: the machine's clock, and neighbours.
+    """Return times `(calls, turns)` divided by the pace of their turn.
 
-    A turn's pace is the median, over calls, of its time beside the call's own median. On a shared machine the pace
-    changes from one second to the next; medians of calls alone may then lie at different paces, and their ratios and
-    differences say nothing.
+    The pace of a turn is the median, over calls, of its time relative to the call's median. On a shared machine the
+    pace changes within seconds, so that medians of single calls may not be comparable.
     """
     taken = np.array(times, np.float64)
-    beside = taken / np.maximum(np.median(taken, axis=1, keepdims=True), 1e-9)
-    return taken / np.maximum(np.median(beside, axis=0), 1e-9)
+    relative = taken / np.maximum(np.median(taken, axis=1, keepdims=True), 1e-9)
+    return taken / np.maximum(np.median(relative, axis=0), 1e-9)
 
 
 def in_turns(
@@ -87,7 +86,7 @@ def in_turns(
     batches: Sequence[Sequence[Any]],
     repeats: int,
 ) -> dict[str, float]:
-    """Median microseconds per sample of the passes that `passes_in_turns` times."""
+    """Return median microseconds per sample over the passes of `passes_in_turns`."""
     return {name: float(np.median(us)) for name, us in passes_in_turns(calls, batches, repeats).items()}
 
 
@@ -96,16 +95,15 @@ def passes_in_turns(
     batches: Sequence[Sequence[Any]],
     repeats: int,
 ) -> dict[str, Floats]:
-    """Microseconds per sample of each of `repeats` passes over all batches, at one pace; names take turns.
+    """Return microseconds per sample of each of `repeats` passes over all batches, at one pace; names take turns.
 
-    A turn is 64 samples, and four calls at least. Who has its turn finds its weights cold, so turns of few calls would
-    tell of that alone. Who goes first finds the inputs cold and what it computes with evicted, so that turn goes round
-    too.
+    A turn is 64 samples, and at least four calls. The first calls of a turn run with cold weights, so short turns would
+    measure only that. The first name in a round also reads cold inputs, so the order rotates.
 
     Args:
-        calls: for each name, what to call for every batch; or a sequence, one a batch.
-        batches: the arguments of each call, arrays of as many rows as samples.
-        repeats: passes that count; one before them warms up.
+        calls: for each name, a function to call for every batch, or a sequence with one function per batch.
+        batches: the arguments of each call, arrays with one row per sample.
+        repeats: number of timed passes, after one to warm up.
     """
     each = {name: [call] * len(batches) if callable(call) else call for name, call in calls.items()}
     samples = sum(len(batch[0]) for batch in batches)
@@ -130,5 +128,5 @@ def passes_in_turns(
 
 
 def ratio_spread(first: Floats, second: Floats) -> float | None:
-    """By what share of it the ratio of two times may be off (95 %), from paired passes; None of fewer than five."""
+    """Return the relative uncertainty (95 %) of a ratio of two times, from paired passes; None for fewer than 5."""
     return spread_of((first / np.maximum(second, 1e-9))[None]) if len(first) >= _BLOCKS else None

@@ -1,4 +1,4 @@
-"""What each stage costs, measured in the deployment engine with everything inside the clock."""
+"""Measure the cost of each stage in the runtime that will run the network."""
 
 import tempfile
 from pathlib import Path
@@ -21,7 +21,7 @@ from .clock import until_steady
 from .part_engines import leaving_engines, part_engines
 from .target import Target, check_target
 
-_FEWER = 16  # of so many rows one, to tell a stage's fixed part: few rows reach the later stages
+_FEWER = 16  # ratio of the two timed batch sizes, which give the fixed cost of a stage
 
 
 def measure(
@@ -36,31 +36,40 @@ def measure(
 ) -> ExitCost:
     """Time every stage of a network in the runtime that will run it, and count its multiply-accumulates.
 
-    For every exit three graphs are timed, interleaved: one that computes this exit alone, one that computes all exits
-    up to it, scores included, and the network as `export` writes it where all samples leave at that exit. Their
-    differences give trunk and branches apart; what deciding and moving samples take is counted with the branches, so
-    that the trunk adds up to the plain network (of averaged answers to all that the last one reads). Medians are taken.
+    For every exit three graphs are timed in turns: this exit alone, all exits up to it with their scores, and the
+    exported network with thresholds by which all samples leave there. Differences of their medians give the times of
+    trunk and branches. The cost of deciding and moving samples is counted with the branches, so that the trunk adds up
+    to the plain network (for averaged exits, to all that the last exit reads).
 
-    A batch is timed at a sixteenth of its rows too, which tells what a stage takes however few rows reach it. Those
-    fixed parts are counted with the first segment and the first branch: of a batch, some rows nearly always go on.
+    A batch is also timed at a sixteenth of its rows, which gives the fixed cost of a stage. Fixed costs are counted
+    with the first trunk segment and the first branch, because some samples of a batch nearly always continue.
 
     Args:
         net: a `BranchyNet`, or any network.
         example: inputs, real ones if possible; repeated or cut to the target's batch size.
         target: the batch size, the threads and the runtime of the deployed file.
-        score: counted with each branch.
-        seconds: about how long to measure; up to four times as long while the times are not steady.
-        quantize: as for `export`: time the int8 network.
+        score: the score, whose cost counts with each branch.
+        seconds: approximate duration; up to four times as long while the times are not steady.
+        quantize: as for `export`, to time the int8 network.
         calibration: as for `export`.
 
     Returns:
-        An `ExitCost` with microseconds and multiply-accumulates a sample. Its ``spread`` tells how steady the times
-        were: above 0.03 something else kept the machine busy, and it is worth measuring again.
+        An `ExitCost` with microseconds and multiply-accumulates per sample. If its ``spread`` is above 0.03, other
+        programs kept the machine busy: measure again.
 
     Raises:
-        InputError: a target that is no `Target`, an unknown score, or calibration batches that do not fit.
+        InputError: a target that is not a `Target`, an unknown score, or calibration batches that do not fit.
         GraphError: the network cannot be exported, cut or quantised.
         MissingExtraError: OpenVINO is not installed.
+
+    Example:
+        >>> import torch
+        >>> from branchynet import BranchyNet, Target, measure
+        >>> from torch import nn
+        >>> net = BranchyNet(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), {"1": nn.Linear(8, 3)})
+        >>> cost = measure(net, torch.randn(2, 4), Target(batch_size=1), seconds=0.1)
+        >>> cost.num_exits, cost.plain_us > 0
+        (2, True)
     """
     batch_size = check_target(target).batch_size
     if real("seconds", seconds) < 0:
@@ -99,15 +108,15 @@ def measure(
 
 
 def two_sizes(batch_size: int) -> list[int]:
-    """The batch sizes that `each_row` needs, the larger first; one alone for one sample a call."""
+    """Return the batch sizes that `each_row` needs, the larger first; a single one for batch size 1."""
     return sorted({batch_size, max(1, batch_size // _FEWER)}, reverse=True)
 
 
 def each_row(whole: Floats, part: Floats, rows: int, fewer: int) -> Floats:
-    """Microseconds a sample from those of calls of `rows` samples and of `fewer`: `(2, N)`, trunk and branches.
+    """Return microseconds per sample, `(2, N)` for trunk and branches, from calls of `rows` and of `fewer` samples.
 
-    What a stage takes is a fixed part and one in proportion to the samples that reach it. The fixed parts are counted
-    with the first stage, since of several samples one nearly always goes on.
+    The time of a stage is a fixed part plus a part in proportion to the samples that reach it. The fixed parts are
+    counted with the first stage, because some samples of a batch nearly always continue.
     """
     each = whole / rows if rows == fewer else np.clip((whole - part) / (rows - fewer), 0.0, whole / rows)
     each[:, 0] += (whole / rows - each).sum(axis=1)
@@ -115,12 +124,12 @@ def each_row(whole: Floats, part: Floats, rows: int, fewer: int) -> Floats:
 
 
 def _apart(us: dict[str, float], exits: int) -> Floats:
-    """`(2, N)`: trunk segments and branches from the times of the graphs.
+    """Return the times of trunk segments and branches, `(2, N)`, from the times of the graphs.
 
-    With C(n) = time of all exits up to n and A(n) = time of exit n alone, C(n) - A(n) is what the branches before n
-    cost; the trunk up to n is what is left of C(n), and the whole trunk is the plain network. What the deployed network
-    takes beyond C(n) to leave at exit n is for deciding at the exits up to n, and is added to their branches. So trunk
-    and branches add up to what the deployed network takes, or to more where noise would make a part negative.
+    With C(n) = time of all exits up to n and A(n) = time of exit n alone, C(n) - A(n) is the cost of the branches
+    before n. The trunk up to n is the rest of C(n), and the whole trunk is the plain network. The time of the deployed
+    network to leave at exit n, less C(n), is the cost of deciding at the exits up to n, and counts with their branches.
+    So trunk and branches add up to the time of the deployed network, or to more if noise makes a part negative.
     """
     last = us.get("last", us["plain"])
     upto = np.array([us[f"upto_{n}"] for n in range(1, exits + 1)])
@@ -128,7 +137,7 @@ def _apart(us: dict[str, float], exits: int) -> Floats:
     earlier = np.maximum.accumulate(np.maximum(0.0, upto - alone))
     branches = np.append(earlier[1:], earlier[-1] + max(0.0, alone[-1] - last))
     reached = np.minimum(np.maximum.accumulate(np.maximum(0.0, upto - branches)), last)
-    reached[-1] = last  # whatever the clock says of its parts, the trunk is the plain network
+    reached[-1] = last  # by definition
     deciding = np.maximum.accumulate([max(0.0, us[f"leave_{n}"] - c) for n, c in enumerate(upto, 1)])
-    beside = np.maximum.accumulate(np.maximum(0.0, upto + deciding - reached))
-    return np.stack([np.diff(reached, prepend=0.0), np.diff(beside, prepend=0.0)])
+    rest = np.maximum.accumulate(np.maximum(0.0, upto + deciding - reached))
+    return np.stack([np.diff(reached, prepend=0.0), np.diff(rest, prepend=0.0)])

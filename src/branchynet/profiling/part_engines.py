@@ -1,4 +1,4 @@
-"""Engines of parts of a network, which are timed to tell the costs of its stages apart."""
+"""Engines of parts of a network, whose times give the costs of its stages."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from ..graph.onnx_flat import FlatGraph
 from ..policy.values import Policy
 from .target import Target
 
-ALWAYS, NEVER = 3e38, -3e38  # thresholds that every score passes, and none
+ALWAYS, NEVER = 3e38, -3e38  # thresholds that every score passes, and that none passes
 
 
 def part_engines(
@@ -24,10 +24,11 @@ def part_engines(
     enabled: Sequence[int] | None = None,
     alone: bool = True,
 ) -> dict[str, Engine]:
-    """Engines of static graphs, by name.
+    """Return engines of graphs without decisions, by name.
 
-    ``plain`` is the last exit of the graph `plain`, or of `flat`, without its score; ``upto_n`` all enabled exits up to
-    n with their scores; ``alone_n`` exit n with its score, and ``last`` the last one without, where ``plain`` is not.
+    ``plain`` is the last exit of the graph `plain`, or else of `flat`, without its score. ``upto_n`` is all enabled
+    exits up to n with their scores, and ``alone_n`` exit n with its score. ``last`` is the last exit of `flat` without
+    its score, if `plain` is given.
     """
     exits = enabled or range(1, flat.num_exits + 1)
     wanted = {"plain": [f"output_{(plain or flat).num_exits}"]}
@@ -40,17 +41,21 @@ def part_engines(
     engines = {}
     for name, outputs in wanted.items():
         graph = plain if plain and name == "plain" else flat
-        ir.save(assemble(graph, None, outputs=outputs), folder / f"{name}.onnx")
-        engines[name] = load(folder / f"{name}.onnx", threads=target.threads, runtime=target.runtime)
+        engines[name] = opened(assemble(graph, None, outputs=outputs), folder / f"{name}.onnx", target)
     return engines
 
 
 def leaving_engines(flat: FlatGraph, folder: Path, target: Target) -> dict[str, Engine]:
-    """``leave_n``: the network as it is deployed, with thresholds by which every sample leaves at exit n."""
+    """Return engines ``leave_n`` of the exported network, with thresholds by which every sample leaves at exit n."""
     engines = {}
     for n in range(1, flat.num_exits + 1):
         thresholds = tuple(ALWAYS if k == n else NEVER for k in range(1, flat.num_exits))
-        path = folder / f"leave_{n}.onnx"
-        ir.save(assemble(flat, Policy(thresholds=thresholds)), path)
-        engines[path.stem] = load(path, threads=target.threads, runtime=target.runtime)
+        model = assemble(flat, Policy(thresholds=thresholds))
+        engines[f"leave_{n}"] = opened(model, folder / f"leave_{n}.onnx", target)
     return engines
+
+
+def opened(model: ir.Model, path: Path, target: Target) -> Engine:
+    """Save a model and load it for a target."""
+    ir.save(model, path)
+    return load(path, threads=target.threads, runtime=target.runtime)

@@ -1,4 +1,4 @@
-"""From a trained network to an `ExitRecord`: every exit's answer for every sample of a data set."""
+"""Record the outputs of every exit for every sample of a data set."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -36,37 +36,46 @@ def record(
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> ExitRecord:
-    """Run `net` over a data set once and keep what every exit answers, in eval mode and without gradients.
+    """Run `net` once over a data set, in eval mode and without gradients, and keep the outputs of every exit.
 
-    Without `loss` the task is classification, and the logits are kept: any score can be computed of them later. With
-    `loss` it may be any task, and of each batch only two numbers a sample and exit are kept, its loss and its score.
+    Without `loss`, for classification, the record keeps the logits, from which any score can be computed later. With
+    `loss`, for any task, it keeps one loss and one score per sample and exit.
 
     Args:
-        net: a `BranchyNet`, or any network, which then has one exit; modes are put back after. Or an `Engine` of a flat
-            file (exported with ``policy=None``), to record what that file answers: the int8 network's exits, say.
-        loader: yields `(inputs, target)`, target `(B,)` int64 class indices, or what `loss` takes. Do not shuffle where
-            the order matters.
-        loss: ``loss(output, target) -> (B,)`` in [0, 1], 0 for a perfect answer; output `(B, C, ...)` float32. Accuracy
-            is 1 - mean loss from there on. For segmentation see `branchynet.losses`.
-        score: with `loss`, what to keep: a name in `branchynet.policy.record_scores` (by default entropy), or a
+        net: a `BranchyNet`, or any network, which counts as one exit; or an `Engine` of a flat file (exported with
+            ``policy=None``), for example to record the int8 network.
+        loader: yields `(inputs, target)` with target `(B,)` int64 class indices, or what `loss` takes. Do not shuffle
+            if the order matters.
+        loss: ``loss(output, target) -> (B,)`` in [0, 1], 0 for a perfect output; output `(B, C, ...)` float32. Accuracy
+            is then 1 - mean loss. For segmentation see `branchynet.losses`.
+        score: with `loss`, the score to keep: a name in `branchynet.policy.record_scores` (by default entropy), or a
             callable.
-        device: where to run; by default where `net` is. `net` stays there. Not for an `Engine`, which runs where it was
-            loaded.
-        progress: show a bar.
+        device: where to run; by default where `net` is. `net` is moved there. An `Engine` runs where it was loaded.
+        progress: show a progress bar.
 
     Returns:
-        outputs `(S, N, C)` float32 and labels `(S,)` int64; with `loss`, scores `(S, N)` and losses `(S, N)` float32.
+        A record with outputs `(S, N, C)` float32 and labels `(S,)` int64; with `loss`, scores `(S, N)` and losses
+        `(S, N)` float32.
 
     Raises:
         InputError: no batch; exits of different shapes; outputs that are not `(B, C)`, or a NaN or infinite one; with
             `loss`, a loss or score that is not `(B,)`, or a loss outside [0, 1].
 
     Warns:
-        UserWarning: the exits give probabilities, or the network changes its parameters when it answers.
+        UserWarning: the exits give probabilities, or the network changes its parameters in forward.
+
+    Example:
+        >>> import torch
+        >>> from branchynet import BranchyNet, record
+        >>> from torch import nn
+        >>> net = BranchyNet(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), {"1": nn.Linear(8, 3)})
+        >>> loader = [(torch.randn(8, 4), torch.randint(3, (8,)))]
+        >>> record(net, loader, progress=False).outputs.shape
+        (8, 2, 3)
     """
     if score is not None and loss is None:
         raise InputError(
-            f"score={score_name(score)!r} is for records with loss=; of logits any score can be computed later: give "
+            f"score={score_name(score)!r} is for records with loss=; from logits any score can be computed later: give "
             "it to choose(..., score=) or Policy"
         )
     if loss is not None:
@@ -90,19 +99,19 @@ def record(
             exits = tuple(exit.float() for exit in batch_exits(net, inputs))
             if not seen and (loss is None or is_named(score)):
                 warn_of_probabilities(exits)
-            first, second = _logits(exits, target) if loss is None else _judged(exits, target, scored, loss)
+            first, second = _logits(exits, target) if loss is None else _losses(exits, target, scored, loss)
             firsts.add(first)
             seconds.append(second)
             seen.append(_digests(inputs, len(target)))
         name = changed(before, written(net.named_parameters()))
     if name is not None:
         warnings.warn(
-            f"the network changes its parameter {name!r} when it answers, so that the record depends on the order of "
-            f"the samples, and export refuses the network: {KEEP_PARAMETERS}",
+            f"the network changes its parameter {name!r} in forward, so the record depends on the order of the "
+            f"samples, and export refuses the network: {KEEP_PARAMETERS}",
             stacklevel=2,
         )
     if not seen:
-        raise InputError("the loader gave no batch; there is nothing to record")
+        raise InputError("the loader gave no batch, so there is nothing to record: give one with samples")
     first, second = firsts.whole(), np.concatenate(seconds)
     source = net.engine.metadata.get("network") if isinstance(net, _EveryExit) else fingerprint(net)
     known = None if any(part is None for part in seen) else np.concatenate([p for p in seen if p is not None])
@@ -113,7 +122,7 @@ def record(
 
 
 class _Rows:
-    """Rows in one array, which grows in place by an eighth, so that memory holds them about once."""
+    """Rows in one array that grows in place by an eighth, so that memory holds them about once."""
 
     def __init__(self) -> None:
         self._rows: Floats | None = None
@@ -130,7 +139,7 @@ class _Rows:
         self._used = end
 
     def whole(self) -> Floats:
-        """All rows."""
+        """Return all rows."""
         self._resize(self._used)
         assert self._rows is not None
         return self._rows
@@ -141,7 +150,7 @@ class _Rows:
 
 
 def _digests(inputs: Any, samples: int) -> Digests | None:
-    """Of one batch's inputs; None where they are no tensors with a row a sample."""
+    """Return the digests of one batch's inputs; None unless they are tensors with one row per sample."""
     values = list(tensors_in(inputs))
     if not values or any(value.dim() == 0 or len(value) != samples or not value.numel() for value in values):
         return None
@@ -150,7 +159,7 @@ def _digests(inputs: Any, samples: int) -> Digests | None:
 
 
 class _EveryExit(nn.Module):
-    """A flat file as a network."""
+    """Wraps the engine of a flat file as a network."""
 
     def __init__(self, engine: Engine) -> None:
         super().__init__()
@@ -164,7 +173,7 @@ class _EveryExit(nn.Module):
 def _every_exit(engine: Engine, device: object) -> nn.Module:
     if engine.policy is not None:
         raise InputError(
-            "this file leaves early, so not every exit answers every sample: record from a file exported with "
+            "this file has early exits, so not every exit sees every sample: record from a file exported with "
             "policy=None, then choose and export with the policy"
         )
     if device is not None:
@@ -173,40 +182,37 @@ def _every_exit(engine: Engine, device: object) -> nn.Module:
 
 
 def _logits(exits: Sequence[Tensor], target: Tensor) -> tuple[Floats, Ints]:
-    """`(B, N, C)` logits and `(B,)` labels of one batch."""
+    """Return logits `(B, N, C)` and labels `(B,)` of one batch."""
     shapes = [tuple(exit.shape) for exit in exits]
     if len(set(shapes)) == 1 and len(shapes[-1]) > 2:
         raise InputError(
-            f"outputs {shapes[-1]} have positions, so their answers are judged by a loss in [0, 1]: give loss=, such "
-            "as branchynet.losses.pixel_error"
+            f"outputs {shapes[-1]} have positions, so they need a loss in [0, 1]: give loss=, such as "
+            "branchynet.losses.pixel_error"
         )
     if len(set(shapes)) > 1 or len(shapes[-1]) != 2:
         raise InputError(
-            f"every exit must give logits of one shape (batch, classes), but they are {_told(shapes)}; give every "
+            f"all exits must give logits of one shape (batch, classes), but they are {_listed(shapes)}; give every "
             "branch as many classes as the backbone has, or for other tasks give loss= (or ExitRecord.from_scores)"
         )
     if target.is_floating_point() or target.shape != exits[-1].shape[:1]:
         raise InputError(
-            f"labels must be integers, one a sample, for outputs {shapes[-1]}; got {target.dtype} of shape "
-            f"{tuple(target.shape)}: for regression or several labels a sample give loss="
+            f"labels must be integers, one per sample, for outputs {shapes[-1]}; got {target.dtype} of shape "
+            f"{tuple(target.shape)}: for regression or several labels per sample give loss="
         )
     return torch.stack(list(exits), dim=1).cpu().numpy(), target.cpu().numpy()
 
 
-def _judged(exits: tuple[Tensor, ...], target: Tensor, score: Score, loss: Loss) -> tuple[Floats, Floats]:
-    """`(B, N)` scores and losses of one batch."""
+def _losses(exits: tuple[Tensor, ...], target: Tensor, score: Score, loss: Loss) -> tuple[Floats, Floats]:
+    """Return scores and losses `(B, N)` of one batch."""
     shapes = [tuple(exit.shape) for exit in exits]
     if len(set(shapes)) > 1 or len(shapes[-1]) < 2:
         raise InputError(
-            f"every exit must give outputs of one shape (B, C, ...), but they are {_told(shapes)}; give every branch "
-            "the shape of the backbone's output, and one number a sample as (B, 1): unsqueeze(1)"
+            f"all exits must give outputs of one shape (B, C, ...), but they are {_listed(shapes)}; give every branch "
+            "the shape of the backbone's output, and one number per sample as (B, 1): unsqueeze(1)"
         )
     for n, exit in enumerate(exits, start=1):
-        if exit.isnan().any():  # by argmax a NaN would pass for an answer
-            raise InputError(
-                f"exit {n} gives NaN; a network that gives NaN cannot be judged: lower the learning rate or drop that "
-                "sample"
-            )
+        if exit.isnan().any():  # argmax would return a class for NaN
+            raise InputError(f"exit {n} gives NaN, which has no loss: lower the learning rate or drop that sample")
     scores = [score(exits[:n]) for n in range(1, len(exits) + 1)]
     losses = [loss(exit, target) for exit in exits]
     for name, values in (("score", scores), ("loss", losses)):
@@ -214,19 +220,19 @@ def _judged(exits: tuple[Tensor, ...], target: Tensor, score: Score, loss: Loss)
             given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             if given != shapes[-1][:1]:
                 raise InputError(
-                    f"{name}= gives {given} for outputs {shapes[-1]} at exit {n}; it must give one number a sample, "
+                    f"{name}= gives {given} for outputs {shapes[-1]} at exit {n}; it must give one number per sample, "
                     f"{shapes[-1][:1]}: take the mean over all dimensions but the first"
                 )
     table = torch.stack([value.float() for value in losses], dim=1).cpu()
-    outside = (~((table >= 0) & (table <= 1))).nonzero()  # a NaN too
+    outside = (~((table >= 0) & (table <= 1))).nonzero()  # also NaN
     if len(outside):
         row, n = outside[0].tolist()
         raise InputError(
             f"loss= gives {table[row, n].item():.4g} at exit {n + 1}; losses must lie in [0, 1], where 0 is perfect: "
-            "bring an error e >= 0 there with e / (e + scale), or clamp it"
+            "map an error e >= 0 to e / (e + scale), or clamp it"
         )
     return torch.stack([value.float() for value in scores], dim=1).cpu().numpy(), table.numpy()
 
 
-def _told(shapes: Sequence[tuple[int, ...]]) -> str:
+def _listed(shapes: Sequence[tuple[int, ...]]) -> str:
     return ", ".join(f"exit {n}: {shape}" for n, shape in enumerate(shapes, start=1))

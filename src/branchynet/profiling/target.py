@@ -1,4 +1,4 @@
-"""What a deployed file is timed for: the batch size, the threads and the runtime."""
+"""How a deployed file runs: the batch size, the threads and the runtime."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,18 +12,20 @@ from ..errors import InputError
 
 @dataclass(frozen=True)
 class Target:
-    """How a deployed file runs, which decides what its stages cost.
+    """How a deployed file runs, which determines the costs of its stages.
 
     Attributes:
         batch_size: samples per call.
         threads: threads within an operator.
-        runtime: what runs the file, as for `load`.
+        runtime: the runtime, as for `load`.
 
     Raises:
         InputError: a batch size or number of threads below 1, or an unknown runtime.
 
-    >>> Target(batch_size=64, threads=2)
-    Target(batch_size=64, threads=2, runtime='onnxruntime')
+    Example:
+        >>> from branchynet import Target
+        >>> Target(batch_size=64, threads=2)
+        Target(batch_size=64, threads=2, runtime='onnxruntime')
     """
 
     batch_size: int = 1
@@ -38,14 +40,14 @@ class Target:
 
 
 def check_target(target: Any) -> Target:
-    """`target`. Raises `InputError` where it is no `Target`."""
+    """Return `target`. Raise `InputError` if it is not a `Target`."""
     instance("target", target, Target, "give Target(batch_size=1, threads=1, runtime='onnxruntime')")
     return target
 
 
 def listed(targets: Target | Sequence[Target]) -> list[Target]:
-    """One target or several as a list. Raises `InputError` where it is empty or holds anything else."""
+    """Return one or several targets as a list. Raise `InputError` if it is empty or holds anything else."""
     found = [targets] if isinstance(targets, Target) else list(targets)
     if not found:
-        raise InputError("give one Target at least, such as Target(batch_size=64)")
+        raise InputError("targets is empty; give at least one Target, such as Target(batch_size=64)")
     return [check_target(target) for target in found]
