@@ -365,5 +365,5 @@ def test_malformed_and_missing_providers_are_told(file, providers, told):
 @pytest.mark.parametrize("threads", [0, -2, 1.5, "2", [1]])
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_a_number_of_threads_that_is_none_is_refused(file, runtime, threads):
-    with pytest.raises(InputError, match="threads must be (at least 1|a whole number)"):
+    with pytest.raises(InputError, match=r"threads must be (at least 1|a whole number)"):
         load(file, threads=threads, runtime=runtime)

@@ -200,7 +200,7 @@ def test_any_number_of_samples_is_answered_in_calls(engine):
 def test_wrong_options_are_named(engine, folder):
     path = folder / "model.onnx"
     for threads in (0, -1, True, False, 2.0, "1"):
-        with pytest.raises(InputError, match=f"threads must be (at least 1|a whole number); got {threads!r}"):
+        with pytest.raises(InputError, match=rf"threads must be (at least 1|a whole number); got {threads!r}"):
             load(path, threads=threads)
     for threads in (1025, 10**12, 2**80):
         with pytest.raises(InputError, match=f"threads must be at most 1024; got {threads}"):
