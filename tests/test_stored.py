@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from branchynet.design.advice import Advice, CandidateResult, Design
 from branchynet.errors import FileError, InputError
+from branchynet.policy.exit_cost import ExitCost
 from branchynet.policy.fitted_scores import LearnedScore, TemperedScore
-from branchynet.policy.values import Choice, ExitCost, Outcome, Policy, Promise
+from branchynet.policy.values import Choice, Outcome, Policy, Promise
 from branchynet.runs.run import open_run
 from branchynet.runs.settings import Settings
 from branchynet.stored import from_stored, read_entry

@@ -36,11 +36,11 @@ from branchynet.graph.macs import exit_macs
 from branchynet.graph.onnx_flat import flatten
 from branchynet.nn.branches import InputMLP
 from branchynet.policy.averaging import averaged_record, fit_averaging
+from branchynet.policy.exit_cost import ExitCost
 from branchynet.policy.exit_record import ExitRecord
 from branchynet.policy.exit_rule import route
 from branchynet.policy.record_scores import scores_of_record
 from branchynet.policy.scores import features, resolve
-from branchynet.policy.values import ExitCost
 from branchynet.profiling.clock import interleaved
 from branchynet.training.options import FitOptions
 

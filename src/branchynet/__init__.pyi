@@ -25,12 +25,12 @@ from .policy.averaging import fit_averaging as fit_averaging
 from .policy.choosing import choose as choose
 from .policy.evaluation import evaluate as evaluate
 from .policy.evaluation import frontier as frontier
+from .policy.exit_cost import ExitCost as ExitCost
 from .policy.exit_record import ExitRecord as ExitRecord
 from .policy.prediction import Prediction as Prediction
 from .policy.score_fitting import fit_score as fit_score
 from .policy.score_fitting import fit_temperature as fit_temperature
 from .policy.values import Choice as Choice
-from .policy.values import ExitCost as ExitCost
 from .policy.values import Outcome as Outcome
 from .policy.values import Policy as Policy
 from .policy.values import Promise as Promise

@@ -274,3 +274,17 @@ def check_checksum(
         raise FileError(
             f"{path} is damaged or was edited: its content does not have the SHA-256 stored in it; {remedy}"
         )
+
+
+def write_sealed(path: str | os.PathLike[str], kind: str, content: dict[str, Any]) -> None:
+    """Write an object as JSON, with the checksum of its content. Raises `FileError`."""
+    write_json(path, {**content, "sha256": checksum([(kind, json.dumps(content, sort_keys=True))])})
+
+
+def read_sealed(path: str | os.PathLike[str], kind: str, remedy: str) -> Any:
+    """Read a file that `write_sealed` wrote, and check its checksum if it has one. Raises `FileError`."""
+    stored = read_json(path)
+    if isinstance(stored, dict) and "sha256" in stored:  # files of earlier versions have no checksum
+        known = stored.pop("sha256")
+        check_checksum(path, known, [(kind, json.dumps(stored, sort_keys=True))], remedy)
+    return stored

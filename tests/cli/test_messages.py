@@ -10,10 +10,10 @@ import pytest
 from branchynet import Choice, ExitRecord, evaluate
 from branchynet.data import save_image
 from branchynet.errors import InputError, counted
+from branchynet.policy.exit_cost import ExitCost
 from branchynet.policy.limits import Limit
 from branchynet.policy.promise import check_size, tightest
 from branchynet.policy.risk_tests import fewest, halves
-from branchynet.policy.values import ExitCost
 from branchynet.runs import steps
 from branchynet.runs.design import next_steps
 from branchynet.runs.run import create_run

@@ -19,9 +19,9 @@ from branchynet.graph.macs import exit_macs
 from branchynet.graph.onnx_flat import flatten
 from branchynet.nn.attaching import attach_branches
 from branchynet.nn.branches import named_branches
+from branchynet.policy.exit_cost import ExitCost
 from branchynet.policy.risk_tests import halves
 from branchynet.policy.scores import entropy
-from branchynet.policy.values import ExitCost
 
 DEEP = "conv-64x2-128x2-128"
 MAPS = [(1, 28, 28), (3, 32, 32), (16, 32, 31), (64, 8, 8), (96, 4, 5), (32, 2, 2), (5, 1, 1), (2048, 7, 7)]

@@ -6,8 +6,9 @@ import math
 import numpy as np
 from hypothesis import strategies as st
 
+from branchynet.policy.exit_cost import ExitCost
 from branchynet.policy.exit_record import ExitRecord
-from branchynet.policy.values import ExitCost, Policy
+from branchynet.policy.values import Policy
 
 
 def logits_record(samples, exits, classes=4, seed=0):

@@ -16,9 +16,10 @@ from branchynet.monitor.answers import predicted
 from branchynet.monitor.budget import BudgetController
 from branchynet.monitor.drift import Monitor
 from branchynet.monitor.martingale import CHUNK, ConformalRanks, _returns
+from branchynet.policy.exit_cost import ExitCost
 from branchynet.policy.exit_record import ExitRecord
 from branchynet.policy.prediction import Prediction
-from branchynet.policy.values import Choice, ExitCost, Outcome, Policy
+from branchynet.policy.values import Choice, Outcome, Policy
 
 POLICY = Policy(thresholds=(0.1, 0.3))
 COST = ExitCost((20, 30, 50), (5, 5, 0))

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from branchynet.errors import InfeasibleError, InputError
 from branchynet.policy import choosing
 from branchynet.policy.evaluation import evaluate, frontier
+from branchynet.policy.exit_cost import ExitCost
 from branchynet.policy.exit_record import ExitRecord
-from branchynet.policy.values import Choice, ExitCost, Policy
+from branchynet.policy.values import Choice, Policy
 from helpers.policies import a_cost, costs, entropies, every_policy, logits_record, small_records
 
 choose = functools.partial(choosing.choose, confidence=None)  # test_guarantee.py is about promises

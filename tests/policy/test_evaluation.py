@@ -11,10 +11,11 @@ from branchynet.errors import InputError
 from branchynet.policy import choosing
 from branchynet.policy.coordinate_ascent import ascend
 from branchynet.policy.evaluation import evaluate, frontier, wilson
+from branchynet.policy.exit_cost import ExitCost
 from branchynet.policy.exit_record import ExitRecord
 from branchynet.policy.exit_rule import route
 from branchynet.policy.search import SearchProblem, grid
-from branchynet.policy.values import ExitCost, Policy
+from branchynet.policy.values import Policy
 from helpers.policies import a_cost, costs, entropies, every_policy, logits_record, small_records
 
 choose = functools.partial(choosing.choose, confidence=None)  # test_guarantee.py is about promises

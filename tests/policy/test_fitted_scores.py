@@ -126,9 +126,9 @@ def test_missing_parts_and_unknown_names():
 
 
 def test_a_policy_needs_as_many_exits_as_were_fitted():
-    with pytest.raises(InputError, match="learned score was fitted on 2 exits, but here are 3"):
+    with pytest.raises(InputError, match="learned score was fitted on 2 exits, not 3"):
         Policy(LEARNED, (0.5, 0.5))
-    with pytest.raises(InputError, match="fitted on 2 exits, but here are 3"):
+    with pytest.raises(InputError, match="fitted on 2 exits, not 3"):
         TEMPERED((torch.zeros(2, 3),) * 3)
 
 

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from branchynet.errors import InfeasibleError, InputError
 from branchynet.policy.choosing import choose
 from branchynet.policy.evaluation import evaluate, frontier
+from branchynet.policy.exit_cost import ExitCost
 from branchynet.policy.exit_record import ExitRecord
 from branchynet.policy.risk_tests import best_bet, betting_p, binomial_p, fewest, fixed_sequence_test, halves
-from branchynet.policy.values import Choice, ExitCost, Policy, Promise
+from branchynet.policy.values import Choice, Policy, Promise
 
 COST = ExitCost((10.0, 20.0, 30.0), (1.0, 1.0, 0.0), (100.0, 200.0, 300.0), (5.0, 5.0, 0.0))
 

@@ -196,7 +196,7 @@ def test_a_record_with_nan_is_refused_before_it_is_one():
 def test_a_score_of_other_exits_or_classes(fit):
     three = fit(drawn(exits=3))
     for exits in (2, 4):
-        with pytest.raises(InputError, match=f"was fitted on 3 exits, but here are {exits}"):
+        with pytest.raises(InputError, match=f"was fitted on 3 exits, not {exits}"):
             scores_of_record(drawn(exits=exits, heat=(1.0,) * 4), three)
     if fit is fit_score:
         with pytest.raises(InputError, match=r"fitted on outputs \(B, 4\) and is given \(2000, 5\)"):

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from branchynet.errors import BranchyNetError, FileError, InputError
 from branchynet.files import read_json, replacing, write_json
+from branchynet.policy.exit_cost import ExitCost
 from branchynet.policy.exit_record import ExitRecord
-from branchynet.policy.values import Choice, ExitCost, Outcome, Policy, Promise
+from branchynet.policy.values import Choice, Outcome, Policy, Promise
 
 
 def a_record(samples=6, exits=3, classes=4):

@@ -12,7 +12,7 @@ from branchynet.errors import InputError
 from branchynet.graph.macs import exit_macs
 from branchynet.graph.onnx_flat import flatten
 from branchynet.nn.averaging import averaged
-from branchynet.policy.values import ExitCost
+from branchynet.policy.exit_cost import ExitCost
 from branchynet.profiling import cost as module
 from branchynet.profiling.cost import _apart, each_row, measure
 from branchynet.profiling.part_engines import leaving_engines, part_engines

@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from branchynet.errors import FileError, InputError
+from branchynet.policy.exit_cost import ExitCost
 from branchynet.policy.exit_record import ExitRecord
-from branchynet.policy.values import Choice, ExitCost, Outcome, Policy, Promise
+from branchynet.policy.values import Choice, Outcome, Policy, Promise
 from branchynet.report import Gallery, figure_scores, figure_shares, figure_tradeoff, write_report
 from branchynet.report.html import RunReport
 from branchynet.report.svg import inline

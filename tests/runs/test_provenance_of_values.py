@@ -9,9 +9,9 @@ from branchynet import BranchyNet, Policy, averaged, choose, evaluate, export, f
 from branchynet.errors import InputError
 from branchynet.nn.fingerprint import fingerprint
 from branchynet.policy.averaging import averaged_record, fit_averaging
+from branchynet.policy.exit_cost import ExitCost
 from branchynet.policy.exit_record import ExitRecord
 from branchynet.policy.risk_tests import halves
-from branchynet.policy.values import ExitCost
 
 COST = ExitCost((10.0,) * 3, (1.0, 1.0, 0.0))
 

@@ -9,7 +9,7 @@ from ..deploy.loading import Runtime
 from ..errors import InputError, counted
 from ..files import read_json, write_json
 from ..nn.network import BranchyNet
-from ..policy.values import ExitCost
+from ..policy.exit_cost import ExitCost
 from ..profiling.target import Target
 from ..stored import from_stored
 

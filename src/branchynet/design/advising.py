@@ -21,13 +21,14 @@ from ..nn.fingerprint import fingerprint
 from ..nn.network import BranchyNet
 from ..policy.digests import sketch
 from ..policy.evaluation import evaluate
+from ..policy.exit_cost import ExitCost
 from ..policy.exit_record import ExitRecord
 from ..policy.exit_rule import route
 from ..policy.record_scores import scores_of_record
 from ..policy.risk_tests import halves
 from ..policy.scores import resolve
 from ..policy.search import mean_cost
-from ..policy.values import Z95, ExitCost, Floats, Policy
+from ..policy.values import Z95, Floats, Policy
 from ..profiling.recording import record
 from ..profiling.target import Target, check_target
 from ..stored import read_entry

@@ -12,11 +12,12 @@ import numpy as np
 
 from ..errors import counted
 from ..policy.evaluation import best_points, policy_thresholds
+from ..policy.exit_cost import ExitCost
 from ..policy.exit_rule import route
 from ..policy.limits import SLACK
 from ..policy.risk_tests import halves
 from ..policy.search import SearchProblem
-from ..policy.values import ExitCost, Floats, Ints
+from ..policy.values import Floats, Ints
 
 _BEAM = 16  # number of designs that are extended by one exit
 _COARSE = 10_000  # threshold vectors per design while designs are compared

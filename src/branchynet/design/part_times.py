@@ -15,7 +15,8 @@ from ..deploy.assembly import assemble
 from ..errors import GraphError, as_graph_errors
 from ..graph.onnx_flat import FlatGraph
 from ..graph.torch_program import tensors_of
-from ..policy.values import ExitCost, Floats, Policy
+from ..policy.exit_cost import ExitCost
+from ..policy.values import Floats, Policy
 from ..profiling.clock import samples_of
 from ..profiling.cost import each_row, two_sizes
 from ..profiling.part_engines import ALWAYS, NEVER, opened

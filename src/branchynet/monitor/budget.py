@@ -9,12 +9,13 @@ from numpy.typing import ArrayLike
 from ..arguments import above_zero, instance
 from ..errors import InfeasibleError, InputError
 from ..policy.evaluation import policy_for
+from ..policy.exit_cost import ExitCost
 from ..policy.exit_record import ExitRecord, check_cost
 from ..policy.exit_rule import exit_positions
 from ..policy.prediction import Prediction
 from ..policy.record_scores import scores_of_record
 from ..policy.search import mean_cost
-from ..policy.values import Choice, ExitCost, Floats, Policy
+from ..policy.values import Choice, Floats, Policy
 from .answers import PicklableLock, answered, check_exits
 
 _MOST_GAIN = 0.5  # of the way to the goal in one batch, however large: half is stable even if the slope is taken wrong

@@ -1,4 +1,4 @@
-"""Answers that are means over the exits passed so far: often more accurate, for almost no work."""
+"""Average the outputs of the exits passed so far, which often makes them more accurate at almost no cost."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -9,10 +9,9 @@ from scipy.optimize import minimize
 from scipy.special import logsumexp, softmax
 from torch import Tensor
 
-from ..arguments import instance
 from ..errors import InputError
-from .digests import averaged_fingerprint, sketch
-from .exit_record import ExitRecord, bounded
+from .digests import averaged_fingerprint
+from .exit_record import ExitRecord, bounded, outputs_and_labels
 from .values import Floats, Ints
 
 WeightRows = Sequence[Sequence[float]]
@@ -22,7 +21,7 @@ Of = Literal["softmax", "logits"]
 def average(
     outputs: Sequence[Tensor], exit_weights: WeightRows | None = None, *, of: Of = "softmax"
 ) -> tuple[Tensor, ...]:
-    """The outputs of `averaged` for the exits' `outputs`, earliest first, each `(B, C, ...)`; shapes stay."""
+    """Return the outputs of `averaged` for the `outputs` of the exits, earliest first, each `(B, C, ...)`."""
     rows = exit_weight_rows(exit_weights, len(outputs))
     if known_kind(of) == "logits":
         parts = list(outputs)
@@ -33,15 +32,24 @@ def average(
 
 
 def averaged_record(record: ExitRecord, exit_weights: WeightRows | None = None, *, of: Of = "softmax") -> ExitRecord:
-    """The record of `averaged(net)` from the record of `net`, without running it again.
+    """Compute the record of `averaged(net)` from the record of `net`, without running the network again.
+
+    Args:
+        record: of the network before averaging, with outputs.
+        exit_weights: as for `averaged`; by default equal weights.
+        of: ``"softmax"`` or ``"logits"``, as for `averaged`.
 
     Raises:
         InputError: the record has no outputs, or `exit_weights` has another shape.
+
+    Example:
+        >>> import numpy as np
+        >>> logits = np.array([[[3, 0], [0, 1]], [[0, 1], [0, 2]]], dtype=np.float32)  # 2 samples, 2 exits, 2 classes
+        >>> averaged_record(ExitRecord(logits, np.array([0, 1]))).losses[:, 1]  # exit 2 is now right on both samples
+        array([0., 0.], dtype=float32)
     """
-    instance("record", record, ExitRecord, "give what record(...) returns")
-    if record.outputs is None or record.labels is None:
-        raise InputError("this record holds scores and losses; averaging reads outputs: record without loss=")
-    exits = [torch.from_numpy(np.ascontiguousarray(record.outputs[:, n])) for n in range(record.num_exits)]
+    outputs, _ = outputs_and_labels(record, "averaging")
+    exits = [torch.from_numpy(np.ascontiguousarray(outputs[:, n])) for n in range(record.num_exits)]
     network = record.network and averaged_fingerprint(
         record.network, exit_weight_rows(exit_weights, record.num_exits), of
     )
@@ -55,12 +63,12 @@ def averaged_record(record: ExitRecord, exit_weights: WeightRows | None = None, 
 
 
 class ExitWeights(tuple[tuple[float, ...], ...]):
-    """Rows of exit weights, with a sketch of the samples that they were fitted on (`fitted_on`); slices keep it."""
+    """Rows of exit weights. `fitted_on` is the sketch of the samples that they were fitted on; slices keep it."""
 
     fitted_on: str = ""
 
     def __getitem__(self, index: Any) -> Any:
-        """A row, or a slice of rows."""
+        """Return a row, or the `ExitWeights` of a slice."""
         found = super().__getitem__(index)
         if isinstance(index, slice):
             found = ExitWeights(found)
@@ -71,36 +79,40 @@ class ExitWeights(tuple[tuple[float, ...], ...]):
 def fit_averaging(record: ExitRecord, *, of: Of = "softmax", steps: int = 200) -> ExitWeights:
     """Fit the `exit_weights` of `averaged` by maximum likelihood on a record; deterministic.
 
-    Probabilities are averaged as a mixture, whose weights expectation-maximisation finds, starting from equal ones. For
-    logits, L-BFGS-B finds weights and a temperature together, which makes the likelihood concave; the temperature
-    changes no answer and is dropped.
+    Mean probabilities are a mixture. Expectation-maximisation finds its weights, starting from equal weights. For
+    logits, L-BFGS-B fits the weights and a temperature together, which makes the likelihood concave. The temperature
+    changes no label and is dropped.
 
     Args:
-        record: of the network before averaging, with outputs; on other samples than those that `choose` reads.
+        record: of the network before averaging, with outputs. Its samples must not be those that `choose` reads.
         of: ``"softmax"`` or ``"logits"``, as for `averaged`.
-        steps: the most steps of the optimizer.
+        steps: the maximum number of steps of the optimizer.
 
     Returns:
-        One row per exit; row n holds n weights that sum to 1. The value identifies its samples, so that `choose` tests
-        no promise on them.
+        One row per exit; row n holds n weights that sum to 1. The value remembers its samples, and `choose` tests no
+        promise on them.
 
     Raises:
         InputError: the record has no outputs.
 
-    Source: Dempster, Laird and Rubin 1977, doi:10.1111/j.2517-6161.1977.tb01600.x; for logits logistic regression.
+    Example:
+        >>> import numpy as np
+        >>> logits = np.array([[[3, 0], [1, 0]], [[2, 0], [0, 3]]], dtype=np.float32)  # 2 samples, 2 exits, 2 classes
+        >>> [len(row) for row in fit_averaging(ExitRecord(logits, np.array([0, 1])))]
+        [1, 2]
+
+    Source: Dempster, Laird and Rubin 1977, doi:10.1111/j.2517-6161.1977.tb01600.x; for logits, logistic regression.
     """
-    if record.outputs is None or record.labels is None:
-        raise InputError("this record holds scores and losses; fitting reads outputs: record without loss=")
+    outputs, labels = outputs_and_labels(record, "fitting")
     fit = _mixture if known_kind(of) == "softmax" else _combination
-    logits = bounded(record.outputs.astype(np.float64))
-    fitted = ExitWeights(fit(logits[:, :n], record.labels, steps) for n in range(1, record.num_exits + 1))
-    assert record.sample_digests is not None  # the record has outputs
-    fitted.fitted_on = sketch(record.sample_digests)
+    logits = bounded(outputs.astype(np.float64))
+    fitted = ExitWeights(fit(logits[:, :n], labels, steps) for n in range(1, record.num_exits + 1))
+    fitted.fitted_on = record.sketch
     return fitted
 
 
 def _mixture(logits: Floats, labels: Ints, steps: int) -> tuple[float, ...]:
-    """One weight per exit for probabilities, from logits `(S, n, C)`."""
+    """Fit one weight per exit for probabilities, from logits `(S, n, C)`."""
     answered = softmax(logits, axis=2)[np.arange(len(labels)), :, labels]
     answered = np.maximum(answered, _LEAST)
     exit_weights = np.full(logits.shape[1], 1 / logits.shape[1])
@@ -114,7 +126,7 @@ def _mixture(logits: Floats, labels: Ints, steps: int) -> tuple[float, ...]:
 
 
 def _combination(logits: Floats, labels: Ints, steps: int) -> tuple[float, ...]:
-    """One weight per exit for logits `(S, n, C)`."""
+    """Fit one weight per exit for logits `(S, n, C)`."""
     samples, exits, _ = logits.shape
     answered = logits[np.arange(samples), :, labels]
 
@@ -129,14 +141,14 @@ def _combination(logits: Floats, labels: Ints, steps: int) -> tuple[float, ...]:
         objective, start, jac=True, method="L-BFGS-B", bounds=[(0.0, None)] * exits, options={"maxiter": steps}
     )
     total = float(found.x.sum())
-    return tuple((found.x / total).tolist()) if total > 0 else tuple(start.tolist())  # 0 where no exit knows anything
+    return tuple((found.x / total).tolist()) if total > 0 else tuple(start.tolist())  # 0 if no exit helps
 
 
-_LEAST = 1e-30  # instead of a probability of 0, whose logarithm is infinite
+_LEAST = 1e-30  # replaces a probability of 0, because its logarithm is infinite
 
 
 def selected_on(before: Sequence[str], exit_weights: WeightRows | None) -> tuple[str, ...]:
-    """Sketches of the samples that the exits were selected on and that `exit_weights` were fitted on."""
+    """Return the sketches in `before`, and that of the samples that `exit_weights` were fitted on."""
     fitted = exit_weights.fitted_on if isinstance(exit_weights, ExitWeights) else ""
     return tuple(dict.fromkeys((*before, *filter(None, [fitted]))))
 
@@ -150,14 +162,14 @@ def _mean(parts: Sequence[Tensor], row: Sequence[float]) -> Tensor:
 
 
 def known_kind(of: Of) -> Of:
-    """`of`. Raises `InputError` where it is unknown."""
+    """Return `of`. Raises `InputError` if it is unknown."""
     if of not in ("softmax", "logits"):
         raise InputError(f"of must be 'softmax' or 'logits'; got {of!r}")
     return of
 
 
 def exit_weight_rows(exit_weights: WeightRows | None, exits: int) -> tuple[tuple[float, ...], ...]:
-    """The exit weights, each row scaled to sum to 1; equal ones by default. Raises `InputError`."""
+    """Return the exit weights, with each row scaled to sum to 1; by default equal weights. Raises `InputError`."""
     if exit_weights is None:
         return tuple((1 / n,) * n for n in range(1, exits + 1))
     try:

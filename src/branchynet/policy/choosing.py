@@ -1,4 +1,4 @@
-"""Choosing thresholds under one limit, with a promise that holds for other samples: choose.
+"""Choose thresholds under one limit, with a promise that holds for other samples.
 
 Shape letters: S samples, N exits, P threshold vectors.
 """
@@ -12,15 +12,15 @@ import numpy as np
 
 from ..arguments import real, whole
 from ..errors import InfeasibleError, InputError
-from .digests import sketch
 from .evaluation import best_points, centred, evaluate, policy_thresholds, problem_of
+from .exit_cost import ExitCost
 from .exit_record import ExitRecord, check_cost
 from .explanation import why_never
 from .limits import Limit, one_limit
 from .promise import bound_of, check_samples, check_size, promised
 from .record_scores import score_in_use
 from .search import SearchPoints, SearchProblem, join, sweep
-from .values import BOUNDS, Choice, ExitCost, Floats, Policy, Promise
+from .values import BOUNDS, Choice, Floats, Policy, Promise
 
 if TYPE_CHECKING:
     from .scores import Score
@@ -40,57 +40,63 @@ def choose(
     score: "str | Score | None" = None,
     vectors: int = 1_000_000,
 ) -> Choice:
-    """The best thresholds under exactly one limit, searched as in `frontier`.
+    """Choose the best thresholds under exactly one limit.
 
-    The first three limits bound what leaving early may cost in accuracy, and the mean time is minimised; the other two
-    bound the mean cost, and accuracy is maximised. Of equals the cheaper or the more accurate is taken.
+    The first three limits bound the loss of accuracy, and `choose` minimises the mean time. The other two bound the
+    mean cost, and `choose` maximises accuracy. Ties go to the cheaper or the more accurate policy. The search is that
+    of `frontier`.
 
     A limit on accuracy comes with a promise: with probability `confidence` over the draw of the record, the limit holds
-    for the distribution that it was drawn from. Half of the record finds candidates and the other half tests them, in
-    an order fixed beforehand, until one fails. Never leaving early always keeps ``max_drop`` and ``max_disagreement``,
-    and is the answer where no candidate is sure enough. ``confidence=None`` asks for no promise: the limit then holds
-    on the record itself, and on other data about half the time not.
+    for the distribution of the record. One half of the record finds candidates; the other half tests them, in an order
+    fixed beforehand, until one fails. If no candidate passes, no sample leaves early, which always keeps ``max_drop``
+    and ``max_disagreement``. With ``confidence=None`` there is no promise: the limit holds on the record, and fails on
+    other data about half of the time.
 
-    One record gives one promise. The best of several promised choices on one record keeps its promise less often: for
-    the best of k take ``confidence=1 - 0.05 / k``.
-
-    Choose on validation data, and report on other data.
+    One record gives one promise. If you take the best of k promised choices on one record, set
+    ``confidence=1 - 0.05 / k``. Choose on validation data, and report results on other data.
 
     Args:
         record: S samples, N exits.
-        cost: N stages. Without one, each trunk segment counts as 1 and branches as nothing: the mean exit is minimised.
-        max_drop: accuracy at most this far below the last exit's, as a fraction (0.01 is one point).
-        min_accuracy: accuracy at least this, between 0 and 1: that of a plain network, say.
-        max_disagreement: another class than the last exit's for at most this share of the samples; needs outputs, and
-            looks at no labels.
-        max_latency_us: mean microseconds a sample at most this; needs `cost`.
-        max_macs: mean multiply-accumulates a sample at most this; needs `cost`.
+        cost: N stages. By default each trunk segment costs 1 and branches cost nothing: the mean exit is minimised.
+        max_drop: maximum drop in accuracy from the last exit, as a fraction (0.01 is one point).
+        min_accuracy: minimum accuracy, between 0 and 1, such as that of a plain network.
+        max_disagreement: maximum share of samples with another class than that of the last exit. Needs outputs, and
+            reads no labels.
+        max_latency_us: maximum mean microseconds per sample; needs `cost`.
+        max_macs: maximum mean multiply-accumulates per sample; needs `cost`.
         confidence: of the promise, between 0 and 1, or None.
-        bound: ``"betting"`` on the signed loss, which credits answers that leaving early put right, or ``"binomial"``,
-            exact on the answers that it made wrong, for losses of 0 and 1. By default betting for ``max_drop``, and
-            binomial for the other two, whose loss has no sign: each is the sharper there.
-        score: a name in `branchynet.policy.record_scores`, or a callable; by default the one that `record` holds, or
-            else entropy.
+        bound: ``"betting"`` tests the signed loss, which credits answers that leaving early corrects.
+            ``"binomial"`` is an exact test of the answers that leaving early makes wrong, for losses of 0 and 1. The
+            default is the sharper one: betting for ``max_drop``, binomial for the other two limits.
+        score: a name in `branchynet.policy.scores`, a fitted score, or a callable; by default the score that `record`
+            holds, or entropy.
         vectors: how many combinations to search, as in `frontier`.
 
     Returns:
-        The choice, with its promise, and its outcome on all of `record`. Where no sample leaves early, `reason` says
-        why; ``print(choice)`` shows all of it.
+        The choice, with its promise and its outcome on all of `record`. If no sample leaves early, `reason` says why.
 
     Raises:
-        InputError: not exactly one limit, a limit or confidence out of range, no cost for a limit on cost, record and
-            cost of different networks, too few samples for the promise (the message says how many it needs), a score or
-            exits that were fitted to or selected on the samples that test the promise, or labels that are all of one
+        InputError: not exactly one limit, a limit or confidence out of range, no cost for a limit on cost, a record and
+            a cost of different networks, too few samples for the promise (the message names the number needed), a score
+            or exits that were fitted or selected on the samples that test the promise, or labels that are all of one
             class.
-        InfeasibleError: no thresholds meet the limit; the message names the best that can be reached.
+        InfeasibleError: no thresholds meet the limit; the message names the best value that can be reached.
 
     Warns:
-        UserWarning: under a promise, no thresholds are sure enough, so that no sample leaves early; or many samples
-            stand in the record more than once; or ``max_drop`` or ``max_disagreement`` is so large that it may be
-            meant in percent.
+        UserWarning: no thresholds keep the promise, so that no sample leaves early; many samples occur in the record
+            more than once; or ``max_drop`` or ``max_disagreement`` is so large that it may be meant in percent.
 
-    Source: Teerapittayanon et al. 2016, section V-B (screening under an accuracy or a time constraint); the promise as
-    in `branchynet.policy.risk_tests`.
+    Example:
+        >>> import numpy as np
+        >>> rng = np.random.default_rng(0)
+        >>> scores = rng.random((2000, 2))  # 2,000 samples, 2 exits; a smaller score is surer
+        >>> losses = np.stack([scores[:, 0] > 0.9, np.zeros(2000)], axis=1)  # exit 1 is wrong if its score is above 0.9
+        >>> choice = choose(ExitRecord.from_scores(scores, losses, "entropy"), max_drop=0.01)
+        >>> choice.outcome.exit_share[0] > 0.8
+        True
+
+    Source: Teerapittayanon et al. 2016, section V-B (screening under an accuracy or a time constraint). The promise is
+    that of `branchynet.policy.risk_tests`.
     """
     limit = check_limit(
         confidence,
@@ -106,7 +112,7 @@ def choose(
     confidence = None if confidence is None else real("confidence", confidence)
     check_cost(record, cost)
     score = score_in_use(record, score)
-    problem = _what_is_searched(record, cost, score, limit)
+    problem = _problem_under(limit, record, cost, score)
     if limit.on_cost or confidence is None:
         best, promise = _within(problem, limit, vectors), None
     else:
@@ -115,7 +121,6 @@ def choose(
         best, sizes = promised(problem, limit, 1 - confidence, bound, vectors)
         promise = Promise(limit.name, limit.value, confidence, bound, *sizes)
     policy = Policy(score, policy_thresholds(best))
-    known = record.sample_digests
     choice = Choice(
         policy,
         {limit.name: limit.value},
@@ -123,7 +128,7 @@ def choose(
         record.digest,
         promise,
         record.network,
-        samples="" if known is None else sketch(known),
+        samples=record.sketch,
     )
     return replace(choice, reason=why_never(record, cost, choice))
 
@@ -131,9 +136,9 @@ def choose(
 def nearest_to(
     record: ExitRecord, cost: ExitCost, accuracy: float, score: "str | Score" = "entropy"
 ) -> tuple[Choice, bool]:
-    """The cheapest choice of that accuracy on the record, and True; else the most accurate one, and False.
+    """Return the cheapest choice of that accuracy on the record and True, or the most accurate choice and False.
 
-    Without a promise: for comparisons at the accuracy of another network, which this one may not reach.
+    The choice has no promise. Use it to compare with another network, whose accuracy this one may not reach.
     """
     try:
         return choose(record, cost, score=score, min_accuracy=accuracy, confidence=None), True
@@ -142,8 +147,8 @@ def nearest_to(
         return choose(record, cost, score=score, max_latency_us=longest), False
 
 
-def _what_is_searched(record: ExitRecord, cost: ExitCost | None, score: "str | Score", limit: Limit) -> SearchProblem:
-    """The record's scores, the losses and the costs that the limit is about."""
+def _problem_under(limit: Limit, record: ExitRecord, cost: ExitCost | None, score: "str | Score") -> SearchProblem:
+    """Return the search problem with the losses and costs that the limit bounds."""
     if cost is None and limit.on_cost:
         raise InputError(
             f"{limit.name} needs a cost: measure one with measure(...), or give max_drop, min_accuracy or "
@@ -153,7 +158,7 @@ def _what_is_searched(record: ExitRecord, cost: ExitCost | None, score: "str | S
         if (record.labels == record.labels[0]).all():
             raise InputError(
                 f"all {record.samples} labels of the record are class {record.labels[0]}: choose on samples of all "
-                "classes, in the proportions that the network will meet"
+                "classes, in the proportions of the data that the network will process"
             )
     if limit.without_labels:
         if record.outputs is None:
@@ -163,15 +168,15 @@ def _what_is_searched(record: ExitRecord, cost: ExitCost | None, score: "str | S
     if limit.on_macs:
         if not any(cost.trunk_macs):
             raise InputError(
-                "max_macs needs a cost with multiply-accumulates (trunk_macs, branch_macs); measure one, which has "
-                "them where the size of every product is known"
+                "max_macs needs a cost with multiply-accumulates (trunk_macs, branch_macs): measure(...) counts them "
+                "if the size of every product is known"
             )
         cost = ExitCost(cost.trunk_macs, cost.branch_macs, network=cost.network)
     return problem_of(record, cost, score)
 
 
 def _within(problem: SearchProblem, limit: Limit, vectors: int) -> Floats:
-    """The best thresholds `(N-1,)` on the record itself."""
+    """Return the best thresholds `(N-1,)` on the record itself."""
     most_loss, most_us = limit.allowed_loss(problem.losses), limit.allowed_cost
     points = best_points(problem, vectors)
     best = _pick(points, most_loss, most_us)
@@ -182,7 +187,7 @@ def _within(problem: SearchProblem, limit: Limit, vectors: int) -> Floats:
 
 
 def _pick(points: SearchPoints, most_loss: float, most_us: float) -> SearchPoints | None:
-    """The best point within both limits, one of which is infinite: that one's figure is then minimised last."""
+    """Return the best point within both limits. One limit is infinite, and its quantity is minimised first."""
     within = np.nonzero((points.loss <= most_loss) & (points.us <= most_us))[0]
     if not len(within):
         return None
@@ -192,7 +197,7 @@ def _pick(points: SearchPoints, most_loss: float, most_us: float) -> SearchPoint
 
 
 def _refine(problem: SearchProblem, best: SearchPoints, most_loss: float, most_us: float) -> SearchPoints:
-    """Move one threshold at a time among all distinct scores, since the search may have seen only some of them."""
+    """Move one threshold at a time among all distinct scores, because the search may have used only some of them."""
     moved = True
     while moved:
         moved = False
@@ -212,7 +217,7 @@ def check_call(
     vectors: int = 1,
     **limits: float | None,
 ) -> bool:
-    """Whether `choose` would promise something; raises what it would for these arguments, before costs are measured."""
+    """Return whether `choose` gives a promise. Raises as `choose` does, before any cost is measured."""
     limit = check_limit(confidence, bound, **limits)
     if confidence is None or limit.on_cost:
         return False
@@ -223,7 +228,7 @@ def check_call(
 
 
 def check_limit(confidence: float | None, bound: str | None = None, **limits: float | None) -> Limit:
-    """The one limit that was given. Raises `InputError` for any of these that is out of range."""
+    """Return the one limit that was given. Raises `InputError` for any argument that is out of range."""
     confidence = None if confidence is None else real("confidence", confidence)
     if confidence is not None and not 0 < confidence < 1:
         raise InputError(f"confidence={confidence:g} must lie between 0 and 1, such as 0.95; or None for no promise")
@@ -248,5 +253,5 @@ def _unreachable(limit: Limit, points: SearchPoints, samples: int) -> str:
     return (
         f"no thresholds meet {limit} on this record of {samples} samples; {what} are "
         f"{policy_thresholds(points.thresholds[best])}, with accuracy {1 - points.loss[best] / samples:.4f} at a mean "
-        f"cost of {points.us[best]:.4g} {unit} a sample"
+        f"cost of {points.us[best]:.4g} {unit} per sample"
     )

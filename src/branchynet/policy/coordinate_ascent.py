@@ -1,4 +1,4 @@
-"""Threshold vectors for any number of exits, by coordinate ascent.
+"""Search threshold vectors for any number of exits by coordinate ascent.
 
 Shape letters: S samples, N exits.
 """
@@ -7,59 +7,43 @@ import itertools
 
 import numpy as np
 
-from .exit_rule import exit_positions
-from .search import SearchPoints, SearchProblem, around, best_of, cuts, join, mean_cost, sweep, thinned
+from .search import SearchPoints, SearchProblem, around, best_of, cuts, evenly, join, points_at, sweep, thinned
 from .values import Floats
 
 CLIMBED = 30_000
-"""Of more samples, so many are climbed on, drawn at random; what is found is then judged on all of them."""
+"""Larger records are searched on a random sample of this size; its results are then evaluated on all samples."""
 
-_JUDGED = 64  # points of the climb that are judged on all samples
-_SWEPT = 12  # of them, those from which one threshold at a time is swept over all samples
+_EVALUATED = 64  # points found on the random sample that are evaluated on all samples
+_SWEPT = 12  # of these, the points from which one threshold at a time is swept over all samples
 
 
 def ascend(problem: SearchProblem, prices: int = 24) -> SearchPoints:
-    """A Pareto set for any number of exits: coordinate ascent of loss + price x time, for many prices and starts.
+    """Return a Pareto set for any number of exits: minimise loss + price x time for many prices and starts.
 
-    Each step sets one threshold to its best value with the others held. All thresholds tried where no step helps
-    enter the set, which fills the gaps between the prices. Not proven best: tests compare it with `grid`.
+    Each step sets one threshold to its best value, and keeps the others. At the points where no step helps, all
+    vectors tried enter the set, which fills the gaps between the prices. The set need not be optimal; tests compare it
+    with `grid`.
     """
     samples = len(problem.scores)
     if samples <= CLIMBED:
         return _climbed(problem, prices)
     drawn = np.sort(np.random.RandomState(0).permutation(samples)[:CLIMBED])
     rough = _climbed(problem.take(drawn), prices)
-    points = _judged(problem, rough.thresholds[_spread(len(rough.loss), _JUDGED)]).pareto()
-    most_accurate = _climb(problem, points.thresholds[-1], float(_prices(problem, prices)[0]))  # whether a limit is met
-    starts = [*(points.thresholds[i] for i in _spread(len(points.loss), _SWEPT)), most_accurate]
+    points = points_at(problem, rough.thresholds[evenly(len(rough.loss), _EVALUATED)]).pareto()
+    # The most accurate point decides whether a limit on accuracy can be met.
+    most_accurate = _climb(problem, points.thresholds[-1], float(_prices(problem, prices)[0]))
+    starts = [*(points.thresholds[i] for i in evenly(len(points.loss), _SWEPT)), most_accurate]
     return best_of(itertools.chain([points], (around(problem, start) for start in starts)))
 
 
 def _prices(problem: SearchProblem, prices: int) -> Floats:
-    """What a microsecond may cost in summed loss, from almost nothing on."""
+    """Return prices of a microsecond in summed loss, from almost 0 on."""
     latency = problem.cost.latency_us([True] * problem.cost.num_exits)
     return np.geomspace(1e-4, 10, prices) * len(problem.scores) / max(float(latency[-1] - latency[0]), 1e-9)
 
 
-def _spread(count: int, most: int) -> np.ndarray:
-    """At most so many of `count` places, evenly spread, both ends among them."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int))
-
-
-def _judged(problem: SearchProblem, thresholds: Floats) -> SearchPoints:
-    """What each of the threshold vectors `(P, N-1)` does."""
-    samples, exits = problem.scores.shape
-    losses, us, counts = [], [], []
-    for row in thresholds:
-        position = exit_positions(problem.scores, row)
-        counts.append(np.bincount(position, minlength=exits).astype(np.float64))
-        losses.append(problem.losses[np.arange(samples), position].sum())
-        us.append(mean_cost(counts[-1], problem.cost.latency_us([*~np.isnan(row), True]), samples))
-    return SearchPoints(thresholds, np.array(losses), np.array(us), np.array(counts))
-
-
 def _climbed(problem: SearchProblem, prices: int) -> SearchPoints:
-    """The Pareto set of what climbs at many prices find."""
+    """Return the Pareto set of the points that climbs at many prices reach."""
     never = np.full(problem.scores.shape[1] - 1, np.nan, np.float32)
     halves = [thinned(scores, cuts(scores), 2) for scores in problem.scores[:, :-1].T]
     middle = np.array([half[0] if len(half) else np.nan for half in halves], np.float32)
@@ -75,7 +59,7 @@ def _climbed(problem: SearchProblem, prices: int) -> SearchPoints:
 
 
 def _climb(problem: SearchProblem, start: Floats, price: float) -> Floats:
-    """The thresholds where no single change lowers loss + price x time, reached from `start`."""
+    """Change one threshold at a time, from `start` on, until no change lowers loss + price x time."""
     point, best = start, np.inf
     while True:
         before = best

@@ -1,7 +1,7 @@
-"""Judging thresholds, on recorded outputs and measured costs alone: evaluate, frontier.
+"""Evaluate thresholds from recorded outputs and measured costs.
 
-A threshold acts as the float32 number that the deployed network compares with, so a policy routes the recorded samples
-there as it does here. Shape letters: S samples, N exits, P policies.
+Thresholds are rounded to float32 as in the deployed network, so both route recorded samples to the same exits.
+Shape letters: S samples, N exits, P policies.
 """
 
 import math
@@ -15,45 +15,51 @@ from ..arguments import instance, whole
 from ..errors import InputError
 from .coordinate_ascent import ascend
 from .digests import share_samples
+from .exit_cost import ExitCost
 from .exit_record import ExitRecord, check_cost, check_same_network
 from .exit_rule import exit_positions, route
-from .fitted_scores import FittedScore
+from .fitted_scores import samples_fitted_on
 from .record_scores import score_in_use, scores_of_record
 from .search import SearchPoints, SearchProblem, between, beyond, grid, mean_cost
-from .values import Z95, Choice, ExitCost, Floats, Ints, Outcome, Policy
+from .values import Z95, Choice, Floats, Ints, Outcome, Policy
 
 if TYPE_CHECKING:
     from .scores import Score
 
 GRID_EXITS = 3
-"""Up to so many thresholds all combinations are searched; beyond, coordinate ascent."""
+"""For at most this many thresholds, all combinations are searched; for more, coordinate ascent is used."""
 
 
 def first_correct(losses: Floats) -> Ints:
-    """`(S,)` the position of the first exit that is right, of losses `(S, N)`; the last where none is."""
+    """Return the position `(S,)` of the first exit that is right, from losses `(S, N)`; the last exit if none is."""
     right = losses < 0.5
     right[:, -1] = True
     return right.argmax(axis=1).astype(np.int64)
 
 
 def evaluate(record: ExitRecord, policy: Policy | Choice, cost: ExitCost | None = None) -> Outcome:
-    """What `policy` does on `record`: accuracy, who leaves where and, given `cost`, time and MACs.
+    """Compute the accuracy of `policy` on `record`, the share of samples per exit and, given `cost`, time and MACs.
 
-    Leaving at exit n costs the trunk up to n and the branches in use up to n; a branch whose threshold is None costs
-    nothing. The accuracy's interval is Wilson's, at 95 %; for losses between 0 and 1 it is conservative, since none
-    varies more than a 0/1 loss of the same mean.
+    Leaving at exit n costs the trunk and the branches in use up to n; a branch with the threshold None costs nothing.
+    The interval of the accuracy is Wilson's 95 % interval. It is conservative for losses between 0 and 1, because they
+    vary at most as much as a 0/1 loss with the same mean.
 
     Args:
         record: S samples, N exits.
-        policy: a score and N-1 thresholds. Given a `Choice`, its policy, with a warning where `record` is the data that
-            chose it, which flatters.
+        policy: a score and N-1 thresholds, or a `Choice`, with a warning if `record` is the data that chose it.
         cost: N stages, or None to leave the costs out.
 
     Returns:
         The outcome; `p95_us` and `worst_us` are over the samples of the record.
 
     Raises:
-        InputError: record, policy and cost are not for one number of exits, or not of one network.
+        InputError: record, policy and cost have different numbers of exits, or are of different networks.
+
+    Example:
+        >>> record = ExitRecord.from_scores(scores=[[0.1, 0.0], [0.9, 0.0]], losses=[[0, 0], [1, 0]], score="entropy")
+        >>> outcome = evaluate(record, Policy("entropy", (0.5,)), ExitCost((10.0, 30.0), (5.0, 0.0)))
+        >>> outcome.accuracy, outcome.exit_share, outcome.mean_us
+        (1.0, (0.5, 0.5), 30.0)
 
     Source: Teerapittayanon et al. 2016, Figure 2; interval: Wilson 1927, doi:10.1080/01621459.1927.10502953.
     """
@@ -61,12 +67,13 @@ def evaluate(record: ExitRecord, policy: Policy | Choice, cost: ExitCost | None 
     policy, chose = policy_for(record, policy)
     if chose:
         warnings.warn(
-            "this record chose these thresholds, so its figures flatter them: report another record's", stacklevel=2
+            "this record chose these thresholds, so its results are optimistic: report those of another record",
+            stacklevel=2,
         )
     if policy.num_exits != record.num_exits:
         raise InputError(
             f"the policy has {len(policy.thresholds)} thresholds, but a record of {record.num_exits} exits needs "
-            f"{record.num_exits - 1}, one an exit but the last: give None for an exit that is not to be used"
+            f"{record.num_exits - 1}, one per exit except the last: give None for an exit that you do not use"
         )
     position = route(scores_of_record(record, policy.score), policy.thresholds) - 1
     losses = record.losses.astype(np.float64)
@@ -95,7 +102,7 @@ def evaluate(record: ExitRecord, policy: Policy | Choice, cost: ExitCost | None 
 
 
 def policy_for(record: ExitRecord, policy: Policy | Choice) -> tuple[Policy, bool]:
-    """The policy, or that of a choice, and whether the record is known to have chosen it.
+    """Return the policy, or that of a choice, and whether the record is known to have chosen it.
 
     Raises:
         InputError: neither, or a choice of another network than the record's.
@@ -108,23 +115,22 @@ def policy_for(record: ExitRecord, policy: Policy | Choice) -> tuple[Policy, boo
 
 
 def _chose(choice: Choice, record: ExitRecord) -> bool:
-    """Whether samples of the record chose the thresholds, or the score was fitted on them."""
-    score = choice.policy.score
-    known = [choice.samples, score.fitted_on if isinstance(score, FittedScore) else ""]
+    """Return whether samples of the record chose the thresholds, or the score was fitted on them."""
+    known = [choice.samples, samples_fitted_on(choice.policy.score)]
     found = record.sample_digests if any(known) else None
     return found is not None and any(share_samples(one, found) for one in known)
 
 
 @dataclass(frozen=True, eq=False)
 class Frontier:
-    """The threshold vectors that no other beats in both accuracy and mean time, cheapest and least accurate first.
+    """The Pareto set of threshold vectors for accuracy and mean time, cheapest and least accurate first.
 
     Attributes:
         thresholds: `(P, N-1)` float32, NaN for never.
         accuracy: `(P,)` float64, 1 - mean loss.
-        mean_us: `(P,)` float64, microseconds a sample.
+        mean_us: `(P,)` float64, microseconds per sample.
         share: `(P, N)` float64, share of the samples that leave at each exit.
-        score: what the thresholds are compared with.
+        score: the score that is compared with the thresholds.
     """
 
     thresholds: Floats
@@ -139,7 +145,7 @@ class Frontier:
 
     @property
     def knee(self) -> int:
-        """The position where accuracy begins to cost much time: the farthest above the chord between both ends.
+        """The position from which accuracy costs much time: the farthest above the chord between both ends.
 
         Time and accuracy are scaled to [0, 1] (Satopaa et al. 2011, Finding a "Kneedle" in a Haystack).
         """
@@ -147,7 +153,7 @@ class Frontier:
         return int(((self.accuracy - self.accuracy[0]) / accuracy - (self.mean_us - self.mean_us[0]) / us).argmax())
 
     def policy(self, index: int) -> Policy:
-        """The policy at position `index`. Raises `InputError` where there is none."""
+        """Return the policy at position `index`. Raises `InputError` if there is none."""
         index = whole("index", index, -len(self), len(self) - 1)
         return Policy(self.score, policy_thresholds(self.thresholds[index]))
 
@@ -155,25 +161,32 @@ class Frontier:
 def frontier(
     record: ExitRecord, cost: ExitCost, score: "str | Score | None" = None, *, vectors: int = 1_000_000
 ) -> Frontier:
-    """The best accuracy for every mean time that thresholds can give on `record`.
+    """Compute the best accuracy on `record` for every mean time that thresholds can give.
 
-    Thresholds lie midway between neighbouring recorded scores, and *never*, which removes an exit and its cost, is one
-    of them. One threshold: exact. Two or three: exact over all distinct scores while the combinations that no looser
-    one beats for sure are at most `vectors`, for two a hundred times as many; else on a grid of about that size, then
-    exact along one threshold at a time. More: coordinate ascent from several starts.
+    Candidate thresholds lie midway between neighbouring recorded scores; *never* removes an exit and its cost. For one
+    threshold the result is exact. For two or three it is exact if at most `vectors` combinations remain (for two, a
+    hundred times as many) after leaving out those that a looser one certainly beats. With more combinations, it is
+    computed on a grid of about `vectors`, and then exactly along one threshold at a time. More thresholds are searched
+    by coordinate ascent from several starts.
 
     Args:
         record: S samples, N exits.
         cost: N stages.
-        score: a name in `branchynet.policy.record_scores`, or a callable; by default the one that `record` holds, or
-            else entropy.
-        vectors: how many combinations to search for each set of exits in use; 1,000,000 take about 0.1 s and 50 MB.
+        score: a name in `branchynet.policy.scores`, a fitted score, or a callable; by default the score that `record`
+            holds, or entropy.
+        vectors: how many combinations to search per set of exits in use; 1,000,000 take about 0.1 s and 50 MB.
 
     Returns:
-        The Pareto set on this record: optimistic for other data, the more so the smaller the record.
+        The Pareto set on this record. It is optimistic for other data, more so for a smaller record.
 
     Raises:
-        InputError: record and cost are not of one network, or the score is unknown or not the record's.
+        InputError: record and cost are of different networks, or the score is unknown or not that of the record.
+
+    Example:
+        >>> record = ExitRecord.from_scores(scores=[[0.1, 0.0], [0.9, 0.0]], losses=[[0, 0], [1, 0]], score="entropy")
+        >>> curve = frontier(record, ExitCost((10.0, 30.0), (5.0, 0.0)))
+        >>> curve.accuracy, curve.mean_us  # all leave at exit 1, or only the surer sample
+        (array([0.5, 1. ]), array([15., 30.]))
     """
     instance("cost", cost, ExitCost, "give what measure(...) returns")
     check_cost(record, cost)
@@ -190,7 +203,7 @@ def frontier(
 
 
 def wilson(share: float, samples: int) -> tuple[float, float]:
-    """Wilson's 95 % interval for a `share` seen in so many `samples`."""
+    """Return Wilson's 95 % interval for a `share` observed in `samples` samples."""
     spread = Z95**2 / samples
     middle = (share + spread / 2) / (1 + spread)
     half = math.sqrt(share * (1 - share) * spread + spread**2 / 4) / (1 + spread)
@@ -198,22 +211,21 @@ def wilson(share: float, samples: int) -> tuple[float, float]:
 
 
 def best_points(problem: SearchProblem, vectors: int) -> SearchPoints:
-    """The Pareto set: over all combinations for up to `GRID_EXITS` thresholds, else by coordinate ascent."""
+    """Return the Pareto set, over all combinations for up to `GRID_EXITS` thresholds, else by coordinate ascent."""
     return grid(problem, vectors) if problem.scores.shape[1] - 1 <= GRID_EXITS else ascend(problem)
 
 
 def problem_of(record: ExitRecord, cost: ExitCost, score: "str | Score") -> SearchProblem:
-    """What is searched. Raises `InputError` where record and cost are not of one network."""
+    """Return the search problem of a record. Raises `InputError` if record and cost are of different networks."""
     check_cost(record, cost)
-    # Column after column, as they are searched.
-    scores = np.asfortranarray(scores_of_record(record, score))
+    scores = np.asfortranarray(scores_of_record(record, score))  # the search reads columns
     return SearchProblem(scores, record.losses.astype(np.float64, order="F"), cost)
 
 
 def centred(problem: SearchProblem, thresholds: Floats) -> Floats:
-    """The thresholds moved midway between the scores of those samples that reach each exit: same routes, more room.
+    """Move thresholds midway between the neighbouring scores at each exit, which keeps every sample's exit.
 
-    An exit at which nobody leaves is out of use, and its branch costs nothing.
+    An exit at which no sample leaves is disabled, and its branch costs nothing.
     """
     position = exit_positions(problem.scores, thresholds)
     moved = thresholds.copy()
@@ -234,5 +246,5 @@ def _accuracy(loss: float, samples: int) -> float:
 
 
 def policy_thresholds(thresholds: Floats) -> tuple[float | None, ...]:
-    """Thresholds of a `Policy` from an array with NaN for never."""
+    """Return thresholds for a `Policy` from an array with NaN for never."""
     return tuple(None if np.isnan(t) else float(t) for t in thresholds)

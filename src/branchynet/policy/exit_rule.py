@@ -13,11 +13,11 @@ from .values import Floats, Ints
 
 
 def route(scores: Floats, thresholds: Sequence[float | None]) -> Ints:
-    """The exit that answers each sample: the first whose score is strictly below its threshold, else the last.
+    """Return the exit of each sample: the first whose score is strictly below its threshold, else the last.
 
     Args:
-        scores: `(S, N)`, smaller = surer. The last exit's are not looked at; NaN never leaves early.
-        thresholds: N-1 of them, taken as float32; None means never.
+        scores: `(S, N)`, smaller = surer. Scores of the last exit are not used; a sample with NaN does not leave.
+        thresholds: N-1 thresholds, rounded to float32; None means never.
 
     Returns:
         `(S,)` int64 exits, from 1.
@@ -30,25 +30,25 @@ def route(scores: Floats, thresholds: Sequence[float | None]) -> Ints:
     scores = np.asarray(scores, np.float32)
     if scores.ndim != 2 or len(thresholds) != scores.shape[1] - 1:
         raise InputError(
-            f"{len(thresholds)} thresholds need scores of shape (S, {len(thresholds) + 1}), one column an exit; "
+            f"{len(thresholds)} thresholds need scores of shape (S, {len(thresholds) + 1}), one column per exit; "
             f"got {scores.shape}"
         )
     return exit_positions(scores, as_deployed(thresholds)) + 1
 
 
 def stays(scores: Any, threshold: Any) -> Any:
-    """Whether samples go on to later exits, for an array or a tensor of scores: not strictly below, or NaN."""
+    """Return whether samples continue to later exits: their scores, an array or a tensor, are not below, or NaN."""
     return ~(scores < threshold)
 
 
 def as_deployed(thresholds: Sequence[float | None]) -> Floats:
-    """Thresholds of a `Policy` as the float32 numbers that the deployed network compares with; NaN for never."""
-    with np.errstate(over="ignore"):  # a threshold beyond float32 is infinite there too
+    """Return the thresholds of a `Policy` as the float32 numbers of the deployed network; NaN for never."""
+    with np.errstate(over="ignore"):  # a threshold beyond float32 is infinite in the deployed network too
         return np.array([np.nan if t is None else t for t in thresholds], np.float64).astype(np.float32)
 
 
 def exit_positions(scores: Floats, thresholds: Floats) -> Ints:
-    """The exit `(S,)`, from 0, at which each sample leaves, for thresholds `(N-1,)` with NaN for never."""
+    """Return the exit `(S,)`, from 0, at which each sample leaves, for thresholds `(N-1,)` with NaN for never."""
     last = scores.shape[1] - 1
     position = np.full(len(scores), last, np.int16)
     for n in np.nonzero(~np.isnan(thresholds))[0]:

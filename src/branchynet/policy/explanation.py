@@ -1,4 +1,4 @@
-"""Why no sample leaves early: what each branch costs beside what it saves.
+"""Explain why no sample leaves early: compare what each branch costs with what it saves.
 
 Shape letters: S samples, N exits.
 """
@@ -8,22 +8,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .exit_cost import ExitCost
 from .exit_record import ExitRecord
 from .limits import SLACK, Limit
 from .record_scores import scores_of_record
-from .values import PROMISED, Choice, ExitCost
+from .values import PROMISED, Choice
 
 
 @dataclass(frozen=True)
 class LoneExit:
-    """An early exit as the only one.
+    """The balance of an early exit if it is the only one.
 
     Attributes:
         exit: its number, from 1.
-        added_us: what its branch adds to a sample that goes on.
-        saved_us: what a sample that leaves there saves; below 0 where leaving takes longer than going on.
-        needed: the share of samples that must leave there for the branch to pay; infinite where it never can.
-        possible: the share that may leave there at the limit, on the samples that chose; None for a limit on cost.
+        added_us: microseconds that its branch adds per sample that continues.
+        saved_us: microseconds saved per sample that leaves there; below 0 if leaving takes longer than continuing.
+        needed: the share of samples that must leave there for the branch to save time; infinite if it never can.
+        possible: the share that may leave there under the limit, on the record; None for a limit on cost.
     """
 
     exit: int
@@ -33,21 +34,21 @@ class LoneExit:
     possible: float | None
 
     def __str__(self) -> str:
-        """Such as: exit 1 adds 14.2 us to samples that go on and saves 60.3 us on those that leave; ..."""
-        told = f"exit {self.exit} adds {self.added_us:.1f} us to a sample that goes on"
+        """For example: exit 1 adds 14.2 us to a sample that continues and saves 60.3 us on one that leaves, ..."""
+        text = f"exit {self.exit} adds {self.added_us:.1f} us to a sample that continues"
         if self.saved_us <= 0:
-            return f"{told} and saves nothing on one that leaves"
-        told += f" and saves {self.saved_us:.1f} us on one that leaves, so it pays where {self.needed:.1%} leave"
-        return told if self.possible is None else f"{told}; at this limit {self.possible:.1%} may"
+            return f"{text} and saves nothing on one that leaves"
+        text += f" and saves {self.saved_us:.1f} us on one that leaves, so it pays if {self.needed:.1%} leave"
+        return text if self.possible is None else f"{text}; this limit allows {self.possible:.1%}"
 
 
 def lone_exits(record: ExitRecord, cost: ExitCost, choice: Choice) -> tuple[LoneExit, ...]:
-    """Each early exit by itself, under the limit of a choice that uses none.
+    """Compute the balance of each early exit alone, under the limit of a choice that uses none.
 
     Args:
-        record: the one that chose.
-        cost: likewise.
-        choice: the score and the limit are taken from it.
+        record: the record that chose.
+        cost: the cost that chose.
+        choice: gives the score and the limit.
     """
     scores, losses = scores_of_record(record, choice.policy.score), record.losses.astype(np.float64)
     ((name, value),) = choice.constraint.items()
@@ -70,7 +71,7 @@ def lone_exits(record: ExitRecord, cost: ExitCost, choice: Choice) -> tuple[Lone
 
 
 def _most(scores: np.ndarray, gain: np.ndarray, allowed: float) -> float:
-    """The largest share of samples below some threshold whose summed `gain` in loss `(S,)` a limit allows."""
+    """Return the largest share of samples below a threshold with a mean `gain` in loss `(S,)` that a limit allows."""
     order = np.argsort(scores, kind="stable")
     order = order[np.isfinite(scores[order])]
     ordered = scores[order]
@@ -81,22 +82,22 @@ def _most(scores: np.ndarray, gain: np.ndarray, allowed: float) -> float:
 
 
 def why_never(record: ExitRecord, cost: ExitCost | None, choice: Choice) -> str:
-    """The reason, in words, why a choice lets no sample leave early; empty where it lets some.
+    """Return the reason why no sample leaves early under a choice; empty if some do.
 
-    `cost` is None where the choice knew none, and branches counted as nothing.
+    With `cost` None, branches cost nothing.
     """
     if any(choice.policy.enabled[:-1]) or choice.policy.num_exits == 1:
         return ""
     if not choice.constraint.keys() & set(PROMISED):
-        return "the last exit keeps this limit and no early exit is more accurate: lower the limit to save time."
+        return "the last exit meets this limit and no early exit is more accurate: lower the limit to save time."
     free = ExitCost((1.0,) * choice.policy.num_exits, (0.0,) * choice.policy.num_exits)
     exits = lone_exits(record, cost or free, choice)
-    told = "no early exit is sure enough for this limit."
+    reason = "no early exit is sure enough for this limit."
     if cost is not None:
-        told = f"no early exit pays at this limit: {'. '.join(map(str, exits))}."
+        reason = f"no early exit pays at this limit: {'. '.join(map(str, exits))}."
     if choice.promise is not None and any(e.possible is not None and e.possible > e.needed for e in exits):
-        told += (
-            f" On these {record.samples:,} samples as they are one would pay, but they are too few to promise it for "
+        reason += (
+            f" One would pay on these {record.samples:,} samples, but they are too few for a promise about "
             "others: choose with a looser limit, with more validation samples, or without a promise."
         )
-    return told
+    return reason

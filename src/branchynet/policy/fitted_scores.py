@@ -1,12 +1,13 @@
-"""Scores that are fitted on a record, as values: numbers that go into JSON and ONNX metadata, and that can be called.
+"""Scores that are fitted on a record: callable values of numbers, which JSON and ONNX metadata can store.
 
-They are made by `fit_temperature` and `fit_score`. Torch is imported only where one is called, so that an engine that
-merely reads such a policy does without it.
+`fit_temperature` and `fit_score` create them. PyTorch is imported only when a score is called, so an engine reads such
+a policy without it.
 """
 
+import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import InputError, nearest
@@ -16,13 +17,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 VERSION = 1
-_LARGEST = sys.float_info.max  # an integer of JSON may be larger than any float
+_LARGEST = sys.float_info.max  # a JSON integer may be larger than any float
 
 
 class _DescribedScore:
-    """A fitted score is told by its name wherever one's own callable is."""
+    """Fitted scores are identified by name, like user callables."""
 
     kind: ClassVar[str]
+    fitted_on: str
 
     @property
     def __name__(self) -> str:
@@ -31,18 +33,23 @@ class _DescribedScore:
     def __repr__(self) -> str:
         return self.__name__
 
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        fields = json.loads(json.dumps(asdict(self)))  # type: ignore[call-overload]  # tuples become lists
+        return {"kind": self.kind, "version": VERSION, **fields}
+
 
 @dataclass(frozen=True, repr=False)
 class TemperedScore(_DescribedScore):
-    """A named score of logits that each exit's own temperature has divided; labels stay what they were.
+    """A named score of the logits, divided by one temperature per exit. Labels do not change.
 
     Attributes:
-        score: a name in `branchynet.policy.record_scores`.
-        temperatures: `(N,)`, above 0; above 1 where an exit was surer than it should be.
-        fitted_on: the sketch (see `branchynet.policy.digests`) of the samples that it was fitted on, where known.
+        score: a name in `branchynet.policy.scores`.
+        temperatures: `(N,)`, above 0; above 1 if an exit was too confident.
+        fitted_on: the sketch (see `branchynet.policy.digests`) of the samples of the fit; empty if unknown.
 
     Raises:
-        InputError: a temperature that is not a positive number; when called, more exits than it was fitted on.
+        InputError: a temperature is not a positive number; when called, more exits than at the fit.
 
     Source: Guo et al. 2017, arXiv 1706.04599, section 4.2.
     """
@@ -56,8 +63,8 @@ class TemperedScore(_DescribedScore):
         temperatures = _floats("temperatures", self.temperatures)
         if not isinstance(self.score, str) or not temperatures or min(temperatures) <= 0:
             raise InputError(
-                f"a tempered score needs a score's name and a temperature above 0 an exit; got {self.score!r} and "
-                f"{self.temperatures!r}"
+                f"a tempered score needs the name of a score and a temperature above 0 per exit; got {self.score!r} "
+                f"and {self.temperatures!r}"
             )
         object.__setattr__(self, "temperatures", temperatures)
         _check_sketch(self.fitted_on)
@@ -68,11 +75,11 @@ class TemperedScore(_DescribedScore):
 
     @property
     def num_exits(self) -> int:
-        """N, how many exits it was fitted on."""
+        """N, the number of exits of the fit."""
         return len(self.temperatures)
 
     def __call__(self, outputs: "tuple[Tensor, ...]") -> "Tensor":
-        """`(B,)` of the outputs so far."""
+        """Return the score `(B,)` of the outputs so far."""
         from .scores import SCORES, cooled
 
         _check_exits(self, len(outputs))
@@ -80,31 +87,23 @@ class TemperedScore(_DescribedScore):
             raise InputError(f"unknown score {self.score!r}{nearest(self.score, SCORES)}")
         return SCORES[self.score](cooled(outputs, self.temperatures))
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {
-            "kind": self.kind,
-            "version": VERSION,
-            "score": self.score,
-            "temperatures": list(self.temperatures),
-            "fitted_on": self.fitted_on,
-        }
-
 
 @dataclass(frozen=True, repr=False)
 class LearnedScore(_DescribedScore):
-    """A logistic regression an exit on how its answer and those before it look: the log-odds that the answer is wrong.
+    """One logistic regression per exit, on its outputs and those of earlier exits: the log-odds that it is wrong.
 
     Attributes:
-        classes: C of the outputs that it was fitted on.
-        earlier: whether it looks at earlier exits too; their branches then stay in the graph even where their threshold
-            is *never*.
-        weights: `(N, F)` for the F features of `branchynet.policy.scores.features`, one more an exit with `earlier`.
+        classes: C of the outputs of the fit.
+        earlier: whether the score also reads earlier exits. Their branches then stay in the graph, even with the
+            threshold *never*.
+        weights: `(N, F)` for the F features of `branchynet.policy.scores.features`. With `earlier`, F grows by one per
+            exit.
         bias: `(N,)`.
-        fitted_on: the sketch of the samples that it was fitted on, where known.
+        fitted_on: the sketch of the samples of the fit; empty if unknown.
 
     Raises:
-        InputError: numbers that do not fit together; when called, outputs of more exits or other classes than fitted.
+        InputError: numbers that do not fit together; when called, outputs with more exits or other classes than at the
+            fit.
 
     Source: the future work of Teerapittayanon et al. 2016, section V-B (meta-recognition).
     """
@@ -121,16 +120,16 @@ class LearnedScore(_DescribedScore):
         try:
             weights = tuple(_floats("weights", row) for row in self.weights)
         except TypeError:
-            raise InputError(f"weights of a learned score must be one list an exit; got {self.weights!r}") from None
+            raise InputError(f"weights of a learned score must be one list per exit; got {self.weights!r}") from None
         if type(self.classes) is not int or self.classes < 2 or type(self.earlier) is not bool:
             raise InputError(
-                f"a learned score is of two classes or more, with earlier true or false; got {self.classes!r} and "
+                f"a learned score needs two classes or more, and earlier true or false; got {self.classes!r} and "
                 f"{self.earlier!r}"
             )
         if not bias or len(weights) != len(bias):
-            raise InputError(f"a learned score needs weights and a bias an exit; got {len(weights)} and {len(bias)}")
+            raise InputError(f"a learned score needs weights and a bias per exit; got {len(weights)} and {len(bias)}")
         for n, row in enumerate(weights, 1):
-            wanted = 1 + self.classes + (n - 1) * self.earlier  # as `branchynet.policy.scores.features` makes them
+            wanted = 1 + self.classes + (n - 1) * self.earlier  # as in `branchynet.policy.scores.features`
             if len(row) != wanted:
                 raise InputError(
                     f"a learned score of {self.classes} classes needs {wanted} weights at exit {n}; got {len(row)}"
@@ -141,11 +140,11 @@ class LearnedScore(_DescribedScore):
 
     @property
     def num_exits(self) -> int:
-        """N, how many exits it was fitted on."""
+        """N, the number of exits of the fit."""
         return len(self.bias)
 
     def __call__(self, outputs: "tuple[Tensor, ...]") -> "Tensor":
-        """`(B,)` log-odds that the latest answer is wrong, of the outputs so far, each `(B, C)`."""
+        """Return the log-odds `(B,)` that the latest label is wrong, from the outputs so far, each `(B, C)`."""
         import torch
 
         from .scores import answers, features
@@ -162,31 +161,22 @@ class LearnedScore(_DescribedScore):
         odds = (found @ weights.unsqueeze(1)).squeeze(1) + self.bias[len(outputs) - 1]
         return torch.where(answers(latest), odds, math.nan)
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {
-            "kind": self.kind,
-            "version": VERSION,
-            "classes": self.classes,
-            "earlier": self.earlier,
-            "weights": [list(row) for row in self.weights],
-            "bias": list(self.bias),
-            "fitted_on": self.fitted_on,
-        }
-
 
 FittedScore = TemperedScore | LearnedScore
 _KINDS: dict[str, type[FittedScore]] = {c.kind: c for c in (TemperedScore, LearnedScore)}
 
 
 def from_json(value: Any) -> FittedScore:
-    """The inverse of `to_json`. Raises `InputError` for another kind, a later version, or broken numbers."""
+    """Create a score from the result of `to_json`. Raises `InputError` for another kind or version, or bad numbers."""
     kind = value.get("kind") if isinstance(value, dict) else value
     if not isinstance(kind, str) or kind not in _KINDS:
         raise InputError(f"a stored score must have a kind in {sorted(_KINDS)}; got {kind!r}: fit it again")
     version = value.get("version")
     if version != VERSION:
-        raise InputError(f"the {kind} score has version {version!r}, and {VERSION} is known; upgrade, or fit it again")
+        raise InputError(
+            f"the {kind} score has version {version!r}, but this release reads version {VERSION}: upgrade, or fit the "
+            "score again"
+        )
     fields = {k: v for k, v in value.items() if k not in ("kind", "version")}
     try:
         return _KINDS[kind](**fields)
@@ -194,12 +184,16 @@ def from_json(value: Any) -> FittedScore:
         raise InputError(f"the {kind} score cannot be read ({error}); fit it again") from error
 
 
+def samples_fitted_on(score: Any) -> str:
+    """Return the sketch of the samples that `score` was fitted on; empty if unknown or not fitted."""
+    return score.fitted_on if isinstance(score, FittedScore) else ""
+
+
 def check_fitted(score: Any, exits: int) -> None:
-    """Raises `InputError` where `score` was fitted on another number of exits."""
+    """Raise `InputError` if `score` was fitted on another number of exits."""
     if isinstance(score, FittedScore) and score.num_exits != exits:
         raise InputError(
-            f"the {score} score was fitted on {score.num_exits} exits, but here are {exits}; fit one on a record of "
-            "this network"
+            f"the {score} score was fitted on {score.num_exits} exits, not {exits}; fit one on a record of this network"
         )
 
 

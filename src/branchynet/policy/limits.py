@@ -1,4 +1,4 @@
-"""The one limit under which `choose` looks for thresholds."""
+"""The limit under which `choose` looks for thresholds."""
 
 import math
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ from ..errors import InputError
 from .values import PROMISED
 
 SLACK = 1e-9
-"""Limits count as met to within this much, so that a limit written as a decimal means what it says."""
+"""Limits are met within this tolerance, because decimals are rounded."""
 
-_LARGE = 0.2  # a larger drop in accuracy is hardly ever meant
+_LARGE = 0.2  # a user hardly ever means a larger drop in accuracy
 
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit by name; each property answers a question that depends on the name.
+    """A limit and its properties, which depend on its name.
 
     Attributes:
-        name: as the argument of `choose` is called.
+        name: the name of the argument of `choose`.
         value: the limit.
     """
 
@@ -38,27 +38,27 @@ class Limit:
 
     @property
     def on_macs(self) -> bool:
-        """Whether the cost counts in multiply-accumulates."""
+        """Whether the cost is counted in multiply-accumulates."""
         return self.name == "max_macs"
 
     @property
     def without_labels(self) -> bool:
-        """Whether the last exit's answers take the place of labels."""
+        """Whether the labels of the last exit replace the true labels."""
         return self.name == "max_disagreement"
 
     @property
     def absolute(self) -> bool:
-        """Whether it bounds the loss itself, not its difference from the last exit's."""
+        """Whether it bounds the loss itself, not the difference from that of the last exit."""
         return self.name == "min_accuracy"
 
     @property
     def risk(self) -> float:
-        """The mean loss, or mean difference from the last exit's, that it allows."""
+        """The mean loss, or mean difference from the loss of the last exit, that it allows."""
         return 1 - self.value if self.absolute else self.value
 
     @property
     def signed(self) -> bool:
-        """Whether answers that leaving early puts right make up for wrong ones."""
+        """Whether answers that leaving early corrects offset those that it makes wrong."""
         return self.name == "max_drop"
 
     @property
@@ -67,7 +67,7 @@ class Limit:
         return not self.on_cost and not self.absolute and self.value > _LARGE
 
     def allowed_loss(self, losses: np.ndarray[Any, Any]) -> float:
-        """The summed loss that it allows on samples with losses `(S, N)`; infinite for a limit on cost."""
+        """Return the summed loss that it allows on samples with losses `(S, N)`; infinite for a limit on cost."""
         if self.on_cost:
             return math.inf
         return float(0.0 if self.absolute else losses[:, -1].sum()) + (self.risk + SLACK) * len(losses)
@@ -79,7 +79,7 @@ class Limit:
 
 
 def one_limit(limits: dict[str, float | None]) -> Limit:
-    """The one limit that is not None. Raises `InputError` for none, several, or one that is out of range."""
+    """Return the one limit that is not None. Raises `InputError` for none, several, or one that is out of range."""
     given = {name: real(name, value) for name, value in limits.items() if value is not None}
     if len(given) != 1:
         shown = " and ".join(f"{name}={value:g}" for name, value in given.items()) or "none"

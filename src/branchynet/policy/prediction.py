@@ -1,4 +1,4 @@
-"""What an engine answers: Prediction.
+"""The result of an engine.
 
 Shape letters: B samples in a batch, C classes.
 """
@@ -9,14 +9,21 @@ from .values import Floats, Ints
 
 
 class Prediction(NamedTuple):
-    """What an engine answers for a batch of B samples; numpy arrays.
+    """The result of an engine for a batch of B samples, as numpy arrays.
 
     Attributes:
-        label: `(B, ...)` int64, the index of the largest output along dimension 1; it means nothing for regression and
-            for several labels a sample, where `output` is the answer.
-        exit: `(B,)` int64, the exit that answered, from 1.
-        score: `(B,)` float32, that exit's score; smaller = surer.
-        output: `(B, C, ...)` float32, that exit's output.
+        label: `(B, ...)` int64, the index of the largest output along dimension 1. For regression and for several
+            labels per sample it has no meaning; use `output`.
+        exit: `(B,)` int64, the exit at which the sample left, from 1.
+        score: `(B,)` float32, the score at that exit; smaller = surer.
+        output: `(B, C, ...)` float32, the output of that exit.
+
+    Example:
+        >>> import numpy as np
+        >>> found = Prediction(np.array([3]), np.array([1]), np.array([0.25]), np.array([[0.0, 0.5, 1.0, 4.0]]))
+        >>> label, exit, score, output = found
+        >>> int(label[0]), int(exit[0])
+        (3, 1)
     """
 
     label: Ints

@@ -1,13 +1,4 @@
-"""Scores: how sure an exit is, as one number a sample; smaller = surer.
-
-A score is a function ``score(outputs: tuple[Tensor, ...]) -> Tensor`` of the outputs of the exits passed so far,
-earliest first, each `(B, C)` or `(B, C, ...)`; it returns `(B,)`. Wherever a score is asked for, one of the names below
-or such a callable will do. The same torch code scores records and is exported into the graph.
-
-The named ones are for classes that exclude each other, and need two or more; of dense outputs `(B, C, ...)`, such as
-segmentations, they are the mean over all positions. For several labels a sample and for regression bring a callable.
-`fit_temperature` and `fit_score` make callables of a record, which policies store whole.
-"""
+"""Compute the scores of a record."""
 
 from typing import TYPE_CHECKING
 
@@ -25,24 +16,24 @@ if TYPE_CHECKING:
 
 
 def is_named(score: "str | Score") -> bool:
-    """Whether a score is one of ours, which read logits: a name, or fitted."""
+    """Return whether a score is a named or a fitted one, which read logits."""
     from .scores import SCORES
 
     return isinstance(score, (str, FittedScore)) or score in SCORES.values()
 
 
 def score_in_use(record: ExitRecord, score: "str | Score | None") -> "str | Score":
-    """`score`, or where that is None the one that `record` was made with, or else entropy.
+    """Return `score`, or if it is None, the score that `record` holds, or entropy.
 
     Raises:
         InputError: `record` holds the values of another score.
     """
-    own = record.score
+    held = record.score
     if score is None:
-        return "entropy" if own is None else own
-    if own is not None and not _same(own, score):
+        return "entropy" if held is None else held
+    if held is not None and not _same(held, score):
         raise InputError(
-            f"the record holds the score {score_name(own)!r}, not {score_name(score)!r}; leave score= out, or record "
+            f"the record holds the score {score_name(held)!r}, not {score_name(score)!r}; leave score= out, or record "
             "again with that one"
         )
     return score
@@ -53,17 +44,15 @@ def _same(a: "str | Score", b: "str | Score") -> bool:
         from .scores import SCORES
 
         a, b = (SCORES.get(s, s) if isinstance(s, str) else s for s in (a, b))
-    # A callable that a file names can be told by its name alone.
+    # A file keeps only the name of a callable.
     return score_name(a) == score_name(b) if isinstance(a, str) or isinstance(b, str) else a == b
 
 
 def scores_of_record(record: ExitRecord, score: "str | Score" = "entropy") -> Floats:
-    """The scores `(S, N)` float32 of every exit for every sample of `record`.
-
-    A record of scores and losses carries its own, and they are returned.
+    """Return the scores `(S, N)` float32 of every exit for every sample of `record`: its own if it holds scores.
 
     Raises:
-        InputError: the record holds another score, or `score` does not give one number a sample.
+        InputError: the record holds another score, or `score` does not return one number per sample.
     """
     score = score_in_use(record, score)
     if record.outputs is None:

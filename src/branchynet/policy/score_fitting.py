@@ -1,42 +1,48 @@
-"""Fitting scores on a record: a temperature an exit, or a small model an exit that tells wrong answers from right ones.
+"""Fit scores on a record: one temperature per exit, or one small model per exit that detects wrong answers.
 
-Fit on other samples than those that thresholds are calibrated or reported on, such as one half of the validation
-record: a score knows the samples that it was fitted on, and `choose` tests no promise on these. Everything here is
-deterministic, and the order of the samples matters to nothing but rounding.
-Shape letters: S samples, N exits, C classes, F features.
+Fit on other samples than those that choose thresholds or report results, such as one half of the validation record. A
+score remembers its samples, and `choose` tests no promise on them. The fits are deterministic; the order of the samples
+changes only the rounding. Shape letters: S samples, N exits, C classes, F features.
 """
 
 import numpy as np
 import torch
 
-from ..arguments import instance
 from ..errors import InputError, nearest
-from .digests import sketch
-from .exit_record import ExitRecord, bounded
+from .exit_record import ExitRecord, bounded, outputs_and_labels
 from .fitted_scores import LearnedScore, TemperedScore
 from .scores import SCORES, features
 from .values import Floats, Ints
 
 FEW = 5
-"""So many right and so many wrong answers an exit must have given, the last excepted, for a fit to mean anything."""
+"""A fit needs this many right and this many wrong answers of each exit except the last."""
 
 _COOLEST, _HOTTEST = 0.05, 20.0
-_FREE = 1e-3  # in place of no penalty, so that a fit exists where wrong and right answers part completely
+_FREE = 1e-3  # instead of no penalty: a fit then exists even if the features separate wrong and right answers
 
 
 def fit_temperature(record: ExitRecord, score: str = "entropy") -> TemperedScore:
-    """A named score with one temperature an exit, each of which minimises the cross-entropy of its exit's answers.
+    """Fit one temperature per exit, which minimises the cross-entropy of that exit.
 
     Args:
         record: with outputs `(S, N, C)`.
-        score: a name in `branchynet.policy.record_scores`.
+        score: a name in `branchynet.policy.scores`.
 
     Returns:
-        The score; temperatures lie in 0.05..20. That of a last exit that is right, or wrong, too often to tell is 1.
+        The score, with temperatures in 0.05..20. If the last exit has too few right or wrong answers for a fit, its
+        temperature is 1.
 
     Raises:
         InputError: a record without outputs or of one class, an exit before the last with fewer than 5 right or 5 wrong
             answers, or an unknown score.
+
+    Example:
+        >>> import numpy as np
+        >>> rng = np.random.default_rng(0)
+        >>> labels = rng.integers(0, 3, 500)
+        >>> logits = rng.normal(size=(500, 2, 3)) + 2 * np.eye(3)[labels][:, None]  # 500 samples, 2 exits, 3 classes
+        >>> fit_temperature(ExitRecord(3 * logits, labels))  # the factor of 3 makes the exits too confident
+        tempered entropy
 
     Source: Guo et al. 2017, arXiv 1706.04599, section 4.2.
     """
@@ -45,26 +51,35 @@ def fit_temperature(record: ExitRecord, score: str = "entropy") -> TemperedScore
     outputs, labels, fits = _checked(record)
     logits = outputs.astype(np.float64)
     temperatures = tuple(_temperature(logits[:, n], labels) if fit else 1.0 for n, fit in enumerate(fits))
-    return TemperedScore(score, temperatures, _fitted_on(record))
+    return TemperedScore(score, temperatures, record.sketch)
 
 
 def fit_score(record: ExitRecord, *, earlier: bool = True, strength: float = 10.0) -> LearnedScore:
-    """A score that has learned, exit by exit, how outputs look when the answer is wrong: logistic regressions.
+    """Fit one logistic regression per exit, which predicts from the outputs whether the exit is wrong.
 
     Args:
         record: with outputs `(S, N, C)`.
-        earlier: let each exit also see how far earlier exits agree with it. Their branches then stay in the graph even
-            where their threshold is *never*: give `measure` the score, so that costs know.
-        strength: of the squared penalty on the weights of standardised features, all but the odds that the softmax
-            itself gives: the fewer wrong answers there are, the more is left to those.
+        earlier: let each exit also use how far earlier exits agree with it. Their branches then stay in the graph, even
+            with the threshold *never*; pass the score to `measure`, which includes their cost.
+        strength: of the squared penalty on the weights of standardised features. The log-odds of the softmax have no
+            penalty: with few wrong answers, the score relies on them.
 
     Returns:
-        The score: log-odds that the answer is wrong. At a last exit that is right, or wrong, too often to tell, which
-        nobody leaves early, it is the same for every sample.
+        The score: the log-odds that the exit is wrong. If the last exit has too few right or wrong answers for a fit,
+        its score is the same for every sample.
 
     Raises:
         InputError: a record without outputs or of one class, an exit before the last with fewer than 5 right or 5 wrong
             answers, or a strength that is not above 0.
+
+    Example:
+        >>> import numpy as np
+        >>> rng = np.random.default_rng(0)
+        >>> labels = rng.integers(0, 3, 500)
+        >>> logits = rng.normal(size=(500, 2, 3)) + 2 * np.eye(3)[labels][:, None]  # 500 samples, 2 exits, 3 classes
+        >>> score = fit_score(ExitRecord(logits, labels))
+        >>> score.num_exits, score.classes
+        (2, 3)
 
     Source: the future work of Teerapittayanon et al. 2016, section V-B.
     """
@@ -79,35 +94,27 @@ def fit_score(record: ExitRecord, *, earlier: bool = True, strength: float = 10.
         found, bias = _logistic(seen, wrong, strength) if fit else (np.zeros(seen.shape[1]), _prior(wrong))
         weights.append(tuple(found.tolist()))
         biases.append(bias)
-    return LearnedScore(outputs.shape[2], earlier, tuple(weights), tuple(biases), _fitted_on(record))
-
-
-def _fitted_on(record: ExitRecord) -> str:
-    found = record.sample_digests
-    assert found is not None  # the record has outputs
-    return sketch(found)
+    return LearnedScore(outputs.shape[2], earlier, tuple(weights), tuple(biases), record.sketch)
 
 
 def _checked(record: ExitRecord) -> tuple[Floats, Ints, list[bool]]:
-    """Outputs, labels, and whether each exit can be fitted; all but the last must."""
-    instance("record", record, ExitRecord, "give what record(...) returns")
-    if record.outputs is None or record.labels is None:
-        raise InputError("this record holds scores and losses; fitting reads outputs: record without loss=")
-    if (record.labels == record.labels[0]).all():
-        raise InputError(f"all {record.samples} samples of the record are of class {record.labels[0]}; record several")
+    """Return outputs, labels, and whether each exit has enough answers for a fit; only the last may have too few."""
+    outputs, labels = outputs_and_labels(record, "fitting")
+    if (labels == labels[0]).all():
+        raise InputError(f"all {record.samples} samples of the record are of class {labels[0]}; record several classes")
     wrong = record.losses.sum(axis=0).astype(int)
     fits = [bool(FEW <= count <= record.samples - FEW) for count in wrong]
     for n, (fit, count) in enumerate(zip(fits, wrong, strict=True), 1):
         if not fit and n < record.num_exits:
             raise InputError(
-                f"exit {n} is wrong on {count} of the {record.samples} samples of the record; to learn from, it needs "
-                f"at least {FEW} wrong and {FEW} right answers: record more samples"
+                f"exit {n} is wrong on {count} of the {record.samples} samples of the record; a fit needs at least "
+                f"{FEW} wrong and {FEW} right answers: record more samples"
             )
-    return record.outputs, record.labels, fits
+    return outputs, labels, fits
 
 
 def _temperature(logits: Floats, labels: Ints) -> float:
-    """Newton's method on the inverse temperature, in which the cross-entropy is convex, kept within its bounds."""
+    """Fit a temperature by Newton's method on its inverse, in which the cross-entropy is convex, within bounds."""
     low, high, inverse = 1 / _HOTTEST, 1 / _COOLEST, 1.0
     possible = np.isfinite(logits[np.arange(len(labels)), labels])  # no temperature makes a ruled-out class more likely
     logits, labels = bounded(logits[possible]), labels[possible]
@@ -130,9 +137,9 @@ def _temperature(logits: Floats, labels: Ints) -> float:
 
 
 def _logistic(seen: Floats, wrong: Floats, strength: float) -> tuple[Floats, float]:
-    """Weights `(F,)` and bias of the logistic regression, for features as they come; the first is not penalised."""
+    """Fit weights `(F,)` and bias for features `(S, F)` before standardisation; the first has almost no penalty."""
     mean, spread = seen.mean(axis=0), seen.std(axis=0)
-    spread[spread < 1e-9] = np.inf  # what never changes tells nothing
+    spread[spread < 1e-9] = np.inf  # a constant feature gets the weight 0
     design = np.column_stack([(seen - mean) / spread, np.ones(len(seen))])
     penalty = np.append(np.full(seen.shape[1], strength), 0.0)
     penalty[0] = _FREE
@@ -158,5 +165,5 @@ def _logistic(seen: Floats, wrong: Floats, strength: float) -> tuple[Floats, flo
 
 
 def _prior(wrong: Floats) -> float:
-    """The log-odds of a wrong answer where nothing else is known."""
+    """Return the log-odds of a wrong answer without any feature."""
     return float(np.log((wrong.sum() + 0.5) / (len(wrong) - wrong.sum() + 0.5)))

@@ -1,10 +1,14 @@
-"""How sure an exit is, in torch operations alone: the named scores, and what fitted scores are computed of.
+"""Scores: how sure an exit is, as one number per sample; smaller = surer.
 
-Everything here reads `outputs`, those of the exits passed so far, earliest first, each `(B, C)` or `(B, C, ...)`, and
-gives `(B,)` unless it says otherwise. The same code scores records and is exported into the graph.
+A score is a function ``score(outputs: tuple[Tensor, ...]) -> Tensor`` of the outputs of the exits passed so far,
+earliest first, each `(B, C)` or `(B, C, ...)`; it returns `(B,)`. Arguments named `score` take a name in `SCORES`, a
+score from `fit_temperature` or `fit_score`, or such a callable. The same PyTorch code scores records and is exported.
 
-A logit of minus infinity rules its class out: the score is that of the other classes. Where the latest logits hold NaN
-or plus infinity, or rule every class out, the score is NaN (in some runtimes infinite), which is below no threshold.
+Named scores are for two or more classes that exclude each other. For dense outputs `(B, C, ...)`, such as
+segmentations, they are means over all positions. For several labels per sample and for regression, pass a callable.
+
+A logit of minus infinity rules a class out; the score is that of the other classes. If the latest logits hold NaN or
+plus infinity, or rule every class out, the score is NaN (in some runtimes infinite), which is below no threshold.
 """
 
 import math
@@ -18,15 +22,15 @@ from ..errors import InputError, nearest
 
 Score = Callable[[tuple[Tensor, ...]], Tensor]
 
-_NOWHERE = -1e30  # a logit whose exponential is 0, without the infinities that runtimes treat in their own ways
-_IMPOSSIBLE = -1e4  # a log-probability whose exponential is 0, and whose product with 0 is too; float16 holds it
-_FARTHEST = 100.0  # so far below the largest logit, a class is as good as ruled out
+_NOWHERE = -1e30  # a logit with the exponential 0; runtimes treat infinity differently
+_IMPOSSIBLE = -1e4  # a log-probability with the exponential 0; finite, also in float16, so its product with 0 is 0
+_FARTHEST = 100.0  # a class this far below the largest logit counts as ruled out
 
 
 def entropy(outputs: tuple[Tensor, ...]) -> Tensor:
     """Entropy of the softmax of the latest logits, in nats (Teerapittayanon et al. 2016, section III-C).
 
-    An entropy to leave by in segmentation: Gilbert et al. 2025, doi:10.1109/icmlcn64995.2025.11140234.
+    For early exits in segmentation, see Gilbert et al. 2025, doi:10.1109/icmlcn64995.2025.11140234.
     """
     log_p = torch.log_softmax(_logits(outputs), dim=1)
     return _mean(-(log_p.exp() * log_p.clamp_min(_IMPOSSIBLE)).sum(dim=1))
@@ -35,7 +39,7 @@ def entropy(outputs: tuple[Tensor, ...]) -> Tensor:
 def max_probability(outputs: tuple[Tensor, ...]) -> Tensor:
     """1 - the largest softmax probability of the latest logits."""
     p = torch.softmax(_logits(outputs), dim=1)
-    return _mean(p.sum(dim=1) - p.amax(dim=1))  # the sum is 1, or NaN, which some runtimes leave out of a maximum
+    return _mean(p.sum(dim=1) - p.amax(dim=1))  # the sum is 1, or NaN; some runtimes ignore NaN in a maximum
 
 
 def margin(outputs: tuple[Tensor, ...]) -> Tensor:
@@ -46,9 +50,9 @@ def margin(outputs: tuple[Tensor, ...]) -> Tensor:
 
 
 def patience(outputs: tuple[Tensor, ...]) -> Tensor:
-    """1 / the number of consecutive exits, the latest included, that give the latest label (Zhou et al. 2020).
+    """1 / the number of consecutive exits, including the latest, with the same label (Zhou et al. 2020).
 
-    It is 1 at exit 1, and leaving after p agreeing exits (PABEE's patience p - 1) is a threshold between 1/p and
+    It is 1 at exit 1. To leave after p agreeing exits (PABEE's patience p - 1), set a threshold between 1/p and
     1/(p - 1). Source: arXiv 2006.04152, section 3.2.
     """
     label = _logits(outputs).argmax(dim=1)
@@ -60,8 +64,8 @@ def patience(outputs: tuple[Tensor, ...]) -> Tensor:
 
 
 def answers(output: Tensor) -> Tensor:
-    """`(B, ...)` whether logits `(B, C, ...)` give a softmax: no NaN, no plus infinity, not all minus infinity."""
-    return output.logsumexp(dim=1).abs() < math.inf  # "less" is False of NaN in every runtime; "greater" is not
+    """Return `(B, ...)` whether logits `(B, C, ...)` have a softmax: no NaN or +infinity, not all -infinity."""
+    return output.logsumexp(dim=1).abs() < math.inf  # "less" is False for NaN in every runtime; "greater" is not
 
 
 SCORES: dict[str, Score] = {
@@ -73,16 +77,16 @@ SCORES: dict[str, Score] = {
 
 
 def cooled(outputs: tuple[Tensor, ...], temperatures: Sequence[float]) -> tuple[Tensor, ...]:
-    """Every exit's logits divided by its temperature, which no argmax notices (Guo et al. 2017, arXiv 1706.04599)."""
+    """Divide the logits of each exit by its temperature; labels do not change (Guo et al. 2017, arXiv 1706.04599)."""
     return tuple(output / temperature for output, temperature in zip(outputs, temperatures, strict=False))
 
 
 def features(outputs: tuple[Tensor, ...], earlier: bool) -> Tensor:
-    """What a learned score looks at, `(B, F)`, of outputs `(B, C)`.
+    """Return the features `(B, F)` of a learned score, from outputs `(B, C)`.
 
-    Of the latest exit: the log-odds that its answer is wrong by its own softmax, and its logits, which tell for which
-    classes that is not to be trusted; none counts as more than 100 below the largest, so that classes that are ruled
-    out have a finite figure. With `earlier`, also the probability that each earlier exit gave to that answer.
+    Features of the latest exit are the log-odds, by its softmax, that its label is wrong, and its logits, which show
+    for which classes the softmax is unreliable. Logits are clipped at 100 below the largest, so those of ruled-out
+    classes are finite. With `earlier`, further features are the probabilities of that label at each earlier exit.
     """
     latest = _logits(outputs)
     label, largest = latest.argmax(dim=1, keepdim=True), latest.amax(dim=1, keepdim=True)
@@ -99,8 +103,8 @@ def _logits(outputs: tuple[Tensor, ...]) -> Tensor:
     latest = outputs[-1]
     if latest.dim() < 2 or latest.shape[1] < 2:
         raise InputError(
-            f"outputs of shape {tuple(latest.shape)} have not two classes in dimension 1, so {_names()} "
-            "say nothing of how sure they are; pass a callable: score(outputs_so_far) -> (B,)"
+            f"outputs of shape {tuple(latest.shape)} do not have two classes in dimension 1, which {_names()} need; "
+            "pass a callable: score(outputs_so_far) -> (B,)"
         )
     return latest
 
@@ -111,12 +115,12 @@ def _names() -> str:
 
 
 def _mean(values: Tensor) -> Tensor:
-    """Over all positions of every sample: `(B, ...)` -> `(B,)`."""
+    """Average over all positions of each sample: `(B, ...)` -> `(B,)`."""
     return values.mean(dim=list(range(1, values.dim()))) if values.dim() > 1 else values
 
 
 def resolve(score: str | Score) -> Score:
-    """The function behind a name; a callable is returned as it is. Raises `InputError` for an unknown name."""
+    """Return the function of a name; a callable is returned unchanged. Raises `InputError` for an unknown name."""
     if callable(score):
         return score
     if not isinstance(score, str):

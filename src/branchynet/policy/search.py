@@ -1,7 +1,7 @@
-"""The accuracy and cost of very many threshold vectors at once, by counting instead of by trying.
+"""Compute accuracy and cost of many threshold vectors at once, from cumulative counts of samples.
 
 Shape letters: S samples, N exits, P threshold vectors, K candidate thresholds of one exit. A threshold of NaN means
-*never* here (None in a `Policy`): that exit's branch is left out, and its cost with it.
+*never* (None in a `Policy`): the branch of that exit is left out, with its cost.
 """
 
 import itertools
@@ -12,28 +12,29 @@ from functools import cached_property
 
 import numpy as np
 
+from .exit_cost import ExitCost
 from .exit_rule import exit_positions
-from .values import ExitCost, Floats, Ints
+from .values import Floats, Ints
 
-_FILLS = 16
-_ROUNDS = 100  # of so many combinations each, for the exact answer with two thresholds
+_FILLS = 16  # points from which one threshold at a time is swept
+_ROUNDS = 100  # rounds of at most `vectors` combinations for an exact result with two thresholds
 
 
 @dataclass(frozen=True, eq=False)
 class SearchProblem:
-    """What is searched: scores `(S, N)` float32, losses `(S, N)`, and what each exit costs."""
+    """The data of a search: scores `(S, N)` float32, losses `(S, N)`, and the cost of each exit."""
 
     scores: Floats
     losses: Floats
     cost: ExitCost
 
     def take(self, rows: Ints) -> "SearchProblem":
-        """The problem of some of the samples."""
+        """Return the problem restricted to the samples `rows`."""
         return SearchProblem(self.scores.T[:, rows].T, self.losses.T[:, rows].T, self.cost)
 
     @cached_property
     def order(self) -> list[Ints]:
-        """For each early exit, the samples from surest to least sure; NaN and infinity never leave and are left out."""
+        """For each early exit, the samples from surest to least sure, without NaN and infinity, which never leave."""
         orders = []
         for column in self.scores[:, :-1].T:
             order = np.argsort(column, kind="stable")
@@ -43,12 +44,12 @@ class SearchProblem:
 
 @dataclass(frozen=True, eq=False)
 class SearchPoints:
-    """Threshold vectors and what each does.
+    """Threshold vectors with their losses and costs.
 
     Attributes:
         thresholds: `(P, N-1)` float32, NaN for never.
-        loss: `(P,)` summed loss of the answers given.
-        us: `(P,)` mean microseconds a sample.
+        loss: `(P,)` summed loss.
+        us: `(P,)` mean microseconds per sample.
         counts: `(P, N)` how many samples leave at each exit.
     """
 
@@ -58,11 +59,11 @@ class SearchPoints:
     counts: Floats
 
     def take(self, index: Ints) -> "SearchPoints":
-        """The points at `index`, in that order."""
+        """Return the points at `index`, in that order."""
         return SearchPoints(self.thresholds[index], self.loss[index], self.us[index], self.counts[index])
 
     def pareto(self) -> "SearchPoints":
-        """The points that no other beats, cheapest first; of equals the first stays."""
+        """Return the Pareto set, cheapest first; of equal points it keeps the first."""
         order = np.lexsort((self.loss, self.us))
         loss = self.loss[order]
         better = np.ones(len(loss), bool)
@@ -71,13 +72,13 @@ class SearchPoints:
 
 
 def join(points: list[SearchPoints]) -> SearchPoints:
-    """All points in one."""
+    """Concatenate points."""
     names = ("thresholds", "loss", "us", "counts")
     return SearchPoints(*(np.concatenate([getattr(p, name) for p in points]) for name in names))
 
 
 def best_of(sets: Iterable[SearchPoints]) -> SearchPoints:
-    """The Pareto set of all points in several sets, of which only one at a time is in memory; of equals the first."""
+    """Return the Pareto set of several sets, with one set at a time in memory; of equal points it keeps the first."""
     found: SearchPoints | None = None
     for points in sets:
         found = (points if found is None else join([found, points])).pareto()
@@ -86,9 +87,10 @@ def best_of(sets: Iterable[SearchPoints]) -> SearchPoints:
 
 
 def mean_cost(counts: Floats | Sequence[Floats], each: Floats, samples: int) -> Floats:
-    """Mean cost of so many `counts` (N, ...) of samples that leave at exits of cost `each` (N,).
+    """Return the mean cost if `counts` `(N, ...)` samples leave at exits with the costs `each` `(N,)`.
 
-    Summed exit by exit, so that one vector and a million give the same bits, and a limit met here is met in `evaluate`.
+    The sum is over one exit after another: one vector and a million then give the same bits, and a limit that the
+    search meets is also met in `evaluate`.
     """
     total = np.zeros(())
     for count, cost in zip(counts, each, strict=True):
@@ -96,24 +98,41 @@ def mean_cost(counts: Floats | Sequence[Floats], each: Floats, samples: int) -> 
     return total / samples
 
 
+def points_at(problem: SearchProblem, thresholds: Floats) -> SearchPoints:
+    """Evaluate threshold vectors `(P, N-1)` one after another."""
+    samples, exits = problem.scores.shape
+    losses, us, counts = [], [], []
+    for row in thresholds:
+        position = exit_positions(problem.scores, row)
+        counts.append(np.bincount(position, minlength=exits).astype(np.float64))
+        losses.append(problem.losses[np.arange(samples), position].sum())
+        us.append(mean_cost(counts[-1], problem.cost.latency_us([*~np.isnan(row), True]), samples))
+    return SearchPoints(thresholds, np.array(losses), np.array(us), np.array(counts))
+
+
+def evenly(count: int, most: int) -> Ints:
+    """Return at most `most` of `count` positions, evenly spaced, including the first and the last."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int))
+
+
 def between(below: Floats, above: Floats) -> Floats:
-    """Float32 thresholds midway between neighbours, which `below` passes (strictly less) and `above` does not."""
+    """Return float32 thresholds midway between neighbours: `below` is strictly less, and `above` is not."""
     middle = ((below.astype(np.float64) + above.astype(np.float64)) / 2).astype(np.float32)
-    return np.where(middle > below, middle, above)  # between adjacent floats the middle may round down
+    return np.where(middle > below, middle, above)  # the middle of adjacent floats may be rounded down
 
 
 def beyond(top: Floats) -> Floats:
-    """A threshold that every recorded score up to `top` passes, with room for an engine's rounding."""
+    """Return a threshold above every recorded score up to `top`, with a margin for rounding in an engine."""
     limit = np.finfo(np.float32)
     top = np.maximum(top, limit.min).astype(np.float64)
     return np.minimum(top + 1e-3 * np.maximum(np.abs(top), 1), limit.max).astype(np.float32)
 
 
 def cuts(scores: Floats, harmed: np.ndarray | None = None) -> Floats:
-    """Candidate thresholds `(K,)` for one exit: between all neighbouring distinct scores `(S,)`, and beyond the last.
+    """Return candidate thresholds `(K,)` for one exit: between neighbouring distinct scores `(S,)`, and above the last.
 
-    Where samples that leaving there harms are marked in `harmed` `(S,)`, only those thresholds stay that a looser one
-    does not beat for sure: the last, and those right below a sample that is harmed.
+    `harmed` `(S,)` marks samples with a higher loss if they leave there. Given it, only thresholds remain that a looser
+    one does not certainly beat: the last, and those just below a harmed sample.
     """
     finite = scores < np.inf
     values = np.unique(scores[finite])
@@ -128,7 +147,7 @@ def cuts(scores: Floats, harmed: np.ndarray | None = None) -> Floats:
 
 
 def thinned(scores: Floats, thresholds: Floats, most: int) -> Floats:
-    """At most so many of the candidates: such that both samples and candidates are cut into about equal parts."""
+    """Return at most `most` of the candidates, which divide both samples and candidates into about equal parts."""
     if len(thresholds) <= most:
         return thresholds
     samples = np.searchsorted(np.sort(scores), thresholds) / len(scores)
@@ -137,16 +156,16 @@ def thinned(scores: Floats, thresholds: Floats, most: int) -> Floats:
 
 
 def grid(problem: SearchProblem, vectors: int) -> SearchPoints:
-    """The Pareto set over all combinations of candidate thresholds, for every set of exits in use.
+    """Return the Pareto set over all combinations of candidate thresholds, for every set of exits in use.
 
-    Thresholds that a looser one beats for sure are passed over: those where no sample would lose by leaving too. Exact
-    where the rest have at most `vectors` combinations, for two thresholds at most a hundred times as many. Else on a
-    part of them of about that many for each set of exits, with the gaps filled by sweeps over all distinct scores from
-    points along the set.
+    Candidates that a looser one certainly beats are left out: those at which more samples could leave without harm. The
+    result is exact if the other candidates have at most `vectors` combinations, or a hundred times as many for two
+    thresholds. With more, about `vectors` combinations are tried per set of exits, and sweeps over all distinct scores
+    from points of the result fill the gaps.
     """
     early = problem.scores.shape[1] - 1
     found, exact = [], True
-    for size in range(early + 1):  # fewest exits first: of equals the simplest stays
+    for size in range(early + 1):  # fewest exits first: of equal points, the simplest is kept
         for used in itertools.combinations(range(early), size):
             candidates = _candidates(problem, used)
             count = math.prod(map(len, candidates))
@@ -161,15 +180,15 @@ def grid(problem: SearchProblem, vectors: int) -> SearchPoints:
     points = join(found).pareto()
     if exact:
         return points
-    spread = np.unique(np.linspace(0, len(points.loss) - 1, _FILLS).astype(int))
-    return best_of(itertools.chain([points], (around(problem, points.thresholds[i]) for i in spread)))
+    filled = (around(problem, points.thresholds[i]) for i in evenly(len(points.loss), _FILLS))
+    return best_of(itertools.chain([points], filled))
 
 
 def _candidates(problem: SearchProblem, used: tuple[int, ...]) -> list[Floats]:
-    """For each of the exits `used` (from 0) the thresholds that a looser one need not beat.
+    """Return, for each exit in `used` (from 0), the thresholds that a looser one does not certainly beat.
 
-    Leaving there is never dearer than leaving later, and no less accurate but for a sample that a later exit in use
-    answers better.
+    Leaving there never costs more than leaving later, and is less accurate only for samples with a smaller loss at a
+    later exit in use.
     """
     later, found = problem.losses[:, -1], []
     for n in reversed(used):
@@ -179,7 +198,7 @@ def _candidates(problem: SearchProblem, used: tuple[int, ...]) -> list[Floats]:
 
 
 def _in_parts(problem: SearchProblem, used: tuple[int, ...], candidates: list[Floats], vectors: int) -> SearchPoints:
-    """The Pareto set of all combinations, at most about `vectors` of them in memory at once."""
+    """Return the Pareto set of all combinations, with about `vectors` of them in memory at once."""
     if not used:
         return _combinations(problem, used, candidates)
     rows = max(1, vectors // math.prod(map(len, candidates[1:])))
@@ -190,10 +209,10 @@ def _in_parts(problem: SearchProblem, used: tuple[int, ...], candidates: list[Fl
 
 
 def _combinations(problem: SearchProblem, used: tuple[int, ...], candidates: list[Floats]) -> SearchPoints:
-    """The undominated ones of all combinations of `candidates`, for the early exits `used` (positions from 0)."""
+    """Return the combinations of `candidates` that none dominates, for the early exits `used` (from 0)."""
     samples, exits = problem.scores.shape
     last = problem.losses[:, -1]
-    # A sample in bin b leaves at the candidates with index >= b; one in bin K leaves at none.
+    # A sample in bin b leaves at the candidates with index >= b, and in bin K at none.
     bins = [np.searchsorted(c, problem.scores[:, n], side="right") for n, c in zip(used, candidates, strict=True)]
     loss = np.full((), last.sum())
     counts: list[Floats] = [np.zeros(())] * exits
@@ -216,7 +235,7 @@ def _combinations(problem: SearchProblem, used: tuple[int, ...], candidates: lis
 
 
 def _leaving(cell: Ints, weights: Floats | None, shape: tuple[int, ...]) -> Floats:
-    """Sum of `weights` (or the count) over the samples that pass all axes but the last and leave at the last."""
+    """Sum `weights` (or count) over the samples that stay at all axes except the last and leave at the last."""
     total = np.bincount(cell, weights, minlength=int(np.prod(shape))).reshape(shape)
     total = np.cumsum(total, axis=-1)[..., :-1]
     for axis in range(len(shape) - 1):
@@ -226,7 +245,7 @@ def _leaving(cell: Ints, weights: Floats | None, shape: tuple[int, ...]) -> Floa
 
 
 def _not_dominated(loss: Floats) -> np.ndarray:
-    """Which combinations lose less than all looser ones, which with the same exits are never dearer."""
+    """Mark the combinations with a smaller loss than all looser ones, which never cost more with the same exits."""
     if not loss.ndim:
         return np.ones((), bool)
     best = np.pad(loss, [(0, 1)] * loss.ndim, constant_values=np.inf)
@@ -239,9 +258,9 @@ def _not_dominated(loss: Floats) -> np.ndarray:
 
 
 def sweep(problem: SearchProblem, thresholds: Floats, n: int) -> SearchPoints:
-    """The thresholds of the early exit n (from 0) that no looser one beats, with the others as given.
+    """Return the points with any threshold at the early exit n (from 0) that no looser one beats, and the others fixed.
 
-    Leaving at n is never dearer than leaving later. *Never* is included, and stands first.
+    Leaving at n never costs more than leaving later. The first point has *never*.
     """
     samples, exits = problem.scores.shape
     never = thresholds.copy()
@@ -253,7 +272,7 @@ def sweep(problem: SearchProblem, thresholds: Floats, n: int) -> SearchPoints:
     enabled = [*~np.isnan(never), True]
 
     order = problem.order[n]
-    order = order[answering[order] > n]  # those that reach exit n
+    order = order[answering[order] > n]  # samples that reach exit n
     scores, later = problem.scores[order, n], answering[order]
     edge = np.nonzero(np.append(scores[:-1] < scores[1:], True))[0] if len(order) else np.empty(0, np.int64)
     loss = base + np.cumsum(problem.losses[order, n] - answered[order])[edge]
@@ -270,7 +289,7 @@ def sweep(problem: SearchProblem, thresholds: Floats, n: int) -> SearchPoints:
     rows = np.tile(never, (len(edge) + 1, 1))
     rows[1:, n] = between(scores[edge], above)
     if len(edge):
-        rows[-1, n] = beyond(top)[0]  # the loosest is beaten by none
+        rows[-1, n] = beyond(top)[0]  # no threshold is looser
     return SearchPoints(
         thresholds=rows,
         loss=np.append(base, loss[kept]),
@@ -280,5 +299,5 @@ def sweep(problem: SearchProblem, thresholds: Floats, n: int) -> SearchPoints:
 
 
 def around(problem: SearchProblem, point: Floats) -> SearchPoints:
-    """The Pareto set of all vectors that differ from `point` in one threshold."""
+    """Return the Pareto set of all vectors that differ from `point` in at most one threshold."""
     return best_of(sweep(problem, point, n) for n in range(len(point)))

@@ -1,127 +1,56 @@
-"""The frozen values that pass between the rooms: ExitCost, Policy, Outcome, Promise, Choice.
+"""Frozen values: costs, policies, outcomes, promises and choices.
 
-Shape letters: S samples recorded, B samples in a batch, N exits, C classes. Exits are numbered from 1, as in the paper;
-position n - 1 of a tuple or axis belongs to exit n.
+Shape letters: S samples recorded, B samples in a batch, N exits. Exits are numbered from 1, as in the paper; position
+n - 1 of a tuple or axis belongs to exit n.
 """
 
-import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arguments import ordered, real, threshold_list
+from ..arguments import threshold_list
 from ..errors import FileError, InputError
-from ..files import check_checksum, checksum, read_json, write_json
+from ..files import read_sealed, write_sealed
 from ..stored import from_stored
 from .fitted_scores import FittedScore, check_fitted, from_json
 
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
 
-_SAID = {
+_SENTENCES = {
     "max_drop": "accuracy is at most {} points below the last exit's",
     "min_accuracy": "accuracy is at least {} %",
     "max_disagreement": "at most {} % of the answers differ from the last exit's",
 }
-PROMISED = tuple(_SAID)
+PROMISED = tuple(_SENTENCES)
 """The limits of `choose` that come with a promise."""
 
 BOUNDS = ("betting", "binomial")
-"""How a promise can be tested."""
-
-
-@dataclass(frozen=True)
-class ExitCost:
-    """What each stage costs, a sample: the trunk segment up to each exit's tap, and each branch by itself.
-
-    Trunk and branches stand apart, so that removing an exit removes its cost. Every tuple has one figure an exit; the
-    last exit's "branch" is only the work that is not the backbone's own (computing its score, and what deciding to go
-    on took).
-
-    Attributes:
-        trunk_us, branch_us: microseconds a sample, measured in the deployment engine.
-        trunk_macs, branch_macs: multiply-accumulates a sample.
-        batch_size, threads: how the times were taken.
-        network: the `fingerprint` of the network that was measured, where known.
-        plain_us: microseconds a sample of the backbone alone, timed with the others; None where unknown.
-        spread: by what share of them the times may be off (95 %), as they differed while they were measured; None where
-            unknown.
-    """
-
-    trunk_us: tuple[float, ...]
-    branch_us: tuple[float, ...]
-    trunk_macs: tuple[float, ...] = ()
-    branch_macs: tuple[float, ...] = ()
-    batch_size: int = 1
-    threads: int = 1
-    network: str | None = None
-    plain_us: float | None = None
-    spread: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("trunk_us", "branch_us", "trunk_macs", "branch_macs"):
-            given = getattr(self, name)
-            given = ordered(f"ExitCost.{name}", given, "give one figure per exit, such as (12.5, 40.0)")
-            values = tuple(real(f"a figure of ExitCost.{name}", v) for v in given)
-            if name.endswith("_macs") and not values:
-                values = (0.0,) * len(self.trunk_us)
-            if len(values) != len(self.trunk_us) or not values:
-                raise InputError(f"ExitCost.{name} has {len(values)} figures but trunk_us has {len(self.trunk_us)}")
-            if min(values) < 0:
-                raise InputError(f"ExitCost.{name} must be finite and not negative; got {values}")
-            set_fields(self, **{name: values})
-
-    @property
-    def num_exits(self) -> int:
-        """N, the number of exits."""
-        return len(self.trunk_us)
-
-    def latency_us(self, enabled: Sequence[bool]) -> Floats:
-        """`(N,)` microseconds to answer at each exit; only the branches marked in `enabled` (N,) are computed.
-
-        Without an early exit that is the trunk alone, the work of the plain network: the last exit's branch, its score,
-        is then left out too.
-        """
-        return _cumulative(self.trunk_us, self.branch_us, enabled)
-
-    def macs(self, enabled: Sequence[bool]) -> Floats:
-        """`(N,)` multiply-accumulates to answer at each exit, likewise."""
-        return _cumulative(self.trunk_macs, self.branch_macs, enabled)
-
-    def __str__(self) -> str:
-        """One line per exit."""
-        lines = [f"exit {n}: trunk {t:.1f} us, branch {b:.1f} us" for n, (t, b) in enumerate(self._us(), 1)]
-        spread = "" if self.spread is None else f", within {self.spread:.0%}"
-        return "\n".join([*lines, f"per sample, batch {self.batch_size}, threads {self.threads}{spread}"])
-
-    def _us(self) -> Iterable[tuple[float, float]]:
-        return zip(self.trunk_us, self.branch_us, strict=True)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write as JSON, with a checksum of it. Raises `FileError`."""
-        _write_sealed(path, "cost", asdict(self))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "ExitCost":
-        """Read what `save` wrote. Raises `FileError`."""
-        stored = _read_sealed(path, "cost", "measure it again with measure(...)")
-        return from_stored(cls, stored, path, "measure(...)")
+"""The tests of a promise."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Which score is compared with which thresholds: all that the deployed network needs to know.
+    """A score and its thresholds, which decide where each sample leaves.
 
     Attributes:
-        score: the name of a score (see `branchynet.policy.record_scores`), a fitted one, or a callable
-            ``score(outputs_so_far) -> (B,)``.
-        thresholds: one an exit but the last (N-1); a sample leaves at the first exit whose score is strictly below it.
-            None means *never*: the branch is left out of the graph, and its cost with it.
+        score: a name in `branchynet.policy.scores`, a fitted score, or a callable ``score(outputs_so_far) -> (B,)``.
+        thresholds: N-1 thresholds, one per exit except the last. A sample leaves at the first exit whose score is
+            strictly below its threshold. None means *never*: the branch is left out of the graph, with its cost.
+
+    Raises:
+        InputError: a threshold that is not finite, a score that is neither a name nor a callable, or a fitted score of
+            another number of exits.
+
+    Example:
+        >>> policy = Policy("entropy", (0.25, None))
+        >>> policy.enabled
+        (True, False, True)
     """
 
     score: Any = "entropy"
@@ -138,7 +67,7 @@ class Policy:
 
     @property
     def num_exits(self) -> int:
-        """N, the number of exits, the last one included."""
+        """N, the number of exits, including the last."""
         return len(self.thresholds) + 1
 
     @property
@@ -147,7 +76,7 @@ class Policy:
         return (*(t is not None for t in self.thresholds), True)
 
     def rules(self, digits: int = 4, never: str = "never") -> tuple[str, ...]:
-        """`(N,)` when a sample leaves at each exit, in words; thresholds have so many `digits`.
+        """Return the rule of each exit `(N,)` as text, with `digits` significant digits.
 
         >>> Policy("entropy", (0.25, None)).rules()
         ('entropy < 0.25', 'never', 'always')
@@ -156,13 +85,13 @@ class Policy:
         return (*(never if t is None else f"{name} < {t:.{digits}g}" for t in self.thresholds), "always")
 
     def to_json(self) -> dict[str, Any]:
-        """``{"score": name, "thresholds": [...]}`` with null for never; a fitted score is stored whole."""
+        """Return ``{"score": ..., "thresholds": [...]}``: the name or the numbers of the score, and None for never."""
         score = self.score.to_json() if isinstance(self.score, FittedScore) else score_name(self.score)
         return {"score": score, "thresholds": list(self.thresholds)}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Policy":
-        """The inverse of `to_json` for named and fitted scores. Raises `InputError` where it is broken."""
+        """Create a policy from the result of `to_json`, for named and fitted scores. Raises `InputError`."""
         if not (isinstance(value, dict) and {"score", "thresholds"} <= value.keys()):
             raise InputError(f"a stored policy must be an object with score and thresholds; got {value!r:.80}")
         score, thresholds = value["score"], value["thresholds"]
@@ -176,16 +105,21 @@ class Policy:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a policy does on a record: quality, who leaves where, and the mean cost.
+    """The accuracy and cost of a policy on a record.
 
     Attributes:
         samples: S.
-        accuracy: 1 - mean loss of the answers given, which for losses other than 0 or 1 is what those make it, such as
-            a pixel accuracy; `accuracy_interval` is its 95 % interval.
-        last_accuracy: the same for the last exit alone.
-        exit_share: `(N,)` share of the samples that leave at each exit, summing to 1.
-        exit_accuracy: `(N,)` accuracy among those that leave there; None where nobody does.
-        mean_us, p95_us, worst_us, mean_macs: cost a sample, None where no ExitCost was given.
+        accuracy: 1 - mean loss; for losses between 0 and 1 its meaning is theirs, such as pixel accuracy.
+        accuracy_interval: the 95 % interval of `accuracy`.
+        last_accuracy: the accuracy of the last exit alone.
+        exit_share: `(N,)` share of the samples that leave at each exit; the sum is 1.
+        exit_accuracy: `(N,)` accuracy of the samples that leave at each exit; None if none does.
+        mean_us, p95_us, worst_us, mean_macs: cost per sample; None without an `ExitCost`.
+
+    Example:
+        >>> record = ExitRecord.from_scores(scores=[[0.1, 0.0], [0.9, 0.0]], losses=[[0, 0], [1, 0]], score="entropy")
+        >>> evaluate(record, Policy("entropy", (0.5,))).exit_share
+        (0.5, 0.5)
     """
 
     samples: int
@@ -200,7 +134,7 @@ class Outcome:
     mean_macs: float | None = None
 
     def __str__(self) -> str:
-        """The accuracy and its interval, who leaves where, and the mean time."""
+        """The accuracy and its interval, the share of each exit, and the mean time."""
         low, high = self.accuracy_interval
         leave = ", ".join(f"exit {n} answers {share:.1%}" for n, share in enumerate(self.exit_share, 1))
         time = "" if self.mean_us is None else f"; {self.mean_us:.1f} us per sample"
@@ -212,18 +146,22 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Promise:
-    """What `choose` stands for on samples that it has not seen. `str()` says it in one sentence.
+    """The guarantee that `choose` gives for unseen samples.
 
     Attributes:
         limit: ``"max_drop"``, ``"min_accuracy"`` or ``"max_disagreement"``.
         value: of the limit, a fraction.
         confidence: probability, over the draw of the record, that the limit holds for its distribution.
-        bound: ``"betting"`` or ``"binomial"``: how it was tested.
+        bound: the test, ``"betting"`` or ``"binomial"``.
         tuning: how many samples found the candidates.
-        calibration: how many others tested them.
+        calibration: how many other samples tested them.
 
     Raises:
         InputError: an unknown limit or bound.
+
+    Example:
+        >>> print(Promise("max_drop", 0.005, 0.95, "betting", tuning=5000, calibration=5000))
+        With 95 % confidence, accuracy is at most 0.50 points below the last exit's, on data like the 10,000 samples...
     """
 
     limit: str
@@ -239,8 +177,8 @@ class Promise:
                 raise InputError(f"unknown {name} {value!r} of a promise; take one of {', '.join(known)}")
 
     def __str__(self) -> str:
-        """Such as: With 95 % confidence, accuracy is at most 0.50 points below the last exit's, on data like these."""
-        what = _SAID[self.limit].format(f"{100 * self.value:.2f}")
+        """The guarantee in one sentence."""
+        what = _SENTENCES[self.limit].format(f"{100 * self.value:.2f}")
         return (
             f"With {100 * self.confidence:g} % confidence, {what}, on data like the {self.tuning + self.calibration:,} "
             f"samples that chose ({self.calibration:,} of them tested it, {self.bound} bound)."
@@ -249,17 +187,24 @@ class Promise:
 
 @dataclass(frozen=True)
 class Choice:
-    """The policy that `choose` found, on what grounds, and what it did on the data that chose it. `str()` says it.
+    """The policy that `choose` found, and its outcome on the data that chose it.
 
     Attributes:
         policy: score and thresholds.
-        constraint: the limit asked for, such as ``{"max_drop": 0.005}``.
-        outcome: on the record that chose (validation): optimistic, so report another record's.
-        record_digest: of the record that chose, so that judging on the same data can be noticed.
-        promise: what holds for other samples, or None where no promise was asked for.
-        network: the `fingerprint` of the network whose record chose, where known.
-        samples: the sketch (see `branchynet.policy.digests`) of those that chose, where known.
-        reason: why no sample leaves early; empty where some do.
+        constraint: the given limit, such as ``{"max_drop": 0.005}``.
+        outcome: on the record that chose. It is optimistic; report that of another record.
+        record_digest: of the record that chose, to notice an evaluation on the same data.
+        promise: the guarantee for other samples, or None without one.
+        network: the `fingerprint` of the network of the record; None if unknown.
+        samples: the sketch (see `branchynet.policy.digests`) of the samples that chose; empty if unknown.
+        reason: why no sample leaves early; empty if some do.
+
+    Example:
+        >>> record = ExitRecord.from_scores(scores=[[0.1, 0.0], [0.9, 0.0]], losses=[[0, 0], [1, 0]], score="entropy")
+        >>> print(choose(record, max_drop=0, confidence=None))
+        exit 1 answers 50.0%: entropy < 0.5
+        exit 2 answers 50.0%: always
+        accuracy 100.00%, last exit alone 100.00%, on the 2 samples that chose
     """
 
     policy: Policy
@@ -272,7 +217,7 @@ class Choice:
     reason: str = ""
 
     def __str__(self) -> str:
-        """One line per exit, then the accuracy, the promise, and the reason where no sample leaves early."""
+        """One line per exit, then the accuracy, the promise, and the reason if no sample leaves early."""
         outcome = self.outcome
         lines = [
             f"exit {n} answers {share:.1%}: {rule}"
@@ -287,64 +232,38 @@ class Choice:
         return "\n".join(filter(None, [*lines, accuracy, promise, advice]))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write as JSON, with a checksum of it. Raises `FileError`."""
-        _write_sealed(path, "choice", {**asdict(self), "policy": self.policy.to_json()})
+        """Write a JSON file with a checksum. Raises `FileError`."""
+        write_sealed(path, "choice", {**asdict(self), "policy": self.policy.to_json()})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Choice":
-        """Read what `save` wrote, and as it wrote it: other thresholds have no promise. Raises `FileError`."""
-        stored = _read_sealed(path, "choice", _AGAIN)
+        """Read a file that `save` wrote. Raises `FileError`, also for edited files: the promise would not hold."""
+        stored = read_sealed(path, "choice", _AGAIN)
         try:
             policy = Policy.from_json(stored["policy"])
         except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise FileError(f"{path} is no Choice ({error}); make it with choose(...)") from error
+            raise FileError(f"{path} is no Choice ({error}); create it with choose(...)") from error
         return from_stored(cls, {**stored, "policy": policy}, path, "choose(...)")
 
 
 _AGAIN = "make it again with `branchynet choose` or choose(...); for thresholds of your own take Policy"
 
 
-def _write_sealed(path: str | os.PathLike[str], kind: str, content: dict[str, Any]) -> None:
-    """Write as JSON, with a checksum of the content. Raises `FileError`."""
-    write_json(path, {**content, "sha256": checksum(_parts(kind, content))})
-
-
-def _read_sealed(path: str | os.PathLike[str], kind: str, remedy: str) -> Any:
-    """What `_write_sealed` wrote, compared with its checksum where it has one. Raises `FileError`."""
-    stored = read_json(path)
-    if isinstance(stored, dict) and "sha256" in stored:  # files of earlier versions have none
-        known = stored.pop("sha256")
-        check_checksum(path, known, _parts(kind, stored), remedy)
-    return stored
-
-
-def _parts(kind: str, content: dict[str, Any]) -> list[tuple[str, str]]:
-    """What a checksum is of: the content, however the file is laid out."""
-    return [(kind, json.dumps(content, sort_keys=True))]
-
-
 def thresholds_text(thresholds: Sequence[float | None]) -> str:
-    """Thresholds with commas between, such as ``0.25, never``."""
+    """Return thresholds separated by commas, such as ``0.25, never``."""
     return ", ".join("never" if t is None else f"{t:.4g}" for t in thresholds)
 
 
 def score_name(score: Any) -> str:
-    """The name of a score that is given by name or as a callable."""
+    """Return the name of a score, which is a name or a callable."""
     return score if isinstance(score, str) else getattr(score, "__name__", "custom")
 
 
-def _cumulative(trunk: Sequence[float], branch: Sequence[float], enabled: Sequence[bool]) -> Floats:
-    if len(enabled) != len(trunk):
-        raise InputError(f"enabled has {len(enabled)} flags for {len(trunk)} exits")
-    counted = [*enabled[:-1], any(enabled[:-1])]
-    return np.cumsum(trunk) + np.cumsum(np.where(counted, branch, 0.0))
-
-
 def set_fields(value: Any, **fields: Any) -> None:
-    """Set fields of a frozen value that is being made."""
+    """Set fields of a frozen value during its initialisation."""
     for name, content in fields.items():
         object.__setattr__(value, name, content)
 
 
-Z95 = 1.959963984540054  # of the normal distribution: 95 % lie within so many deviations
-STEADY = 0.03  # the spread below which times are good enough
+Z95 = 1.959963984540054  # 95 % of a normal distribution lie within this many standard deviations
+STEADY = 0.03  # times with a smaller spread are good enough

@@ -15,8 +15,9 @@ from ..graph.quantize import Quantize, calibration_batches, check_quantize, quan
 from ..graph.torch_program import tensors_of
 from ..nn.fingerprint import fingerprint
 from ..nn.network import plain_network
+from ..policy.exit_cost import ExitCost
 from ..policy.scores import Score, resolve
-from ..policy.values import ExitCost, Floats
+from ..policy.values import Floats
 from .clock import until_steady
 from .part_engines import leaving_engines, part_engines
 from .target import Target, check_target

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import counted, printable
-from ..policy.values import PROMISED, STEADY, Choice, ExitCost
+from ..policy.exit_cost import ExitCost
+from ..policy.values import PROMISED, STEADY, Choice
 
 _FRAME = 3  # characters per column in addition to its content: a line and two spaces
 _NEVER = "never (left out)"

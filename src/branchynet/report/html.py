@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from ..errors import InputError, counted
 from ..files import replacing
+from ..policy.exit_cost import ExitCost
 from ..policy.exit_record import ExitRecord
-from ..policy.values import Choice, ExitCost, Outcome, score_name, thresholds_text
+from ..policy.values import Choice, Outcome, score_name, thresholds_text
 from .gallery import Gallery, gallery_section
 from .plots import CandidatePoint, figure_candidates, figure_scores, figure_shares, figure_tradeoff, microseconds
 from .svg import inline

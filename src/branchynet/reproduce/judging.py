@@ -19,8 +19,9 @@ from ..nn.averaging import averaged
 from ..policy.averaging import averaged_record, fit_averaging
 from ..policy.choosing import nearest_to
 from ..policy.evaluation import evaluate
+from ..policy.exit_cost import ExitCost
 from ..policy.exit_record import ExitRecord
-from ..policy.values import ExitCost, Outcome, Policy, thresholds_text
+from ..policy.values import Outcome, Policy, thresholds_text
 from ..profiling.benchmark import bench
 from ..profiling.clock import in_turns
 from ..profiling.cost import measure

@@ -32,11 +32,12 @@ from ..nn.fingerprint import fingerprint
 from ..nn.network import BranchyNet
 from ..policy.choosing import check_call, choose
 from ..policy.evaluation import evaluate
+from ..policy.exit_cost import ExitCost
 from ..policy.exit_record import ExitRecord
 from ..policy.risk_tests import halves
 from ..policy.score_fitting import fit_score
 from ..policy.scores import SCORES, resolve
-from ..policy.values import Choice, ExitCost, Policy, score_name
+from ..policy.values import Choice, Policy, score_name
 from ..profiling.benchmark import bench
 from ..profiling.cost import measure
 from ..profiling.recording import record
