@@ -206,7 +206,7 @@ def test_classes_that_vanish_show_in_the_labels_alone():
     assert alarm.statistic == "labels" and alarm.at < 150
     assert len(alarm.expected) == len(alarm.seen) == 4
     assert alarm.seen[0] < 0.05
-    assert "are answered label" in str(alarm)
+    assert "have label" in str(alarm)
     assert not Monitor(logits_of(5000, 0), policy).update(*predicted(logits_of(1500, 1), policy)).alarmed
 
 

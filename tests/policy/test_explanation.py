@@ -65,8 +65,8 @@ def test_the_reason_is_told_only_where_none_leaves_early():
     cheap, dear = ExitCost((10, 30), (1, 0)), ExitCost((10, 30), (25, 0))
     assert why_never(record, cheap, choose(record, cheap, max_drop=0.0, confidence=None)) == ""
     told = why_never(record, dear, choose(record, dear, max_drop=0.0, confidence=None))
-    assert "adds 25.0 us to a sample that goes on and saves 5.0 us on one that leaves" in told
-    assert "pays where 83.3% leave; at this limit 50.0% may" in told
+    assert "adds 25.0 us to a sample that continues and saves 5.0 us on one that leaves" in told
+    assert "pays if 83.3% leave; this limit allows 50.0%" in told
     slow = ExitCost((10, 30), (35, 0))
     assert "saves nothing" in why_never(record, slow, choose(record, slow, max_drop=0.0, confidence=None))
 

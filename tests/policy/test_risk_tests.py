@@ -223,7 +223,7 @@ def test_a_limit_on_work_is_kept_and_used():
         by_macs = ExitCost(COST.trunk_macs, COST.branch_macs)
         best = max(a for a, c in zip(*_curve(frontier(record, by_macs)), strict=True) if c <= limit)
         assert choice.outcome.accuracy == pytest.approx(best)
-    with pytest.raises(InfeasibleError, match=r"max_macs=10 .*multiply-accumulates a sample"):
+    with pytest.raises(InfeasibleError, match=r"max_macs=10 .*multiply-accumulates per sample"):
         choose(record, COST, max_macs=10)
     with pytest.raises(InputError, match="max_macs needs a cost"):
         choose(record, max_macs=10)

@@ -238,9 +238,9 @@ class TestExitCost:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (((1, 2), (1,)), "branch_us has 1 figures but trunk_us has 2"),
-            (((1, 2), (1, 2), (3,)), "trunk_macs has 1 figures but trunk_us has 2"),
-            (((), ()), "0 figures"),
+            (((1, 2), (1,)), "branch_us has 1 numbers but trunk_us has 2"),
+            (((1, 2), (1, 2), (3,)), "trunk_macs has 1 numbers but trunk_us has 2"),
+            (((), ()), "0 numbers"),
             (((1, -2), (1, 2)), "trunk_us must be finite and not negative"),
             (((1, math.nan), (1, 2)), "trunk_us must be a finite"),
             (((1, 2), (1, math.inf)), "branch_us must be a finite"),

@@ -1,4 +1,4 @@
-"""Exits, scores and labels, as a record predicts them and as an engine reports them."""
+"""Read exits, scores and labels from a record and from the predictions of an engine."""
 
 import threading
 from typing import Any
@@ -15,7 +15,7 @@ from ..policy.values import Floats, Ints, Policy
 
 
 class PicklableLock:
-    """A lock for what threads share; it is copied and pickled as a new one, which nobody holds."""
+    """A lock whose copies and pickles are new, unlocked locks."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -31,7 +31,7 @@ class PicklableLock:
 
 
 def check_exits(record: ExitRecord, policy: Policy) -> None:
-    """Raises `InputError` where record and policy are not for one number of exits, or no exit is in use."""
+    """Raise `InputError` if record and policy have different numbers of exits, or no early exit is in use."""
     if policy.num_exits != record.num_exits:
         raise InputError(
             f"the policy is for {policy.num_exits} exits, but the record has {record.num_exits}: give the record of "
@@ -45,12 +45,12 @@ def check_exits(record: ExitRecord, policy: Policy) -> None:
 
 
 def predicted(record: ExitRecord, policy: Policy) -> tuple[Ints, Floats, Ints | None]:
-    """The exit `(S,)`, from 1, at which each recorded sample leaves, its score there `(S,)`, and its answer `(S,)`.
+    """Return the exit `(S,)`, from 1, of each recorded sample, its score there `(S,)`, and its label there `(S,)`.
 
-    The answers are class indices, or None for a record of scores and losses.
+    The labels are None for a record of scores and losses.
 
     Raises:
-        InputError: as `check_exits`; the record holds another score than the policy's; a score is NaN.
+        InputError: as `check_exits`; the record holds another score than that of the policy; a score is NaN.
     """
     check_exits(record, policy)
     scores = scores_of_record(record, policy.score)
@@ -67,10 +67,10 @@ def predicted(record: ExitRecord, policy: Policy) -> tuple[Ints, Floats, Ints | 
 
 
 def answered(prediction: Any, policy: Policy) -> Ints:
-    """The exits `(B,)` of a `Prediction`, or of an array of exits.
+    """Return the exits `(B,)` of a `Prediction`, or an array of exits.
 
     Raises:
-        InputError: empty, no integers, or an exit that the policy does not have or does not use.
+        InputError: no samples, no integers, or an exit that the policy does not use.
     """
     exits = np.asarray(prediction.exit if isinstance(prediction, Prediction) else prediction)
     if exits.ndim != 1 or not len(exits) or exits.dtype.kind not in "iu":
@@ -82,16 +82,16 @@ def answered(prediction: Any, policy: Policy) -> Ints:
         used = [n for n, enabled in enumerate(policy.enabled, 1) if enabled]
         raise InputError(
             f"a sample left at exit {exits[~known][0]}, but the policy of {policy.num_exits} exits uses {used}: give "
-            "the predictions of the network and thresholds that the policy is for"
+            "predictions of the network with the thresholds of the policy"
         )
     return exits.astype(np.int64)
 
 
 def answered_scores(prediction: Any, scores: ArrayLike | None, samples: int) -> Floats:
-    """The scores `(B,)` float64 of a `Prediction`, or of an array beside one of exits.
+    """Return the scores `(B,)` float64 of a `Prediction`, or the given array.
 
     Raises:
-        InputError: none given, given twice, not one a sample, or NaN.
+        InputError: no scores, scores given twice, not one score per sample, or NaN.
     """
     if isinstance(prediction, Prediction):
         if scores is not None:
@@ -102,22 +102,22 @@ def answered_scores(prediction: Any, scores: ArrayLike | None, samples: int) -> 
     try:
         values = np.asarray(scores, np.float64)
     except (TypeError, ValueError):
-        raise InputError(f"scores must be numbers, one a sample; got {type(scores).__name__}") from None
+        raise InputError(f"scores must be numbers, one per sample; got {type(scores).__name__}") from None
     if values.shape != (samples,):
-        raise InputError(f"scores must have shape ({samples},), one a sample of exits; got {values.shape}")
+        raise InputError(f"scores must have shape ({samples},), one per entry of exits; got {values.shape}")
     if np.isnan(values).any():
         raise InputError(
-            f"the score of sample {int(np.isnan(values).argmax())} of the batch is NaN: the network gave NaN there, or "
+            f"the score of sample {int(np.isnan(values).argmax())} of the batch is NaN: the network returned NaN, or "
             "the file was exported with policy=None; leave such samples out"
         )
     return values
 
 
 def answered_labels(prediction: Any, labels: ArrayLike | None, samples: int, classes: int) -> Ints | None:
-    """The labels `(B,)` of a `Prediction`, or of an array beside one of exits; None where none were given.
+    """Return the labels `(B,)` of a `Prediction`, or the given array; None without labels.
 
     Raises:
-        InputError: given twice, not one integer a sample, or outside 0..C-1.
+        InputError: labels given twice, not one integer per sample, or outside 0..C-1.
     """
     if isinstance(prediction, Prediction):
         if labels is not None:
@@ -128,12 +128,12 @@ def answered_labels(prediction: Any, labels: ArrayLike | None, samples: int, cla
     values = np.asarray(labels)
     if values.shape != (samples,) or values.dtype.kind not in "iu":
         raise InputError(
-            f"labels must be integers of shape ({samples},), one a sample of exits; got {values.dtype} of shape "
+            f"labels must be integers of shape ({samples},), one per entry of exits; got {values.dtype} of shape "
             f"{values.shape}"
         )
     if values.min() < 0 or values.max() >= classes:
         raise InputError(
             f"labels lie in {values.min()}..{values.max()}, but the record has {classes} classes (0..{classes - 1}): "
-            "give the predictions of the network that was recorded"
+            "give predictions of the recorded network"
         )
     return values.astype(np.int64)

@@ -1,4 +1,4 @@
-"""Holding a mean cost while inputs get harder or easier, by moving the thresholds."""
+"""Hold a mean cost while inputs get harder or easier, by moving the thresholds."""
 
 import math
 from dataclasses import dataclass
@@ -11,28 +11,28 @@ from ..errors import InfeasibleError, InputError
 from ..policy.evaluation import policy_for
 from ..policy.exit_cost import ExitCost
 from ..policy.exit_record import ExitRecord, check_cost
-from ..policy.exit_rule import exit_positions
+from ..policy.exit_rule import as_deployed, exit_positions
 from ..policy.prediction import Prediction
 from ..policy.record_scores import scores_of_record
 from ..policy.search import mean_cost
 from ..policy.values import Choice, Floats, Policy
 from .answers import PicklableLock, answered, check_exits
 
-_MOST_GAIN = 0.5  # of the way to the goal in one batch, however large: half is stable even if the slope is taken wrong
-_RETURN = 4.0  # times larger, the steps back, with each 1 / rate samples that all leave at one end
-_LEAST_SPREAD = 0.02  # goals close to an end: a rare sample must not throw the thresholds about
+_MOST_GAIN = 0.5  # largest part of the way to the goal per batch; half is stable even if the slope is wrong
+_RETURN = 4.0  # the steps back grow by this factor for each 1 / rate samples that all leave at one end
+_LEAST_SPREAD = 0.02  # for goals close to an end, so that a rare sample does not move the thresholds far
 
 
 @dataclass(frozen=True)
 class BudgetState:
-    """What a `BudgetController` knows after a batch.
+    """The state of a `BudgetController` after a batch.
 
     Attributes:
         samples: how many samples were seen.
-        goal_us: the mean cost to hold, microseconds a sample.
+        goal_us: the mean cost to hold, in microseconds per sample.
         mean_us: the mean cost of all samples seen; None before the first.
         thresholds: `(N-1,)` for the next batch, None for never.
-        looseness: where on their way from never to always the thresholds stand; 0 is where they started.
+        looseness: how far the thresholds have moved from their start, towards always if positive.
     """
 
     samples: int
@@ -43,36 +43,41 @@ class BudgetState:
 
 
 class BudgetController:
-    """Moves the thresholds of an engine so that the mean cost stays at a goal whatever the inputs are.
+    """Move the thresholds of an engine to hold the mean cost at a goal, for any inputs.
 
-    ```python
-    controller = BudgetController(record, policy, cost, goal_us=40)
-    for images in stream:
-        prediction = engine(images, thresholds=controller.thresholds)
-        controller.update(prediction)
-    ```
+    Call ``engine(images, thresholds=controller.thresholds)`` and then ``controller.update(prediction)`` for each batch.
 
-    All thresholds move together along one line: at looseness z, that of an exit lies at the quantile q of its recorded
-    scores with logit(q) = logit(q of the policy) + z. Beyond the recorded scores it goes on evenly, so that any goal
-    between the costs of "all leave at the first exit in use" and "none leave early" can be held on any inputs.
-    Looseness follows the error (mean cost - goal) and the sum of all errors so far, which is paid back: the mean since
-    the start, and not just the latest cost, comes to the goal. Where none can leave early (say, every score is NaN), or
-    all do, the thresholds move as far as they can, and come back in a few batches when that ends. What it answers is
-    not looked at: where inputs get harder, holding the cost may lose accuracy; a `Monitor` beside it, on an engine with
-    fixed thresholds, tells when. Threads may share a controller.
+    One number, the looseness z, sets all thresholds: the threshold of an exit lies at the quantile q of its recorded
+    scores, with logit(q) = logit(q of the policy) + z. Outside the recorded scores thresholds continue linearly. So any
+    goal between the costs of "all leave at the first exit in use" and "none leaves early" can be held on any inputs.
+    Looseness follows the error (mean cost - goal) and the sum of all errors: the mean since the start, not only the
+    latest cost, approaches the goal. If no sample can leave early (for example, every score is NaN), or if all do, the
+    thresholds move as far as they can, and return within a few batches afterwards. The controller does not check
+    labels: if inputs get harder, holding the cost may lose accuracy. To detect that, run a `Monitor` on an engine with
+    fixed thresholds. Threads may share a controller.
 
     Args:
-        record: calibration samples: where the scores of every exit lie.
-        policy: the score, which exits are in use, and how their thresholds stand to each other; or a `Choice`.
-        cost: what each exit costs.
-        goal_us: the mean cost to hold, microseconds a sample.
-        goal_share: instead, the goal as a share of what a sample costs that never leaves early.
-        rate: how much of an error is followed a sample: the thresholds settle in about 2 / rate samples.
+        record: calibration samples, which give the distribution of the scores of every exit.
+        policy: the score, the exits in use, and the relation of their thresholds; or a `Choice`.
+        cost: the cost of each exit.
+        goal_us: the mean cost to hold, in microseconds per sample.
+        goal_share: alternatively, the goal as a share of the cost of a sample that does not leave early.
+        rate: the share of an error that is corrected per sample; thresholds settle in about 2 / rate samples.
 
     Raises:
         InputError: record, policy and cost are of different networks, exits or scores, no early exit is in use, not
-            one goal is given, or a goal or rate that is no number above 0.
-        InfeasibleError: no thresholds reach the goal; the message names what can be reached.
+            exactly one goal is given, or a goal or rate that is not a number above 0.
+        InfeasibleError: no thresholds reach the goal; the message names the costs that can be reached.
+
+    Example:
+        >>> import numpy as np
+        >>> scores = np.random.default_rng(0).random((1000, 2))  # 1,000 samples, 2 exits
+        >>> record = ExitRecord.from_scores(scores, np.zeros((1000, 2)), "entropy")
+        >>> cost = ExitCost(trunk_us=(10.0, 30.0), branch_us=(0.0, 0.0))
+        >>> controller = BudgetController(record, Policy("entropy", (0.5,)), cost, goal_us=20)
+        >>> state = controller.update([2, 2, 2, 1])  # the exits of a batch: it cost more than the goal
+        >>> state.mean_us, state.looseness > 0
+        (32.5, True)
 
     Sources: Teerapittayanon et al. 2016, section V-B (adapting T as future work); Gibbs and Candès 2021, *Adaptive
     conformal inference under distribution shift*, arXiv:2106.00170 (following a quantile by its errors); Angelopoulos,
@@ -108,27 +113,26 @@ class BudgetController:
 
     @property
     def thresholds(self) -> tuple[float | None, ...]:
-        """`(N-1,)` thresholds for the next batch, None for never: give them to ``engine(x, thresholds=...)``."""
+        """`(N-1,)` thresholds for the next batch, None for never."""
         return self._line.thresholds(self._looseness)
 
     @property
     def state(self) -> BudgetState:
-        """What the last `update` returned."""
+        """The state after the last `update`."""
         mean = self.goal_us + self._excess / self._samples if self._samples else None
         return BudgetState(self._samples, self.goal_us, mean, self.thresholds, self._looseness - self._base)
 
     def update(self, prediction: Prediction | ArrayLike) -> BudgetState:
-        """Take in what a batch cost that was answered with `thresholds`, and move them.
+        """Count the cost of a batch that ran with `thresholds`, and move them.
 
         Args:
-            prediction: what the engine answered, or the exits alone, `(B,)` integers from 1; B need not be the same
-                every time.
+            prediction: the result of the engine, or its exits alone, `(B,)` integers from 1. B may vary.
 
         Returns:
             The state after the batch.
 
         Raises:
-            InputError: an empty batch, or an exit that the policy does not use; the batch is then not counted.
+            InputError: an empty batch, or an exit that the policy does not use. The batch is not counted.
         """
         exits = answered(prediction, self.policy)
         with self._lock:
@@ -141,14 +145,14 @@ class BudgetController:
         self._excess += error * len(us)
         span = self._dearest - self._cheapest
         share = (self.goal_us - self._cheapest) / span
-        slope = max(share * (1 - share), _LEAST_SPREAD) * span  # microseconds a unit of looseness, for a logistic curve
+        slope = max(share * (1 - share), _LEAST_SPREAD) * span  # us per unit of looseness, for a logistic curve
         gain = min(self._rate * len(us), _MOST_GAIN)
-        # On inputs that stay as they are the error dies out as fast as it can without swinging where what is owed is
-        # paid back by gain / 4. No batch can cost less than the cheapest exit, so no more than that is asked for.
+        # With gain / 4 for the sum of errors, the response to unchanged inputs is critically damped. No batch can cost
+        # less than the cheapest exit or more than the dearest, which bounds the wanted cost.
         wanted = self.goal_us - gain / 4 * self._excess / len(us)
         move = gain * (float(us.mean()) - min(max(wanted, self._cheapest), self._dearest)) / slope
-        # Where all leave at one end however far the thresholds are from where they started, they have gone too far
-        # while nothing could leave (or stay): they come back by steps that grow, but not beyond the start.
+        # If all samples leave at one end, and the move is back towards the start, the thresholds went too far while
+        # none could leave (or stay). They return by growing steps, but not beyond the start.
         end = self._cheapest if self._looseness > self._base else self._dearest
         outside = move * (self._looseness - self._base) < 0 and bool((us == end).all())
         self._stuck = min(self._stuck + gain, 20.0) if outside else 0.0
@@ -166,25 +170,26 @@ class BudgetController:
             share = f" ({self._cheapest / unit:.4g} to 1 of it)" if name == "goal_share" and unit else ""
             raise InfeasibleError(
                 f"no thresholds hold {name}={given:g}: with these exits a sample costs more than "
-                f"{self._cheapest:.4g} us, where all leave at the first exit in use, and less than "
-                f"{self._dearest:.4g} us, where none leaves early{share}; give a goal between"
+                f"{self._cheapest:.4g} us, if all leave at the first exit in use, and less than "
+                f"{self._dearest:.4g} us, if none leaves early{share}; give a goal between"
             )
         return given * unit
 
 
 class _ThresholdCurves:
-    """The thresholds of every looseness z, all rising with it."""
+    """The thresholds of all exits as increasing functions of the looseness z."""
 
     def __init__(self, scores: Floats, thresholds: tuple[float | None, ...]) -> None:
         self._scores = scores
-        self._ways = [None if t is None else _ThresholdCurve(s, t) for s, t in zip(scores.T, thresholds, strict=False)]
+        pairs = zip(scores.T, thresholds, strict=False)
+        self._curves = [None if t is None else _ThresholdCurve(s, t) for s, t in pairs]
 
     def thresholds(self, z: float) -> tuple[float | None, ...]:
-        """`(N-1,)` thresholds at looseness `z`, None for never."""
-        return tuple(None if way is None else way.threshold(z) for way in self._ways)
+        """Return the thresholds `(N-1,)` at looseness `z`, None for never."""
+        return tuple(None if curve is None else curve.threshold(z) for curve in self._curves)
 
     def reaching(self, goal_us: float, us: Floats) -> float:
-        """The looseness at which the recorded samples cost `goal_us` in the mean, or the least that costs no more."""
+        """Return the looseness at which the recorded samples cost `goal_us` on average, or the smallest below it."""
         tight, loose = -1.0, 1.0
         while self._cost(tight, us) < goal_us and tight > -1e6:
             tight *= 2
@@ -196,13 +201,13 @@ class _ThresholdCurves:
         return loose
 
     def _cost(self, z: float, us: Floats) -> float:
-        thresholds = np.array([np.nan if t is None else t for t in self.thresholds(z)], np.float32)
-        counts = np.bincount(exit_positions(self._scores, thresholds), minlength=len(us)).astype(np.float64)
+        position = exit_positions(self._scores, as_deployed(self.thresholds(z)))
+        counts = np.bincount(position, minlength=len(us)).astype(np.float64)
         return float(mean_cost(counts, us, len(self._scores)))
 
 
 class _ThresholdCurve:
-    """How one exit's threshold goes through its recorded scores, in steps of the logit of their quantile."""
+    """The threshold of one exit, which moves through its recorded scores by the logit of their quantile."""
 
     def __init__(self, scores: Floats, threshold: float) -> None:
         self._scores = np.sort(scores[np.isfinite(scores)].astype(np.float64))
@@ -213,7 +218,7 @@ class _ThresholdCurve:
         self._start = float(_logit(passed / max(count, 1))) if count else threshold
 
     def threshold(self, z: float) -> float:
-        """Interpolated between recorded scores; beyond them one spread of the scores further a step."""
+        """Interpolate between recorded scores; outside them, move one range of the scores per unit of looseness."""
         at = self._start + z
         if not len(self._scores):
             return at

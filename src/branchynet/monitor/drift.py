@@ -1,4 +1,4 @@
-"""Watching a deployed network: do exits, scores and answers still look as calibration predicts?"""
+"""Detect drift: exits, scores or labels of a deployed network that differ from those of a calibration record."""
 
 import warnings
 from dataclasses import dataclass, replace
@@ -17,27 +17,27 @@ from .answers import PicklableLock, answered, answered_labels, answered_scores, 
 from .martingale import CHUNK, ConformalRanks, TestMartingale, suspect
 
 RESOLUTION = 1e-5
-"""Scores are read in steps of this size: engines may differ by less, which must not pass for drift."""
+"""Scores are rounded to multiples of this, because smaller differences between engines are not drift."""
 
 RECALL = 1024
-"""So many of the latest values of each statistic are kept, to say since when it has been off."""
+"""How many of the latest values of each statistic are kept, to estimate when a drift began."""
 
 
 @dataclass(frozen=True)
 class DriftState:
-    """What a `Monitor` knows after a batch. Once alarmed, it stays as it was at the first alarm but for `samples`.
+    """The state of a `Monitor` after a batch. After the first alarm only `samples` changes.
 
     Attributes:
-        alarmed: whether exits, scores or labels have left what calibration predicts.
-        samples: how many samples were seen in all.
-        capital: of the statistic that stands out most, as a share of what it must reach for an alarm; at least 1 once
-            alarmed.
-        statistic: that statistic: ``"exits"``, ``"labels"``, or ``"scores of exit 2"``.
-        at: the sample at which the alarm was raised, from 1; None without alarm, and so are all that follow.
-        since: the sample since which that statistic has been off, as far as can be told.
-        cut: for scores, where they were divided to tell the difference; None otherwise.
-        expected: what calibration predicts: `(N,)` the share of every exit; `(C,)` that of every label; for scores
-            `(2,)` the shares below and not below `cut`, of those that leave at that exit.
+        alarmed: whether exits, scores or labels differ from what calibration predicts.
+        samples: how many samples were seen in total.
+        capital: the largest capital of a statistic, as a share of the capital that raises an alarm; at least 1 after an
+            alarm.
+        statistic: the statistic with that capital: ``"exits"``, ``"labels"``, or ``"scores of exit 2"``.
+        at: the sample that raised the alarm, from 1. Without an alarm, this and all following attributes are None.
+        since: an estimate of the sample at which the drift began.
+        cut: for scores, the value that separates the shares in `expected`; None otherwise.
+        expected: what calibration predicts: the share of every exit `(N,)` or label `(C,)`, or for scores `(2,)` the
+            shares below and not below `cut` among samples that leave at that exit.
         seen: the same shares, from `since` to `at`.
     """
 
@@ -57,47 +57,52 @@ class DriftState:
             return f"no alarm after {self.samples} samples"
         if self.cut is None:
             n = int(np.abs(np.subtract(self.seen, self.expected)).argmax())
-            what = f"leave at exit {n + 1}" if self.statistic == "exits" else f"are answered label {n}"
-            told = f"{self.seen[n]:.1%} {what}, where calibration predicts {self.expected[n]:.1%}"
+            what = f"leave at exit {n + 1}" if self.statistic == "exits" else f"have label {n}"
         else:
-            told = (
-                f"{self.seen[1]:.1%} of the {self.statistic} are {self.cut:.4g} or more, where calibration predicts "
-                f"{self.expected[1]:.1%}"
-            )
-        return f"alarm at sample {self.at}: since about sample {self.since} {told}"
+            n, what = 1, f"of the {self.statistic} are {self.cut:.4g} or more"
+        change = f"{self.seen[n]:.1%} {what}, but calibration predicts {self.expected[n]:.1%}"
+        return f"alarm at sample {self.at}: since about sample {self.since} {change}"
 
 
 class Monitor:
-    """Alarms when the exits, scores or labels that an engine answers leave what calibration predicts.
+    """Raise an alarm when the exits, scores or labels of an engine differ from what calibration predicts.
 
-    **What is promised.** Let calibration samples and stream be exchangeable (say, drawn independently from one
-    distribution) and the policy not chosen on these calibration samples. Then the probability that the monitor *ever*
-    alarms, however long the stream and whatever the number of calibration samples, is at most `false_alarm`. It is over
-    the draw of both, calibration and stream. Neighbours that resemble each other, as frames of a video do, break the
-    assumption, and so do thresholds that a `BudgetController` moves meanwhile: an alarm then is no news.
+    **Guarantee.** Assume that calibration samples and stream are exchangeable (for example, drawn independently from
+    one distribution), and that these calibration samples did not choose the policy. Then the probability that the
+    monitor *ever* raises an alarm is at most `false_alarm`, for a stream of any length and for any number of
+    calibration samples. The probability is over the draw of both. Similar neighbours, such as frames of a video, break
+    the assumption, and so does a `BudgetController` that moves the thresholds: alarms then mean nothing.
 
-    **How.** Watched are which exit answers, the scores at each exit where calibration samples leave and, where the
-    record holds outputs, the label answered: classes may come in other shares without being harder. Each of the three
-    has an equal part of `false_alarm`, which the exits' scores share. Each such statistic is turned into conformal
-    p-values (`ConformalRanks`), which allow for the calibration sample being finite, and a test martingale
-    (`TestMartingale`) bets against their uniformity. By Ville's inequality and the union bound the promise follows.
-    Values after a change join the ranks as well, so drift so slow that the stream itself becomes the reference may
-    pass unseen.
+    **Method.** The monitor watches the exits, the scores at each exit where calibration samples leave, and, if the
+    record holds outputs, the labels, because shares of classes may change without harder inputs. Each of the three gets
+    an equal part of `false_alarm`; the scores of all exits share one part. `ConformalRanks` turns each statistic into
+    conformal p-values, which account for the finite calibration sample, and a `TestMartingale` bets against their
+    uniformity. The guarantee follows from Ville's inequality and the union bound. Values after a change join the ranks
+    too, so the monitor may miss a drift that is so slow that the stream itself becomes the reference.
 
-    Threads may share a monitor: their batches are taken in one after the other.
+    Threads may share a monitor; it processes their batches one after another.
 
     Args:
-        record: the calibration samples, best some thousands that neither trained the network nor chose the policy.
-        policy: the thresholds that the engine runs with. Given a `Choice`, its policy, with a warning where `record` is
-            the data that chose it.
-        false_alarm: the probability of ever alarming on an unchanged stream, between 0 and 1.
-        seed: of the random order that equal values are put in.
+        record: the calibration samples, ideally some thousands that neither trained the network nor chose the policy.
+        policy: the thresholds of the engine, or a `Choice`, with a warning if `record` is the data that chose it.
+        false_alarm: the probability of any alarm on an unchanged stream, between 0 and 1.
+        seed: of the random order of equal values.
 
     Raises:
         InputError: record and policy are of different exits or scores, no early exit is in use, a recorded score is
             NaN, or `false_alarm` is out of range.
 
-    Sources: those of `conformal`; Vovk, Nouretdinov and Gammerman 2003 (testing exchangeability on-line).
+    Example:
+        >>> import numpy as np
+        >>> scores = np.random.default_rng(0).random((1000, 2))  # 1,000 samples, 2 exits
+        >>> record = ExitRecord.from_scores(scores, np.zeros((1000, 2)), "entropy")
+        >>> monitor = Monitor(record, Policy("entropy", (0.5,)))
+        >>> exits = np.full(500, 2)  # no sample leaves early any more
+        >>> monitor.update(exits, np.full(500, 0.3)).alarmed
+        True
+
+    Sources: those of `branchynet.monitor.martingale`; Vovk, Nouretdinov and Gammerman 2003 (testing exchangeability
+    on-line).
     """
 
     def __init__(
@@ -107,7 +112,7 @@ class Monitor:
         policy, chose = policy_for(record, policy)
         if chose:
             warnings.warn(
-                "this record chose these thresholds, so that false alarms may be more frequent: give other samples",
+                "this record chose these thresholds, so false alarms may be more frequent: give other samples",
                 stacklevel=2,
             )
         if not 0 < real("false_alarm", false_alarm) < 1:
@@ -118,46 +123,46 @@ class Monitor:
         self._rng = np.random.default_rng(check_seed(seed))
         self._lock = PicklableLock()
         self._classes = 0 if record.outputs is None else record.outputs.shape[2]
-        part = (2 if labels is None else 3) / self.false_alarm  # the capital that a kind of statistics must reach
+        part = (2 if labels is None else 3) / self.false_alarm  # the capital at which a kind of statistic alarms
         self._watched = [_WatchedStatistic("exits", "exits", 0, exits.astype(np.float64), part, self._rng)]
         if labels is not None:
             self._watched.append(_WatchedStatistic("labels", "labels", 0, labels.astype(np.float64), part, self._rng))
-        used = np.unique(exits).tolist()  # nothing is known of scores elsewhere: `exits` tells when samples come there
+        used = np.unique(exits).tolist()  # scores at other exits are unknown; `exits` notices samples there
         for n in used:
-            own = _steps(scores[exits == n])
+            values = _rounded(scores[exits == n])
             self._watched.append(
-                _WatchedStatistic(f"scores of exit {n}", "scores", n, own, part * len(used), self._rng)
+                _WatchedStatistic(f"scores of exit {n}", "scores", n, values, part * len(used), self._rng)
             )
         self._state = DriftState(False, 0, self._watched[0].capital, self._watched[0].name)
 
     @property
     def state(self) -> DriftState:
-        """What the last `update` returned."""
+        """The state after the last `update`."""
         return self._state
 
     def update(
         self, prediction: Prediction | ArrayLike, scores: ArrayLike | None = None, labels: ArrayLike | None = None
     ) -> DriftState:
-        """Look at the next batch, of any size; batches of 1 and one of 64 lead to the same alarm at the same sample.
+        """Process the next batch. The size of batches does not change which sample raises an alarm.
 
         Args:
-            prediction: what an engine answered, or the exits alone, `(B,)` integers from 1.
+            prediction: the result of an engine, or its exits alone, `(B,)` integers from 1.
             scores: with exits, the scores `(B,)` there.
-            labels: with exits, the class indices `(B,)` answered; where left out, labels are not watched.
+            labels: with exits, the predicted class indices `(B,)`; without them, labels are not watched.
 
         Returns:
             The state after the batch.
 
         Raises:
             InputError: an empty batch, an exit that the policy does not use, a NaN score, a label that the record does
-                not have, or not one score and label a sample; the batch is then not counted.
+                not have, or not one score and label per sample. The batch is not counted.
         """
         exits = answered(prediction, self.policy)
-        batch = {"exits": exits, "scores": _steps(answered_scores(prediction, scores, len(exits)))}
+        batch = {"exits": exits, "scores": _rounded(answered_scores(prediction, scores, len(exits)))}
         if self._classes:
             batch["labels"] = answered_labels(prediction, labels, len(exits), self._classes)
         batch = {name: values.astype(np.float64) for name, values in batch.items() if values is not None}
-        with self._lock:  # the state depends on the order of batches, so one is taken in after the other
+        with self._lock:  # the state depends on the order of batches
             seen = self._state.samples
             for start in range(0, len(exits), CHUNK):
                 if self._state.alarmed:
@@ -175,9 +180,9 @@ class Monitor:
         for s in self._watched:
             if s.kind not in batch:
                 continue
-            here = np.flatnonzero(exits == s.exit) if s.exit else np.arange(len(exits))
-            if len(here):
-                first = s.update(batch[s.kind][here], columns[s.kind][here], seen + 1 + here)
+            rows = np.flatnonzero(exits == s.exit) if s.exit else np.arange(len(exits))
+            if len(rows):
+                first = s.update(batch[s.kind][rows], columns[s.kind][rows], seen + 1 + rows)
                 raised += [] if first is None else [(first, s)]
         if raised:
             at, s = min(raised, key=lambda r: r[0])
@@ -190,15 +195,15 @@ class Monitor:
         since, quantile, values = s.suspect(at)
         if s.kind == "scores":
             cut = float(s.sorted[min(int(quantile * len(s.sorted)), len(s.sorted) - 1)])
-            told = [(float((v < cut).mean()), float((v >= cut).mean())) for v in (s.sorted, values)]
-            return DriftState(True, 0, s.peak, s.name, at, since, cut * RESOLUTION, *told)
+            shares = [(float((v < cut).mean()), float((v >= cut).mean())) for v in (s.sorted, values)]
+            return DriftState(True, 0, s.peak, s.name, at, since, cut * RESOLUTION, *shares)
         every = range(1, self.policy.num_exits + 1) if s.kind == "exits" else range(self._classes)
-        told = [tuple(float((v == n).mean()) for n in every) for v in (s.sorted, values)]
-        return DriftState(True, 0, s.peak, s.name, at, since, None, *told)
+        shares = [tuple(float((v == n).mean()) for n in every) for v in (s.sorted, values)]
+        return DriftState(True, 0, s.peak, s.name, at, since, None, *shares)
 
 
 class _WatchedStatistic:
-    """One number a sample, for all samples (`exit` 0) or those that leave at one exit, and the bets against it."""
+    """One number per sample, for all samples (`exit` 0) or those that leave at one exit, and the bets against it."""
 
     def __init__(
         self, name: str, kind: str, exit: int, values: Floats, needed: float, rng: np.random.Generator
@@ -210,7 +215,7 @@ class _WatchedStatistic:
         self._p, self._at, self._values = np.empty(0), np.empty(0, np.int64), np.empty(0)
 
     def update(self, values: Floats, chance: Floats, at: Ints) -> int | None:
-        """Bet on the next values `(B,)`, which are those of the samples `at` `(B,)`; the first sample that alarms."""
+        """Bet on the next values `(B,)`, from the samples `at` `(B,)`. Return the first sample that raises an alarm."""
         p = self._ranks.p_values(values, chance)
         path = self._bets.update(p) / self.needed
         kept = RECALL + CHUNK
@@ -224,18 +229,18 @@ class _WatchedStatistic:
         return int(at[over[0]])
 
     def suspect(self, at: int) -> tuple[int, float, Floats]:
-        """Since which sample the values up to sample `at` are off, from which quantile on, and these values."""
-        upto = int(np.searchsorted(self._at, at, side="right"))
-        recalled = slice(max(0, upto - RECALL), upto)
+        """Return the sample since which values up to sample `at` drift, the quantile of the cut, and the values."""
+        end = int(np.searchsorted(self._at, at, side="right"))
+        recalled = slice(max(0, end - RECALL), end)
         start, quantile = suspect(self._p[recalled])
         return int(self._at[recalled][start]), quantile, self._values[recalled][start:]
 
 
 def _last(kept: Any, new: Any, most: int) -> Any:
-    """The latest `most` of `kept` followed by `new`."""
+    """Append `new` to `kept`, and return the last `most` values."""
     return np.concatenate([kept, new])[-most:]
 
 
-def _steps(scores: Floats) -> Floats:
+def _rounded(scores: Floats) -> Floats:
     with np.errstate(over="ignore", invalid="ignore"):
         return np.rint(np.asarray(scores, np.float64) / RESOLUTION)

@@ -1,8 +1,8 @@
-"""Betting that a stream is not drawn like its calibration sample: conformal p-values, and a test martingale.
+"""Test whether a stream is distributed like its calibration sample: conformal p-values, and a test martingale.
 
-Shape letters: M calibration values, B new values, K bets. `ConformalRanks` turns values into p-values that are
-independent and uniform as long as calibration and stream are exchangeable; `TestMartingale` bets on those and grows
-when they are not.
+`ConformalRanks` turns values into p-values, which are independent and uniform if calibration and stream are
+exchangeable. `TestMartingale` bets on the p-values, and grows if they are not. Shape letters: M calibration values, B
+new values, K bets.
 """
 
 import numpy as np
@@ -10,12 +10,12 @@ import numpy as np
 from ..policy.values import Floats
 
 BINS = 1024
-"""Calibration ranks are kept in so many bins at most, so that a value costs the same after a million others."""
+"""The maximum number of bins for calibration ranks, which bounds the time per value."""
 
 CHUNK = 128
-"""Most values that `ConformalRanks` and `TestMartingale` take at once: products of so many bets stay within float64."""
+"""The maximum number of values per call of `ConformalRanks` and `TestMartingale`: products of bets stay in float64."""
 
-# The bets: every cut with every odds ratio, with densities that integrate to 1.
+# The bets: every cut with every odds ratio. Their densities integrate to 1.
 _ODDS, _CUTS = (
     grid.ravel()
     for grid in np.meshgrid(
@@ -29,16 +29,16 @@ _PATIENCE = 100.0
 
 
 class ConformalRanks:
-    """Where each new value of a stream ranks among the calibration values and all of the stream before it.
+    """The rank of each new value of a stream among the calibration values and the stream before it.
 
-    Equal values are put in random order. A new value then falls into any of the M + 1 gaps between the calibration
-    values as a draw from Polya's urn does: with a chance proportional to one plus the number of earlier values there.
-    Gaps are joined into at most `BINS` bins, whose chances add up, and a p-value is drawn evenly within its bin. So
+    Equal values get a random order. A new value then falls into one of the M + 1 gaps between the calibration values as
+    a draw from Polya's urn: with a probability proportional to one plus the number of earlier values in the gap. Gaps
+    are joined into at most `BINS` bins, whose probabilities add up, and a p-value is drawn uniformly within its bin. So
     the p-values are independent and uniform for any M and any number of values, and memory does not grow.
 
     Args:
         values: `(M,)` float64 calibration values without NaN; M may be 0.
-        rng: orders equal calibration values.
+        rng: gives the order of equal calibration values.
 
     Source: Vovk, Gammerman and Shafer 2005, *Algorithmic Learning in a Random World*, chapters 7 and 8 (smoothed
     conformal p-values of an exchangeable sequence are independent and uniform).
@@ -52,11 +52,11 @@ class ConformalRanks:
         self._weights = np.diff(np.concatenate([[0], kept, [len(keys) + 1]]))
 
     def p_values(self, values: Floats, chance: Floats) -> Floats:
-        """The p-values `(B,)` in [0, 1] of the next `values` `(B,)`, small for small values, B at most `CHUNK`.
+        """Return the p-values `(B,)` in [0, 1] of the next `values` `(B,)`, small for small values; B <= `CHUNK`.
 
         Args:
             values: without NaN.
-            chance: `(B, 2)` fresh uniform numbers: for the order of equal values, and for the place within a bin.
+            chance: `(B, 2)` new uniform numbers: for the order of equal values, and for the position within a bin.
         """
         above = np.searchsorted(self.values, values)
         equal = np.zeros(len(values), bool)
@@ -75,13 +75,13 @@ class ConformalRanks:
 
 
 class TestMartingale:
-    """Capital 1 put on bets against uniform p-values: it exceeds 1/a at any time with probability at most a.
+    """The capital of bets against uniform p-values. It starts at 1, and ever exceeds 1/a with probability at most a.
 
-    A bet holds that a share of the p-values other than the cut's own lies below a cut: the density is constant on
-    either side, and its mean under uniformity is 1. Each of K bets is started anew at every value with a small part of
-    the capital, and these parts sum to 1 over all time: what is not yet staked lies in cash. So the whole is a
-    martingale that starts at 1, and after a long quiet stretch the bets that start then are still worth something: a
-    change at value t must earn back about 1 / (t log(t)^2), not all that was lost before it.
+    A bet is a density that is constant below and above a cut, with mean 1 under uniformity: it wins if more, or fewer,
+    p-values lie below the cut than expected. Each of K bets starts again at every value with a small part of the
+    capital. These parts sum to 1 over all time; the part not yet staked is cash. So the total is a martingale that
+    starts at 1. After many uniform values, new bets still have capital: after a change at value t they start from about
+    1 / (t log(t)^2), whatever the earlier losses.
 
     Sources: Ville 1939 (the bound); Vovk 2021, *Testing Randomness Online*, doi:10.1214/20-STS817 (conformal test
     martingales, and Shiryaev-Roberts procedures on them); Shin, Ramdas and Rinaldo 2024, *E-detectors*,
@@ -94,7 +94,7 @@ class TestMartingale:
         self._seen = 0
 
     def update(self, p: Floats) -> Floats:
-        """The capital `(B,)` after each of the next p-values `(B,)`, B at most `CHUNK`."""
+        """Return the capital `(B,)` after each of the next p-values `(B,)`; B <= `CHUNK`."""
         growth = np.cumprod(_returns(p), axis=0)
         cash = np.log(_PATIENCE) / np.log(_PATIENCE + self._seen + np.arange(len(p) + 1))
         starts = (cash[:-1] - cash[1:])[:, None]
@@ -106,12 +106,12 @@ class TestMartingale:
 
 
 def suspect(p: Floats) -> tuple[int, float]:
-    """From which of the latest p-values `(B,)` on which bet would have won most, and that bet's cut in (0, 1)."""
+    """Return the start in the latest p-values `(B,)` from which a bet would have won most, and its cut in (0, 1)."""
     gains = np.cumsum(np.log(_returns(p))[::-1], axis=0)[::-1]
     start, bet = np.unravel_index(gains.argmax(), gains.shape)
     return int(start), float(_CUTS[bet])
 
 
 def _returns(p: Floats) -> Floats:
-    """What each bet `(B, K)` returns for a stake of 1."""
+    """Return the payoff of each bet `(B, K)` for a stake of 1."""
     return np.where(p[:, None] < _CUTS, _LOW, _HIGH)

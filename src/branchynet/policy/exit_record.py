@@ -217,7 +217,7 @@ class ExitRecord:
             reason = f"{type(error).__name__}: {error}".removesuffix(": ")
             if "containing pickled" in reason:  # numpy's message for any file that is not an archive
                 reason = "it is not an .npz file"
-            raise FileError(f"cannot read the record {path} ({reason}); create it again with record(...)") from error
+            raise FileError(f"cannot read the record {path} ({reason}); make it again with record(...)") from error
         raise FileError(f"{path} holds {names}, which is not an ExitRecord; create one with record(...)")
 
 

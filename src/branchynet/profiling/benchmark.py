@@ -73,7 +73,7 @@ def bench(
             accuracy.
         loss: as for `record`, ``loss(output, target) -> (B,)`` in [0, 1]; accuracy is then 1 - mean loss.
         score: the callable that the file was exported with, if its score has no name in
-            `branchynet.policy.record_scores`.
+            `branchynet.policy.scores`.
         samples: number of inputs to time; accuracy is over all inputs.
         repeats: passes over those samples.
         seed: seed of the random order.

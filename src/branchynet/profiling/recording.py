@@ -48,7 +48,7 @@ def record(
             if the order matters.
         loss: ``loss(output, target) -> (B,)`` in [0, 1], 0 for a perfect output; output `(B, C, ...)` float32. Accuracy
             is then 1 - mean loss. For segmentation see `branchynet.losses`.
-        score: with `loss`, the score to keep: a name in `branchynet.policy.record_scores` (by default entropy), or a
+        score: with `loss`, the score to keep: a name in `branchynet.policy.scores` (by default entropy), or a
             callable.
         device: where to run; by default where `net` is. `net` is moved there. An `Engine` runs where it was loaded.
         progress: show a progress bar.
