@@ -320,7 +320,7 @@ def test_a_dense_score_is_the_mean_over_positions(name, shape, flat, seed):
 @pytest.mark.parametrize("shape", [(4, 1), (4, 1, 3, 3), (4,)])
 def test_named_scores_refuse_what_has_no_classes(name, shape):
     """The entropy of one output is always 0: every sample would leave at exit 1."""
-    with pytest.raises(InputError, match=r"have not two classes in dimension 1.*callable"):
+    with pytest.raises(InputError, match=r"do not have two classes in dimension 1.*callable"):
         SCORES[name]((torch.zeros(shape),))
 
 

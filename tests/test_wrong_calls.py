@@ -151,7 +151,7 @@ WRONG = {
             quantize="int8",
             calibration=[x],
         ),
-        "int8 is another network than float; record its flat int8 file",
+        "int8 and float are different networks; record the flat int8 file",
     ),
     "export after more training": (
         lambda: export(retrained(), "a.onnx", policy=choose(found, max_drop=0.9, confidence=None), example=x),
@@ -252,7 +252,7 @@ WRONG = {
     "fit_score(net)": (lambda: fit_score(net), "record must be an ExitRecord; got a BranchyNet"),
     "fit_temperature(net)": (lambda: fit_temperature(net), "record must be an ExitRecord; got a BranchyNet"),
     "ExitRecord of images": (lambda: ExitRecord(x.numpy(), y.numpy()), r"must have shape \(S, N, C\)"),
-    "ExitCost of numbers": (lambda: ExitCost(10.0, 1.0), "give one figure per exit"),
+    "ExitCost of numbers": (lambda: ExitCost(10.0, 1.0), "give one number per exit"),
     "Policy(0.5)": (lambda: Policy(thresholds=0.5), "thresholds must be a list; got 0.5"),
     "Policy((0.5,))": (lambda: Policy((0.5,)), "score must be a name or a callable"),
     "Policy of text": (lambda: Policy(thresholds="12"), "thresholds must be a list; got '12'"),

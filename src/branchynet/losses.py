@@ -1,8 +1,8 @@
-"""Losses to judge dense answers by, in [0, 1] and one a sample: ``record(net, loader, loss=pixel_error)``.
+"""The joint loss for training, and losses that evaluate dense outputs: ``record(net, loader, loss=pixel_error)``.
 
-Shape letters: B samples, C classes. Outputs are `(B, C, ...)` logits and targets `(B, ...)` integer class indices, such
-as images' `(B, C, H, W)` and `(B, H, W)`. Positions whose target is `ignore_index` count nowhere; a sample of nothing
-else has the loss 0. These judge trained networks; they have no gradient.
+Losses for evaluation are in [0, 1], one per sample, without a gradient. Outputs are logits `(B, C, ...)` and targets
+integer class indices `(B, ...)`, such as `(B, C, H, W)` and `(B, H, W)` for images. Positions with the target
+`ignore_index` do not count; a sample with no other position has the loss 0. Shape letters: B samples, C classes.
 """
 
 import math
@@ -19,13 +19,19 @@ IGNORE = -100
 
 
 def pixel_error(output: Tensor, target: Tensor, ignore_index: int = IGNORE) -> Tensor:
-    """1 - pixel accuracy: the share of each sample's positions that are wrong.
+    """Return 1 - pixel accuracy: the share of wrong positions per sample.
 
     Returns:
         `(B,)` float32 in [0, 1].
 
     Raises:
         InputError: output and target do not fit.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.tensor([[[2.0, 0.0], [0.0, 1.0]]])  # 1 sample, 2 classes, 2 positions: classes 0 and 1
+        >>> losses.pixel_error(logits, torch.tensor([[0, 0]]))
+        tensor([0.5000])
     """
     counted = _counted(output, target, ignore_index)
     wrong = ((output.argmax(dim=1) != target) & counted).flatten(1).sum(dim=1)
@@ -33,10 +39,10 @@ def pixel_error(output: Tensor, target: Tensor, ignore_index: int = IGNORE) -> T
 
 
 def iou_error(output: Tensor, target: Tensor, ignore_index: int = IGNORE) -> Tensor:
-    """1 - mean intersection over union, each sample by itself, over the classes in its target or its answer.
+    """Return 1 - mean intersection over union per sample, over the classes in its target or its prediction.
 
-    The mean over samples of this is not the data set's mean IoU, which adds up all samples' intersections and unions
-    before it divides and so is no mean over samples.
+    The mean over samples is not the mean IoU of the data set, which sums the intersections and unions of all samples
+    before it divides.
 
     Returns:
         `(B,)` float32 in [0, 1].
@@ -78,15 +84,15 @@ def joint_loss(
     loss: Loss = F.cross_entropy,
     distill: float = 0.0,
 ) -> Tensor:
-    """The weighted sum of every exit's loss, to minimise in any training loop (paper, section III-B).
+    """Compute the weighted sum of the losses of all exits, for any training loop (paper, section III-B).
 
     Args:
         outputs: one tensor per exit, all of one shape: for classification logits `(B, C)`, or `(B, C, ...)`.
-        target: what `loss` compares them with: for classification `(B,)` or `(B, ...)` int64 class indices.
+        target: for classification `(B,)` or `(B, ...)` int64 class indices, otherwise what `loss` takes.
         loss_weights: one factor per exit, not negative; by default all 1.
         loss: ``loss(output, target) -> scalar``.
-        distill: adds to each earlier exit's loss this many times its Kullback-Leibler divergence, in nats, from the
-            last exit's softmax over axis 1, which itself gets no gradient by it (self-distillation, arXiv:1905.08094).
+        distill: the factor of a term for each earlier exit: the Kullback-Leibler divergence, in nats, from the softmax
+            of the last exit over axis 1, which gets no gradient from it (self-distillation, arXiv:1905.08094).
 
     Returns:
         A scalar tensor.
@@ -94,6 +100,14 @@ def joint_loss(
     Raises:
         InputError: `loss_weights` of another length or with a negative entry, outputs of different shapes, or a target
             that `loss` refuses.
+
+    Example:
+        >>> import torch
+        >>> outputs = [torch.zeros(8, 10, requires_grad=True), torch.zeros(8, 10)]  # 2 exits, 8 samples, 10 classes
+        >>> loss = joint_loss(outputs, torch.zeros(8, dtype=torch.int64), loss_weights=[0.5, 1.0])
+        >>> round(loss.item(), 3)  # 1.5 x log(10)
+        3.454
+        >>> loss.backward()
     """
     outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
     factors = (1.0,) * len(outputs) if loss_weights is None else check_loss_weights(loss_weights)
@@ -121,34 +135,34 @@ def joint_loss(
             ) from error
         if teacher is not None and output is not last:
             log_p = output.log_softmax(dim=1)
-            log_p = log_p.masked_fill(log_p == -math.inf, 0.0)  # a class that is ruled out has nothing to learn
+            log_p = log_p.masked_fill(log_p == -math.inf, 0.0)  # no gradient for a class that is ruled out
             divergence = F.kl_div(log_p, teacher, reduction="none").sum(dim=1).mean()
             part = part + distill * divergence
         total = total + factor * part
     return total
 
 
-_ROUNDING = 1e-2  # by which the probabilities of a distribution may miss 1: half precision over many classes
+_ROUNDING = 1e-2  # tolerance for the sum of probabilities, for half precision over many classes
 
 
 def _check_classes(output: Tensor, target: Tensor) -> None:
-    """Refuse what cross-entropy takes without a word and learns nothing from."""
+    """Raise `InputError` for targets and outputs that cross-entropy accepts but cannot learn from."""
     remedy = "for regression or several labels per sample give loss="
     if output.dim() > 1 and output.shape[1] == 1:
         raise InputError(
-            f"cross-entropy is 0 for outputs of one class, {tuple(output.shape)}, whatever the target: {remedy}"
+            f"cross-entropy is 0 for outputs of one class, {tuple(output.shape)}, for any target: {remedy}"
         )
     if target.is_floating_point() and target.shape == output.shape and target.numel():
         sums = target.detach().sum(dim=1)
         if not (bool((target >= 0).all()) and bool(((sums - 1).abs() <= _ROUNDING).all())):
             raise InputError(
-                f"float targets of cross-entropy are distributions over the classes, not negative and of sum 1 along "
-                f"dimension 1; got {target.dtype} {tuple(target.shape)} with other values: {remedy}"
+                f"float targets of cross-entropy must be distributions over the classes, not negative and with sum 1 "
+                f"along dimension 1; got {target.dtype} {tuple(target.shape)} with other values: {remedy}"
             )
 
 
 def _hint_at_target(output: Tensor, target: Tensor) -> str:
-    """What is most likely wrong with the labels of a classification, or nothing."""
+    """Return a hint at the most likely mistake in the labels of a classification, or an empty text."""
     classes = output.shape[1] if output.dim() > 1 else 0
     if output.dim() > 2 and target.shape == (len(output), 1, *output.shape[2:]):
         return "; give one class index per position, without dimension 1: target.squeeze(1)"
@@ -170,7 +184,7 @@ def _hint_at_target(output: Tensor, target: Tensor) -> str:
 
 
 def check_loss_weights(loss_weights: Sequence[float]) -> tuple[float, ...]:
-    """The loss weights as floats. Raises `InputError` where one is negative or not finite, or all are 0."""
+    """Return the loss weights as floats. Raises `InputError` if one is negative or not finite, or all are 0."""
     try:
         factors = tuple(float(w) for w in loss_weights)
     except TypeError:

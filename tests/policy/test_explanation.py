@@ -80,8 +80,8 @@ def test_a_promise_that_takes_more_samples_is_named_as_the_reason():
     assert any(free.policy.enabled[:-1])
     promise = Promise("max_drop", 0.0, 0.95, "betting", 30, 30)
     held = replace(free, policy=Policy(free.policy.score, (None,)), promise=promise)
-    assert "too few to promise" in why_never(record, cost, held)
-    assert "too few to promise" in why_never(record, None, held)
+    assert "too few for a promise" in why_never(record, cost, held)
+    assert "too few for a promise" in why_never(record, None, held)
 
 
 COSTS = [None, ExitCost((10, 30), (25, 0)), ExitCost((10, 30), (35, 0)), ExitCost((9, 9), (9, 0))]

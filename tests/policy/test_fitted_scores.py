@@ -75,16 +75,16 @@ def test_names_are_short():
         ({"kind": "forest"}, "kind in .*'learned', 'tempered'.*got 'forest'"),
         ({"kind": ["learned"]}, "must have a kind"),
         ({"kind": None}, "must have a kind"),
-        ({"version": 2}, "version 2, and 1 is known; upgrade"),
+        ({"version": 2}, "version 2, but this release reads version 1: upgrade"),
         ({"version": None}, "version None"),
         ({"weights": [[1.0, 2.0], [1.0]]}, "of 2 classes needs 3 weights at exit 1; got 2"),
-        ({"weights": [[1.0, 2.0, 3.0]]}, "weights and a bias an exit; got 1 and 2"),
-        ({"weights": 3}, "one list an exit"),
+        ({"weights": [[1.0, 2.0, 3.0]]}, "weights and a bias per exit; got 1 and 2"),
+        ({"weights": 3}, "one list per exit"),
         ({"weights": [["1", 2, 3], [1, 2, 3, 4]]}, "list of finite numbers"),
         ({"weights": [[math.nan, 2, 3], [1, 2, 3, 4]]}, "list of finite numbers"),
         ({"bias": [True, False]}, "bias of a fitted score must be a list of finite numbers"),
         ({"bias": [math.inf, 0]}, "list of finite numbers"),
-        ({"bias": []}, "a bias an exit"),
+        ({"bias": []}, "a bias per exit"),
         ({"classes": 1}, "two classes or more"),
         ({"classes": "2"}, "two classes or more"),
         ({"earlier": 1}, "earlier true or false"),
@@ -109,7 +109,7 @@ def test_broken_learned_json(change, message, tmp_path):
     "change", [{"temperatures": [1, 0]}, {"temperatures": [-1]}, {"temperatures": []}, {"score": 3}]
 )
 def test_broken_tempered_json(change):
-    with pytest.raises(InputError, match="a temperature above 0 an exit"):
+    with pytest.raises(InputError, match="a temperature above 0 per exit"):
         from_json({**TEMPERED.to_json(), **change})
 
 

@@ -218,7 +218,7 @@ class ExitRecord:
             if "containing pickled" in reason:  # numpy's message for any file that is not an archive
                 reason = "it is not an .npz file"
             raise FileError(f"cannot read the record {path} ({reason}); make it again with record(...)") from error
-        raise FileError(f"{path} holds {names}, which is not an ExitRecord; create one with record(...)")
+        raise FileError(f"{path} holds {names}, which is no ExitRecord; make it with record(...)")
 
 
 def check_same_network(what: str, one: str | None, other: str | None, *, structure: bool = False) -> None:

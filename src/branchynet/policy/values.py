@@ -242,7 +242,7 @@ class Choice:
         try:
             policy = Policy.from_json(stored["policy"])
         except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise FileError(f"{path} is no Choice ({error}); create it with choose(...)") from error
+            raise FileError(f"{path} is no Choice ({error}); make it with choose(...)") from error
         return from_stored(cls, {**stored, "policy": policy}, path, "choose(...)")
 
 

@@ -1,7 +1,7 @@
 """Weights and the state of a training on disk: safetensors and JSON, never pickle.
 
-A run folder holds ``training.safetensors`` (weights, optimizer and progress: the one truth for resuming) and, derived
-from it, ``checkpoint.safetensors`` (the weights alone, for users) and ``train.csv``.
+A run folder holds ``training.safetensors`` (weights, optimizer and progress, from which a training resumes) and two
+files derived from it: ``checkpoint.safetensors`` (the weights alone, for users) and ``train.csv``.
 """
 
 import json
@@ -26,7 +26,7 @@ _KEY = "branchynet"  # the metadata entry that marks a training.safetensors
 
 @dataclass(frozen=True)
 class _Header:
-    """What ``training.safetensors`` holds besides tensors."""
+    """The content of ``training.safetensors`` besides tensors."""
 
     settings: dict[str, Any]
     rows: tuple[dict[str, Any], ...]
@@ -36,24 +36,24 @@ class _Header:
 
 
 class RunFolder:
-    """The three files of a training: see the module's page.
+    """The three files of a training.
 
     Args:
-        path: the folder; made where missing.
-        settings: what makes a training the same training, as JSON values.
+        path: the folder, created if missing.
+        settings: the settings that a resumed training must share, as JSON values.
     """
 
     def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
         self.path = Path(path)
-        self.settings = json.loads(json.dumps(settings))  # as it will read back: tuples become lists
+        self.settings = json.loads(json.dumps(settings))  # as it is read back: tuples become lists
 
     @property
     def training(self) -> Path:
-        """Where the state for resuming is."""
+        """The file with the state for resuming."""
         return self.path / "training.safetensors"
 
     def save(self, net: nn.Module, optimizer: Optimizer, rows: list[EpochRow], progress: Mapping[str, Any]) -> None:
-        """Write the state after the last of `rows`; a kill at any moment leaves this state or the one before.
+        """Write the state after the last of `rows`. A kill at any moment leaves this state or the previous one.
 
         Raises:
             FileError: disk full, no permission.
@@ -79,30 +79,33 @@ class RunFolder:
             metadata = {"format": "pt", _KEY: json.dumps(header)}
         except TypeError as error:
             raise InputError(
-                f"the state of {type(optimizer).__name__} cannot be kept without pickle ({error}); "
+                f"the state of {type(optimizer).__name__} cannot be stored without pickle ({error}); "
                 "use another optimizer, or train without run="
             ) from error
         write_tensors(self.training, tensors, metadata)
         self._derive(net, rows)
 
     def load(self, net: nn.Module, optimizer: Optimizer) -> tuple[list[EpochRow], dict[str, Any]] | None:
-        """Put the stored state into `net` and `optimizer`; the rows so far and the progress, or None for a new folder.
+        """Load the stored state into `net` and `optimizer`.
 
-        A folder of no epoch yet is new where it was meant for another training. More epochs may be asked for: the
-        progress then has ``grown``.
+        A folder without a finished epoch counts as new if it belongs to another training.
+
+        Returns:
+            The rows so far and the progress, in which ``grown`` says whether `settings` ask for more epochs than the
+            stored run; None for a new folder.
 
         Raises:
-            FileError: the file is truncated or foreign, or of another architecture.
-            InputError: the run was made with other settings.
+            FileError: the file is truncated, of another format, or of another architecture.
+            InputError: the run has other settings.
         """
         for path in (self.training, self.path / "checkpoint.safetensors", self.path / "train.csv"):
             remove_partial(path)
         if not self.training.exists():
             return None
-        remedy = "choose another run folder, or FitOptions(resume=False) to start it anew"
+        remedy = "choose another run folder, or FitOptions(resume=False) to start again"
         tensors, metadata = read_tensors(self.training)
         try:
-            stored = parse_json(metadata[_KEY], finite=False)  # an optimizer may keep an infinite number
+            stored = parse_json(metadata[_KEY], finite=False)  # the state of an optimizer may be infinite
             header = from_stored(_Header, stored, self.training, "fit(..., run=...)")
             rows = [EpochRow.from_flat(row) for row in header.rows]
         except (KeyError, ValueError, TypeError, OverflowError, FileError) as error:
@@ -110,13 +113,13 @@ class RunFolder:
                 f"{self.training} is not the state of a BranchyNet training ({error!r}); {remedy}"
             ) from error
         weights = {name.removeprefix("weights."): t for name, t in tensors.items() if name.startswith("weights.")}
-        made = header.settings
-        grown = made.get("epochs", 0) < self.settings.get("epochs", 0)
+        before = header.settings
+        grown = before.get("epochs", 0) < self.settings.get("epochs", 0)
         other = [
-            f"{name}={made[name]!r}, "
+            f"{name}={before[name]!r}, "
             + (f"but this call has {name}={self.settings[name]!r}" if name in self.settings else "by another version")
-            for name in sorted(made)  # another version may keep fewer settings
-            if name not in self.settings or (made[name] != self.settings[name] and not (name == "epochs" and grown))
+            for name in sorted(before)  # another version may store fewer settings
+            if name not in self.settings or (before[name] != self.settings[name] and not (name == "epochs" and grown))
         ]
         misfit = _mismatch(net, weights)
         if not rows and (misfit or other):
@@ -128,7 +131,7 @@ class RunFolder:
         try:
             optimizer.load_state_dict(_restored(optimizer, header, tensors))
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
-            raise FileError(f"{self.training} holds no state of this optimizer ({error!r}); {remedy}") from error
+            raise FileError(f"{self.training} holds the state of another optimizer ({error!r}); {remedy}") from error
         net.load_state_dict(weights)
         self._derive(net, rows)
         return rows, {**header.progress, "grown": grown}
@@ -139,7 +142,7 @@ class RunFolder:
 
 
 def _restored(optimizer: Optimizer, header: _Header, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """The optimizer's stored state, as it takes it."""
+    """Return the stored state for `optimizer.load_state_dict`."""
     state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in header.numbers.items()}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, value in tensors.items():
@@ -148,7 +151,7 @@ def _restored(optimizer: Optimizer, header: _Header, tensors: dict[str, Tensor])
             index, _, entry = rest.partition(".")
             parameter = parameters[int(index)]
             if value.shape == parameter.shape:
-                # In the weights' own memory order: a fused optimizer takes for granted that the two agree.
+                # A fused optimizer assumes that its state has the memory order of the weights.
                 value = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
             state.setdefault(int(index), {})[entry] = value
     return {"state": state, "param_groups": header.groups}

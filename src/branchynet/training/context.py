@@ -1,4 +1,4 @@
-"""What holds while a training runs and is put back after it: device, random number generators, modes."""
+"""Device, random number generators and modes during a training, restored afterwards."""
 
 import contextlib
 import copy
@@ -20,21 +20,21 @@ from ..nn.network import BranchyNet
 
 @contextlib.contextmanager
 def accelerating(mixed_precision: str, device: str | torch.device | None) -> Iterator[Accelerator]:
-    """An accelerator with just these settings, which leaves the caller's own one alone."""
+    """Yield an accelerator with these settings, without any effect on an accelerator of the caller."""
     wanted = None if device is None else resolve_device(device)
-    # accelerate keeps precision and device in process-wide dicts and refuses a second opinion.
+    # accelerate keeps precision and device in process-wide dicts, and refuses to change them.
     shared = [AcceleratorState._shared_state]
     if not torch.distributed.is_initialized():
         shared.append(PartialState._shared_state)
     before = [dict(state) for state in shared]
-    own = not PartialState._shared_state
+    first = not PartialState._shared_state
     for state in shared:
         state.clear()
     try:
         try:
             accelerator = Accelerator(mixed_precision=mixed_precision, cpu=wanted is not None and wanted.type == "cpu")
         except (ValueError, ImportError, RuntimeError) as error:
-            if own:  # it is half made
+            if first:  # its initialisation is incomplete
                 PartialState._shared_state.clear()
             what = "accelerate" if mixed_precision == "no" else f"mixed_precision={mixed_precision!r}"
             raise InputError(f"{what} does not work on this machine: {error}") from error
@@ -55,7 +55,7 @@ def accelerating(mixed_precision: str, device: str | torch.device | None) -> Ite
 
 @contextlib.contextmanager
 def own_generators(device: torch.device) -> Iterator[None]:
-    """Give the caller's random number generators back as they were."""
+    """Restore the caller's random number generators after the block."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
@@ -67,7 +67,7 @@ def own_generators(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def prepared(net: nn.Module, train: str, channels_last: bool) -> Iterator[None]:
-    """Put modes, gradient flags and memory order as the training needs them; back again after it."""
+    """Set modes, gradient flags and memory order for the training, and restore them after it."""
     modes = [(module, module.training) for module in net.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in net.parameters()]
     net.train()
@@ -87,12 +87,12 @@ def prepared(net: nn.Module, train: str, channels_last: bool) -> Iterator[None]:
 
 
 def sharded_loader(loader: Any, accelerator: Accelerator, name: str) -> Any:
-    """This process's share of a loader, where several processes train; else the loader itself.
+    """Return this process's share of a loader if several processes train, else the loader.
 
     Args:
-        loader: a DataLoader, or a wrapper that iterates the DataLoader in its attribute `batches`, as
-            `branchynet.data.ProgressiveLoader` does; the wrapper is copied.
-        accelerator: what knows the processes.
+        loader: a DataLoader, or a wrapper that iterates the DataLoader in its attribute `batches`, such as
+            `branchynet.data.ProgressiveLoader`; the wrapper is copied.
+        accelerator: gives the number of processes.
         name: of the argument, for the message.
 
     Raises:
@@ -103,9 +103,9 @@ def sharded_loader(loader: Any, accelerator: Accelerator, name: str) -> Any:
     if not isinstance(loader, DataLoader):
         if not isinstance(getattr(loader, "batches", None), DataLoader):
             raise InputError(
-                f"{name} is a {type(loader).__name__}, and {accelerator.num_processes} processes share a DataLoader "
-                "only, or a wrapper with one as its attribute `batches`: put the data into a DataLoader, or train in "
-                "one process"
+                f"{name} is a {type(loader).__name__}, but {accelerator.num_processes} processes can share only a "
+                "DataLoader, or a wrapper with one as its attribute `batches`: put the data into a DataLoader, or "
+                "train in one process"
             )
         copied = copy.copy(loader)
         copied.batches = sharded_loader(loader.batches, accelerator, f"{name}.batches")
@@ -123,13 +123,13 @@ def sharded_loader(loader: Any, accelerator: Accelerator, name: str) -> Any:
 
 
 def seed_all(seed: int, epoch: int, process: int, loaders: Sequence[Any]) -> None:
-    """Seed every generator from (seed, epoch), so that an epoch can be run again and nothing of them need be stored."""
-    shared, own = (
+    """Seed every generator from (seed, epoch), so an epoch can run again without stored generator states."""
+    shared, local = (
         int(np.random.SeedSequence(key).generate_state(1)[0]) for key in ((seed, epoch), (seed, epoch, process))
     )
-    random.seed(own)
-    np.random.seed(own)
-    torch.manual_seed(own)
+    random.seed(local)
+    np.random.seed(local)
+    torch.manual_seed(local)
     for loader in (*loaders, *(getattr(loader, "batches", None) for loader in loaders)):
         inner = getattr(loader, "batch_sampler", None)
         for holder in (loader, getattr(loader, "sampler", None), inner, getattr(inner, "sampler", None)):

@@ -1,4 +1,4 @@
-"""How a training went, epoch by epoch; kept as ``train.csv`` beside the weights."""
+"""Losses and accuracies of a training per epoch, stored as ``train.csv`` next to the weights."""
 
 import csv
 import os
@@ -15,13 +15,12 @@ class EpochRow:
 
     Attributes:
         epoch: from 1.
-        seconds: wall time of the epoch, validation included.
+        seconds: wall time of the epoch, including validation.
         lr: learning rate of the first parameter group in its last step.
-        train_loss: mean joint loss a sample, while training.
-        train_accuracy: `(N,)` share of right answers of each exit, while training; empty where targets are no class
-            indices.
-        val_loss: mean joint loss on the validation data, or None without them.
-        val_accuracy: `(N,)` share of right answers on them; empty without them.
+        train_loss: mean joint loss per sample during training.
+        train_accuracy: `(N,)` accuracy of each exit during training; empty if targets are not class indices.
+        val_loss: mean joint loss on the validation data; None without validation data.
+        val_accuracy: `(N,)` accuracy of each exit on the validation data; empty without validation data.
     """
 
     epoch: int
@@ -33,7 +32,7 @@ class EpochRow:
     val_accuracy: tuple[float, ...] = ()
 
     def flat(self) -> dict[str, Any]:
-        """One entry a column of ``train.csv``; exits are numbered from 1."""
+        """Return one entry per column of ``train.csv``; exits are numbered from 1."""
         row: dict[str, Any] = {"epoch": self.epoch, "seconds": round(self.seconds, 3), "lr": self.lr}
         for part in ("train", "val"):
             row[f"{part}_loss"] = getattr(self, f"{part}_loss")
@@ -42,7 +41,7 @@ class EpochRow:
 
     @classmethod
     def from_flat(cls, row: dict[str, Any]) -> "EpochRow":
-        """The inverse of `flat`; values may be text, as a CSV reader gives them."""
+        """Create a row from the result of `flat`; values may be text, as from a CSV reader."""
         exits = range(1, len(row) + 1)
         accuracy = {
             f"{part}_accuracy": tuple(float(row[name]) for n in exits if (name := f"{part}_accuracy_{n}") in row)
@@ -63,13 +62,18 @@ class History:
     """The epochs of a training, in order.
 
     Attributes:
-        rows: one `EpochRow` an epoch.
+        rows: one `EpochRow` per epoch.
+
+    Example:
+        >>> from branchynet.training.history import EpochRow
+        >>> print(History((EpochRow(epoch=1, seconds=2.5, lr=0.001, train_loss=0.7, train_accuracy=(0.8, 0.9)),)))
+        epoch 1: loss 0.7000, 80.00%, 90.00%
     """
 
     rows: tuple[EpochRow, ...]
 
     def __str__(self) -> str:
-        """One line per epoch: the loss and each exit's share of right answers, on the validation data where given."""
+        """One line per epoch: the loss and the accuracy of each exit, on the validation data if there are any."""
         return "\n".join(
             f"epoch {row.epoch}: loss {row.train_loss if row.val_loss is None else row.val_loss:.4f}"
             + "".join(f", {share:.2%}" for share in row.val_accuracy or row.train_accuracy)
@@ -83,11 +87,11 @@ class History:
 
     @property
     def seconds(self) -> float:
-        """Wall time of all epochs together."""
+        """Wall time of all epochs."""
         return sum(row.seconds for row in self.rows)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write as CSV, whole or not at all. Raises `FileError`."""
+        """Write a CSV file atomically. Raises `FileError`."""
         columns = list(self.rows[0].flat()) if self.rows else ["epoch"]
         with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, columns)
@@ -96,7 +100,7 @@ class History:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "History":
-        """Read what `save` wrote. Raises `FileError`."""
+        """Read a file that `save` wrote. Raises `FileError`."""
         try:
             with regular(path).open(newline="", encoding="utf-8") as stream:
                 return cls(tuple(EpochRow.from_flat(row) for row in csv.DictReader(stream)))

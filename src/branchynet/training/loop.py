@@ -1,4 +1,4 @@
-"""Training every exit together, or the branches alone on a frozen backbone."""
+"""Train all exits together, or the branches alone on a frozen backbone."""
 
 import contextlib
 import os
@@ -39,42 +39,52 @@ def fit(
     progress: bool = True,
     options: FitOptions = FitOptions(),
 ) -> History:
-    """Train every exit of `net` together, in place; a plain network is trained as one exit.
+    """Train every exit of `net` together, in place. A plain network is trained as one exit.
 
-    With a `run` folder the state is kept after every epoch, and the same call after a kill goes on from there to the
-    same weights, bit for bit on a CPU: generators are seeded from (seed, epoch), so the broken epoch starts again from
-    its beginning. (A loader with ``persistent_workers`` keeps generators of its own, which nobody can seed.)
+    With a `run` folder, `fit` stores its state after every epoch. If it is killed, the same call resumes there and
+    reaches the same weights, bit for bit on a CPU. Generators are seeded from (seed, epoch), so the interrupted epoch
+    runs again from its beginning. (A loader with ``persistent_workers`` has generators that `fit` cannot seed.)
 
-    Training starts from the weights that the network has. A network whose forward writes into its own parameters, such
-    as ``nn.Embedding(max_norm=)``, is trained, and they change with ``train="branches"`` too; `record` warns of it, and
-    `export` refuses it.
+    Training starts from the current weights. If the forward of a network writes into its parameters, such as
+    ``nn.Embedding(max_norm=)``, they change also with ``train="branches"``; `record` warns of such networks, and
+    `export` refuses them.
 
     Args:
-        net: a `BranchyNet`, or any network that gives a tensor or a tuple of tensors.
+        net: a `BranchyNet`, or any network that returns a tensor or a tuple of tensors.
         train_loader: yields `(inputs, target)` and has a length, such as a DataLoader. `inputs` is a tensor, a tuple of
             arguments or a dict of keyword arguments; `target` is `(B,)` int64 class indices, or what `loss` takes.
-            Several processes share a DataLoader, or the one that a wrapper keeps as its attribute `batches`.
-        val_loader: likewise; looked at after every epoch, never trained on.
+            Several processes need a DataLoader, or a wrapper with one as its attribute `batches`.
+        val_loader: likewise; evaluated after every epoch.
         epochs: passes over the data.
         loss_weights: one factor per exit in the joint loss; by default all 1.
         loss: ``loss(output, target) -> scalar``; for label smoothing
             ``functools.partial(F.cross_entropy, label_smoothing=0.1)``.
         distill: weight of self-distillation from the last exit, see `joint_loss`; for classes that exclude each other.
-        train: ``"all"``, or ``"branches"`` to leave the backbone exactly as it is: frozen and in eval mode.
+        train: ``"all"``, or ``"branches"`` to keep the backbone unchanged: frozen and in eval mode.
         optimizer: ``optimizer(parameters) -> Optimizer``.
-        run: a folder for ``checkpoint.safetensors``, ``training.safetensors`` and ``train.csv``; locked meanwhile.
-        progress: show a bar.
+        run: a folder for ``checkpoint.safetensors``, ``training.safetensors`` and ``train.csv``, locked during the
+            training.
+        progress: show a progress bar.
         options: seed, precision, device, memory order, schedule, and whether to resume; see `FitOptions`.
 
     Returns:
-        The history of all epochs, those before a resume included.
+        The history of all epochs, including those before a resume.
 
     Raises:
-        InputError: an argument or a batch that does not fit, or a `run` made with other settings: each worker of a
-            loader draws its own random numbers, so another number of workers is another training.
-        FileError: a `run` that cannot be read or written, that is of another network, or that another process is
-            training in.
+        InputError: an argument or a batch that does not fit, or a `run` with other settings. The number of workers is
+            one of them, because each worker of a loader draws its own random numbers.
+        FileError: a `run` that cannot be read or written, is of another network, or is in use by another process.
         BranchyNetError: the loss is not finite.
+
+    Example:
+        >>> import torch
+        >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> inputs, labels = torch.randn(64, 4), torch.randint(3, (64,))
+        >>> loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(inputs, labels), batch_size=16)
+        >>> net = attach(backbone, at=["1"], example=inputs)
+        >>> history = fit(net, loader, epochs=2, progress=False)
+        >>> len(history.rows), len(history.last.train_accuracy)  # 2 epochs, 2 exits
+        (2, 2)
     """
     check_network(net)
     _check_makers(loss, optimizer)
@@ -132,7 +142,7 @@ def fit(
 
 
 def _check_makers(loss: Loss, optimizer: Callable[[Any], Optimizer]) -> None:
-    """Raise `InputError` for an optimizer or a class where a function belongs."""
+    """Raise `InputError` unless both are functions."""
     if isinstance(optimizer, Optimizer) or not callable(optimizer):
         named = type(optimizer).__name__ if isinstance(optimizer, Optimizer) else "Adam"
         raise InputError(
@@ -154,7 +164,7 @@ def _check(net: nn.Module, train_loader: Any, epochs: int, train: str) -> None:
     try:
         empty = len(train_loader) == 0
     except TypeError as error:
-        raise InputError(f"train_loader must have a length, as the schedule is planned from it: {error}") from error
+        raise InputError(f"train_loader must have a length, which the schedule needs: {error}") from error
     if empty:
         raise InputError("train_loader has no batches; give it data, or drop_last=False")
 

@@ -1,4 +1,4 @@
-"""Options of `fit` that few trainings change, as one value."""
+"""Rarely changed options of `fit`, as one value."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,23 +17,24 @@ PRECISIONS = ("no", "bf16", "fp16")
 
 @dataclass(frozen=True)
 class FitOptions:
-    """Options of `fit` that few trainings change: ``fit(net, loader, epochs=20, options=FitOptions(seed=1))``.
+    """Rarely changed options of `fit`: ``fit(net, loader, epochs=20, options=FitOptions(seed=1))``.
 
     Attributes:
         seed: for shuffling, dropout and augmentation.
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"`` (which needs a GPU).
-        device: by default what accelerate finds; ``"cpu"`` keeps off a GPU. The network stays on that device.
-        channels_last: train in channels-last memory order, up to 1.5 times faster for convolutions; the network must
-            then not ``view`` feature maps (``flatten`` and ``reshape`` are fine). Weights come back in the usual order.
+        device: by default the device that accelerate chooses; ``"cpu"`` uses no GPU. The network stays on the device.
+        channels_last: train in channels-last memory order, up to 1.5 times faster for convolutions. The network must
+            not ``view`` feature maps (``flatten`` and ``reshape`` work). Afterwards weights have the default order.
         schedule: ``schedule(optimizer, total_steps) -> LRScheduler``, stepped after every batch: `Cosine()`,
             `Constant()` or your own.
         resume: continue from the state in `run`; False starts again.
 
     Raises:
-        InputError: a value that is unknown, or a device that this machine does not have.
+        InputError: an unknown value, or a device that this machine does not have.
 
-    >>> FitOptions(seed=1).mixed_precision
-    'no'
+    Example:
+        >>> FitOptions(seed=1).mixed_precision
+        'no'
     """
 
     seed: int = 0

@@ -11,12 +11,12 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 @dataclass(frozen=True)
 class Cosine:
-    """A schedule: linear rise over the first `warmup` share of the steps, then a half cosine to 0, arXiv:1608.03983."""
+    """A schedule: linear warmup over a `warmup` share of the steps, then a half cosine to 0 (arXiv:1608.03983)."""
 
     warmup: float = 0.05
 
     def __call__(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
-        """The scheduler, to be stepped after every batch."""
+        """Return the scheduler, which `fit` steps after every batch."""
         rise = max(1, round(self.warmup * total_steps))
 
         def factor(step: int) -> float:
@@ -29,13 +29,13 @@ class Cosine:
 
 @dataclass(frozen=True)
 class Constant:
-    """A schedule: the optimizer's own learning rate throughout, as in the paper."""
+    """A schedule: the constant learning rate of the optimizer, as in the paper."""
 
     def __call__(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
-        """The scheduler, to be stepped after every batch."""
+        """Return the scheduler, which `fit` steps after every batch."""
         return LambdaLR(optimizer, lambda step: 1.0)
 
 
 def adam(params: Any) -> Optimizer:
-    """Adam with a step size of 0.001, the default optimizer."""
+    """Return Adam with a learning rate of 0.001, the default optimizer."""
     return torch.optim.Adam(params, lr=1e-3)

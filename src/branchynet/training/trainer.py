@@ -1,4 +1,4 @@
-"""One epoch after the other: forward, backward, step, count, show."""
+"""Train and validate one epoch, with running totals and a progress bar."""
 
 import time
 import warnings
@@ -20,12 +20,12 @@ from ..nn.outputs import warn_of_probabilities
 from .checkpoint import RunFolder
 from .history import EpochRow
 
-REFRESH_S = 0.5  # between looks at the running loss: each look waits for the device
-LINE_S = 60.0  # between lines in a log file, where no bar moves
+REFRESH_S = 0.5  # time between readings of the running loss, each of which waits for the device
+LINE_S = 60.0  # time between lines in a log file, which has no bar
 
 
 class Trainer:
-    """What stays the same from epoch to epoch."""
+    """The model, optimizer and settings of all epochs."""
 
     def __init__(
         self,
@@ -39,36 +39,36 @@ class Trainer:
         self.model, self.optimizer, self.schedule, self.objective = model, optimizer, schedule, objective
         self.accelerator, self.channels_last = accelerator, channels_last
         self.steps = 0
-        self.looked = False  # at whether outputs are logits
+        self.checked = False  # whether outputs are logits
 
     def progress(self) -> dict[str, Any]:
-        """What the next epoch needs to know besides weights and optimizer, as JSON values."""
+        """Return the state besides weights and optimizer, as JSON values."""
         scaler = self.accelerator.scaler
         return {"steps": self.steps, "scaler": scaler.state_dict() if scaler else None}
 
     def resume(self, folder: RunFolder, net: nn.Module, resume: bool) -> list[EpochRow]:
-        """Go on with what `folder` holds, or start it; the epochs that are done. Raises as `RunFolder.load`."""
+        """Resume from `folder`, or write its first state; return the finished epochs. Raises as `RunFolder.load`."""
         stored = folder.load(net, self.optimizer) if resume else None
         self.accelerator.wait_for_everyone()
         if stored is None:
             if self.accelerator.is_main_process:
-                # The state before the first epoch too: a resume must not depend on how the caller draws new weights.
+                # Also before the first epoch, because a caller may draw other initial weights at a resume.
                 folder.save(net, self.optimizer, [], self.progress())
             return []
         rows, progress = stored
         steps, most = progress.get("steps"), len(rows) * folder.settings["batches"]
         if type(steps) is not int or not 0 <= steps <= most:
             raise FileError(
-                f"{folder.training} tells of {steps!r} steps in {len(rows)} epochs of {folder.settings['batches']} "
-                "batches; choose another run folder, or FitOptions(resume=False) to start it anew"
+                f"{folder.training} reports {steps!r} steps in {len(rows)} epochs of {folder.settings['batches']} "
+                "batches; choose another run folder, or FitOptions(resume=False) to start again"
             )
-        if progress["grown"]:  # the schedule is another one: its step sizes are computed anew
+        if progress["grown"]:  # the schedule has changed, so its learning rates are computed again
             for group in self.optimizer.param_groups:
                 group["lr"] = group.get("initial_lr", group["lr"])
         groups = [dict(group) for group in self.optimizer.param_groups]
         with warnings.catch_warnings():  # torch expects a step of the optimizer before each of these
             warnings.simplefilter("ignore", UserWarning)
-            # Replayed rather than stored: some schedulers' own state does not survive JSON.
+            # The steps are replayed, because JSON cannot store the state of some schedulers.
             for _ in range(steps):
                 self.schedule.step()
         if not progress["grown"]:
@@ -80,15 +80,15 @@ class Trainer:
         return rows
 
     def epoch(self, epoch: int, train_loader: Any, val_loader: Any, bar: "ProgressBar") -> EpochRow:
-        """Train on every batch once, then validate. Raises `BranchyNetError` where the loss is not finite."""
+        """Train on every batch once, then validate. Raises `BranchyNetError` if the loss is not finite."""
         start = time.perf_counter()
         tally = EpochTotals(f"in epoch {epoch}")
         lr = 0.0
         for inputs, target in batches(train_loader, self.accelerator.device, self.channels_last):
             outputs, value = self._forward(inputs, target)
-            if not self.looked and _are_classes(outputs[-1], target):
+            if not self.checked and _are_classes(outputs[-1], target):
                 warn_of_probabilities(outputs, level=4)
-            self.looked = True
+            self.checked = True
             lr = float(self.optimizer.param_groups[0]["lr"])
             self._step(value)
             tally.add(value.detach(), outputs, target)
@@ -109,7 +109,7 @@ class Trainer:
             scaler.scale(value).backward()
             scaler.step(self.optimizer)
             scaler.update()
-            if scaler.get_scale() < before:  # the gradients overflowed and the step was left out
+            if scaler.get_scale() < before:  # the gradients overflowed, and the scaler skipped the step
                 return
         self.schedule.step()
         self.steps += 1
@@ -130,7 +130,7 @@ class Trainer:
 
 
 class EpochTotals:
-    """Running loss and right answers of every exit, kept on the device because reading them waits for it."""
+    """The running loss and the right answers of every exit, kept on the device because reading waits for it."""
 
     def __init__(self, where: str) -> None:
         self.where = where
@@ -140,25 +140,25 @@ class EpochTotals:
         self.answers: Tensor | int = 0
 
     def add(self, loss: Tensor, outputs: tuple[Tensor, ...], target: Tensor) -> None:
-        """Count one batch; nothing here waits for the device."""
+        """Count one batch, without waiting for the device."""
         self.losses.append(loss)
         self.sizes.append(len(target))
         if not _are_classes(outputs[-1], target):
             return
         right = torch.stack([(o.detach().argmax(dim=1) == target).sum() for o in outputs])
         self.right = right if self.right is None else self.right + right
-        # Other targets are those that the loss ignores, such as the -100 of cross_entropy.
+        # The loss ignores other targets, such as the -100 of cross_entropy.
         self.answers = self.answers + ((target >= 0) & (target < outputs[-1].shape[1])).sum()
 
     def read(self, accelerator: Accelerator | None = None) -> tuple[float, tuple[float, ...]]:
-        """Mean loss a sample and accuracies `(N,)`, over all processes where `accelerator` is given.
+        """Return the mean loss per sample and the accuracies `(N,)`, over all processes if `accelerator` is given.
 
         Raises:
-            BranchyNetError: a loss is not finite; the first such batch is named.
+            BranchyNetError: a loss is not finite; the message names the first such batch.
             InputError: there was no batch.
         """
         if not self.losses:
-            raise InputError(f"the loader gave no batch {self.where}; give it data, or drop_last=False")
+            raise InputError(f"the loader yielded no batch {self.where}; give it data, or drop_last=False")
         losses = torch.stack(self.losses).double().cpu()
         wrong = (~losses.isfinite()).nonzero()
         if len(wrong):
@@ -178,22 +178,22 @@ class EpochTotals:
 
 
 class ProgressBar:
-    """A progress bar over one epoch's batches, or nothing; it stays on the screen as the epoch's line.
+    """A progress bar over the batches of one epoch, which stays on the screen; nothing if not `visible`.
 
-    In a log file there are lines instead, one a minute and the epoch's own.
+    A log file gets lines instead: one per minute, and one at the end of the epoch.
     """
 
     def __init__(self, title: str, total: int, visible: bool) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        # Drawn by hand: rich's own thread would compete with the training.
+        # Without auto_refresh, because the thread of rich would compete with the training.
         self.bar = Progress(
             *columns,
-            TextColumn("{task.fields[told]}"),
+            TextColumn("{task.fields[totals]}"),
             console=Console(stderr=True),
             auto_refresh=False,
             disable=not visible,
         )
-        self.task = self.bar.add_task(title, total=total, told="")
+        self.task = self.bar.add_task(title, total=total, totals="")
         self.title, self.total = title, total
         self.done, self.shown = 0, time.monotonic()
         self.written = self.shown
@@ -202,19 +202,19 @@ class ProgressBar:
         self.bar.start()
 
     def __exit__(self, *_: Any) -> None:
-        if not self.bar.disable:  # rich 13 ends a bar that it never drew with an empty line
+        if not self.bar.disable:  # rich 13 prints an empty line for a bar that it never drew
             self.bar.stop()
 
     def advance(self, tally: EpochTotals) -> None:
-        """One batch more; twice a second the running figures are read, which also finds a loss that is not finite."""
+        """Count one batch. Twice per second, read the totals, which also finds a loss that is not finite."""
         self.done += 1
         if time.monotonic() - self.shown > REFRESH_S:
             self.show(*tally.read())
 
     def show(self, loss: float, accuracies: tuple[float, ...]) -> None:
-        """Draw these figures."""
+        """Draw the loss and the accuracies."""
         right = "  ".join(["  right", *(f"{a:.2%}" for a in accuracies)]) if accuracies else ""
-        self.bar.update(self.task, completed=self.done, told=f"loss {loss:.4f}{right}", refresh=True)
+        self.bar.update(self.task, completed=self.done, totals=f"loss {loss:.4f}{right}", refresh=True)
         self.shown = time.monotonic()
         out = self.bar.console
         if not (self.bar.disable or out.is_terminal) and self.shown - self.written > LINE_S and self.done < self.total:
@@ -223,7 +223,7 @@ class ProgressBar:
 
 
 def _are_classes(output: Tensor, target: Tensor) -> bool:
-    """Whether targets are class indices `(B, ...)` for `(B, C, ...)`; of others there is no accuracy to speak of."""
+    """Return whether targets are class indices `(B, ...)` for outputs `(B, C, ...)`, which have an accuracy."""
     if target.is_floating_point() or output.dim() < 2 or output.shape[1] < 2:
         return False
     return target.shape == output.shape[:1] + output.shape[2:]
