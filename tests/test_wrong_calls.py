@@ -155,7 +155,7 @@ WRONG = {
     ),
     "export after more training": (
         lambda: export(retrained(), "a.onnx", policy=choose(found, max_drop=0.9, confidence=None), example=x),
-        r"different networks.*after training, record\(...\) and choose\(...\) again",
+        r"different networks.*after training, call record\(...\) and choose\(...\) again",
     ),
     "choose with a list": (
         lambda: choose(found, cost, max_drop=[0.1]),

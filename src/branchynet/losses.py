@@ -26,12 +26,6 @@ def pixel_error(output: Tensor, target: Tensor, ignore_index: int = IGNORE) -> T
 
     Raises:
         InputError: output and target do not fit.
-
-    Example:
-        >>> import torch
-        >>> logits = torch.tensor([[[2.0, 0.0], [0.0, 1.0]]])  # 1 sample, 2 classes, 2 positions: classes 0 and 1
-        >>> losses.pixel_error(logits, torch.tensor([[0, 0]]))
-        tensor([0.5000])
     """
     counted = _counted(output, target, ignore_index)
     wrong = ((output.argmax(dim=1) != target) & counted).flatten(1).sum(dim=1)

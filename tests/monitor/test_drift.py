@@ -27,7 +27,7 @@ few = settings(max_examples=15, deadline=None)
 
 
 def scores_of(samples, seed=0, shift=0.0):
-    """Scores (S, 3) like entropies: hard samples are hard for all exits, and `shift` makes all harder."""
+    """Draw scores (S, 3) like entropies: hard samples are hard for all exits, and `shift` makes all samples harder."""
     rng = np.random.default_rng(seed)
     hard = rng.normal(size=(samples, 1)) + 0.5 * rng.normal(size=(samples, 3))
     return np.exp(-4 + 2 * hard + shift - np.arange(3)).astype(np.float32)
@@ -47,7 +47,7 @@ def changed(quiet, after, seed, shift):
     return tuple(np.concatenate(both) for both in zip(*parts, strict=True))
 
 
-def told(alarm):
+def reported(alarm):
     return (alarm.alarmed, alarm.at, alarm.statistic, alarm.since, alarm.cut, alarm.seen)
 
 
@@ -58,7 +58,7 @@ def p_values(ranks, values, rng):
 
 @pytest.mark.parametrize("known", [0, 1, 7, 3000])
 @pytest.mark.parametrize("levels", [3, 10**9])
-def test_p_values_are_uniform_and_independent_whatever_the_calibration(known, levels):
+def test_p_values_are_uniform_and_independent_for_any_calibration(known, levels):
     rng = np.random.default_rng(known)
     rows = []
     for _ in range(400):
@@ -88,7 +88,7 @@ def test_p_values_are_the_ranks_among_calibration_and_stream():
 
 
 def test_every_bet_is_fair():
-    """On evenly spread p-values a stake of 1 returns 1 in the mean: with what is left in cash, a martingale."""
+    """For uniform p-values a stake of 1 returns 1 on average, so stakes and cash are a martingale."""
     p = (np.arange(1000) + 0.5) / 1000
     np.testing.assert_allclose(_returns(p).mean(axis=0), 1)
 
@@ -105,18 +105,18 @@ def test_capital_is_the_sum_over_starts_and_bets():
 
 
 def test_false_alarms_on_unshifted_streams_are_within_the_stated_rate():
-    """The rate is over calibration and stream, so both are drawn anew; a tenth is stated so that it could be missed."""
+    """Both calibration and stream are drawn, as the rate is over both; a rate of 0.1 is large enough for a test."""
     streams, stated = 200, 0.1
     alarms = 0
     for seed in range(streams):
         known, stream = record_of(300, 3 * seed), stream_of(2000, 3 * seed + 1)
         alarms += Monitor(known, POLICY, false_alarm=stated, seed=seed).update(*stream).alarmed
     assert alarms / streams <= stated + 3 * math.sqrt(stated * (1 - stated) / streams)
-    assert alarms  # a test that never fails promises more than it was asked for
+    assert alarms  # without any alarm, the rate would be too strict
 
 
 @pytest.mark.parametrize("quiet", [0, 1000, 20_000])
-def test_a_shift_is_seen_however_long_it_was_quiet_before(quiet):
+def test_a_shift_is_detected_after_any_number_of_unshifted_samples(quiet):
     for seed in range(5):
         monitor = Monitor(record_of(5000, 100 + seed), POLICY, seed=seed)
         alarm = monitor.update(*changed(quiet, 600, 200 + 2 * seed, 1.5))
@@ -160,19 +160,19 @@ def test_splitting_a_stream_into_batches_changes_nothing(seed, sizes, shift):
     for some, s in zip(np.split(exits, np.cumsum(sizes)), np.split(scores, np.cumsum(sizes)), strict=True):
         if len(some):
             parts.update(some, s)
-    assert told(parts.state) == told(at_once)
+    assert reported(parts.state) == reported(at_once)
     assert parts.state.samples == at_once.samples == 800
     assert math.isclose(parts.state.capital, at_once.capital, rel_tol=1e-6)
 
 
-def test_one_by_one_is_as_64_at_once():
+def test_single_samples_and_batches_of_64_agree():
     exits, scores = changed(128, 512, 1, 2.0)
     single, batches = Monitor(record_of(2000), POLICY), Monitor(record_of(2000), POLICY)
     for i in range(len(exits)):
         single.update(exits[i : i + 1], scores[i : i + 1])
     for i in range(0, len(exits), 64):
         batches.update(exits[i : i + 64], scores[i : i + 64])
-    assert told(single.state) == told(batches.state)
+    assert reported(single.state) == reported(batches.state)
     assert single.state.alarmed
 
 
@@ -190,7 +190,7 @@ def test_order_within_a_batch_moves_an_alarm_by_two_batches_at_most(seed):
 
 
 def logits_of(samples, seed, classes=(0, 1, 2, 3)):
-    """A record of outputs whose classes are equally hard, so that neither exits nor scores know which ones come."""
+    """Draw a record with equally hard classes, so that exits and scores do not depend on the class."""
     rng = np.random.default_rng(seed)
     labels = rng.choice(classes, samples)
     outputs = rng.normal(size=(samples, 3, 4))
@@ -198,7 +198,7 @@ def logits_of(samples, seed, classes=(0, 1, 2, 3)):
     return ExitRecord(outputs, labels)
 
 
-def test_classes_that_vanish_show_in_the_labels_alone():
+def test_only_labels_detect_missing_classes():
     policy = Policy(thresholds=(0.05, 0.1))
     stream = predicted(logits_of(1500, 1, classes=(1, 3)), policy)
     assert not Monitor(logits_of(5000, 0), policy).update(*stream[:2]).alarmed
@@ -219,11 +219,11 @@ def test_labels_that_the_record_does_not_have_are_refused(labels, message):
         monitor.update(Prediction(np.array(labels), np.ones(2, int), np.full(2, 0.01), np.zeros((2, 4))))
 
 
-def test_an_alarm_stays():
+def test_an_alarm_does_not_change():
     monitor = Monitor(record_of(2000), POLICY)
     first = monitor.update(*stream_of(500, 3, 3.0))
     again = monitor.update(*stream_of(500, 4))
-    assert first.alarmed and told(first) == told(again)
+    assert first.alarmed and reported(first) == reported(again)
     assert again.samples == 1000
 
 
@@ -234,15 +234,15 @@ def test_a_prediction_is_read_like_exits_and_scores():
     assert one.update(prediction) == other.update(exits, scores)
 
 
-def test_scores_that_differ_less_than_engines_do_are_the_same():
-    """Most scores of a confident network are far below the resolution, and rounding decides their order."""
+def test_score_differences_below_the_resolution_are_ignored():
+    """Most scores of a confident network are far below the resolution, and rounding errors set their order."""
     rng = np.random.default_rng(0)
     known = ExitRecord.from_scores(1e-7 * rng.random((3000, 3)), np.zeros((3000, 3)))
     other = 1e-6 + 1e-7 * rng.random(3000)
     assert not Monitor(known, POLICY).update(np.ones(3000, int), other).alarmed
 
 
-def test_an_exit_that_calibration_never_took():
+def test_an_exit_that_calibration_samples_never_took():
     known = ExitRecord.from_scores(np.full((1000, 3), 0.01), np.zeros((1000, 3)))
     alarm = Monitor(known, POLICY).update(np.full(100, 3), np.full(100, 0.2))
     assert alarm.statistic == "exits" and alarm.expected == (1, 0, 0) and alarm.seen[2] > 0.5
@@ -274,7 +274,7 @@ def test_bad_batches_are_refused_and_not_counted(exits, scores, message):
             )
 
 
-def test_a_prediction_with_scores_beside_it_is_refused():
+def test_a_prediction_and_scores_are_refused():
     prediction = Prediction(np.zeros(1, np.int64), np.ones(1, np.int64), np.ones(1, np.float32), np.ones((1, 2)))
     with pytest.raises(InputError, match="and scores"):
         Monitor(record_of(100), POLICY).update(prediction, [0.1])
@@ -282,7 +282,7 @@ def test_a_prediction_with_scores_beside_it_is_refused():
         Monitor(logits_of(100, 0), POLICY).update(prediction, labels=[1])
 
 
-def test_an_exit_left_out_is_foreign():
+def test_a_disabled_exit_is_refused():
     monitor = Monitor(record_of(100), Policy(thresholds=(None, 0.3)))
     with pytest.raises(InputError, match=r"exit 1, .* uses \[2, 3\]"):
         monitor.update([1], [0.01])
@@ -339,7 +339,7 @@ def test_the_goal_is_held_while_inputs_get_harder_or_easier(batch, goal, slope):
 @pytest.mark.parametrize("batch", [20, 64])
 @pytest.mark.parametrize("goal", [45.0, 80.0])
 @pytest.mark.parametrize("stuck", [640, 6400])
-def test_what_cannot_be_held_for_a_while_does_not_wind_up(score, batch, goal, stuck):
+def test_no_windup_while_the_goal_cannot_be_held(score, batch, goal, stuck):
     controller = BudgetController(record_of(2000), POLICY, COST, goal_us=goal)
     for _ in range(stuck // batch):
         spent = controller.update(route(np.full((batch, 3), score, np.float32), controller.thresholds))
@@ -348,15 +348,15 @@ def test_what_cannot_be_held_for_a_while_does_not_wind_up(score, batch, goal, st
     later = scores_of(40000, seed=1)
     for i in range(0, len(later), batch):
         spent = controller.update(route(later[i : i + batch], controller.thresholds))
-        # What is owed is paid back, and no more: two batches may pass at the other end before that is known, and 5 %
-        # is what drift may cost as well (above).
+        # The controller compensates the error, and no more: it may notice the change two batches later, and 5 %
+        # is the tolerance for drift, as above.
         most = 0.05 + abs(end / goal - 1) * 2 * batch / spent.samples
         assert side * (spent.mean_us / goal - 1) > -most
     assert abs(spent.mean_us / goal - 1) < 0.05
 
 
 def in_threads(update, threads=6, batches=100):
-    """Call `update` with 20 of the thread's own samples at a time, in threads that start together."""
+    """Call `update` with 20 samples at a time in threads that start together."""
     gate = threading.Barrier(threads)
 
     def work(thread):
@@ -366,7 +366,7 @@ def in_threads(update, threads=6, batches=100):
 
     every = [threading.Thread(target=work, args=(k,)) for k in range(threads)]
     before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)  # threads then change within an update, not only between two
+    sys.setswitchinterval(1e-6)  # threads then switch within an update
     try:
         for thread in every:
             thread.start()
@@ -401,7 +401,7 @@ def test_threads_share_a_controller():
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
-def test_copies_go_on_from_the_same_state(copied):
+def test_copies_continue_from_the_same_state(copied):
     known = record_of(500)
     exits, scores, _ = predicted(known, POLICY)
     for each, more in ((Monitor(known, POLICY), (scores,)), (BudgetController(known, POLICY, COST, goal_us=45), ())):
@@ -411,7 +411,7 @@ def test_copies_go_on_from_the_same_state(copied):
         assert other.update(exits, *more) == each.update(exits, *more)
 
 
-def test_thresholds_start_where_the_record_costs_the_goal_and_spare_exits_left_out():
+def test_thresholds_start_at_the_goal_on_the_record_and_keep_disabled_exits():
     known = record_of(4000)
     controller = BudgetController(known, Policy(thresholds=(None, 0.3)), COST, goal_share=0.7)
     assert controller.thresholds[0] is None
@@ -422,8 +422,8 @@ def test_thresholds_start_where_the_record_costs_the_goal_and_spare_exits_left_o
     assert controller.state.looseness == 0
 
 
-def test_the_policy_itself_lies_on_the_line():
-    """Holding what the policy costs on the record gives the policy's routes back."""
+def test_the_policy_has_a_looseness():
+    """With the cost of the policy on the record as the goal, samples take the exits of the policy."""
     known = record_of(4000)
     exits, *_ = predicted(known, POLICY)
     cost = COST.latency_us(POLICY.enabled)[exits - 1].mean()
@@ -432,7 +432,7 @@ def test_the_policy_itself_lies_on_the_line():
     assert (again != exits).mean() < 0.003
 
 
-def test_thresholds_rise_together_and_reach_both_ends():
+def test_thresholds_increase_together_and_reach_both_ends():
     controller = BudgetController(record_of(500), POLICY, COST, goal_us=60)
     lines = [controller._line.thresholds(z) for z in np.linspace(-60, 60, 200)]
     assert (np.diff(lines, axis=0) >= 0).all()
@@ -443,7 +443,7 @@ def test_thresholds_rise_together_and_reach_both_ends():
 @pytest.mark.parametrize(
     ("goal", "ends"), [({"goal_us": 24.9}, "25"), ({"goal_us": 110}, "110"), ({"goal_share": 1.2}, "1")]
 )
-def test_goals_out_of_reach_name_what_is_in_reach(goal, ends):
+def test_the_error_for_an_infeasible_goal_names_the_limits(goal, ends):
     with pytest.raises(InfeasibleError, match=r"more than 25 us.* less than 110 us") as error:
         BudgetController(record_of(100), POLICY, COST, **goal)
     assert ends in str(error.value)
@@ -476,7 +476,7 @@ def chosen(record):
 
 
 @pytest.mark.parametrize("network", [None, "a-1"])
-def test_a_choice_stands_for_its_policy(network):
+def test_a_choice_is_used_as_its_policy(network):
     record, other = (replace(record_of(200, seed), network=network) for seed in (0, 1))
     choice = chosen(other)
     exits, scores = stream_of(300, 2)

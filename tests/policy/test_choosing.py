@@ -17,12 +17,12 @@ from branchynet.policy.exit_record import ExitRecord
 from branchynet.policy.values import Choice, Policy
 from helpers.policies import a_cost, costs, entropies, every_policy, logits_record, small_records
 
-choose = functools.partial(choosing.choose, confidence=None)  # test_guarantee.py is about promises
+choose = functools.partial(choosing.choose, confidence=None)  # test_risk_tests.py and test_promise.py test promises
 
 
 class TestChoose:
     def best(self, record, cost, constraint):
-        """By trying everything: the outcome, or None."""
+        """Return the best outcome of all thresholds, or None."""
         outcomes = [evaluate(record, policy, cost) for policy in every_policy(record)]
         if "max_latency_us" in constraint:
             fit = [o for o in outcomes if o.mean_us <= constraint["max_latency_us"] + 1e-9]
@@ -33,7 +33,7 @@ class TestChoose:
 
     @settings(max_examples=150, deadline=None)
     @given(small_records(), st.data())
-    def test_equals_trying_everything(self, record, data):
+    def test_equals_exhaustive_search(self, record, data):
         cost = data.draw(costs(record.num_exits))
         constraint = data.draw(
             st.one_of(
@@ -60,7 +60,7 @@ class TestChoose:
         assert (found.accuracy, found.mean_us) == (expected.accuracy, pytest.approx(expected.mean_us))
 
     def test_refines_a_coarse_grid(self):
-        """Never worse than the best of the frontier, sometimes better, and near the exact answer."""
+        """The choice is at least as good as the frontier, sometimes better, and close to the exact result."""
         saved = []
         for seed in range(6):
             record, cost = logits_record(300, 4, seed=seed), a_cost(4)
@@ -85,7 +85,7 @@ class TestChoose:
                 assert expected.mean_us - 1e-9 <= found.mean_us <= expected.mean_us * 1.05
                 assert found.accuracy >= constraint.get("min_accuracy", found.last_accuracy - 0.05) - 1e-9
 
-    def test_what_it_says(self):
+    def test_text_of_a_choice(self):
         record, cost = logits_record(300, 3), a_cost(3)
         choice = choose(record, cost, max_drop=0.02)
         assert choice.constraint == {"max_drop": 0.02}
@@ -94,8 +94,8 @@ class TestChoose:
         assert choice.outcome.accuracy >= choice.outcome.last_accuracy - 0.02 - 1e-9
         assert choice.outcome.mean_us < 60
 
-    def test_thresholds_separate_what_they_separated_after_rounding_and_json(self, tmp_path):
-        """Neighbouring floats, where a midpoint rounds onto a neighbour; compared as an engine does, in float32."""
+    def test_rounding_and_json_keep_the_side_of_a_threshold(self, tmp_path):
+        """The midpoint of neighbouring floats rounds to one of them; engines compare in float32."""
         low = np.float32(0.3)
         high = np.nextafter(low, np.float32(1))
         for scores in ([[low, 0], [high, 0]], [[high, 0], [low, 0]]):
@@ -143,7 +143,9 @@ class TestChoose:
             1,
             0,
         )  # right, and cheaper than the last
-        assert choose(record, free, min_accuracy=0).policy.thresholds[0] is None  # of equals the one with fewer exits
+        assert (
+            choose(record, free, min_accuracy=0).policy.thresholds[0] is None
+        )  # of equal policies, the one with fewer exits
 
     def test_decimal_limits_mean_what_they_say(self):
         record = ExitRecord.from_scores(np.zeros((10, 2)), np.stack([np.arange(10) < 8, np.arange(10) < 7], axis=1))
@@ -153,7 +155,7 @@ class TestChoose:
         third = ExitCost((0.1, 0.2), (0, 0))
         assert choose(record, third, max_latency_us=0.3).outcome.accuracy == pytest.approx(0.3)  # 0.1 + 0.2 > 0.3
 
-    def test_without_cost_the_mean_exit_is_least(self):
+    def test_without_cost_the_mean_exit_is_minimised(self):
         record = logits_record(300, 3)
         choice = choose(record, max_drop=0.05)
         assert choice.outcome.mean_us is None
@@ -200,7 +202,7 @@ class TestChoose:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_nearest_to_an_accuracy(seed):
-    """The cheapest thresholds that reach it, or the most accurate ones, among all that matter."""
+    """The choice is the cheapest with that accuracy, or the most accurate one, among all thresholds."""
     generator = np.random.default_rng(seed)
     scores = generator.random((40, 2)).astype(np.float32)
     losses = (generator.random((40, 2)) < [[0.5, 0.3]]).astype(np.float32)
@@ -219,8 +221,8 @@ def test_nearest_to_an_accuracy(seed):
 
 
 @pytest.mark.parametrize("exits", [3, 5])
-def test_an_exit_at_which_nobody_leaves_is_out_of_use(exits):
-    """All leave at the first exit: a threshold behind it would be one in name only."""
+def test_an_exit_at_which_no_sample_leaves_is_disabled(exits):
+    """All samples leave at the first exit, so later thresholds have no effect."""
     rng = np.random.default_rng(0)
     scores = np.sort(rng.random((200, exits)), axis=1)[:, ::-1].copy()
     losses = np.zeros((200, exits))
@@ -237,13 +239,13 @@ FIVE = ExitRecord(np.eye(2, dtype=np.float32)[np.array([[0, 0], [1, 0], [0, 0], 
     ("limit", "give"),
     [({"max_drop": 0.5}, "0.005"), ({"max_disagreement": 0.25}, "0.0025")],
 )
-def test_a_limit_that_may_be_meant_in_percent_is_warned_of(limit, give):
+def test_a_limit_that_may_be_meant_in_percent_warns(limit, give):
     with pytest.warns(UserWarning, match=f"points give {give}$"):
         choose(FIVE, **limit, confidence=None)
 
 
 @pytest.mark.parametrize("limit", [{"max_drop": 0.2}, {"max_disagreement": 0.2}, {"min_accuracy": 0.5}])
-def test_other_limits_are_taken_as_they_are(limit):
+def test_other_limits_do_not_warn(limit):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         choose(FIVE, **limit, confidence=None)

@@ -18,12 +18,12 @@ from branchynet.policy.search import SearchProblem, grid
 from branchynet.policy.values import Policy
 from helpers.policies import a_cost, costs, entropies, every_policy, logits_record, small_records
 
-choose = functools.partial(choosing.choose, confidence=None)  # test_guarantee.py is about promises
+choose = functools.partial(choosing.choose, confidence=None)  # test_risk_tests.py and test_promise.py test promises
 quick = settings(max_examples=60, deadline=None)
 
 
 def figure_2(logits, thresholds):
-    """The paper's Figure 2 for one sample, in plain Python and float64; also how near a threshold the entropy came."""
+    """Compute the paper's Figure 2 for one sample in float64, and the smallest distance from a threshold."""
     near = math.inf
     for n, z in enumerate(logits):
         p = [math.exp(v - max(z)) for v in z]
@@ -41,7 +41,7 @@ class TestRoute:
         scores = [[0.1, 0.0, 9], [0.5, 0.1, 9], [0.5, 0.5, 9]]
         assert route(np.array(scores), (0.5, 0.5)).tolist() == [1, 2, 3]
 
-    def test_nan_and_never_go_deeper(self):
+    def test_nan_and_never_do_not_leave(self):
         scores = np.array([[math.nan, 0.0, 0], [-math.inf, 0.0, 0]])
         assert route(scores, (9, None)).tolist() == [3, 1]
         assert route(scores, (None, 9)).tolist() == [2, 2]
@@ -94,11 +94,11 @@ class TestEvaluate:
         outcome = evaluate(record, Policy("entropy", (None,) * (record.num_exits - 1)), cost)
         assert outcome.accuracy == outcome.last_accuracy == pytest.approx(1 - record.losses[:, -1].mean())
         assert outcome.exit_share == (0.0,) * (record.num_exits - 1) + (1.0,)
-        assert outcome.worst_us == 20.0 * record.num_exits  # no branch is paid for
+        assert outcome.worst_us == 20.0 * record.num_exits  # no branch costs anything
 
     @quick
     @given(small_records(exits=3), st.data())
-    def test_looser_is_never_dearer(self, record, data):
+    def test_looser_thresholds_never_cost_more(self, record, data):
         tight = data.draw(st.tuples(*[st.floats(-1, 2, width=32)] * 2))
         looser = tuple(t + data.draw(st.floats(0, 2, width=32)) for t in tight)
         cost = data.draw(costs(3))
@@ -107,7 +107,7 @@ class TestEvaluate:
 
     @quick
     @given(small_records(), st.randoms(), st.data())
-    def test_order_of_samples_is_no_matter(self, record, random, data):
+    def test_the_order_of_samples_does_not_matter(self, record, random, data):
         thresholds = data.draw(st.tuples(*[st.none() | st.floats(0, 2, width=32)] * (record.num_exits - 1)))
         order = list(range(record.samples))
         random.shuffle(order)
@@ -176,11 +176,11 @@ class TestFrontier:
         assert (np.diff(found.mean_us) > 0).all() and (np.diff(found.accuracy) > 0).all()
         for k in np.linspace(0, len(found) - 1, 25).astype(int):
             outcome = evaluate(record, found.policy(k), cost)
-            assert (outcome.mean_us, outcome.accuracy) == (found.mean_us[k], found.accuracy[k])  # to the bit
+            assert (outcome.mean_us, outcome.accuracy) == (found.mean_us[k], found.accuracy[k])  # exactly
             assert outcome.exit_share == tuple(found.share[k])
 
     @pytest.mark.parametrize("exits", [2, 3, 4, 6])
-    def test_says_what_evaluate_says(self, exits):
+    def test_agrees_with_evaluate(self, exits):
         record, cost = logits_record(700, exits), a_cost(exits, 20.3, 4.7)
         found = frontier(record, cost, vectors=8000)
         assert found.thresholds.dtype == np.float32 and found.thresholds.shape == (len(found), exits - 1)
@@ -188,7 +188,7 @@ class TestFrontier:
         self.check(record, cost, found)
 
     def test_neighbouring_floats(self):
-        """The threshold between them is the upper one, which must not let it leave."""
+        """The threshold between them equals the upper score, which must not leave."""
         low = np.float32(0.3)
         for _ in range(2):
             high = np.nextafter(low, np.float32(1))
@@ -209,7 +209,7 @@ class TestFrontier:
         exact, coarse = frontier(record, cost), frontier(record, cost, vectors=400)
 
         def area(front):
-            """Under the curve of the best accuracy up to each time."""
+            """Return the area under the curve of the best accuracy up to each time."""
             grid = np.linspace(20, 60, 2000)
             best = np.searchsorted(front.mean_us, grid, side="right") - 1
             return np.where(best >= 0, front.accuracy[best], 0).mean()
@@ -222,12 +222,12 @@ class TestFrontier:
         problem = SearchProblem(entropies(record), record.losses.astype(np.float64), cost)
         exact, found = grid(problem, 10**6), ascend(problem)
         gaps = [found.us[found.loss <= loss].min() / us - 1 for loss, us in zip(exact.loss, exact.us, strict=True)]
-        assert min(gaps) >= -1e-9  # nothing beats the exact answer
+        assert min(gaps) >= -1e-9  # no result beats the exact one
         assert max(gaps) < 0.03 and np.mean(gaps) < 0.01
 
     @pytest.mark.parametrize("kind", ["right and wrong", "fractions", "ties"])
     def test_two_thresholds_are_exact_over_all_distinct_scores(self, kind):
-        """Beside every pair of thresholds, however few combinations are held in memory at once."""
+        """The result equals that of all pairs of thresholds, for any number of combinations in memory."""
         rng = np.random.default_rng(7)
         scores = rng.random((250, 3)).astype(np.float32)
         losses = rng.random((250, 3)) < scores * [0.6, 0.4, 0.3]
@@ -265,7 +265,7 @@ class TestFrontier:
 
 
 def evaluate_fast(record, cost, thresholds):
-    """(mean time, mean loss), each rounded a little."""
+    """Return (mean time, mean loss), rounded."""
     here, us, loss = np.ones(record.samples, bool), 0.0, 0.0
     each = cost.latency_us([t is not None for t in thresholds] + [True])
     for n, t in enumerate([*thresholds, np.inf]):

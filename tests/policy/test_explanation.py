@@ -1,4 +1,4 @@
-"""Why no sample leaves early: shares that pay and shares that may leave, against every threshold there is."""
+"""Explanations of choices without early exits, compared with all thresholds."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ times = st.floats(0, 50)
 
 @st.composite
 def scored(draw, exits=3, samples=8):
-    """A record with few distinct scores, so that samples leave together; NaN and infinity among them."""
+    """Draw a record with few distinct scores, NaN and infinity, so that samples leave together."""
     some = st.sampled_from([0.0, 0.25, 0.5, 1.0, np.inf, np.nan])
     scores = draw(st.lists(st.lists(some, min_size=exits, max_size=exits), min_size=samples, max_size=samples))
     wrong = st.lists(st.integers(0, 1), min_size=exits, max_size=exits)
@@ -47,7 +47,7 @@ def test_the_share_that_may_leave_is_the_largest_of_all_thresholds(record, name,
 
 
 @given(scored(), st.data())
-def test_an_exit_pays_from_the_share_told(record, data):
+def test_an_exit_pays_from_the_reported_share(record, data):
     cost = a_cost(data.draw)
     choice = choose(record, cost, max_drop=0.0, confidence=None)
     plain = cost.latency_us([False, False, True])[-1]
@@ -59,20 +59,20 @@ def test_an_exit_pays_from_the_share_told(record, data):
                 assert (mean < plain) == (share > found.needed)
 
 
-def test_the_reason_is_told_only_where_none_leaves_early():
+def test_there_is_a_reason_only_if_no_sample_leaves_early():
     scores = [[0.1, 0.1], [0.2, 0.1], [0.9, 0.1], [0.95, 0.1]]
     record = ExitRecord.from_scores(scores, [[0, 0], [0, 0], [1, 0], [1, 0]])
     cheap, dear = ExitCost((10, 30), (1, 0)), ExitCost((10, 30), (25, 0))
     assert why_never(record, cheap, choose(record, cheap, max_drop=0.0, confidence=None)) == ""
-    told = why_never(record, dear, choose(record, dear, max_drop=0.0, confidence=None))
-    assert "adds 25.0 us to a sample that continues and saves 5.0 us on one that leaves" in told
-    assert "pays if 83.3% leave; this limit allows 50.0%" in told
+    text = why_never(record, dear, choose(record, dear, max_drop=0.0, confidence=None))
+    assert "adds 25.0 us to a sample that continues and saves 5.0 us on one that leaves" in text
+    assert "pays if 83.3% leave; this limit allows 50.0%" in text
     slow = ExitCost((10, 30), (35, 0))
     assert "saves nothing" in why_never(record, slow, choose(record, slow, max_drop=0.0, confidence=None))
 
 
-def test_a_promise_that_takes_more_samples_is_named_as_the_reason():
-    """One answer in ten is wrong at exit 1 and the surest are right, but 60 samples cannot promise it."""
+def test_too_few_samples_for_a_promise_are_a_reason():
+    """Exit 1 is wrong on one sample in ten, but not on the surest; 60 samples are too few for a promise."""
     scores = np.linspace(0, 1, 60)[:, None].repeat(2, axis=1)
     losses = np.stack([scores[:, 0] > 0.9, np.zeros(60)], axis=1)
     record, cost = ExitRecord.from_scores(scores, losses), ExitCost((10, 30), (8, 0))
@@ -93,8 +93,8 @@ FREE = {"confidence": None}
 @pytest.mark.parametrize(
     "limit", [{"max_drop": 0.05}, {"max_drop": 0.0} | FREE, {"min_accuracy": 1.0} | FREE, {"max_latency_us": 1e6}]
 )
-def test_a_choice_says_why_nobody_leaves_early(cost, limit):
-    """The first exit is wrong where it is sure, the last is right: no threshold lets anybody leave."""
+def test_a_choice_says_why_no_sample_leaves_early(cost, limit):
+    """The first exit is wrong if it is sure, and the last is right, so no sample may leave early."""
     scores = np.linspace(0, 1, 200)[:, None].repeat(2, axis=1)
     record = ExitRecord.from_scores(scores, np.stack([scores[:, 0] < 0.5, np.zeros(200)], axis=1))
     if cost is None and "max_latency_us" in limit:
@@ -102,9 +102,9 @@ def test_a_choice_says_why_nobody_leaves_early(cost, limit):
     choice = choose(record, cost, **limit)
     assert choice.policy.thresholds == (None,)
     assert choice.reason == why_never(record, cost, choice) != ""
-    told = str(choice).splitlines()
-    assert told[:2] == ["exit 1 answers 0.0%: never", "exit 2 answers 100.0%: always"]
-    assert choice.reason in told[-1] and "`advise`" in told[-1]
+    text = str(choice).splitlines()
+    assert text[:2] == ["exit 1 answers 0.0%: never", "exit 2 answers 100.0%: always"]
+    assert choice.reason in text[-1] and "`advise`" in text[-1]
     assert (" us" in choice.reason) == (cost is not None and "max_latency_us" not in limit)
 
 

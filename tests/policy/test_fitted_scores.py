@@ -1,4 +1,4 @@
-"""Fitted scores as values: bit for bit through JSON and ONNX metadata, and the same answers in every engine."""
+"""Fitted scores are stored exactly in JSON and ONNX metadata, and give the same results in every engine."""
 
 import json
 import math
@@ -58,7 +58,7 @@ def test_bit_for_bit_through_json(score):
     policy = Policy(score, (0.5,) * (score.num_exits - 1))
     again = Policy.from_json(json.loads(json.dumps(policy.to_json(), allow_nan=False)))
     assert again == policy and hash(again.score) == hash(score)
-    assert json.dumps(again.to_json()) == json.dumps(policy.to_json())  # tells -0.0 from 0.0
+    assert json.dumps(again.to_json()) == json.dumps(policy.to_json())  # distinguishes -0.0 from 0.0
 
 
 LEARNED = LearnedScore(2, True, ((1.0, 2.0, 3.0), (1.0, 2.0, 3.0, 4.0)), (0.5, -0.5))
@@ -141,7 +141,7 @@ def test_reading_a_policy_needs_no_torch():
     subprocess.run([sys.executable, "-c", code, stored], check=True)
 
 
-# The same answers everywhere
+# The same results in every engine
 
 
 class Chain(nn.Module):
@@ -174,7 +174,7 @@ def record(net=None):
 
 
 def apart(scores, share):
-    """A threshold near this quantile, in a wide gap between scores, so that engines cannot disagree."""
+    """Return a threshold near this quantile, in a wide gap between scores, so that all engines agree."""
     values = np.unique(scores)
     if len(values) < 2:
         return float(values[0]) + 1
@@ -255,7 +255,7 @@ def test_a_file_with_a_broken_score_is_refused(tmp_path):
 
 
 class TestAveraged:
-    def test_shares_weights_and_leaves_the_network_as_it_was(self):
+    def test_shares_weights_and_does_not_change_the_network(self):
         net = network()
         mean = averaged(net)
         assert mean.state_dict().keys() == net.state_dict().keys()
@@ -265,7 +265,7 @@ class TestAveraged:
         assert torch.allclose(other[0].softmax(1), one[0].softmax(1), atol=1e-6)
         assert torch.allclose(other[2].exp(), sum(o.softmax(1) for o in one) / 3, atol=1e-6)
 
-    def test_record_of_the_network_and_averaged_record_are_one(self):
+    def test_record_of_the_averaged_network_equals_averaged_record(self):
         weights = [[1], [1, 3], [1, 1, 2]]
         one = record(averaged(network(), weights))
         assert one.outputs == pytest.approx(averaged_record(record(), weights).outputs, abs=1e-5)

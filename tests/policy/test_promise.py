@@ -1,4 +1,4 @@
-"""The promise where it is hardest: laws of few distinct samples, and samples that have served before."""
+"""Promises in hard cases: distributions with few distinct samples, and samples that were used before."""
 
 import math
 import warnings
@@ -20,11 +20,11 @@ from branchynet.policy.score_fitting import fit_score, fit_temperature
 
 COST = ExitCost((10.0, 10.0), (1.0, 0.0))
 
-RISK = 1.001  # of the limit: leaving early breaks it, by as little as can be
+RISK = 1.001  # times the limit: leaving early only just breaks it
 
 
 def placed(samples, tuning_wrong, calibration_wrong):
-    """`(S,)` whether exit 1 is wrong, on so many of either half."""
+    """Return `(S,)` whether exit 1 is wrong, with the given number of wrong answers in each half."""
     wrong = np.zeros(samples, bool)
     for half, count in zip(halves(samples), (tuning_wrong, calibration_wrong), strict=True):
         wrong[half[:count]] = True
@@ -54,8 +54,8 @@ def by_constant(wrong, limit, **options):
         (240, 0.03, lambda wrong, limit: by_constant(wrong, limit, bound="binomial")),
     ],
 )
-def test_with_two_kinds_of_samples_it_is_broken_no_more_often_than_stated(samples, limit, chosen):
-    """All that can be drawn, weighed by its probability: the bound looks at the counts in both halves alone."""
+def test_a_promise_with_two_kinds_of_samples_fails_no_more_often_than_stated(samples, limit, chosen):
+    """Sum the probability over all draws; the bound depends only on the counts in both halves."""
     sizes = [len(half) for half in halves(samples)]
     chances = [binom.pmf(np.arange(size + 1), size, RISK * limit) for size in sizes]
     broken = seen = 0.0
@@ -67,12 +67,12 @@ def test_with_two_kinds_of_samples_it_is_broken_no_more_often_than_stated(sample
             found = chosen(placed(samples, tuning, calibration), limit)
             broken += chance * other * (found.policy.thresholds[0] is not None)
     assert seen > 0.99 and broken + (1 - seen) <= 0.05
-    assert broken > 0.001  # which it is now and then
+    assert broken > 0.001  # it is broken sometimes
 
 
 @pytest.mark.filterwarnings("ignore:no thresholds keep")
 @pytest.mark.parametrize(("samples", "limit"), [(600, 0.02), (300, 0.05)])
-def test_betting_on_a_constant_score_is_broken_no_more_often_than_stated(samples, limit):
+def test_betting_with_a_constant_score_fails_no_more_often_than_stated(samples, limit):
     rng, draws = np.random.default_rng(0), 400
     broken = 0
     for _ in range(draws):
@@ -89,7 +89,7 @@ def answers(samples, seed=0, exits=2):
     return ExitRecord(outputs, labels)
 
 
-def test_sketches_tell_sets_that_share_samples():
+def test_sketches_detect_shared_samples():
     one = digests(np.random.default_rng(0).normal(size=(4000, 3)).astype(np.float32))
     known = sketch(one[:2000])
     assert (
@@ -97,12 +97,12 @@ def test_sketches_tell_sets_that_share_samples():
     )
     for part, wanted in ((slice(2000, None), False), (slice(1000, 3000), True), (slice(0, 4000, 7), True)):
         assert share_samples(known, one[part][::-1]) is wanted
-    assert not share_samples(known, np.append(one[2000:], one[:20]))  # a few that any data set may hold twice
+    assert not share_samples(known, np.append(one[2000:], one[:20]))  # a few duplicates may occur in any data set
     assert not share_samples("", one) and share_samples(sketch(one[:3]), one)
     assert sketch(one) == sketch(np.random.default_rng(1).permutation(np.tile(one, 2)))
 
 
-def test_digests_are_of_all_that_a_row_holds():
+def test_digests_depend_on_the_whole_row():
     rng = np.random.default_rng(0)
     first, second = rng.normal(size=(9, 2, 3)).astype(np.float32), rng.integers(0, 9, (9, 4))
     whole = digests(first, second)
@@ -113,7 +113,7 @@ def test_digests_are_of_all_that_a_row_holds():
 
 
 @pytest.mark.parametrize("fit", [fit_score, fit_temperature])
-def test_a_score_promises_nothing_of_the_samples_that_it_was_fitted_on(fit):
+def test_no_promise_on_samples_that_fitted_the_score(fit):
     record = answers(3000)
     fitted, rest = record.take(slice(0, None, 2)), record.take(slice(1, None, 2))
     score = fit(fitted)
@@ -122,26 +122,26 @@ def test_a_score_promises_nothing_of_the_samples_that_it_was_fitted_on(fit):
             choose(used, COST, max_drop=0.05, score=score)
         choose(used, COST, max_drop=0.05, score=score, confidence=None)
     assert choose(rest, COST, max_drop=0.05, score=score).promise is not None
-    tuned = fit(record.take(halves(3000)[0]))  # candidates may come from what fitted them; the test may not
+    tuned = fit(record.take(halves(3000)[0]))  # candidates may come from these samples, but not the test
     assert choose(record, COST, max_drop=0.05, score=tuned).promise is not None
 
 
-def test_exits_promise_nothing_of_the_samples_that_they_were_selected_on():
+def test_no_promise_on_samples_that_selected_the_exits():
     record = answers(2000)
     used, free = (sketch(record.sample_digests[half]) for half in halves(2000))
     for known, fine in (((used,), True), ((free,), False), ((used, free), False), ((), True)):
-        told = ExitRecord(record.outputs, record.labels, selected_on=known)
+        selected = ExitRecord(record.outputs, record.labels, selected_on=known)
         if fine:
-            assert choose(told, COST, max_drop=0.05).promise is not None
+            assert choose(selected, COST, max_drop=0.05).promise is not None
         else:
             with pytest.raises(InputError, match="exits or averages were selected on samples that would test"):
-                choose(told, COST, max_drop=0.05)
+                choose(selected, COST, max_drop=0.05)
     with pytest.raises(InputError, match="selected_on must be sketches"):
         ExitRecord(record.outputs, record.labels, selected_on=("validation",))
 
 
-def test_the_designers_search_leaves_the_samples_that_test_a_promise_alone():
-    """Whatever they are, it finds the same."""
+def test_the_search_for_exits_does_not_use_the_samples_that_test_a_promise():
+    """The search finds the same exits if those samples change."""
     rng = np.random.default_rng(0)
     scores, losses = rng.random((400, 5)).astype(np.float32), (rng.random((400, 5)) < 0.2).astype(float)
 
@@ -157,50 +157,50 @@ def test_the_designers_search_leaves_the_samples_that_test_a_promise_alone():
     assert found(scores, losses) == found(*other) and len(found(scores, losses)) > 1
 
 
-def told_of(record):
+def warned_of(record):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         choose(record, ExitCost((10.0,) * record.num_exits, (0.0,) * record.num_exits), max_drop=0.05)
     return any("are copies of others" in str(w.message) for w in seen)
 
 
-def test_the_same_data_recorded_several_times_are_told():
+def test_data_recorded_several_times_warn():
     record = answers(1000)
     for rows in (np.repeat(np.arange(1000), 3), np.r_[0:1000, 0:500], np.tile(np.arange(300), 4)):
-        assert told_of(record.take(rows))
-    assert not told_of(record) and not told_of(record.take(np.r_[0:1000, 0:30]))
+        assert warned_of(record.take(rows))
+    assert not warned_of(record) and not warned_of(record.take(np.r_[0:1000, 0:30]))
     rng = np.random.default_rng(0)
     coarse = ExitRecord.from_scores(rng.integers(1, 4, (1000, 3)) / 3, rng.random((1000, 3)) < 0.1)
-    assert not told_of(coarse)  # few distinct scores are no sample twice
+    assert not warned_of(coarse)  # few distinct scores are not copies
     again = ExitRecord.from_scores(coarse.scores, coarse.losses, inputs=np.arange(1000, dtype=np.uint64) // 2)
     with pytest.raises(InputError, match=r"50% of the record's 1000 samples are copies of others, by their inputs"):
-        told_of(again)
+        warned_of(again)
 
 
-def test_any_number_of_copies_is_told():
-    """Of outputs, of inputs and of scores alone."""
+def test_any_number_of_copies_warns():
+    """Copies of outputs, of inputs, and of scores alone."""
     for copies in (2, 10, 30, 60, 300):
         distinct = max(3000 // copies, 40)
         record = answers(distinct).take(np.tile(np.arange(distinct), copies))
-        told = 1 - 1 / copies
-        assert repeated(record.sample_digests) == pytest.approx(told) and told_of(record)
+        share = 1 - 1 / copies
+        assert repeated(record.sample_digests) == pytest.approx(share) and warned_of(record)
         scores = np.random.default_rng(0).random((distinct, 2))[np.arange(record.samples) % distinct]
-        assert told_of(ExitRecord.from_scores(scores, record.losses))
+        assert warned_of(ExitRecord.from_scores(scores, record.losses))
         with pytest.raises(InputError, match="copies of others, by their inputs"):
-            told_of(ExitRecord(record.outputs, record.labels, inputs=record.sample_digests))
+            warned_of(ExitRecord(record.outputs, record.labels, inputs=record.sample_digests))
 
 
-def test_scores_that_samples_share_are_no_copies():
+def test_equal_scores_are_not_copies():
     rng = np.random.default_rng(0)
-    sure = np.where(rng.random((1000, 2)) < 0.7, 0, rng.random((1000, 2)))  # most are as sure as can be
+    sure = np.where(rng.random((1000, 2)) < 0.7, 0, rng.random((1000, 2)))  # most have the smallest score
     losses = rng.random((1000, 2)) < 0.1
     for scores in (sure, rng.integers(0, 3, (1000, 2)), np.full((1000, 2), 0.5)):
-        assert not told_of(ExitRecord.from_scores(scores, losses))
+        assert not warned_of(ExitRecord.from_scores(scores, losses))
 
 
 @pytest.mark.parametrize(("samples", "step"), [(4000, 10), (20000, 8), (20000, 20), (400, 1), (700, 2)])
-def test_a_small_part_of_what_was_fitted_is_noticed(samples, step):
-    """And other samples are not, though some occur in both."""
+def test_a_small_part_of_the_fitted_samples_is_noticed(samples, step):
+    """Other samples are not noticed, although a few occur in both sets."""
     every = np.random.default_rng(samples + step).integers(0, 2**63, 2 * samples).astype(np.uint64)
     known, others = sketch(every[:samples]), every[samples:]
     assert share_samples(known, every[:samples:step]) and not share_samples(known, others[::step])
@@ -209,14 +209,14 @@ def test_a_small_part_of_what_was_fitted_is_noticed(samples, step):
     assert share_samples(known, np.r_[others[: samples // 2], every[: samples // 2]])
 
 
-def test_sketches_of_earlier_versions_serve():
+def test_sketches_of_earlier_versions_work():
     every = np.random.default_rng(0).integers(0, 2**63, 4000).astype(np.uint64)
     old = sketch(every[:2000])[: 32 * 16]
     assert is_sketch(old) and share_samples(old, every[:2000:4]) and not share_samples(old, every[2000:])
 
 
 @pytest.mark.filterwarnings("ignore:.*copies of others")
-def test_where_few_samples_are_distinct_equal_ones_prove_nothing():
+def test_equal_samples_prove_nothing_if_few_are_distinct():
     rng = np.random.default_rng(0)
     distinct = answers(60)
     record = distinct.take(rng.integers(0, 60, 3000))
@@ -244,7 +244,7 @@ def test_a_record_of_a_fitted_score_knows_its_samples_on_disk(tmp_path, known):
             choose(again, COST, max_drop=0.05)
 
 
-def test_a_score_fitted_on_outputs_is_known_where_inputs_are():
+def test_a_score_fitted_on_outputs_is_recognised_with_inputs():
     record = answers(2000)
     later = ExitRecord(record.outputs, record.labels, inputs=np.arange(2000, dtype=np.uint64))
     with pytest.raises(InputError, match="score was fitted on samples that would test"):
@@ -254,7 +254,7 @@ def test_a_score_fitted_on_outputs_is_known_where_inputs_are():
         choose(scored, COST, max_drop=0.05)
 
 
-def test_judging_on_samples_that_chose_or_fitted_is_noticed():
+def test_evaluation_on_samples_that_chose_or_fitted_warns():
     record, other = answers(3000), answers(3000, seed=1)
     fitted, rest = record.take(slice(0, None, 2)), record.take(slice(1, None, 2))
     choice = choose(rest, COST, max_drop=0.05, score=fit_score(fitted))

@@ -1,4 +1,4 @@
-"""The promise of `choose`: the bounds against brute force and simulation, and what it stands on."""
+"""The promise of `choose`: its bounds are compared with brute force and simulation."""
 
 import math
 import re
@@ -21,7 +21,7 @@ COST = ExitCost((10.0, 20.0, 30.0), (1.0, 1.0, 0.0), (100.0, 200.0, 300.0), (5.0
 
 
 def population(samples, seed=0, exits=3, correct_early=0.01):
-    """Scores that tell how often an early exit is wrong, and early answers that are sometimes right alone."""
+    """Draw scores that give the error rate of an early exit, which is sometimes right when the last exit is wrong."""
     rng = np.random.default_rng(seed)
     hardness = rng.random(samples)
     scores = np.clip(hardness[:, None] + rng.normal(0, 0.1, (samples, exits)), 0, None)
@@ -32,7 +32,7 @@ def population(samples, seed=0, exits=3, correct_early=0.01):
 
 def redrawn(record, rng, samples):
     rows = rng.integers(0, record.samples, samples)
-    inputs = np.arange(samples, dtype=np.uint64)  # every draw is a sample of its own
+    inputs = np.arange(samples, dtype=np.uint64)  # all samples are distinct
     return ExitRecord.from_scores(record.scores[rows], record.losses[rows], inputs=inputs)
 
 
@@ -42,7 +42,7 @@ def drop(record, policy):
 
 
 @given(st.integers(2, 300))
-def test_halves_part_the_samples_at_random_and_alike_each_time(samples):
+def test_halves_are_random_and_reproducible(samples):
     tuning, calibration = halves(samples)
     assert sorted([*tuning, *calibration]) == list(range(samples)) and abs(len(tuning) - len(calibration)) <= 1
     again = halves(samples)
@@ -72,7 +72,7 @@ def test_the_fewest_samples_are_just_enough(bound, limit, delta):
 
 
 @pytest.mark.parametrize(("limit", "first"), [(0.01, 692), (0.005, 1386), (0.05, 136)])
-def test_the_first_record_of_which_samples_leave_is_the_one_that_is_stated(limit, first):
+def test_the_stated_number_of_samples_is_the_smallest_with_early_exits(limit, first):
     cost = ExitCost((1.0, 9.0), (0.0, 0.0))
     for samples in (first - 2, first):
         record = ExitRecord.from_scores(np.random.default_rng(0).random((samples, 2)), np.zeros((samples, 2)))
@@ -93,7 +93,7 @@ def test_the_first_record_of_which_samples_leave_is_the_one_that_is_stated(limit
     ids=["harm alone", "both ways", "any loss"],
 )
 def test_no_true_null_is_rejected_more_often_than_stated(law):
-    """The risk is the limit itself, the worst case; whatever the bet."""
+    """The risk equals the limit, the worst case, for any bet."""
     values, shares = np.array(list(law)), np.array(list(law.values()))
     limit, delta, draws = float(values @ shares), 0.1, 2000
     rng = np.random.default_rng(0)
@@ -106,7 +106,7 @@ def test_no_true_null_is_rejected_more_often_than_stated(law):
         assert delta / 4 < (ps <= delta).mean() <= delta + slack
 
 
-def test_betting_sees_what_leaving_early_puts_right():
+def test_betting_credits_answers_that_leaving_early_corrects():
     rng = np.random.default_rng(1)
     differences = rng.choice([1.0, -1.0, 0.0], 4000, p=[0.012, 0.012, 0.976])
     assert betting_p(differences, 0.01, best_bet(differences, 0.01)) < 0.01 < binomial_p(differences, 0.01)
@@ -141,7 +141,7 @@ def test_the_promise_is_broken_no_more_often_than_stated():
     delta = 1 - confidence
     assert broken <= delta + 3 * math.sqrt(delta * (1 - delta) / draws)
     plain = [choose(redrawn(truth, rng, 1500), COST, max_drop=limit, confidence=None) for _ in range(40)]
-    assert np.mean([drop(truth, c.policy) > limit for c in plain]) > delta  # which a hope is
+    assert np.mean([drop(truth, c.policy) > limit for c in plain]) > delta  # without a promise
     full = evaluate(truth, Policy(thresholds=(None, None)), COST).mean_us
     assert np.median([c.outcome.mean_us for c in choices]) < 0.8 * full
 
@@ -151,7 +151,7 @@ def test_the_same_record_gives_the_same_choice():
     assert first == second
 
 
-def test_it_is_told_where_nothing_is_sure_enough():
+def test_a_warning_if_no_candidate_passes():
     record = population(2000)
     with pytest.warns(UserWarning, match=r"max_drop=0 at 95% confidence on 1000 .* early: allow more than 0"):
         assert choose(record, COST, max_drop=0.0).policy.thresholds == (None, None)
@@ -161,7 +161,7 @@ def test_it_is_told_where_nothing_is_sure_enough():
         choose(close, ExitCost((1.0, 9.0), (0.0, 0.0)), max_drop=0.004)
 
 
-def test_where_early_answers_are_wrong_none_leaves():
+def test_no_sample_leaves_if_early_answers_are_wrong():
     record = population(2000)
     losses = record.losses.copy()
     losses[:, :-1] = 1
@@ -182,14 +182,14 @@ def test_an_absolute_limit_is_kept_or_refused():
         choose(sample, COST, min_accuracy=last + 0.02)
 
 
-def test_too_few_samples_are_told_how_many_are_needed():
+def test_the_error_for_too_few_samples_names_the_number_needed():
     needed = 2 * fewest(0.01, 0.05, "binomial")
     record = ExitRecord.from_scores(np.random.default_rng(0).random((needed, 2)), np.zeros((needed, 2)))
     cost = ExitCost((1.0, 9.0), (0.0, 0.0))
     assert choose(record, cost, max_drop=0.01, bound="binomial").outcome.exit_share[0] > 0.9
     fewer = ExitRecord.from_scores(record.scores[:-2], record.losses[:-2])
-    told = rf"max_drop=0\.01 at 95% confidence by the binomial .* at least {needed} samples.*has {needed - 2}.*None"
-    with pytest.raises(InputError, match=told):
+    text = rf"max_drop=0\.01 at 95% confidence by the binomial .* at least {needed} samples.*has {needed - 2}.*None"
+    with pytest.raises(InputError, match=text):
         choose(fewer, cost, max_drop=0.01, bound="binomial")
     assert choose(fewer, cost, max_drop=0.01, confidence=None).promise is None
 
@@ -235,17 +235,17 @@ def _curve(found):
     return found.accuracy, found.mean_us
 
 
-def test_a_choice_keeps_its_promise_on_disk_and_says_it(tmp_path):
+def test_a_choice_stores_and_prints_its_promise(tmp_path):
     choice = choose(population(1500), COST, max_drop=0.02)
     choice.save(tmp_path / "choice.json")
     again = Choice.load(tmp_path / "choice.json")
     assert again == choice and isinstance(again.promise, Promise)
-    told = str(again.promise)
-    assert re.search(r"With 95 % confidence, accuracy is at most 2\.00 points below the last exit's", told)
-    assert "1,500 samples" in told and "750 of them" in told and again.promise.bound in told
+    text = str(again.promise)
+    assert re.search(r"With 95 % confidence, accuracy is at most 2\.00 points below the last exit's", text)
+    assert "1,500 samples" in text and "750 of them" in text and again.promise.bound in text
 
 
-def test_judging_on_the_data_that_chose_is_noticed():
+def test_evaluation_on_the_data_that_chose_warns():
     record, other = population(1500), population(1500, seed=1)
     choice = choose(record, COST, max_drop=0.02)
     with pytest.warns(UserWarning, match="chose these thresholds"):
@@ -257,19 +257,19 @@ def test_judging_on_the_data_that_chose_is_noticed():
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "text"),
     [
         ({"confidence": 1.0}, r"confidence=1 must lie between 0 and 1"),
         ({"confidence": 0.0}, r"confidence=0 must lie"),
         ({"bound": "hoeffding"}, r"unknown bound 'hoeffding'.*betting, binomial"),
     ],
 )
-def test_wrong_options_are_named(options, told):
-    with pytest.raises(InputError, match=told):
+def test_wrong_options_are_named(options, text):
+    with pytest.raises(InputError, match=text):
         choose(population(1500), COST, max_drop=0.02, **options)
 
 
-def test_labels_of_one_class_are_no_sample():
+def test_labels_of_one_class_are_refused():
     record = logits()
     with pytest.raises(InputError, match="all 1500 labels of the record are class 2"):
         choose(ExitRecord(record.outputs, np.full(1500, 2)), COST, max_drop=0.1)

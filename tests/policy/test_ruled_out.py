@@ -41,7 +41,7 @@ EVERY_SCORE = [*scores.SCORES, TemperedScore("margin", (2.0, 0.5)), LEARNED]
 
 @st.composite
 def masked(draw):
-    """Logits (S, C) of which some are minus infinity, but at least one a row is not; and which."""
+    """Draw logits (S, C) with minus infinity, but not in a whole row, and the mask of these."""
     z = draw(hnp.arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(2, 7)), elements=st.floats(-30, 30)))
     out = draw(hnp.arrays(bool, z.shape))
     out[np.arange(len(z)), draw(hnp.arrays(np.int64, len(z), elements=st.integers(0, z.shape[1] - 1)))] = False
@@ -49,7 +49,7 @@ def masked(draw):
 
 
 def alone(name, z):
-    """The score of the classes that are not ruled out, by themselves."""
+    """Return the score of the classes that are not ruled out."""
     if len(z) == 1:
         return 0.0
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -62,7 +62,7 @@ def alone(name, z):
 def test_a_score_is_that_of_the_other_classes(name, case):
     z, allowed = case
     found = scores.SCORES[name]((torch.from_numpy(z),)).numpy()
-    # float32 sums of up to seven probabilities are right to a few times 1e-7, and entropies to logits' 30 times that
+    # float32 sums of up to 7 probabilities have errors of a few 1e-7; those of entropies are 30 times larger
     assert found == pytest.approx([alone(name, row[keep]) for row, keep in zip(z, allowed, strict=True)], abs=2e-5)
 
 
@@ -75,7 +75,7 @@ def test_patience_counts_answers_of_the_other_classes(case):
     assert torch.equal(scores.patience(outputs), torch.where(first == second, 1 / 3, 1.0))
 
 
-def test_an_exit_without_an_answer_agrees_with_nobody():
+def test_an_exit_without_an_answer_agrees_with_no_exit():
     sure = torch.tensor([[5.0, 0, 0, 0]]).repeat(len(NO_ANSWER), 1)
     silent = torch.from_numpy(NO_ANSWER)
     assert scores.patience((silent, sure)).tolist() == [1.0] * len(silent)
@@ -83,7 +83,7 @@ def test_an_exit_without_an_answer_agrees_with_nobody():
 
 
 class Twice(nn.Module):
-    """Two exits that answer what they are given."""
+    """A network of two exits that returns its inputs."""
 
     def forward(self, x):
         return x + 0.0, x * 1.0
@@ -99,7 +99,7 @@ def engine(net, policy, runtime, folder, example=None):
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("score", EVERY_SCORE, ids=str)
-def test_alike_in_every_runtime(runtime, score, tmp_path):
+def test_equal_in_every_runtime(runtime, score, tmp_path):
     z = np.random.default_rng(0).normal(size=(23, 4)).astype(np.float32) * 3
     z[np.arange(23) % 4 > 0, 1] = -INF
     z[5] = [-INF, -INF, -INF, 2]
@@ -134,7 +134,7 @@ def test_of_dense_outputs_every_position_counts(runtime, name, tmp_path):
 
 
 class Allowed(nn.Module):
-    """A head that rules out class 3 always, and class 1 where the first feature is negative."""
+    """A branch that always rules out class 3, and class 1 if the first feature is negative."""
 
     def __init__(self):
         super().__init__()
@@ -152,7 +152,7 @@ def masked_net():
 
 
 def recorded(net, x):
-    """A record with labels that are possible, and right two times in three at every exit."""
+    """Create a record with possible labels, of which every exit predicts two thirds."""
     with torch.no_grad():
         last = net(x)[-1]
     second = last.topk(2, dim=1).indices[:, 1]
@@ -178,7 +178,7 @@ def test_from_the_record_to_the_file(score, tmp_path):
     assert (answer.label != 3).all() and not ((answer.label == 1) & (x[:, 0].numpy() < 0)).any()
 
 
-def test_a_label_that_is_ruled_out_moves_no_temperature():
+def test_a_label_that_is_ruled_out_does_not_change_temperatures():
     answers = recorded(masked_net(), torch.randn(400, 6))
     more = ExitRecord(
         np.concatenate([answers.outputs, answers.outputs[:50]]), np.concatenate([answers.labels, np.full(50, 3)])
@@ -187,7 +187,7 @@ def test_a_label_that_is_ruled_out_moves_no_temperature():
 
 
 @pytest.mark.parametrize("of", ["softmax", "logits"])
-def test_averages_leave_out_what_is_ruled_out(of, tmp_path):
+def test_averages_rule_out_the_same_classes(of, tmp_path):
     net, x = masked_net(), torch.randn(300, 6)
     answers = recorded(net, x)
     weights = fit_averaging(answers, of=of)
@@ -203,16 +203,16 @@ def test_averages_leave_out_what_is_ruled_out(of, tmp_path):
     assert load(path, threads=1)(rows).exit.tolist() == [1, 3, 1]
 
 
-def test_distillation_teaches_no_class_that_is_ruled_out():
+def test_distillation_ignores_classes_that_are_ruled_out():
     net, x = masked_net(), torch.randn(20, 6)
     loss = joint_loss(net(x), torch.zeros(20, dtype=torch.long), distill=0.5)
     loss.backward()
     assert loss.isfinite() and all(p.grad.isfinite().all() for p in net.parameters())
 
 
-def test_a_file_with_other_masks_is_told_from_the_network(tmp_path):
+def test_a_file_with_other_masks_is_refused(tmp_path):
     class Drifts(nn.Module):
-        """Its mask is not what the exported constant says."""
+        """A branch whose mask differs from the exported constant."""
 
         def __init__(self):
             super().__init__()
@@ -232,7 +232,7 @@ def test_a_file_with_other_masks_is_told_from_the_network(tmp_path):
             attempt()
 
 
-def test_a_row_without_an_answer_is_refused_where_it_would_be_judged(tmp_path):
+def test_a_row_without_an_answer_is_refused_in_records(tmp_path):
     for row in NO_ANSWER:
         with pytest.raises(InputError, match=r"outputs holds (nan|inf|-inf) at sample 1, exit 1"):
             ExitRecord(np.float32([[[1, 0, 0, 0]], [row]]), [0, 0])

@@ -1,4 +1,4 @@
-"""Large records: the answers are those of the simple way, and memory holds the data about once."""
+"""Large records: results equal those of simple code, and memory holds the data about once."""
 
 import math
 import tracemalloc
@@ -32,7 +32,7 @@ def a_cost(exits):
 
 
 def figures(problem, thresholds):
-    """(mean us, summed loss) sample by sample."""
+    """Return (mean us, summed loss), one sample after another."""
     each = problem.cost.latency_us([*(not math.isnan(t) for t in thresholds), True])
     us = loss = 0.0
     for scores, losses in zip(problem.scores, problem.losses, strict=True):
@@ -54,7 +54,7 @@ def test_samples_leave_at_the_first_exit_below_its_threshold(exits, ties):
 
 @pytest.mark.parametrize("exits", [2, 3, 5])
 @pytest.mark.parametrize("ties", [False, True])
-def test_a_sweep_holds_every_threshold_that_no_looser_one_beats(exits, ties):
+def test_a_sweep_returns_every_threshold_that_no_looser_one_beats(exits, ties):
     problem = a_problem(60, exits, 2, ties)
     rng = np.random.default_rng(3)
     for n in range(exits - 1):
@@ -70,7 +70,7 @@ def test_a_sweep_holds_every_threshold_that_no_looser_one_beats(exits, ties):
             assert ((found.us <= us + 1e-9) & (found.loss <= loss + 1e-9)).any(), "nothing as good was found"
 
 
-def test_climbing_on_some_of_the_samples_is_judged_on_all(monkeypatch):
+def test_ascent_on_some_samples_is_evaluated_on_all(monkeypatch):
     problem = a_problem(90, 4, 4)
     monkeypatch.setattr(coordinate_ascent, "CLIMBED", 60)
     found, exact = coordinate_ascent.ascend(problem), grid(problem, 10**6)
@@ -95,7 +95,7 @@ def test_the_best_of_sets_one_by_one_are_the_best_of_all(sets):
 
 
 @pytest.mark.parametrize("samples", [1, 7, 8, 100])
-def test_capital_grows_alike_in_blocks(samples, monkeypatch):
+def test_capital_is_the_same_in_blocks(samples, monkeypatch):
     rng = np.random.default_rng(samples)
     differences = rng.choice([-1.0, 0.0, 1.0, 0.3], samples, p=[0.02, 0.9, 0.03, 0.05])
     bet = best_bet(differences, 0.05)
@@ -106,7 +106,7 @@ def test_capital_grows_alike_in_blocks(samples, monkeypatch):
         assert (betting_p(differences, 0.05, bet, enough) <= enough) == (whole <= enough)
 
 
-def test_candidates_are_made_one_at_a_time_and_no_further_than_the_first_that_fails():
+def test_candidates_are_computed_one_at_a_time_until_one_fails():
     made = []
 
     def differences(worse):
@@ -130,11 +130,11 @@ def test_a_promise_on_a_large_record_takes_little_memory(exits):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert choice.promise is not None and evaluate(large, choice.policy, problem.cost) == choice.outcome
-    assert peak < 300e6  # 128 candidates at once would be another 60 MB for each half, and copies of them
+    assert peak < 300e6  # 128 candidates at once would need 60 MB more per half, and copies of it
 
 
 def test_a_record_holds_its_outputs_about_once():
-    """Not the batches and a copy of all of them, nor another copy for the digest."""
+    """There is no second copy of the batches, and none for the digest."""
     net, example = build(residual, 0)
     inputs = draw(example, 8, 0)[0]
     wide = torch.zeros(500, 20_000)

@@ -1,4 +1,4 @@
-"""Fitted scores: temperatures, learned scores and weights of averages, on records where the right answer is known."""
+"""Fitted temperatures, learned scores and weights of averages, on records with a known best fit."""
 
 import copy
 import pickle
@@ -19,7 +19,7 @@ from branchynet.policy.scores import SCORES, cooled, features
 
 
 def drawn(samples=2000, exits=3, classes=4, heat=(1.0, 1.0, 1.0), seed=0):
-    """Labels drawn from the softmax of each sample's true logits, which exit n sees `heat[n]` times too large."""
+    """Draw labels from the softmax of true logits; the logits of exit n are `heat[n]` times larger."""
     rng = np.random.default_rng(seed)
     true = rng.normal(size=(samples, classes)) * 2
     labels = (true + rng.gumbel(size=true.shape)).argmax(axis=1)
@@ -27,7 +27,7 @@ def drawn(samples=2000, exits=3, classes=4, heat=(1.0, 1.0, 1.0), seed=0):
 
 
 def misleading(samples=4000, seed=0):
-    """Exit 1 is confident of class 0 wrongly, and unsure of the others, about which it is right."""
+    """Exit 1 is confident and wrong for class 0, and unsure and right for other classes."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 4, samples)
     deceived = rng.random(samples) < 0.3
@@ -50,7 +50,7 @@ def shuffled(record, seed=1):
 
 
 class TestTemperature:
-    def test_finds_how_much_too_sure_each_exit_is(self):
+    def test_finds_the_temperature_of_each_exit(self):
         found = fit_temperature(drawn(20_000, heat=(3.0, 1.0, 0.5))).temperatures
         assert found == pytest.approx((3.0, 1.0, 0.5), rel=0.05)
 
@@ -85,7 +85,7 @@ class TestTemperature:
 
 
 class TestLearned:
-    def test_beats_entropy_where_that_misleads(self):
+    def test_beats_entropy_on_a_confident_wrong_class(self):
         tuning, fresh = misleading(seed=0), misleading(seed=1)
         assert auroc(fresh, "entropy", 1) < 0.5
         assert auroc(fresh, fit_score(tuning), 1) > 0.7
@@ -121,7 +121,7 @@ class TestLearned:
         score = fit_score(drawn())
         assert score((torch.tensor([[1.0, 2, 3, torch.nan], [1, 2, 3, 4]]),)).isnan().tolist() == [True, False]
 
-    def test_parted_completely_is_still_finite(self):
+    def test_separable_answers_give_finite_weights(self):
         labels = np.arange(200) % 2
         wrong = np.arange(200) < 50
         gap = np.where(wrong, 0.5, 5.0)
@@ -131,7 +131,7 @@ class TestLearned:
         assert auroc(record, fit_score(record), 1) == 1
         assert np.isfinite(scores_of_record(record, fit_score(record))).all()
 
-    def test_a_last_exit_without_wrong_answers_scores_all_alike(self):
+    def test_a_last_exit_without_wrong_answers_has_a_constant_score(self):
         record = drawn(500, exits=2)
         outputs = record.outputs.copy()
         outputs[:, 1] = np.eye(4)[record.labels] * 9
@@ -165,7 +165,7 @@ def test_the_same_record_gives_the_same_score():
 
 
 def rightness(right):
-    """Exit 1 of a record of 40 samples gives so many right answers."""
+    """Create a record of 40 samples with the given number of right answers at exit 1."""
     labels = np.arange(40) % 4
     early = np.where(np.arange(40) < right, labels, (labels + 1) % 4)
     return ExitRecord(np.eye(4)[np.stack([early, labels], axis=1)], labels)
@@ -182,12 +182,12 @@ def rightness(right):
         (ExitRecord.from_scores(np.zeros((9, 2)), np.zeros((9, 2))), "fitting reads outputs: record without loss="),
     ],
 )
-def test_records_that_teach_nothing(fit, record, message):
+def test_records_without_enough_answers(fit, record, message):
     with pytest.raises(InputError, match=message):
         fit(record)
 
 
-def test_a_record_with_nan_is_refused_before_it_is_one():
+def test_a_record_with_nan_is_refused():
     with pytest.raises(InputError, match="holds nan at sample 3"):
         ExitRecord(np.where(np.arange(20).reshape(5, 2, 2) == 12, np.nan, 0), [0, 1, 0, 1, 0])
 
@@ -243,7 +243,7 @@ class TestAverages:
         record = ExitRecord(outputs, labels)
         weights = fit_averaging(record, of="logits")
         assert [len(row) for row in weights] == [1, 2, 3] and [sum(row) for row in weights] == pytest.approx([1] * 3)
-        # Of independent normal errors the best weights are as the inverse variances.
+        # For independent normal errors, the best weights are proportional to the inverse variances.
         assert weights[2] == pytest.approx(np.array([16, 4, 1]) / 21, abs=0.06)
 
         def surprise(row):
@@ -254,7 +254,7 @@ class TestAverages:
         for n, others in enumerate(([[0.5, 0.5], [1, 0]], [[1 / 3] * 3, [1, 0, 0], [0.5, 0.3, 0.2]]), start=1):
             assert all(surprise(weights[n]) <= surprise(other) + 1e-4 for other in others)
 
-    def test_slices_and_copies_know_what_they_were_fitted_on(self):
+    def test_slices_and_copies_remember_the_samples_of_the_fit(self):
         record = ExitRecord(np.random.default_rng(0).normal(size=(60, 3, 3)), np.arange(60) % 3)
         weights = fit_averaging(record)
         assert weights.fitted_on and weights[1] == tuple(weights)[1]
@@ -263,7 +263,7 @@ class TestAverages:
         assert tuple(weights[1:]) == tuple(weights)[1:]
         assert averaged_record(record, weights[:]).selected_on == averaged_record(record, weights).selected_on != ()
 
-    def test_where_no_exit_knows_anything_all_weigh_alike(self):
+    def test_exits_at_chance_get_equal_weights(self):
         record = ExitRecord(np.zeros((50, 2, 3)), np.arange(50) % 3)
         assert fit_averaging(record, of="logits") == fit_averaging(record) == ((1.0,), (0.5, 0.5))
 

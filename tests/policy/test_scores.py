@@ -26,7 +26,7 @@ def test_against_numpy(name, z):
 @pytest.mark.parametrize("name", ORACLES)
 @settings(max_examples=50, deadline=None)
 @given(logits, st.floats(-20, 20, width=32))
-def test_range_and_what_is_no_matter(name, z, shift):
+def test_range_and_invariances(name, z, shift):
     found = SCORES[name]((torch.from_numpy(z),))
     assert found.shape == (len(z),)
     assert (found >= -1e-6).all() and (found <= (math.log(z.shape[1]) if name == "entropy" else 1) + 1e-5).all()
@@ -46,7 +46,7 @@ def test_surer_is_smaller_and_the_latest_exit_counts(score):
     assert score((unsure, sure)) < score((sure, unsure))
 
 
-def test_entropy_is_of_all_classes_not_of_the_top():
+def test_entropy_depends_on_all_classes():
     z = torch.tensor([[0.0, 0, 0, 0, 0, 0, 0, 3]])
     assert entropy((z,)).item() == pytest.approx(ORACLES["entropy"](softmax(z.numpy()))[0], abs=1e-6)
 
@@ -121,7 +121,7 @@ class TestPatience:
                     count += 1
                 assert score == pytest.approx(1 / count)
 
-    def test_of_maps_it_is_the_mean(self):
+    def test_dense_outputs_have_the_mean_score(self):
         first, second = torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 2, 2)
         first[0, 1, 0] = second[0, 1] = 1
         assert resolve("patience")((first, second)).tolist() == [0.75]

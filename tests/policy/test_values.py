@@ -35,7 +35,7 @@ def a_choice():
 
 @contextlib.contextmanager
 def full_disk(limit):
-    """No file may grow beyond `limit` bytes: what a full disk looks like to a writer."""
+    """Limit the size of files to `limit` bytes, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
@@ -109,7 +109,7 @@ class TestExitRecord:
         with pytest.raises(dataclasses.FrozenInstanceError):
             a_record().outputs = None
 
-    def test_digest_tells_data_apart(self):
+    def test_digest_depends_on_the_data(self):
         record = a_record()
         assert record.digest == a_record().digest
         changed = record.outputs.copy()
@@ -146,7 +146,7 @@ class TestExitRecord:
         assert [p.name for p in (tmp_path / "made").iterdir()] == ["record.npz"]
 
     def test_damaged_files(self, tmp_path):
-        """Cut short anywhere, or with a bit turned: a FileError, or, where the bit is idle, the same record."""
+        """A truncated file or a flipped bit raises `FileError`; an unused bit changes nothing."""
         record, path = a_record(), tmp_path / "record.npz"
         record.save(path)
         good, rng = path.read_bytes(), np.random.default_rng(0)
@@ -201,7 +201,7 @@ class TestExitRecord:
         with pytest.raises(FileError, match="Object arrays cannot be loaded"):
             ExitRecord.load(tmp_path / "x.npz")
         assert not TestExitRecord.sprung
-        np.load(tmp_path / "x.npz", allow_pickle=True)["outputs"]  # the trap does work
+        np.load(tmp_path / "x.npz", allow_pickle=True)["outputs"]  # loading with pickle would run the code
         assert TestExitRecord.sprung
 
     sprung = False
@@ -246,7 +246,7 @@ class TestExitCost:
             (((1, 2), (1, math.inf)), "branch_us must be a finite"),
         ],
     )
-    def test_wrong_figures(self, arguments, message):
+    def test_wrong_numbers(self, arguments, message):
         with pytest.raises(InputError, match=message):
             ExitCost(*arguments)
 
@@ -299,11 +299,11 @@ class TestChoice:
             (("sha256",), None),
         ],
     )
-    def test_what_was_edited_is_refused(self, tmp_path, place, value):
+    def test_an_edited_choice_is_refused(self, tmp_path, place, value):
         path = tmp_path / "choice.json"
         a_choice().save(path)
         content = json.loads(path.read_text())
-        path.write_text(json.dumps(dict(reversed(content.items()))))  # laid out otherwise, the same
+        path.write_text(json.dumps(dict(reversed(content.items()))))  # the order of keys does not matter
         assert Choice.load(path) == a_choice()
         part = content
         for name in place[:-1]:
@@ -321,11 +321,11 @@ class TestChoice:
         ("name", "value"),
         [("trunk_us", [1.0, 3.0]), ("branch_macs", [5.0, 0.0]), ("network", "b"), ("batch_size", 2), ("sha256", None)],
     )
-    def test_a_cost_that_was_edited_is_refused(self, tmp_path, name, value):
+    def test_an_edited_cost_is_refused(self, tmp_path, name, value):
         path, cost = tmp_path / "cost.json", ExitCost((1.0, 2.0), (0.5, 0.0), (3.0, 4.0), (6.0, 0.0), network="a")
         cost.save(path)
         content = json.loads(path.read_text())
-        path.write_text(json.dumps(dict(reversed(content.items()))))  # laid out otherwise, the same
+        path.write_text(json.dumps(dict(reversed(content.items()))))  # the order of keys does not matter
         assert ExitCost.load(path) == cost and content[name] != value
         path.write_text(json.dumps({**content, name: value}))
         with pytest.raises(FileError, match=r"cost\.json .*was edited.*measure it again"):
@@ -338,11 +338,11 @@ class TestChoice:
         ("name", "value"), [("limit", "x"), ("limit", "max_macs"), ("limit", ""), ("bound", "b"), ("bound", "Betting")]
     )
     def test_a_promise_has_a_known_limit_and_bound(self, tmp_path, name, value):
-        told = dataclasses.asdict(Promise("max_drop", 0.1, 0.95, "betting", 2, 2))
-        assert "With 95 % confidence" in str(Promise(**told))
+        fields = dataclasses.asdict(Promise("max_drop", 0.1, 0.95, "betting", 2, 2))
+        assert "With 95 % confidence" in str(Promise(**fields))
         with pytest.raises(InputError, match=f"unknown {name} '{value}' of a promise; take one of"):
-            Promise(**{**told, name: value})
-        (tmp_path / "c.json").write_text(json.dumps({**GOOD, "promise": {**told, name: value}}))
+            Promise(**{**fields, name: value})
+        (tmp_path / "c.json").write_text(json.dumps({**GOOD, "promise": {**fields, name: value}}))
         with pytest.raises(FileError, match=rf"c\.json is no Choice .*unknown {name}"):
             Choice.load(tmp_path / "c.json")
 
@@ -429,19 +429,19 @@ class TestReplacing:
         path.write_text("old")
         with pytest.raises(error), replacing(path) as temporary:
             temporary.write_text("half")
-            assert path.read_text() == "old"  # what a process killed here leaves
+            assert path.read_text() == "old"  # as after a kill
             raise error
         assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
     def test_the_old_file_is_replaced_and_not_written_over(self, tmp_path):
         path, link = tmp_path / "x.json", tmp_path / "link"
         path.write_text("old")
-        link.hardlink_to(path)  # as one who is reading it
+        link.hardlink_to(path)  # as a reader has it open
         with replacing(path) as temporary:
             temporary.write_text("new")
         assert (path.read_text(), link.read_text()) == ("new", "old")
 
-    def test_makes_folders_keeps_the_suffix_and_usual_permissions(self, tmp_path):
+    def test_creates_folders_and_keeps_the_suffix_and_permissions(self, tmp_path):
         usual = tmp_path / "usual"
         usual.touch()
         with replacing(tmp_path / "a" / "b" / "x.npz") as temporary:

@@ -14,7 +14,7 @@ from helpers.training_runs import equal, loader, make, quiet, state
 # Weights on disk
 
 
-def test_weights_come_back_bit_for_bit(tmp_path):
+def test_weights_are_loaded_bit_for_bit(tmp_path):
     net = make()
     quiet(net, loader(), epochs=1)
     save_weights(net, tmp_path / "w.safetensors")
@@ -25,7 +25,7 @@ def test_weights_come_back_bit_for_bit(tmp_path):
 
 
 def test_equal_states_are_equal_files(tmp_path):
-    """Also in another process, where a dict of Rust has another order; here, every dict has one of its own."""
+    """Files do not depend on the order of hash maps in Rust, which differs between processes and between maps."""
     net = make()
     optimizer = torch.optim.Adam(net.parameters())
     contents = set()
@@ -38,7 +38,7 @@ def test_equal_states_are_equal_files(tmp_path):
         assert stored.metadata()["format"] == "pt" and len(stored.metadata()["sha256"]) == 64
 
 
-def test_tied_strided_and_low_precision_weights_come_back(tmp_path):
+def test_tied_strided_and_low_precision_weights_are_loaded(tmp_path):
     def network():
         net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last))
         net[1].weight = net[0].weight
@@ -50,7 +50,7 @@ def test_tied_strided_and_low_precision_weights_come_back(tmp_path):
     assert equal(state(net), state(other)) and other[1].weight is other[0].weight
 
 
-def test_a_backbones_own_file_loads_into_the_backbone(tmp_path):
+def test_a_file_of_the_backbone_loads_into_the_backbone(tmp_path):
     backbone, net = make(seed=3).backbone, make()
     save_weights(backbone, tmp_path / "backbone.safetensors")
     save_weights(net, tmp_path / "net.safetensors")
@@ -110,7 +110,7 @@ floats = st.floats(allow_nan=False, allow_infinity=False)
 
 @settings(max_examples=50, deadline=None)
 @given(data=st.data(), exits=st.integers(0, 12), validated=st.booleans())
-def test_a_history_comes_back_from_csv(tmp_path_factory, data, exits, validated):
+def test_a_history_is_loaded_from_csv(tmp_path_factory, data, exits, validated):
     accuracies = st.tuples(*[floats] * exits)
     row = st.builds(
         EpochRow,
@@ -128,7 +128,7 @@ def test_a_history_comes_back_from_csv(tmp_path_factory, data, exits, validated)
     assert History.load(path) == history
 
 
-def test_a_foreign_csv_is_no_history(tmp_path):
+def test_another_csv_file_is_refused(tmp_path):
     (tmp_path / "a.csv").write_text("name,age\nx,3\n")
     for path in (tmp_path / "a.csv", tmp_path / "none.csv"):
         with pytest.raises(FileError, match=path.name):
@@ -136,7 +136,7 @@ def test_a_foreign_csv_is_no_history(tmp_path):
 
 
 def test_the_same_weights_are_the_same_bytes(tmp_path):
-    """Metadata of safetensors have no order of their own."""
+    """The metadata of safetensors has no fixed order."""
     net = make()
     for n in range(8):
         save_weights(net, tmp_path / f"{n}.safetensors")

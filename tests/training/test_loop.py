@@ -48,12 +48,12 @@ def test_joint_loss_is_the_weighted_sum_of_the_exits(rng, exits, batch, classes,
     joint = joint_loss(tensors, torch.tensor(target), weights, distill=distill)
     assert joint.item() == pytest.approx(float(weights @ parts), rel=1e-9)
     joint.backward()
-    # The last exit learns from the labels alone, whatever it teaches the others.
+    # The last exit gets no gradient from distillation.
     onehot = np.eye(classes)[target]
     np.testing.assert_allclose(tensors[-1].grad, weights[-1] * (np.exp(log_p[-1]) - onehot) / batch, atol=1e-12)
 
 
-def test_joint_loss_weighs_all_exits_alike_by_default_and_takes_one_tensor():
+def test_joint_loss_has_equal_weights_by_default_and_takes_one_tensor():
     outputs, target = tuple(torch.randn(3, 5, CLASSES)), torch.arange(5) % CLASSES
     assert torch.equal(joint_loss(outputs, target), joint_loss(outputs, target, [1, 1, 1]))
     assert torch.equal(joint_loss(outputs[0], target), F.cross_entropy(outputs[0], target))
@@ -65,11 +65,11 @@ def test_joint_loss_takes_any_loss():
 
 
 @pytest.mark.parametrize(
-    ("weights", "told"),
+    ("weights", "text"),
     [([1], "2 exits"), ([1, -0.5], "-0.5"), ([0, 0], "all 0"), ([1, math.nan], "nan"), ([math.inf, 1], "inf")],
 )
-def test_joint_loss_refuses_weights(weights, told):
-    with pytest.raises(InputError, match=told):
+def test_joint_loss_refuses_weights(weights, text):
+    with pytest.raises(InputError, match=text):
         joint_loss((torch.zeros(2, 3), torch.zeros(2, 3)), torch.tensor([0, 1]), weights)
 
 
@@ -87,7 +87,7 @@ def test_joint_loss_names_a_target_that_does_not_fit(target):
 # Training
 
 
-def test_every_exit_learns_and_the_history_says_so():
+def test_every_exit_learns_according_to_the_history():
     net = make()
     history = quiet(net, loader(samples=200), loader(samples=100), epochs=5, optimizer=brisk)
     assert [row.epoch for row in history.rows] == [1, 2, 3, 4, 5]
@@ -97,14 +97,14 @@ def test_every_exit_learns_and_the_history_says_so():
     assert history.seconds == pytest.approx(sum(row.seconds for row in history.rows)) and history.seconds > 0
 
 
-def test_the_history_counts_as_a_plain_loop_does():
-    """Loss and accuracy of one epoch without learning, batches of unequal size, against figures over all at once."""
+def test_the_history_agrees_with_a_simple_loop():
+    """One epoch at a learning rate of 0 with batches of unequal size gives the loss and accuracy of all data at once."""
     data = TensorDataset(torch.randn(25, 2, 8, 8), torch.randint(CLASSES, (25,)))
     net = make().eval()
     still = functools.partial(torch.optim.SGD, lr=0.0)
     row = quiet(net, DataLoader(data, 25), DataLoader(data, 10), epochs=1, loss_weights=[1, 0.5], optimizer=still).last
     x, y = data.tensors
-    # One step at a learning rate of 0 moves the running statistics of the batch normalisation, and nothing else.
+    # A step at a learning rate of 0 changes only the running statistics of batch normalisation.
     with torch.no_grad():
         outputs = net(x)
     assert row.val_loss == pytest.approx(float(joint_loss(outputs, y, [1, 0.5])), rel=1e-5)
@@ -118,7 +118,7 @@ def test_a_plain_network_trains_as_one_exit():
 
 
 def test_the_loop_is_the_textbook_loop():
-    """Without chance in it, `fit` must give the weights of a loop written by hand."""
+    """Without randomness, `fit` gives the weights of a hand-written loop."""
     batches = [(torch.randn(6, 3), torch.randint(2, (6,))) for _ in range(5)]
 
     def network():
@@ -164,7 +164,7 @@ def test_dense_targets_are_counted_position_by_position():
     assert 0.8 < row.train_accuracy[0] <= 1
 
 
-def test_targets_that_are_no_class_indices_have_no_accuracy():
+def test_targets_other_than_class_indices_have_no_accuracy():
     x = torch.randn(40, 3)
     history = quiet(nn.Linear(3, 1), [(x, x.sum(1, keepdim=True))] * 5, epochs=2, loss=F.mse_loss)
     assert history.last.train_accuracy == () and history.last.train_loss < history.rows[0].train_loss
@@ -187,7 +187,7 @@ def test_training_the_branches_leaves_the_last_exit_bit_identical():
 
 
 def test_a_frozen_backbone_may_overwrite_a_tap_in_place():
-    """The trunk's ReLU changes the tapped tensor after the branch has kept it for its own backward."""
+    """The ReLU of the trunk changes the tapped tensor after the branch has saved it for its backward."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         nets = [
@@ -213,7 +213,7 @@ def test_parameters_that_the_user_froze_stay_frozen():
     assert not net.backbone[0].weight.requires_grad
 
 
-def test_everything_is_put_back_after_a_failure():
+def test_everything_is_restored_after_a_failure():
     net = make()
     net.branches.eval()
     modes, flags = [m.training for m in net.modules()], [p.requires_grad for p in net.parameters()]
@@ -227,7 +227,7 @@ def test_everything_is_put_back_after_a_failure():
     assert all(p.is_contiguous() for p in net.parameters())
 
 
-def test_the_callers_generators_and_accelerator_are_left_alone():
+def test_the_callers_generators_and_accelerator_do_not_change():
     accelerator = Accelerator(cpu=True)
 
     def draw():
@@ -249,7 +249,7 @@ def test_the_seed_decides_shuffling_dropout_and_augmentation():
         net = make()
         own = torch.Generator().manual_seed(random.getrandbits(32)) if generator else None
         data = DataLoader(Pictures(), batch_size=10, shuffle=True, generator=own)
-        torch.rand(7)  # where the generators stand must not matter
+        torch.rand(7)  # the state of the generators must not matter
         quiet(net, data, epochs=2, seed=seed)
         return state(net)
 
@@ -261,7 +261,7 @@ def test_the_seed_decides_shuffling_dropout_and_augmentation():
 def test_channels_last_changes_only_the_order_of_sums():
     nets = [make(), make()]
     for net, channels_last in zip(nets, (False, True), strict=True):
-        # Not Adam: its first steps turn the rounding of a vanishing gradient into whole steps.
+        # Not Adam, because its first steps turn rounding errors of a zero gradient into full steps.
         sgd = functools.partial(torch.optim.SGD, lr=0.05)
         quiet(net, loader(), loader(), epochs=1, channels_last=channels_last, optimizer=sgd)
     for name, value in state(nets[0]).items():
@@ -315,7 +315,7 @@ def test_an_exit_of_weight_0_learns_nothing():
     assert not torch.equal(net.branches[0][4].weight, before["branches.0.4.weight"])
 
 
-def test_a_loss_that_is_not_finite_stops_the_training_by_name(tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
     net = nn.Linear(3, 2)
     good = (torch.ones(2, 3), torch.tensor([0, 1]))
     data = [good, good, (torch.full((2, 3), math.nan), good[1])]
@@ -335,7 +335,7 @@ def test_a_loss_that_is_not_finite_stops_the_training_by_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "text"),
     [
         ({"epochs": 0}, "epochs"),
         ({"seed": -1}, "seed must not be negative"),
@@ -358,30 +358,30 @@ def test_a_loss_that_is_not_finite_stops_the_training_by_name(tmp_path):
         ({"net": make(classes=7)}, r"exit 1 .*7.*4"),
     ],
 )
-def test_wrong_arguments_are_named(changes, told):
+def test_wrong_arguments_are_named(changes, text):
     arguments = {"net": make(), "train_loader": loader(), "epochs": 1} | changes
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=text):
         quiet(**arguments)
 
 
-def test_the_bar_tells_loss_and_accuracy_unless_silenced(capsys):
+def test_the_bar_shows_loss_and_accuracy_unless_disabled(capsys):
     fit(make(), loader(), epochs=2, options=FitOptions(device="cpu"))
-    told = capsys.readouterr().err
-    assert "epoch 1/2" in told and "epoch 2/2" in told and "loss" in told and told.count("%") == 4
+    text = capsys.readouterr().err
+    assert "epoch 1/2" in text and "epoch 2/2" in text and "loss" in text and text.count("%") == 4
     quiet(make(), loader(), epochs=2)
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_log_file_is_told_within_an_epoch(capsys, monkeypatch):
+def test_a_log_file_gets_lines_within_an_epoch(capsys, monkeypatch):
     monkeypatch.setattr(trainer, "REFRESH_S", -1.0)
     monkeypatch.setattr(trainer, "LINE_S", -1.0)
     fit(make(), loader(), epochs=1, options=FitOptions(device="cpu"))
-    told = capsys.readouterr().err
-    assert [f"epoch 1/1: {n} of 6 batches, loss" in told for n in range(8)] == [n in range(1, 6) for n in range(8)]
+    text = capsys.readouterr().err
+    assert [f"epoch 1/1: {n} of 6 batches, loss" in text for n in range(8)] == [n in range(1, 6) for n in range(8)]
 
 
 def test_an_epoch_costs_little_more_than_a_bare_loop():
-    """The loop's own work a batch, seen on a network that does next to nothing."""
+    """The overhead of the loop per batch, measured with a network that does almost nothing."""
     net, batches = nn.Linear(8, 2), [(torch.randn(16, 8), torch.randint(2, (16,)))] * 300
 
     def bare():
@@ -396,6 +396,6 @@ def test_an_epoch_costs_little_more_than_a_bare_loop():
         function()
         return time.process_time() - start
 
-    # 1 ms a batch is a hundredth of what LeNet takes for 512 pictures.
+    # 1 ms per batch is a hundredth of the time of LeNet for 512 images.
     spent = min(took(lambda: quiet(net, batches, epochs=1)) for _ in range(3)) - min(took(bare) for _ in range(3))
     assert spent < 1e-3 * len(batches)

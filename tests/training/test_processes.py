@@ -1,4 +1,4 @@
-"""Several processes that train together: which loaders they share, and what they say of others."""
+"""Training in several processes: which loaders they share, and the errors for other loaders."""
 
 import json
 import os
@@ -69,10 +69,10 @@ def trained(loader, val=None):
 
 
 def main(folder, rank):
-    """One of two processes: the sums of what was trained, or the error, for each loader."""
+    """Run one of two processes, and return the sums of the trained weights, or the error, for each loader."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=int(rank), world_size=2)
-    told = {}
+    results = {}
     for name, loader in {**SHARED, **REFUSED}.items():
         if name == "wrapper of a list":
             train = loader()
@@ -80,20 +80,20 @@ def main(folder, rank):
         else:
             train = loader()
         try:
-            told[name] = [float(value.double().sum()) for value in trained(train).state_dict().values()]
+            results[name] = [float(value.double().sum()) for value in trained(train).state_dict().values()]
         except BranchyNetError as error:
-            told[name] = f"{type(error).__name__}: {error}"
+            results[name] = f"{type(error).__name__}: {error}"
     try:
-        told["validation"] = trained(shuffled(), list(shuffled())) and "taken"
+        results["validation"] = trained(shuffled(), list(shuffled())) and "taken"
     except BranchyNetError as error:
-        told["validation"] = f"{type(error).__name__}: {error}"
-    Path(folder, f"{rank}.json").write_text(json.dumps(told))
+        results["validation"] = f"{type(error).__name__}: {error}"
+    Path(folder, f"{rank}.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
-    """What each of two processes said."""
+def results(tmp_path_factory):
+    """Return the results of two processes."""
     folder = tmp_path_factory.mktemp("processes")
     paths = os.pathsep.join([*map(str, Path(__file__).parents[:2]), os.environ.get("PYTHONPATH", "")])
     processes = []
@@ -121,36 +121,36 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reaso
 
 
 @pytest.mark.parametrize("name", SHARED)
-def test_what_can_be_shared_is(told, name):
-    assert isinstance(told[0][name], list)
-    assert told[0][name][:2] == told[1][name][:2]  # weights; running statistics of normalisation are each one's own
+def test_loaders_are_shared(results, name):
+    assert isinstance(results[0][name], list)
+    assert results[0][name][:2] == results[1][name][:2]  # weights; each process has its own running statistics
 
 
 @pytest.mark.parametrize(("plain", "grown"), SAME)
-def test_batches_that_grow_are_the_loader_s(told, plain, grown):
-    assert [each[plain] for each in told] == [each[grown] for each in told]
+def test_growing_batches_equal_those_of_the_loader(results, plain, grown):
+    assert [each[plain] for each in results] == [each[grown] for each in results]
     assert equal(state(trained(SHARED[plain]())), state(trained(SHARED[grown]())))  # in one process too
 
 
 @pytest.mark.parametrize("name", [*REFUSED, "validation"])
-def test_what_cannot_be_shared_is_refused_in_every_process(told, name):
-    for each in told:
+def test_loaders_that_cannot_be_shared_are_refused_in_every_process(results, name):
+    for each in results:
         assert each[name].startswith("InputError: ") and "train in one process" in each[name]
-    assert ("val_loader is a list" if name == "validation" else "train_loader") in told[0][name]
+    assert ("val_loader is a list" if name == "validation" else "train_loader") in results[0][name]
 
 
 @pytest.mark.parametrize("name", ["list", "wrapper", "whole batches", "wrapper of a wrapper"])
-def test_one_process_takes_them_all(name):
+def test_one_process_takes_any_loader(name):
     trained(REFUSED[name]())
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("joined", [True, False])
-def test_accelerate_that_cannot_start_says_why_each_time_and_then_starts(precision, joined, monkeypatch):
-    """As where a user has joined the processes and left out where the first one is."""
+def test_accelerate_reports_each_failed_start_and_then_starts(precision, joined, monkeypatch):
+    """As if a user started several processes without the address of the first."""
     with monkeypatch.context() as patch:
         patch.setattr(torch.distributed, "is_initialized", lambda: joined)
-        patch.setattr(PartialState, "_shared_state", {})  # as in a new process, whatever trained in this one before
+        patch.setattr(PartialState, "_shared_state", {})  # as in a new process
         for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}.items():
             patch.setenv(name, value)
         patch.setenv("MASTER_PORT", "1")

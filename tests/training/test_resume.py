@@ -25,33 +25,33 @@ from branchynet.training.options import FitOptions
 from branchynet.training.schedules import Constant, Cosine
 from helpers.training_runs import Pictures, equal, loader, make, quiet, state
 
-# Runs that are killed and go on
+# Runs that are killed and resume
 
 EPOCHS = 3
 
 
 def killed_run(folder, at):
-    """For a child process: train into `folder` and die by SIGKILL before the `at`-th sample is drawn."""
+    """Train into `folder` in a child process, which SIGKILL ends before the `at`-th sample is drawn."""
     data = loader(interrupt=lambda: os.kill(os.getpid(), signal.SIGKILL), at=int(at))
     fit(make(), data, epochs=EPOCHS, run=folder, progress=False, options=FitOptions(device="cpu"))
 
 
 @pytest.fixture(scope="module")
 def whole():
-    """Weights and history of a training that nothing disturbed."""
+    """Return weights and history of an uninterrupted training."""
     net = make()
     history = quiet(net, loader(), epochs=EPOCHS)
     return state(net), history
 
 
-@pytest.mark.parametrize("at", [25, 60 + 44])  # amid the third batch of epoch 1, amid the fifth of epoch 2
-def test_a_run_that_was_killed_goes_on_to_the_same_weights(whole, tmp_path, at):
+@pytest.mark.parametrize("at", [25, 60 + 44])  # in the third batch of epoch 1, in the fifth of epoch 2
+def test_a_killed_run_resumes_to_the_same_weights(whole, tmp_path, at):
     command = f"import test_resume; test_resume.killed_run({str(tmp_path)!r}, {at})"
     paths = os.pathsep.join([*map(str, Path(__file__).parents[:2]), str(Path(checkpoint.__file__).parents[2])])
     child = subprocess.run([sys.executable, "-c", command], env={**os.environ, "PYTHONPATH": paths}, timeout=60)
     assert child.returncode == -signal.SIGKILL
     assert len(History.load(tmp_path / "train.csv").rows) == at // 60
-    # Weights drawn anew must not matter, because those of the first start were kept.
+    # Other initial weights must not matter, because the run stores those of the first start.
     net, history = resumed(tmp_path, make(seed=9))
     assert equal(state(net), whole[0])
     assert [row.epoch for row in history.rows] == [1, 2, 3]
@@ -78,7 +78,7 @@ def stop():
 
 
 class Counting(torch.optim.SGD):
-    """An optimizer whose state is a plain number, which changes its steps."""
+    """An optimizer with a number as its state, which changes its steps."""
 
     def step(self, closure=None):
         for p in self.param_groups[0]["params"]:
@@ -92,7 +92,7 @@ RECIPES = {
     "adam": {},
     "sgd": {"optimizer": functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True)},
     "adamw": {"optimizer": functools.partial(torch.optim.AdamW, lr=0.01, amsgrad=True), "train": "branches"},
-    # A fused step walks memory, so the state must come back in the weights' own memory order.
+    # A fused step reads memory in order, so the loaded state must have the memory order of the weights.
     "fused": {"optimizer": functools.partial(torch.optim.Adam, lr=0.01, fused=True), "channels_last": True},
     "groups": {
         "optimizer": lambda p: torch.optim.Adam([{"params": p[:2], "lr": 0.1}, {"params": p[2:]}], lr=0.01),
@@ -106,7 +106,7 @@ RECIPES = {
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("at", [0, 61, 133, 179])
-def test_any_optimizer_and_schedule_goes_on_to_the_same_weights(tmp_path, recipe, at):
+def test_any_optimizer_and_schedule_resumes_to_the_same_weights(tmp_path, recipe, at):
     net = make()
     quiet(net, loader(), epochs=EPOCHS, **RECIPES[recipe])
     with pytest.raises(Stop):
@@ -115,7 +115,7 @@ def test_any_optimizer_and_schedule_goes_on_to_the_same_weights(tmp_path, recipe
     assert equal(state(net), state(again))
 
 
-def test_overflowing_fp16_steps_are_left_out_and_the_scale_goes_on(tmp_path, monkeypatch):
+def test_overflowing_fp16_steps_are_skipped_and_the_scale_is_resumed(tmp_path, monkeypatch):
     """A CPU has no fp16 training, but torch's gradient scaler runs there; it halves its scale after an overflow."""
     accelerating, skipped = loop.accelerating, []
 
@@ -138,13 +138,13 @@ def test_overflowing_fp16_steps_are_left_out_and_the_scale_goes_on(tmp_path, mon
     again, history = resumed(tmp_path, make(seed=9), **loud)
     assert equal(state(net), state(again)) and all(value.isfinite().all() for value in state(net).values())
     assert skipped[0] == skipped[1] > 0
-    # The schedule waits with the optimizer, so it has not come to its end.
+    # The schedule also skips these steps, so it is not at its end.
     assert history.last.lr > Cosine()(torch.optim.SGD(net.parameters(), lr=1e-3), 18).lr_lambdas[0](17) * 1e-3
 
 
 @pytest.mark.parametrize("name", ["training.safetensors", "checkpoint.safetensors", "train.csv"])
 def test_a_kill_between_the_files_of_a_checkpoint_loses_nothing(whole, tmp_path, name, monkeypatch):
-    """Stop right after `name` of epoch 2 was written, and leave a half-written file about."""
+    """Stop after `name` of epoch 2 was written, and leave a partial file."""
     written = []
     replace = Path.replace
 
@@ -174,7 +174,7 @@ def finished(tmp_path, whole):
 
 
 def test_a_finished_run_returns_at_once(finished, whole):
-    (finished / "train.csv").write_text("epoch\n")  # derived, so made again
+    (finished / "train.csv").write_text("epoch\n")  # derived, so written again
     net = make(seed=9)
     _, history = resumed(finished, net, interrupt=0)
     assert equal(state(net), whole[0])
@@ -182,14 +182,14 @@ def test_a_finished_run_returns_at_once(finished, whole):
     assert len(History.load(finished / "train.csv").rows) == EPOCHS
 
 
-def test_resume_false_starts_anew(finished, whole):
+def test_resume_false_starts_again(finished, whole):
     net, _ = resumed(finished, make(seed=9), resume=False)
     assert not equal(state(net), whole[0])
     assert equal(safetensors.torch.load_file(finished / "checkpoint.safetensors"), state(net))
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"epochs": 2}, "epochs=3.*epochs=2"),
         ({"seed": 1}, "seed=0.*seed=1"),
@@ -201,28 +201,28 @@ def test_resume_false_starts_anew(finished, whole):
         ({"mixed_precision": "bf16"}, "mixed_precision='no'"),
     ],
 )
-def test_a_run_with_other_settings_is_refused(finished, changes, told):
-    with pytest.raises(InputError, match=f"(?s){told}.*another run folder, or FitOptions\\(resume=False\\)"):
+def test_a_run_with_other_settings_is_refused(finished, changes, message):
+    with pytest.raises(InputError, match=f"(?s){message}.*another run folder, or FitOptions\\(resume=False\\)"):
         resumed(finished, make(), **changes)
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"num_workers": 2}, "workers=0.*workers=2"),
         ({"num_workers": 1, "persistent_workers": True}, "workers=0.*workers=1"),
-        ({"batch_size": 11}, "batch_size=10.*batch_size=11"),  # as many batches, but of other samples
+        ({"batch_size": 11}, "batch_size=10.*batch_size=11"),  # as many batches, but with other samples
     ],
 )
-def test_a_loader_that_draws_other_numbers_is_refused(finished, changes, told):
+def test_a_loader_that_draws_other_numbers_is_refused(finished, changes, message):
     before = {path: path.read_bytes() for path in finished.iterdir()}
     other = DataLoader(Pictures(), shuffle=True, **{"batch_size": 10, **changes})
-    with pytest.raises(InputError, match=f"{told}.*another run folder, or FitOptions\\(resume=False\\)"):
+    with pytest.raises(InputError, match=f"{message}.*another run folder, or FitOptions\\(resume=False\\)"):
         quiet(make(), other, epochs=EPOCHS, run=finished)
     assert {path: path.read_bytes() for path in finished.iterdir()} == before
 
 
-def test_growing_batches_are_told_apart_too(tmp_path):
+def test_other_growing_batches_are_refused(tmp_path):
     def growing(workers):
         return ProgressiveLoader(DataLoader(Pictures(), 10, shuffle=True, num_workers=workers), (8,))
 
@@ -231,8 +231,8 @@ def test_growing_batches_are_told_apart_too(tmp_path):
         quiet(make(), growing(1), epochs=1, run=tmp_path)
 
 
-def test_a_state_that_does_not_tell_workers_goes_on(tmp_path, whole):
-    """As earlier versions wrote it, without a checksum as well."""
+def test_a_state_without_the_number_of_workers_resumes(tmp_path, whole):
+    """Earlier versions wrote such states, also without a checksum."""
     with pytest.raises(Stop):
         resumed(tmp_path, make(), interrupt=70)
     path = tmp_path / "training.safetensors"
@@ -282,7 +282,7 @@ def test_a_folder_in_use_is_refused(finished):
 @pytest.mark.parametrize("optimizer", [torch.optim.Adam, functools.partial(torch.optim.SGD, momentum=0.9)])
 @pytest.mark.parametrize("first", [1, 2])
 def test_epochs_added_to_a_finished_run_are_those_of_a_longer_one(tmp_path, optimizer, first):
-    """With a constant step size the two cannot be told apart."""
+    """With a constant step size the two are equal."""
     recipe = {"schedule": Constant(), "optimizer": functools.partial(optimizer, lr=0.01)}
     quiet(long := make(), loader(), epochs=EPOCHS, **recipe)
     quiet(make(), loader(), epochs=first, run=tmp_path, **recipe)
@@ -291,7 +291,7 @@ def test_epochs_added_to_a_finished_run_are_those_of_a_longer_one(tmp_path, opti
 
 
 def test_added_epochs_have_the_step_sizes_of_the_schedule_of_all(tmp_path):
-    whole = loader(batch_size=1000)  # one step an epoch
+    whole = loader(batch_size=1000)  # one step per epoch
     long = quiet(make(), whole, epochs=5)
     quiet(make(), whole, epochs=2, run=tmp_path)
     history = quiet(make(), whole, epochs=5, run=tmp_path)
@@ -330,14 +330,14 @@ def test_a_truncated_or_foreign_state_is_refused(finished):
         path.write_bytes(foreign)
         with pytest.raises(FileError, match=r"training\.safetensors"):
             resumed(finished, make())
-    path.write_bytes((finished / "checkpoint.safetensors").read_bytes())  # sound, but no state of a training
+    path.write_bytes((finished / "checkpoint.safetensors").read_bytes())  # valid, but not the state of a training
     with pytest.raises(FileError, match=r"not the state.*resume=False"):
         resumed(finished, make())
     assert resumed(finished, make(), resume=False)[1].last.epoch == EPOCHS
 
 
 def full_disk(limit):
-    """Let no file grow beyond `limit` bytes: what a full disk looks like to a writer."""
+    """Limit the size of files to `limit` bytes, as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
