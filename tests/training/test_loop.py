@@ -98,7 +98,7 @@ def test_every_exit_learns_according_to_the_history():
 
 
 def test_the_history_agrees_with_a_simple_loop():
-    """One epoch at a learning rate of 0 with batches of unequal size gives the loss and accuracy of all data at once."""
+    """One epoch at a learning rate of 0 with batches of unequal size gives the figures of all data at once."""
     data = TensorDataset(torch.randn(25, 2, 8, 8), torch.randint(CLASSES, (25,)))
     net = make().eval()
     still = functools.partial(torch.optim.SGD, lr=0.0)
