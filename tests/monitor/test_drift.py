@@ -454,10 +454,10 @@ def test_the_error_for_an_infeasible_goal_names_the_limits(goal, ends):
     [
         ({}, "exactly one"),
         ({"goal_us": 50, "goal_share": 0.5}, "exactly one"),
-        ({"goal_us": math.nan}, "goal_us=nan"),
-        ({"goal_us": -1}, "goal_us=-1"),
-        ({"goal_share": "half"}, "goal_share='half'"),
-        ({"goal_us": 50, "rate": 0}, "rate=0"),
+        ({"goal_us": math.nan}, "goal_us must be a finite number; got nan"),
+        ({"goal_us": -1}, "goal_us must be above 0; got -1"),
+        ({"goal_share": "half"}, "goal_share must be a finite number; got 'half'"),
+        ({"goal_us": 50, "rate": 0}, "rate must be above 0; got 0"),
     ],
 )
 def test_bad_goals_and_rates_are_refused(keywords, message):
