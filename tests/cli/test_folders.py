@@ -1,4 +1,4 @@
-"""The command line on folders of the user's own images."""
+"""The command line on folders of the user's images."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ SHORT = ("--warm-start-epochs", 1, "--epochs", 1, "--augment", "none", "--networ
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder with a network and with photographs of two sizes, where the command line is called."""
+    """The current folder, with a network and with photographs of two sizes."""
     tmp_path = tmp_path.resolve()
     (tmp_path / "nets_of_folders.py").write_text(OWN)
     rng = np.random.default_rng(0)
@@ -46,9 +46,9 @@ def here(tmp_path, monkeypatch):
 def test_a_run_on_photographs_from_training_to_prediction(here, monkeypatch, capsys):
     options = ("--size", "8x9", "--split", "60/20/20", "--normalize")
     assert call(monkeypatch, "train", "run", "--data", "folder:photos", *options, *SHORT) == 0
-    told = capsys.readouterr().err
-    assert f"folder:{here / 'photos'}: 60 images of 3 x 8 x 9" in told.replace("\n", " ")
-    assert [line.split()[0] for line in told.splitlines()[1:6]] == ["class", "ant", "bee", "cat", "all"]
+    output = capsys.readouterr().err
+    assert f"folder:{here / 'photos'}: 60 images of 3 x 8 x 9" in output.replace("\n", " ")
+    assert [line.split()[0] for line in output.splitlines()[1:6]] == ["class", "ant", "bee", "cat", "all"]
     config = json.loads((here / "run" / "config.json").read_text())["settings"]
     assert config["data"] == f"folder:{here / 'photos'}" and config["size"] == [8, 9]
     expected = load_data(f"folder:{here / 'photos'}", size=(8, 9), split=(60, 20, 20), normalize=True)
@@ -56,7 +56,7 @@ def test_a_run_on_photographs_from_training_to_prediction(here, monkeypatch, cap
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     monkeypatch.syspath_prepend(here)
-    data = data_of(open_run("../run", trust=True).settings)  # once: its module is not in the current folder now
+    data = data_of(open_run("../run", trust=True).settings)  # the module is not in the current folder now
     assert data.test.digest == expected.test.digest and data.test.normalization == expected.test.normalization
     for verb in (("choose", "--no-promise"), ("export",), ("report",)):
         assert call(monkeypatch, verb[0], "../run", *verb[1:], "--quiet") == 0
@@ -87,7 +87,7 @@ def test_a_folder_that_has_moved_is_named(here, monkeypatch, capsys):
         )
 
 
-def test_a_run_goes_on_however_its_folder_is_named(here, monkeypatch, capsys):
+def test_a_run_resumes_for_any_spelling_of_its_data_folder(here, monkeypatch, capsys):
     train = ("train", here / "run", "--quiet", *SHORT, "--data")
     assert call(monkeypatch, *train, "folder:photos") == 0
     monkeypatch.syspath_prepend(here)
@@ -115,7 +115,7 @@ def test_a_run_goes_on_however_its_folder_is_named(here, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (("--size", "0"), "--size 0 is not a size; give one side, such as 64"),
         (("--size", "-3"), "is not a size"),
@@ -134,33 +134,35 @@ def test_a_run_goes_on_however_its_folder_is_named(here, monkeypatch, capsys):
         (("--data", "folder:nothing"), "nothing' does not name a folder"),
     ],
 )
-def test_wrong_values_are_told_before_anything_is_written(here, options, told, monkeypatch, capsys):
+def test_wrong_values_are_reported_before_anything_is_written(here, options, message, monkeypatch, capsys):
     assert call(monkeypatch, "train", "run", "--data", "folder:photos", *SHORT, *options) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and told in error and len(error.splitlines()) == 1 and "in Python" not in error
+    assert (
+        error.startswith("error: ") and message in error and len(error.splitlines()) == 1 and "in Python" not in error
+    )
     assert not (here / "run").exists()
 
 
-def test_a_size_is_suggested_where_photographs_are_large(here, monkeypatch, capsys):
+def test_a_size_is_suggested_for_large_photographs(here, monkeypatch, capsys):
     for file in (here / "photos").rglob("*.png"):
         Image.new("1", (1200, 900)).save(file)
     assert call(monkeypatch, "train", "run", "--data", "folder:photos", *SHORT) == 1
-    told = capsys.readouterr().err
-    assert "is 900 x 1200 pixels" in told and told.rstrip().endswith("give a size, such as 224")
+    output = capsys.readouterr().err
+    assert "is 900 x 1200 pixels" in output and output.rstrip().endswith("give a size, such as 224")
 
 
 @pytest.mark.parametrize(
-    ("network", "size", "told"),
+    ("network", "size", "message"),
     [
         ("b_lenet", 28, "grey images of 28 x 28; give --network b_resnet20-published --size 32"),
         ("b_alexnet", 64, "colour images of 32 x 32; give --size 32, or a network of your own"),
         ("b_resnet20-published", 48, "colour images of 32 x 32; give --size 32, or a network of your own"),
     ],
 )
-def test_networks_of_the_zoo_tell_what_they_read(here, network, size, told, monkeypatch, capsys):
+def test_networks_of_the_zoo_name_their_input_size(here, network, size, message, monkeypatch, capsys):
     data = ("--data", "folder:photos", "--size", size)
     assert call(monkeypatch, "train", "run", "--network", network, *data) == 1
-    assert told in capsys.readouterr().err and not (here / "run").exists()
+    assert message in capsys.readouterr().err and not (here / "run").exists()
 
 
 @pytest.mark.parametrize(("text", "size"), [("64", (64, 64)), ("48x64", (48, 64)), (" 3 X 5 ", (3, 5)), ("", None)])
@@ -169,7 +171,7 @@ def test_sizes(text, size):
 
 
 @pytest.mark.parametrize("text", ["x", "3x4x5", "3.5", "٣", "9999999999", "0x3", "3x0"])
-def test_what_is_no_size(text):
+def test_wrong_sizes(text):
     with pytest.raises(InputError, match="is not a size"):
         image_size(text)
 

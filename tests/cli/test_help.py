@@ -1,4 +1,4 @@
-"""What the command line says of itself: help, names, version, completion."""
+"""Help, names, version and completion of the command line."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ from branchynet.zoo import NETWORKS
 from helpers.command import call
 
 
-def test_every_name_that_an_option_takes_is_told():
+def test_the_names_of_options_equal_their_sources():
     assert verbs.RUNTIMES == RUNTIMES
     assert verbs.NETWORKS == tuple(NETWORKS) and verbs.AUGMENTS == tuple(AUGMENTS)
     assert set(verbs.DATA) == {"digits", *archives.ARCHIVES}
@@ -29,32 +29,32 @@ COMMANDS = list(typer.main.get_command(verbs.app).commands)
 
 @pytest.mark.parametrize("width", [80, 132])
 @pytest.mark.parametrize("command", [None, *COMMANDS])
-def test_help_is_whole_and_fits(command, width, monkeypatch, capsys):
+def test_help_is_complete_and_fits(command, width, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", str(width))
     assert call(monkeypatch, *[command] * (command is not None), "-h") == 0
-    told = capsys.readouterr().out
-    assert "…" not in told
-    assert all(len(line) <= width for line in told.splitlines())
+    output = capsys.readouterr().out
+    assert "…" not in output
+    assert all(len(line) <= width for line in output.splitlines())
     group = typer.main.get_command(verbs.app)
     for parameter in (group.commands[command] if command else group).params:
-        assert [word for word in parameter.help.split() if word not in told.split()] == []
+        assert [word for word in parameter.help.split() if word not in output.split()] == []
 
 
-def test_every_command_is_told_in_one_line(monkeypatch, capsys):
+def test_every_command_has_one_line_of_help(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     assert call(monkeypatch, "--help") == 0
-    told = capsys.readouterr().out.split("Commands:")[1]
-    assert [line.split()[0] for line in told.strip().splitlines()] == COMMANDS and "..." not in told
+    output = capsys.readouterr().out.split("Commands:")[1]
+    assert [line.split()[0] for line in output.strip().splitlines()] == COMMANDS and "..." not in output
 
 
 def test_zoo_networks_are_in_help_and_in_the_docs(monkeypatch, capsys):
     assert call(monkeypatch, "train", "--help") == 0
-    told, page = capsys.readouterr().out, (Path(__file__).parents[2] / "docs" / "networks.md").read_text()
+    output, page = capsys.readouterr().out, (Path(__file__).parents[2] / "docs" / "networks.md").read_text()
     for name in NETWORKS:
-        assert name in told and f"`{name}`" in page
+        assert name in output and f"`{name}`" in page
 
 
-def test_the_version_is_told_and_python_m_is_the_command_line():
+def test_version_and_python_m():
     command = [sys.executable, "-m", "branchynet", "--version"]
     assert subprocess.run(command, capture_output=True, text=True).stdout == f"branchynet {__version__}\n"
 

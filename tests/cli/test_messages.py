@@ -1,4 +1,4 @@
-"""What the command line says next, and what it checks before it starts."""
+"""Messages of the command line: next steps, errors, and checks before a step starts."""
 
 import json
 import re
@@ -25,7 +25,7 @@ from helpers.command import call
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of one epoch, with costs, so that no test waits for a clock."""
+    """A run of one epoch, with costs, so that no test measures them."""
     run = create_run(
         tmp_path_factory.mktemp("words") / "run",
         Settings("b_lenet-published", warm_start_epochs=1, epochs=1, plain=False),
@@ -43,7 +43,7 @@ def run(trained, tmp_path):
 
 @pytest.mark.parametrize("bound", ["betting", "binomial"])
 @pytest.mark.parametrize("samples", [20, 101, 300, 1386, 9999, 200_000])
-def test_the_tightest_limit_is_carried_and_one_step_less_is_not(samples, bound):
+def test_the_tightest_limit_can_be_promised_and_a_smaller_one_cannot(samples, bound):
     size = len(halves(samples)[1])
     limit = tightest(samples, 0.05, bound)
     assert fewest(limit, 0.05, bound) <= size and limit <= 0.5
@@ -56,16 +56,16 @@ def test_the_tightest_limit_is_carried_and_one_step_less_is_not(samples, bound):
             check_size(samples, Limit(name, less), 0.05, bound)
 
 
-def test_too_few_samples_for_anything_name_no_limit():
+def test_too_few_samples_have_no_limit():
     assert tightest(2, 0.05, "betting") is None
     with pytest.raises(InputError, match=r"early: record more, or ask for no promise"):
         check_size(2, Limit("max_drop", 0.1), 0.05, "betting")
 
 
 @pytest.mark.parametrize(
-    ("samples", "told"), [(None, "--max-drop 0.05"), (60, "--no-promise"), (120, "--max-drop 0.1")]
+    ("samples", "message"), [(None, "--max-drop 0.05"), (60, "--no-promise"), (120, "--max-drop 0.1")]
 )
-def test_the_next_command_after_training_works(run, samples, told, monkeypatch, capsys):
+def test_the_next_command_after_training_works(run, samples, message, monkeypatch, capsys):
     arguments = (
         "train",
         run,
@@ -83,22 +83,22 @@ def test_the_next_command_after_training_works(run, samples, told, monkeypatch, 
         monkeypatch.setattr(steps, "record", lambda *_, **__: whole.take(slice(0, samples)))
     assert call(monkeypatch, *arguments) == 0
     (command,) = re.findall("next: branchynet (.*)", capsys.readouterr().out)
-    assert command.endswith(told)
+    assert command.endswith(message)
     ExitCost((20.0, 60.0), (5.0, 0.0), plain_us=80.0).save(run / "cost.json")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("warnings.warn", lambda *_, **__: None)
         assert call(patch, *command.split(), "--quiet") == 0
 
 
-def test_the_limit_that_an_error_names_can_be_typed(run, monkeypatch, capsys):
+def test_the_limit_in_an_error_works(run, monkeypatch, capsys):
     for asked in (("--max-drop", 0.005), ("--min-accuracy", 0.999), ("--max-disagreement", 0.001)):
         assert call(monkeypatch, "choose", run, *asked, "--quiet") == 1
-        told = capsys.readouterr().err
-        option, value = re.search(r"take (--[a-z-]+) ([0-9.]+),", told).groups()
-        assert option == asked[0] and "--no-promise" in told
+        output = capsys.readouterr().err
+        option, value = re.search(r"take (--[a-z-]+) ([0-9.]+),", output).groups()
+        assert option == asked[0] and "--no-promise" in output
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("warnings.warn", lambda *_, **__: None)
-            call(patch, "choose", run, option, value, "--quiet")  # may be infeasible, which is another matter
+            call(patch, "choose", run, option, value, "--quiet")  # may be infeasible, which this test does not check
         assert "needs at least" not in capsys.readouterr().err
 
 
@@ -113,12 +113,12 @@ def test_the_limit_that_an_error_names_can_be_typed(run, monkeypatch, capsys):
         ("--max-drop", 0.1, "--score", "entropi"),
     ],
 )
-def test_nothing_is_measured_for_arguments_that_are_refused(run, arguments, monkeypatch, capsys):
+def test_refused_arguments_measure_nothing(run, arguments, monkeypatch, capsys):
     (run / "cost.json").unlink()
     monkeypatch.setattr(steps, "measure", lambda *_, **__: pytest.fail("measured"))
     assert call(monkeypatch, "choose", run, *arguments) == 1
-    told = capsys.readouterr().err
-    assert told.startswith("error: ") and len(told.splitlines()) == 1
+    output = capsys.readouterr().err
+    assert output.startswith("error: ") and len(output.splitlines()) == 1
 
 
 def finished(run):
@@ -137,32 +137,32 @@ VERBS = {
 }
 
 
-def test_after_more_epochs_no_verb_answers_with_the_old_file(run, monkeypatch, capsys):
+def test_after_more_epochs_every_verb_refuses_the_old_file(run, monkeypatch, capsys):
     model = finished(run)
     train = ("train", run, "--network", "b_lenet-published", "--warm-start-epochs", 1, "--no-plain", "--quiet")
     assert call(monkeypatch, *train, "--epochs", 1) == 0
     assert "out of date" not in capsys.readouterr().out
     assert call(monkeypatch, *train, "--epochs", 2) == 0
-    told = capsys.readouterr().out
-    assert "out of date, made with earlier weights: choice.json, model.onnx\n" in told
+    output = capsys.readouterr().out
+    assert "out of date, made with earlier weights: choice.json, model.onnx\n" in output
     for verb, arguments in VERBS.items():
         assert call(monkeypatch, *arguments(run)) == 1, verb
-        told = capsys.readouterr().err
-        assert "model.onnx was made with other weights" in told, verb
-        assert f"`branchynet choose {run}` and `branchynet export {run}` again" in told, verb
-    assert call(monkeypatch, "inspect", model) == 0  # the file itself is what was asked for
+        output = capsys.readouterr().err
+        assert "model.onnx was made with other weights" in output, verb
+        assert f"`branchynet choose {run}` and `branchynet export {run}` again" in output, verb
+    assert call(monkeypatch, "inspect", model) == 0  # the file itself can be inspected
     ExitCost((20.0, 60.0), (5.0, 0.0), plain_us=80.0).save(run / "cost.json")
     assert call(monkeypatch, "choose", run, "--max-drop", 0.5, "--no-promise", "--quiet") == 0
     capsys.readouterr()
     for verb, arguments in VERBS.items():
         assert call(monkeypatch, *arguments(run)) == 1, verb
-        told = capsys.readouterr().err
-        assert "other weights" in told and f"run `branchynet export {run}` again" in told, verb
+        output = capsys.readouterr().err
+        assert "other weights" in output and f"run `branchynet export {run}` again" in output, verb
     assert call(monkeypatch, "export", run, "--quiet") == 0
     assert call(monkeypatch, "inspect", run) == 0 and call(monkeypatch, "verify", run) == 0
 
 
-def test_after_another_choice_no_verb_answers_with_the_old_thresholds(run, monkeypatch, capsys):
+def test_after_another_choice_every_verb_refuses_the_old_thresholds(run, monkeypatch, capsys):
     finished(run)
     ExitCost((20.0, 60.0), (5.0, 0.0), plain_us=80.0).save(run / "cost-margin.json")
     assert call(monkeypatch, "choose", run, "--max-drop", 0.5, "--no-promise", "--score", "margin", "--quiet") == 0
@@ -173,17 +173,17 @@ def test_after_another_choice_no_verb_answers_with_the_old_thresholds(run, monke
 
 
 @pytest.mark.parametrize("verb", ["inspect", "verify"])
-def test_a_missing_file_names_the_command_once(verb, tmp_path, monkeypatch, capsys):
+def test_a_missing_file_names_its_command_once(verb, tmp_path, monkeypatch, capsys):
     assert call(monkeypatch, verb, tmp_path / "nope.onnx") == 1
     assert capsys.readouterr().err.endswith("nope.onnx; write one with `branchynet export`\n")
 
 
-@pytest.mark.parametrize(("number", "told"), [(0, "0 epochs"), (1, "1 epoch"), (2, "2 epochs"), (11, "11 epochs")])
-def test_one_thing_is_no_plural(number, told):
-    assert counted(number, "epoch") == told
+@pytest.mark.parametrize(("number", "message"), [(0, "0 epochs"), (1, "1 epoch"), (2, "2 epochs"), (11, "11 epochs")])
+def test_singular_and_plural(number, message):
+    assert counted(number, "epoch") == message
 
 
-def test_one_epoch_is_no_plural_in_a_run(tmp_path, monkeypatch, capsys):
+def test_singular_epoch_in_a_run(tmp_path, monkeypatch, capsys):
     arguments = (
         "train",
         tmp_path / "run",
@@ -196,10 +196,10 @@ def test_one_epoch_is_no_plural_in_a_run(tmp_path, monkeypatch, capsys):
         "--no-plain",
     )
     assert call(monkeypatch, *arguments) == 0
-    assert "1 epoch of" in (told := capsys.readouterr().err) and "1 epochs" not in told
+    assert "1 epoch of" in (output := capsys.readouterr().err) and "1 epochs" not in output
 
 
-def test_predict_answers_the_good_files_and_says_which_failed(run, tmp_path, monkeypatch, capsys):
+def test_predict_prints_good_files_and_reports_failed_ones(run, tmp_path, monkeypatch, capsys):
     finished(run)
     files = [tmp_path / f"{n}.png" for n in range(70)]  # more than a batch
     for file in files:
@@ -210,18 +210,18 @@ def test_predict_answers_the_good_files_and_says_which_failed(run, tmp_path, mon
     capsys.readouterr()
     given = (bad[0], *files[:30], bad[1], *files[30:], files[0], bad[2], bad[0])
     assert call(monkeypatch, "predict", run, *given, "--json") == 1
-    told = capsys.readouterr()
-    assert [json.loads(line)["image"] for line in told.out.splitlines()] == [str(file) for file in files]
-    assert len(told.err.splitlines()) == 1 and all(told.err.count(f"image {file}") == 1 for file in bad)
+    output = capsys.readouterr()
+    assert [json.loads(line)["image"] for line in output.out.splitlines()] == [str(file) for file in files]
+    assert len(output.err.splitlines()) == 1 and all(output.err.count(f"image {file}") == 1 for file in bad)
     assert call(monkeypatch, "predict", run, bad[0], files[3]) == 1
-    told = capsys.readouterr()
-    assert "3.png" in told.out and "none.png" in told.err
+    output = capsys.readouterr()
+    assert "3.png" in output.out and "none.png" in output.err
     assert call(monkeypatch, "predict", run, bad[0]) == 1
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
-    ("network", "channels", "told"),
+    ("network", "channels", "message"),
     [
         ("b_lenet", 3, "reads grey images of 28 x 28; give --network b_resnet20-published --size 32,"),
         ("b_lenet", 1, "reads grey images of 28 x 28; give --size 28,"),
@@ -229,7 +229,7 @@ def test_predict_answers_the_good_files_and_says_which_failed(run, tmp_path, mon
         ("b_alexnet", 1, "reads colour images of 32 x 32; give --network b_lenet --size 28,"),
     ],
 )
-def test_what_a_network_reads_is_told(network, channels, told, tmp_path, capsys):
+def test_the_input_size_of_a_network_is_reported(network, channels, message, tmp_path, capsys):
     for name in ("ant", "bee"):
         (tmp_path / "images" / name).mkdir(parents=True)
         for n in range(8):
@@ -240,10 +240,10 @@ def test_what_a_network_reads_is_told(network, channels, told, tmp_path, capsys)
         patch.setattr("warnings.warn", lambda *_, **__: None)
         assert call(patch, *arguments) == 1
     error = capsys.readouterr().err
-    assert told in error and "Given groups" not in error
+    assert message in error and "Given groups" not in error
 
 
-def test_bench_tells_the_last_exit_the_promise_and_an_unsteady_clock(run, monkeypatch, capsys):
+def test_bench_prints_last_exit_promise_and_unsteady_times(run, monkeypatch, capsys):
     row = {
         "network": "b_lenet", "engine": "onnxruntime", "batch": 1, "threads": 1, "plain_us": 80.0, "branchy_us": 50.0,
         "limit_us": 40.0, "speedup": 1.6, "overhead": 1.25, "plain_accuracy": 0.99, "accuracy_branchy": 0.9,
@@ -257,11 +257,12 @@ def test_bench_tells_the_last_exit_the_promise_and_an_unsteady_clock(run, monkey
         monkeypatch.setattr(steps, "bench", lambda *_, spread=spread, **__: [row | {"spread": spread}])
         capsys.readouterr()
         assert call(monkeypatch, "bench", run, "--batch", "1", "--quiet") == 0
-        told = capsys.readouterr().out
-        assert ("not steady" in told) != steady
-        assert f"the last exit alone {outcome.last_accuracy:.2%}" in told
+        output = capsys.readouterr().out
+        assert ("not steady" in output) != steady
+        assert f"the last exit alone {outcome.last_accuracy:.2%}" in output
         assert (
-            "promised relative to the last exit" in told and f"{outcome.last_accuracy - outcome.accuracy:+.2%}" in told
+            "promised relative to the last exit" in output
+            and f"{outcome.last_accuracy - outcome.accuracy:+.2%}" in output
         )
     assert call(monkeypatch, "choose", run, "--max-drop", 0.4, "--no-promise", "--quiet") == 0
     assert call(monkeypatch, "export", run, "--quiet") == 0
@@ -271,7 +272,7 @@ def test_bench_tells_the_last_exit_the_promise_and_an_unsteady_clock(run, monkey
 
 
 @pytest.mark.parametrize(
-    ("losses", "asked", "told"),
+    ("losses", "asked", "message"),
     [
         ([1.0], (2, 1, 0), "--epochs 3 --final-epochs 3 --num-exits 4"),
         ([1.0, 0.5, 0.4], (4, 3, 0), "--epochs 6 --final-epochs 6`"),
@@ -279,10 +280,10 @@ def test_bench_tells_the_last_exit_the_promise_and_an_unsteady_clock(run, monkey
         ([1.0, 0.5, 0.5], (4, 3, 0), ""),
     ],
 )
-def test_design_tells_what_may_change_its_verdict(losses, asked, told, tmp_path):
+def test_design_suggests_options_that_may_change_its_verdict(losses, asked, message, tmp_path):
     rows = tuple(EpochRow(n, 1.0, 0.1, 1.0, val_loss=loss) for n, loss in enumerate(losses, 1))
     (tmp_path / "candidates").mkdir()
     History(rows).save(tmp_path / "candidates" / "train.csv")
     found = next_steps(tmp_path / "design-1", *asked).replace(str(tmp_path), "RUN")
-    assert told in found and bool(found) == bool(told)
+    assert message in found and bool(found) == bool(message)
     assert ("still improving" in found) == (len(losses) < 2 or losses[-1] < losses[-2])

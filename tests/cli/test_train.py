@@ -1,4 +1,4 @@
-"""`branchynet train`: networks of the user's own, and runs that change."""
+"""`branchynet train`: the user's networks, and runs with changed settings."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ from branchynet.runs import run, steps
 from branchynet.training.history import History
 from helpers.command import call
 
-# Networks of the user's own
+# Networks of the user
 
 OWN = """
 from torch import nn
@@ -44,7 +44,7 @@ not_one = 3
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder with a module, where the command line is called."""
+    """The current folder, with a module."""
     (tmp_path / "own_networks.py").write_text(OWN)
     (tmp_path / "unfinished.py").write_text("import nothing_of_this_name")
     (tmp_path / "wrong.py").write_text("def make(:")
@@ -66,7 +66,7 @@ def test_a_network_of_the_current_folder_is_trained(here, function, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("network", "told"),
+    ("network", "message"),
     [
         ("own_networks:seven", "has 10 classes"),
         ("own_networks:broken", "own_networks.py:15: ZeroDivisionError"),
@@ -81,14 +81,14 @@ def test_a_network_of_the_current_folder_is_trained(here, function, monkeypatch)
         ("own_networks:", "module:function"),
     ],
 )
-def test_what_is_wrong_with_a_network_is_told_before_anything_is_written(here, network, told, monkeypatch, capsys):
+def test_faulty_networks_are_reported_before_anything_is_written(here, network, message, monkeypatch, capsys):
     assert call(monkeypatch, "train", "run", "--network", network, *SHORT) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and told in error and len(error.splitlines()) == 1
+    assert error.startswith("error: ") and message in error and len(error.splitlines()) == 1
     assert not (here / "run").exists()
 
 
-def test_who_stops_a_training_is_told_that_it_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_stopped_training_prints_how_to_resume(tmp_path, monkeypatch, capsys):
     def stopped(*_, **__):
         raise KeyboardInterrupt
 
@@ -110,9 +110,7 @@ def test_who_stops_a_training_is_told_that_it_goes_on(tmp_path, monkeypatch, cap
         (("choose", "{tmp}/run"), (run, "open_run"), False),
     ],
 )
-def test_every_command_that_resumes_says_so_when_it_is_stopped(
-    arguments, where, resumes, tmp_path, monkeypatch, capsys
-):
+def test_stopped_commands_print_how_to_resume(arguments, where, resumes, tmp_path, monkeypatch, capsys):
     def stopped(*_, **__):
         raise KeyboardInterrupt
 
@@ -121,10 +119,10 @@ def test_every_command_that_resumes_says_so_when_it_is_stopped(
     assert ("run the same command again" in capsys.readouterr().err) == resumes
 
 
-# Runs that change
+# Runs with changed settings
 
 
-def test_a_run_that_never_trained_can_be_changed(tmp_path, monkeypatch):
+def test_the_settings_of_an_untrained_run_can_change(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     with pytest.raises(RuntimeError), pytest.MonkeyPatch.context() as patch:
         patch.setattr(steps, "fit", fail)
@@ -139,7 +137,7 @@ def fail(*_, **__):
     raise RuntimeError
 
 
-def test_a_trained_run_takes_more_epochs_and_a_plain_network_to_compare_with(tmp_path, monkeypatch, capsys):
+def test_a_trained_run_accepts_more_epochs_and_a_plain_network(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     train = ("train", folder, *PAPER, "--warm-start-epochs", 1, "--batch-size", 64, "--augment", "none", "--quiet")
     assert call(monkeypatch, *train, "--epochs", 1, "--no-plain") == 0
@@ -150,7 +148,7 @@ def test_a_trained_run_takes_more_epochs_and_a_plain_network_to_compare_with(tmp
     assert [History.load(folder / part / "train.csv").last.epoch for part in (".", "plain", "warm-start")] == [2, 2, 1]
     assert all(old.digest != new.digest for old, new in zip(before, after, strict=True))
     capsys.readouterr()
-    assert call(monkeypatch, "export", folder) == 1  # what was chosen before is not of this network
+    assert call(monkeypatch, "export", folder) == 1  # the choice was made for another network
     assert "branchynet choose" in capsys.readouterr().err
     for verb in (("choose", "--no-promise"), ("export",)):
         assert call(monkeypatch, verb[0], folder, *verb[1:], "--quiet") == 0

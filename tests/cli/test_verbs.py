@@ -1,4 +1,4 @@
-"""The command line as a person uses it: a run from training to report, and every way to get it wrong."""
+"""The command line from training to report, and its errors."""
 
 import json
 import re
@@ -24,7 +24,7 @@ PAPER = ("--network", "b_lenet-published")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run with everything in it, made by the verbs in turn."""
+    """A complete run, made by the verbs one after the other."""
     path = tmp_path_factory.mktemp("cli") / "run"
     with pytest.MonkeyPatch.context() as patch:
         train = ("train", path, *PAPER, "--warm-start-epochs", 2, "--epochs", 3, "--batch-size", 64, "--quiet")
@@ -37,7 +37,7 @@ def run(tmp_path_factory):
     return path
 
 
-def test_a_run_holds_what_the_design_says(run):
+def test_a_run_holds_all_files(run):
     files = {p.name for p in run.iterdir()}
     assert files >= {
         "config.json", "warm-start", "plain", "checkpoint.safetensors", "training.safetensors", "train.csv",
@@ -49,7 +49,7 @@ def test_a_run_holds_what_the_design_says(run):
     assert config["settings"]["epochs"] == 3 and config["environment"]["torch"]
 
 
-def test_the_file_does_on_test_images_what_the_record_says(run):
+def test_the_file_agrees_with_the_test_record(run):
     engine = load(run / "model.onnx", threads=1)
     test = load_data("digits").test
     answer = engine(test.images.numpy().astype(np.float32) / 255)
@@ -89,7 +89,7 @@ def test_training_again_with_the_same_settings_changes_nothing(run, monkeypatch)
     assert (run / "checkpoint.safetensors").read_bytes() == before
 
 
-def test_predict_answers_image_files(run, monkeypatch, tmp_path, capsys):
+def test_predict_image_files(run, monkeypatch, tmp_path, capsys):
     test = load_data("digits").test
     files = [tmp_path / f"{i}.png" for i in range(5)]
     for file, image in zip(files, test.images, strict=False):
@@ -101,11 +101,11 @@ def test_predict_answers_image_files(run, monkeypatch, tmp_path, capsys):
     assert [a["exit"] for a in answers] == direct.exit.tolist()
     np.testing.assert_allclose([a["score"] for a in answers], direct.score, atol=1e-6)
     assert call(monkeypatch, "predict", run / "model.onnx", files[0]) == 0
-    told = re.sub(r"[^\w./-]", "", capsys.readouterr().out)
-    assert "image" in told and "0.png" in told
+    output = re.sub(r"[^\w./-]", "", capsys.readouterr().out)
+    assert "image" in output and "0.png" in output
 
 
-def test_predict_answers_the_images_of_folders(run, monkeypatch, tmp_path, capsys):
+def test_predict_folders_of_images(run, monkeypatch, tmp_path, capsys):
     test = load_data("digits").test
     for name, image in zip(("b.png", "a/c.png", "a/.hidden.png", "a/b/d.jpg", "e.bmp"), test.images, strict=False):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -117,16 +117,16 @@ def test_predict_answers_the_images_of_folders(run, monkeypatch, tmp_path, capsy
     assert answers == [str(tmp_path / "e.bmp"), *inside, str(tmp_path / "b.png")]  # each once
 
 
-def test_choose_promises_and_takes_a_score(run, tmp_path, monkeypatch, capsys):
+def test_choose_with_promise_and_score(run, tmp_path, monkeypatch, capsys):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     assert call(monkeypatch, "choose", copy, "--max-drop", 0.05, "--confidence", 0.9, "--score", "margin") == 0
-    told = " ".join(capsys.readouterr().out.split())
-    assert "With 90 % confidence, accuracy is at most 5.00 points below the last exit's" in told
+    output = " ".join(capsys.readouterr().out.split())
+    assert "With 90 % confidence, accuracy is at most 5.00 points below the last exit's" in output
     choice = Choice.load(copy / "choice.json")
-    assert choice.policy.score == "margin" and str(choice.promise) in told
+    assert choice.policy.score == "margin" and str(choice.promise) in output
     plain_us = ExitCost.load(copy / "cost-margin.json").plain_us
-    assert f"{plain_us / choice.outcome.mean_us:.2f}x the speed of the plain network" in told
+    assert f"{plain_us / choice.outcome.mean_us:.2f}x the speed of the plain network" in output
     assert call(monkeypatch, "choose", copy, "--max-drop", 0.001) == 1
     assert f"needs at least {2 * fewest(0.001, 0.05, 'betting')} samples" in " ".join(capsys.readouterr().err.split())
     assert Choice.load(copy / "choice.json") == choice
@@ -149,10 +149,10 @@ def test_a_learned_score_is_fitted_chosen_exported_and_reported(run, tmp_path, m
     test = ExitRecord.load(copy / "record-test.npz")
     left = load(copy / "model.onnx")(load_data("digits").test.images.numpy().astype(np.float32) / 255).exit
     share = evaluate(test, choice).exit_share[0]
-    assert abs(np.mean(left == 1) - share) <= 2 / test.samples  # ties may be decided otherwise
+    assert abs(np.mean(left == 1) - share) <= 2 / test.samples  # ties may differ
 
 
-def test_what_another_network_recorded_is_not_reported(run, tmp_path, monkeypatch, capsys):
+def test_a_report_refuses_the_record_of_another_network(run, tmp_path, monkeypatch, capsys):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     made = ExitRecord.load(copy / "record-test.npz")
@@ -161,13 +161,13 @@ def test_what_another_network_recorded_is_not_reported(run, tmp_path, monkeypatc
     assert "record-val.npz was not made from the other files" in " ".join(capsys.readouterr().err.split())
 
 
-def test_inspect_tells_exits_thresholds_and_preprocessing(run, monkeypatch, capsys):
+def test_inspect_prints_exits_thresholds_and_preprocessing(run, monkeypatch, capsys):
     assert call(monkeypatch, "inspect", run / "model.onnx") == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     threshold = load(run / "model.onnx").policy.thresholds[0]
-    assert f"entropy < {threshold:.6g}" in told and "pixels / 255" in told and "(B, 1, 28, 28)" in told
+    assert f"entropy < {threshold:.6g}" in output and "pixels / 255" in output and "(B, 1, 28, 28)" in output
     assert call(monkeypatch, "inspect", run) == 0
-    assert capsys.readouterr().out == told
+    assert capsys.readouterr().out == output
     assert call(monkeypatch, "inspect", run / "model.onnx", "--json") == 0
     assert json.loads(capsys.readouterr().out)["policy"]["thresholds"] == [threshold]
 
@@ -242,7 +242,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_clear_line(mistake, run, monkeypatch, tmp_path, capsys):
+def test_an_error_is_one_line(mistake, run, monkeypatch, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     for folder in ("empty", "broken"):
@@ -253,12 +253,14 @@ def test_a_mistake_is_one_clear_line(mistake, run, monkeypatch, tmp_path, capsys
     (tmp_path / "text.png").write_text("no image")
     arguments, expected = MISTAKES[mistake]
     status = call(monkeypatch, *(a.format(tmp=tmp_path, run=run) for a in arguments))
-    told = capsys.readouterr().err
+    output = capsys.readouterr().err
     assert status == 1
-    told = "".join(line for line in told.splitlines(keepends=True) if not line.startswith(("measuring", "exporting")))
-    assert told.startswith("error: ") and expected in told and "Traceback" not in told
-    assert len(told.strip().splitlines()) == 1
-    words = told.replace(str(tmp_path), "").replace(str(run), "")
+    output = "".join(
+        line for line in output.splitlines(keepends=True) if not line.startswith(("measuring", "exporting"))
+    )
+    assert output.startswith("error: ") and expected in output and "Traceback" not in output
+    assert len(output.strip().splitlines()) == 1
+    words = output.replace(str(tmp_path), "").replace(str(run), "")
     assert not re.search(r"\w=|\bNone\b|\(\.\.\.\)|\b(max|min|batch|warm|mixed)_", words), "advice in Python"
     assert not (tmp_path / "new").exists()
 
@@ -270,7 +272,7 @@ def test_a_score_without_a_name_is_refused(run, monkeypatch, capsys):
     )
 
 
-def test_wrong_usage_is_status_2_and_a_real_process_says_the_same(run):
+def test_wrong_usage_has_status_2_also_in_a_process(run):
     command = [sys.executable, "-m", "branchynet"]
     wrong = subprocess.run([*command, "chose"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "No such command" in wrong.stderr
@@ -278,7 +280,7 @@ def test_wrong_usage_is_status_2_and_a_real_process_says_the_same(run):
     assert missing.returncode == 1 and missing.stderr.startswith("error: ")
 
 
-# What is told
+# Output
 
 
 def test_costs_are_measured_again_when_asked_for(run, tmp_path, monkeypatch):
@@ -291,19 +293,19 @@ def test_costs_are_measured_again_when_asked_for(run, tmp_path, monkeypatch):
     assert call(monkeypatch, *choose, "--remeasure") == 0 and ExitCost.load(copy / "cost.json").plain_us != 12345.0
 
 
-def test_where_none_leaves_early_the_reason_and_the_next_step_are_told(run, tmp_path, monkeypatch, capsys):
+def test_reason_and_next_step_are_printed_if_no_sample_leaves_early(run, tmp_path, monkeypatch, capsys):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     stored = json.loads((copy / "cost.json").read_text())
     branch = [10 * sum(stored["trunk_us"]), 0.0]
     (copy / "cost.json").write_text(json.dumps(stored | {"branch_us": branch, "plain_us": sum(stored["trunk_us"])}))
     assert call(monkeypatch, "choose", copy, "--max-drop", 0.02, "--no-promise") == 0
-    told = " ".join(capsys.readouterr().out.split())
-    assert "1.00x the speed" in told and f"exit 1 adds {branch[0]:.1f} us" in told and "saves nothing" in told
-    assert "branchynet design" in told
+    output = " ".join(capsys.readouterr().out.split())
+    assert "1.00x the speed" in output and f"exit 1 adds {branch[0]:.1f} us" in output and "saves nothing" in output
+    assert "branchynet design" in output
 
 
-def test_an_engine_that_fails_costs_the_others_nothing(run, tmp_path, monkeypatch, capsys):
+def test_a_failing_runtime_does_not_stop_the_others(run, tmp_path, monkeypatch, capsys):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     timed = json.loads((copy / "bench.json").read_text())["rows"]
@@ -317,8 +319,8 @@ def test_an_engine_that_fails_costs_the_others_nothing(run, tmp_path, monkeypatc
     monkeypatch.setattr(steps, "bench", bench)
     arguments = ("bench", copy, "--runtime", "onnxruntime,openvino,onnxruntime-cuda", "--json", tmp_path / "rows.json")
     assert call(monkeypatch, *arguments, "--batch", "1,7", "--quiet") == 1
-    told = capsys.readouterr()
-    assert told.err == "error: not timed in openvino: it has no such operator\n" and "onnxruntime-cuda" in told.out
+    output = capsys.readouterr()
+    assert output.err == "error: not timed in openvino: it has no such operator\n" and "onnxruntime-cuda" in output.out
     for rows in (
         json.loads((copy / "bench.json").read_text())["rows"],
         json.loads((tmp_path / "rows.json").read_text()),
@@ -329,21 +331,21 @@ def test_an_engine_that_fails_costs_the_others_nothing(run, tmp_path, monkeypatc
     assert capsys.readouterr().err == "error: it has no such operator\n"
 
 
-def test_what_the_plain_network_is_not_is_told(run, tmp_path, monkeypatch, capsys):
+def test_a_plain_network_with_fewer_epochs_is_noted(run, tmp_path, monkeypatch, capsys):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     config = json.loads((copy / "config.json").read_text())
     rows = json.loads((copy / "bench.json").read_text())["rows"]
     monkeypatch.setattr(steps, "bench", lambda *_, about, **given: [rows[0] | about])
-    for baseline, told in ((2, "trained for 2 epochs"), (0, "never trained")):
+    for baseline, output in ((2, "trained for 2 epochs"), (0, "never trained")):
         config["settings"] |= {"plain": False, "warm_start_epochs": baseline}
         (copy / "config.json").write_text(json.dumps(config))
         assert call(monkeypatch, "bench", copy, "--quiet") == 0
-        assert told in " ".join(capsys.readouterr().out.split())
+        assert output in " ".join(capsys.readouterr().out.split())
     assert json.loads((copy / "bench.json").read_text())["rows"][0]["plain_accuracy"] is None
 
 
-def test_long_steps_say_what_they_do_unless_they_are_to_be_quiet(run, tmp_path, monkeypatch, capsys):
+def test_long_steps_print_progress_unless_quiet(run, tmp_path, monkeypatch, capsys):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     steps = {
@@ -352,8 +354,8 @@ def test_long_steps_say_what_they_do_unless_they_are_to_be_quiet(run, tmp_path, 
         "timing in onnxruntime": ("bench", copy, "--batch", 1),
         "answering": ("report", copy),
     }
-    for told, step in steps.items():
+    for output, step in steps.items():
         assert call(monkeypatch, *step) == 0
-        assert told in capsys.readouterr().err
+        assert output in capsys.readouterr().err
         assert call(monkeypatch, *step, "--quiet") == 0
         assert capsys.readouterr().err == ""

@@ -38,13 +38,13 @@ class TestArchives:
         assert set(loaded.train.labels.tolist()) == set(loaded.val.labels.tolist()) == set(range(10))
 
     @pytest.mark.parametrize("name", SMALL)
-    def test_small_files_of_the_same_make(self, name, tmp_path):
+    def test_smaller_files_of_the_same_format(self, name, tmp_path):
         (write_cifar if name == "cifar10" else write_idx)(tmp_path / archives.ARCHIVES[name].folders[0])
         self.check(name, tmp_path, SMALL[name])
 
     @pytest.mark.parametrize("where", ["mnist", "MNIST/raw", "MNIST", "."])
     @pytest.mark.parametrize("packed", [True, False])
-    def test_places_of_mnist(self, tmp_path, where, packed):
+    def test_folders_of_mnist(self, tmp_path, where, packed):
         write_idx(tmp_path / where, packed=packed)
         loaded = data.load_data("mnist", root=tmp_path, download=False)
         assert sorted(numbers(loaded.train) + numbers(loaded.val)) == list(range(60))
@@ -54,7 +54,7 @@ class TestArchives:
 
     @pytest.mark.parametrize("where", ["cifar-10-batches-bin", "cifar10", "cifar10/cifar-10-batches-bin", "."])
     @pytest.mark.parametrize("packed", [True, False])
-    def test_places_of_cifar10(self, tmp_path, where, packed):
+    def test_folders_of_cifar10(self, tmp_path, where, packed):
         write_cifar(tmp_path / where, packed=packed)
         loaded = data.load_data("cifar10", root=tmp_path, download=False)
         assert sorted(numbers(loaded.train) + numbers(loaded.val)) == list(range(60))
@@ -69,7 +69,7 @@ class TestArchives:
         assert len(data.load_data("mnist").train) == 50
         assert len(data.load_data("mnist", root=tmp_path / "b").train) == 100
 
-    def test_no_random_state_matters(self, tmp_path):
+    def test_the_split_does_not_depend_on_random_states(self, tmp_path):
         write_idx(tmp_path)
         splits = []
         for seed in (1, 2):
@@ -80,12 +80,12 @@ class TestArchives:
             splits.append((numbers(loaded.train), numbers(loaded.val)))
         assert splits[0] == splits[1]
 
-    def test_split_is_the_same_for_ever(self):
-        """A changed split would mix the training images of old runs into the tests of new ones."""
+    def test_the_split_never_changes(self):
+        """With a changed split, training images of old runs would become test images of new ones."""
         assert datasets._order(10).tolist() == [2, 8, 4, 9, 1, 6, 7, 3, 0, 5]
         assert hashlib.sha256(datasets._order(60000).tobytes()).hexdigest().startswith("7e036c4b3f1dd66e")
 
-    def test_mixed_up(self, tmp_path):
+    def test_files_of_another_data_set(self, tmp_path):
         folder = write_idx(tmp_path)
         opening = np.array(archives.ARCHIVES["mnist"].opening * 2, dtype=np.uint8)
         (folder / IDX[3]).write_bytes(gzip.compress(idx(opening)))
@@ -102,20 +102,20 @@ class TestMissing:
             data.load_data("/home/me/pictures")
 
     @pytest.mark.parametrize("name", REAL)
-    def test_nowhere(self, name, tmp_path):
+    def test_missing_without_download(self, name, tmp_path):
         with pytest.raises(DataError, match=rf"{name} is not given .*set BRANCHYNET_DATA .*or allow the download"):
             data.load_data(name, download=False)
         with pytest.raises(DataError, match=f"{name} is not in {tmp_path} and was not downloaded"):
             data.load_data(name, root=tmp_path, download=False)
 
-    def test_no_such_root(self, tmp_path, monkeypatch):
+    def test_root_does_not_exist(self, tmp_path, monkeypatch):
         with pytest.raises(DataError, match=r"root='.*nothing' is not a folder"):
             data.load_data("mnist", root=tmp_path / "nothing")
         monkeypatch.setenv(archives.VARIABLE, str(tmp_path / "nothing"))
         with pytest.raises(DataError, match=r"BRANCHYNET_DATA='.*nothing' is not a folder"):
             data.load_data("cifar10")
 
-    def test_some_files(self, tmp_path):
+    def test_partial_files(self, tmp_path):
         (write_idx(tmp_path / "mnist") / IDX[2]).unlink()
         with pytest.raises(DataError, match=f"mnist lacks {IDX[2]}; add them"):
             data.load_data("mnist", root=tmp_path)

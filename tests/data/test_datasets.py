@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 class TestDownload:
     @pytest.fixture
     def serve(self, tmp_path, monkeypatch):
-        """A real server on the loopback interface, as the one place where the archives are."""
+        """A real server on the loopback interface, the only source of the archives."""
         folder = tmp_path / "served"
         folder.mkdir()
         asked = []
@@ -96,7 +96,7 @@ class TestDownload:
             data.load_data("mnist")
         assert not (archives._cache("mnist") / IDX[1]).exists()
 
-    def test_gone(self, serve):
+    def test_removed_from_the_server(self, serve):
         folder, announce, _ = serve
         write_cifar(folder, packed=True)
         announce("cifar10")
@@ -112,14 +112,14 @@ class TestDownload:
         assert len(data.load_data("mnist").train) == 50
         assert len([path for path in asked if "gone" not in path]) >= 4
 
-    def test_nobody_listens(self, serve):
+    def test_server_unreachable(self, serve):
         folder, announce, _ = serve
         write_idx(folder)
         announce("mnist", urls=("http://127.0.0.1:9/",))
         with pytest.raises(DataError, match=r"could not be downloaded \(http://127.0.0.1:9/.*set BRANCHYNET_DATA"):
             data.load_data("mnist")
 
-    def test_what_is_published(self):
+    def test_published_checksums(self):
         for archive in archives.ARCHIVES.values():
             assert all(len(value) == 64 and int(value, 16) for value in archive.sha256.values())
             assert all(url.startswith("http") and url.endswith("/") for url in archive.urls)

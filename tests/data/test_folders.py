@@ -1,4 +1,4 @@
-"""Folders of the user's own images: what is read of them, how they are split, and what is told of it."""
+"""Folders of the user's images: reading, splitting and notes."""
 
 import os
 import shutil
@@ -41,8 +41,8 @@ class TestFolder:
             assert set(part[labels == c].tolist()) == {0, 1, 2}
 
     @pytest.mark.parametrize("seed", range(5))
-    def test_a_picture_more_or_less_moves_no_other(self, tmp_path, seed):
-        """Nor does another name, another folder, or a copy."""
+    def test_adding_or_removing_an_image_moves_no_other(self, tmp_path, seed):
+        """The same holds for another name, another folder, or a copy."""
         rng = np.random.default_rng(seed)
         for name in ("ant", "bee"):
             (tmp_path / name).mkdir()
@@ -85,7 +85,7 @@ class TestFolder:
         assert data.load_data(f"folder:{tmp_path}", size=(12, 9)).shape == (3, 12, 9)
 
     @pytest.mark.parametrize("size", [(0, 9), (9, -1), (9,), (9, 9, 9), (9.0, 9), (True, 9), 9, "9x9", (9, None)])
-    def test_what_is_no_size(self, tmp_path, size):
+    def test_wrong_sizes(self, tmp_path, size):
         with pytest.raises(InputError, match=r"size must be \(H, W\), two integers of at least 1; got"):
             data.load_data(f"folder:{write_images(tmp_path)}", size=size)
 
@@ -102,18 +102,18 @@ class TestFolder:
 
     @pytest.mark.parametrize("orientation", [1, 2, 3, 5, 6, 8])
     @pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
-    def test_images_that_lie_on_their_side_count_as_they_are_seen(self, tmp_path, orientation, ending):
+    def test_sizes_are_those_of_the_upright_image(self, tmp_path, orientation, ending):
         for name in "ab":
             (tmp_path / name).mkdir()
             for i in range(3):
                 exif = Image.Exif()
                 exif[0x112] = orientation
                 Image.new("RGB", (8, 4), (i, 90, 90)).save(tmp_path / name / f"{i}.{ending}", exif=exif)
-        if ending != "png":  # its header does not tell
+        if ending != "png":  # its header does not hold the orientation
             assert data.load_data(f"folder:{tmp_path}").shape[1:] == ((8, 4) if orientation > 4 else (4, 8))
         assert images.decode(tmp_path / "a" / f"0.{ending}").shape[1:] == ((8, 4) if orientation > 4 else (4, 8))
 
-    def test_grey_stays_grey_until_one_is_not(self, tmp_path):
+    def test_images_are_grey_if_all_files_are(self, tmp_path):
         write_images(tmp_path, mode="L")
         assert data.load_data(f"folder:{tmp_path}").shape == (1, 6, 5)
         Image.new("RGB", (5, 6), (1, 2, 3)).save(tmp_path / "bee" / "colour.png")
@@ -123,7 +123,7 @@ class TestFolder:
         grey = (every[:, 0] == every[:, 1]).flatten(1).all(1) & (every[:, 0] == every[:, 2]).flatten(1).all(1)
         assert grey.sum() == 20 and len(every) == 21
 
-    def test_what_is_no_image_is_passed_over(self, tmp_path):
+    def test_other_files_are_ignored(self, tmp_path):
         write_images(tmp_path)
         (tmp_path / "ant" / "notes.txt").write_text("x")
         (tmp_path / "ant" / ".hidden.png").write_text("x")
@@ -159,7 +159,7 @@ class TestFolder:
 
     @pytest.mark.parametrize("where", ["first", "last"])
     @pytest.mark.parametrize("huge", [(1025, 1024), (1, 1024 * 1024 + 1), (6000, 5000)])
-    def test_one_large_picture_does_not_enlarge_the_others(self, tmp_path, where, huge):
+    def test_one_large_image_does_not_enlarge_the_others(self, tmp_path, where, huge):
         write_images(tmp_path)
         name = "0.png" if where == "first" else "99.png"
         Image.new("1", huge[::-1]).save(tmp_path / "ant" / name)
@@ -173,7 +173,7 @@ class TestFolder:
             data.load_data(f"folder:{tmp_path}")
         assert data.load_data(f"folder:{tmp_path}", size=(4, 3)).shape[1:] == (4, 3)
 
-    def test_a_picture_beyond_all_measure_is_refused(self, tmp_path, monkeypatch):
+    def test_too_large_images_are_refused(self, tmp_path, monkeypatch):
         monkeypatch.setattr(images, "MOST_PIXELS", 29)
         write_images(tmp_path)
         with pytest.raises(DataError, match=r"ant/00.png .*5 x 6 pixels are more than 29"):
@@ -189,9 +189,9 @@ class TestFolder:
                     Image.new("L", (3, 3), i).save(folder / f"{i}.png")
         except OSError:
             pytest.skip("this file system keeps no such names")
-        told = {r"a\x1b[31mb", r"caf\xe9", "café", r"line\nbreak", "[red]", "<b>", "$x$", ":smile:"}
+        output = {r"a\x1b[31mb", r"caf\xe9", "café", r"line\nbreak", "[red]", "<b>", "$x$", ":smile:"}
         loaded = data.load_data(f"folder:{tmp_path}")
-        assert set(loaded.classes) == told and all(name.isprintable() for name in loaded.classes)
+        assert set(loaded.classes) == output and all(name.isprintable() for name in loaded.classes)
 
     def test_more_than_256_classes(self, tmp_path):
         write_images(tmp_path, tuple(f"{c:03}" for c in range(260)), count=3, size=(2, 2), mode="L", ending="bmp")
@@ -200,7 +200,7 @@ class TestFolder:
 
 
 def noise(folder, count, seed, shape=(6, 5)):
-    """Images that are all different."""
+    """Write images that are all different."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
@@ -229,7 +229,7 @@ class TestSplit:
         [(70, 30), (), (70, 15, 15, 0), (70, 0, 30), (80, -5, 25), (1, 1, float("nan")), (1, 1, float("inf")),
          (1e308, 1e308, 1e308), "789", (True, 1, 1)],
     )  # fmt: skip
-    def test_what_is_no_split(self, tmp_path, split):
+    def test_wrong_splits(self, tmp_path, split):
         with pytest.raises(InputError, match=r"split must be three numbers above 0, .*such as 70/15/15; got"):
             data.load_data(f"folder:{write_images(tmp_path)}", split=split)
 
@@ -240,7 +240,7 @@ class TestSplit:
 
 
 class TestParts:
-    """Folders that are split already."""
+    """Folders with parts."""
 
     @pytest.mark.parametrize(
         "names", [("train", "val", "test"), ("Training", "validation", "Testing"), ("train", "valid", "test")]
@@ -261,7 +261,7 @@ class TestParts:
 
     @pytest.mark.parametrize("given", [("train",), ("train", "val"), ("train", "test")])
     @pytest.mark.parametrize("split", [None, (1, 1, 1)])
-    def test_a_part_that_is_missing_is_split_off_the_training_images(self, tmp_path, given, split):
+    def test_a_missing_part_is_split_off_the_training_images(self, tmp_path, given, split):
         for p, part in enumerate(given):
             for c, label in enumerate(("ant", "bee")):
                 noise(tmp_path / part / label, 200 if part == "train" else 10, 10 * p + c)
@@ -279,11 +279,11 @@ class TestParts:
         missing = [part for part in sizes if part not in given]
         assert len(given) == 1 or loaded.notes == (f"{missing[0]} images are split off the training images",)
 
-    def test_classes_that_are_called_so_stay_classes(self, tmp_path):
+    def test_classes_may_be_named_like_parts(self, tmp_path):
         write_images(tmp_path, ("train", "test", "val"), count=12)
         assert data.load_data(f"folder:{tmp_path}").classes == ("test", "train", "val")
 
-    def test_what_does_not_go_together(self, tmp_path):
+    def test_inconsistent_parts(self, tmp_path):
         for part in ("train", "val", "test"):
             write_images(tmp_path / part)
         (tmp_path / "test" / "cat").mkdir()
@@ -303,8 +303,8 @@ class TestParts:
             data.load_data(f"folder:{tmp_path}")
 
 
-class TestTold:
-    def test_how_many_images_each_class_has(self, tmp_path):
+class TestNotes:
+    def test_images_per_class(self, tmp_path):
         for part, count in (("train", 20), ("val", 11), ("test", 12)):
             for c, label in enumerate(("ant", "honey bee")):
                 noise(tmp_path / part / label, count + c, 100 * count + c)
@@ -315,7 +315,7 @@ class TestTold:
             "all           41   23    25",
         ]
 
-    def test_many_classes_in_short(self, tmp_path):
+    def test_many_classes_are_summarized(self, tmp_path):
         for c in range(25):
             noise(tmp_path / f"{c:02}", 10 + c, c, (2, 2))
         loaded = data.load_data(f"folder:{tmp_path}")
@@ -334,7 +334,7 @@ class TestTold:
             count < 10
         )
 
-    def test_classes_that_a_part_lacks(self, tmp_path):
+    def test_classes_missing_from_a_part(self, tmp_path):
         for seed, (part, label) in enumerate((p, c) for p in ("train", "val", "test") for c in ("ant", "bee", "cat")):
             noise(tmp_path / part / label, 10, seed)
         shutil.rmtree(tmp_path / "val" / "bee")

@@ -109,7 +109,7 @@ class TestLoader:
             data.loader(small_split(), 0)
 
 
-class TestGrowing:
+class TestProgressiveLoader:
     def test_sizes_by_epoch_over_the_same_batches(self):
         full = data.loader(small_split(), 8)
         growing = data.ProgressiveLoader(full, (2, 3, 5))
@@ -120,7 +120,7 @@ class TestGrowing:
                 assert x.shape == (*whole.shape[:2], side, side) and torch.equal(y, labels)
                 assert float(x.mean()) == pytest.approx(float(whole.mean()), abs=0.2)
 
-    def test_full_size_is_left_alone(self):
+    def test_full_size_is_unchanged(self):
         square = data.Split(torch.randint(256, (8, 1, 4, 4), dtype=torch.uint8), torch.zeros(8, dtype=torch.int64))
         full = data.loader(square, 8)
         ((x, _),), ((whole, _),) = data.ProgressiveLoader(full, (4,)), full
@@ -157,7 +157,7 @@ class TestAugment:
         for i, moved in enumerate(data.shift(pixels)(images)):
             assert any(torch.equal(moved, padded[i, :, y : y + height, x : x + width]) for y in span for x in span)
 
-    def test_shift_moves_every_way_and_each_image_by_itself(self):
+    def test_shift_moves_each_image_in_its_own_direction(self):
         images = torch.zeros(500, 1, 5, 5)
         images[:, :, 2, 2] = 1
         moved = data.shift(2)(images)
@@ -169,13 +169,13 @@ class TestAugment:
         kept = (data.flip_crop(0)(images) == images).flatten(1).all(1)
         assert 150 < mirrored.sum() < 250 and 150 < kept.sum() < 250
 
-    def test_affine_by_nothing(self):
+    def test_affine_with_zero_amounts(self):
         images = torch.rand(3, 2, 6, 9)
         torch.testing.assert_close(data.affine(0, 0, 0)(images), images, rtol=0, atol=1e-5)
 
     @pytest.mark.parametrize("sign", [1.0, 0.0])
     def test_affine_by_known_amounts(self, monkeypatch, sign):
-        """With chance at its ends: quarter and half turns, and moves by whole pixels, are exact."""
+        """With extreme random numbers: quarter and half turns, and shifts by whole pixels, are exact."""
         monkeypatch.setattr(torch, "rand", lambda *size: torch.full(size, sign))
         images = torch.arange(96.0).view(2, 1, 6, 8)
         square = images[..., :6]
@@ -189,8 +189,8 @@ class TestAugment:
             moved[..., 3:, 4:] = images[..., :3, :4]
         close(data.affine(0, 0.5, 0)(images), moved)
 
-    def test_affine_keeps_shapes_of_things(self, monkeypatch):
-        """A quarter turn of a wide image is no stretch: a dot 3 columns from the centre goes 3 rows from it."""
+    def test_affine_keeps_shapes(self, monkeypatch):
+        """A quarter turn does not stretch a wide image: a dot 3 columns from the centre moves to 3 rows from it."""
         monkeypatch.setattr(torch, "rand", lambda *size: torch.ones(size))
         images = torch.zeros(1, 1, 9, 15)
         images[..., 4, 10] = 1
@@ -203,7 +203,7 @@ class TestAugment:
         images[..., 5:15, 5:15] = 1
         assert data.affine(0, 0, 0.5)(images).sum() == pytest.approx(225, rel=0.1)
 
-    def test_compose_in_turn(self):
+    def test_compose(self):
         images = torch.ones(1, 1, 1, 1)
         assert data.compose(lambda x: x + 1, lambda x: x * 10)(images).item() == 20
         assert data.compose()(images).item() == 1
@@ -231,7 +231,7 @@ class TestImages:
         data.save_image(image, tmp_path / "x.png")
         read = data.read_image(tmp_path / "x.png", image.shape)
         assert read.dtype == np.float32 and read.shape == (1, *image.shape)
-        # what a network sees of a file is what it saw of the same image in training, to the bit
+        # reading a file gives exactly the pixels of the image in training
         seen, _ = next(
             iter(data.loader(data.Split(torch.from_numpy(image)[None], torch.zeros(1, dtype=torch.int64)), 1))
         )

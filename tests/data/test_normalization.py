@@ -1,4 +1,4 @@
-"""Normalisation: what it is, and that training, files and `predict` agree on it."""
+"""Normalization, in training, in files and in `predict`."""
 
 import json
 
@@ -32,7 +32,7 @@ def test_training_images_get_mean_0_and_deviation_1(images):
     ("mean", "std"),
     [((0.5,), (0,)), ((0.5,), (-1,)), ((), ()), ((0.5, 0.5), (1,)), ((float("nan"),), (1,)), ((0,), (float("inf"),))],
 )
-def test_what_is_no_normalisation(mean, std):
+def test_wrong_normalizations(mean, std):
     with pytest.raises(InputError, match="mean and std must be finite numbers, one of each per channel, std above 0"):
         Normalization(mean, std)
 
@@ -45,7 +45,7 @@ def test_another_number_of_channels_is_refused(channels):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_all_parts_are_normalised_as_the_training_images_are(tmp_path, mode):
+def test_all_parts_have_the_normalization_of_the_training_images(tmp_path, mode):
     name = f"folder:{write_images(tmp_path, count=30, mode=mode)}"
     plain, normalised = load_data(name), load_data(name, normalize=True)
     expected = normalization_of(plain.train.images.numpy())
@@ -58,8 +58,8 @@ def test_all_parts_are_normalised_as_the_training_images_are(tmp_path, mode):
         assert torch.equal(split.inputs(slice(3)), split.inputs()[:3])
 
 
-def test_images_are_changed_before_they_are_normalised():
-    """What an augmentation fills in is black, not the mean."""
+def test_augmentation_is_before_normalization():
+    """Augmentation fills with black, not with the mean."""
     split = Split(
         torch.full((4, 1, 3, 3), 255, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), Normalization((0.5,), (2,))
     )
@@ -77,12 +77,12 @@ def test_images_are_changed_before_they_are_normalised():
         ({"mean": [0.5, 0, 1], "std": 2}, Normalization((0.5, 0, 1), (2, 2, 2))),
     ],
 )
-def test_as_files_hold_it(preprocessing, expected):
+def test_stored_normalizations(preprocessing, expected):
     assert stored_normalization(preprocessing, 3) == expected
 
 
 @pytest.mark.parametrize(
-    ("preprocessing", "told"),
+    ("preprocessing", "message"),
     [
         ({"mean": 0.5}, "std=None, but for 3 channels"),
         ({"std": 0.5}, "mean=None, but for 3 channels"),
@@ -95,22 +95,22 @@ def test_as_files_hold_it(preprocessing, expected):
         ({"mean": 0.5, "std": float("nan")}, "finite"),
     ],
 )
-def test_as_files_must_not_hold_it(preprocessing, told):
-    with pytest.raises(InputError, match=told):
+def test_wrong_stored_normalizations(preprocessing, message):
+    with pytest.raises(InputError, match=message):
         stored_normalization(preprocessing, 3)
 
 
 @pytest.mark.parametrize(
     "preprocessing", [None, {"mean": [0.2, 0.5, 0.7], "std": [0.1, 0.2, 0.3]}, {"mean": 0.4, "std": 0.5}]
 )
-def test_predict_prepares_images_as_the_file_says(tmp_path, preprocessing):
+def test_predict_applies_the_stored_preprocessing(tmp_path, preprocessing):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (12, 5, 6, 3), np.uint8)
     for i, image in enumerate(pixels):
         Image.fromarray(image).save(tmp_path / f"{i:02}.png")
     torch.manual_seed(0)
     net = BranchyNet(nn.Sequential(nn.Flatten(), nn.Linear(90, 7)), {})
-    # Weights of which the mean decides what is answered.
+    # With these weights, the mean decides the prediction.
     net.backbone[1].weight.data.mul_(torch.linspace(-3, 3, 7)[:, None])
     how = {"preprocessing": preprocessing} if preprocessing else {}
     export(net, tmp_path / "net.onnx", policy=Policy(thresholds=()), example=torch.zeros(2, 3, 5, 6), **how)

@@ -1,4 +1,4 @@
-"""What the terminal shows: numbers whole at every width, and errors in the command line's words."""
+"""Tables of the terminal at every width, and errors in terms of options."""
 
 import io
 import re
@@ -27,13 +27,13 @@ def shown(width, terminal, *arguments, print_=show, **options):
 )
 def test_numbers_are_whole_at_every_width(width, terminal, rows):
     rows = [(str(n), f"{share:.3%}", words) for n, share, words in rows]
-    told = shown(width, terminal, {"a number": False, "share": False, "words": True}, rows, title="of all")
+    output = shown(width, terminal, {"a number": False, "share": False, "words": True}, rows, title="of all")
     numbers = [number for row in rows for number in row[:2]]
-    assert [n for n in re.findall(r"[\d.]+%?", told)] == numbers  # in order, none cut and none twice
-    assert "…" not in told
+    assert [n for n in re.findall(r"[\d.]+%?", output)] == numbers  # in order, none cut and none twice
+    assert "…" not in output
 
 
-def test_a_terminal_that_is_wide_enough_has_a_table_and_a_narrow_one_lines():
+def test_wide_terminals_show_a_table_and_narrow_ones_lines():
     columns, rows = {"exit": False, "us": False}, [("1", "12345.6"), ("2", "23456.7")]
     assert "│" in shown(80, True, columns, rows)
     assert shown(12, True, columns, rows).split("\n\n")[:2] == ["\nexit: 1\nus: 12345.6", "exit: 2\nus: 23456.7"]
@@ -41,22 +41,22 @@ def test_a_terminal_that_is_wide_enough_has_a_table_and_a_narrow_one_lines():
 
 
 @pytest.mark.parametrize("width", [20, 60, 80])
-def test_names_of_engines_are_not_folded_where_there_is_room(width):
+def test_names_of_engines_are_not_wrapped_if_there_is_space(width):
     row = {
         "engine": "onnxruntime", "network": "b_resnet110", "batch": 64, "threads": 2, "plain_us": 123456.7,
         "branchy_us": 1234.5, "limit_us": 1200.0, "overhead": 1.03, "plain_accuracy": None, "accuracy_branchy": 0.8734,
         "exit_share": [0.25, 0.25, 0.5], "thresholds": [0.1, 0.2],
     }  # fmt: skip
-    told = shown(width, True, [row], print_=print_bench)
+    output = shown(width, True, [row], print_=print_bench)
     for part in ("onnxruntime", "b_resnet110", "123456.7", "100.01x", "87.34%"):
-        assert part in told
+        assert part in output
 
 
 OPTIONS = {"max_drop": "--max-drop", "confidence": "--confidence", "batch_size": "--batch", "epochs": "--epochs"}
 
 
 @pytest.mark.parametrize(
-    ("python", "told"),
+    ("python", "message"),
     [
         ("max_drop=0.5 is out of range", "--max-drop 0.5 is out of range"),
         ("give max_drop or min_accuracy, not both", "give --max-drop or min_accuracy, not both"),
@@ -70,20 +70,20 @@ OPTIONS = {"max_drop": "--max-drop", "confidence": "--confidence", "batch_size":
         ("runs/max_drop=1/a.max_drop is not there", "runs/max_drop=1/a.max_drop is not there"),
     ],
 )
-def test_errors_speak_of_options(python, told):
-    assert in_options(python, OPTIONS) == told
+def test_errors_name_options(python, message):
+    assert in_options(python, OPTIONS) == message
 
 
-def told_of(policy, mean_us, spread):
+def lines_of(policy, mean_us, spread):
     outcome = Outcome(10, 0.9, (0.8, 1.0), 0.9, (0.5, 0.5), (0.9, 0.9), mean_us, mean_us, mean_us)
     cost = ExitCost((50.0, 50.0), (1.0, 0.0), plain_us=100.0, spread=spread)
     return " ".join(speed_lines(Choice(Policy("entropy", policy), {"max_drop": 0.0}, outcome, "00"), cost))
 
 
-def test_a_speed_up_is_told_as_surely_as_the_clock_knows_it():
-    assert told_of((0.1,), 50.0, 0.0).startswith("2.00x the speed of the plain network")
-    assert "between 1.87x and 2.14x" in told_of((0.1,), 50.0, 0.05)
-    assert "no clear difference" in told_of((0.1,), 98.0, 0.05) and "no clear" not in told_of((0.1,), 98.0, 0.001)
-    assert "--remeasure" in told_of((0.1,), 50.0, 0.05) and "--remeasure" not in told_of((0.1,), 50.0, 0.01)
-    assert "between" not in told_of((0.1,), 50.0, None)
-    assert told_of((None,), 100.0, 0.01) == "1.00x the speed of the plain network, 100.0 us"
+def test_a_speed_up_is_printed_with_its_timing_error():
+    assert lines_of((0.1,), 50.0, 0.0).startswith("2.00x the speed of the plain network")
+    assert "between 1.87x and 2.14x" in lines_of((0.1,), 50.0, 0.05)
+    assert "no clear difference" in lines_of((0.1,), 98.0, 0.05) and "no clear" not in lines_of((0.1,), 98.0, 0.001)
+    assert "--remeasure" in lines_of((0.1,), 50.0, 0.05) and "--remeasure" not in lines_of((0.1,), 50.0, 0.01)
+    assert "between" not in lines_of((0.1,), 50.0, None)
+    assert lines_of((None,), 100.0, 0.01) == "1.00x the speed of the plain network, 100.0 us"

@@ -22,7 +22,7 @@ VOID = {"meta", "img", "br"}
 
 
 class Page(HTMLParser):
-    """Checks that tags are balanced and keeps what is of interest."""
+    """Check that tags are balanced, and keep tags and text."""
 
     def __init__(self, text):
         super().__init__()
@@ -56,7 +56,7 @@ class Page(HTMLParser):
 
 
 def run(samples=60, exits=3, seed=0, **more):
-    """What a report is made of; the figures need not fit one another, only the counts must."""
+    """The contents of a report; only their counts must be consistent, not their values."""
     rng = np.random.default_rng(seed)
     thresholds = (0.3, None, 0.4, 0.5, 0.6)[: exits - 1]
     share = tuple(np.full(exits, 1 / exits))
@@ -153,7 +153,7 @@ class TestPage:
         labelled = [a["aria-labelledby"] for _, a in page.tags if "aria-labelledby" in a]
         assert labelled and set(labelled) <= set(ids)
 
-    def test_asks_nothing_of_other_machines(self, tmp_path):
+    def test_loads_nothing_from_other_machines(self, tmp_path):
         text = written(tmp_path)
         page = Page(text)
         assert not {"script", "link", "iframe", "object", "base", "form"} & {tag for tag, _ in page.tags}
@@ -178,7 +178,7 @@ class TestPage:
         assert {"var(--ink)", "var(--muted)", "var(--right)", "var(--wrong)", "var(--chosen)"} <= set(
             re.findall(r"var\(--\w+\)", svg)
         )
-        # nothing visible is left in a colour that a dark page would swallow
+        # no fixed colour, which could be invisible on a dark page
         assert not re.findall(r"#[0-9a-f]{6}(?=[;\"])", svg)
         declared = set(re.findall(r"(--\w+):", text))
         assert set(re.findall(r"var\((--\w+)\)", text)) <= declared
@@ -222,16 +222,16 @@ class TestPage:
         assert "chosen on the data that this page reports" in Page(written(tmp_path, choice=choice)).text
         assert "chosen on the data that this page reports" not in Page(written(tmp_path)).text
 
-    def test_says_what_is_promised(self, tmp_path):
+    def test_shows_the_promise(self, tmp_path):
         promise = Promise("max_drop", 0.005, 0.95, "betting", 500, 500)
         page = Page(written(tmp_path, choice=replace(run()["choice"], promise=promise)))
         assert str(promise) in page.text and "95 % confidence" not in Page(written(tmp_path)).text
 
-    def test_says_why_no_sample_leaves_early(self, tmp_path):
+    def test_shows_why_no_sample_leaves_early(self, tmp_path):
         page = Page(written(tmp_path, choice=replace(run()["choice"], reason="no <exit> pays")))
         assert "no <exit> pays" in page.text and "no <exit> pays" not in Page(written(tmp_path)).text
 
-    def test_is_the_same_again(self, tmp_path):
+    def test_is_deterministic(self, tmp_path):
         assert written(tmp_path) == written(tmp_path)
 
     def test_baseline_is_the_row_timed_as_the_cost_was(self, tmp_path):
@@ -253,7 +253,7 @@ class TestPage:
             ({"bench": [{"network": "x"}]}, r"a row of bench lacks \['accuracy_branchy'"),
         ],
     )
-    def test_what_does_not_fit_together(self, tmp_path, more, message):
+    def test_inconsistent_values(self, tmp_path, more, message):
         with pytest.raises(InputError, match=message):
             written(tmp_path, **more)
         assert not (tmp_path / "report.html").exists()
@@ -302,7 +302,7 @@ class TestGallery:
         with pytest.raises(InputError, match=message):
             a_gallery(**more)
 
-    def test_floats_are_no_pictures(self):
+    def test_float_images_are_refused(self):
         with pytest.raises(InputError, match=r"uint8.*float64"):
             Gallery("x", np.zeros((1, 8, 8)), [0], [0], [1], [0.0])
 
@@ -330,7 +330,7 @@ class TestFigures:
             "chosen thresholds, test data (95 %)",
         ]
 
-    def test_tradeoff_by_itself(self):
+    def test_tradeoff_without_marks(self):
         assert self.tips(figure_tradeoff([12_345.0], [0.5])) == ["12.35 ms, 50.00 %"]
 
     def test_tradeoff_shows_the_knee_and_not_every_point(self):
@@ -365,7 +365,7 @@ class TestFigures:
         Page(inline(figure, "x", "a figure"))
 
     @pytest.mark.parametrize("kind", ["png", "svg", "pdf"])
-    def test_saved_by_themselves(self, tmp_path, kind):
+    def test_save_figures(self, tmp_path, kind):
         figures = (
             figure_tradeoff([1, 2], [0.5, 0.6]),
             figure_shares((1.0,), (0.5,)),
@@ -392,7 +392,7 @@ class TestFigures:
 
 
 def test_undecodable_names_of_files_are_escaped(tmp_path):
-    """A folder of data may have any bytes as its name, and the title names it."""
+    """A folder name, which is part of the title, may contain any bytes."""
     made = run(title="net on folder:/data/caf\udce9", facts={"data": "folder:/data/caf\udce9", "\udcff": 1})
     write_report(tmp_path / "report.html", RunReport(**made))
     text = (tmp_path / "report.html").read_bytes().decode("utf-8")

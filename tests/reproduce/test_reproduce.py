@@ -1,4 +1,4 @@
-"""The paper's evaluation made again, on a small network and real digits, and beside naive loops."""
+"""The reproduction of the paper's evaluation on a small network and digits, compared with naive loops."""
 
 import itertools
 import json
@@ -49,7 +49,7 @@ def found(training, digits):
     return judge_network(RECIPE, training.all(), digits, samples=32, repeats=1, say=lambda line: None)
 
 
-def test_both_sides_start_from_one_baseline_and_train_as_long(training):
+def test_both_networks_start_from_one_baseline_with_equal_epochs(training):
     again = replace(training, recipe=replace(RECIPE, epochs=(2, 0)))
     nets = training.all()
     assert {p.name for p in training.folder.iterdir()} >= {"baseline", "joint", "continued", "lenet_2_4_8-digits"}
@@ -61,7 +61,7 @@ def test_both_sides_start_from_one_baseline_and_train_as_long(training):
     assert all(torch.equal(v, stopped[k]) for k, v in baseline.items())
 
 
-def test_branches_may_learn_alone_first(training, digits):
+def test_branches_may_be_trained_alone_first(training, digits):
     """On the frozen baseline, before the second part."""
     warm = replace(training, recipe=replace(RECIPE, warm=(1, 5e-3)))
     baseline, started = training.baseline().state_dict(), []
@@ -86,7 +86,7 @@ def test_branches_may_learn_alone_first(training, digits):
     assert any(not torch.equal(v, baseline[k]) for k, v in started[0].backbone.state_dict().items())
 
 
-def test_a_given_baseline_takes_the_place_of_the_first_part(training, tmp_path):
+def test_a_given_baseline_replaces_the_first_part(training, tmp_path):
     path = training.folder / "baseline" / "checkpoint.safetensors"
     given = replace(training, folder=tmp_path, start=path)
     first, expected = given.baseline().state_dict(), training.baseline().state_dict()
@@ -96,7 +96,7 @@ def test_a_given_baseline_takes_the_place_of_the_first_part(training, tmp_path):
         other.baseline()
 
 
-def test_images_grow_in_the_first_part_alone(training, tmp_path):
+def test_images_grow_in_the_first_part_only(training, tmp_path):
     seen = []
     recipe = replace(RECIPE, sides=(14, 28), plain=partial(SideCounting, seen), branchy=None, smaller=(), epochs=(3, 1))
     growing = replace(training, recipe=recipe, folder=tmp_path)
@@ -107,7 +107,7 @@ def test_images_grow_in_the_first_part_alone(training, tmp_path):
 
 
 class SideCounting(nn.Module):
-    """A network for images of any size, which notes the sizes that it is trained on."""
+    """A network for images of any size that records the sizes it is trained on."""
 
     def __init__(self, seen):
         super().__init__()
@@ -174,7 +174,7 @@ def test_table_1(found):
     assert rows["oracle_gain"] == pytest.approx(found.cost.plain_us / np.mean(left))
 
 
-def test_rows_of_a_gpu_stand_in_the_table_where_there_are_some(found):
+def test_the_table_has_the_rows_of_a_gpu_if_there_are_any(found):
     timed = {"plain_ms": 1.5, "branchy_ms": 0.5, "gain": 3.0}
     without = table1.table([table1.rows(found)])
     first, *others = found.points
@@ -184,7 +184,7 @@ def test_rows_of_a_gpu_stand_in_the_table_where_there_are_some(found):
     assert row.count("|") == 10
 
 
-def test_a_smaller_network_that_does_better_is_named(found):
+def test_a_better_smaller_network_is_named(found):
     def row(*smaller):
         return table1.rows(replace(found, smaller=smaller))
 
@@ -198,14 +198,14 @@ def test_a_smaller_network_that_does_better_is_named(found):
     assert "is better" not in table1.compared(row(slow, wrong))
 
 
-def test_rows_of_another_device(training, digits):
-    """The rows that a GPU gets, here of the processor."""
+def test_times_on_another_device(training, digits):
+    """The rows of a GPU, measured here on the CPU."""
     nets = training.all()
     row = on_device(nets.plain, nets.branchy, Policy(thresholds=(0.5,)), digits.test.images[:16].float() / 255, "cpu")
     assert row["gain"] == pytest.approx(row["plain_ms"] / row["branchy_ms"]) and row["plain_ms"] > 0
 
 
-def test_all_is_written_and_says_how_it_was_made(tmp_path, monkeypatch):
+def test_all_files_are_written_with_their_command(tmp_path, monkeypatch):
     monkeypatch.setitem(RECIPES, "b_lenet", RECIPE)
     monkeypatch.setattr(room, "FIG_4", "b_lenet")
     lines = []
@@ -218,7 +218,7 @@ def test_all_is_written_and_says_how_it_was_made(tmp_path, monkeypatch):
     assert stored["command"] == "branchynet reproduce fig3 --networks b_lenet" and stored["environment"]["torch"]
 
 
-def test_other_networks_rows_are_kept_where_they_were_made_alike(found, tmp_path, monkeypatch):
+def test_rows_of_other_networks_are_kept_if_made_in_the_same_way(found, tmp_path, monkeypatch):
     monkeypatch.setattr(room, "judge_network", lambda recipe, *args, **more: replace(found, recipe=recipe))
     monkeypatch.setattr(room, "shipped", lambda recipe: None)
     monkeypatch.setattr(room, "load_data", lambda name: None)

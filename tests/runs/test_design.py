@@ -1,4 +1,4 @@
-"""`branchynet design` on a run that was trained on real digits: what it writes, resumes, refuses and promises."""
+"""`branchynet design` on a run trained on digits: files, resuming, errors and promises."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def designed(base):
     return design_run(base, **OPTIONS)
 
 
-def test_the_design_is_a_run_of_its_own(base, designed):
+def test_a_design_is_a_complete_run(base, designed):
     advice, comparison = designed
     run = open_run(base.path / "design-1")
     assert (run.settings.taps, run.settings.branches) == (advice.design.taps, advice.design.branches)
@@ -47,7 +47,7 @@ def test_the_design_is_a_run_of_its_own(base, designed):
         assert (run.path / name).is_file(), name
 
 
-def test_the_comparison_tells_what_the_files_hold(base, designed):
+def test_the_comparison_equals_the_files(base, designed):
     _, comparison = designed
     folder = base.path / "design-1"
     data = load_data("digits")
@@ -69,7 +69,7 @@ def test_the_comparison_tells_what_the_files_hold(base, designed):
     assert comparison.error == pytest.approx(row["branchy_us"] / choice.outcome.mean_us - 1)
 
 
-def test_called_again_it_trains_nothing_again(base, designed):
+def test_a_second_call_trains_nothing(base, designed):
     def states():
         return {p: p.stat().st_mtime_ns for p in base.path.rglob("training.safetensors")}
 
@@ -92,16 +92,16 @@ def test_the_verbs_of_a_run_work_on_it_and_the_report_shows_candidates(base, des
         assert f"{one.branch} at {one.tap}" in page
 
 
-def test_the_command_line_tells_the_advice(base, designed, monkeypatch, capsys):
+def test_the_command_line_prints_the_advice(base, designed, monkeypatch, capsys):
     options = ("--max-drop", "0.02", "--epochs", "2", "--anyway", "--quiet")
     assert call(monkeypatch, "design", base.path, *options) == 0
-    told = " ".join(capsys.readouterr().out.split())
-    assert "predicted" in told and "measured" in told and "design-1" in told
+    output = " ".join(capsys.readouterr().out.split())
+    assert "predicted" in output and "measured" in output and "design-1" in output
     assert call(monkeypatch, "design", base.path, "--max-drop", "0.1", "--quiet") == 1
     assert "was designed with" in " ".join(capsys.readouterr().err.split())
 
 
-def test_that_the_plain_network_is_a_warm_start_is_told(base, designed, monkeypatch, tmp_path, capsys):
+def test_design_prints_that_the_plain_network_is_a_warm_start(base, designed, monkeypatch, tmp_path, capsys):
     copy = tmp_path / "run"
     shutil.copytree(base.path, copy)
     config = json.loads((copy / "config.json").read_text())
@@ -112,8 +112,8 @@ def test_that_the_plain_network_is_a_warm_start_is_told(base, designed, monkeypa
     assert "the warm start, trained for 6 epochs" in " ".join(capsys.readouterr().out.split())
 
 
-def test_for_another_runtime_there_is_a_design_of_its_own(base, designed, monkeypatch, capsys):
-    """Timed there. That it has exits is not for this machine's clock to say."""
+def test_each_runtime_has_its_own_design_folder(base, designed, monkeypatch, capsys):
+    """The design is timed in its runtime; whether it has exits depends on the machine."""
     advice, _ = designed
     monkeypatch.setattr(
         "branchynet.runs.design.advise",
@@ -129,7 +129,7 @@ def test_for_another_runtime_there_is_a_design_of_its_own(base, designed, monkey
     assert (base.path / "design-1" / "advice.json").read_bytes() == before
 
 
-def test_what_cannot_be_designed_for_is_refused(base, tmp_path):
+def test_untrained_runs_and_wrong_targets_are_refused(base, tmp_path):
     with pytest.raises(FileError, match="is not a run folder"):
         design_run(open_run(tmp_path))
     empty = create_run(tmp_path / "untrained", Settings())

@@ -1,4 +1,4 @@
-"""The files of a run name what they were made from, and what does not belong together is refused."""
+"""The files of a run hold their provenance, and mixed files are refused."""
 
 import json
 import shutil
@@ -40,10 +40,10 @@ def pictures(folder, count=40, seed=0):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Two runs on digits, of two seeds; of the first, all that a report needs but timings."""
+    """Two runs on digits with two seeds; the first has all files of a report except timings."""
     base = tmp_path_factory.mktemp("runs")
     one, other = trained(base / "one"), trained(base / "other", seed=1)
-    cost = ExitCost((20.0, 60.0), (5.0, 0.0), plain_us=80.0)  # no test waits for a clock
+    cost = ExitCost((20.0, 60.0), (5.0, 0.0), plain_us=80.0)  # no test measures costs
     for run in (one, other):
         cost.save(run.path / "cost.json")
         choose_run(run, max_drop=0.5)
@@ -59,14 +59,14 @@ def run(made, tmp_path):
 
 
 def timed(run):
-    """As `bench_run` leaves it, without the wait."""
+    """Write ``bench.json`` as `bench_run` does, without timing."""
     from branchynet.runs.provenance import keep_bench
 
     keep_bench(run.path, [])
 
 
 @pytest.mark.parametrize(
-    ("files", "verb", "told"),
+    ("files", "verb", "message"),
     [
         (["choice.json"], export_run, r"choice\.json was chosen for other weights .* run `branchynet choose .*run`"),
         (["checkpoint.safetensors"], export_run, "chosen for other weights .* run `branchynet train .*run` again"),
@@ -81,10 +81,10 @@ def timed(run):
         ),
     ],
 )
-def test_files_of_another_run_are_refused_with_the_step_that_makes_them_again(run, made, files, verb, told):
+def test_files_of_another_run_are_refused_with_the_step_that_recreates_them(run, made, files, verb, message):
     for name in files:
         shutil.copy(made[1].path / name, run.path / name)
-    with pytest.raises((FileError, InputError), match=told):
+    with pytest.raises((FileError, InputError), match=message):
         verb(run)
 
 
@@ -106,7 +106,7 @@ def test_a_report_does_not_mix_an_old_file_or_old_timings_with_a_new_choice(run)
         report_run(run)
 
 
-def test_timings_with_other_names_are_refused_with_the_command_that_times_again(run):
+def test_rows_with_other_columns_are_refused_with_the_bench_command(run):
     from branchynet.runs.provenance import keep_bench
 
     old = {"network": "n", "batch": 1, "threads": 1, "static_us": 2.0, "branchy_us": 1.0, "accuracy_static": 0.9}
@@ -115,7 +115,7 @@ def test_timings_with_other_names_are_refused_with_the_command_that_times_again(
         report_run(run)
 
 
-def test_the_same_thresholds_chosen_on_another_record_are_another_choice(run):
+def test_a_choice_on_another_record_differs_despite_equal_thresholds(run):
     choice, engine = Choice.load(run.path / "choice.json"), load(run.path / "model.onnx")
     val, test = (ExitRecord.load(run.path / f"record-{part}.npz") for part in ("val", "test"))
     check_report(run.path, choice, val, test, engine)
@@ -124,8 +124,8 @@ def test_the_same_thresholds_chosen_on_another_record_are_another_choice(run):
         check_report(run.path, other, val, test, engine)
 
 
-def test_what_a_run_of_today_lacks_is_no_fault(run):
-    """Files of a version that wrote no digests: they hold what they always did."""
+def test_files_without_digests_are_accepted(run):
+    """Earlier versions wrote no digests."""
     for name in ("val", "test"):
         path = run.path / f"record-{name}.npz"
         old = ExitRecord.load(path)
@@ -141,7 +141,7 @@ def test_what_a_run_of_today_lacks_is_no_fault(run):
     assert ExitRecord.load(run.path / "record-val.npz").inputs is not None and (run.path / "data.json").exists()
 
 
-def test_a_learned_choice_names_the_samples_that_fitted_it(run):
+def test_a_learned_choice_holds_the_samples_that_fitted_its_score(run):
     ExitCost((20.0, 60.0), (5.0, 0.0)).save(run.path / "cost-learned.json")
     val = ExitRecord.load(run.path / "record-val.npz")
     tuning, rest = halves(val.samples)
@@ -153,7 +153,7 @@ def test_a_learned_choice_names_the_samples_that_fitted_it(run):
         assert share_samples(choice.samples, val.inputs[rest])
 
 
-def test_a_picture_more_is_never_one_that_was_trained_on(tmp_path):
+def test_added_images_are_refused_and_never_move_from_training_to_test(tmp_path):
     name = pictures(tmp_path / "images")
     run = trained(tmp_path / "run", data=name)
     ExitCost((20.0, 60.0), (5.0, 0.0)).save(run.path / "cost.json")
@@ -180,13 +180,13 @@ def test_a_picture_more_is_never_one_that_was_trained_on(tmp_path):
         wanted -= {grown}
     path.unlink()
     train_run(run, progress=False)
-    (run.path / "data.json").unlink()  # as earlier versions, which split in another way, left it
+    (run.path / "data.json").unlink()  # as in earlier versions, which split in another way
     for verb in (report_run, lambda run: train_run(run, progress=False)):
         with pytest.raises(DataError, match=r"has no data\.json: its images were split in another way"):
             verb(run)
 
 
-def test_advice_on_other_weights_or_of_all_samples_is_refused(run, monkeypatch):
+def test_advice_on_other_weights_or_on_all_samples_is_refused(run, monkeypatch):
     folder = run.path / "design-1"
     folder.mkdir()
     options = {"threads": 1, "max_drop": 0.0, "exits": 4, "epochs": 3, "final_epochs": 0}
@@ -205,7 +205,7 @@ def test_advice_on_other_weights_or_of_all_samples_is_refused(run, monkeypatch):
         FileError, match=r"advice\.json is advice on other weights than those of .*; remove .*candidates"
     ):
         design_run(run, progress=False)
-    shutil.copy(folder / "advice.json", run.path / "advice.json")  # a design's folder is a run like any other
+    shutil.copy(folder / "advice.json", run.path / "advice.json")  # the folder of a design is a run folder
     with pytest.raises(FileError, match=r"does not name the samples that selected the design.*--no-promise"):
         choose_run(run, max_drop=0.5)
     assert choose_run(run, max_drop=0.5, confidence=None).promise is None
@@ -215,7 +215,7 @@ def test_advice_on_other_weights_or_of_all_samples_is_refused(run, monkeypatch):
     assert choose_run(run, max_drop=0.5).promise is not None
 
 
-def test_a_run_of_an_earlier_version_is_refused_with_the_command_that_makes_it_again(run):
+def test_a_run_of_an_earlier_version_is_refused_with_the_command_that_recreates_it(run):
     config = json.loads((run.path / "config.json").read_text())
     config["settings"]["static"] = config["settings"].pop("plain")
     (run.path / "config.json").write_text(json.dumps(config))

@@ -1,4 +1,4 @@
-"""What was made from something else names it, and mixed files are refused by name."""
+"""Values hold the digests of what they were made from, and mixed files are refused by name."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def recorded(net, **options):
 
 @pytest.mark.parametrize("of", ["softmax", "logits"])
 @pytest.mark.parametrize("weights", [None, [[1], [1, 3], [1, 1, 2]]])
-def test_an_average_is_a_network_of_its_own(of, weights):
+def test_an_averaged_network_has_its_own_fingerprint(of, weights):
     net = network()
     mean = averaged(net, weights, of=of)
     others = [averaged(net, w, of=o) for w in (None, [[1], [1, 3], [1, 1, 2]], [[1], [0, 1], [0, 0, 1]])
@@ -58,7 +58,7 @@ def test_averages_and_the_plain_network_are_not_mixed():
         choose(average, measure(net, batches()[0][0][:4], seconds=0.05), max_drop=0.5, confidence=None)
 
 
-def test_a_file_names_the_record_that_chose_and_its_promise(tmp_path):
+def test_a_file_holds_record_digest_and_promise(tmp_path):
     net, example = network(), batches()[0][0][:8]
     choice = choose(recorded(net), COST, max_drop=0.5)
     about = load(export(net, tmp_path / "m.onnx", policy=choice, example=example)).metadata
@@ -71,7 +71,7 @@ def test_a_file_names_the_record_that_chose_and_its_promise(tmp_path):
     assert plain["promise"] is None and "chosen_on" not in plain
 
 
-def test_inputs_are_known_whatever_they_come_in():
+def test_input_digests_do_not_depend_on_the_container():
     class Pairs(nn.Module):
         def forward(self, a, b):
             return a[:, :3] + b.float()
@@ -86,12 +86,12 @@ def test_inputs_are_known_whatever_they_come_in():
     halved = [(x.bfloat16().float(), labels)]
     net = network()
     first, second = (record(n, halved, progress=False) for n in (net, network(1)))
-    assert np.array_equal(first.inputs, second.inputs)  # of the samples, whatever answers
+    assert np.array_equal(first.inputs, second.inputs)  # depends on the samples, not on the network
     by_loss = record(net, halved, loss=lambda o, t: (o.argmax(1) != t).float(), progress=False)
     assert np.array_equal(by_loss.inputs, first.inputs)
 
 
-def test_what_was_selected_follows_the_network_into_its_records_and_files(tmp_path):
+def test_the_selection_sketch_is_in_records_and_files(tmp_path):
     net = network()
     every = recorded(net, samples=1200)
     tuning, rest = halves(every.samples)
@@ -107,7 +107,7 @@ def test_what_was_selected_follows_the_network_into_its_records_and_files(tmp_pa
     assert choose(fine, COST, max_drop=0.5).promise is not None
 
 
-def test_a_choice_on_disk_knows_what_its_score_was_fitted_on(tmp_path):
+def test_a_stored_choice_holds_the_samples_of_its_score(tmp_path):
     every = recorded(network(), samples=1200)
     score = fit_score(every.take(halves(1200)[0]))
     choice = choose(every, COST, max_drop=0.5, score=score)

@@ -23,16 +23,16 @@ def own_cache_folder(tmp_path, monkeypatch):
 
 
 def start(path, settings):
-    """What `train` does first."""
+    """The first steps of `train`."""
     configure(create_run(path, settings))
 
 
 def stranger(monkeypatch, tmp_path):
-    """From here on, another user."""
+    """Act as another user from now on."""
     monkeypatch.setattr(trust, "_place", lambda: tmp_path / "other" / "trusted")
 
 
-def test_what_one_made_oneself_is_opened(tmp_path, monkeypatch):
+def test_the_users_own_folder_opens(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     start(tmp_path / "run", Settings(network=NAME))
     (tmp_path / "link").symlink_to("run")
@@ -41,7 +41,7 @@ def test_what_one_made_oneself_is_opened(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("how", [shutil.move, shutil.copytree])
-def test_a_folder_elsewhere_needs_trust_once(tmp_path, how):
+def test_a_moved_or_copied_folder_needs_trust_once(tmp_path, how):
     start(tmp_path / "run", Settings(network=NAME))
     how(tmp_path / "run", tmp_path / "other")
     with pytest.raises(InputError, match="--trust once"):
@@ -51,8 +51,8 @@ def test_a_folder_elsewhere_needs_trust_once(tmp_path, how):
 
 
 @pytest.mark.parametrize("whose", ["config.json", "all"])
-def test_what_a_trusted_folder_holds_proves_nothing(tmp_path, whose):
-    """A folder from elsewhere may hold copies of all that lies in one made here."""
+def test_the_content_of_a_trusted_folder_proves_nothing(tmp_path, whose):
+    """A folder from elsewhere may hold copies of all files of a folder made here."""
     start(tmp_path / "run", Settings(network=NAME))
     (tmp_path / "hostile").mkdir()
     for file in (tmp_path / "run").iterdir() if whose == "all" else [tmp_path / "run" / "config.json"]:
@@ -97,7 +97,7 @@ def test_a_refused_training_trusts_nothing(tmp_path, monkeypatch):
         open_run(tmp_path / "run")
 
 
-def test_what_a_stranger_made_needs_trust(tmp_path, monkeypatch):
+def test_the_folder_of_another_user_needs_trust(tmp_path, monkeypatch):
     start(tmp_path / "run", Settings(network=NAME))
     stranger(monkeypatch, tmp_path)
     with pytest.raises(InputError, match=rf"{NAME}.*--trust.*trust=True"):
@@ -106,7 +106,7 @@ def test_what_a_stranger_made_needs_trust(tmp_path, monkeypatch):
     assert not CALLED
 
 
-def test_trust_is_of_one_function(tmp_path):
+def test_trust_is_for_one_function(tmp_path):
     start(tmp_path / "run", Settings(network=NAME))
     config = tmp_path / "run" / "config.json"
     stored = json.loads(config.read_text())
@@ -124,7 +124,7 @@ def test_networks_of_the_zoo_need_no_trust(tmp_path, monkeypatch):
     assert open_run(tmp_path / "run").settings == Settings()
 
 
-def test_without_a_cache_folder_one_trusts_by_hand(tmp_path, monkeypatch):
+def test_without_a_cache_folder_trust_must_be_given(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(trust, "_place", lambda: tmp_path / "file" / "trusted")
     start(tmp_path / "run", Settings(network=NAME))
@@ -139,5 +139,5 @@ def test_every_verb_asks_for_trust(tmp_path, monkeypatch, verb):
     refused = CliRunner().invoke(app, [verb, str(tmp_path / "run")])
     assert isinstance(refused.exception, InputError) and "--trust" in str(refused.exception)
     trusted = CliRunner().invoke(app, [verb, str(tmp_path / "run"), "--trust"])
-    assert "--trust" not in str(trusted.exception)  # it is not trained, which is the next thing to say
+    assert "--trust" not in str(trusted.exception)  # the next error: it is not trained
     assert not CALLED

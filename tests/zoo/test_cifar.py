@@ -1,4 +1,4 @@
-"""AlexNet, ResNet and their branches against section 2 of the paper's description, worked out by hand."""
+"""AlexNet, ResNet and their branches compared with section 2 of the paper's description, computed by hand."""
 
 import functools
 
@@ -235,7 +235,7 @@ def test_other_depths_are_refused(make, n):
         make(n)
 
 
-def test_other_places_of_the_branches_are_refused():
+def test_unknown_branches_are_refused():
     with pytest.raises(InputError, match=r"branches='texts'.*did you mean 'text'"):
         b_alexnet(branches="texts")
 
@@ -245,7 +245,7 @@ def test_other_places_of_the_branches_are_refused():
     ("make", "plain", "exits"),
     [(b_alexnet, alexnet, 3), (functools.partial(b_resnet, 110), functools.partial(resnet, 110), 4)],
 )
-def test_designed_exits_stand_on_the_same_trunk(make, plain, exits, target):
+def test_designed_exits_share_the_trunk(make, plain, exits, target):
     torch.manual_seed(0)
     net, x = make(target=target).eval(), images(3)
     assert net.num_exits == exits and net.backbone.state_dict().keys() == plain().state_dict().keys()
@@ -255,7 +255,7 @@ def test_designed_exits_stand_on_the_same_trunk(make, plain, exits, target):
         make(target="speed")
 
 
-def test_exits_are_designed_for_resnet_110_alone():
+def test_exits_are_designed_for_resnet_110_only():
     with pytest.raises(InputError, match=r"n=20, only for 110.*branches='published'"):
         b_resnet(20)
     with pytest.raises(InputError, match=r"branches='publish'.*did you mean 'published'"):
@@ -286,8 +286,8 @@ def crops():
         functools.partial(b_resnet, 110, branches="published"),
     ],
 )
-def test_exits_with_shipped_weights_name_the_same_things(make, crops):
-    """They see photographs unlike those they learned from; exits with weights of another network would not agree."""
+def test_exits_with_shipped_weights_agree(make, crops):
+    """The photographs differ from the training images; exits with weights of another network would not agree."""
     with torch.no_grad():
         *early, last = (output.argmax(dim=1) for output in make(pretrained=True).eval()(crops))
     for labels in early:

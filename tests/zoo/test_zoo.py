@@ -1,4 +1,4 @@
-"""The paper's networks, layer for layer, against the description in section 2 worked out by hand."""
+"""The layers of the paper's networks compared with the description in section 2, computed by hand."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def parameters(net):
 
 
 def shaped(net, tensors):
-    """The parameters of `net` one by one, as they are written in `tensors`."""
+    """The parameters of `net`, in the shapes of `tensors`."""
     assert [tuple(p.shape) for p in net.parameters()] == tensors
     return list(net.parameters())
 
@@ -36,7 +36,7 @@ def pool(x):
 
 
 def published(x, w):
-    """The trunk as section 2 has it, `w` in the order of its layers: the first convolution's raw output, the logits."""
+    """The raw output of the first convolution and the logits, by section 2; `w` is in the order of its layers."""
     first = F.conv2d(x, w[0], w[1], padding=3)
     x = pool(F.conv2d(pool(first), w[2], w[3], padding=3))
     x = pool(F.conv2d(x, w[4], w[5], padding=3)).flatten(1)
@@ -78,7 +78,7 @@ def test_multiply_accumulates_are_those_of_the_paper():
 
 
 @pytest.mark.parametrize("target", ["latency", "batch"])
-def test_designed_exits_stand_on_the_same_trunk(target):
+def test_designed_exits_share_the_trunk(target):
     torch.manual_seed(0)
     net, x = b_lenet(target=target), torch.rand(3, 1, 28, 28)
     assert net.taps[0] == "input" and net.num_exits >= 3
@@ -105,23 +105,23 @@ def test_a_name_on_the_command_line_is_the_same_network_as_in_python(name, make)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ({"branches": "publishd"}, r"branches='publishd' is none of designed, published; did you mean 'published'"),
         ({"target": "lattency"}, r"target='lattency' is none of latency, batch; did you mean 'latency'"),
     ],
 )
-def test_other_branches_and_targets_are_refused(arguments, told):
-    with pytest.raises(InputError, match=told):
+def test_other_branches_and_targets_are_refused(arguments, message):
+    with pytest.raises(InputError, match=message):
         b_lenet(**arguments)
 
 
 @pytest.mark.parametrize(
     "arguments", [{}, {"target": "batch"}, {"branches": "published"}], ids=lambda a: "-".join(a.values()) or "default"
 )
-def test_shipped_weights_know_digits_of_another_collection(arguments):
+def test_shipped_weights_recognize_digits_of_another_data_set(arguments):
     found = record(b_lenet(pretrained=True, **arguments), loader(load_data("digits").test, 300), progress=False)
-    assert (1 - found.losses.mean(axis=0) > 0.4).all()  # far above the 0.1 of weights that do not belong
+    assert (1 - found.losses.mean(axis=0) > 0.4).all()  # far above the 0.1 of other weights
 
 
 @pytest.mark.parametrize("make", [lenet, b_lenet])

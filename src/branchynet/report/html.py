@@ -274,7 +274,7 @@ def _bench(rows: Sequence[Mapping[str, Any]]) -> str:
     table = _table("Microseconds per sample; every operation is timed", head, body, words=(1,))
     return (
         '<section class="dense" aria-labelledby="bench">\n<h2 id="bench">Measured speed</h2>\n<p class="quiet">'
-        "Limit: the time of the plain graphs up to each exit, weighted by the share of samples that leave there. "
+        "Limit: the time of separate graphs that end at each exit, weighted by the share that leaves there. "
         f"Overhead: branchy ÷ limit. Speed-up: plain ÷ branchy.</p>\n{table}\n</section>"
     )
 
