@@ -12,10 +12,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from ..errors import DataError, InputError, counted, printable
-from .images import decode, image_size
+from .images import decode, image_size, readable_extensions
 
 MOST_UNASKED = 1 << 20  # limit of pixels per image if no size is given; photographs must not fill the memory
 MOST_BYTES = 8 << 30  # limit of all images in memory
@@ -145,7 +144,7 @@ def _listed(roots: dict[int, Path], least: int) -> tuple[list[str], list[tuple[l
 
 
 def _image_files(folder: Path, least: int) -> list[Path]:
-    known = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    known = readable_extensions()
     files = sorted(
         (file for file in folder.iterdir() if file.suffix.lower() in known and not file.name.startswith(".")),
         key=lambda file: file.name,

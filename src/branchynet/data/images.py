@@ -38,7 +38,7 @@ def read_image(path: str | os.PathLike[str], shape: tuple[int, int, int]) -> NDA
 
 def images_in(folder: Path) -> list[Path]:
     """List the image files in a folder and its subfolders by name, without hidden ones. Raises `DataError` if empty."""
-    known = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    known = readable_extensions()
     found = sorted(
         file
         for file in folder.rglob("*")
@@ -47,6 +47,11 @@ def images_in(folder: Path) -> list[Path]:
     if not found:
         raise DataError(f"{folder} holds no image file; give image files, or a folder of images")
     return found
+
+
+def readable_extensions() -> set[str]:
+    """The extensions of image files that Pillow can read, in lower case."""
+    return {extension for extension, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
 def save_image(image: ArrayLike, path: str | os.PathLike[str]) -> None:

@@ -133,12 +133,12 @@ def print_bench(out: Console, rows: Sequence[Mapping[str, Any]], note: str = "")
         threads = f"{counted(row['threads'], 'thread')}"
         right = "" if row["plain_accuracy"] is None else f"{row['plain_accuracy']:.2%}"
         branchy = f"{row['accuracy_branchy']:.2%}"
-        for where, name, us, accuracy, told in (
+        for first, name, us, accuracy, last in (
             (row["engine"], "plain", row["plain_us"], right, ""),
             (f"batch {row['batch']}", row["network"], row["branchy_us"], branchy, shares),
             (threads, "limit", row["limit_us"], branchy, f"overhead {row['overhead']:.2f}"),
         ):
-            lines.append((where, name, f"{us:.1f}", f"{row['plain_us'] / us:.2f}x", accuracy, told))
+            lines.append((first, name, f"{us:.1f}", f"{row['plain_us'] / us:.2f}x", accuracy, last))
     show(out, columns, lines, title="microseconds per sample, and test accuracy", every=3)
     if rows and all(threshold is None for threshold in rows[0]["thresholds"]):
         out.print("no sample leaves early with these thresholds: the file computes the plain network and its score")

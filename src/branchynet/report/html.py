@@ -89,13 +89,13 @@ def write_report(
     choice, outcome, record, cost, bench = report.choice, report.outcome, report.record, report.cost, report.bench
     scores, plain = np.asarray(report.scores), report.plain
     _check(choice, outcome, record, scores, cost, bench)
-    alike = _timed_alike(bench, cost)
-    if plain is None and alike is not None and alike["plain_accuracy"] is not None:
+    matching = _matching_row(bench, cost)
+    if plain is None and matching is not None and matching["plain_accuracy"] is not None:
         # Prefer the time measured together with the curve: the machine may have been faster or slower at other times.
-        plain_us = alike["plain_us"] if cost is None or cost.plain_us is None else cost.plain_us
-        plain = float(plain_us), float(alike["plain_accuracy"])
+        plain_us = matching["plain_us"] if cost is None or cost.plain_us is None else cost.plain_us
+        plain = float(plain_us), float(matching["plain_accuracy"])
     sections = [
-        _head(report.title, choice, outcome, record, alike or next(iter(bench), None)),
+        _head(report.title, choice, outcome, record, matching or next(iter(bench), None)),
         _tradeoff(choice, outcome, report.curve, plain, picture),
         _candidates(report.candidates, report.taken, plain),
         _exits(choice, outcome, cost),
@@ -313,7 +313,7 @@ def _table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], wor
     )
 
 
-def _timed_alike(bench: Sequence[Mapping[str, Any]], cost: ExitCost | None) -> Mapping[str, Any] | None:
+def _matching_row(bench: Sequence[Mapping[str, Any]], cost: ExitCost | None) -> Mapping[str, Any] | None:
     """The row with the batch size and the threads of `cost`."""
     for row in bench:
         if cost is not None and (row["batch"], row["threads"]) == (cost.batch_size, cost.threads):

@@ -98,8 +98,8 @@ def _write(folder: Path, what: str, row: dict[str, Any], about: dict[str, Any]) 
     """Write one network's row, keep the rows of others made in the same way, and return all rows."""
     path = folder / f"{what}.json"
     stored = read_json(path) if path.exists() else None
-    alike = isinstance(stored, dict) and all(stored.get(key) == value for key, value in about.items())
-    earlier = read_entry(path, "networks", list[dict[str, Any]], "`branchynet reproduce`") if alike else []
+    comparable = isinstance(stored, dict) and all(stored.get(key) == value for key, value in about.items())
+    earlier = read_entry(path, "networks", list[dict[str, Any]], "`branchynet reproduce`") if comparable else []
     every = {one["name"]: one for one in (*earlier, row) if one.get("name") in RECIPES}
     names = sorted(every, key=list(RECIPES).index)
     networks = [every[name] for name in names]

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ..arguments import check_fraction
 from ..data import ImageData
 from ..design import Advice, SearchOptions, advise
@@ -200,8 +202,7 @@ def _advised(base: Run, data: ImageData, folder: Path, target: Target, asked: di
     """Load the advice in the folder, or make it; `asked` is the content of ``asked.json``."""
     path = folder / "advice.json"
     settings = base.settings
-    plain = build_network(replace(settings, taps=()), data).backbone
-    load_weights(plain, _plain(base, "warm-start" if settings.warm_start_epochs else "plain"))
+    plain = _plain_network(base, data, "warm-start" if settings.warm_start_epochs else "plain")
     if path.exists():
         made = read_json(folder / "asked.json")
         if made != asked:
@@ -243,8 +244,7 @@ def _compared(
 ) -> Comparison:
     """Choose thresholds at the plain network's accuracy, predict the latency, then export and time the file."""
     _, val = loaders(run.settings, data)
-    plain = build_network(replace(base.settings, taps=()), data).backbone
-    load_weights(plain, _plain(base, "plain" if base.settings.plain else "warm-start"))
+    plain = _plain_network(base, data, "plain" if base.settings.plain else "warm-start")
     report_progress(progress, "recording the plain network, and measuring the cost of the trained design")
     wanted = evaluate(record(plain, val, progress=False), Policy()).accuracy - max_drop
     cost = measure(net, example_of(data), advice.target, seconds=TIMING_S)
@@ -291,11 +291,13 @@ def _compared(
     return found
 
 
-def _plain(base: Run, name: str) -> Path:
-    """The weights of a plain network of the run. Raises `FileError` if the run trained none."""
+def _plain_network(base: Run, data: ImageData, name: str) -> nn.Module:
+    """A trained plain network of the run. Raises `FileError` if the run trained none."""
     path = base.path / name / "checkpoint.safetensors"
     if not path.exists():
         raise FileError(
             f"{base.path} has no {name}/ network to design exits for; train the run with --warm-start-epochs above 0"
         )
-    return path
+    net = build_network(replace(base.settings, taps=()), data).backbone
+    load_weights(net, path)
+    return net

@@ -20,6 +20,7 @@ from ..nn.attaching import attach_branches
 from ..nn.calls import evaluating
 from ..nn.network import BranchyNet
 from ..training.context import accelerating
+from ..training.options import PRECISIONS
 from ..zoo import NETWORKS
 
 AUGMENTS = {
@@ -103,10 +104,9 @@ def check_settings(settings: Settings) -> None:
     """Raise `InputError` for a value that cannot be trained with on this machine; reads no data."""
     if settings.augment not in AUGMENTS:
         raise InputError(f"unknown augment {settings.augment!r}{nearest(settings.augment, AUGMENTS)}")
-    precisions = ("no", "bf16", "fp16")
-    if settings.mixed_precision not in precisions:
+    if settings.mixed_precision not in PRECISIONS:
         raise InputError(
-            f"unknown mixed_precision {settings.mixed_precision!r}{nearest(settings.mixed_precision, precisions)}"
+            f"unknown mixed_precision {settings.mixed_precision!r}{nearest(settings.mixed_precision, PRECISIONS)}"
         )
     if settings.mixed_precision != "no":
         with accelerating(settings.mixed_precision, None):  # raises if this machine lacks the precision
