@@ -198,8 +198,8 @@ MISTAKES = {
     "no batch": (["bench", "{run}", "--batch", ""], "one batch size"),
     "a folder without images": (["predict", "{run}", "{tmp}/empty"], "empty"),
     "a folder without a file": (["inspect", "{tmp}/empty"], "branchynet export"),
-    "lists of nothing": (["bench", "{run}", "--threads", "1,"], "no list of numbers"),
-    "weights of nothing": (["train", "{tmp}/new", "--loss-weights", ","], "no list of numbers"),
+    "lists of nothing": (["bench", "{run}", "--threads", "1,"], "not a list of numbers"),
+    "weights of nothing": (["train", "{tmp}/new", "--loss-weights", ","], "not a list of numbers"),
     "a seed beyond all": (["train", "{tmp}/new", "--seed", "99999999999999999999"], "seed must be at most"),
     "a seed whose next is beyond": (["train", "{tmp}/new", "--seed", "4294967295"], "seed must be at most"),
     "half precision without a GPU": (["train", "{tmp}/new", "--mixed-precision", "fp16"], "GPU"),
@@ -287,6 +287,7 @@ def test_costs_are_measured_again_when_asked_for(run, tmp_path, monkeypatch):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     stored = json.loads((copy / "cost.json").read_text())
+    del stored["sha256"]
     (copy / "cost.json").write_text(json.dumps(stored | {"plain_us": 12345.0}))
     choose = ("choose", copy, "--max-drop", 0.02, "--no-promise", "--quiet")
     assert call(monkeypatch, *choose) == 0 and ExitCost.load(copy / "cost.json").plain_us == 12345.0
@@ -297,6 +298,7 @@ def test_reason_and_next_step_are_printed_if_no_sample_leaves_early(run, tmp_pat
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     stored = json.loads((copy / "cost.json").read_text())
+    del stored["sha256"]
     branch = [10 * sum(stored["trunk_us"]), 0.0]
     (copy / "cost.json").write_text(json.dumps(stored | {"branch_us": branch, "plain_us": sum(stored["trunk_us"])}))
     assert call(monkeypatch, "choose", copy, "--max-drop", 0.02, "--no-promise") == 0
@@ -352,7 +354,7 @@ def test_long_steps_print_progress_unless_quiet(run, tmp_path, monkeypatch, caps
         "measuring": ("choose", copy, "--max-drop", 0.02, "--no-promise", "--remeasure"),
         "exporting": ("export", copy),
         "timing in onnxruntime": ("bench", copy, "--batch", 1),
-        "answering": ("report", copy),
+        "predicting": ("report", copy),
     }
     for output, step in steps.items():
         assert call(monkeypatch, *step) == 0
