@@ -1,4 +1,4 @@
-"""What every engine takes and refuses in a call, whichever runtime answers: order, names, tensors, and many samples."""
+"""Calls of an engine in every runtime: order and names of inputs, tensors, and many samples."""
 
 import copy
 import importlib.util
@@ -75,7 +75,7 @@ def test_inputs_may_come_by_name_in_a_mapping_and_as_tensors(engine):
 
 
 @pytest.mark.parametrize(
-    ("positional", "named", "told"),
+    ("positional", "named", "message"),
     [
         (
             ["image"],
@@ -88,17 +88,17 @@ def test_inputs_may_come_by_name_in_a_mapping_and_as_tensors(engine):
         (["image", "vector"], {"threshold": "vector"}, r"\['threshold'\] by name"),
     ],
 )
-def test_wrong_names_are_told(engine, positional, named, told):
+def test_wrong_names_are_reported(engine, positional, named, message):
     given = dict(zip(("image", "vector"), tensors(3), strict=True))
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         engine(*(given[name] for name in positional), **{name: given[value] for name, value in named.items()})
     if not positional:
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=message):
             engine({name: given[value] for name, value in named.items()})
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda image: image.double(), r"float64 \(3, 2, 8, 8\).*\.to\(torch\.float32\)"),
         (lambda image: image.bfloat16(), r"bfloat16 .*\.to\(torch\.float32\)"),
@@ -112,15 +112,15 @@ def test_wrong_names_are_told(engine, positional, named, told):
         (lambda image: None, "'image' is NoneType"),
     ],
 )
-def test_what_is_wrong_with_an_input_is_told_with_a_remedy(engine, change, told):
+def test_wrong_inputs_are_reported_with_a_remedy(engine, change, message):
     image, vector = tensors(3)
-    if engine.__class__ is TorchEngine and told == "image":
-        return  # PyTorch's own to refuse
-    with pytest.raises(InputError, match=told):
+    if engine.__class__ is TorchEngine and message == "image":
+        return  # PyTorch refuses it
+    with pytest.raises(InputError, match=message):
         engine(change(image), vector)
 
 
-def test_right_inputs_are_not_looked_at_twice(opened, monkeypatch):
+def test_right_inputs_are_checked_once(opened, monkeypatch):
     monkeypatch.delattr(inputs, "_mended")
     image, vector = (t.numpy() for t in tensors(5))
     for rows in (0, 1, 5):
@@ -131,19 +131,19 @@ def test_right_inputs_are_not_looked_at_twice(opened, monkeypatch):
 
 
 @pytest.mark.parametrize("rows", [-1, 0, -5, 2.5, "64", (3,), np.float32(4), True])
-def test_a_number_of_rows_that_is_none_is_refused(opened, rows):
+def test_wrong_numbers_of_rows_are_refused(opened, rows):
     with pytest.raises(InputError, match="rows must be"):
         opened.answer_all(*tensors(4), rows=rows)
 
 
-def test_inputs_of_unequal_numbers_of_samples_are_refused_before_any_answer(opened):
+def test_unequal_batch_sizes_are_refused_before_any_call(opened):
     image, vector = (t.numpy() for t in tensors(600))
     for samples in ((512, 600), (600, 512), (256, 0)):
         with pytest.raises(InputError, match=rf"batch sizes \[{samples[0]}, {samples[1]}\]"):
             opened.answer_all(image[: samples[0]], vector[: samples[1]], rows=256)
 
 
-def test_many_samples_come_in_every_form_that_a_call_takes(opened):
+def test_answer_all_takes_every_form_of_inputs(opened):
     image, vector = tensors(11)
     for thresholds in (None, (0.3, None)):
         want = opened(image, vector, thresholds=thresholds)
@@ -174,20 +174,20 @@ def test_rows_are_chosen_by_memory(file, folder, bytes_each, most):
     assert sizes == [most, most, 1]
 
 
-def test_bytes_of_a_sample_are_those_in_use_at_once():
+def test_sample_bytes_are_the_peak_in_use():
     sketch = Sketch()
     x = sketch.input("x", 100)  # 400 bytes
-    wide = sketch.op("Concat", x, x, x, shape=[sketch.batch, 300], axis=1)  # 1200 bytes, while x is still to be read
+    wide = sketch.op("Concat", x, x, x, shape=[sketch.batch, 300], axis=1)  # 1200 bytes, while x is still needed
     narrow = sketch.op("Slice", wide, shape=[sketch.batch, 10])
     first = sketch.op("Neg", narrow, shape=[sketch.batch, 10])
     last = sketch.op("Slice", x, shape=[sketch.batch, 10])
     flat = sketch.flat([first, last], [sketch.total(first), sketch.total(last)])
     assert sample_bytes(flat) == 400 + 1200 + 40
-    flat.model.graph.outputs.append(wide)  # kept to the end, while narrow and then last stand beside first
+    flat.model.graph.outputs.append(wide)  # kept to the end, while narrow and then last are computed
     assert sample_bytes(flat) == 400 + 1200 + 40 + 40
 
 
-def test_bytes_of_a_sample_do_not_depend_on_the_batch_of_the_example():
+def test_sample_bytes_do_not_depend_on_the_batch_of_the_example():
     flat = flat_of(two_inputs)[2]
     inputs = 4 * (2 * 8 * 8 + 5)
     assert inputs < sample_bytes(flat) < 100 * inputs
@@ -202,7 +202,7 @@ def copies(engine):
 
 
 @pytest.mark.parametrize("other", ["exported", "truncated", "gone"])
-def test_a_copy_of_an_engine_refuses_another_file(file, tmp_path, other):
+def test_a_copy_of_an_engine_refuses_a_changed_file(file, tmp_path, other):
     path = tmp_path / "model.onnx"
     path.write_bytes(file.read_bytes())
     seal.seal(path)
@@ -236,7 +236,7 @@ def test_an_engine_pickles_and_copies_by_its_path(file, folder, monkeypatch):
         monkeypatch.chdir(folder)
 
 
-def test_a_copy_of_a_file_that_is_gone_says_so(file, folder):
+def test_a_copy_reports_a_missing_file(file, folder):
     passing = folder / "passing.onnx"
     passing.write_bytes(file.read_bytes())
     engine = load(passing)
@@ -251,7 +251,7 @@ def test_a_copy_of_a_file_that_is_gone_says_so(file, folder):
 
 
 def without_inputs(path, folder, gone):
-    """The file with some inputs that have defaults made constants, as simplifiers do."""
+    """A copy of the file with some default inputs turned into constants, as simplifiers do."""
     model = onnx.load(path)
     held = {t.name for t in model.graph.initializer} & gone
     kept = [i for i in model.graph.input if i.name not in held]
@@ -271,9 +271,7 @@ def without_inputs(path, folder, gone):
         (OWN, set(), [OWN, (0.3, None)], []),
     ],
 )
-def test_thresholds_that_became_constants_answer_by_default_and_are_refused_in_words(
-    folder, runtime, policy, gone, free, fixed
-):
+def test_constant_thresholds_are_used_and_others_are_refused(folder, runtime, policy, gone, free, fixed):
     path = folder / "whole.onnx"
     ir.save(assemble(flat_of(two_inputs)[2], Policy(thresholds=policy)), path)
     x = tensors(24)
@@ -288,7 +286,7 @@ def test_thresholds_that_became_constants_answer_by_default_and_are_refused_in_w
 
 
 class Unread(torch.nn.Module):
-    """Reads `x`, and what it is told to of its other inputs only in its last layer."""
+    """Reads `x`, and the named other inputs only in its last layer."""
 
     def __init__(self, *late):
         super().__init__()
@@ -301,7 +299,7 @@ class Unread(torch.nn.Module):
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("policy", [None, Policy(thresholds=(1.3,)), Policy(thresholds=(None,))], ids=str)
-def test_inputs_that_nothing_reads_are_still_the_files(folder, runtime, policy):
+def test_unused_inputs_are_still_inputs(folder, runtime, policy):
     batch = {"x": torch.randn(8, 6), "ids": torch.arange(16).reshape(8, 2), "mask": torch.rand(8, 3)}
     net = attach(Unread(), ["a"], example=batch)
     path = export(net, folder / "unread.onnx", policy=policy, example=batch)
@@ -314,7 +312,7 @@ def test_inputs_that_nothing_reads_are_still_the_files(folder, runtime, policy):
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_weights_in_another_file_are_read_and_missed_by_name(file, folder, runtime):
+def test_external_weights_are_read_and_named_if_missing(file, folder, runtime):
     model = onnx.load(file)
     onnx.save(model, folder / "apart.onnx", save_as_external_data=True, location="apart.bin", size_threshold=64)
     assert (folder / "apart.bin").stat().st_size > 0
@@ -347,7 +345,7 @@ def test_providers_are_names_or_names_with_options(file, providers):
 
 
 @pytest.mark.parametrize(
-    ("providers", "told"),
+    ("providers", "message"),
     [
         ([("AbacusExecutionProvider", {"beads": 10})], "has no 'AbacusExecutionProvider'; it has"),
         ([("CPUExecutionProvider", 5)], r"names, or pairs of a name and a dict of options; got \('CPU"),
@@ -357,13 +355,13 @@ def test_providers_are_names_or_names_with_options(file, providers):
         ([({}, {})], r"names, or pairs .*got \{\}"),
     ],
 )
-def test_malformed_and_missing_providers_are_told(file, providers, told):
-    with pytest.raises(InputError, match=told):
+def test_malformed_and_missing_providers_are_reported(file, providers, message):
+    with pytest.raises(InputError, match=message):
         load(file, providers=providers)
 
 
 @pytest.mark.parametrize("threads", [0, -2, 1.5, "2", [1]])
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_a_number_of_threads_that_is_none_is_refused(file, runtime, threads):
+def test_wrong_numbers_of_threads_are_refused(file, runtime, threads):
     with pytest.raises(InputError, match=r"threads must be (at least 1|a whole number)"):
         load(file, threads=threads, runtime=runtime)

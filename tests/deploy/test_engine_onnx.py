@@ -1,4 +1,4 @@
-"""The ONNX Runtime engine: what it accepts, how it refuses, and that threads do not disturb each other."""
+"""The ONNX Runtime engine: accepted calls, refused calls and files, and concurrent calls."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -51,7 +51,7 @@ def same(ours, theirs):
         np.testing.assert_array_equal(a, b)
 
 
-# What it says and gives
+# Description and predictions
 
 
 def test_inputs_are_described(engine):
@@ -79,7 +79,7 @@ def test_flat_files_give_empty_batches_too(folder):
         assert [a.shape for a in engine(*arrays(rows))] == [(rows,), (rows,), (rows,), (rows, 4)]
 
 
-def test_strided_arrays_are_read_as_they_look(engine):
+def test_strided_arrays_are_read_correctly(engine):
     image, vector = arrays(6)
     views = np.asfortranarray(image), np.ascontiguousarray(vector[::-1])[::-1]
     assert not any(view.flags.c_contiguous for view in views)
@@ -90,7 +90,7 @@ def test_strided_arrays_are_read_as_they_look(engine):
     "given_as", [OWN, [0.3, None], (None, 1.2), [None, None], np.array([1.1, 0.7]), [np.inf, 0.0], [1e39, 0.0]]
 )
 @pytest.mark.parametrize("required", [False, True])
-def test_thresholds_of_a_call_are_as_those_of_a_file(folder, given_as, required):
+def test_thresholds_of_a_call_act_like_those_of_a_file(folder, given_as, required):
     how = {"thresholds": "input"} if required else {}
     free = open_engine(folder, Policy(thresholds=OWN), "free", **how)
     never = [-1.0 if t is None else min(t, 3e38) for t in given_as]  # entropies are not negative: never below -1
@@ -109,14 +109,14 @@ def test_an_exit_left_out_needs_none_as_its_threshold(folder):
         engine(*arrays(9), thresholds=[0.5, 1.0])
 
 
-# What it refuses
+# Refused calls
 
 
 IMAGE, VECTOR = np.zeros((3, 2, 8, 8), np.float32), np.zeros((3, 5), np.float32)
 
 
 @pytest.mark.parametrize(
-    ("given_as", "told"),
+    ("given_as", "message"),
     [
         ([], "0 inputs given.*reads 2: image: float32"),
         ([IMAGE], "1 inputs given.*reads 2"),
@@ -133,13 +133,13 @@ IMAGE, VECTOR = np.zeros((3, 2, 8, 8), np.float32), np.zeros((3, 5), np.float32)
         ([IMAGE[:0], VECTOR], r"batch sizes \[0, 3\]"),
     ],
 )
-def test_wrong_inputs_are_named(engine, given_as, told):
+def test_wrong_inputs_are_named(engine, given_as, message):
     for call in (engine, engine.outputs):
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=message):
             call(*given_as)
 
 
-def test_integers_are_not_taken_for_each_other(folder):
+def test_integer_types_are_distinguished(folder):
     engine = open_engine(folder, Policy(thresholds=OWN), "tokens", flat_of(tokens)[2])
     ids = np.zeros((2, 7), np.int64)
     assert len(engine(ids).exit) == 2
@@ -148,7 +148,7 @@ def test_integers_are_not_taken_for_each_other(folder):
 
 
 @pytest.mark.parametrize(
-    ("given_as", "told"),
+    ("given_as", "message"),
     [
         ((), "0 thresholds given for 3 exits; give 2"),
         ((0.5,), "1 thresholds"),
@@ -159,8 +159,8 @@ def test_integers_are_not_taken_for_each_other(folder):
     ],
 )
 @pytest.mark.parametrize("rows", [0, 3])
-def test_wrong_thresholds_are_named(engine, given_as, told, rows):
-    with pytest.raises(InputError, match=told):
+def test_wrong_thresholds_are_named(engine, given_as, message, rows):
+    with pytest.raises(InputError, match=message):
         engine(IMAGE[:rows], VECTOR[:rows], thresholds=given_as)
 
 
@@ -187,7 +187,7 @@ def test_a_file_for_one_sample_refuses_two(folder):
     assert engine.answer_all(rows[:0]).output.shape == (0, 4)
 
 
-def test_any_number_of_samples_is_answered_in_calls(engine):
+def test_answer_all_takes_any_number_of_samples(engine):
     generator = np.random.default_rng(0)
     images, vectors = (generator.normal(0, 2, (7, *a.shape[1:])).astype(np.float32) for a in (IMAGE, VECTOR))
 
@@ -212,11 +212,11 @@ def test_wrong_options_are_named(engine, folder):
         same(load(path, threads=2, providers=providers)(IMAGE, VECTOR), engine(IMAGE, VECTOR))
 
 
-def test_a_gpu_that_is_not_there_is_told_and_not_replaced_by_the_cpu(folder, monkeypatch):
+def test_a_missing_gpu_is_reported_and_not_replaced_by_the_cpu(folder, monkeypatch):
     path = folder / "model.onnx"
     with pytest.raises(InputError, match=r"has no 'CUDAExecutionProvider'.*CPUExecutionProvider"):
         load(path, runtime="onnxruntime-cuda")
-    # A build for GPUs on a machine without one goes on with the others, and without a word.
+    # A GPU build on a machine without a GPU silently continues with the other providers.
     both, session = ["CUDAExecutionProvider", "CPUExecutionProvider"], onnxruntime.InferenceSession
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: both)
     monkeypatch.setattr(
@@ -229,7 +229,7 @@ def test_a_gpu_that_is_not_there_is_told_and_not_replaced_by_the_cpu(folder, mon
 
 
 @pytest.mark.parametrize("ending", ["json", "txt", "textproto", "txtpb", "onnxtxt", "onnxjson", "ort", "pb", "x"])
-def test_a_file_is_read_as_what_it_is_whatever_its_name(folder, tmp_path, ending):
+def test_a_file_is_read_by_its_content_under_any_name(folder, tmp_path, ending):
     for name, content in {"text": b"<ir_version: 8>", "json": b'{"irVersion": "8"}', "empty": b""}.items():
         path = tmp_path / f"{name}.{ending}"
         path.write_bytes(content)
@@ -268,7 +268,7 @@ def test_missing_and_foreign_files_are_refused(folder):
 
 
 @pytest.mark.parametrize(
-    ("metadata", "told"),
+    ("metadata", "message"),
     [
         ({"format": FORMAT + 1}, f"format {FORMAT + 1}, newer than {FORMAT}; upgrade"),
         ({"version": "9", "format": FORMAT}, r"lacks \['batch', 'exits'.*export"),
@@ -279,12 +279,12 @@ def test_missing_and_foreign_files_are_refused(folder):
         ({"format": "one"}, "cannot be read"),
     ],
 )
-def test_unreadable_and_newer_metadata_are_refused(folder, engine, metadata, told):
+def test_unreadable_and_newer_metadata_are_refused(folder, engine, metadata, message):
     model = onnx.load(folder / "model.onnx")
     value = metadata if isinstance(metadata, str) else json.dumps(metadata)
     onnx.helper.set_model_props(model, {METADATA_KEY: value})
     onnx.save(model, folder / "later.onnx")
-    with pytest.raises(FileError, match=told) as raised:
+    with pytest.raises(FileError, match=message) as raised:
         load(folder / "later.onnx")
     assert "later.onnx" in str(raised.value)
 
@@ -293,7 +293,7 @@ def test_unreadable_and_newer_metadata_are_refused(folder, engine, metadata, tol
 @given(st.data())
 def test_a_truncated_file_is_never_opened(folder, engine, data):
     content = (folder / "model.onnx").read_bytes()
-    # Weights fill the middle; the ends, where a cut may fall between two fields of the model, are tried as often.
+    # Weights fill the middle. At the ends a cut may fall between two fields of the model, so try these as often.
     near = st.integers(1, 800).map(lambda n: len(content) - n)
     length = data.draw(st.one_of(st.integers(0, len(content) - 1), near, st.integers(0, 100)))
     path = folder / "truncated.onnx"
@@ -302,7 +302,7 @@ def test_a_truncated_file_is_never_opened(folder, engine, data):
         load(path)
 
 
-def test_every_error_is_one_of_ours(engine, folder):
+def test_every_error_is_a_branchynet_error(engine, folder):
     for wrong in (lambda: engine(), lambda: load(folder / "none"), lambda: load(folder / "model.onnx", threads=0)):
         with pytest.raises(BranchyNetError):
             wrong()
@@ -312,7 +312,7 @@ def test_every_error_is_one_of_ours(engine, folder):
 
 
 def test_threads_do_not_disturb_each_other(folder):
-    """Calls with different inputs, batch sizes and thresholds, all at once through one engine."""
+    """Concurrent calls of one engine with different inputs, batch sizes and thresholds."""
     engine = open_engine(folder, Policy(thresholds=OWN), "threads")
     numbers = np.random.default_rng(0)
     calls = []

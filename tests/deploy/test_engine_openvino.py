@@ -1,4 +1,4 @@
-"""OpenVINO runs the same files: parity with the paper's loop, the engine's contract, and what is refused."""
+"""OpenVINO runs the same files: parity with the paper's loop, the engine's contract, and refused calls and files."""
 
 import importlib
 import os
@@ -86,7 +86,7 @@ def test_exits_left_out_and_flat_files(case, folder):
 # The contract of an engine
 
 
-def test_it_says_what_the_other_engine_says(engine, folder):
+def test_it_describes_itself_like_the_other_engine(engine, folder):
     other = load(folder / "model.onnx", threads=1)
     assert (engine.runtime, other.runtime) == ("openvino", "onnxruntime")
     for name in ("inputs", "policy", "num_exits", "labels", "metadata"):
@@ -97,7 +97,7 @@ def test_it_says_what_the_other_engine_says(engine, folder):
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 9])
 @pytest.mark.parametrize("policy", [None, Policy(thresholds=OWN)], ids=["flat", "nested"])
-def test_answers_are_as_the_other_engines(folder, policy, rows):
+def test_predictions_equal_those_of_the_other_engine(folder, policy, rows):
     ours, theirs = (open_engine(folder, policy, runtime=runtime) for runtime in ("openvino", "onnxruntime"))
     x = arrays(rows)
     assert isinstance(ours(*x), Prediction)
@@ -113,7 +113,7 @@ def test_thresholds_may_be_given_with_a_call(engine, folder, given_as):
     alike(engine(*x), other(*x))
 
 
-def test_strided_and_read_only_arrays_are_read_as_they_look(engine):
+def test_strided_and_read_only_arrays_are_read_correctly(engine):
     image, vector = arrays(6)
     views = np.asfortranarray(image), np.ascontiguousarray(vector[::-1])[::-1]
     views[0].setflags(write=False)
@@ -121,7 +121,7 @@ def test_strided_and_read_only_arrays_are_read_as_they_look(engine):
 
 
 @pytest.mark.parametrize("op_type", ["Relu", "Identity", "Neg"])
-def test_inputs_are_neither_changed_nor_given_out(folder, op_type):
+def test_inputs_are_neither_changed_nor_returned(folder, op_type):
     """OpenVINO reads the caller's memory, and would compute some operators in place."""
     sketch = Sketch()
     first = sketch.op(op_type, sketch.input("x", 4), shape=[sketch.batch, 4])
@@ -138,7 +138,7 @@ def test_inputs_are_neither_changed_nor_given_out(folder, op_type):
             np.testing.assert_array_equal(a, b)
 
 
-def test_answers_are_not_overwritten_by_the_next_call(engine):
+def test_predictions_are_not_overwritten_by_the_next_call(engine):
     first = engine(*arrays(5))
     kept = [a.copy() for a in first]
     engine(*(a[::-1] for a in arrays(5)))
@@ -246,7 +246,7 @@ for path in sys.argv[1:]:
 
 
 def test_int8_is_as_good_on_processors_without_vnni(tmp_path):
-    """OpenVINO can be told to use AVX2 alone, where 8-bit products are added up in 16 bits."""
+    """OpenVINO can be message to use AVX2 alone, where 8-bit products are added up in 16 bits."""
     cases = {}
     for family in (chain, residual, tree):
         _, example, flat = flat_of(family)
@@ -264,7 +264,7 @@ def test_int8_is_as_good_on_processors_without_vnni(tmp_path):
         assert np.abs(ours - exact).mean() < 1.2 * np.abs(theirs - exact).mean(), path
 
 
-# What is refused
+# Refused calls and files
 
 
 def test_wrong_calls_are_named(engine):
@@ -304,7 +304,7 @@ def test_missing_foreign_and_broken_files_are_refused(engine, folder):
         opened("strange.onnx", model.SerializeToString())
 
 
-def test_where_it_is_not_installed_the_command_is_told(engine, folder, monkeypatch):
+def test_a_missing_package_is_named_with_the_command_to_install_it(engine, folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'branchynet\[openvino\]'"):
         load(folder / "model.onnx", runtime="openvino")

@@ -1,4 +1,4 @@
-"""The PyTorch engine: the same answers as the naive loop, work only for those that stay, the network's own weights."""
+"""The PyTorch engine: predictions of the naive loop, later stages only for the rows that stay, and shared weights."""
 
 import functools
 from collections import Counter
@@ -21,7 +21,7 @@ from helpers.networks import FAMILIES, build, draw, residual, tokens, two_inputs
 
 @functools.cache
 def case(family):
-    """(net, 64 samples, what every exit says of each, thresholds, engine)."""
+    """(net, 64 samples, outputs of every exit, thresholds, engine)."""
     net, example = build(family, 0)
     inputs = draw(example, 64, 0)
     outputs = every_exit(net, inputs)
@@ -67,7 +67,7 @@ def test_nan_never_leaves_early(family):
 
 @families
 @pytest.mark.parametrize("most", [1, 5, 64])
-def test_more_rows_than_a_gpu_takes_are_answered_in_parts(family, most, monkeypatch):
+def test_more_rows_than_a_gpu_takes_run_in_parts(family, most, monkeypatch):
     _, inputs, outputs, thresholds, engine = case(family)
     monkeypatch.setattr(engine, "_most", most)
     agree(engine(*inputs), outputs, thresholds)
@@ -106,10 +106,10 @@ def test_every_kind_of_score_sees_the_outputs_so_far():
     np.testing.assert_allclose(answer.score, np.stack(scores)[answer.exit - 1, np.arange(64)], atol=1e-4)
 
 
-# What it says, takes and gives
+# Description, inputs and predictions
 
 
-def test_it_says_what_it_is():
+def test_it_describes_itself():
     net, _, _, thresholds, engine = case(two_inputs)
     assert [str(i) for i in engine.inputs] == ["image: float32 (B, 2, 8, 8)", "vector: float32 (B, 5)"]
     assert [(i.name, i.dtype, i.shape) for i in engine.inputs][1] == ("vector", np.float32, (5,))
@@ -127,7 +127,7 @@ def test_predictions_have_their_documented_shapes_and_types(rows):
     assert [a.dtype for a in answer] == [np.int64, np.int64, np.float32, np.float32]
 
 
-def test_arrays_and_tensors_of_any_layout_are_read_as_they_look():
+def test_arrays_and_tensors_of_any_layout_are_read_correctly():
     _, inputs, _, _, engine = case(two_inputs)
     image, vector = (i.numpy() for i in inputs)
     backwards = np.ascontiguousarray(vector[::-1])[::-1]
@@ -149,7 +149,7 @@ class Echo(nn.Module):
         return x
 
 
-def test_answers_are_the_callers_own():
+def test_predictions_share_no_memory():
     x = torch.randn(6, 4)
     net = BranchyNet(nn.Sequential(Echo(), nn.Linear(4, 4)), {"0": Echo()})
     given = x.numpy().copy()
@@ -160,7 +160,7 @@ def test_answers_are_the_callers_own():
         np.testing.assert_array_equal(given, x)
 
 
-def test_a_batch_norm_in_train_mode_is_answered_in_eval_mode():
+def test_a_batch_norm_in_train_mode_runs_in_eval_mode():
     net, inputs, outputs, thresholds, engine = case(residual)
     net.train()
     agree(engine(*inputs), outputs, thresholds)
@@ -213,7 +213,7 @@ def test_threads_do_not_disturb_each_other():
         agree(answer, outputs[start : start + 9], thresholds)
 
 
-def test_it_moves_the_network_where_it_is_told():
+def test_it_moves_the_network_to_the_device():
     net, inputs, outputs, thresholds, _ = case(two_inputs)
     engine = TorchEngine(net, Policy(thresholds=thresholds), inputs, device="cpu")
     assert engine.device == torch.device("cpu")
@@ -240,7 +240,7 @@ def watched(engine):
 
 
 class Counted(TorchDispatchMode):
-    """Counts operators, and keeps the first dimension of what each gives."""
+    """Counts operators, and keeps the first dimension of each output."""
 
     def __init__(self):
         super().__init__()
@@ -257,7 +257,7 @@ class Counted(TorchDispatchMode):
 
 @families
 @pytest.mark.parametrize("quantiles", QUANTILES)
-def test_each_stage_sees_just_the_rows_that_stay(family, quantiles):
+def test_each_stage_gets_only_the_rows_that_stay(family, quantiles):
     net, inputs, outputs, _, engine = case(family)
     thresholds = safe_thresholds(outputs, quantiles[: net.num_exits - 1])
     with watched(engine) as seen:
@@ -273,7 +273,7 @@ def test_each_stage_sees_just_the_rows_that_stay(family, quantiles):
 
 
 @families
-def test_one_synchronisation_an_exit_and_one_selection_a_live_tensor(family):
+def test_one_synchronisation_per_exit_and_one_selection_per_live_tensor(family):
     net, inputs, _, thresholds, engine = case(family)
     for limits, reached in ((thresholds, net.num_exits), ((1e30,) * (net.num_exits - 1), 1)):
         with watched(engine) as seen, Counted() as ops:
@@ -287,7 +287,7 @@ def test_one_synchronisation_an_exit_and_one_selection_a_live_tensor(family):
         assert ops.names["index_select"] == picked + composed
 
 
-def test_where_all_stay_nothing_is_selected():
+def test_nothing_is_selected_if_all_rows_stay():
     net, inputs, outputs, _, engine = case(residual)
     with Counted() as ops:
         answer = engine(*inputs, thresholds=(None,) * (net.num_exits - 1))
@@ -295,7 +295,7 @@ def test_where_all_stay_nothing_is_selected():
     agree(answer, outputs, (None,) * (net.num_exits - 1))
 
 
-def test_convolutions_see_no_row_that_has_left():
+def test_convolutions_get_no_row_that_has_left():
     net, inputs, outputs, _, engine = case(residual)
     thresholds = safe_thresholds(outputs, (0.75, 0.6))
     with Counted() as ops:
@@ -334,14 +334,14 @@ def test_changing_the_network_changes_the_answers():
     np.testing.assert_allclose(check(), before)
 
 
-# What it refuses
+# Refused calls
 
 
 IMAGE, VECTOR = np.zeros((3, 2, 8, 8), np.float32), np.zeros((3, 5), np.float32)
 
 
 @pytest.mark.parametrize(
-    ("given_as", "told"),
+    ("given_as", "message"),
     [
         ([], "0 inputs given.*reads 2: image: float32"),
         ([IMAGE], "1 inputs given.*reads 2"),
@@ -359,13 +359,13 @@ IMAGE, VECTOR = np.zeros((3, 2, 8, 8), np.float32), np.zeros((3, 5), np.float32)
         ([IMAGE[:0], VECTOR], r"batch sizes \[0, 3\]"),
     ],
 )
-def test_wrong_inputs_are_named(given_as, told):
-    with pytest.raises(InputError, match=told):
+def test_wrong_inputs_are_named(given_as, message):
+    with pytest.raises(InputError, match=message):
         case(two_inputs)[4](*given_as)
 
 
 @pytest.mark.parametrize(
-    ("given_as", "told"),
+    ("given_as", "message"),
     [
         ((), "0 thresholds given for 3 exits; give 2"),
         ((0.5,) * 3, "3 thresholds"),
@@ -375,13 +375,13 @@ def test_wrong_inputs_are_named(given_as, told):
     ],
 )
 @pytest.mark.parametrize("rows", [0, 3])
-def test_wrong_thresholds_are_named(given_as, told, rows):
-    with pytest.raises(InputError, match=told):
+def test_wrong_thresholds_are_named(given_as, message, rows):
+    with pytest.raises(InputError, match=message):
         case(two_inputs)[4](IMAGE[:rows], VECTOR[:rows], thresholds=given_as)
 
 
 class Mixed(nn.Module):
-    """A layer whose answer to one sample depends on the others."""
+    """A layer that mixes the samples of a batch."""
 
     def __init__(self):
         super().__init__()

@@ -67,9 +67,9 @@ class Pixels(nn.Module):
         return torch.relu(self.last(self.deeper(torch.relu(x))))
 
 
-def test_an_answer_for_every_pixel_with_a_score_over_all_of_them(tmp_path):
+def test_an_output_per_pixel_with_one_score_per_image(tmp_path):
     torch.manual_seed(0)
-    # The tap is read by ReLU as well, so ReLU and pooling must not change places there; at the end they may.
+    # ReLU reads the tap too, so ReLU and pooling must not change places there; at the end they may.
     net, x = BranchyNet(Pixels(), {"pool": nn.Identity()}).eval(), torch.randn(16, 2, 9, 7)
     outputs = alone(net, x)
 
@@ -89,7 +89,7 @@ def test_an_answer_for_every_pixel_with_a_score_over_all_of_them(tmp_path):
     np.testing.assert_allclose(flat.outputs(x.numpy())[1:], outputs, atol=1e-5)
 
 
-def test_exits_that_give_the_same_value(tmp_path):
+def test_exits_with_the_same_value(tmp_path):
     """Branches may be merged with each other and with the trunk, and still every exit has its own output."""
     torch.manual_seed(0)
     linear = nn.Linear(6, 4)
@@ -106,7 +106,7 @@ def test_exits_that_give_the_same_value(tmp_path):
         np.testing.assert_allclose(answer.output, linear(inputs(1)).detach(), atol=1e-6)
 
 
-def test_double_precision_networks_answer_in_float32(tmp_path):
+def test_double_precision_networks_give_float32(tmp_path):
     net, x = branchy().double(), inputs().double()
     answer = load(export(net, tmp_path / "model.onnx", policy=TWO, example=x), threads=1)(x.numpy())
     assert answer.output.dtype == answer.score.dtype == np.float32

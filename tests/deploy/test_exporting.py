@@ -1,4 +1,4 @@
-"""Export: what is refused and how, what the file says of itself, and that no failure leaves half a file behind."""
+"""Export: refused arguments and networks, the metadata of the file, and failures that leave no partial file."""
 
 import getpass
 import importlib
@@ -66,13 +66,13 @@ def test_metadata_says_all_that_is_documented(exported):
     assert engine.metadata["sample_bytes"] > 0
     assert engine.labels == ("ant", "bee", "cat", "dog") and engine.policy == TWO and engine.num_exits == 3
     stored = {p.key: p.value for p in onnx.load(exported).metadata_props}
-    # These names are part of the format: files that were exported before must still be read.
+    # These names are part of the format: older files must still load.
     assert (METADATA_KEY, SAMPLES_KEY, seal.KEY) == ("branchynet", "branchynet.samples", "branchynet_sha256")
     assert json.loads(stored.pop(METADATA_KEY)) == engine.metadata
     assert stored.pop(SAMPLES_KEY) and list(stored) == [seal.KEY]
 
 
-def test_the_file_tells_nothing_of_the_machine_or_the_source(exported):
+def test_the_file_names_neither_the_machine_nor_the_source(exported):
     content = exported.read_bytes()
     here = Path(__file__).resolve()
     secrets = [str(here.parent), str(Path.home()), "site-packages", ".py", "forward", "pkg.torch", "stack", "Traceback"]
@@ -80,7 +80,7 @@ def test_the_file_tells_nothing_of_the_machine_or_the_source(exported):
     assert [s for s in secrets if s.encode() in content] == []
 
 
-def test_the_public_name_is_the_function_whatever_was_imported_first():
+def test_the_public_name_is_the_function_in_any_order_of_imports():
     for name, home in {
         "bench": "profiling.benchmark",
         "export": "deploy.exporting",
@@ -99,11 +99,11 @@ def test_export_returns_the_path_and_makes_the_folder(cached, tmp_path):
     assert path.stat().st_mode & 0o777 == 0o666 & ~mask  # not the private mode of temporary files
 
 
-# What is refused before anything is exported
+# Refused before the export
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"policy": Policy("entropi", (0.5, 0.5))}, "'entropi'.*did you mean 'entropy'"),
         ({"policy": Policy(thresholds=(0.5,))}, "1 thresholds; 3 exits need 2"),
@@ -120,9 +120,9 @@ def test_export_returns_the_path_and_makes_the_folder(cached, tmp_path):
         ({"policy": Policy(lambda outputs: 0.5, (0.5, 0.5))}, "score gives float"),
     ],
 )
-def test_wrong_arguments_are_named(changes, told, tmp_path):
+def test_wrong_arguments_are_named(changes, message, tmp_path):
     arguments = {"policy": TWO, "example": inputs()} | changes
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         export(branchy(), tmp_path / "model.onnx", **arguments)
     assert not list(tmp_path.iterdir())
 
@@ -137,19 +137,19 @@ def test_exits_of_different_classes_or_rank_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# What the network must not do
+# Refused networks
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"late": lambda x: F.dropout(x, 0.5, training=True)}, "random numbers.*Dropout.*eval mode"),
         ({"early": lambda x: x + torch.rand_like(x)}, "random numbers.*RandomUniformLike"),
         ({"early": lambda x: x if x.sum() > 0 else -x}, "cannot be exported.*data-dependent.*torch.where"),
     ],
 )
-def test_networks_that_no_graph_can_hold_are_refused(changes, told, tmp_path):
-    with pytest.raises(GraphError, match=f"(?s){told}"):
+def test_networks_that_cannot_be_graphs_are_refused(changes, message, tmp_path):
+    with pytest.raises(GraphError, match=f"(?s){message}"):
         export(branchy(**changes), tmp_path / "model.onnx", policy=TWO, example=inputs())
     assert not list(tmp_path.iterdir())
 
@@ -165,7 +165,7 @@ def test_a_network_that_mixes_the_samples_of_a_batch_is_caught(where, tmp_path):
 def test_a_file_that_disagrees_with_the_network_is_refused(cached, tmp_path):
     other = branchy()
     with torch.no_grad():
-        other.backbone.b.bias += 1  # behind exit 1, so exits 2 and 3 differ from what `cached` has exported
+        other.backbone.b.bias += 1  # after exit 1, so exits 2 and 3 differ from the export in `cached`
     with pytest.raises(GraphError, match="exit 2"):
         export(other, tmp_path / "model.onnx", policy=TWO, example=inputs())
     assert not list(tmp_path.iterdir())
@@ -295,7 +295,7 @@ def test_death_at_any_moment_leaves_the_old_file_or_none(tmp_path):
             folder = tmp_path / f"{moment}-{'old' if old else 'new'}"
             path = folder / "model.onnx"
             half_written += sum(0 < p.stat().st_size < 0.9 * len(good) for p in folder.iterdir())
-            if path.exists() and path.read_bytes() != good:  # killed when the work was done
+            if path.exists() and path.read_bytes() != good:  # killed after the work was done
                 assert moment > moments.index("os.rename")
                 assert load(path, threads=1).policy.thresholds == (0.1, 0.2)
             else:

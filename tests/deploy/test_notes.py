@@ -1,4 +1,4 @@
-"""What export keeps in a file beside the graph, and what it says of a network that cannot be compared."""
+"""Class names and preprocessing in a file, and the message for a network that cannot be compared."""
 
 import logging
 
@@ -44,7 +44,7 @@ def test_numbers_of_numpy_and_torch_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize("value", [{"f": len}, {"n": nn.Identity()}, {("a", 1): 2}, {"s": {1, 2}}])
-def test_what_json_cannot_keep_is_refused(value):
+def test_values_that_json_cannot_store_are_refused(value):
     with pytest.raises(InputError, match="preprocessing= cannot be kept"):
         plain_values(value)
 
@@ -67,7 +67,7 @@ def test_a_network_that_magnifies_rounding_is_named(gain, magnifies, tmp_path):
         def __deepcopy__(self, memo):
             twin = Adrift(self.gain)
             twin.load_state_dict(self.state_dict())
-            twin.calls = self.calls - len(X)  # so that its answers are those of the calls before
+            twin.calls = self.calls - len(X)  # so that it repeats its earlier outputs
             return twin
 
     torch.manual_seed(0)

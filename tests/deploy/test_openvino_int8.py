@@ -1,4 +1,4 @@
-"""int8 files in OpenVINO answer as in ONNX Runtime, whatever the policy, and whatever shapes the network asks for."""
+"""int8 files predict in OpenVINO like in ONNX Runtime, for any policy and any shapes that the network computes."""
 
 import numpy as np
 import pytest
@@ -85,7 +85,7 @@ def test_openvino_computes_what_onnx_runtime_computes(case, policy, tmp_path):
     ours, theirs = (load(tmp_path / "m.onnx", threads=1, runtime=runtime) for runtime in ("openvino", "onnxruntime"))
     found, wanted = ours.outputs(images.numpy()), theirs.outputs(images.numpy())
     allowed = theirs.metadata["quantize"]["mean_difference"]
-    # Where a float sum stands between, the runtimes may round to either step: off by as much as int8 is from float.
+    # After a float sum the runtimes may round to either step: they may differ as much as int8 and float.
     if policy is None:
         for got, want, slack in zip(found[1:], wanted[1:], allowed, strict=True):
             assert np.abs(got - want).mean() <= slack

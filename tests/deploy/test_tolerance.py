@@ -1,4 +1,4 @@
-"""How far engines may lie apart: rounding passes and wrong figures do not, whatever other figures an output holds."""
+"""Tolerances between engines: rounding passes and wrong values do not, next to any other values of an output."""
 
 import numpy as np
 import onnx
@@ -40,13 +40,13 @@ def test_rounding_is_allowed(seed, rows, scale):
     assert (differences(coarse, want) <= tolerances(want, 1e-2, coarse=True)).all()
 
 
-# One of -65504 could be a logit of the same column, or of the same row where products are coarse.
+# A mask of -65504 could be a logit of the same column, or, with coarse products, of the same row.
 FAR = [(mask, m, coarse) for mask in MASKS if mask < -1e6 for m in GONE for coarse in (False, True)]
 FAR += [(-65504.0, "one class", False), (-65504.0, "most classes", False)]
 
 
 @pytest.mark.parametrize(("mask", "masked", "coarse"), FAR)
-def test_masks_do_not_widen_what_others_may_be_off(mask, masked, coarse):
+def test_masks_do_not_widen_other_tolerances(mask, masked, coarse):
     want = products(0, 8)[0]
     gone = GONE[masked] & np.ones((8, 10), bool)
     some = np.where(gone, np.float32(mask), want)
@@ -56,7 +56,7 @@ def test_masks_do_not_widen_what_others_may_be_off(mask, masked, coarse):
 
 
 @pytest.mark.parametrize("scales", [(1e5, 1.0), (3e3, 1.0, 1e6), (640.0, 480.0, 640.0, 480.0, 1.0)])
-def test_columns_of_another_scale_do_not_widen_what_a_share_may_be_off(scales):
+def test_columns_of_another_scale_do_not_widen_the_tolerance_of_a_share(scales):
     rng = np.random.default_rng(0)
     want = (np.array(scales) * rng.uniform(0.2, 1, (8, len(scales)))).astype(np.float32)
     allowed = tolerances(want)
@@ -99,7 +99,7 @@ FINISHES = {
 
 @pytest.mark.parametrize("finish", FINISHES)
 @pytest.mark.parametrize("kind", ["flat", "nested", "engine"])
-def test_an_answer_that_depends_on_the_batch_is_refused(finish, kind, tmp_path):
+def test_an_output_that_depends_on_the_batch_is_refused(finish, kind, tmp_path):
     torch.manual_seed(0)
     x = torch.randn(8, 10)
     for of_batch in (False, True):

@@ -1,4 +1,4 @@
-"""Text, audio, video and time series networks of `transformers`, likewise."""
+"""Text, audio, video and time series networks of `transformers`, with two branches each."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Vision networks of `transformers`: two branches each, without a line about any of them in the library."""
+"""Vision networks of `transformers`, with two branches each."""
 
 import pytest
 

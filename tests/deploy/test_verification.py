@@ -1,4 +1,4 @@
-"""Files that check themselves: what `verify` accepts and what it tells."""
+"""What `verify` accepts and reports."""
 
 import base64
 import dataclasses
@@ -74,7 +74,7 @@ def files(tmp_path_factory):
 
 
 def changed(path, folder, change):
-    """A copy of a file, its model changed, without the checksum that would tell."""
+    """A copy of a file with a changed model, without the checksum."""
     model = onnx.load(path)
     change(model)
     kept = [p for p in model.metadata_props if p.key != seal.KEY]
@@ -93,7 +93,7 @@ def graphs(graph):
 
 
 def initializers(model, name, kind):
-    """Initializers whose name holds `name`, at any level."""
+    """Initializers with `name` in their name, at any level."""
     found = [t for g in graphs(model.graph) for t in g.initializer if name in t.name and t.data_type == kind]
     assert found, [t.name for g in graphs(model.graph) for t in g.initializer]
     return found
@@ -120,7 +120,7 @@ def test_a_file_is_right_where_it_was_written(files, kind, runtime):
     assert found.passed and found.samples == 8 and runtime in found.where, str(found)
     assert set(found.difference) == ({2, 3} if kind == "never" else {1, 2, 3})
     assert all(found.difference[n] <= found.allowed[n] < 0.5 for n in found.difference)
-    if "int8" not in kind:  # an int8 network may be rounded otherwise
+    if "int8" not in kind:  # int8 may round differently
         assert found.same_labels == found.same_exits == 8
     assert load(files[kind], threads=1, runtime=runtime, verify=True).num_exits == 3
 
@@ -133,7 +133,7 @@ def test_samples_leave_at_several_exits(files):
 
 @pytest.mark.parametrize(("gap", "passed"), [(4e-6, True), (-4e-6, True), (4e-4, False), (-4e-4, False)])
 def test_samples_near_a_threshold_may_leave_on_either_side(files, tmp_path, gap, passed):
-    """The stored score of a sample stands as far beyond the threshold as the engine's stands before it."""
+    """The stored score of a sample is as far above the threshold as the engine's score is below it."""
     samples = read_samples(files["nested"])
     assert samples.score_slack == (0, 0, 0)
     own = samples.scores[0][3]
@@ -160,7 +160,7 @@ def test_int8_may_round_to_the_next_step(files, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "function", "told"),
+    ("kind", "name", "function", "message"),
     [
         ("nested", "backbone.fc.bias", lambda a: a + 0.1, "outputs differ by 0.1 at exit 3"),
         ("nested", "branches.0", lambda a: a * 1.01, "at exit 1"),
@@ -172,18 +172,18 @@ def test_int8_may_round_to_the_next_step(files, tmp_path):
         ("int8-flat", "branches.0", lambda a: a * 0.5, "at exit 1"),
     ],
 )
-def test_a_processor_that_computes_otherwise_is_found(files, tmp_path, kind, name, function, told):
-    """Other weights stand for it."""
+def test_a_processor_with_other_results_is_found(files, tmp_path, kind, name, function, message):
+    """Other weights simulate it."""
     path = changed(files[kind], tmp_path, edit(name, function))
     found = verify(path)
-    assert not found.passed and told in str(found), str(found)
+    assert not found.passed and message in str(found), str(found)
     with pytest.raises(VerificationError, match=r"outputs of .*changed\.onnx differ from.*runtime or provider"):
         load(path, verify=True)
 
 
-@pytest.mark.filterwarnings("ignore:the int8.*agrees with the float network")  # as it may where VNNI is missing
+@pytest.mark.filterwarnings("ignore:the int8.*agrees with the float network")  # possible without VNNI
 def test_sums_that_saturate_are_found(tmp_path):
-    """As they do on AVX2 with the full range of weights: a 16-bit sum of two products keeps its largest value."""
+    """On AVX2 with the full range of weights, a 16-bit sum of two products saturates."""
     path = export(
         network(), tmp_path / "full.onnx", policy=TWO, example=images(), **{**INT8, "quantize": "int8-full-range"}
     )
@@ -195,7 +195,7 @@ def test_sums_that_saturate_are_found(tmp_path):
         load(path, verify=True)
 
 
-def test_a_file_whose_thresholds_a_tool_made_constants_is_compared_at_its_own(files, tmp_path):
+def test_a_file_with_constant_thresholds_is_compared_at_these(files, tmp_path):
     def fix(model):
         inputs = [i for i in model.graph.input if not i.name.startswith("threshold_")]
         del model.graph.input[:]
@@ -209,7 +209,7 @@ def test_a_file_whose_thresholds_a_tool_made_constants_is_compared_at_its_own(fi
 
 
 def as_constants(model):
-    """Thresholds are no longer inputs, and each is the output of a node."""
+    """A copy in which thresholds are outputs of nodes instead of inputs."""
     inputs = [i for i in model.graph.input if not i.name.startswith("threshold_")]
     del model.graph.input[:]
     model.graph.input.extend(inputs)
@@ -222,8 +222,8 @@ def as_constants(model):
 @pytest.mark.parametrize("then", ["defaults", "constants"])
 @pytest.mark.parametrize("exit", [1, 2])
 @pytest.mark.parametrize("kind", ["nested", "one", "int8"])
-def test_thresholds_that_a_tool_moved_are_found(files, tmp_path, kind, exit, then, runtime):
-    """By so little that no sample leaves elsewhere."""
+def test_changed_thresholds_are_found(files, tmp_path, kind, exit, then, runtime):
+    """The change is too small to move a sample to another exit."""
     if runtime == "openvino":
         pytest.importorskip("openvino")
 
@@ -233,20 +233,20 @@ def test_thresholds_that_a_tool_moved_are_found(files, tmp_path, kind, exit, the
             as_constants(model)
 
     path = changed(files[kind], tmp_path, move)
-    told = f"the file's threshold at exit {exit} is .*, its metadata say {TWO.thresholds[exit - 1]}"
-    with pytest.raises(VerificationError, match=told):
+    message = f"the file's threshold at exit {exit} is .*, its metadata say {TWO.thresholds[exit - 1]}"
+    with pytest.raises(VerificationError, match=message):
         load(path, verify=True, runtime=runtime)
     found = verify(path, runtime=runtime)
     assert len(found.problems) == 1 and not found.passed
 
 
-def test_constants_and_defaults_that_stay_are_right(files, tmp_path):
+def test_unchanged_constants_and_defaults_pass(files, tmp_path):
     assert verify(changed(files["nested"], tmp_path, as_constants)).passed
     assert verify(changed(files["never"], tmp_path, lambda model: None)).passed
 
 
 def test_stored_weights_inside_a_branch_are_compared(files, tmp_path):
-    """Every nested graph's own int8 weights, one graph at a time."""
+    """The int8 weights of every nested graph, one graph at a time."""
     model = onnx.load(files["int8"])
     inner = [
         t.name for g in list(graphs(model.graph))[1:] for t in g.initializer if t.data_type == onnx.TensorProto.INT8
@@ -258,7 +258,7 @@ def test_stored_weights_inside_a_branch_are_compared(files, tmp_path):
         assert not verify(path).passed, name
 
 
-def test_a_row_that_stands_in_another_place_is_found(files):
+def test_a_row_in_another_place_is_found(files):
     engine, samples = load(files["nested"], threads=1), read_samples(files["nested"])
     turned = dataclasses.replace(samples, inputs=tuple(np.roll(i, 1, axis=0) for i in samples.inputs))
     assert not check(engine, turned).passed
@@ -268,7 +268,7 @@ def test_a_row_that_stands_in_another_place_is_found(files):
 
 
 class Joined(nn.Module):
-    """Three inputs of one shape and type, none of which may stand for another."""
+    """Three inputs of one shape and type that must not be exchanged."""
 
     def __init__(self):
         super().__init__()
@@ -290,7 +290,7 @@ def joined(tmp_path_factory):
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("order", [(0, 2, 1), (2, 1, 0), (1, 2, 0)])
 @pytest.mark.parametrize("kind", ["nested", "flat"])
-def test_a_file_whose_inputs_a_tool_reordered_answers_as_before(joined, tmp_path, kind, order, runtime):
+def test_a_file_with_reordered_inputs_predicts_as_before(joined, tmp_path, kind, order, runtime):
     if runtime == "openvino":
         pytest.importorskip("openvino")
 
@@ -308,7 +308,7 @@ def test_a_file_whose_inputs_a_tool_reordered_answers_as_before(joined, tmp_path
 
 
 @pytest.mark.parametrize("names", [None, ["x"], ["x", "y", "w"], ["x", "x", "y", "z"]])
-def test_where_the_metadata_name_other_inputs_those_of_the_graph_count(joined, tmp_path, names):
+def test_inputs_of_the_graph_count_if_the_metadata_differ(joined, tmp_path, names):
     def rename(model):
         entry = next(p for p in model.metadata_props if p.key == "branchynet")
         stored = json.loads(entry.value)
@@ -319,11 +319,11 @@ def test_where_the_metadata_name_other_inputs_those_of_the_graph_count(joined, t
     assert [i.name for i in load(path).inputs] == ["x", "y", "z"] and verify(path).passed
 
 
-# What the file holds
+# Stored samples
 
 
 @pytest.mark.parametrize(("given", "rows"), [(0, 0), (1, 1), (3, 3), (8, 8)])
-def test_so_many_samples_are_stored_as_asked_for(tmp_path, given, rows):
+def test_the_requested_number_of_samples_is_stored(tmp_path, given, rows):
     path = export(network(), tmp_path / "m.onnx", policy=TWO, example=images(12), samples=given)
     if rows:
         assert len(read_samples(path)) == rows and verify(path).samples == rows
@@ -341,7 +341,7 @@ def test_another_number_is_refused(tmp_path, given):
     assert not list(tmp_path.iterdir())
 
 
-def test_large_samples_are_fewer_and_the_largest_none(tmp_path, monkeypatch):
+def test_fewer_large_samples_are_stored_and_none_of_the_largest(tmp_path, monkeypatch):
     each = images(1).numpy().nbytes + 3 * (5 + 1) * 4
     for budget, most, rows in ((4 * each, 100 * each, 4), (each // 2, each, 1)):
         monkeypatch.setattr(stored_samples, "_BYTES", budget)
@@ -353,7 +353,7 @@ def test_large_samples_are_fewer_and_the_largest_none(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", [lambda t: "?" + t, lambda t: t[: len(t) // 8 * 4], lambda t: "AAAA", lambda t: "é"])
-def test_damaged_samples_are_told(files, tmp_path, damage):
+def test_damaged_samples_are_reported(files, tmp_path, damage):
     def change(model):
         entry = next(p for p in model.metadata_props if p.key == SAMPLES_KEY)
         entry.value = damage(entry.value)
@@ -365,7 +365,7 @@ def test_damaged_samples_are_told(files, tmp_path, damage):
 
 
 def with_arrays(path, folder, change):
-    """A copy of a file, the arrays of its samples changed in place."""
+    """A copy of a file with changed arrays of stored samples."""
 
     def edit_arrays(model):
         entry = next(p for p in model.metadata_props if p.key == SAMPLES_KEY)
@@ -380,12 +380,12 @@ def with_arrays(path, folder, change):
 
 
 def each(name, function):
-    """Change the arrays whose name begins so."""
+    """Change the arrays with this prefix."""
     return lambda arrays: arrays.update({k: function(a) for k, a in arrays.items() if k.startswith(name)})
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (each("slack", lambda a: np.float64(0)), r"slack is float64 \(\)"),
         (each("score_slack", lambda a: a[:1]), "slack for 3 exits and 1 scores"),
@@ -415,36 +415,36 @@ def each(name, function):
     ],
 )
 @pytest.mark.parametrize("kind", ["nested", "int8"])
-def test_samples_of_another_kind_are_damage(files, tmp_path, kind, change, told):
+def test_samples_of_another_kind_are_damage(files, tmp_path, kind, change, message):
     path = with_arrays(files[kind], tmp_path, change)
-    with pytest.raises(FileError, match=rf"samples in .*changed\.onnx cannot be read \(.*{told}.*export it again"):
+    with pytest.raises(FileError, match=rf"samples in .*changed\.onnx cannot be read \(.*{message}.*export it again"):
         verify(path)
     with pytest.raises(FileError, match="cannot be read"):
         load(path, verify=True)
 
 
 @pytest.mark.parametrize(
-    ("kind", "other", "told"), [("nested", "flat", "a flat file"), ("flat", "nested", "early exits")]
+    ("kind", "other", "message"), [("nested", "flat", "a flat file"), ("flat", "nested", "early exits")]
 )
-def test_samples_of_another_file_are_damage(files, tmp_path, kind, other, told):
+def test_samples_of_another_file_are_damage(files, tmp_path, kind, other, message):
     text = next(p.value for p in onnx.load(files[other]).metadata_props if p.key == SAMPLES_KEY)
 
     def swap(model):
         next(p for p in model.metadata_props if p.key == SAMPLES_KEY).value = text
 
-    with pytest.raises(FileError, match=told):
+    with pytest.raises(FileError, match=message):
         verify(changed(files[kind], tmp_path, swap))
 
 
 # On the command line
 
 
-def test_the_command_tells_and_its_status_says(files, tmp_path):
+def test_the_command_prints_the_result_and_sets_its_status(files, tmp_path):
     run = CliRunner()
     right = run.invoke(app, ["verify", str(files["nested"]), "--threads", "1"])
     assert right.exit_code == 0 and right.stdout.startswith("right: 8 samples in onnxruntime ")
     wrong = changed(files["nested"], tmp_path, edit("backbone.fc.bias", lambda a: a + 1))
-    told = run.invoke(app, ["verify", str(wrong)])
-    assert told.exit_code == 1 and told.stdout.startswith("WRONG: ") and "at exit 3" in told.stdout
+    message = run.invoke(app, ["verify", str(wrong)])
+    assert message.exit_code == 1 and message.stdout.startswith("WRONG: ") and "at exit 3" in message.stdout
     wrong.rename(tmp_path / "model.onnx")
     assert run.invoke(app, ["verify", str(tmp_path)]).exit_code == 1

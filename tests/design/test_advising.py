@@ -1,4 +1,4 @@
-"""Advice on a network that learned real digits, and what is refused before the long work."""
+"""Advice on a network trained on real digits, and arguments refused before training."""
 
 import json
 from dataclasses import fields
@@ -61,16 +61,16 @@ def advice(request, trained, digits, run):
     return found
 
 
-def test_advice_is_what_the_advised_network_does(advice, trained, digits):
+def test_advice_agrees_with_the_advised_network(advice, trained, digits):
     """Exits, accuracy and mean time of the best design, sample by sample as Figure 2 has it."""
     plain = record(trained, loader(digits.val, 200), progress=False)
-    tuning, kept = halves(len(digits.val))  # the other half is left for a promise
+    tuning, kept = halves(len(digits.val))  # the other half is for a promise
     assert advice.accuracy == pytest.approx(1 - plain.losses[tuning].mean()) and advice.samples == len(tuning)
     assert share_samples(advice.selected_on, plain.inputs[tuning]) and not share_samples(
         advice.selected_on, plain.inputs[kept]
     )
     assert advice.network.selected_on == (advice.selected_on,)
-    assert advice.designs[0].us == pytest.approx(advice.plain_us)  # measured, times samples, by samples
+    assert advice.designs[0].us == pytest.approx(advice.plain_us)  # multiplied and divided by the samples
     assert advice.designs[0].accuracy == pytest.approx(advice.accuracy)
     assert advice.min_accuracy == pytest.approx(advice.accuracy - 0.01)
     design = advice.design
@@ -92,18 +92,18 @@ def test_advice_is_what_the_advised_network_does(advice, trained, digits):
     assert design.oracle_us <= design.us * (1 + 1e-9)  # summed in another order
 
 
-def test_every_candidate_is_told_with_what_it_must_do_to_pay(advice, trained, digits):
+def test_every_candidate_is_reported_with_its_break_even_share(advice, trained, digits):
     assert len(advice.tried) == len(attach_candidates(trained, digits.val.images[:2].float() / 255).candidates) > 8
     for one in advice.tried:
         assert 0 <= one.accuracy <= 1 and one.us > 0
         if one.break_even is not None:
             assert 0 <= one.break_even <= 1
-            saved = one.added_us + advice.plain_us - one.us  # of a sample that leaves, beside one that stays
+            saved = one.added_us + advice.plain_us - one.us  # per sample that leaves
             assert one.break_even * saved == pytest.approx(max(0.0, one.added_us), abs=1e-6)
     assert max(one.accuracy for one in advice.tried) > 0.9
 
 
-def test_the_best_heads_learn_on_and_the_others_stay_as_they_are(trained, digits, tmp_path):
+def test_the_best_branches_are_trained_further_and_the_others_do_not_change(trained, digits, tmp_path):
     """And stopped after that, the search goes on with the same ones, though the clock would now prefer others."""
     first = advised(trained, digits, max_drop=0.01, run=tmp_path)
     second = advised(trained, digits, max_drop=0.01, run=tmp_path, final_epochs=2)
@@ -127,7 +127,7 @@ def test_advice_is_kept_on_disk(advice, tmp_path):
         Advice.load(tmp_path / "other.json")
 
 
-def test_advice_for_another_batch_trains_no_heads_again(trained, digits, tmp_path, monkeypatch):
+def test_advice_for_another_batch_size_trains_nothing_again(trained, digits, tmp_path, monkeypatch):
     few = {"taps": ["conv1"], "max_drop": 0.05, "epochs": 1}
     advised(trained, digits, run=tmp_path, **few)
     state = (tmp_path / "branches" / "training.safetensors").stat().st_mtime_ns
@@ -135,7 +135,7 @@ def test_advice_for_another_batch_trains_no_heads_again(trained, digits, tmp_pat
     assert other.batch_size == 16 and (tmp_path / "branches" / "training.safetensors").stat().st_mtime_ns == state
 
 
-def test_the_runtime_that_will_run_it_is_what_is_timed(trained, digits, monkeypatch):
+def test_the_target_runtime_is_timed(trained, digits, monkeypatch):
     opened = []
 
     def spied(path, **options):
@@ -149,8 +149,8 @@ def test_the_runtime_that_will_run_it_is_what_is_timed(trained, digits, monkeypa
     assert set(opened) == {"openvino", "onnxruntime"}
 
 
-def test_a_network_that_exits_cannot_help_is_told_so(digits):
-    """One linear layer: every head costs more than what it could spare."""
+def test_advice_against_exits_that_cannot_help(digits):
+    """One linear layer: every branch costs more than it can save."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
     learn(net, digits, 14)
@@ -164,7 +164,7 @@ def split(data, part, rows):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"num_exits": 1}, "num_exits must be at least 2"),
         ({"max_drop": 0.1, "min_accuracy": 0.9}, "max_drop or min_accuracy, not both"),
@@ -177,9 +177,9 @@ def split(data, part, rows):
         ({"runtime": "openvno"}, "unknown runtime 'openvno'"),
     ],
 )
-def test_wrong_arguments_are_named_before_anything_is_trained(trained, digits, monkeypatch, options, told):
+def test_wrong_arguments_are_named_before_anything_is_trained(trained, digits, monkeypatch, options, message):
     monkeypatch.setattr("branchynet.design.advising.fit", None)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         advised(trained, digits, **options)
 
 

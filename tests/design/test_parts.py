@@ -1,4 +1,4 @@
-"""The designer's parts beside naive searches and models of their times."""
+"""Parts of the designer, compared with naive searches and models of their times."""
 
 import itertools
 
@@ -28,22 +28,22 @@ MAPS = [(1, 28, 28), (3, 32, 32), (16, 32, 31), (64, 8, 8), (96, 4, 5), (32, 2, 
 
 
 @pytest.mark.parametrize("shape", MAPS)
-def test_heads_read_maps_of_any_size(shape):
+def test_branches_read_maps_of_any_size(shape):
     made = named_branches(torch.rand(3, *shape), 7)
     assert {"linear", "hidden-64"} <= made.keys()
     assert any(name.startswith("conv") for name in made) == (min(shape[1:]) >= 2)
-    for name, head in made.items():
-        assert head(torch.rand(3, *shape)).shape == (3, 7), name
+    for name, branch in made.items():
+        assert branch(torch.rand(3, *shape)).shape == (3, 7), name
 
 
 @pytest.mark.parametrize(("shape", "dim"), [((9, 12), None), ((12,), None), ((12, 9), 1), ((5, 4, 12), -1)])
-def test_heads_read_tokens_wherever_their_features_are(shape, dim):
-    for head in named_branches(torch.rand(2, *shape), 7, dim).values():
-        assert head(torch.rand(2, *shape)).shape == (2, 7)
-        assert next(m for m in head.modules() if isinstance(m, nn.Linear)).in_features == 12
+def test_branches_read_tokens_with_features_in_any_dimension(shape, dim):
+    for branch in named_branches(torch.rand(2, *shape), 7, dim).values():
+        assert branch(torch.rand(2, *shape)).shape == (2, 7)
+        assert next(m for m in branch.modules() if isinstance(m, nn.Linear)).in_features == 12
 
 
-def test_no_head_reads_integers():
+def test_no_branch_reads_integers():
     assert named_branches(torch.ones(2, 9, dtype=torch.int64), 7) == {}
 
 
@@ -63,7 +63,7 @@ class Residual(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-def test_a_forest_is_all_heads_on_one_trunk():
+def test_all_candidates_share_one_trunk():
     torch.manual_seed(0)
     trunk, images = Residual().eval(), torch.rand(5, 1, 9, 9)
     pool = attach_candidates(trunk, images)
@@ -79,13 +79,13 @@ def test_a_forest_is_all_heads_on_one_trunk():
         assert torch.equal(every[-1], trunk(images))
         some = [i for i in range(len(pool.candidates)) if i % 3]
         few = pool.of(some)
-        assert few.backbone is pool.net.backbone  # no copy: it learns with the pool
+        assert few.backbone is pool.net.backbone  # not a copy: it trains with the others
         assert all(torch.equal(a, every[i]) for a, i in zip(few.eval()(images), [*some, -1], strict=True))
         for i, candidate in enumerate(pool.candidates):
             net = pool.network([i])
             assert net.taps == (candidate.tap,)
             assert torch.allclose(net(images)[0], every[i], atol=1e-5) and torch.equal(net(images)[1], every[-1])
-            assert net.backbone is not trunk  # a copy: training it leaves the trunk alone
+            assert net.backbone is not trunk  # a copy: training does not change the trunk
             rebuilt = attach_branches(trunk, [candidate.tap], [candidate.branch], images)
             assert [p.shape for p in rebuilt.parameters()] == [p.shape for p in net.parameters()]
 
@@ -97,8 +97,8 @@ def macs(net, x):
 
 @torch.no_grad()
 @pytest.mark.parametrize("wide", [False, True])
-def test_of_a_places_heads_those_stay_that_have_less_work_than_the_rest_of_the_trunk(wide):
-    """Deep ones, of several convolutions between two poolings, where they have less than a quarter of it."""
+def test_branches_have_less_work_than_the_rest_of_the_trunk(wide):
+    """Deep branches, of several convolutions between two poolings, have less than a quarter of it."""
     a, b = (64, 320) if wide else (8, 16)
     trunk, images = nn.Sequential(
         nn.Conv2d(1, a, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(a, b, 5, padding=2), nn.ReLU(),
@@ -112,7 +112,7 @@ def test_of_a_places_heads_those_stay_that_have_less_work_than_the_rest_of_the_t
         left = macs(trunk[upto:], features)
         kept[tap] = [pool.candidates[i].branch for i in pool.at(tap)]
         within = {name: left / 4 if name == DEEP else left for name, _ in others}
-        assert kept[tap] == [first, *(name for name, head in others if macs(head, features) < within[name])]
+        assert kept[tap] == [first, *(name for name, branch in others if macs(branch, features) < within[name])]
     assert len(kept["input"]) > len(kept[pool.net.taps[-1]])
     assert [DEEP in names for names in kept.values()] == [wide, *[False] * (len(kept) - 1)]
 
@@ -126,7 +126,7 @@ def random_times(generator, taps, candidates, rows):
 
 
 def seconds_of(part, true, taps):
-    """What a graph that `_Parts` times takes, by a model in which parts add up; `taps` are the heads' positions."""
+    """The time of a graph of `_Parts` in a model in which parts add up; `taps` are the branches' positions."""
     name, _, n = part.partition(" ")
     n = int(n or 0)
     here = [i for i, tap in enumerate(taps) if tap == n]
@@ -143,7 +143,7 @@ def seconds_of(part, true, taps):
 
 @pytest.mark.parametrize("single", [False, True])
 def test_times_of_parts_follow_from_those_of_whole_graphs(single, monkeypatch):
-    """Where many heads stand, and where one does: the trunk before a tap is not counted with its head."""
+    """With one and with several branches per tap, the trunk before a tap is not counted with its branch."""
     net, x = zoo.b_lenet(branches="published").eval(), torch.rand(4, 1, 28, 28)
     pool = (
         CandidateNetwork(net, (Candidate(net.taps[0], "", 0.1),))
@@ -172,7 +172,7 @@ def test_times_of_parts_follow_from_those_of_whole_graphs(single, monkeypatch):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_design_costs_the_sum_of_what_a_sample_meets(seed):
+def test_a_design_costs_the_sum_of_the_parts_that_a_sample_reaches(seed):
     generator = np.random.default_rng(seed)
     whole, taps = random_times(generator, 3, 6, 1)
     times = StageTimes(whole, whole, taps, 1, 0.0)
@@ -193,8 +193,8 @@ def test_a_design_costs_the_sum_of_what_a_sample_meets(seed):
         assert before >= 0 and cost.threads == 1 and cost.batch_size == 1
 
 
-def test_of_a_batch_the_fixed_part_of_each_stage_is_paid_by_all():
-    """Calls of b rows take 8 + b us to the tap, 4 + 2b for the head, 20 + 5b from there to the end."""
+def test_every_row_of_a_batch_pays_the_fixed_costs():
+    """Calls of b rows take 8 + b us to the tap, 4 + 2b for the branch, 20 + 5b from there to the end."""
 
     def batch(b):
         return Batch(
@@ -209,16 +209,16 @@ def test_of_a_batch_the_fixed_part_of_each_stage_is_paid_by_all():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_search_finds_what_trying_everything_finds(seed):
+def test_the_search_finds_the_best_of_all_designs(seed):
     generator = np.random.default_rng(seed)
     samples, taps = 120, (0, 0, 1, 2)
     scores = generator.integers(0, 6, (samples, 5)).astype(np.float32)
     losses = (generator.random((samples, 5)) < scores / 8).astype(np.float64)
-    heads_us, reach = generator.uniform(1, 4, 4), np.array([2.0, 9.0, 14.0, 30.0])
+    branch_us, reach = generator.uniform(1, 4, 4), np.array([2.0, 9.0, 14.0, 30.0])
 
     def cost(chosen):
         trunk = np.diff([0.0, *reach[[taps[i] for i in chosen]], reach[-1]])
-        return ExitCost(tuple(trunk), (*heads_us[list(chosen)], 0.0))
+        return ExitCost(tuple(trunk), (*branch_us[list(chosen)], 0.0))
 
     recorded = CandidateScores(scores, losses, taps, cost)
     scores, losses = scores[recorded.tuning], losses[recorded.tuning]
@@ -238,28 +238,28 @@ def test_the_search_finds_what_trying_everything_finds(seed):
                 if loss <= most:
                     best = min(best, us := float(np.mean([each[n] for n in left])))
                     lowest[list(chosen)] = np.minimum(lowest[list(chosen)], us)
-        # With sets of which an exit is best left unused the search does not bother: a smaller set does the same.
+        # The search skips sets with an unused exit: a smaller set does the same.
         assert min(f.us for f in found if len(f.chosen) <= size) == pytest.approx(best)
-    assert (least >= lowest - 1e-9).all()  # nor with all that a set may do: see above
+    assert (least >= lowest - 1e-9).all()  # skipped sets included: see above
     assert all(least[i] == pytest.approx(best) for f in found[1:] if f.us == pytest.approx(best) for i in f.chosen)
     assert [len(f.chosen) for f in found] == sorted({len(f.chosen) for f in found})
     assert all(len({taps[i] for i in f.chosen}) == len(f.chosen) == len(f.thresholds) for f in found)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_search_among_some_is_that_of_these_alone(seed):
+def test_the_search_among_some_candidates_equals_a_search_without_the_others(seed):
     """After some have learned on: their new answers, and of the others nothing."""
     generator = np.random.default_rng(seed)
     samples, taps, kept = 80, (0, 0, 1, 2, 2), [0, 2, 4]
     scores = generator.random((samples, 6)).astype(np.float32)
     losses = (generator.random((samples, 6)) < scores).astype(np.float64)
     new = scores[:, kept] / 2, losses[:, kept] * (generator.random((samples, 3)) < 0.5)
-    heads_us, reach = generator.uniform(1, 4, 5), np.array([2.0, 9.0, 14.0, 30.0])
+    branch_us, reach = generator.uniform(1, 4, 5), np.array([2.0, 9.0, 14.0, 30.0])
 
     def cost(chosen, positions=range(5)):
         chosen = [positions[i] for i in chosen]
         trunk = np.diff([0.0, *reach[[taps[i] for i in chosen]], reach[-1]])
-        return ExitCost(tuple(trunk), (*heads_us[chosen], 0.0))
+        return ExitCost(tuple(trunk), (*branch_us[chosen], 0.0))
 
     some = CandidateScores(scores, losses, taps, cost).replaced(kept, *new)
     alone = CandidateScores(
@@ -279,7 +279,7 @@ def test_the_search_among_some_is_that_of_these_alone(seed):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_two_heads_learn_on_at_each_of_the_best_places(seed, tmp_path):
+def test_two_branches_are_trained_further_at_each_of_the_best_places(seed, tmp_path):
     """The one in the best set there is, and the most accurate of those in any; none that no set has."""
     generator = np.random.default_rng(seed)
     taps = tuple(int(t) for t in np.sort(generator.integers(0, 6, 15)))
@@ -304,15 +304,15 @@ def test_two_heads_learn_on_at_each_of_the_best_places(seed, tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_an_exit_saves_time_where_more_leave_than_must(seed):
+def test_an_exit_saves_time_above_its_break_even_share(seed):
     """Beside the same design without it, sample by sample."""
     generator = np.random.default_rng(seed)
     samples, reach = 50, np.array([2.0, 9.0, 14.0, 30.0])
-    every, heads_us = generator.random((2 * samples, 4)).astype(np.float32), generator.uniform(0, 9, 3)
+    every, branch_us = generator.random((2 * samples, 4)).astype(np.float32), generator.uniform(0, 9, 3)
 
     def cost(chosen):
         trunk = np.diff([0.0, *reach[list(chosen)], reach[-1]])
-        return ExitCost(tuple(trunk), (*heads_us[list(chosen)], 0.0))
+        return ExitCost(tuple(trunk), (*branch_us[list(chosen)], 0.0))
 
     recorded = CandidateScores(every, np.zeros((2 * samples, 4)), (0, 1, 2), cost)
     scores = every[recorded.tuning]
@@ -331,7 +331,7 @@ def test_an_exit_saves_time_where_more_leave_than_must(seed):
 
 
 @given(st.integers(1, 4), st.integers(1, 5), st.data())
-def test_the_bound_is_the_best_of_all_ways_to_leave(exits, samples, data):
+def test_the_bound_is_the_best_of_all_exit_rules(exits, samples, data):
     """And so no thresholds beat it: what they do is one of these ways."""
     each = np.cumsum(data.draw(st.lists(st.floats(0, 10), min_size=exits, max_size=exits)))
     wrong = st.lists(st.integers(0, 1), min_size=exits, max_size=exits)

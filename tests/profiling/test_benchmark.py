@@ -1,4 +1,4 @@
-"""Bench: its arithmetic on given times, and that what it counts is what the file does."""
+"""Bench: its arithmetic on given times, and its accuracies and exit shares against the file."""
 
 from collections import Counter
 
@@ -88,7 +88,7 @@ def rows_of(path, data, batches=None, threads=1, **options):
     return bench(path, flat_lenet()[0], data, targets, **({"about": ABOUT} | options))
 
 
-def test_rows_are_whole_and_their_figures_agree(file, data, record, policy):
+def test_rows_are_complete_and_consistent(file, data, record, policy):
     rows = rows_of(file, data, batches=(1, 8, 64), repeats=1, samples=64)
     outcome = evaluate(record, policy)
     assert [(r["batch"], r["threads"]) for r in rows] == [(1, 1), (8, 1), (64, 1)]
@@ -105,7 +105,7 @@ def test_rows_are_whole_and_their_figures_agree(file, data, record, policy):
 
 
 @pytest.mark.parametrize(("batch", "samples", "timed"), [(1, 20, 20), (8, 20, 16), (64, 20, 64), (7, 10_000, 70)])
-def test_the_limit_weighs_static_times_with_the_share_among_those_timed(file, data, monkeypatch, batch, samples, timed):
+def test_the_limit_weighs_times_by_the_exit_shares_of_the_timed_samples(file, data, monkeypatch, batch, samples, timed):
     def fake(engine, parts, inputs, left, size, repeats):
         (inputs,) = inputs
         exits = engine(inputs).exit
@@ -129,7 +129,7 @@ def test_the_limit_weighs_static_times_with_the_share_among_those_timed(file, da
     assert {image.tobytes() for image in inputs} <= given and len({image.tobytes() for image in inputs}) == timed
 
 
-def test_the_order_is_random_and_the_seeds(file, data, monkeypatch):
+def test_the_order_is_random_and_depends_on_the_seed(file, data, monkeypatch):
     orders = []
     times = {"branchy": 1.0, "plain": 1.0, "upto_1": 1.0, "upto_2": 1.0, "in_order": 1.0, "sorted": 1.0}
     monkeypatch.setattr(module, "_time", lambda engine, parts, inputs, *rest: orders.append(inputs[0]) or (times, None))
@@ -139,9 +139,7 @@ def test_the_order_is_random_and_the_seeds(file, data, monkeypatch):
     assert not np.array_equal(orders[0], data[0].numpy())
 
 
-def test_a_file_of_one_sample_a_call_is_timed_beside_static_graphs_of_one_sample(
-    tmp_path, file, data, policy, monkeypatch
-):
+def test_a_file_with_batch_1_is_compared_with_graphs_of_batch_1(tmp_path, file, data, policy, monkeypatch):
     def engines(flat, *rest, **options):
         fixed.append(not flat.dynamic)
         return real(flat, *rest, **options)
@@ -157,7 +155,7 @@ def test_a_file_of_one_sample_a_call_is_timed_beside_static_graphs_of_one_sample
     assert [row[key] for key in answers] == [same[key] for key in answers]
 
 
-def test_an_exit_left_out_is_in_no_figure(tmp_path, data, record):
+def test_a_left_out_exit_appears_in_no_number(tmp_path, data, record):
     path = write(tmp_path, Policy(thresholds=(None,)))
     (row,) = rows_of(path, data, batches=(16,), repeats=1)
     assert row["exit_share"] == [0.0, 1.0] and row["thresholds"] == [None]
@@ -181,13 +179,13 @@ def test_every_engine_runs_the_same_batches_in_turns():
     assert times.keys() == {"branchy", "plain", "upto_1"} and all(t > 0 for t in times.values())
     calls = Counter((name, tuple(rows)) for name, rows in log)
     batches = [tuple(range(i, i + 3)) for i in range(0, 300, 3)]
-    assert calls == Counter({(name, rows): 3 for name in times for rows in batches})  # two repeats and one to warm up
-    turn = 64 // 3  # calls of one engine before the next has its turn
+    assert calls == Counter({(name, rows): 3 for name in times for rows in batches})  # two repeats and a warm-up
+    turn = 64 // 3  # calls per turn
     for start in (0, 3 * turn, 6 * turn):
         names = [name for name, _ in log[start : start + 3 * turn : turn]]
         assert sorted(names) == ["branchy", "plain", "upto_1"]
         assert [name for name, _ in log[start : start + 3 * turn]] == [name for name in names for _ in range(turn)]
-    assert len({log[start][0] for start in (0, 3 * turn, 6 * turn)}) == 3  # who goes first goes round too
+    assert len({log[start][0] for start in (0, 3 * turn, 6 * turn)}) == 3  # the first engine changes
 
 
 class Pair(nn.Module):
@@ -203,7 +201,7 @@ def spread(outputs):
     return outputs[-1].abs().sum(dim=1)
 
 
-def test_several_inputs_a_score_and_a_loss_of_ones_own(tmp_path):
+def test_several_inputs_with_custom_score_and_loss(tmp_path):
     torch.manual_seed(0)
     net = BranchyNet(Pair(), {"a": nn.Linear(6, 3)}).eval()
     inputs = {"x": torch.randn(30, 6), "weight": torch.rand(30, 6) + 0.5}
@@ -230,7 +228,7 @@ def test_several_inputs_a_score_and_a_loss_of_ones_own(tmp_path):
         bench(path, net, (inputs, target), score=spread, **told)
 
 
-def test_one_sample_a_call_goes_through_the_graph_of_its_exit():
+def test_one_sample_per_call_runs_in_the_graph_of_its_exit():
     log = Counter()
 
     class Fake:
@@ -251,7 +249,7 @@ def test_one_sample_a_call_goes_through_the_graph_of_its_exit():
         assert ran == {"branchy": 4, "plain": 2, "upto_1": 2, "upto_3": 2, f"upto_{left[i]}": 4}
 
 
-def test_progress_is_told(file, data):
+def test_progress_is_reported(file, data):
     told = []
     rows_of(file, data, batches=(1, 64), repeats=1, samples=8, progress=told.append)
     assert [message.split(",")[0] for message in told] == ["batch 1", "batch 64"]
@@ -293,7 +291,7 @@ def test_wrong_data_files_and_networks_are_named(tmp_path, file, data, policy):
         rows_of(tmp_path / "foreign.onnx", data)
 
 
-def test_sorted_are_the_same_samples_by_their_exits(file, data, monkeypatch):
+def test_the_sorted_run_has_the_same_samples_by_exit(file, data, monkeypatch):
     """What is timed as sorted meets every sample once, those of exit 1 first; the rest meets them as they come."""
     met = {}
 
@@ -309,7 +307,7 @@ def test_sorted_are_the_same_samples_by_their_exits(file, data, monkeypatch):
     assert met["sorted"] == sorted(met["branchy"]) and len(met["sorted"]) == 40
 
 
-def test_averaged_answers_stand_beside_the_network_without_branches(tmp_path, data, monkeypatch):
+def test_averaged_exits_are_compared_with_the_network_without_branches(tmp_path, data, monkeypatch):
     """The averaged last exit reads the branches, which the plain network does not have."""
     net = averaged(flat_lenet()[0].eval(), of="logits")
     seen = {}

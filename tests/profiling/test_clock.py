@@ -37,7 +37,7 @@ def test_long_calls_take_turns_and_medians_are_taken(monkeypatch):
     clock = Clock(monkeypatch)
     calls = [clock.call("a", [0.2, 0.2, 9.0]), clock.call("b", [0.1])]
     assert interleaved(calls, seconds=100.0, rounds=30) == pytest.approx([0.2e6, 0.1e6])
-    assert clock.names == ["a", "b"] * 31  # one to warm up, then as many rounds as asked for
+    assert clock.names == ["a", "b"] * 31  # a warm-up, then the rounds
 
 
 def test_short_calls_are_timed_warm(monkeypatch):
@@ -54,13 +54,13 @@ def test_short_calls_are_timed_warm(monkeypatch):
 
 
 @given(st.lists(st.floats(1, 100), min_size=1, max_size=4), st.lists(st.floats(0.5, 2), min_size=1, max_size=9))
-def test_a_pace_that_all_share_leaves_no_trace(true, paces):
+def test_a_common_pace_is_removed(true, paces):
     """However the machine's pace changes from turn to turn, ratios are those of the calls."""
     found = at_one_pace(np.outer(true, paces).tolist())
     np.testing.assert_allclose(found, np.outer(true, np.full(len(paces), np.median(paces))))
 
 
-def test_what_happens_to_one_call_in_one_turn_leaves_the_others_alone():
+def test_a_slow_turn_of_one_call_does_not_change_the_others():
     times = np.outer([3.0, 5.0, 7.0], np.ones(9))
     times[1, 4] = 1000.0
     np.testing.assert_allclose(np.median(at_one_pace(times), axis=1), [3.0, 5.0, 7.0])
@@ -81,7 +81,7 @@ def test_steady_calls_are_timed_once(monkeypatch):
     assert clock.names == ["a", "b"] * 11
 
 
-def test_calls_that_settle_are_timed_until_they_have(monkeypatch):
+def test_calls_are_timed_until_steady(monkeypatch):
     """One of them is slow at first, and the others go on as they were: no pace that they share."""
     clock = Clock(monkeypatch)
     slow = clock.call("a", [0.4] * 2 + [0.2] * 1000)  # the first of them warms up
@@ -90,7 +90,7 @@ def test_calls_that_settle_are_timed_until_they_have(monkeypatch):
     assert 8 < len(clock.log) / 3 < 24
 
 
-def test_calls_that_never_settle_are_timed_four_times_as_long_and_said_to(monkeypatch):
+def test_unsteady_calls_are_timed_four_times_as_long_and_reported(monkeypatch):
     clock = Clock(monkeypatch)
     wild = clock.call("a", [0.1] * 5 + [0.3] * 5)
     us, spread = until_steady([wild, clock.call("b", [0.1]), clock.call("c", [0.1])], seconds=2.0)
@@ -99,7 +99,7 @@ def test_calls_that_never_settle_are_timed_four_times_as_long_and_said_to(monkey
 
 
 @given(st.lists(st.floats(1, 100), min_size=2, max_size=4), st.integers(5, 60), st.floats(0, 0.5))
-def test_the_spread_is_that_of_the_least_certain_call(true, turns, swing):
+def test_the_spread_is_of_the_least_certain_call(true, turns, swing):
     """Half of the blocks of one call are off by a share; scale is no matter, and nor are the others."""
     times = np.outer(true, np.ones(turns))
     assert spread_of(times) == pytest.approx(0, abs=1e-12)
@@ -110,7 +110,7 @@ def test_the_spread_is_that_of_the_least_certain_call(true, turns, swing):
     assert spread_of(1000 * times) == pytest.approx(want, abs=1e-9)
 
 
-@pytest.mark.parametrize("size", [16, 32])  # 64 samples are four calls; or two, which are too few for a turn
+@pytest.mark.parametrize("size", [16, 32])  # four calls are 64 samples; two would be, but a turn has at least four
 def test_passes_go_over_all_batches_in_turns_and_the_first_does_not_count(size, monkeypatch):
     clock = Clock(monkeypatch)
     slow, fast = clock.call("slow", [9.0] * 5 + [0.2] * 10), clock.call("fast", [0.1])
@@ -129,9 +129,9 @@ def test_passes_go_over_all_batches_in_turns_and_the_first_does_not_count(size, 
         in_turns({"few": [fast] * 4}, batches, repeats=1)
 
 
-def test_the_spread_of_a_speed_up_looks_at_paired_passes():
+def test_the_spread_of_a_speed_up_pairs_passes():
     rng = np.random.default_rng(0)
-    pace = 1 + rng.random(15)  # which slows both down alike
+    pace = 1 + rng.random(15)  # slows both equally
     assert ratio_spread(80 * pace, 50 * pace) == pytest.approx(0, abs=1e-9)  # rounding alone
     assert ratio_spread(80 * pace, np.full(15, 50.0)) > STEADY
     assert ratio_spread(np.ones(4), np.ones(4)) is None

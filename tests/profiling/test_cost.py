@@ -23,7 +23,7 @@ from helpers.onnx_graphs import Sketch, flat_lenet, flat_of, grey_images
 microseconds = st.floats(0, 1e6)
 
 
-# Trunk and branches apart
+# Trunk and branches from times
 
 
 def times_of(trunk, branch, deciding=None):
@@ -37,7 +37,7 @@ def times_of(trunk, branch, deciding=None):
 
 
 @given(st.lists(st.tuples(microseconds, microseconds, microseconds), min_size=1, max_size=6))
-def test_exact_times_are_taken_apart_exactly(stages):
+def test_exact_times_give_exact_costs(stages):
     trunk, branch, deciding = zip(*stages, strict=True)
     found = _apart(times_of(trunk, branch, deciding), len(stages))
     want = trunk, np.add(branch, deciding)
@@ -45,7 +45,7 @@ def test_exact_times_are_taken_apart_exactly(stages):
 
 
 @given(st.lists(st.tuples(*[microseconds] * 4), min_size=1, max_size=6), st.integers(1, 64))
-def test_of_a_batch_what_every_call_takes_is_paid_by_all(stages, rows):
+def test_every_row_of_a_batch_pays_fixed_costs(stages, rows):
     """Each stage takes a fixed part a call, and so much a sample that reaches it."""
     fixed, slope = (np.array(part) for part in (np.transpose(stages)[:2], np.transpose(stages)[2:]))
     fewer = max(1, rows // 4)
@@ -58,19 +58,19 @@ def test_of_a_batch_what_every_call_takes_is_paid_by_all(stages, rows):
 
 
 @given(st.integers(1, 6), st.data())
-def test_noisy_times_give_costs_that_never_fall_short_and_a_trunk_that_is_the_plain_network(exits, data):
+def test_noisy_times_give_costs_that_are_never_too_low_and_a_trunk_equal_to_the_plain_network(exits, data):
     names = list(times_of([0.0] * exits, [0.0] * exits))
     times = data.draw(st.lists(microseconds, min_size=len(names), max_size=len(names)))
     us = dict(zip(names, times, strict=True))
     upto, leave = (np.array([us[f"{name}_{n}"] for n in range(1, exits + 1)]) for name in ("upto", "leave"))
-    cost = ExitCost(*map(tuple, _apart(us, exits)))  # which refuses what is negative or not finite
+    cost = ExitCost(*map(tuple, _apart(us, exits)))  # refuses negative and infinite costs
     slack = 1e-6 * (1 + max(times))
     assert (np.cumsum(cost.trunk_us) + np.cumsum(cost.branch_us) >= np.maximum(upto, leave) - slack).all()
     assert cost.latency_us([False] * (exits - 1) + [True])[-1] == pytest.approx(us["plain"], abs=slack)
 
 
 @given(st.integers(1, 4), st.sampled_from([1, 16, 64]), st.data())
-def test_whatever_the_clock_says_never_leaving_early_takes_as_long_as_the_plain_network(exits, rows, data):
+def test_the_trunk_takes_as_long_as_the_plain_network_for_any_times(exits, rows, data):
     names = list(times_of([0.0] * exits, [0.0] * exits))
     sizes = (rows, max(1, rows // 16))
     whole, part = (
@@ -99,7 +99,7 @@ def lenet(monkeypatch):
     return net
 
 
-def test_measure_turns_batch_times_into_costs_a_sample(lenet, monkeypatch):
+def test_measure_turns_batch_times_into_costs_per_sample(lenet, monkeypatch):
     """A call of b rows takes 4 us more than b times these."""
     seen = []
     monkeypatch.setattr(Engine, "outputs", lambda self, *inputs: seen.append([i.copy() for i in inputs]))
@@ -130,12 +130,12 @@ def test_measure_turns_batch_times_into_costs_a_sample(lenet, monkeypatch):
         np.testing.assert_array_equal(x, [rows[[0, 1] * (16 if n < 6 else 1)]])
 
 
-def test_of_averaged_answers_the_plain_network_is_the_backbone_alone(monkeypatch):
+def test_the_plain_network_of_averaged_exits_is_the_backbone(monkeypatch):
     net, _ = flat_lenet()
     made = {}
 
     def spied(flat, *args, plain, **options):
-        assert [node.op_type for node in plain.model.graph].count("Conv") == 3  # the fourth is the branch's
+        assert [node.op_type for node in plain.model.graph].count("Conv") == 3  # the fourth is in the branch
         made.update(part_engines(flat, *args, plain=plain, **options))
         return made
 
@@ -149,7 +149,7 @@ def test_of_averaged_answers_the_plain_network_is_the_backbone_alone(monkeypatch
         np.testing.assert_allclose(made["last"].outputs(x.numpy())[1], averaged(net)(x)[-1].numpy(), atol=1e-5)
 
 
-def test_deployed_graphs_leave_where_their_names_say(tmp_path):
+def test_deployed_graphs_leave_at_the_exit_in_their_name(tmp_path):
     _, flat = flat_lenet()
     x = grey_images(3).numpy()
     engines = leaving_engines(flat, tmp_path, Target())
@@ -168,7 +168,7 @@ def test_a_real_measurement_has_its_shape(lenet, batch):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
         ({"batch_size": -3}, "-3"),
@@ -177,8 +177,8 @@ def test_a_real_measurement_has_its_shape(lenet, batch):
         ({"batch_size": 2.0}, "batch_size must be a whole number; got 2.0"),
     ],
 )
-def test_wrong_arguments_are_named(lenet, changes, told):
-    with pytest.raises(InputError, match=told):
+def test_wrong_arguments_are_named(lenet, changes, message):
+    with pytest.raises(InputError, match=message):
         measure(lenet, grey_images(2), Target(**changes))
 
 
@@ -196,7 +196,7 @@ def test_a_network_without_branches_has_one_exit():
     assert cost.trunk_us[0] > 0
 
 
-def test_static_engines_compute_what_their_names_say(tmp_path):
+def test_part_engines_compute_the_exits_in_their_names(tmp_path):
     net, flat = flat_lenet()
     x = grey_images(2)
     with torch.no_grad():
@@ -259,7 +259,7 @@ def test_macs_of_products_with_transposed_factors():
     assert trunk == (60 + 30, 42) and branch == (0, 0)
 
 
-def test_what_only_one_exit_needs_is_its_branch():
+def test_values_that_one_exit_alone_needs_count_as_its_branch():
     """Work shared by two branches but not by the last exit is still on the way to the later of them."""
     sketch = Sketch()
     x = sketch.input("x", 4)
@@ -275,7 +275,7 @@ def test_what_only_one_exit_needs_is_its_branch():
     assert found == ((20 + 10, 0, 15), (6, 6, 0))
 
 
-def test_bias_and_elementwise_work_count_nothing():
+def test_bias_and_elementwise_operations_do_not_count():
     sketch = Sketch()
     value = sketch.op("Relu", sketch.input("x", 4), shape=["batch", 4])
     assert exit_macs(sketch.flat([value], [sketch.total(value)])) == ((0.0,), (0.0,))

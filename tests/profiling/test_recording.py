@@ -73,13 +73,13 @@ def test_exits_that_disagree_are_named():
         record(make(classes=5), [(torch.randn(2, 4), torch.tensor([0, 1]))], progress=False)
 
 
-def test_outputs_that_are_no_logits_are_named():
+def test_outputs_that_are_not_logits_are_named():
     with pytest.raises(InputError, match=r"exit 1: \(2, 3, 4, 4\).*from_scores"):
         record(nn.Conv2d(1, 3, 1), [(torch.randn(2, 1, 4, 4), torch.tensor([0, 1]))], progress=False)
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "message"),
     [
         ([], "no batch"),
         ([torch.zeros(2, 4)], "inputs, target"),
@@ -90,8 +90,8 @@ def test_outputs_that_are_no_logits_are_named():
         ([(torch.zeros(2, 4), torch.tensor([0.0, 1.0]))], "labels must be integers"),
     ],
 )
-def test_data_that_cannot_be_recorded_is_named(data, told):
-    with pytest.raises(InputError, match=told):
+def test_data_that_cannot_be_recorded_is_named(data, message):
+    with pytest.raises(InputError, match=message):
         record(make(), data, progress=False)
 
 
@@ -112,9 +112,9 @@ RECORDS = ExitRecord(np.eye(5, 3)[:, None], np.arange(5) % 3), ExitRecord.from_s
         *([0.5], "x", [True, False], np.ones(6, bool), [5], [-6], [2**70], np.ones((5, 5), bool), None, 3, True),
         *((0, 0), [[0, 1]], {"a": 1}, slice("a"), slice(0, 3, 0), np.array(["0"]), np.array([0.0]), object()),
     ],
-    ids=lambda rows: repr(rows).partition(" at 0x")[0],  # alike in every process
+    ids=lambda rows: repr(rows).partition(" at 0x")[0],  # the same in every process
 )
-def test_rows_that_name_no_samples_are_refused(rows):
+def test_invalid_rows_are_refused(rows):
     for made in RECORDS:
         with pytest.raises(InputError, match="rows must be indices below 5, a mask of 5 booleans or a slice; got"):
             made.take(rows)
@@ -123,12 +123,12 @@ def test_rows_that_name_no_samples_are_refused(rows):
 @pytest.mark.parametrize(
     "rows", [[0, 4, -1, 0], range(2, 4), slice(None, None, -2), np.arange(5) > 2, [True] * 5, torch.tensor([1, 2])]
 )
-def test_rows_are_taken_as_numpy_takes_them(rows):
+def test_rows_index_like_numpy(rows):
     for made in RECORDS:
         np.testing.assert_array_equal(made.take(rows).losses, made.losses[np.arange(5)[rows]])
 
 
-def test_no_rows_are_no_record():
+def test_a_record_needs_rows():
     for rows in ([], slice(0), np.zeros(5, bool)):
         with pytest.raises(InputError, match="at least one sample"):
             RECORDS[1].take(rows)
