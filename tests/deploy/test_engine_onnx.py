@@ -153,8 +153,8 @@ def test_integer_types_are_distinguished(folder):
         ((), "0 thresholds given for 3 exits; give 2"),
         ((0.5,), "1 thresholds"),
         ((0.5,) * 3, "3 thresholds"),
-        (0.5, "list of numbers.*0.5"),
-        (("low", "high"), "list of numbers.*'low'"),
+        (0.5, "must be a list; got 0.5"),
+        (("low", "high"), "must be numbers.*'low'"),
         ((float("nan"), 0.5), "nan"),
     ],
 )

@@ -96,8 +96,15 @@ def advise(
             value that prevents it.
 
     Example:
-        >>> advice = advise(net, train_loader, val_loader, x, Target(batch_size=1), max_drop=0.01)  # doctest: +SKIP
-        >>> print(advice)  # doctest: +SKIP
+        >>> import torch
+        >>> from branchynet import SearchOptions, advise
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Linear(8, 2, bias=False))
+        >>> x = torch.randn(256, 4)
+        >>> loader = [(x, net(x).argmax(dim=1))]
+        >>> search = SearchOptions(epochs=1, taps=["0"], seconds=0.1)
+        >>> print(advise(net, loader, loader, x, search=search, progress=False))
+        Do not bother: ...
     """
     say: Callable[[str], None] = partial(print, flush=True, file=sys.stderr) if progress else lambda line: None
     check_target(target)
