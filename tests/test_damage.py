@@ -156,7 +156,7 @@ def test_a_pipe_is_refused_at_once(tmp_path, read):
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_a_pipe_among_images_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "x.png")
-    with pytest.raises(DataError, match="no regular file"):
+    with pytest.raises(DataError, match="not a regular file"):
         read_image(tmp_path / "x.png", (1, 4, 4))
 
 
