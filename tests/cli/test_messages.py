@@ -12,8 +12,8 @@ from branchynet.data import save_image
 from branchynet.errors import InputError, counted
 from branchynet.policy.exit_cost import ExitCost
 from branchynet.policy.limits import Limit
-from branchynet.policy.promise import check_size, tightest
-from branchynet.policy.risk_tests import fewest, halves
+from branchynet.policy.promise import check_size, tightest_limit
+from branchynet.policy.risk_tests import halves, samples_needed
 from branchynet.runs import steps
 from branchynet.runs.design import next_steps
 from branchynet.runs.run import create_run
@@ -45,11 +45,11 @@ def run(trained, tmp_path):
 @pytest.mark.parametrize("samples", [20, 101, 300, 1386, 9999, 200_000])
 def test_the_tightest_limit_can_be_promised_and_a_smaller_one_cannot(samples, bound):
     size = len(halves(samples)[1])
-    limit = tightest(samples, 0.05, bound)
-    assert fewest(limit, 0.05, bound) <= size and limit <= 0.5
-    assert fewest(limit * 0.9, 0.05, bound) > size
-    assert 1 - tightest(samples, 0.05, bound, absolute=True) == pytest.approx(limit, abs=0.011 * limit)
-    for name, least in (("max_drop", limit), ("min_accuracy", tightest(samples, 0.05, bound, absolute=True))):
+    limit = tightest_limit(samples, 0.05, bound)
+    assert samples_needed(limit, 0.05, bound) <= size and limit <= 0.5
+    assert samples_needed(limit * 0.9, 0.05, bound) > size
+    assert 1 - tightest_limit(samples, 0.05, bound, absolute=True) == pytest.approx(limit, abs=0.011 * limit)
+    for name, least in (("max_drop", limit), ("min_accuracy", tightest_limit(samples, 0.05, bound, absolute=True))):
         check_size(samples, Limit(name, least), 0.05, bound)
         less = 1 - 0.9 * limit if name == "min_accuracy" else 0.9 * limit
         with pytest.raises(InputError, match=f"take {name}={re.escape(f'{least:g}')}, .*confidence=None"):
@@ -57,7 +57,7 @@ def test_the_tightest_limit_can_be_promised_and_a_smaller_one_cannot(samples, bo
 
 
 def test_too_few_samples_have_no_limit():
-    assert tightest(2, 0.05, "betting") is None
+    assert tightest_limit(2, 0.05, "betting") is None
     with pytest.raises(InputError, match=r"early: record more, or ask for no promise"):
         check_size(2, Limit("max_drop", 0.1), 0.05, "betting")
 

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 from branchynet import Choice, ExitCost, ExitRecord, Policy, Target, evaluate, load
 from branchynet.data import load_data, save_image
 from branchynet.errors import GraphError
-from branchynet.policy.risk_tests import fewest, halves
+from branchynet.policy.risk_tests import halves, samples_needed
 from branchynet.runs import steps
 from helpers.command import call
 
@@ -128,7 +128,9 @@ def test_choose_with_promise_and_score(run, tmp_path, monkeypatch, capsys):
     plain_us = ExitCost.load(copy / "cost-margin.json").plain_us
     assert f"{plain_us / choice.outcome.mean_us:.2f}x the speed of the plain network" in output
     assert call(monkeypatch, "choose", copy, "--max-drop", 0.001) == 1
-    assert f"needs at least {2 * fewest(0.001, 0.05, 'betting')} samples" in " ".join(capsys.readouterr().err.split())
+    assert f"needs at least {2 * samples_needed(0.001, 0.05, 'betting')} samples" in " ".join(
+        capsys.readouterr().err.split()
+    )
     assert Choice.load(copy / "choice.json") == choice
 
 

@@ -14,7 +14,7 @@ from branchynet.policy.choosing import choose
 from branchynet.policy.evaluation import evaluate, frontier
 from branchynet.policy.exit_cost import ExitCost
 from branchynet.policy.exit_record import ExitRecord
-from branchynet.policy.risk_tests import best_bet, betting_p, binomial_p, fewest, fixed_sequence_test, halves
+from branchynet.policy.risk_tests import best_bet, betting_p, binomial_p, fixed_sequence_test, halves, samples_needed
 from branchynet.policy.values import Choice, Policy, Promise
 
 COST = ExitCost((10.0, 20.0, 30.0), (1.0, 1.0, 0.0), (100.0, 200.0, 300.0), (5.0, 5.0, 0.0))
@@ -67,7 +67,7 @@ def test_the_fewest_samples_are_just_enough(bound, limit, delta):
             return binomial_p(unchanged, limit)
         return betting_p(unchanged, limit, best_bet(np.zeros(50), limit))
 
-    count = fewest(limit, delta, bound)
+    count = samples_needed(limit, delta, bound)
     assert p(count) <= delta < p(count - 1)
 
 
@@ -183,7 +183,7 @@ def test_an_absolute_limit_is_kept_or_refused():
 
 
 def test_the_error_for_too_few_samples_names_the_number_needed():
-    needed = 2 * fewest(0.01, 0.05, "binomial")
+    needed = 2 * samples_needed(0.01, 0.05, "binomial")
     record = ExitRecord.from_scores(np.random.default_rng(0).random((needed, 2)), np.zeros((needed, 2)))
     cost = ExitCost((1.0, 9.0), (0.0, 0.0))
     assert choose(record, cost, max_drop=0.01, bound="binomial").outcome.exit_share[0] > 0.9

@@ -69,7 +69,7 @@ class ExitRecord:
             if self.scores is not None or self.losses is not None or self.score is not None:
                 raise InputError("give outputs and labels, or scores and losses (ExitRecord.from_scores), not both")
             outputs = _array("outputs", self.outputs, 3, "(S, N, C)")
-            _check_finite("outputs", outputs.max(axis=2))  # minus infinity only where every class is ruled out
+            _check_finite("outputs", outputs.max(axis=2))  # minus infinity only if every class is ruled out
             labels = np.asarray(self.labels)
             if labels.dtype.kind not in "iu" or labels.shape != outputs.shape[:1]:
                 raise InputError(

@@ -18,7 +18,7 @@ from .exit_record import ExitRecord
 from .exit_rule import exit_positions
 from .fitted_scores import samples_fitted_on
 from .limits import Limit
-from .risk_tests import fewest, fixed_sequence_test, halves
+from .risk_tests import fixed_sequence_test, halves, samples_needed
 from .search import SearchProblem, evenly, points_at
 from .values import Floats
 
@@ -115,10 +115,10 @@ def bound_of(problem: SearchProblem, limit: Limit, bound: str | None) -> str:
 
 def check_size(samples: int, limit: Limit, delta: float, bound: str) -> None:
     """Raise `InputError` if `samples` are too few for a promise, and name the smallest limit for which they suffice."""
-    needed = fewest(limit.risk, delta, bound)
+    needed = samples_needed(limit.risk, delta, bound)
     if len(halves(samples)[1]) >= needed:
         return
-    carried = tightest(samples, delta, bound, absolute=limit.absolute)
+    carried = tightest_limit(samples, delta, bound, absolute=limit.absolute)
     other = "" if carried is None else f"take {limit.name}={carried:g}, the tightest limit for this many samples, "
     raise InputError(
         f"a promise of {limit} at {1 - delta:.0%} confidence by the {bound} bound needs at least "
@@ -131,7 +131,7 @@ _LIMITS = tuple(float(f"{digits}e-{power}") for power in range(6, 1, -1) for dig
 """Limits that an error may name: two digits, up to 0.5."""
 
 
-def tightest(samples: int, delta: float, bound: str, *, absolute: bool = False) -> float | None:
+def tightest_limit(samples: int, delta: float, bound: str, *, absolute: bool = False) -> float | None:
     """Return the smallest limit, in two digits, that `samples` samples can promise; None if they are too few for any.
 
     Args:
@@ -142,7 +142,7 @@ def tightest(samples: int, delta: float, bound: str, *, absolute: bool = False) 
     """
     size = len(halves(samples)[1])
     limits = [round(1 - limit, 8) for limit in _LIMITS] if absolute else _LIMITS
-    enough = lambda limit: fewest(1 - limit if absolute else limit, delta, bound) <= size  # noqa: E731
+    enough = lambda limit: samples_needed(1 - limit if absolute else limit, delta, bound) <= size  # noqa: E731
     found = bisect.bisect_left(limits, True, key=enough)
     return limits[found] if found < len(limits) else None
 

@@ -40,7 +40,7 @@ def halves(samples: int) -> tuple[Ints, Ints]:
     return np.sort(drawn[: samples // 2]), drawn[samples // 2 :]
 
 
-def fewest(limit: float, delta: float, bound: str) -> int:
+def samples_needed(limit: float, delta: float, bound: str) -> int:
     """Return how many calibration samples a bound needs to prove a limit if leaving early changes no answer."""
     if not 0 < limit < 1:
         return 1

@@ -109,7 +109,7 @@ class Outcome:
 
     Attributes:
         samples: S.
-        accuracy: 1 - mean loss; for losses between 0 and 1 its meaning is theirs, such as pixel accuracy.
+        accuracy: 1 - mean loss; losses other than 0 and 1 define another accuracy, such as pixel accuracy.
         accuracy_interval: the 95 % interval of `accuracy`.
         last_accuracy: the accuracy of the last exit alone.
         exit_share: `(N,)` share of the samples that leave at each exit; the sum is 1.

@@ -11,7 +11,7 @@ from ..design import Advice
 from ..policy.evaluation import evaluate, frontier
 from ..policy.exit_record import ExitRecord
 from ..policy.prediction import Prediction
-from ..policy.promise import tightest
+from ..policy.promise import tightest_limit
 from ..policy.record_scores import scores_of_record
 from ..policy.values import Choice
 from ..report import Gallery, RunReport, write_report
@@ -31,7 +31,7 @@ def after_training(run: Run) -> list[str]:
     That command has a limit that the run has enough samples to promise.
     """
     samples = ExitRecord.load(run.file("record-val.npz", "train")).samples
-    carried = tightest(samples, 0.05, "betting")
+    carried = tightest_limit(samples, 0.05, "betting")
     limit = next((limit for limit in LIMITS if carried is not None and limit >= carried), None)
     how = " --no-promise" if limit is None else "" if limit == LIMITS[0] else f" --max-drop {limit:g}"
     old = outdated(run.path)
