@@ -88,7 +88,7 @@ def write_report(
     """
     choice, outcome, record, cost, bench = report.choice, report.outcome, report.record, report.cost, report.bench
     scores, plain = np.asarray(report.scores), report.plain
-    _check(choice, outcome, record, scores, cost, bench)
+    _check(report, scores)
     matching = _matching_row(bench, cost)
     if plain is None and matching is not None and matching["plain_accuracy"] is not None:
         # Prefer the time measured together with the curve: the machine may have been faster or slower at other times.
@@ -118,19 +118,13 @@ def write_report(
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")  # names of files may hold any byte
 
 
-def _check(
-    choice: Choice,
-    outcome: Outcome,
-    record: ExitRecord,
-    scores: NDArray[Any],
-    cost: ExitCost | None,
-    bench: Sequence[Mapping[str, Any]],
-) -> None:
+def _check(report: RunReport, scores: NDArray[Any]) -> None:
+    outcome, record = report.outcome, report.record
     exits = {
-        "the policy": choice.policy.num_exits,
+        "the policy": report.choice.policy.num_exits,
         "the outcome": len(outcome.exit_share),
         "the record": record.num_exits,
-        "the cost": record.num_exits if cost is None else cost.num_exits,
+        "the cost": record.num_exits if report.cost is None else report.cost.num_exits,
     }
     if len(set(exits.values())) > 1:
         raise InputError(
@@ -141,7 +135,7 @@ def _check(
             f"scores of shape {scores.shape} and an outcome of {outcome.samples} samples do not match this record, "
             f"which has {record.samples} samples of {record.num_exits} exits"
         )
-    for row in bench:
+    for row in report.bench:
         if missing := BENCH_COLUMNS.keys() - row.keys():
             raise InputError(f"a row of bench lacks {sorted(missing)}; give rows as bench(...) returns them")
 
