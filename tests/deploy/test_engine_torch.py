@@ -397,7 +397,7 @@ def test_samples_that_depend_on_each_other_are_refused(place):
     layers = [nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)]
     layers[place] = Mixed()
     net = BranchyNet(nn.Sequential(*layers), {"0": nn.Linear(6, 4)})
-    with pytest.raises(GraphError, match=rf"exit {place + 1} answers .* off .*same row alone.*other samples"):
+    with pytest.raises(GraphError, match=rf"exit {place + 1} differ by .* from .*same row alone.*other samples"):
         TorchEngine(net, Policy(thresholds=(1.0,)), torch.randn(4, 6))
 
 

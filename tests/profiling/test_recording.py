@@ -74,7 +74,7 @@ def test_exits_that_disagree_are_named():
 
 
 def test_outputs_that_are_not_logits_are_named():
-    with pytest.raises(InputError, match=r"exit 1: \(2, 3, 4, 4\).*from_scores"):
+    with pytest.raises(InputError, match=r"outputs \(2, 3, 4, 4\) have positions.*loss="):
         record(nn.Conv2d(1, 3, 1), [(torch.randn(2, 1, 4, 4), torch.tensor([0, 1]))], progress=False)
 
 
