@@ -18,7 +18,7 @@ from torch import nn
 
 from branchynet import export, load, verify
 from branchynet.data import read_image
-from branchynet.deploy import seal
+from branchynet.deploy import checksum
 from branchynet.deploy.engine import METADATA_KEY
 from branchynet.deploy.onnx_file import model_metadata
 from branchynet.deploy.stored_samples import read_samples
@@ -180,7 +180,7 @@ def test_exported_files_that_a_tool_wrote_anew_still_load(tmp_path):
     onnx.save(model, tmp_path / "same.onnx")
     model.producer_name = "another tool"
     onnx.save(model, tmp_path / "changed.onnx")
-    del model.metadata_props[[p.key for p in model.metadata_props].index(seal.KEY)]
+    del model.metadata_props[[p.key for p in model.metadata_props].index(checksum.KEY)]
     onnx.save(model, tmp_path / "unsealed.onnx")
     for name in ("same", "changed", "unsealed"):
         assert same(answered(tmp_path / f"{name}.onnx"), right)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .arguments import instance
+from .argument_checks import instance
 from .errors import FileError, printable
 
 try:

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from branchynet import Policy, attach, export, load
-from branchynet.deploy import inputs, seal
+from branchynet.deploy import checksum, input_checks
 from branchynet.deploy.assembly import assemble
 from branchynet.deploy.torch_engine import TorchEngine
 from branchynet.errors import FileError, InputError
-from branchynet.graph.memory import sample_bytes
+from branchynet.graph.activation_memory import sample_bytes
 from branchynet.graph.onnx_flat import flatten
 from helpers.networks import draw, two_inputs
 from helpers.onnx_graphs import Sketch, flat_of
@@ -121,7 +121,7 @@ def test_wrong_inputs_are_reported_with_a_remedy(engine, change, message):
 
 
 def test_right_inputs_are_checked_once(opened, monkeypatch):
-    monkeypatch.delattr(inputs, "_mended")
+    monkeypatch.delattr(input_checks, "_mended")
     image, vector = (t.numpy() for t in tensors(5))
     for rows in (0, 1, 5):
         opened(image[:rows], vector[:rows])
@@ -205,14 +205,14 @@ def copies(engine):
 def test_a_copy_of_an_engine_refuses_a_changed_file(file, tmp_path, other):
     path = tmp_path / "model.onnx"
     path.write_bytes(file.read_bytes())
-    seal.seal(path)
+    checksum.seal(path)
     sealed = path.read_bytes()
     engine = load(path)
     stored = pickle.dumps(engine)
     path.unlink()
     if other == "exported":
         ir.save(assemble(flat_of(two_inputs)[2], Policy(thresholds=(0.5, 0.6))), path)
-        seal.seal(path)
+        checksum.seal(path)
         assert load(path).policy != engine.policy
     elif other == "truncated":
         path.write_bytes(sealed[:-10])

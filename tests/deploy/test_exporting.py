@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import branchynet
+from branchynet.deploy import checksum
 from branchynet.deploy import exporting as module
-from branchynet.deploy import seal
 from branchynet.deploy.engine import METADATA_KEY
 from branchynet.deploy.exporting import export
 from branchynet.deploy.loading import load
@@ -67,9 +67,9 @@ def test_metadata_says_all_that_is_documented(exported):
     assert engine.labels == ("ant", "bee", "cat", "dog") and engine.policy == TWO and engine.num_exits == 3
     stored = {p.key: p.value for p in onnx.load(exported).metadata_props}
     # These names are part of the format: older files must still load.
-    assert (METADATA_KEY, SAMPLES_KEY, seal.KEY) == ("branchynet", "branchynet.samples", "branchynet_sha256")
+    assert (METADATA_KEY, SAMPLES_KEY, checksum.KEY) == ("branchynet", "branchynet.samples", "branchynet_sha256")
     assert json.loads(stored.pop(METADATA_KEY)) == engine.metadata
-    assert stored.pop(SAMPLES_KEY) and list(stored) == [seal.KEY]
+    assert stored.pop(SAMPLES_KEY) and list(stored) == [checksum.KEY]
 
 
 def test_the_file_names_neither_the_machine_nor_the_source(exported):

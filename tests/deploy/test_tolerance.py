@@ -8,7 +8,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from branchynet import BranchyNet, Policy, export, load, verify
-from branchynet.deploy import seal
+from branchynet.deploy import checksum
 from branchynet.deploy.tolerance import differences, tolerances
 from branchynet.deploy.torch_engine import TorchEngine
 from branchynet.errors import GraphError
@@ -134,7 +134,7 @@ def test_swapped_classes_are_found(finish, tmp_path):
                 turned = np.take(array, [1, 2, 3, 0, 4, 5], axis=array.shape.index(6))
                 tensor.CopyFrom(numpy_helper.from_array(turned, tensor.name))
                 swapped += 1
-    kept = [p for p in model.metadata_props if p.key != seal.KEY]
+    kept = [p for p in model.metadata_props if p.key != checksum.KEY]
     del model.metadata_props[:]
     model.metadata_props.extend(kept)
     onnx.save(model, tmp_path / "swapped.onnx")

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from branchynet import BranchyNet, Policy, export, load, verify
 from branchynet.cli.verbs import app
-from branchynet.deploy import seal
+from branchynet.deploy import checksum
 from branchynet.deploy import stored_samples as stored_samples
 from branchynet.deploy.stored_samples import SAMPLES_KEY, read_samples
 from branchynet.deploy.verification import check
@@ -77,7 +77,7 @@ def changed(path, folder, change):
     """A copy of a file with a changed model, without the checksum."""
     model = onnx.load(path)
     change(model)
-    kept = [p for p in model.metadata_props if p.key != seal.KEY]
+    kept = [p for p in model.metadata_props if p.key != checksum.KEY]
     del model.metadata_props[:]
     model.metadata_props.extend(kept)
     onnx.save(model, folder / "changed.onnx")

@@ -13,8 +13,8 @@ from branchynet.data import ImageData, Split, load_data, loader
 from branchynet.design import Advice, SearchOptions, advise
 from branchynet.design.candidates import attach_candidates
 from branchynet.errors import FileError, GraphError, InputError
-from branchynet.policy.digests import share_samples
 from branchynet.policy.risk_tests import halves
+from branchynet.policy.sample_digests import share_samples
 from branchynet.reproduce.recipes import adam
 from branchynet.training.loop import fit
 from helpers.loop import every_exit, figure_2

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from branchynet.errors import InfeasibleError, InputError
 from branchynet.monitor import martingale
-from branchynet.monitor.answers import predicted
 from branchynet.monitor.budget import BudgetController
 from branchynet.monitor.drift import Monitor
 from branchynet.monitor.martingale import CHUNK, ConformalRanks, _returns
+from branchynet.monitor.predictions import predicted
 from branchynet.policy.exit_cost import ExitCost
 from branchynet.policy.exit_record import ExitRecord
 from branchynet.policy.prediction import Prediction

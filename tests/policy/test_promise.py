@@ -10,12 +10,12 @@ from scipy.stats import binom
 from branchynet.design.exit_search import CandidateScores, search_exit_sets
 from branchynet.errors import InputError
 from branchynet.policy.choosing import choose
-from branchynet.policy.digests import digests, is_sketch, repeated, share_samples, sketch
 from branchynet.policy.evaluation import evaluate
 from branchynet.policy.exit_cost import ExitCost
 from branchynet.policy.exit_record import ExitRecord
 from branchynet.policy.record_scores import scores_of_record
 from branchynet.policy.risk_tests import halves
+from branchynet.policy.sample_digests import digests, is_sketch, repeated, share_samples, sketch
 from branchynet.policy.score_fitting import fit_score, fit_temperature
 
 COST = ExitCost((10.0, 10.0), (1.0, 0.0))

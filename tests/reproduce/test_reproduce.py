@@ -20,8 +20,8 @@ from branchynet.policy.averaging import fit_averaging
 from branchynet.policy.record_scores import scores_of_record
 from branchynet.reproduce import reproduce, table1
 from branchynet.reproduce.figures import figure_3, figure_4
-from branchynet.reproduce.judging import PlainResult, judge_network, on_device
 from branchynet.reproduce.recipes import RECIPES, Training, adam, recipes
+from branchynet.reproduce.results import PlainResult, judge_network, on_device
 from branchynet.zoo.lenet import LeNet
 from helpers.loop import doubt, entropy, figure_2
 

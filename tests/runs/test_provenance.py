@@ -10,9 +10,9 @@ from PIL import Image
 from branchynet import Choice, ExitRecord, load
 from branchynet.data import load_data
 from branchynet.errors import DataError, FileError, InputError
-from branchynet.policy.digests import share_samples
 from branchynet.policy.exit_cost import ExitCost
 from branchynet.policy.risk_tests import halves
+from branchynet.policy.sample_digests import share_samples
 from branchynet.runs.design import design_run
 from branchynet.runs.provenance import check_data, check_report
 from branchynet.runs.report import report_run

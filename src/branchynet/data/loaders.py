@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from ..arguments import check_seed
+from ..argument_checks import check_seed
 from ..errors import InputError
 from .datasets import Split
 

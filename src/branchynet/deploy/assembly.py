@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from ..environment import __version__, processor
 from ..errors import GraphError, as_graph_errors
-from ..graph.memory import sample_bytes
+from ..graph.activation_memory import sample_bytes
 from ..graph.onnx_flat import FlatGraph
 from ..graph.onnx_layout import keep_blocks
 from ..graph.onnx_nest import flat_model, nest

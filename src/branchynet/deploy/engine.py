@@ -11,13 +11,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arguments import whole
+from ..argument_checks import whole
 from ..errors import FileError, InputError
 from ..files import parse_json
 from ..policy.prediction import Prediction
 from ..policy.values import Policy
-from ..stored import from_stored
-from .inputs import Input, check_thresholds, checked_inputs
+from ..stored_values import from_stored
+from .input_checks import Input, check_thresholds, checked_inputs
 
 FORMAT = 1
 METADATA_KEY = "branchynet"

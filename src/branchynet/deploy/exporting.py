@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from ..arguments import instance, whole
+from ..argument_checks import instance, whole
 from ..errors import GraphError, InputError, as_graph_errors
 from ..files import check_path, replacing
 from ..graph.onnx_flat import flatten
@@ -21,17 +21,17 @@ from ..nn.calls import arguments
 from ..nn.checks import check_network
 from ..nn.fingerprint import fingerprint
 from ..nn.network import count_exits
-from ..nn.outputs import warn_of_probabilities
+from ..nn.output_warnings import warn_of_probabilities
 from ..policy.exit_record import check_same_network
 from ..policy.record_scores import is_named
 from ..policy.scores import Score, resolve
 from ..policy.values import Choice, Policy
 from .assembly import _in_int8, _warn_of_low_agreement, assemble, check_answers, exits_of_graph
-from .notes import class_names, plain_values
-from .oracle import answers_alone
-from .seal import seal
+from .checksum import seal
+from .reference_outputs import answers_alone
 from .stored_samples import MAX_SAMPLES, SAMPLES_KEY, Samples, pack
 from .tolerance import differences, tolerances
+from .user_metadata import class_names, plain_values
 
 
 def export(

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 import onnxruntime
 
-from ..arguments import whole
+from ..argument_checks import whole
 from ..environment import require
 from ..errors import FileError, InputError
 from ..extras import needed_by
 from ..files import check_path, regular
+from .checksum import check_seal
 from .engine import Engine, Graph, read_metadata
-from .inputs import Input
-from .seal import check_seal
+from .input_checks import Input
 
 if TYPE_CHECKING:
     from .verification import Verification

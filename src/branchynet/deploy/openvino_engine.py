@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..errors import FileError
 from .engine import Feeds, Graph, read_metadata
-from .inputs import Input
+from .input_checks import Input
 from .onnx_file import entries, read_model
 
 

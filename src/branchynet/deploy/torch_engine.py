@@ -19,8 +19,8 @@ from ..nn.checks import check_network, resolve_device
 from ..policy.exit_rule import as_deployed, stays
 from ..policy.prediction import Prediction
 from ..policy.values import Policy
-from .inputs import Input, check_thresholds, checked_inputs
-from .oracle import answers_alone
+from .input_checks import Input, check_thresholds, checked_inputs
+from .reference_outputs import answers_alone
 from .tolerance import differences, tolerances
 
 _EPS = float(torch.finfo(torch.float32).eps)

@@ -14,9 +14,9 @@ from ..errors import VerificationError
 from ..policy.prediction import Prediction
 from ..policy.values import Policy, thresholds_text
 from .engine import Engine
+from .moved_thresholds import moved_thresholds
 from .onnx_file import parse_model
 from .stored_samples import Samples, samples_in
-from .thresholds import moved_thresholds
 from .tolerance import FLOAT, difference, differences, tolerances
 
 _TIE = 1e-5  # distance of a score to a threshold within which either decision is right

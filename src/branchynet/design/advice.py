@@ -11,7 +11,7 @@ from ..files import read_json, write_json
 from ..nn.network import BranchyNet
 from ..policy.exit_cost import ExitCost
 from ..profiling.target import Target
-from ..stored import from_stored
+from ..stored_values import from_stored
 
 WORTH = 1.05  # lower bound of the speed-up from which exits are worth it
 
@@ -83,8 +83,8 @@ class Advice:
         tried: the result of every candidate alone.
         best: index of the fastest design; among equally fast ones, the one with the fewest exits.
         fingerprint: fingerprint of the network.
-        selected_on: the sketch (see `branchynet.policy.digests`) of the validation samples that chose the design;
-            empty if the samples have no digests.
+        selected_on: the sketch (see `branchynet.policy.sample_digests`) of the validation samples that chose the
+            design; empty if the samples have no digests.
         network: the best design, with branches trained on the frozen network; `save` leaves it out.
 
     Example:

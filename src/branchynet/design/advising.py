@@ -13,25 +13,25 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..arguments import check_fraction
+from ..argument_checks import check_fraction
 from ..errors import FileError, InputError
 from ..files import write_json
 from ..graph.onnx_flat import FlatGraph, flatten
 from ..nn.fingerprint import fingerprint
 from ..nn.network import BranchyNet
-from ..policy.digests import sketch
 from ..policy.evaluation import evaluate
 from ..policy.exit_cost import ExitCost
 from ..policy.exit_record import ExitRecord
 from ..policy.exit_rule import route
 from ..policy.record_scores import scores_of_record
 from ..policy.risk_tests import halves
+from ..policy.sample_digests import sketch
 from ..policy.scores import resolve
 from ..policy.search import mean_cost
 from ..policy.values import Z95, Floats, Policy
 from ..profiling.recording import record
 from ..profiling.target import Target, check_target
-from ..stored import read_entry
+from ..stored_values import read_entry
 from ..training.loop import fit
 from ..training.options import FitOptions
 from .advice import Advice, CandidateResult, Design

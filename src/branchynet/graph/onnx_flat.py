@@ -23,7 +23,7 @@ from ..policy.scores import Score
 from .onnx_builder import BATCH, reserved
 from .subgraphs import graphs_of, nodes_of
 from .torch_program import program_of, quiet_export
-from .unwritable import check_writable
+from .unsupported import check_writable
 
 OPSET = 20  # the first whose ReduceMin takes booleans; ONNX Runtime 1.17 and later read it
 IR_VERSION = 9

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from torch import Tensor
 
-from ..arguments import in_order
+from ..argument_checks import in_order
 from ..errors import GraphError, InputError
 from .cut import cut
 from .onnx_flat import FlatGraph

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..arguments import described
+from ..argument_checks import described
 from ..errors import GraphError, InputError
 from ..nn.calls import arguments, evaluating
 from ..nn.checks import KEEP_PARAMETERS, calling, changed, written
 from ..nn.network import exit_outputs
-from ..nn.readable import check_weights
 from ..nn.trace import Trace
+from ..nn.unsupported import check_weights
 from ..policy.scores import Score
 from .onnx_builder import BATCH
 

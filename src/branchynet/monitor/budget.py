@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..arguments import above_zero, instance
+from ..argument_checks import above_zero, instance
 from ..errors import InfeasibleError, InputError
 from ..policy.evaluation import policy_for
 from ..policy.exit_cost import ExitCost
@@ -16,7 +16,7 @@ from ..policy.prediction import Prediction
 from ..policy.record_scores import scores_of_record
 from ..policy.search import mean_cost
 from ..policy.values import Choice, Floats, Policy
-from .answers import PicklableLock, answered, check_exits
+from .predictions import PicklableLock, answered, check_exits
 
 _MOST_GAIN = 0.5  # largest part of the way to the goal per batch; half is stable even if the slope is wrong
 _RETURN = 4.0  # the steps back grow by this factor for each 1 / rate samples that all leave at one end

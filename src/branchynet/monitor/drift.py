@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..arguments import check_seed, real
+from ..argument_checks import check_seed, real
 from ..errors import InputError
 from ..policy.evaluation import policy_for
 from ..policy.exit_record import ExitRecord, check_cost
 from ..policy.prediction import Prediction
 from ..policy.values import Choice, Floats, Ints, Policy
-from .answers import PicklableLock, answered, answered_labels, answered_scores, predicted
 from .martingale import CHUNK, ConformalRanks, TestMartingale, suspect
+from .predictions import PicklableLock, answered, answered_labels, answered_scores, predicted
 
 RESOLUTION = 1e-5
 """Scores are rounded to multiples of this, because smaller differences between engines are not drift."""

@@ -24,8 +24,8 @@ from .calls import (
 from .checks import calling, check_network
 from .network import BranchyNet, never_ran, runs_twice
 from .placement import spread_exits
-from .readable import check_weights
 from .trace import Trace, tracing
+from .unsupported import check_weights
 
 
 def attach(

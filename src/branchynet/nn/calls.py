@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import GraphError, InputError
-from .outputs import warn_of_further
+from .output_warnings import warn_of_further
 
 INPUT = "input"  # the name of the tap at the network's first argument
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..arguments import described, dtype_name, instance
+from ..argument_checks import described, dtype_name, instance
 from ..errors import BranchyNetError, InputError
 
 _IMAGE_CHANNELS = (1, 3, 4)

@@ -5,8 +5,8 @@ import hashlib
 import torch
 from torch import nn
 
-from ..policy.digests import averaged_fingerprint
-from .readable import check_weights
+from ..policy.sample_digests import averaged_fingerprint
+from .unsupported import check_weights
 
 
 def fingerprint(net: nn.Module) -> str:

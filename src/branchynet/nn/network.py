@@ -24,8 +24,8 @@ from .calls import (
     slow_path,
 )
 from .checks import MISFITS, calling, misfit
-from .outputs import warn_of_further
-from .readable import scripted_submodule
+from .output_warnings import warn_of_further
+from .unsupported import scripted_submodule
 
 
 class OrderError(GraphError):
@@ -50,7 +50,7 @@ class BranchyNet(nn.Module):
             features.
 
     Attributes:
-        selected_on: sketches (see `branchynet.policy.digests`) of the samples that the exits were selected on.
+        selected_on: sketches (see `branchynet.policy.sample_digests`) of the samples that the exits were selected on.
 
     Raises:
         InputError: a tap is not a submodule (the nearest name is suggested), or a branch is not a module.

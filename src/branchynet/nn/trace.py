@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from ..errors import GraphError
-from .readable import scripted_submodule
+from .unsupported import scripted_submodule
 
 aten = torch.ops.aten
 # Operations that show which dimension of their input holds the features: the second, or the last.

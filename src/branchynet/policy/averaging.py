@@ -10,8 +10,8 @@ from scipy.special import logsumexp, softmax
 from torch import Tensor
 
 from ..errors import InputError
-from .digests import averaged_fingerprint
 from .exit_record import ExitRecord, bounded, outputs_and_labels
+from .sample_digests import averaged_fingerprint
 from .values import Floats, Ints
 
 WeightRows = Sequence[Sequence[float]]

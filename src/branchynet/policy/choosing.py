@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..arguments import real, whole
+from ..argument_checks import real, whole
 from ..errors import InfeasibleError, InputError
 from .evaluation import best_points, centred, evaluate, policy_thresholds, problem_of
 from .exit_cost import ExitCost

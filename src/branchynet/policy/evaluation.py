@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..arguments import instance, whole
+from ..argument_checks import instance, whole
 from ..errors import InputError
 from .coordinate_ascent import ascend
-from .digests import share_samples
 from .exit_cost import ExitCost
 from .exit_record import ExitRecord, check_cost, check_same_network
 from .exit_rule import exit_positions, route
 from .fitted_scores import samples_fitted_on
 from .record_scores import score_in_use, scores_of_record
+from .sample_digests import share_samples
 from .search import SearchPoints, SearchProblem, between, beyond, grid, mean_cost
 from .values import Z95, Choice, Floats, Ints, Outcome, Policy
 

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from ..arguments import ordered, real
+from ..argument_checks import ordered, real
 from ..errors import InputError
 from ..files import read_sealed, write_sealed
-from ..stored import from_stored
+from ..stored_values import from_stored
 from .values import Floats, set_fields
 
 

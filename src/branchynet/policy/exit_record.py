@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..arguments import described, instance
+from ..argument_checks import described, instance
 from ..errors import FileError, InputError
 from ..files import check_checksum, checksum, regular, replacing
-from .digests import Digests, digests, is_sketch, sketch
 from .exit_cost import ExitCost
 from .fitted_scores import samples_fitted_on
+from .sample_digests import Digests, digests, is_sketch, sketch
 from .values import Floats, Ints, score_name, set_fields
 
 
@@ -37,8 +37,9 @@ class ExitRecord:
         score: the name of the score in `scores`, or the callable; None if unknown.
         network: the `fingerprint` of the network, which prevents mixing records of different networks; None if unknown.
         inputs: `(S,)` uint64 digests of the inputs, which show whether two records share samples; None if unknown.
-        selected_on: sketches (see `branchynet.policy.digests`) of the samples that selected the exits or the averages
-            of the network, or to which the score of a loaded record was fitted. `choose` tests no promise on them.
+        selected_on: sketches (see `branchynet.policy.sample_digests`) of the samples that selected the exits or the
+            averages of the network, or to which the score of a loaded record was fitted. `choose` tests no promise
+            on them.
 
     Raises:
         InputError: shapes that disagree, no samples, a label outside 0..C-1, or outputs with NaN, plus infinity, or
@@ -155,7 +156,7 @@ class ExitRecord:
 
     @property
     def sketch(self) -> str:
-        """The sketch of the samples (see `branchynet.policy.digests`); empty if `sample_digests` is None."""
+        """The sketch of the samples (see `branchynet.policy.sample_digests`); empty if `sample_digests` is None."""
         return "" if self.sample_digests is None else sketch(self.sample_digests)
 
     def take(self, rows: Any) -> "ExitRecord":

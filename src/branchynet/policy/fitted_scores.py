@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import InputError, nearest
-from .digests import is_sketch
+from .sample_digests import is_sketch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +46,7 @@ class TemperedScore(_DescribedScore):
     Attributes:
         score: a name in `branchynet.policy.scores`.
         temperatures: `(N,)`, above 0; above 1 if an exit was too confident.
-        fitted_on: the sketch (see `branchynet.policy.digests`) of the samples of the fit; empty if unknown.
+        fitted_on: the sketch (see `branchynet.policy.sample_digests`) of the samples of the fit; empty if unknown.
 
     Raises:
         InputError: a temperature is not a positive number; when called, more exits than at the fit.

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arguments import check_fraction, real
+from ..argument_checks import check_fraction, real
 from ..errors import InputError
 from .values import PROMISED
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import InfeasibleError, InputError
-from .digests import COPIED, REPEATED, digests, repeated, repeated_rows, share_samples
 from .evaluation import best_points, centred
 from .exit_record import ExitRecord
 from .exit_rule import exit_positions
 from .fitted_scores import samples_fitted_on
 from .limits import Limit
 from .risk_tests import fixed_sequence_test, halves, samples_needed
+from .sample_digests import COPIED, REPEATED, digests, repeated, repeated_rows, share_samples
 from .search import SearchProblem, evenly, points_at
 from .values import Floats
 

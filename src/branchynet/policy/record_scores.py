@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..arguments import described
+from ..argument_checks import described
 from ..errors import InputError
 from ..extras import needed_by
 from .exit_record import ExitRecord

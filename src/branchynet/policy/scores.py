@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..arguments import described
+from ..argument_checks import described
 from ..errors import InputError, nearest
 
 Score = Callable[[tuple[Tensor, ...]], Tensor]

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arguments import threshold_list
+from ..argument_checks import threshold_list
 from ..errors import FileError, InputError
 from ..files import read_sealed, write_sealed
-from ..stored import from_stored
+from ..stored_values import from_stored
 from .fitted_scores import FittedScore, check_fitted, from_json
 
 Floats = NDArray[np.floating[Any]]
@@ -196,7 +196,7 @@ class Choice:
         record_digest: of the record that chose, to notice an evaluation on the same data.
         promise: the guarantee for other samples, or None without one.
         network: the `fingerprint` of the network of the record; None if unknown.
-        samples: the sketch (see `branchynet.policy.digests`) of the samples that chose; empty if unknown.
+        samples: the sketch (see `branchynet.policy.sample_digests`) of the samples that chose; empty if unknown.
         reason: why no sample leaves early; empty if some do.
 
     Example:

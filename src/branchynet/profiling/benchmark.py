@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..arguments import check_seed, instance, whole
+from ..argument_checks import check_seed, instance, whole
 from ..deploy.engine import Engine
 from ..deploy.loading import load
 from ..deploy.onnx_file import model_metadata

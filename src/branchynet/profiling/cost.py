@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ..arguments import real
+from ..argument_checks import real
 from ..errors import InputError, as_graph_errors
 from ..graph.macs import exit_macs
 from ..graph.onnx_flat import flatten

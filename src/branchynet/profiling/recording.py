@@ -10,17 +10,17 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from ..arguments import function
+from ..argument_checks import function
 from ..deploy.engine import Engine
 from ..errors import InputError
 from ..nn.batches import batch_exits, batches, tensors_in
 from ..nn.calls import evaluating
 from ..nn.checks import KEEP_PARAMETERS, changed, check_loader, check_network, resolve_device, written
 from ..nn.fingerprint import fingerprint
-from ..nn.outputs import warn_of_probabilities
-from ..policy.digests import Digests, digests
+from ..nn.output_warnings import warn_of_probabilities
 from ..policy.exit_record import ExitRecord
 from ..policy.record_scores import is_named
+from ..policy.sample_digests import Digests, digests
 from ..policy.scores import Score, resolve
 from ..policy.values import Floats, Ints, score_name
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
-from ..arguments import instance, whole
+from ..argument_checks import instance, whole
 from ..deploy.loading import Runtime, check_runtime, check_threads
 from ..errors import InputError
 

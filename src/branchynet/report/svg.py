@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import matplotlib
 from matplotlib.figure import Figure
 
-from . import plots
+from ..report import plots
 
 _COLOURS = {
     plots.INK: "var(--ink)",

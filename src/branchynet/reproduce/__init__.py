@@ -12,10 +12,10 @@ from ..environment import environment
 from ..errors import InputError
 from ..files import read_json, replacing, write_json
 from ..reproduce import table1
-from ..stored import read_entry
+from ..stored_values import read_entry
 from .figures import figure_3, figure_4
-from .judging import NetworkResult, judge_network
 from .recipes import RECIPES, Recipe, Training, recipes, shipped
+from .results import NetworkResult, judge_network
 
 WHAT = ("table1", "fig3", "fig4")
 FIG_4 = "b_alexnet"

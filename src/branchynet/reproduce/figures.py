@@ -15,7 +15,7 @@ from ..policy.record_scores import scores_of_record
 from ..policy.search import between, beyond
 from ..policy.values import Policy
 from ..report import figure_leaving, figure_tradeoff
-from .judging import NetworkResult
+from .results import NetworkResult
 
 SWEEP = 17
 """Number of values per threshold in the sweep, spaced geometrically up to the largest entropy."""

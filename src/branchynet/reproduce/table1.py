@@ -5,8 +5,8 @@ from typing import Any
 
 from ..policy.evaluation import first_correct
 from ..policy.values import thresholds_text
-from .judging import NetworkResult, OperatingPoint
 from .paper import TABLE_1
+from .results import NetworkResult, OperatingPoint
 
 HEADER = (
     "| network | accuracy | us | gain | overhead | limit, us | M MACs | thresholds | leave at exit, % |\n"

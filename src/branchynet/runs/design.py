@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from ..arguments import check_fraction
+from ..argument_checks import check_fraction
 from ..data import ImageData
 from ..design import Advice, SearchOptions, advise
 from ..design.advising import DISTILL

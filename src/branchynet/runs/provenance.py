@@ -21,7 +21,7 @@ from ..files import read_json, write_json
 from ..policy.exit_record import ExitRecord
 from ..policy.values import Choice
 from ..report.html import BENCH_COLUMNS
-from ..stored import read_entry
+from ..stored_values import read_entry
 
 PARTS = ("train", "val", "test")
 _FILE = "data.json"

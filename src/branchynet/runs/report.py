@@ -15,7 +15,7 @@ from ..policy.promise import tightest_limit
 from ..policy.record_scores import scores_of_record
 from ..policy.values import Choice
 from ..report import Gallery, RunReport, write_report
-from ..stored import read_entry
+from ..stored_values import read_entry
 from .provenance import bench_rows, check_data, check_report, outdated
 from .run import Run, report_progress
 from .settings import data_of

@@ -13,10 +13,10 @@ from ..errors import FileError, InputError
 from ..files import check_folder, write_json
 from ..nn.network import BranchyNet
 from ..nn.weights import load_weights
-from ..stored import read_entry
+from ..stored_values import read_entry
 from ..training.history import History
 from .settings import AUGMENTS, Settings, build_network, check_settings, data_of
-from .trust import check_trust, remember
+from .trusted_functions import check_trust, remember
 
 EVAL_BATCH = 500
 

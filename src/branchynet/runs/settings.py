@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..arguments import MOST_SEED, whole
+from ..argument_checks import MOST_SEED, whole
 from ..data import ImageData, affine, flip_crop, load_data, shift
 from ..data.datasets import FOLDER, folder_path
 from ..errors import BranchyNetError, InputError, counted, nearest

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from ..errors import FileError, InputError
 from ..files import parse_json, remove_partial
 from ..nn.weights import _mismatch, read_tensors, save_weights, write_tensors
-from ..stored import from_stored
+from ..stored_values import from_stored
 from .history import EpochRow, History
 
 _KEY = "branchynet"  # the metadata entry that marks a training.safetensors

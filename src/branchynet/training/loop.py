@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from ..arguments import function, whole
+from ..argument_checks import function, whole
 from ..errors import InputError
 from ..files import locked
 from ..losses import Loss, check_loss_weights, joint_loss

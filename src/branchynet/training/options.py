@@ -7,7 +7,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..arguments import check_seed
+from ..argument_checks import check_seed
 from ..errors import InputError
 from ..nn.checks import resolve_device
 from .schedules import Cosine

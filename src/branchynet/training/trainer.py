@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..errors import BranchyNetError, FileError, InputError
 from ..nn.batches import batch_exits, batches
 from ..nn.calls import evaluating
-from ..nn.outputs import warn_of_probabilities
+from ..nn.output_warnings import warn_of_probabilities
 from .checkpoint import RunFolder
 from .history import EpochRow
 

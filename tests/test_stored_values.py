@@ -15,7 +15,7 @@ from branchynet.policy.fitted_scores import LearnedScore, TemperedScore
 from branchynet.policy.values import Choice, Outcome, Policy, Promise
 from branchynet.runs.run import open_run
 from branchynet.runs.settings import Settings
-from branchynet.stored import from_stored, read_entry
+from branchynet.stored_values import from_stored, read_entry
 
 
 @dataclass(frozen=True)

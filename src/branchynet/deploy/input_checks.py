@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arguments import in_order, threshold_list
+from ..argument_checks import in_order, threshold_list
 from ..errors import InputError
 from ..policy.values import Policy
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from branchynet import BranchyNet, export, load
-from branchynet.deploy.notes import class_names, plain_values
+from branchynet.deploy.user_metadata import class_names, plain_values
 from branchynet.errors import GraphError, InputError
 
 X = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..arguments import ordered
+from ..argument_checks import ordered
 from ..errors import InputError
 
 

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from branchynet.cli.verbs import app
 from branchynet.errors import InputError
-from branchynet.runs import run, trust
+from branchynet.runs import run, trusted_functions
 from branchynet.runs.run import configure, create_run, open_run
 from branchynet.runs.settings import Settings
 from helpers.strange_network import CALLED
@@ -19,7 +19,7 @@ NAME = "helpers.strange_network:network"
 @pytest.fixture(autouse=True)
 def own_cache_folder(tmp_path, monkeypatch):
     CALLED.clear()
-    monkeypatch.setattr(trust, "_place", lambda: tmp_path / "cache" / "trusted")
+    monkeypatch.setattr(trusted_functions, "_place", lambda: tmp_path / "cache" / "trusted")
 
 
 def start(path, settings):
@@ -29,7 +29,7 @@ def start(path, settings):
 
 def stranger(monkeypatch, tmp_path):
     """Act as another user from now on."""
-    monkeypatch.setattr(trust, "_place", lambda: tmp_path / "other" / "trusted")
+    monkeypatch.setattr(trusted_functions, "_place", lambda: tmp_path / "other" / "trusted")
 
 
 def test_the_users_own_folder_opens(tmp_path, monkeypatch):
@@ -119,14 +119,14 @@ def test_trust_is_for_one_function(tmp_path):
 
 def test_networks_of_the_zoo_need_no_trust(tmp_path, monkeypatch):
     start(tmp_path / "run", Settings())
-    assert not trust._place().exists()
+    assert not trusted_functions._place().exists()
     stranger(monkeypatch, tmp_path)
     assert open_run(tmp_path / "run").settings == Settings()
 
 
 def test_without_a_cache_folder_trust_must_be_given(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(trust, "_place", lambda: tmp_path / "file" / "trusted")
+    monkeypatch.setattr(trusted_functions, "_place", lambda: tmp_path / "file" / "trusted")
     start(tmp_path / "run", Settings(network=NAME))
     with pytest.raises(InputError, match="--trust"):
         open_run(tmp_path / "run")

@@ -11,7 +11,7 @@ from torch import nn
 
 from branchynet import BranchyNet, Policy, attach, export, fit, load, record
 from branchynet.losses import pixel_error
-from branchynet.nn.outputs import are_probabilities
+from branchynet.nn.output_warnings import are_probabilities
 from branchynet.training.options import FitOptions
 
 
