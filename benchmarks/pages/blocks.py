@@ -224,9 +224,10 @@ def promises():
     return [
         *lines,
         "",
-        f"{first['draws']:,} draws per row, 95 % confidence: at most 5 % may be broken. Cost with a promise over cost "
-        "without, for one point of drop, with half of the validation images for calibration "
-        f"(5,000 on MNIST and Fashion-MNIST, 2,500 on CIFAR-10): {price}. Costs are of {processor(found)}. "
+        f"{first['draws']:,} draws per row, 95% confidence: at most 5% may be broken. The ratio of the cost with a "
+        "promise to the cost without one, for `max_drop` 0.01 and half of the validation images for calibration "
+        f"(5,000 on MNIST and Fashion-MNIST, 2,500 on CIFAR-10), is: {price}. Costs were measured on "
+        f"{processor(found)}. "
         f"Made by `{found['command']}`.",
     ]
 

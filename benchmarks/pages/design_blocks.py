@@ -120,14 +120,14 @@ def predictions():
     pace = [abs(row["plain_us"] / (row["predicted_speedup"] * row["predicted_us"]) - 1) for row in rows]
     lines = [
         f"Relative to the plain network, the measured times of the {len(rows)} rows differ from the predicted times by "
-        f"{statistics.median(beside):.0%} in the median and {max(beside):.0%} at most, on {_here()}; the goal is 15 %."
+        f"{statistics.median(beside):.0%} in the median and {max(beside):.0%} at most, on {_here()}; the goal is 15%."
     ]
     beyond = [_where(row) for row in rows if abs(_off_beside_plain(row)) > 0.15]
     if beyond:
         lines.append(f"Rows beyond that: {len(beyond)} ({'; '.join(beyond)}).")
     lines.append(
         f"In microseconds they differ by {statistics.median(off):.0%} in the median and {max(off):.0%} at most, and "
-        f"{sum(o > 0.15 for o in off)} rows by more than 15 %. The pace of the machine changed in between: the time of "
+        f"{sum(o > 0.15 for o in off)} rows by more than 15%. The pace of the machine changed in between: the time of "
         f"the plain network changed by {statistics.median(pace):.0%} in the median and {max(pace):.0%} at most."
     )
     return lines

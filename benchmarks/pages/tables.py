@@ -55,7 +55,7 @@ def training():
     low, high = min(r["lenet_test"] for r in rows), max(r["lenet_test"] for r in rows)
     lift, whole = found["last_exit_minus_lenet"], found["b_lenet_minus_lenet"]
     return [
-        f"Does joint training lift the final exit? Over {len(rows)} seeds, each side trained for the same total "
+        f"Does joint training improve the last exit? Over {len(rows)} seeds, each side trained for the same total "
         f"epochs with the same augmentation, LeNet has {mean['lenet_test']:.2%} and "
         f"the last exit of B-LeNet {mean['last_exit_test']:.2%}: "
         f"{_verdict(lift)} B-LeNet with early exits has {mean['b_lenet_test']:.2%}, with {share:.1%} leaving at exit "
@@ -67,7 +67,7 @@ def training():
 
 def _verdict(difference):
     low, high = difference["interval_points"]
-    shown = f"{difference['mean_points']:+.3f} points, 95 % interval {low:+.3f} to {high:+.3f}"
+    shown = f"{difference['mean_points']:+.3f} points, 95% interval {low:+.3f} to {high:+.3f}"
     if low > 0:
         return f"{shown}, a gain."
     return f"{shown}, a loss." if high < 0 else f"{shown}, no significant difference."
@@ -154,7 +154,7 @@ def drift_seen():
     found = results("drift")
     rows = [*found["shifted"], *found["classes"]]
     lines = [
-        "| drift | quiet before | seen in time | median delay | 95 % delay | false alarms before |",
+        "| drift | quiet before | seen in time | median delay | 95% delay | false alarms before |",
         "|---|--:|--:|--:|--:|--:|",
     ]
     lines += [
@@ -169,7 +169,7 @@ def drift_seen():
         f"Delays are in samples. *In time* means within {rows[0]['delay_allowed']:,} samples of the change. In these, "
         "noise grows from 0 to a standard deviation of 0.6 (pixels are in 0 to 1), and rotation to 60 degrees; classes "
         f"change from one sample to the next. {rows[0]['streams']:,} streams per row, {found['calibration']:,} "
-        "calibration images, 1 % stated. "
+        "calibration images, 1% stated. "
         f"Made by `{found['command']}`.",
     ]
 
@@ -243,7 +243,7 @@ def scores():
         "",
         f"Means on test images over {len(found['splits'])} random halvings of the validation images, and over training "
         "seeds. Work is multiply-accumulates at the accuracy of the plain last exit, then "
-        f"{100 * found['targets'][1]:g} points below it. Bold: significantly less than entropy (paired, 95 %; over "
+        f"{100 * found['targets'][1]:g} points below it. Bold: significantly less than entropy (paired, 95%; over "
         "seeds if there are several, otherwise over halvings only). All scores choose on one half, "
         "although named scores could choose on both. The time of a score is what it adds to an exit at batch 1, in a "
         f"network whose first two exits take {found['score_us']['network']:.0f} us without it; {processor(found)}. "
@@ -251,7 +251,7 @@ def scores():
     ]
 
 
-T_HALVINGS, T_SEEDS = 2.093, {2: 12.706, 3: 4.303, 4: 3.182}  # Student's t, 97.5 %
+T_HALVINGS, T_SEEDS = 2.093, {2: 12.706, 3: 4.303, 4: 3.182}  # Student's t, 97.5%
 
 
 def _mean(values):
