@@ -195,9 +195,9 @@ class TestMalformed:
         [
             (
                 {"data_batch_2": bytes(3072)},
-                r"data_batch_2.bin must hold records of 3073 bytes but there is 3072 bytes",
+                r"data_batch_2.bin must be a multiple of 3073 bytes long, but it has 3072 bytes",
             ),
-            ({"test_batch": b""}, r"test_batch.bin must hold records of 3073 bytes but there is 0 bytes"),
+            ({"test_batch": b""}, r"test_batch.bin must be a multiple of 3073 bytes long, but it has 0 bytes"),
             ({"data_batch_4": b"\x0a" + bytes(3072)}, r"training labels in .* reach 10, but there are 10 classes"),
         ],
     )
@@ -215,7 +215,7 @@ class TestMalformed:
 
     def test_cifar_archive_lacks_a_batch(self, tmp_path):
         write_cifar(tmp_path, True, data_batch_5=None)
-        with pytest.raises(DataError, match=r"data_batch_5.bin must hold .* but there is no such file"):
+        with pytest.raises(DataError, match=r"data_batch_5.bin must be .* but it is missing"):
             data.load_data("cifar10", root=tmp_path)
 
     @pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99, 0.9999])

@@ -128,7 +128,7 @@ class TestProgressiveLoader:
 
     @pytest.mark.parametrize("sides", [(), (16, 0)])
     def test_wrong_sides(self, sides):
-        with pytest.raises(InputError, match="sides must be one size"):
+        with pytest.raises(InputError, match="sides must hold at least one size"):
             data.ProgressiveLoader(data.loader(small_split(), 8), sides)
 
 

@@ -402,7 +402,7 @@ def test_the_callers_logging_is_left_alone(net):
         ({"quantize": "int4"}, "quantize must be 'int8'.*'int4'"),
         ({"quantize": True}, "quantize must be 'int8'.*True"),
         ({"calibration": None}, r"needs calibration=.*hundred"),
-        ({"quantize": None}, "calibration= is for quantize='int8'"),
+        ({"quantize": None}, "calibration= needs quantize='int8'"),
         ({"calibration": images()}, r"loader or a list of batches; got a Tensor.*\[batch\]"),
         ({"calibration": {"x": images()}}, "got a dict"),
         ({"calibration": 3}, "got a int"),

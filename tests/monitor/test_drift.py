@@ -444,7 +444,7 @@ def test_thresholds_increase_together_and_reach_both_ends():
     ("goal", "ends"), [({"goal_us": 24.9}, "25"), ({"goal_us": 110}, "110"), ({"goal_share": 1.2}, "1")]
 )
 def test_the_error_for_an_infeasible_goal_names_the_limits(goal, ends):
-    with pytest.raises(InfeasibleError, match=r"more than 25 us.* less than 110 us") as error:
+    with pytest.raises(InfeasibleError, match=r"from 25 us.* to 110 us") as error:
         BudgetController(record_of(100), POLICY, COST, **goal)
     assert ends in str(error.value)
 

@@ -259,7 +259,10 @@ def test_progress_is_reported(file, data):
     ("changes", "told"),
     [
         ({"batches": (0,)}, "batch_size must be at least 1; got 0"),
-        ({"about": {"net": "b_lenet"}}, r"about holds \['net'\]; give network and plain_accuracy alone"),
+        (
+            {"about": {"net": "b_lenet"}},
+            r"about= has unknown keys \['net'\]; only network and plain_accuracy are allowed",
+        ),
         ({"batches": (1, 71)}, r"1\.\.70.*\[1, 71\]"),
         ({"repeats": 0}, "repeats must be at least 1; got 0"),
         ({"threads": 0}, "threads must be (at least 1|a whole number)"),

@@ -56,7 +56,10 @@ ModelArgument = Annotated[
     Path, typer.Argument(metavar="MODEL", help="An .onnx file written by export, or a run folder.", parser=path)
 ]
 Size = Annotated[
-    str, typer.Option(help="Size of the images of a folder: 64, or 48x64 (height x width). Default: their median.")
+    str,
+    typer.Option(
+        help="Size of the images of a folder: 64, or 48x64 (height x width). Default: the median height and width."
+    ),
 ]
 Split = Annotated[str, typer.Option(help="Shares of a folder for training, validation and test. Default: 70/15/15.")]
 
@@ -72,15 +75,18 @@ DropOfPlain = Annotated[float, _limit("Largest drop of accuracy below the plain 
 Plain = Annotated[
     bool,
     typer.Option(
-        help="Train the plain network for as many epochs, to compare with. If not, compare with the warm start."
+        help="Also train the plain network for the same number of epochs, as a baseline. "
+        "If not, the baseline is the warm start."
     ),
 ]
 Thresholds = Annotated[
-    str, named("Whether callers must pass the thresholds: default (optional) or input (required).", "default", "input")
+    str, named("How callers pass the thresholds: default (optional) or input (required).", "default", "input")
 ]
 Trust = Annotated[
     bool,
-    typer.Option("--trust", help="Trust a folder from elsewhere to run the function that it names as its network."),
+    typer.Option(
+        "--trust", help="Allow a run folder from elsewhere to call the function that it names as its network."
+    ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 

@@ -150,7 +150,7 @@ def choose(
     max_macs: Annotated[float | None, typer.Option(help="Largest mean multiply-accumulates per sample.")] = None,
     score: Annotated[str | None, named("Score of the exits: {}.", *SCORES)] = None,
     confidence: Annotated[float, typer.Option(help="Confidence that an accuracy limit holds for unseen data.")] = 0.95,
-    promise: Annotated[bool, typer.Option(help="Promise the limit for unseen data, not for validation only.")] = True,
+    promise: Annotated[bool, typer.Option(help="Make the limit hold for unseen data, not just validation.")] = True,
     remeasure: Annotated[bool, typer.Option("--remeasure", help="Measure the cost of the stages again.")] = False,
     trust: Trust = False,
     quiet: Quiet = False,
@@ -208,7 +208,10 @@ def bench(
     trust: Trust = False,
     quiet: Quiet = False,
 ) -> None:
-    """Time the exported file and the plain network. Every operation is timed."""
+    """Time the exported file and the plain network.
+
+    All work is included: branches, scores, decisions and moving samples.
+    """
     from ..files import write_json
     from ..report.console import print_bench
     from ..runs.report import bench_notes
@@ -235,8 +238,8 @@ def design(
     runtime: Annotated[str, named("Runtime to design for: {}.", *RUNTIMES, metavar="NAME")] = "onnxruntime",
     max_drop: DropOfPlain = 0.0,
     num_exits: Annotated[int, typer.Option(help="Largest number of exits, including the last.")] = 4,
-    epochs: Annotated[int, typer.Option(help="Epochs of all candidates, on the frozen network.")] = 3,
-    final_epochs: Annotated[int, typer.Option(help="Further epochs of the candidates of the best designs.")] = 0,
+    epochs: Annotated[int, typer.Option(help="Epochs to train all candidate branches; the backbone is frozen.")] = 3,
+    final_epochs: Annotated[int, typer.Option(help="Extra epochs for the branches of the best designs.")] = 0,
     anyway: Annotated[bool, typer.Option(help="Train the design even if exits are not worth it.")] = False,
     trust: Trust = False,
     quiet: Quiet = False,
@@ -322,7 +325,9 @@ def reproduce(
     what: Annotated[str, typer.Argument(metavar="WHAT", help="table1, fig3, fig4 or all.")],
     output: Annotated[Path, typer.Option(help="Folder for tables and figures.", parser=path)] = Path("reproduced"),
     networks: Annotated[str, typer.Option(help="b_lenet, b_alexnet, b_resnet110 (with commas), or all.")] = "all",
-    from_nothing: Annotated[bool, typer.Option(help="Train the networks first (hours; resumes).")] = False,
+    from_nothing: Annotated[
+        bool, typer.Option(help="Train the networks from scratch first. This takes hours and can be resumed.")
+    ] = False,
     precision: Annotated[str, typer.Option(help="Precision of that training: no, bf16, or fp16 on a GPU.")] = "no",
 ) -> None:
     """Reproduce the paper's table and figures. Uses the shipped weights, or trains from scratch."""

@@ -250,9 +250,10 @@ def _cifar_batches(paths: Sequence[Path]) -> list[tuple[Bytes, Bytes]]:
     for file in CIFAR_BATCHES:
         content = contents.get(file)
         if not content or len(content) % CIFAR_RECORD:
-            what = "no such file" if content is None else f"{len(content)} bytes"
+            what = "is missing" if content is None else f"has {len(content)} bytes"
             raise DataError(
-                f"{paths[0].parent}: {file} must hold records of {CIFAR_RECORD} bytes but there is {what}: get it again"
+                f"{paths[0].parent}: {file} must be a multiple of {CIFAR_RECORD} bytes long, but it {what}: "
+                "get it again"
             )
         records = np.frombuffer(content, dtype=np.uint8).reshape(-1, CIFAR_RECORD)
         batches.append((records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]))

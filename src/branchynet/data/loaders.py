@@ -93,7 +93,7 @@ class ProgressiveLoader:
 
     def __init__(self, batches: DataLoader[Any], sides: Sequence[int]) -> None:
         if not sides or min(sides) < 1:
-            raise InputError(f"sides must be one size of at least 1 per epoch; got {tuple(sides)}")
+            raise InputError(f"sides must hold at least one size, each at least 1; got {tuple(sides)}")
         self.batches, self.sides = batches, tuple(sides)
         self.batch_size, self.num_workers = batches.batch_size, batches.num_workers
         self.set_epoch(1)

@@ -68,7 +68,7 @@ def stored_normalization(preprocessing: Any, channels: int) -> Normalization | N
         channels: C.
 
     Raises:
-        InputError: one of `mean` and `std` is missing, or they are not such numbers.
+        InputError: only one of `mean` and `std` is given, or the values have the wrong type, number or range.
     """
     if not isinstance(preprocessing, Mapping) or not {"mean", "std"} & preprocessing.keys():
         return None

@@ -63,8 +63,8 @@ def export(
             None writes a flat file, without early exits: ``label``, then ``output``, or ``output_1..N`` for several.
         example: one batch of inputs: a tensor, a tuple of tensors, or a dict of keyword arguments. Give at least two
             rows, so that a network that mixes the samples of a batch is refused.
-        thresholds: ``"default"`` makes thresholds inputs with default values, which a caller may omit; ``"input"``
-            makes them required inputs, for runtimes that drop inputs with defaults.
+        thresholds: ``"default"``: the thresholds are inputs with default values, which a caller may omit;
+            ``"input"``: they are required inputs, for runtimes that drop inputs with defaults.
         batch: leave the batch size free, or fix it at 1 for the smallest overhead per sample.
         quantize: ``"int8"`` computes convolutions and matrix products in 8 bits; outputs and scores stay float32. The
             file is compared with PyTorch before quantisation and with the flat int8 graph after it. The int8 network
@@ -72,7 +72,7 @@ def export(
             calibration samples in which int8 and float agree. ``"int8"`` uses 7 of a weight's 8 bits, so that every
             processor computes the same; ``"int8-full-range"`` uses all 8 and is wrong on x86 processors without VNNI,
             because 16-bit sums saturate.
-        calibration: with ``quantize``, a loader of inputs or `(inputs, target)` batches: some hundreds of training
+        calibration: with ``quantize``, a loader of inputs or `(inputs, target)` batches: a few hundred training
             samples, held in memory, which give the ranges of all values. The same samples give the same network.
         labels: class names, for the metadata.
         preprocessing: how to make the input, for the metadata, such as ``{"size": [28, 28], "mode": "L", "scale": 1 /

@@ -133,7 +133,10 @@ def _listed(inputs: Sequence[Input]) -> str:
 def check_thresholds(
     thresholds: Sequence[float | None], policy: Policy, *, where: str, remedy: str
 ) -> tuple[float | None, ...]:
-    """Return the thresholds of a call, per early exit: None for a left-out exit, minus infinity for never.
+    """Return the thresholds of a call as the engine uses them, one per early exit.
+
+    None: the exit was left out, because its threshold in the policy is never. Minus infinity: the caller gave None, so
+    no sample leaves there.
 
     Args:
         thresholds: as given by the caller.
@@ -142,7 +145,7 @@ def check_thresholds(
         remedy: for the message: how to include a left-out exit, such as ``"export again"``.
 
     Raises:
-        InputError: not N-1 numbers or None, or a threshold for a left-out exit.
+        InputError: `thresholds` is not a list of N-1 numbers or None, or it has a number for a left-out exit.
     """
     thresholds = threshold_list(thresholds)
     if len(thresholds) != policy.num_exits - 1:

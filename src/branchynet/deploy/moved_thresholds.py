@@ -14,7 +14,9 @@ from ..policy.values import Policy
 
 
 def moved_thresholds(policy: Policy | None, model: onnx.ModelProto, path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """Return the problems of the thresholds in a file's graph: default values or constants other than the policy's.
+    """Return one message for each threshold in the file's graph that differs from the policy in its metadata.
+
+    A threshold is the default value of an input, or a constant.
 
     Args:
         policy: the policy in the metadata; None for a flat file.

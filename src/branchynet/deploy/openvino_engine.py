@@ -49,8 +49,8 @@ def open_in_openvino(path: str | os.PathLike[str], threads: int | None) -> Graph
 def _fix_shapes_of_biases(model: Any) -> None:
     """Reshape biases by constants instead of shapes that OpenVINO computes from the convolution's output.
 
-    A computed shape is a second reader of the convolution, so OpenVINO fuses the bias with the following FakeQuantize
-    instead, which then adds the first channel's bias to all channels.
+    A computed shape is a second consumer of the convolution's output. OpenVINO then fuses the bias with the following
+    FakeQuantize instead, and the result adds the bias of the first channel to all channels.
     """
     from openvino import opset13
 

@@ -115,14 +115,14 @@ def _check_fit(samples: Samples, engine: Engine) -> None:
     """Raise `ValueError` for samples that do not belong to this engine's file."""
     if len(samples.slack) != engine.num_exits or len(samples.score_slack) != engine.num_exits:
         raise ValueError(
-            f"they have slack for {len(samples.slack)} exits and {len(samples.score_slack)} scores, the file has "
-            f"{engine.num_exits} exits"
+            f"they have slack for {len(samples.slack)} exits and {len(samples.score_slack)} scores, but the file "
+            f"expects {engine.num_exits} exits"
         )
     if len(samples.inputs) != len(engine.inputs):
-        raise ValueError(f"they have {len(samples.inputs)} inputs, the file has {len(engine.inputs)}")
+        raise ValueError(f"they have {len(samples.inputs)} inputs, but the file expects {len(engine.inputs)}")
     for array, want in zip(samples.inputs, engine.inputs, strict=True):
         if not want.accepts(array):
-            raise ValueError(f"input {want.name!r} is {want.describe(array)}, the file reads {want}")
+            raise ValueError(f"input {want.name!r} is {want.describe(array)}, but the file expects {want}")
     rows = len(samples)
     if rows < 1 or any(len(array) != rows for array in samples.inputs):
         raise ValueError(f"their inputs have {[len(array) for array in samples.inputs]} rows")
@@ -150,7 +150,7 @@ def _check_slack(samples: Samples, engine: Engine) -> None:
     quantize = engine.metadata.get("quantize")
     report = quantize.get("mean_difference") if isinstance(quantize, dict) else [0.0] * engine.num_exits
     if list(samples.slack) != report:
-        raise ValueError(f"slack is {samples.slack}, the difference of int8 in the metadata is {report}")
+        raise ValueError(f"slack is {samples.slack}, but the metadata has an int8 difference of {report}")
     for n, slack in enumerate(samples.score_slack, 1):
         most = 0.0
         if quantize and samples.scores:

@@ -91,14 +91,14 @@ def search_exit_sets(
 
     Args:
         recorded: the candidates.
-        most_loss: largest sum of losses over all S samples; the tuning half gets its share.
+        most_loss: largest sum of losses over all S samples; it is scaled down to the size of the tuning half.
         num_exits: the largest number of exits of a design, including the trunk's.
         report: called with messages.
         among: the positions of the candidates to try; by default all.
 
     Returns:
-        The designs, fewest exits first, beginning with the trunk alone; and, `(K,)` per candidate, the microseconds of
-        the fastest set with it, infinity if there is none.
+        A pair. First, the designs, from the fewest exits (the trunk alone) to the most. Second, `(K,)` microseconds:
+        for each candidate, the time of the fastest set that contains it, or infinity if there is none.
     """
     most_loss *= len(recorded.tuning) / len(recorded.scores)
     alone = ExitSet((), (), float(recorded.cost(()).latency_us([True])[-1]))

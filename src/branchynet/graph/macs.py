@@ -19,9 +19,9 @@ def exit_macs(flat: FlatGraph) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
     Only the operators in `COUNTED` count. The nodes that the last exit needs are the trunk; each counts in the segment
     up to the first exit that needs it. All other nodes belong to branches and count with the first exit that needs
-    them, also if several exits in one branch share them (a tree). So the numbers of an exit are its cost when all exits
-    before it are enabled, and the network without early exits costs its trunk. If the first exit of a shared branch is
-    disabled, the cost of the others lacks their shared nodes.
+    them, even if several exits share them (a branch that is itself a tree). The numbers of an exit therefore assume
+    that all earlier exits are enabled; the network without early exits costs its trunk. If the first exit of a shared
+    branch is disabled, the shared nodes are missing from the cost of the other exits.
 
     Both are empty if the size of a product depends on tensor values, because the count is then unknown.
     """

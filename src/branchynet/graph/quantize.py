@@ -46,7 +46,7 @@ def check_quantize(quantize: str | None, calibration: Any) -> None:
             "samples, such as list(itertools.islice(train_loader, 8))"
         )
     if calibration is not None and not quantize:
-        raise InputError("calibration= is for quantize='int8'; give both, or neither")
+        raise InputError("calibration= needs quantize='int8' or 'int8-full-range'; give both, or neither")
     if isinstance(calibration, (Tensor, str, Mapping)) or not isinstance(calibration, Iterable | None):
         raise InputError(
             f"calibration must be a loader or a list of batches; got a {type(calibration).__name__}: for one batch, "

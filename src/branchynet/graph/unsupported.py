@@ -14,7 +14,7 @@ from .torch_program import readable_path
 LIMIT = (1 << 31) - (1 << 24)  # bytes of weights: protobuf allows 2 GiB in total, and the graph needs space too
 _COMPUTED = {torch.float16, torch.float32, torch.float64, torch.bool, torch.uint8, torch.uint16, torch.uint32}
 _COMPUTED |= {torch.uint64, torch.int8, torch.int16, torch.int32, torch.int64}
-_ALTERNATIVE = "or answer in PyTorch, with branchynet.deploy.torch_engine.TorchEngine"
+_ALTERNATIVE = "or run the network in PyTorch, with branchynet.deploy.torch_engine.TorchEngine"
 
 
 def check_writable(exported: torch.export.ExportedProgram, inputs: Sequence[str]) -> None:
@@ -44,8 +44,8 @@ def check_writable(exported: torch.export.ExportedProgram, inputs: Sequence[str]
     total = sum(sizes.values())
     if total > LIMIT:
         raise GraphError(
-            f"the network's weights take {total / 1e9:.2f} GB, and one ONNX file holds 2 GB: make the network smaller, "
-            f"store its weights in half precision (net.half()), {_ALTERNATIVE}"
+            f"the network's weights take {total / 1e9:.2f} GB, but one ONNX file can hold at most 2 GB: make the "
+            f"network smaller, store its weights in half precision (net.half()), {_ALTERNATIVE}"
         )
 
 

@@ -169,9 +169,9 @@ class BudgetController:
         if not self._cheapest < given * unit < self._dearest:
             share = f" ({self._cheapest / unit:.4g} to 1 of it)" if name == "goal_share" and unit else ""
             raise InfeasibleError(
-                f"no thresholds hold {name}={given:g}: with these exits a sample costs more than "
-                f"{self._cheapest:.4g} us, if all leave at the first exit in use, and less than "
-                f"{self._dearest:.4g} us, if none leaves early{share}; give a goal between"
+                f"no thresholds can keep {name}={given:g}: a sample costs from {self._cheapest:.4g} us, if all leave "
+                f"at the first exit in use, to {self._dearest:.4g} us, if none leaves early{share}; give a goal "
+                "between these"
             )
         return given * unit
 

@@ -68,28 +68,30 @@ class Monitor:
     """Raise an alarm when the exits, scores or labels of an engine differ from what calibration predicts.
 
     **Guarantee.** Assume that calibration samples and stream are exchangeable (for example, drawn independently from
-    one distribution), and that these calibration samples did not choose the policy. Then the probability that the
-    monitor *ever* raises an alarm is at most `false_alarm`, for a stream of any length and for any number of
-    calibration samples. The probability is over the draw of both. Similar neighbours, such as frames of a video, break
-    the assumption, and so does a `BudgetController` that moves the thresholds: alarms then mean nothing.
+    one distribution), and that these calibration samples were not used to choose the policy. Then the probability that
+    the monitor *ever* raises an alarm is at most `false_alarm`, for a stream of any length and for any number of
+    calibration samples. The probability is over the draw of both. Consecutive samples that resemble each other, such as
+    frames of a video, violate the assumption, and so does a `BudgetController` that moves the thresholds: alarms then
+    mean nothing.
 
     **Method.** The monitor watches the exits, the scores at each exit where calibration samples leave, and, if the
-    record holds outputs, the labels, because shares of classes may change without harder inputs. Each of the three gets
-    an equal part of `false_alarm`; the scores of all exits share one part. `ConformalRanks` turns each statistic into
-    conformal p-values, which account for the finite calibration sample, and a `TestMartingale` bets against their
-    uniformity. The guarantee follows from Ville's inequality and the union bound. Values after a change join the ranks
-    too, so the monitor may miss a drift that is so slow that the stream itself becomes the reference.
+    record holds outputs, the labels, because the class shares may change while the inputs get no harder. Each of the
+    three gets an equal part of `false_alarm`; the scores of all exits share one part. `ConformalRanks` turns each
+    statistic into conformal p-values, which account for the finite calibration sample, and a `TestMartingale` bets
+    against their uniformity. The guarantee follows from Ville's inequality and the union bound. Values after a change
+    join the ranks too, so the monitor may miss a drift that is so slow that the stream itself becomes the reference.
 
     Threads may share a monitor; it processes their batches one after another.
 
     Args:
-        record: the calibration samples, ideally some thousands that neither trained the network nor chose the policy.
-        policy: the thresholds of the engine, or a `Choice`, with a warning if `record` is the data that chose it.
+        record: the calibration samples, ideally a few thousand that were used neither to train the network nor to
+            choose the policy.
+        policy: the thresholds of the engine, or a `Choice`; a warning is issued if `record` was used to choose it.
         false_alarm: the probability of any alarm on an unchanged stream, between 0 and 1.
         seed: of the random order of equal values.
 
     Raises:
-        InputError: record and policy are of different exits or scores, no early exit is in use, a recorded score is
+        InputError: record and policy have different exits or scores, no early exit is in use, a recorded score is
             NaN, or `false_alarm` is out of range.
 
     Example:
@@ -146,9 +148,10 @@ class Monitor:
         """Process the next batch. The size of batches does not change which sample raises an alarm.
 
         Args:
-            prediction: the result of an engine, or its exits alone, `(B,)` integers from 1.
-            scores: with exits, the scores `(B,)` there.
-            labels: with exits, the predicted class indices `(B,)`; without them, labels are not watched.
+            prediction: a `Prediction`, or the exits alone, `(B,)` integers from 1.
+            scores: if `prediction` holds exits, the score of each sample at its exit, `(B,)`.
+            labels: if `prediction` holds exits, the predicted class indices `(B,)`; without them, labels are not
+                monitored.
 
         Returns:
             The state after the batch.

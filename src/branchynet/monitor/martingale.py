@@ -31,10 +31,10 @@ _PATIENCE = 100.0
 class ConformalRanks:
     """The rank of each new value of a stream among the calibration values and the stream before it.
 
-    Equal values get a random order. A new value then falls into one of the M + 1 gaps between the calibration values as
-    a draw from Polya's urn: with a probability proportional to one plus the number of earlier values in the gap. Gaps
-    are joined into at most `BINS` bins, whose probabilities add up, and a p-value is drawn uniformly within its bin. So
-    the p-values are independent and uniform for any M and any number of values, and memory does not grow.
+    Equal values get a random order. The M calibration values leave M + 1 gaps. As in Polya's urn, a new value falls
+    into a gap with a probability proportional to one plus the number of earlier values in that gap. Gaps are joined
+    into at most `BINS` bins, whose probabilities add up, and a p-value is drawn uniformly within its bin. So the
+    p-values are independent and uniform for any M and any number of values, and memory does not grow.
 
     Args:
         values: `(M,)` float64 calibration values without NaN; M may be 0.

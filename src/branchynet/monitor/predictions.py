@@ -95,7 +95,7 @@ def answered_scores(prediction: Any, scores: ArrayLike | None, samples: int) -> 
     """
     if isinstance(prediction, Prediction):
         if scores is not None:
-            raise InputError("give a Prediction, or exits and scores, not a Prediction and scores")
+            raise InputError("scores were given twice: pass either a Prediction, or exits and scores")
         scores = prediction.score
     if scores is None:
         raise InputError("exits were given without scores: give the engine's Prediction, or update(exits, scores)")

@@ -133,7 +133,7 @@ def attach_branches(backbone: nn.Module, taps: Sequence[str], names: Sequence[st
         GraphError: see `attach`.
     """
     if len(taps) != len(names):
-        raise InputError(f"{len(taps)} taps need as many branches; got {', '.join(names) or 'none'}")
+        raise InputError(f"{len(taps)} taps need {len(taps)} branch names; got {', '.join(names) or 'none'}")
     return attach(backbone, taps, example=example, branch=_NamedBranches(names)) if taps else BranchyNet(backbone, {})
 
 

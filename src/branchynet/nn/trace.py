@@ -61,9 +61,9 @@ class ModuleOutput:
 
     Attributes:
         name: the name of the submodule.
-        features: the tensor that the tap's reader finds in the output; None if there is none.
+        features: the tensor that the function for reading this tap returns from the output; None if it finds none.
         node: the number of the operation that computed it.
-        time: the number of operations that had run when the submodule returned.
+        time: the position in the trace: how many operations had run when the submodule returned.
     """
 
     name: str
@@ -73,7 +73,7 @@ class ModuleOutput:
 
 
 class Trace(TorchDispatchMode):
-    """The operations of one forward, in order. A view has the number of the tensor that it views.
+    """The operations of one forward pass, in order. A view counts as the tensor that it is a view of.
 
     Attributes:
         operations: all operations, by number; inputs and parameters are included.

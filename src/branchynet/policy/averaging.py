@@ -35,7 +35,7 @@ def averaged_record(record: ExitRecord, exit_weights: WeightRows | None = None, 
     """Compute the record of `averaged(net)` from the record of `net`, without running the network again.
 
     Args:
-        record: of the network before averaging, with outputs.
+        record: a record of the network before averaging; it must hold outputs.
         exit_weights: as for `averaged`; by default equal weights.
         of: ``"softmax"`` or ``"logits"``, as for `averaged`.
 
@@ -84,7 +84,8 @@ def fit_averaging(record: ExitRecord, *, of: Of = "softmax", steps: int = 200) -
     changes no label and is dropped.
 
     Args:
-        record: of the network before averaging, with outputs. Its samples must not be those that `choose` reads.
+        record: a record of the network before averaging; it must hold outputs. Its samples must not be those that
+            `choose` reads.
         of: ``"softmax"`` or ``"logits"``, as for `averaged`.
         steps: the maximum number of steps of the optimizer.
 

@@ -43,8 +43,8 @@ def choose(
     """Choose the best thresholds under exactly one limit.
 
     The first three limits bound the loss of accuracy, and `choose` minimises the mean time. The other two bound the
-    mean cost, and `choose` maximises accuracy. Ties go to the cheaper or the more accurate policy. The search is that
-    of `frontier`.
+    mean cost, and `choose` maximises accuracy. Ties go to the cheaper or the more accurate policy. `choose` searches
+    in the same way as `frontier`.
 
     A limit on accuracy comes with a promise: with probability `confidence` over the draw of the record, the limit holds
     for the distribution of the record. One half of the record finds candidates; the other half tests them, in an order
@@ -95,8 +95,8 @@ def choose(
         >>> choice.outcome.exit_share[0] > 0.8
         True
 
-    Source: Teerapittayanon et al. 2016, section V-B (screening under an accuracy or a time constraint). The promise is
-    that of `branchynet.policy.risk_tests`.
+    Source: Teerapittayanon et al. 2016, section V-B (screening under an accuracy or a time constraint).
+    `branchynet.policy.risk_tests` explains the promise.
     """
     limit = check_limit(
         confidence,

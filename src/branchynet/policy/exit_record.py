@@ -37,9 +37,9 @@ class ExitRecord:
         score: the name of the score in `scores`, or the callable; None if unknown.
         network: the `fingerprint` of the network, which prevents mixing records of different networks; None if unknown.
         inputs: `(S,)` uint64 digests of the inputs, which show whether two records share samples; None if unknown.
-        selected_on: sketches (see `branchynet.policy.sample_digests`) of the samples that selected the exits or the
-            averages of the network, or to which the score of a loaded record was fitted. `choose` tests no promise
-            on them.
+        selected_on: sketches (see `branchynet.policy.sample_digests`) of the samples that were used to select the exits
+            or averaging weights of the network, or to fit the score of a loaded record. `choose` does not test a
+            promise on these samples.
 
     Raises:
         InputError: shapes that disagree, no samples, a label outside 0..C-1, or outputs with NaN, plus infinity, or
@@ -91,7 +91,7 @@ class ExitRecord:
             losses = _array("losses", self.losses, 2, "(S, N)")
             _check_finite("losses", losses)
             if scores.shape != losses.shape:
-                raise InputError(f"scores {scores.shape} and losses {losses.shape} must have one shape (S, N)")
+                raise InputError(f"scores {scores.shape} and losses {losses.shape} must have the same shape (S, N)")
             if losses.min() < 0 or losses.max() > 1:
                 raise InputError(f"losses must lie in [0, 1]; got {losses.min():.4g}..{losses.max():.4g}: rescale them")
             set_fields(self, scores=scores, losses=losses)

@@ -43,11 +43,11 @@ class LoneExit:
 
 
 def lone_exits(record: ExitRecord, cost: ExitCost, choice: Choice) -> tuple[LoneExit, ...]:
-    """Compute the balance of each early exit alone, under the limit of a choice that uses none.
+    """Return what each early exit would cost and save alone, for a choice in which no sample leaves early.
 
     Args:
-        record: the record that chose.
-        cost: the cost that chose.
+        record: the record that was passed to `choose`.
+        cost: likewise.
         choice: gives the score and the limit.
     """
     scores, losses = scores_of_record(record, choice.policy.score), record.losses.astype(np.float64)

@@ -41,7 +41,7 @@ def halves(samples: int) -> tuple[Ints, Ints]:
 
 
 def samples_needed(limit: float, delta: float, bound: str) -> int:
-    """Return how many calibration samples a bound needs to prove a limit if leaving early changes no answer."""
+    """Return how many calibration samples a bound needs to prove a limit if the loss that it tests is 0 for all."""
     if not 0 < limit < 1:
         return 1
     if bound == "binomial":

@@ -158,10 +158,10 @@ def thinned(scores: Floats, thresholds: Floats, most: int) -> Floats:
 def grid(problem: SearchProblem, vectors: int) -> SearchPoints:
     """Return the Pareto set over all combinations of candidate thresholds, for every set of exits in use.
 
-    Candidates that a looser one certainly beats are left out: those at which more samples could leave without harm. The
-    result is exact if the other candidates have at most `vectors` combinations, or a hundred times as many for two
-    thresholds. With more, about `vectors` combinations are tried per set of exits, and sweeps over all distinct scores
-    from points of the result fill the gaps.
+    A candidate is left out if a looser threshold is certainly better, that is, if more samples could leave without an
+    increase in loss. The result is exact if the other candidates have at most `vectors` combinations, or a hundred
+    times as many for two thresholds. With more, about `vectors` combinations are tried per set of exits, and sweeps
+    over all distinct scores from points of the result fill the gaps.
     """
     early = problem.scores.shape[1] - 1
     found, exact = [], True

@@ -103,7 +103,7 @@ def bench(
     """
     targets, given = _targets(path, targets), dict(about or {})
     if unknown := given.keys() - _ABOUT:
-        raise InputError(f"about holds {sorted(unknown)}; give {' and '.join(_ABOUT)} alone")
+        raise InputError(f"about= has unknown keys {sorted(unknown)}; only {' and '.join(_ABOUT)} are allowed")
     instance("data", data, (tuple, list), "give (inputs, target)")
     inputs, wanted = data
     engine = load(path, threads=targets[0].threads, runtime=targets[0].runtime)

@@ -114,10 +114,11 @@ def two_sizes(batch_size: int) -> list[int]:
 
 
 def each_row(whole: Floats, part: Floats, rows: int, fewer: int) -> Floats:
-    """Return microseconds per sample, `(2, N)` for trunk and branches, from calls of `rows` and of `fewer` samples.
+    """Return microseconds per sample, `(2, N)` for trunk and branches.
 
-    The time of a stage is a fixed part plus a part in proportion to the samples that reach it. The fixed parts are
-    counted with the first stage, because some samples of a batch nearly always continue.
+    `whole` and `part` are the times of calls with `rows` and with `fewer` samples. The time of a stage is a fixed part
+    plus a part in proportion to the samples that reach it. The fixed parts of all stages are counted with the first
+    stage: in nearly every batch some samples continue, so every call pays them.
     """
     each = whole / rows if rows == fewer else np.clip((whole - part) / (rows - fewer), 0.0, whole / rows)
     each[:, 0] += (whole / rows - each).sum(axis=1)

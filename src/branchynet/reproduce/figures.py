@@ -24,9 +24,10 @@ _CURVE = 200  # number of points of a curve
 
 
 def figure_3(found: NetworkResult) -> tuple[dict[str, Any], Figure]:
-    """Accuracy against mean time on test images, for thresholds of the validation frontier.
+    """Plot accuracy against mean time on test images, for thresholds of the validation frontier.
 
-    The figure also shows a sweep of `SWEEP` values per exit, plus *never*, and the plain and the smaller networks.
+    The figure also shows the plain network, the smaller networks, and a sweep that tries `SWEEP` values and *never* at
+    each exit.
     """
     curve = frontier(found.val, found.cost)
     places = np.unique(np.linspace(0, len(curve) - 1, min(len(curve), _CURVE)).astype(int))

@@ -140,8 +140,8 @@ class TrainedNetwork:
 
     Attributes:
         branchy: the network with branches.
-        plain: the plain network, trained for as many epochs.
-        smaller: smaller plain networks by name, trained for as many epochs.
+        plain: the plain network, trained for as many epochs as `branchy`.
+        smaller: smaller plain networks by name, trained for as many epochs as `branchy`.
     """
 
     branchy: BranchyNet

@@ -119,7 +119,7 @@ def design_run(
         base: a trained run. The exits are designed for its plain network and compared with it.
         target: batch size, threads and runtime of the deployed file.
         max_drop: largest drop of validation accuracy below the plain network's.
-        num_exits: largest number of exits, including the final exit.
+        num_exits: largest number of exits, including the last exit.
         epochs: epochs of all candidate branches together. The chosen exits are then trained for as many epochs as
             those of `base`.
         final_epochs: as in `advise`.

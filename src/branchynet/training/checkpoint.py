@@ -53,7 +53,9 @@ class RunFolder:
         return self.path / "training.safetensors"
 
     def save(self, net: nn.Module, optimizer: Optimizer, rows: list[EpochRow], progress: Mapping[str, Any]) -> None:
-        """Write the state after the last of `rows`. A kill at any moment leaves this state or the previous one.
+        """Write the state after the last of `rows`.
+
+        If the process is killed at any moment, either this state or the previous one is on disk.
 
         Raises:
             FileError: disk full, no permission.

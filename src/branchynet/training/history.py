@@ -59,7 +59,7 @@ class EpochRow:
 
 @dataclass(frozen=True)
 class History:
-    """The epochs of a training, in order.
+    """The epochs of a training run, in order.
 
     Attributes:
         rows: one `EpochRow` per epoch.

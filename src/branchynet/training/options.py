@@ -53,5 +53,6 @@ class FitOptions:
         if isinstance(self.schedule, LRScheduler) or not callable(self.schedule):
             raise InputError(
                 "schedule must be a function of the optimizer and the number of steps; got "
-                f"{type(self.schedule).__name__}: give Cosine(), Constant(), or lambda optimizer, steps: your own"
+                f"{type(self.schedule).__name__}: give Cosine(), Constant(), or your own function (optimizer, "
+                "total_steps) -> scheduler"
             )
