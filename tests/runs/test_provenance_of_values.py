@@ -65,7 +65,7 @@ def test_a_file_holds_record_digest_and_promise(tmp_path):
     assert about["network"] == fingerprint(net) == choice.network and about["chosen_on"] == choice.record_digest
     assert about["promise"] == str(choice.promise) and about["policy"] == choice.policy.to_json()
     for other in (network(1), averaged(net)):
-        with pytest.raises(InputError, match=r"network and the choice are of different networks .*from the same"):
+        with pytest.raises(InputError, match=r"network and the choice are of different networks .*from one network"):
             export(other, tmp_path / "other.onnx", policy=choice, example=example)
     plain = load(export(net, tmp_path / "p.onnx", policy=choice.policy, example=example)).metadata
     assert plain["promise"] is None and "chosen_on" not in plain
