@@ -1,7 +1,6 @@
 import functools
 import math
 import random
-import time
 
 import numpy as np
 import pytest
@@ -378,24 +377,3 @@ def test_a_log_file_gets_lines_within_an_epoch(capsys, monkeypatch):
     fit(make(), loader(), epochs=1, options=FitOptions(device="cpu"))
     text = capsys.readouterr().err
     assert [f"epoch 1/1: {n} of 6 batches, loss" in text for n in range(8)] == [n in range(1, 6) for n in range(8)]
-
-
-def test_an_epoch_costs_little_more_than_a_bare_loop():
-    """The overhead of the loop per batch, measured with a network that does almost nothing."""
-    net, batches = nn.Linear(8, 2), [(torch.randn(16, 8), torch.randint(2, (16,)))] * 300
-
-    def bare():
-        optimizer = torch.optim.Adam(net.parameters())
-        for x, y in batches:
-            optimizer.zero_grad()
-            F.cross_entropy(net(x), y).backward()
-            optimizer.step()
-
-    def took(function):
-        start = time.process_time()
-        function()
-        return time.process_time() - start
-
-    # 1 ms per batch is a hundredth of the time of LeNet for 512 images.
-    spent = min(took(lambda: quiet(net, batches, epochs=1)) for _ in range(3)) - min(took(bare) for _ in range(3))
-    assert spent < 1e-3 * len(batches)
