@@ -107,13 +107,13 @@ def judged(found, here, labels):
 
 
 def accuracies(network, flats, images, labels, hide):
-    """Two rows per engine: this processor, and an AMD processor without VNNI."""
+    """Two rows per runtime: this processor, and an AMD processor without VNNI."""
     rows = []
     for runtime in RUNTIMES:
         here = {kind: answers(path, images, runtime) for kind, path in flats.items()}
         there = {kind: answers_as_amd(path, images, runtime, hide) for kind, path in flats.items()}
         for name, vnni, found in ((environment()["processor"], has_vnni(), here), (EMULATED, False, there)):
-            about = {"network": network, "engine": runtime, "processor": name, "vnni": vnni}
+            about = {"network": network, "runtime": runtime, "processor": name, "vnni": vnni}
             rows.append({**about, **judged(found, here, labels)})
             print(rows[-1], flush=True)
     return rows
@@ -126,7 +126,7 @@ def has_vnni():
 
 
 def times(network, net, flats, folder, data, calibration):
-    """A row per engine and batch size: speed-ups over the plain float network."""
+    """A row per runtime and batch size: speed-ups over the plain float network."""
     _, _, tested, timed = NETWORKS[network]
     test, example = first(data.test, tested), data.test.images[:8].float() / 255
     images = (data.test.images[:timed].float() / 255).numpy()
@@ -151,7 +151,7 @@ def times(network, net, flats, folder, data, calibration):
             rows.append(
                 {
                     "network": network,
-                    "engine": runtime,
+                    "runtime": runtime,
                     "batch": batch,
                     "processor": environment()["processor"],
                     "us": us,

@@ -116,11 +116,11 @@ def int8_accuracy():
     found = results("int8")
     rows = found["accuracy"]
     lines = [
-        "| network | engine | processor | images | float | int8 | int8-full-range | same bits |",
+        "| network | runtime | processor | images | float | int8 | int8-full-range | same bits |",
         "|---|---|---|--:|--:|--:|--:|---|",
     ]
     lines += [
-        f"| {r['network']} | {r['engine']} | {r['processor']} | {r['images']:,} "
+        f"| {r['network']} | {r['runtime']} | {r['processor']} | {r['images']:,} "
         f"| {_exits(r, 'float')} | {_exits(r, 'int8')} | {_exits(r, 'int8-full-range')} "
         f"| {'' if r is _of(rows, r)[0] else 'yes' if 'int8' in r['as_here'] else 'no'} |"
         for r in rows
@@ -145,19 +145,19 @@ def _exits(row, kind):
 
 
 def _verdict(rows, network):
-    """Whether `int8` reaches the target without VNNI, and what the full range loses there, per engine."""
+    """Whether `int8` reaches the target without VNNI, and what the full range loses there, per runtime."""
     parts = []
-    for engine in dict.fromkeys(r["engine"] for r in rows):
-        without = _of(rows, {"network": network, "engine": engine})[-1]
+    for runtime in dict.fromkeys(r["runtime"] for r in rows):
+        without = _of(rows, {"network": network, "runtime": runtime})[-1]
         lead, full = _least(without, "int8", "float"), _least(without, "int8-full-range", "int8")
         reached = "reached" if lead >= -INT8_TARGET else "missed"
-        parts.append(f"{engine} {reached}, {lead:+.2f} points (full range {full:+.2f})")
+        parts.append(f"{runtime} {reached}, {lead:+.2f} points (full range {full:+.2f})")
     return f"- {network}: {'; '.join(parts)}."
 
 
 def _of(rows, row):
-    """The rows of one network and engine: on the machine that measured, then on one without VNNI."""
-    return [r for r in rows if (r["network"], r["engine"]) == (row["network"], row["engine"])]
+    """The rows of one network and runtime: on the machine that measured, then on one without VNNI."""
+    return [r for r in rows if (r["network"], r["runtime"]) == (row["network"], row["runtime"])]
 
 
 def _least(row, kind, than):
@@ -168,20 +168,20 @@ def _least(row, kind, than):
 def int8_times():
     found = results("int8")
     lines = [
-        "| network | engine | batch | exits | int8 | int8-full-range | both | accuracy float, both |",
+        "| network | runtime | batch | exits | int8 | int8-full-range | both | accuracy float, both |",
         "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for r in found["times"]:
         faster, float_exits = r["speedup"], _of(found["accuracy"], r)[0]["accuracy"]["float"]
         lines.append(
-            f"| {r['network']} | {r['engine']} | {r['batch']} | {faster['float_exits']:.2f}x "
+            f"| {r['network']} | {r['runtime']} | {r['batch']} | {faster['float_exits']:.2f}x "
             f"| {faster['int8_plain']:.2f}x | {faster['int8-full-range_plain']:.2f}x "
             f"| **{faster['int8_exits']:.2f}x** | {float_exits[-1]:.1%}, {r['accuracy_both']:.1%} |"
         )
     return [
         *lines,
         "",
-        "Speed-up over the plain float network in the same engine: exits in float, the plain network in int8, "
+        "Speed-up over the plain float network in the same runtime: exits in float, the plain network in int8, "
         "and exits with `int8`. "
         f"Thresholds lose at most {100 * found['max_drop']:g} points on {found['validation']:,} validation images, "
         "without a promise; those for `int8` are chosen on a record of its flat file. "

@@ -245,7 +245,7 @@ def test_the_input_size_of_a_network_is_reported(network, channels, message, tmp
 
 def test_bench_prints_last_exit_promise_and_unsteady_times(run, monkeypatch, capsys):
     row = {
-        "network": "b_lenet", "engine": "onnxruntime", "batch": 1, "threads": 1, "plain_us": 80.0, "branchy_us": 50.0,
+        "network": "b_lenet", "runtime": "onnxruntime", "batch": 1, "threads": 1, "plain_us": 80.0, "branchy_us": 50.0,
         "limit_us": 40.0, "speedup": 1.6, "overhead": 1.25, "plain_accuracy": 0.99, "accuracy_branchy": 0.9,
         "exit_share": [0.5, 0.5], "thresholds": [0.1],
     }  # fmt: skip

@@ -61,12 +61,12 @@ def test_the_file_agrees_with_the_test_record(run):
 
 def test_bench_rows_are_complete_and_consistent(run):
     rows = json.loads((run / "rows.json").read_text())
-    assert [(row["engine"], row["batch"]) for row in rows] == [
+    assert [(row["runtime"], row["batch"]) for row in rows] == [
         (engine, batch) for engine in ("onnxruntime", "openvino") for batch in (1, 7)
     ]
     for row in rows:
         assert list(row) == [
-            "network", "engine", "batch", "threads", "plain_us", "branchy_us", "limit_us", "limit_in_order_us",
+            "network", "runtime", "batch", "threads", "plain_us", "branchy_us", "limit_us", "limit_in_order_us",
             "speedup", "spread", "overhead", "overhead_sorted", "plain_accuracy", "accuracy_branchy",
             "exit_share", "thresholds",
         ]  # fmt: skip
@@ -318,7 +318,7 @@ def test_a_failing_runtime_does_not_stop_the_others(run, tmp_path, monkeypatch, 
         runtime = targets[0].runtime
         if runtime == "openvino":
             raise GraphError("it has no such operator")
-        return [row | {"engine": runtime} for row in timed[: len(targets)]]
+        return [row | {"runtime": runtime} for row in timed[: len(targets)]]
 
     monkeypatch.setattr(steps, "bench", bench)
     arguments = ("bench", copy, "--runtime", "onnxruntime,openvino,onnxruntime-cuda", "--json", tmp_path / "rows.json")
@@ -329,7 +329,7 @@ def test_a_failing_runtime_does_not_stop_the_others(run, tmp_path, monkeypatch, 
         json.loads((copy / "bench.json").read_text())["rows"],
         json.loads((tmp_path / "rows.json").read_text()),
     ):
-        assert [row["engine"] for row in rows] == ["onnxruntime"] * 2 + ["onnxruntime-cuda"] * 2
+        assert [row["runtime"] for row in rows] == ["onnxruntime"] * 2 + ["onnxruntime-cuda"] * 2
     monkeypatch.setattr(steps, "bench", lambda *_, **__: bench(None, None, None, [Target(runtime="openvino")]))
     assert call(monkeypatch, "bench", copy, "--quiet") == 1
     assert capsys.readouterr().err == "error: it has no such operator\n"

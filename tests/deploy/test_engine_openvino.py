@@ -207,7 +207,7 @@ def test_bench_and_measure_time_the_static_graphs_in_the_same_engine(lenet, fold
     images, labels = grey_images(16), torch.arange(16) % 10
     target = Target(4, runtime="openvino")
     (row,) = bench(folder / "lenet.onnx", net, (images, labels), target, repeats=1)
-    assert row["engine"] == "openvino" and min(row["plain_us"], row["branchy_us"], row["limit_us"]) > 0
+    assert row["runtime"] == "openvino" and min(row["plain_us"], row["branchy_us"], row["limit_us"]) > 0
     cost = measure(net, images, target=Target(runtime="openvino"), seconds=0.05)
     assert cost.num_exits == 2 and sum(cost.trunk_us) > 0
     assert len(opened) == 4 + 6 and set(opened) == {"openvino"}

@@ -378,7 +378,7 @@ def test_bench_compares_int8_with_int8(net, recorded, tmp_path):
     (row,) = bench(path, net, (x, labels), calibration=loader(), **how)
     outcome = evaluate(recorded[1], policy)
     assert row["exit_share"] == pytest.approx(outcome.exit_share)
-    assert row["accuracy_branchy"] == pytest.approx(outcome.accuracy) and row["engine"] == "onnxruntime"
+    assert row["accuracy_branchy"] == pytest.approx(outcome.accuracy) and row["runtime"] == "onnxruntime"
     with pytest.raises(InputError, match=r"m\.onnx is int8: give calibration="):
         bench(path, net, (x, labels), **how)
     exact = export(net, tmp_path / "float.onnx", policy=policy, example=images(4))

@@ -23,7 +23,7 @@ from branchynet.profiling.benchmark import _time, bench
 from helpers.onnx_graphs import flat_lenet
 
 KEYS = {
-    "network", "engine", "batch", "threads", "plain_us", "branchy_us", "limit_us", "limit_in_order_us", "speedup",
+    "network", "runtime", "batch", "threads", "plain_us", "branchy_us", "limit_us", "limit_in_order_us", "speedup",
     "spread", "overhead", "overhead_sorted", "plain_accuracy", "accuracy_branchy", "exit_share", "thresholds",
 }  # fmt: skip
 SAMPLES = 70
@@ -94,7 +94,7 @@ def test_rows_are_complete_and_consistent(file, data, record, policy):
     assert [(r["batch"], r["threads"]) for r in rows] == [(1, 1), (8, 1), (64, 1)]
     for row in rows:
         assert row.keys() == KEYS
-        assert (row["network"], row["engine"], row["plain_accuracy"]) == ("B-LeNet", "onnxruntime", 0.5)
+        assert (row["network"], row["runtime"], row["plain_accuracy"]) == ("B-LeNet", "onnxruntime", 0.5)
         assert row["thresholds"] == list(policy.thresholds)
         assert min(row["plain_us"], row["branchy_us"], row["limit_us"]) > 0
         assert row["overhead"] == row["branchy_us"] / row["limit_us"]

@@ -43,7 +43,7 @@ def test_wide_terminals_show_a_table_and_narrow_ones_lines():
 @pytest.mark.parametrize("width", [20, 60, 80])
 def test_names_of_engines_are_not_wrapped_if_there_is_space(width):
     row = {
-        "engine": "onnxruntime", "network": "b_resnet110", "batch": 64, "threads": 2, "plain_us": 123456.7,
+        "runtime": "onnxruntime", "network": "b_resnet110", "batch": 64, "threads": 2, "plain_us": 123456.7,
         "branchy_us": 1234.5, "limit_us": 1200.0, "overhead": 1.03, "plain_accuracy": None, "accuracy_branchy": 0.8734,
         "exit_share": [0.25, 0.25, 0.5], "thresholds": [0.1, 0.2],
     }  # fmt: skip

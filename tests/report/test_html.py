@@ -81,7 +81,7 @@ def run(samples=60, exits=3, seed=0, **more):
 def a_row(batch, threads):
     return {
         "network": "b_lenet",
-        "engine": "onnxruntime",
+        "runtime": "onnxruntime",
         "batch": batch,
         "threads": threads,
         "plain_us": 88.5 + batch,
@@ -185,7 +185,7 @@ class TestPage:
 
     def test_all_text_is_escaped(self, tmp_path):
         evil = "<script>alert(1)</script>&\"'"
-        row = {**a_row(1, 1), "network": evil, "engine": evil, "batch": evil}
+        row = {**a_row(1, 1), "network": evil, "runtime": evil, "batch": evil}
         choice = run()["choice"]
 
         def score(outputs):

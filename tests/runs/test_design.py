@@ -125,7 +125,7 @@ def test_each_runtime_has_its_own_design_folder(base, designed, monkeypatch, cap
     folder = base.path / "design-1-openvino"
     assert folder.name in "".join(capsys.readouterr().out.split())
     assert Advice.load(folder / "advice.json").runtime == "openvino"
-    assert [row["engine"] for row in json.loads((folder / "bench.json").read_text())["rows"]] == ["openvino"]
+    assert [row["runtime"] for row in json.loads((folder / "bench.json").read_text())["rows"]] == ["openvino"]
     assert (base.path / "design-1" / "advice.json").read_bytes() == before
 
 

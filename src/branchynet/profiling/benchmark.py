@@ -81,7 +81,7 @@ def bench(
         progress: called with messages.
 
     Returns:
-        Rows with ``network, engine, batch, threads, plain_us, branchy_us, limit_us, limit_in_order_us, speedup,
+        Rows with ``network, runtime, batch, threads, plain_us, branchy_us, limit_us, limit_in_order_us, speedup,
         spread, overhead, overhead_sorted, plain_accuracy, accuracy_branchy, exit_share, thresholds``; times are
         microseconds per sample, and ``spread`` is the relative uncertainty of the speed-up (95 %).
 
@@ -137,7 +137,7 @@ def bench(
                 progress(f"batch {target.batch_size}, {counted(target.threads, 'thread')}")
                 count = max(1, min(samples, len(order)) // target.batch_size) * target.batch_size
                 times = _row(engine, parts, tuple(a[:count] for a in arrays), enabled, target.batch_size, repeats)
-                settings = {"engine": target.runtime, "batch": target.batch_size, "threads": target.threads}
+                settings = {"runtime": target.runtime, "batch": target.batch_size, "threads": target.threads}
                 named = {"network": given.get("network"), **settings}
                 rows.append({**named, **times, "plain_accuracy": given.get("plain_accuracy"), **results})
     return rows

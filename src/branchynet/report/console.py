@@ -124,7 +124,7 @@ def print_advice(out: Console, advice: Any, note: str = "") -> None:
 def print_bench(out: Console, rows: Sequence[Mapping[str, Any]], note: str = "") -> None:
     """Print plain, branchy and limit in three lines per row, and a note."""
     columns = {
-        "engine": True, "network": True, "us": False, "speed-up": False, "accuracy": False,
+        "runtime": True, "network": True, "us": False, "speed-up": False, "accuracy": False,
         "leave at exit 1, 2, …": False,
     }  # fmt: skip
     lines = []
@@ -134,7 +134,7 @@ def print_bench(out: Console, rows: Sequence[Mapping[str, Any]], note: str = "")
         right = "" if row["plain_accuracy"] is None else f"{row['plain_accuracy']:.2%}"
         branchy = f"{row['accuracy_branchy']:.2%}"
         for first, name, us, accuracy, last in (
-            (row["engine"], "plain", row["plain_us"], right, ""),
+            (row["runtime"], "plain", row["plain_us"], right, ""),
             (f"batch {row['batch']}", row["network"], row["branchy_us"], branchy, shares),
             (threads, "limit", row["limit_us"], branchy, f"overhead {row['overhead']:.2f}"),
         ):

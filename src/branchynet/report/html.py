@@ -329,7 +329,7 @@ def _number(value: float) -> str:
 
 BENCH_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "network": ("network", str),
-    "engine": ("engine", str),
+    "runtime": ("runtime", str),
     "batch": ("batch", str),
     "threads": ("threads", str),
     "plain_us": ("plain µs", _number),
