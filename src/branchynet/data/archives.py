@@ -1,7 +1,7 @@
-"""Finding, downloading and reading the published files of MNIST, Fashion-MNIST and CIFAR-10.
+"""Find, download and read the published files of MNIST, Fashion-MNIST and CIFAR-10.
 
-Files of the user are checked for structure only, so re-compressed copies and subsets are accepted; a download must
-also have the published SHA-256. Nothing is unpickled, and no archive is unpacked to disk.
+Only the structure of your own files is checked, so re-compressed copies and subsets are accepted; a download must also
+have the published SHA-256. Nothing is unpickled, and no archive is unpacked to disk.
 """
 
 import gzip
@@ -26,7 +26,7 @@ Bytes = NDArray[np.uint8]
 VARIABLE = "BRANCHYNET_DATA"  # environment variable with the user's folder of data sets
 CIFAR_BATCHES = (*(f"data_batch_{n}.bin" for n in range(1, 6)), "test_batch.bin")
 CIFAR_RECORD = 1 + 3 * 32 * 32
-MOST_BYTES = 1 << 29  # limit of unpacked images, three times the largest published set; a small gz may hold gigabytes
+MOST_BYTES = 1 << 29  # limit of unpacked images, three times the largest set; a small gz file may hold gigabytes
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Archive:
 
     @property
     def forms(self) -> tuple[tuple[str, ...], ...]:
-        """Alternative sets of file names; each set is the complete data set. The published set is first."""
+        """The names of the published files, and those of the unpacked files."""
         published = tuple(self.sha256)
         unpacked = CIFAR_BATCHES if len(published) == 1 else tuple(name.removesuffix(".gz") for name in published)
         return published, unpacked
@@ -109,7 +109,6 @@ def read_archive(
     Raises:
         DataError: the files are missing or malformed, or the download failed.
     """
-    archive = ARCHIVES[name]
     paths = _find(name, root) or (_download(name) if download else _downloaded(name, root))
     if name == "cifar10":
         batches = _cifar_batches(paths)
@@ -117,18 +116,19 @@ def read_archive(
     else:
         images, labels, test_images, test_labels = paths
         train, test = _idx_pair(images, labels), _idx_pair(test_images, test_labels)
+    last = len(ARCHIVES[name].classes) - 1
     for (_, labels), half in ((train, "training"), (test, "test")):
-        if labels.max() >= len(archive.classes):
+        if labels.max() > last:
             raise DataError(
-                f"{name}: the {half} labels in {paths[-1].parent} reach {labels.max()}, but there are "
-                f"{len(archive.classes)} classes (0..{len(archive.classes) - 1}); get the files again"
+                f"{name}: the {half} labels in {paths[-1].parent} reach {labels.max()}, but there are {last + 1} "
+                f"classes (0..{last}); get the files again"
             )
     # MNIST and Fashion-MNIST files have the same names, sizes and labels; only their content differs.
     for other, known in ARCHIVES.items():
         if other != name and tuple(test[1][: len(known.opening)]) == known.opening:
             raise DataError(
                 f"the files in {paths[-1].parent} are {other}, not {name}; keep each data set in a separate folder: "
-                f"{archive.folders[0]!r} for {name}, {known.folders[0]!r} for {other}"
+                f"{ARCHIVES[name].folders[0]!r} for {name}, {known.folders[0]!r} for {other}"
             )
     return (train[0], train[1]), test
 
@@ -140,19 +140,17 @@ def _find(name: str, root: str | os.PathLike[str] | None) -> list[Path] | None:
         return None
     base = Path(place).expanduser()
     if not base.is_dir():
-        raise DataError(
-            f"{origin}={os.fspath(place)!r} is not a folder; give the folder of the data sets, or leave it out"
-        )
-    partial = None
+        raise DataError(f"{origin}={str(place)!r} is not a folder; give the folder of the data sets, or leave it out")
+    partial = []
     for folder in (base / sub for sub in ARCHIVES[name].folders):
         for form in ARCHIVES[name].forms:
             missing = [file for file in form if not (folder / file).is_file()]
             if not missing:
                 return [folder / file for file in form]
             if len(missing) < len(form):
-                partial = partial or (folder, missing)
+                partial.append(f"{folder} lacks {', '.join(missing)}")
     if partial:
-        raise DataError(f"{name}: {partial[0]} lacks {', '.join(partial[1])}; add them, or move the rest away")
+        raise DataError(f"{name}: {partial[0]}; add them, or move the rest away")
     return None
 
 
@@ -167,7 +165,7 @@ def _downloaded(name: str, root: str | os.PathLike[str] | None) -> list[Path]:
     paths = [_cache(name) / file for file in ARCHIVES[name].sha256]
     if not all(path.is_file() for path in paths):
         place = root or os.environ.get(VARIABLE)
-        where = f"in {os.fspath(place)}" if place else f"given (neither {VARIABLE} nor root is set)"
+        where = f"in {place}" if place else f"given (neither {VARIABLE} nor root is set)"
         raise DataError(
             f"{name} is not {where} and was not downloaded to {_cache(name)}; {_remedy(name)}, or allow the download"
         )
@@ -184,8 +182,7 @@ def _download(name: str) -> list[Path]:
     import pooch
 
     archive, paths = ARCHIVES[name], []
-    # pooch draws its progress bar with tqdm but does not require it
-    progress = importlib.util.find_spec("tqdm") is not None
+    progress = importlib.util.find_spec("tqdm") is not None  # pooch draws its progress bar with tqdm, but need not
     downloader: Any = pooch.HTTPDownloader(progressbar=progress, chunk_size=1 << 16)
     for file, sha256 in archive.sha256.items():
         failures = []
@@ -220,19 +217,19 @@ def read_idx(path: Path, shape: tuple[int, ...]) -> Bytes:
             if len(header) < 4 + 4 * ndim:
                 raise EOFError(f"it ends after {len(header)} bytes, inside its header")
             magic, *dims = struct.unpack(f">{1 + ndim}I", header)
+            count = math.prod(dims)
             if magic != 0x800 + ndim:
                 raise DataError(f"{path} starts with {magic:#010x}, not {0x800 + ndim:#010x}: not the right IDX file")
             if dims[0] == 0 or tuple(dims[1:]) != shape:
                 wanted = " x ".join(map(str, ("S", *shape)))
                 raise DataError(f"{path} holds {' x '.join(map(str, dims))} bytes; it must hold {wanted}, S at least 1")
-            if math.prod(dims) > MOST_BYTES:
-                raise DataError(f"{path} announces {math.prod(dims):,} bytes, more than {MOST_BYTES:,}: get it again")
+            if count > MOST_BYTES:
+                raise DataError(f"{path} announces {count:,} bytes, more than {MOST_BYTES:,}: get it again")
             # In chunks, and no more than announced: a false header must not fill the memory.
-            while len(body) <= math.prod(dims) and (chunk := stream.read(1 << 20)):
+            while len(body) <= count and (chunk := stream.read(1 << 20)):
                 body += chunk
-        if len(body) != math.prod(dims):
-            few = "fewer" if len(body) < math.prod(dims) else "more"
-            raise EOFError(f"it announces {math.prod(dims)} bytes and holds {few}")
+        if len(body) != count:
+            raise EOFError(f"it announces {count} bytes and holds {'fewer' if len(body) < count else 'more'}")
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot read {path}: {error}; the file is damaged or incomplete: get it again") from error
     return np.frombuffer(body, dtype=np.uint8).reshape(dims)
@@ -241,10 +238,10 @@ def read_idx(path: Path, shape: tuple[int, ...]) -> Bytes:
 def _cifar_batches(paths: Sequence[Path]) -> list[tuple[Bytes, Bytes]]:
     """Images and labels of the five training batches and the test batch."""
     try:
-        contents = dict(_plain_batches(paths) if len(paths) > 1 else _tar_batches(paths[0]))
-    except DataError:
-        raise
+        contents = dict(_tar_batches(paths[0]) if len(paths) == 1 else map(_plain_batch, paths))
     except (OSError, EOFError, ValueError, OverflowError, zlib.error, tarfile.TarError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"cannot read {paths[0]}: {error}; it is damaged or incomplete: get it again") from error
     batches = []
     for file in CIFAR_BATCHES:
@@ -260,10 +257,9 @@ def _cifar_batches(paths: Sequence[Path]) -> list[tuple[Bytes, Bytes]]:
     return batches
 
 
-def _plain_batches(paths: Sequence[Path]) -> Iterator[tuple[str, Any]]:
-    for path in paths:
-        _check_size(path, path.stat().st_size)
-        yield path.name, path.read_bytes()
+def _plain_batch(path: Path) -> tuple[str, bytes]:
+    _check_size(path, path.stat().st_size)
+    return path.name, path.read_bytes()
 
 
 def _check_size(path: Path, size: int) -> None:
@@ -272,7 +268,7 @@ def _check_size(path: Path, size: int) -> None:
         raise DataError(f"{path} holds {size:,} bytes, more than {most:,}: get it again")
 
 
-def _tar_batches(path: Path) -> Iterator[tuple[str, Any]]:
+def _tar_batches(path: Path) -> Iterator[tuple[str, bytes]]:
     with gzip.open(path) as stream:
         with tarfile.open(fileobj=stream) as tar:
             for member in tar:  # in the archive's order: seeking back in a gzip stream reads it again from the start

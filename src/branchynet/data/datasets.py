@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,9 +61,7 @@ class Split:
         """
         images = self.images[rows].float().div_(255)
         images = augment(images) if augment else images
-        if self.normalization is None:
-            return images
-        return torch.from_numpy(self.normalization(images.numpy()))
+        return images if self.normalization is None else torch.from_numpy(self.normalization(images.numpy()))
 
     @property
     def digest(self) -> str:
@@ -81,9 +79,9 @@ class ImageData:
     Attributes:
         name: the name given to `load_data`.
         classes: names of the classes, in the order of the labels.
-        train: images that the network is trained on.
-        val: images that thresholds are chosen on.
-        test: images that results are reported on.
+        train: images to train the network.
+        val: images to choose thresholds.
+        test: images to report results.
         notes: remarks on how the images were read, such as their size; printed with the data.
 
     Raises:
@@ -98,7 +96,7 @@ class ImageData:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for part, split in (("train", self.train), ("val", self.val), ("test", self.test)):
+        for part, split in zip(PARTS, self.splits, strict=True):
             shape = tuple(split.images.shape[1:])
             if shape != self.shape:
                 raise InputError(f"{part} images are {shape} but train images are {self.shape}: resize them")
@@ -113,10 +111,14 @@ class ImageData:
         return channels, height, width
 
     @property
+    def splits(self) -> tuple[Split, Split, Split]:
+        """The three parts."""
+        return self.train, self.val, self.test
+
+    @property
     def counts(self) -> NDArray[np.int64]:
         """Number of training, validation and test images per class: `(3, C)`."""
-        parts = (self.train, self.val, self.test)
-        return np.stack([np.bincount(part.labels.numpy(), minlength=len(self.classes)) for part in parts])
+        return np.stack([np.bincount(part.labels.numpy(), minlength=len(self.classes)) for part in self.splits])
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -127,25 +129,22 @@ class ImageData:
 
     def __str__(self) -> str:
         """The shape of the images, their number per class, and the notes."""
-        channels, height, width = self.shape
         counts = self.counts
         lines = [
-            f"{printable(self.name)}: {counts.sum():,} images of {channels} x {height} x {width} (channels x height x "
-            f"width), {len(self.classes)} classes"
+            f"{printable(self.name)}: {counts.sum():,} images of {' x '.join(map(str, self.shape))} (channels x height "
+            f"x width), {len(self.classes)} classes"
         ]
         rows = [("class", *PARTS)]
         if len(self.classes) <= MOST_CLASSES:
             rows += [(name, *map(str, column)) for name, column in zip(self.classes, counts.T, strict=True)]
         else:
-            rows += [(f"{word} per class", *map(str, pick(counts, 1))) for word, pick in _EXTREMES.items()]
+            extremes = {"fewest": counts.min(axis=1), "most": counts.max(axis=1)}
+            rows += [(f"{word} per class", *map(str, column)) for word, column in extremes.items()]
         rows.append(("all", *map(str, counts.sum(axis=1))))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for name, *numbers in rows:
             lines.append("  ".join([name.ljust(widths[0]), *map(str.rjust, numbers, widths[1:])]))
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
-
-
-_EXTREMES = {"fewest": np.min, "most": np.max}
 
 
 def load_data(
@@ -166,14 +165,13 @@ def load_data(
     ``mnist``           handwritten digits, (1, 28, 28)                           50,000 / 10,000 / 10,000
     ``fashion-mnist``   articles of clothing, (1, 28, 28)                         50,000 / 10,000 / 10,000
     ``cifar10``         small photographs, (3, 32, 32)                            45,000 / 5,000 / 10,000
-    ``folder:PATH``     your images: one folder per class, images directly in it  about 70 / 15 / 15 %
+    ``folder:PATH``     your images: one folder per class, images directly in it  about 70 / 15 / 15%
     ==================  ========================================================  ==============================
 
-    The content of an image of a folder determines its part, so the image stays there when others are added or
-    removed. A folder may instead hold folders ``train``, ``val`` and ``test`` (or ``valid``, ``validation``), each with
-    one folder per class; a missing part is split off the training images.
-
-    ``print(load_data(...))`` shows the number of images per class.
+    The content of an image of a folder determines its part, so adding or removing other images does not move it. A
+    folder may instead hold folders ``train``, ``val`` and ``test`` (or ``valid``, ``validation``), each with one folder
+    per class; a missing part is split off the training images. ``print(load_data(...))`` shows the number of images per
+    class.
 
     Args:
         name: one of the names above.
@@ -200,8 +198,8 @@ def load_data(
     if not normalize:
         return data
     normalization = normalization_of(data.train.images.numpy())
-    parts = {part: replace(getattr(data, part), normalization=normalization) for part in PARTS}
-    return replace(data, **parts)
+    parts = (replace(split, normalization=normalization) for split in data.splits)
+    return replace(data, **dict(zip(PARTS, parts, strict=True)))
 
 
 def _loaded(
@@ -212,7 +210,8 @@ def _loaded(
     split: Sequence[float] | None,
 ) -> ImageData:
     if name.startswith(FOLDER):
-        return _folder(name, size, split)
+        read = read_folder(folder_path(name), size, split)
+        return _parted(name, read.classes, [(read.images, read.labels, rows) for rows in read.parts], read.notes)
     for option, value in (("size", size), ("split", split)):
         if value is not None:
             shown = "x".join(map(str, value)) if option == "size" else "/".join(map(str, value))
@@ -222,14 +221,12 @@ def _loaded(
     if name not in ARCHIVES:
         raise DataError(f"unknown data set {name!r}{nearest(name, ['digits', *ARCHIVES, FOLDER + 'PATH'])}")
     train, test = read_archive(name, root, download)
-    archive = ARCHIVES[name]
     order = _order(len(train[1]))
-    held_out = round(len(order) * archive.validation)
+    held_out = round(len(order) * ARCHIVES[name].validation)
     if not 0 < held_out < len(order):
         raise DataError(f"{name}: {len(order)} training images are too few to hold some out for validation; get more")
     parts = (*train, order[:-held_out]), (*train, order[-held_out:]), (*test, np.arange(len(test[1])))
-    train_part, val_part, test_part = (_take(*part) for part in parts)
-    return ImageData(name, archive.classes, train_part, val_part, test_part)
+    return _parted(name, ARCHIVES[name].classes, parts)
 
 
 def _order(count: int) -> NDArray[np.int64]:
@@ -238,8 +235,13 @@ def _order(count: int) -> NDArray[np.int64]:
     return np.random.RandomState(0).permutation(count).astype(np.int64)
 
 
-def _take(images: NDArray[np.uint8], labels: NDArray[np.integer], indices: NDArray[np.int64]) -> Split:
-    return Split(torch.from_numpy(images[indices]), torch.from_numpy(labels[indices].astype(np.int64)))
+def _parted(name: str, classes: tuple[str, ...], parts: Iterable[Sequence[Any]], notes: Any = ()) -> ImageData:
+    """Return a data set; `parts` holds images `(S, C, H, W)`, labels `(S,)` and the rows to take, for each part."""
+    train, val, test = (
+        Split(torch.from_numpy(images[rows]), torch.from_numpy(labels[rows].astype(np.int64)))
+        for images, labels, rows in parts
+    )
+    return ImageData(name, classes, train, val, test, notes)
 
 
 def _digits() -> ImageData:
@@ -249,8 +251,8 @@ def _digits() -> ImageData:
     small = np.rint(pixels * (255 / 16)).astype(np.uint8)
     # Pillow's filters work in integers: the same bytes on every machine.
     images = np.stack([np.array(Image.fromarray(x).resize((28, 28), Image.Resampling.BICUBIC)) for x in small])[:, None]
-    train, val, test = (_take(images, labels, part) for part in np.split(_order(len(labels)), [1197, 1497]))
-    return ImageData("digits", tuple("0123456789"), train, val, test)
+    parts = np.split(_order(len(labels)), [1197, 1497])
+    return _parted("digits", tuple("0123456789"), [(images, labels, rows) for rows in parts])
 
 
 def folder_path(name: str) -> Path:
@@ -262,9 +264,3 @@ def folder_path(name: str) -> Path:
     except (OSError, ValueError, RuntimeError):  # null character, circular links, home folder of an unknown user
         pass
     raise DataError(f"{name!r} does not name a folder; give {FOLDER}PATH, with one folder of images per class")
-
-
-def _folder(name: str, size: tuple[int, int] | None, split: Sequence[float] | None) -> ImageData:
-    read = read_folder(folder_path(name), size, split)
-    train, val, test = (_take(read.images, read.labels, part) for part in read.parts)
-    return ImageData(name, read.classes, train, val, test, read.notes)

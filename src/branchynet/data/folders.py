@@ -19,7 +19,7 @@ from .images import decode, image_size, readable_extensions
 MOST_UNASKED = 1 << 20  # limit of pixels per image if no size is given; photographs must not fill the memory
 MOST_BYTES = 8 << 30  # limit of all images in memory
 SPLIT = (70.0, 15.0, 15.0)
-FEW = 10  # with fewer images of a class, the result is mostly chance
+FEW = 10  # results for a class with fewer images are mostly chance
 PARTS = ("train", "val", "test")
 _PART_NAMES = {
     **dict.fromkeys(("train", "training"), 0),
@@ -49,7 +49,9 @@ class Folder:
 
 def read_folder(base: Path, size: tuple[int, int] | None, split: Sequence[float] | None) -> Folder:
     """Read a folder of images. Arguments and errors as in `load_data`."""
-    _check_size(size)
+    integers = isinstance(size, (tuple, list)) and len(size) == 2 and all(type(s) is int and s >= 1 for s in size)
+    if size is not None and not integers:
+        raise InputError(f"size must be (H, W), two integers of at least 1; got {size!r}")
     shares = _shares(split)
     roots = _roots(base)
     if roots.keys() == {0, 1, 2} and split is not None:
@@ -57,7 +59,7 @@ def read_folder(base: Path, size: tuple[int, int] | None, split: Sequence[float]
             f"split={'/'.join(f'{s:g}' for s in shares)} cannot be used with {base}, which has folders for all three "
             "parts: leave it out"
         )
-    drawn = {n for n in range(3) if n == 0 or n not in roots}  # the parts of the images in the first folder
+    drawn = {0, 1, 2} - (roots.keys() - {0})  # the parts of the images in the first folder
     names, listed = _listed(roots, len(drawn))
     files = [file for group, _, _ in listed for file in group]
     rows = [(label, part) for group, label, part in listed for _ in group]
@@ -69,7 +71,7 @@ def read_folder(base: Path, size: tuple[int, int] | None, split: Sequence[float]
             "size=(H, W))"
         )
     decoded = [decode(file, (height, width)) for file in files]
-    channels = max(len(image) for image in decoded)  # if one image has colour, all become RGB
+    channels = max(len(image) for image in decoded)  # if one image has colors, all become RGB
     images = np.stack([np.broadcast_to(image, (channels, height, width)) for image in decoded])
     places = np.array([_place(file) for file in files])
     parts = _divided(labels, places, given, [shares[n] if n in drawn else 0.0 for n in range(3)])
@@ -82,13 +84,6 @@ def read_folder(base: Path, size: tuple[int, int] | None, split: Sequence[float]
     return Folder(classes, images, labels, parts, (*notes, *_copies(places, parts), *_small(classes, labels, parts)))
 
 
-def _check_size(size: tuple[int, int] | None) -> None:
-    if size is None:
-        return
-    if not (isinstance(size, (tuple, list)) and len(size) == 2 and all(type(s) is int and s >= 1 for s in size)):
-        raise InputError(f"size must be (H, W), two integers of at least 1; got {size!r}")
-
-
 def _shares(split: Sequence[float] | None) -> tuple[float, ...]:
     shares = SPLIT if split is None else tuple(split)
     numbers = all(type(share) in (int, float) and share > 0 for share in shares)
@@ -98,9 +93,9 @@ def _shares(split: Sequence[float] | None) -> tuple[float, ...]:
             f"{'/'.join(map(str, shares))}"
         )
     total = sum(shares)
-    if total > 50 and not math.isclose(total, 100):  # 8/1/1 are proportions, but such numbers are percentages
+    if total > 50 and not math.isclose(total, 100):  # 8/1/1 are proportions, but numbers this large are percentages
         raise InputError(
-            f"split={'/'.join(f'{share:g}' for share in shares)} adds up to {total:g} %; give shares that add up to "
+            f"split={'/'.join(f'{share:g}' for share in shares)} adds up to {total:g}%; give shares that add up to "
             "100, such as 70/15/15"
         )
     return shares
@@ -145,10 +140,7 @@ def _listed(roots: dict[int, Path], least: int) -> tuple[list[str], list[tuple[l
 
 def _image_files(folder: Path, least: int) -> list[Path]:
     known = readable_extensions()
-    files = sorted(
-        (file for file in folder.iterdir() if file.suffix.lower() in known and not file.name.startswith(".")),
-        key=lambda file: file.name,
-    )
+    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in known and not f.name.startswith("."))
     if len(files) < least:
         parts = ", for training, validation and test" * (least == 3)
         raise DataError(
@@ -191,7 +183,7 @@ def _place(file: Path) -> float:
 def _divided(
     labels: NDArray[np.int64], places: NDArray[np.floating], given: NDArray[np.int64], shares: Sequence[float]
 ) -> tuple[NDArray[np.int64], ...]:
-    """Indices of training, validation and test images, shuffled so that half of a part holds all classes."""
+    """Indices of training, validation and test images, in random order, so that half of a part holds all classes."""
     part = given.copy()
     drawn = np.flatnonzero(given == 0)
     part[drawn] = split_by_place(labels[drawn], places[drawn], shares)
@@ -205,8 +197,8 @@ def split_by_place(
     """Return the part of every image: 0 for training, 1 for validation, 2 for test.
 
     The place of an image determines its part. Adding or removing an image therefore moves no other one, and copies of
-    an image are never in different parts. If a class has no image in some part, its lowest image is moved to test, the
-    next to validation and the highest to training.
+    an image are never in different parts. If a class has no image in a part, one is moved there: its lowest to test,
+    the next to validation, its highest to training.
 
     Args:
         labels: `(S,)` classes.

@@ -1,4 +1,4 @@
-"""Reading, resizing and writing single image files."""
+"""Read, resize and write single image files."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ MOST_PIXELS = 89_478_485  # Pillow's limit for decompression bombs: 256 MB in RG
 def read_image(path: str | os.PathLike[str], shape: tuple[int, int, int]) -> NDArray[np.float32]:
     """Read an image file as a batch of one: `(1, C, H, W)` float32 in [0, 1], as from `loader`.
 
-    The image is rotated by its EXIF orientation, converted to grey (C = 1) or RGB (C = 3) without transparency, and
+    The image is rotated by its EXIF orientation, converted to gray (C = 1) or RGB (C = 3) without transparency, and
     resized to H x W with an antialiased bilinear filter; it is not cropped.
 
     Args:
@@ -80,19 +80,19 @@ def save_image(image: ArrayLike, path: str | os.PathLike[str]) -> None:
 def decode(
     path: str | os.PathLike[str], size: tuple[int, int] | None = None, channels: int | None = None
 ) -> NDArray[np.uint8]:
-    """Decode an image file as `(C, H, W)` uint8, upright; by default at its size, with C = 1 if it is grey, else 3.
+    """Decode an image file as `(C, H, W)` uint8, upright; by default at its size, with C = 1 if it is gray, else 3.
 
     Raises:
         DataError: the file is missing, cannot be decoded, or has more than `MOST_PIXELS` pixels.
     """
     with _opened(path) as opened:
         image: Any = ImageOps.exif_transpose(opened)
-        grey = image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I")
+        gray = image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I")
         if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip at 255
             image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
         if image.mode == "P":  # converting a palette with transparency to RGB directly makes Pillow warn
             image = image.convert("RGBA")
-        image = image.convert("L" if channels == 1 or (channels is None and grey) else "RGB")
+        image = image.convert("L" if channels == 1 or (channels is None and gray) else "RGB")
     if size is not None and image.size != size[::-1]:
         image = image.resize(size[::-1], Image.Resampling.BILINEAR)
     pixels = np.array(image)
@@ -102,7 +102,7 @@ def decode(
 def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     """Read the upright size `(H, W)` of an image file from its header. Raises `DataError` as `decode` does."""
     with _opened(path) as opened:
-        # A PNG file may hold its orientation after its pixels, which would all be decoded.
+        # A PNG file may hold its orientation after its pixels, and reading it would decode them all.
         turned = opened.format != "PNG" and opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
         return (opened.width, opened.height) if turned else (opened.height, opened.width)
 
@@ -111,14 +111,15 @@ def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     """Open an image file of at most `MOST_PIXELS` pixels; any error within the block becomes a `DataError`."""
     if Path(path).exists() and not Path(path).is_file():
-        raise DataError(f"cannot read the image {os.fspath(path)}: it is not a regular file; replace or remove it")
+        raise DataError(f"cannot read the image {path}: it is not a regular file; replace or remove it")
     try:
         with Image.open(path) as opened:
             if opened.width * opened.height > MOST_PIXELS:
                 raise ValueError(f"{opened.width} x {opened.height} pixels are more than {MOST_PIXELS:,}")
             yield opened
+    except FileNotFoundError as error:
+        raise DataError(f"there is no image {path}; give the path of an image file") from error
     except Exception as error:  # Pillow's readers raise nearly anything on a malformed file
-        if isinstance(error, FileNotFoundError):
-            raise DataError(f"there is no image {os.fspath(path)}; give the path of an image file") from error
-        reason = f"{type(error).__name__}: {error}"
-        raise DataError(f"cannot read the image {os.fspath(path)} ({reason}); replace or remove it") from error
+        raise DataError(
+            f"cannot read the image {path} ({type(error).__name__}: {error}); replace or remove it"
+        ) from error

@@ -1,9 +1,10 @@
 """Batches for training and recording, and augmentation.
 
-All random numbers are from torch's global generator on the CPU. The trainer seeds it in every epoch, so batches are
+All random numbers come from torch's global generator on the CPU, which the trainer seeds in every epoch, so batches are
 reproducible.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -77,7 +78,7 @@ def _as_is(batch: Any) -> Any:
 
 
 class ProgressiveLoader:
-    """Loader with small images in the first epochs and larger ones later, which makes epochs cheaper.
+    """Load small images in the first epochs and larger ones later, which makes the first epochs cheaper.
 
     `fit` sets the epoch. The network must accept images of any size, for example by global average pooling.
 
@@ -178,11 +179,5 @@ def affine(degrees: float = 10.0, translate: float = 0.1, scale: float = 0.1) ->
 
 
 def compose(*augments: Augment) -> Augment:
-    """Return an augmentation that applies the given ones one after the other."""
-
-    def apply(images: Tensor) -> Tensor:
-        for augment in augments:
-            images = augment(images)
-        return images
-
-    return apply
+    """Return an augmentation that applies the given ones in turn."""
+    return lambda images: functools.reduce(lambda changed, augment: augment(changed), augments, images)

@@ -43,7 +43,7 @@ class Normalization:
 def normalization_of(images: NDArray[np.uint8]) -> Normalization:
     """Return the normalization that gives each channel of `(S, C, H, W)` a mean of 0 and a standard deviation of 1.
 
-    A constant channel is only centred.
+    A constant channel is only centered.
     """
     means, stds = [], []
     for channel in range(images.shape[1]):
@@ -61,7 +61,7 @@ def normalization_of(images: NDArray[np.uint8]) -> Normalization:
 
 
 def stored_normalization(preprocessing: Any, channels: int) -> Normalization | None:
-    """Return the normalization in a file's `preprocessing`: `mean` and `std`, one number each or one per channel.
+    """Return the normalization in a file's `preprocessing`: `mean` and `std`, each one number or one per channel.
 
     Args:
         preprocessing: the argument of `export`; without `mean` and `std` there is no normalization.

@@ -1,4 +1,4 @@
-"""One offline HTML page about a run, and its figures by themselves. Reads values only: no network, no search."""
+"""One offline HTML page about a run, and its figures. Reads values only: no network, no search."""
 
 from ..extras import first_used
 

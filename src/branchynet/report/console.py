@@ -103,7 +103,7 @@ def speed_lines(choice: Choice, cost: ExitCost) -> list[str]:
 def print_advice(out: Console, advice: Any, note: str = "") -> None:
     """Print the best design per number of exits, the advice, and a note."""
     columns = {
-        "exits": False, "early exits": True, "us": False, "95 %": False, "speed-up": False, "at best": False,
+        "exits": False, "early exits": True, "us": False, "95%": False, "speed-up": False, "at best": False,
         "accuracy": False,
     }  # fmt: skip
     rows = []

@@ -23,8 +23,8 @@ class Gallery:
         title: the heading.
         images: `(B, H, W)` or `(B, H, W, 3)` uint8.
         label, predicted: `(B,)` indices of the true and the predicted classes.
-        exit: `(B,)` the exit that each image left at, from 1.
-        score: `(B,)` the score of that exit.
+        exit: `(B,)` the exit of each image, from 1.
+        score: `(B,)` the score at that exit.
         names: names of the classes; if empty, their indices are shown.
 
     Raises:
@@ -42,9 +42,7 @@ class Gallery:
     def __post_init__(self) -> None:
         images = np.asarray(self.images)
         if images.dtype != np.uint8 or not (images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)):
-            raise InputError(
-                f"images must be uint8 of shape (B, H, W) or (B, H, W, 3); got {images.dtype} {images.shape}"
-            )
+            raise InputError(f"images must be uint8 (B, H, W) or (B, H, W, 3); got {images.dtype} {images.shape}")
         for name in ("label", "predicted", "exit", "score"):
             if np.shape(getattr(self, name)) != images.shape[:1]:
                 raise InputError(f"{name} has shape {np.shape(getattr(self, name))} for {len(images)} images")
@@ -56,11 +54,8 @@ class Gallery:
 def gallery_section(gallery: Gallery) -> str:
     """Return the images as HTML with prediction, exit and score; wrong predictions are marked."""
     items = []
-    for image, label, predicted, place, score in zip(
-        gallery.images, *map(np.asarray, (gallery.label, gallery.predicted, gallery.exit, gallery.score)), strict=True
-    ):
-        if len(items) == MOST_PICTURES:
-            break
+    values = (np.asarray(v) for v in (gallery.images, gallery.label, gallery.predicted, gallery.exit, gallery.score))
+    for image, label, predicted, place, score in zip(*(v[:MOST_PICTURES] for v in values), strict=True):
         right, given = (escape(gallery.names[i] if gallery.names else str(i)) for i in (label, predicted))
         verdict = given if label == predicted else f"<b>{given}</b>, true class {right}"
         items.append(

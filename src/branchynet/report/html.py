@@ -5,35 +5,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError, counted
 from ..files import replacing
+from ..policy.evaluation import Frontier
 from ..policy.exit_cost import ExitCost
 from ..policy.exit_record import ExitRecord
 from ..policy.values import Choice, Outcome, score_name, thresholds_text
 from .gallery import Gallery, gallery_section
-from .plots import CandidatePoint, figure_candidates, figure_scores, figure_shares, figure_tradeoff, microseconds
+from .plots import figure_candidates, figure_scores, figure_shares, figure_tradeoff, microseconds
 from .svg import inline
 
 _UNITS = {"entropy": "entropy (nats)", "max_probability": "1 − largest probability", "margin": "1 − margin"}
-
-
-class Curve(Protocol):
-    """Accuracies and mean times of P threshold vectors, as from `branchynet.frontier`."""
-
-    @property
-    def accuracy(self) -> NDArray[Any]:
-        """`(P,)` fractions."""
-        ...
-
-    @property
-    def mean_us(self) -> NDArray[Any]:
-        """`(P,)` microseconds per sample."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,13 +33,13 @@ class RunReport:
         outcome: the outcome of ``choice.policy`` on the test data.
         record: the record of the test data, S samples of N exits.
         scores: `(S, N)` scores of `record` by the policy's score.
-        curve: all good thresholds on the validation data, as from `branchynet.frontier`.
+        curve: the result of `branchynet.frontier` on the validation data.
         cost: the cost of each stage.
         plain: microseconds per sample and accuracy of the plain network. By default they come from the row of `bench`
             that was timed like `cost`, and the time from `cost` if it has one.
         bench: rows of `branchynet.bench`.
         galleries: images to show.
-        candidates: the exits that the search for a design tried.
+        candidates: the results of the candidates that `advise` tried, as in `figure_candidates`.
         taken: tap and branch of the candidates that the design uses.
         facts: machine, versions, seed, data: what is needed to reproduce the run.
     """
@@ -62,12 +49,12 @@ class RunReport:
     outcome: Outcome
     record: ExitRecord
     scores: NDArray[Any]
-    curve: Curve | None = None
+    curve: Frontier | None = None
     cost: ExitCost | None = None
     plain: tuple[float, float] | None = None
     bench: Sequence[Mapping[str, Any]] = ()
     galleries: Sequence[Gallery] = ()
-    candidates: Sequence[CandidatePoint] = ()
+    candidates: Sequence[Any] = ()
     taken: Sequence[tuple[str, str]] = ()
     facts: Mapping[str, Any] | None = None
 
@@ -89,14 +76,15 @@ def write_report(
     choice, outcome, record, cost, bench = report.choice, report.outcome, report.record, report.cost, report.bench
     scores, plain = np.asarray(report.scores), report.plain
     _check(report, scores)
-    matching = _matching_row(bench, cost)
+    timed = None if cost is None else (cost.batch_size, cost.threads)
+    matching = next((row for row in bench if (row["batch"], row["threads"]) == timed), None)
     if plain is None and matching is not None and matching["plain_accuracy"] is not None:
         # Prefer the time measured together with the curve: the machine may have been faster or slower at other times.
         plain_us = matching["plain_us"] if cost is None or cost.plain_us is None else cost.plain_us
         plain = float(plain_us), float(matching["plain_accuracy"])
     sections = [
         _head(report.title, choice, outcome, record, matching or next(iter(bench), None)),
-        _tradeoff(choice, outcome, report.curve, plain, picture),
+        _tradeoff(report, plain, picture),
         _candidates(report.candidates, report.taken, plain),
         _exits(choice, outcome, cost),
         _scores(choice, record, scores),
@@ -142,26 +130,25 @@ def _check(report: RunReport, scores: NDArray[Any]) -> None:
 
 def _head(title: str, choice: Choice, outcome: Outcome, record: ExitRecord, timed: Mapping[str, Any] | None) -> str:
     low, high = outcome.accuracy_interval
+    gain = f"{100 * (outcome.accuracy - outcome.last_accuracy):+.2f} points with early exits".replace("-", "−")
     cards = [
-        ("Accuracy on test data", _percent(outcome.accuracy), f"95 % interval {_percent(low)} to {_percent(high)}"),
-        ("Last exit alone", _percent(outcome.last_accuracy), _points(outcome.accuracy - outcome.last_accuracy)),
+        ("Accuracy on test data", _percent(outcome.accuracy), f"95% interval {_percent(low)} to {_percent(high)}"),
+        ("Last exit alone", _percent(outcome.last_accuracy), gain),
         ("Leave early", _percent(1 - outcome.exit_share[-1], 1), f"of {outcome.samples:,} test samples"),
     ]
     if outcome.mean_us is not None and outcome.p95_us is not None and outcome.worst_us is not None:
-        most = f"95 % within {microseconds(outcome.p95_us)}, worst {microseconds(outcome.worst_us)}"
+        most = f"95% within {microseconds(outcome.p95_us)}, worst {microseconds(outcome.worst_us)}"
         cards.append(("Mean time per sample", microseconds(outcome.mean_us), most))
     if timed is not None:
         times = f"{microseconds(timed['plain_us'])} plain, {microseconds(timed['branchy_us'])} with early exits"
         cards.append((f"Speed-up at batch {timed['batch']}", f"{timed['speedup']:.2f}×", f"measured: {times}"))
     limit = " and ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in choice.constraint.items())
-    warning = ""
-    if choice.record_digest == record.digest:
-        warning = (
-            '<p class="warning" role="note">The thresholds were chosen on the data that this page reports, so all '
-            "figures are optimistic.</p>"
-        )
-    notes = [str(choice.promise) if choice.promise else "", choice.reason]
-    grounds = "".join(f'<p class="lead">{escape(text)}</p>\n' for text in notes if text)
+    warning = (
+        '<p class="warning" role="note">The thresholds were chosen on the data that this page reports, so all figures '
+        "are optimistic.</p>"
+    ) * (choice.record_digest == record.digest)
+    notes = filter(None, (choice.promise, choice.reason))
+    grounds = "".join(f'<p class="lead">{escape(str(note))}</p>\n' for note in notes)
     shown = "".join(
         f'<div><dt>{escape(name)}</dt><dd class="value">{value}</dd><dd class="note">{note}</dd></div>'
         for name, value, note in cards
@@ -175,16 +162,10 @@ def _head(title: str, choice: Choice, outcome: Outcome, record: ExitRecord, time
     )
 
 
-def _tradeoff(
-    choice: Choice,
-    outcome: Outcome,
-    curve: Curve | None,
-    plain: tuple[float, float] | None,
-    picture: str | os.PathLike[str] | None,
-) -> str:
+def _tradeoff(report: RunReport, plain: tuple[float, float] | None, picture: str | os.PathLike[str] | None) -> str:
+    curve, before, after = report.curve, report.choice.outcome, report.outcome
     if curve is None:
         return ""
-    before, after = choice.outcome, outcome
     figure = figure_tradeoff(
         curve.mean_us,
         curve.accuracy,
@@ -202,14 +183,12 @@ def _tradeoff(
         f"Accuracy against mean time per sample for {len(curve.accuracy)} threshold settings; the chosen one reaches "
         f"{_percent(after.accuracy)} on test data.",
         "Each dot is a choice of thresholds. No other choice is both faster and more accurate on the validation data, "
-        "at the measured costs. Choices far below the chosen accuracy are left out. The bar is the 95 % interval of "
+        "at the measured costs. Choices far below the chosen accuracy are left out. The bar is the 95% interval of "
         "the test accuracy.",
     )
 
 
-def _candidates(
-    tried: Sequence[CandidatePoint], taken: Sequence[tuple[str, str]], plain: tuple[float, float] | None
-) -> str:
+def _candidates(tried: Sequence[Any], taken: Sequence[tuple[str, str]], plain: tuple[float, float] | None) -> str:
     if not tried:
         return ""
     return _figure(
@@ -307,20 +286,8 @@ def _table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], wor
     )
 
 
-def _matching_row(bench: Sequence[Mapping[str, Any]], cost: ExitCost | None) -> Mapping[str, Any] | None:
-    """The row with the batch size and the threads of `cost`."""
-    for row in bench:
-        if cost is not None and (row["batch"], row["threads"]) == (cost.batch_size, cost.threads):
-            return row
-    return None
-
-
 def _percent(share: float, digits: int = 2) -> str:
-    return f"{100 * share:.{digits}f}\u202f%"
-
-
-def _points(difference: float) -> str:
-    return f"{100 * difference:+.2f} points with early exits".replace("-", "−")
+    return f"{share:.{digits}%}"
 
 
 def _number(value: float) -> str:

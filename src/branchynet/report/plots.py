@@ -1,12 +1,12 @@
 """The report's figures, as matplotlib Figures that save as PNG, SVG or PDF.
 
-Shape letters: S samples, N exits, P threshold vectors. `svg.inline` replaces the colours of the palette by those of the
-page, light or dark, and makes tooltips of group ids that begin with ``tip:``.
+Shape letters: S samples, N exits, P threshold vectors. `svg.inline` replaces the colors of the palette with those of
+the page, light or dark, and turns group ids that begin with ``tip:`` into tooltips.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -60,7 +60,7 @@ def figure_tradeoff(
         accuracy: `(P,)` fractions.
         plain: microseconds and accuracy of the plain network, drawn as a diamond.
         chosen: microseconds and accuracy of the chosen thresholds on validation data, drawn as a star.
-        tested: microseconds, accuracy and the two ends of its 95 % interval of the chosen thresholds on test data,
+        tested: microseconds, accuracy and the two ends of its 95% interval of the chosen thresholds on test data,
             drawn as a ring with a bar.
         rivals: microseconds and accuracy of other plain networks by name, drawn as small diamonds.
         sweep: microseconds and accuracy of other threshold vectors, drawn as small dots.
@@ -77,38 +77,38 @@ def figure_tradeoff(
     """
     us, percent = np.asarray(mean_us, np.float64), 100 * np.asarray(accuracy, np.float64)
     if us.ndim != 1 or us.shape != percent.shape or not len(us):
-        raise InputError(f"mean_us {us.shape} and accuracy {percent.shape} must be of one shape (P,), not empty")
+        raise InputError(f"mean_us {us.shape} and accuracy {percent.shape} must have the same shape (P,), not empty")
     points = [point for point in (plain, chosen, tested, *(rivals or {}).values()) if point is not None]
     top = max(percent.max(), *(100 * point[1] for point in points), -math.inf)
     low = min(top - 2, *(100 * point[1] for point in points), math.inf)
     keep = np.argsort(us, kind="stable")
     keep = keep[percent[keep] >= min(percent.max(), 2 * low - top)]  # points far below would hide the knee
-    keep = keep[_spread(len(keep), most)]
+    keep = keep[np.unique(np.linspace(0, len(keep) - 1, min(len(keep), most)).round().astype(np.intp))]
     us, percent = us[keep], percent[keep]
 
     with matplotlib.rc_context(_STYLE):
         figure, axes = _new(7.4, 4.3)
         axes.plot(us, percent, color=RIGHT, lw=1.4, drawstyle="steps-post", alpha=0.6, zorder=2)
         dots = axes.scatter(us, percent, s=11, color=RIGHT, lw=0, zorder=3, label="best thresholds, validation data")
-        dots.set_gid("tip:" + "|".join(f"{microseconds(u)}, {p:.2f} %" for u, p in zip(us, percent, strict=True)))
+        dots.set_gid("tip:" + "|".join(f"{microseconds(u)}, {p:.2f}%" for u, p in zip(us, percent, strict=True)))
         marks = (
             (plain, "D", 62, MUTED, MUTED, "plain network"),
             (chosen, "*", 230, CHOSEN, CHOSEN, "chosen thresholds, validation data"),
-            (tested, "o", 80, "none", CHOSEN, "chosen thresholds, test data (95 %)"),
+            (tested, "o", 80, "none", CHOSEN, "chosen thresholds, test data (95%)"),
         )
         for point, marker, size, face, edge, label in marks:
             if point is not None:
-                x, y = point[0], 100 * point[1]
-                spot = axes.scatter(x, y, marker=marker, s=size, color=face, edgecolors=edge, lw=1.8, zorder=5)
-                spot.set_gid(f"tip:{label}: {microseconds(x)}, {y:.2f} %")
+                x, y = point[:2]
+                spot = axes.scatter(x, 100 * y, marker=marker, s=size, color=face, edgecolors=edge, lw=1.8, zorder=5)
+                spot.set_gid(f"tip:{label}: {microseconds(x)}, {y:.2%}")
                 spot.set_label(label)
         if sweep is not None:
-            swept_us, swept = np.asarray(sweep[0], np.float64), 100 * np.asarray(sweep[1], np.float64)
+            swept_us, swept = np.asarray(sweep[0]), 100 * np.asarray(sweep[1])
             shown = swept >= percent.min()
             axes.scatter(swept_us[shown], swept[shown], s=7, color=MUTED, alpha=0.5, lw=0, zorder=1, label="sweep")
         for name, (x, y) in (rivals or {}).items():
             spot = axes.scatter(x, 100 * y, marker="D", s=26, color="none", edgecolors=MUTED, lw=1.3, zorder=4)
-            spot.set_gid(f"tip:{name}: {microseconds(x)}, {100 * y:.2f} %")
+            spot.set_gid(f"tip:{name}: {microseconds(x)}, {y:.2%}")
             axes.annotate(name, (x, 100 * y), xytext=(6, -9), textcoords="offset points", fontsize=8, color=MUTED)
         if tested:
             axes.vlines(tested[0], 100 * tested[2], 100 * tested[3], color=CHOSEN, lw=1.6, alpha=0.5, zorder=4)
@@ -124,37 +124,15 @@ def figure_tradeoff(
     return figure
 
 
-class CandidatePoint(Protocol):
-    """One candidate exit, such as a `branchynet.design.advice.CandidateResult`."""
-
-    @property
-    def tap(self) -> str:
-        """The tap of its branch."""
-        ...
-
-    @property
-    def branch(self) -> str:
-        """The name of its branch."""
-        ...
-
-    @property
-    def us(self) -> float:
-        """Microseconds per sample up to this exit."""
-        ...
-
-    @property
-    def accuracy(self) -> float:
-        """Accuracy of the exit alone, a fraction."""
-        ...
-
-
 def figure_candidates(
-    tried: Sequence[CandidatePoint], chosen: Sequence[tuple[str, str]] = (), plain: tuple[float, float] | None = None
+    tried: Sequence[Any], chosen: Sequence[tuple[str, str]] = (), plain: tuple[float, float] | None = None
 ) -> Figure:
     """Plot the accuracy of each candidate exit against the time up to it.
 
     Args:
-        tried: the candidates, in the order of execution of their taps; lines join those at one tap.
+        tried: the candidates, each with `tap`, `branch`, `us` and `accuracy` (see
+            `branchynet.design.advice.CandidateResult`), in the order of execution of their taps. Lines join those at
+            one tap.
         chosen: tap and branch of the exits of the design, drawn as rings.
         plain: microseconds and accuracy of the plain network, drawn as a diamond.
 
@@ -171,15 +149,11 @@ def figure_candidates(
             us, percent = [spot.us for spot in here], [100 * spot.accuracy for spot in here]
             axes.plot(us, percent, color=RIGHT, lw=0.8, alpha=0.35, zorder=2)
             dots = axes.scatter(us, percent, s=22, color=RIGHT, alpha=0.35 + 0.65 * (n + 1) / len(taps), lw=0, zorder=3)
-            dots.set_gid(
-                "tip:"
-                + "|".join(f"{s.branch} at {s.tap}: {microseconds(s.us)}, {100 * s.accuracy:.2f} %" for s in here)
-            )
-            top = max(range(len(here)), key=lambda i: percent[i])
-            axes.annotate(
-                tap, (us[top], percent[top]), xytext=(5, 4), textcoords="offset points", fontsize=8, color=INK
-            )
-        rings = [spot for spot in tried if (spot.tap, spot.branch) in set(chosen)]
+            tips = (f"{spot.branch} at {tap}: {microseconds(spot.us)}, {spot.accuracy:.2%}" for spot in here)
+            dots.set_gid("tip:" + "|".join(tips))
+            top = max(zip(us, percent, strict=True), key=lambda point: point[1])
+            axes.annotate(tap, top, xytext=(5, 4), textcoords="offset points", fontsize=8, color=INK)
+        rings = [spot for spot in tried if (spot.tap, spot.branch) in chosen]
         if rings:
             axes.scatter(
                 [s.us for s in rings], [100 * s.accuracy for s in rings], s=130, color="none", edgecolors=CHOSEN, lw=2,
@@ -210,10 +184,10 @@ def figure_shares(share: Sequence[float], accuracy: Sequence[float | None]) -> F
     with matplotlib.rc_context(_STYLE):
         figure, axes = _new(7.4, 0.5 + 0.5 * len(share))
         for n, (part, right) in enumerate(zip(share, accuracy, strict=True), 1):
-            text = f"{100 * part:.1f} %" + (f", accuracy {100 * right:.2f} %" if right is not None else "")
+            text = f"{part:.1%}" + (f", accuracy {right:.2%}" if right is not None else "")
             known = right or 0.0
-            for left, width, colour in ((0, part * known, RIGHT), (part * known, part * (1 - known), WRONG)):
-                bar = axes.barh(n, 100 * width, left=100 * left, height=0.62, color=colour)[0]
+            for left, width, color in ((0, part * known, RIGHT), (part * known, part * (1 - known), WRONG)):
+                bar = axes.barh(n, 100 * width, left=100 * left, height=0.62, color=color)[0]
                 bar.set_gid(f"tip:exit {n}: {text}")
             axes.text(100 * part + 1, n, text, va="center")
         axes.set_yticks(range(1, len(share) + 1), [f"exit {n}" for n in range(1, len(share) + 1)], color=INK)
@@ -223,8 +197,7 @@ def figure_shares(share: Sequence[float], accuracy: Sequence[float | None]) -> F
         axes.invert_yaxis()
         axes.grid(visible=False)
         axes.tick_params(axis="y", length=0)
-        handles = [Patch(color=RIGHT, label="right"), Patch(color=WRONG, label="wrong")]
-        figure.legend(handles=handles, loc="outside upper right", ncols=2)
+        figure.legend(handles=_verdicts(), loc="outside upper right", ncols=2)
     return figure
 
 
@@ -238,13 +211,15 @@ def figure_leaving(share: ArrayLike, accuracy: ArrayLike, largest: ArrayLike, *,
         knee: index of the point to mark.
 
     Raises:
-        InputError: the arrays are not of one shape (P,), or empty.
+        InputError: the arrays have different shapes, or are empty.
 
     Source: Teerapittayanon et al. 2016, Figure 4.
     """
     x, y, top = (np.asarray(values, np.float64) for values in (share, accuracy, largest))
     if x.ndim != 1 or not x.shape == y.shape == top.shape or not len(x):
-        raise InputError(f"share {x.shape}, accuracy {y.shape} and largest {top.shape} must be of one shape (P,)")
+        raise InputError(
+            f"share {x.shape}, accuracy {y.shape} and largest {top.shape} must have the same shape (P,), not empty"
+        )
     with matplotlib.rc_context(_STYLE):
         figure, (above, below) = _new(7.4, 4.6, rows=2, sharey=False)
         for axes, values, label in ((above, 100 * y, "accuracy (%)"), (below, top, "largest entropy (nats)")):
@@ -252,7 +227,7 @@ def figure_leaving(share: ArrayLike, accuracy: ArrayLike, largest: ArrayLike, *,
             axes.set_ylabel(label)
             if knee is not None:
                 spot = axes.scatter(100 * x[knee], values[knee], marker="*", s=180, color=CHOSEN, zorder=5)
-                spot.set_gid(f"tip:the knee of the entropy: {100 * x[knee]:.1f} % leave, {values[knee]:.4g}")
+                spot.set_gid(f"tip:the knee of the entropy: {x[knee]:.1%} leave, {values[knee]:.4g}")
         below.set_xlabel("samples that leave at exit 1 (%)")
     return figure
 
@@ -279,7 +254,7 @@ def figure_scores(
     """
     values, wrong = np.asarray(scores, np.float64), np.asarray(losses) >= 0.5
     if values.ndim != 2 or values.shape != wrong.shape:
-        raise InputError(f"scores {values.shape} and losses {wrong.shape} must be of one shape (S, N)")
+        raise InputError(f"scores {values.shape} and losses {wrong.shape} must have the same shape (S, N)")
     exits = values.shape[1]
     columns = min(exits, 3)
     rows = math.ceil(exits / columns)
@@ -290,12 +265,10 @@ def figure_scores(
     with matplotlib.rc_context(_STYLE):
         figure, panels = _new(7.4, 0.6 + 2.3 * rows, rows, columns)
         most = 1
-        for n, axes in enumerate(np.ravel(panels)):
-            if n >= exits:
-                axes.set_visible(False)
-                continue
+        for axes in np.ravel(panels)[exits:]:
+            axes.set_visible(False)
+        for n, (axes, limit) in enumerate(zip(np.ravel(panels), limits, strict=False)):
             most = max(most, _histogram(axes, values[:, n], wrong[:, n], edges))
-            limit = limits[n]
             if limit is not None and edges[0] <= limit <= edges[-1]:
                 line = axes.axvline(limit, color=CHOSEN, lw=1.6, ls=(0, (4, 2)))
                 line.set_gid(f"tip:exit {n + 1}: threshold {limit:.4g}")
@@ -304,7 +277,7 @@ def figure_scores(
             axes.set_ylim(0.7, 1.6 * most)
         figure.supxlabel(name, fontsize=10.5, parse_math=False)
         figure.supylabel("samples", fontsize=10.5)
-        handles: list[Artist] = [Patch(color=RIGHT, label="right"), Patch(color=WRONG, label="wrong")]
+        handles = _verdicts()
         if any(limit is not None for limit in limits):
             handles.append(Line2D([], [], color=CHOSEN, lw=1.6, ls=(0, (4, 2)), label="threshold"))
         figure.legend(handles=handles, loc="outside upper right", ncols=3)
@@ -312,12 +285,12 @@ def figure_scores(
 
 
 def _histogram(axes: Axes, values: NDArray[np.float64], wrong: NDArray[np.bool_], edges: NDArray[np.float64]) -> int:
-    """Draw both histograms, not stacked because the axis is logarithmic, and return the largest count."""
+    """Draw both histograms, and return the largest count. They are not stacked because the axis is logarithmic."""
     finite = np.isfinite(values)
     right, wrong = (np.histogram(values[finite & those], edges)[0] for those in (~wrong, wrong))
-    for counts, colour in ((right, RIGHT), (wrong, WRONG)):
-        axes.stairs(counts, edges, fill=True, color=colour, alpha=0.22, lw=0)
-        axes.stairs(counts, edges, color=colour, lw=1.3, baseline=None)
+    for counts, color in ((right, RIGHT), (wrong, WRONG)):
+        axes.stairs(counts, edges, fill=True, color=color, alpha=0.22, lw=0)
+        axes.stairs(counts, edges, color=color, lw=1.3, baseline=None)
     # Invisible bars for the tooltips.
     hover = axes.bar(edges[:-1], np.maximum(right, wrong), np.diff(edges), align="edge", color=RIGHT, alpha=0)
     for bar, yes, no, start, stop in zip(hover, right, wrong, edges[:-1], edges[1:], strict=True):
@@ -328,14 +301,13 @@ def _histogram(axes: Axes, values: NDArray[np.float64], wrong: NDArray[np.bool_]
     return max(right.max(), wrong.max())
 
 
+def _verdicts() -> list[Artist]:
+    return [Patch(color=RIGHT, label="right"), Patch(color=WRONG, label="wrong")]
+
+
 def _new(width: float, height: float, rows: int = 1, columns: int = 1, sharey: bool = True) -> tuple[Figure, Any]:
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     return figure, figure.subplots(rows, columns, sharex=True, sharey=sharey)
-
-
-def _spread(count: int, most: int) -> NDArray[np.intp]:
-    """At most `most` of `count` positions, evenly spaced, with both ends."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.intp))
 
 
 def microseconds(us: float) -> str:

@@ -1,4 +1,4 @@
-"""Matplotlib figures as inline SVG with the colours of the page, with tooltips and without addresses."""
+"""Matplotlib figures as inline SVG, with the colors of the page and tooltips, without addresses."""
 
 import io
 from xml.etree import ElementTree
@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from ..report import plots
 
-_COLOURS = {
+_COLORS = {
     plots.INK: "var(--ink)",
     plots.MUTED: "var(--muted)",
     plots.RULE: "var(--rule)",
@@ -24,7 +24,7 @@ def inline(figure: Figure, name: str, description: str) -> str:
     Args:
         figure: one of `branchynet.report.plots`.
         name: prefix of every id, so that several figures can share a page.
-        description: text alternative of the figure.
+        description: alternative text of the figure.
     """
     stream = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
@@ -33,7 +33,7 @@ def inline(figure: Figure, name: str, description: str) -> str:
     for element in list(root.iter()):
         element.tag = _local(element.tag)
         for child in list(element):
-            # The metadata contain addresses, and the style would apply to the whole page.
+            # Metadata contains addresses, and a style would apply to the whole page.
             if _local(child.tag) in ("metadata", "style"):
                 element.remove(child)
         tip = element.attrib.get("id", "")
@@ -59,8 +59,8 @@ def _rewritten(key: str, value: str, name: str) -> str:
         return value.replace("#", f"#{name}-", 1)
     value = value.replace("url(#", f"url(#{name}-")
     if key == "style":
-        for colour, own in _COLOURS.items():
-            value = value.replace(colour, own)
+        for color, variable in _COLORS.items():
+            value = value.replace(color, variable)
     return value
 
 
