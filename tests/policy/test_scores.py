@@ -1,4 +1,8 @@
+import copy
+import json
 import math
+import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,9 +12,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from branchynet.errors import InputError
+from branchynet.policy.choosing import choose
+from branchynet.policy.evaluation import evaluate
 from branchynet.policy.exit_record import ExitRecord
+from branchynet.policy.fitted_scores import TemperedScore
 from branchynet.policy.record_scores import scores_of_record
+from branchynet.policy.score_names import NAMES
 from branchynet.policy.scores import SCORES, entropy, margin, max_probability, resolve
+from branchynet.policy.values import Choice, Policy, score_name
 from helpers.score_oracles import ORACLES, softmax
 
 logits = hnp.arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(2, 8)), elements=st.floats(-40, 40, width=32))
@@ -125,3 +134,55 @@ class TestPatience:
         first, second = torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 2, 2)
         first[0, 1, 0] = second[0, 1] = 1
         assert resolve("patience")((first, second)).tolist() == [0.75]
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("entropie", "did you mean 'entropy'"),
+        ("max_prob", "did you mean 'max_probability'"),
+        ("Margin", "did you mean 'margin'"),
+        ("zzz", "known names: 'entropy', 'max_probability', 'margin', 'patience'"),
+        ("", "known names: 'entropy'"),
+    ],
+)
+def test_an_unknown_name_is_refused_where_it_is_given(name, hint):
+    for make in (
+        lambda: Policy(name, (0.5,)),
+        lambda: Policy(score=name),
+        lambda: TemperedScore(name, (1.0, 1.0)),
+        lambda: replace(Policy(), score=name),
+    ):
+        with pytest.raises(InputError, match=f"unknown score '{name}'; {hint}"):
+            make()
+
+
+def test_known_names_are_those_of_the_functions():
+    assert tuple(SCORES) == NAMES
+    for name in NAMES:
+        assert Policy(name).score == name
+
+
+def own(outputs):
+    return -outputs[-1].amax(dim=1)
+
+
+def test_the_name_of_a_callable_is_kept_in_files_and_records(tmp_path):
+    rows = np.random.default_rng(0).random((60, 2))
+    losses = np.zeros((60, 2))
+    for score in ("mine", own):
+        found = ExitRecord.from_scores(rows, losses, score)
+        found.save(tmp_path / "record.npz")
+        read = ExitRecord.load(tmp_path / "record.npz")
+        assert read.score == score_name(score)
+        for record in (found, read):
+            choice = choose(record, max_drop=0.5, confidence=None)
+            choice.save(tmp_path / "choice.json")
+            assert Choice.load(tmp_path / "choice.json").policy.score == score_name(score)
+            assert evaluate(record, Choice.load(tmp_path / "choice.json").policy) == choice.outcome
+            assert evaluate(record, Policy(record.score, choice.policy.thresholds)) == choice.outcome
+            assert Policy.from_json(json.loads(json.dumps(choice.policy.to_json()))).score == score_name(score)
+            assert pickle.loads(pickle.dumps(choice.policy)) == copy.deepcopy(choice.policy) == choice.policy
+            assert choose(record, max_drop=0.5, confidence=None, score=score_name(score)).policy == choice.policy
+    with pytest.raises(InputError, match=r"unknown score 'mine'.*or pass a callable"):
+        resolve(ExitRecord.from_scores(rows, losses, "mine").score)

@@ -17,6 +17,7 @@ from ..argument_checks import check_fraction
 from ..errors import FileError, InputError
 from ..files import write_json
 from ..graph.onnx_flat import FlatGraph, flatten
+from ..nn.checks import check_loader, check_train_loader
 from ..nn.fingerprint import fingerprint
 from ..nn.network import BranchyNet
 from ..policy.evaluation import evaluate
@@ -108,6 +109,8 @@ def advise(
     """
     say: Callable[[str], None] = partial(print, flush=True, file=sys.stderr) if progress else lambda line: None
     check_target(target)
+    check_train_loader(train_loader)
+    check_loader("val_loader", val_loader, again=True)
     _check_limits(num_exits, max_drop, min_accuracy)
     validation = record(backbone, val_loader, device=options.device, progress=progress)
     alone = validation.take(halves(validation.samples)[0])

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..argument_checks import in_order
 from ..errors import GraphError, InputError
+from ..nn.checks import READ_ONCE
 from .cut import cut
 from .onnx_flat import FlatGraph
 from .onnx_nest import parents
@@ -66,7 +67,9 @@ def calibration_batches(loader: Iterable[Any], flat: FlatGraph) -> list[Batch]:
     """
     found = [batch for batch in (_arrays(batch, flat) for batch in loader) if len(batch[0])]
     if not found:
-        raise InputError("calibration= gave no samples; give a list of batches with a few hundred training samples")
+        raise InputError(
+            f"calibration= gave no samples; give a list of batches with a few hundred training samples ({READ_ONCE})"
+        )
     if flat.dynamic:
         return found
     return [tuple(a[i : i + 1] for a in batch) for batch in found for i in range(len(batch[0]))]

@@ -41,8 +41,11 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return found
 
 
-def check_loader(name: str, value: Any) -> None:
-    """Raise `InputError` unless `value` is a loader of batches."""
+READ_ONCE = "a generator is empty after one pass: give a list of batches or a DataLoader"
+
+
+def check_loader(name: str, value: Any, *, again: bool = False) -> None:
+    """Raise `InputError` unless `value` is a loader of batches; with `again`, one that can be read several times."""
     if not hasattr(value, "__iter__") and (hasattr(value, "images") or hasattr(value, "train")):  # of branchynet.data
         raise InputError(f"{name} is {described(value)}, not a loader: give branchynet.data.loader(data.train, 64)")
     remedy = "wrap it, such as torch.utils.data.DataLoader(data, batch_size=64, shuffle=True)"
@@ -50,6 +53,19 @@ def check_loader(name: str, value: Any) -> None:
         raise InputError(f"{name} is a data set, {described(value)}, which gives single samples: {remedy}")
     if not hasattr(value, "__iter__") and not hasattr(value, "__getitem__"):
         raise InputError(f"{name} must yield batches (inputs, target); got {described(value)}: {remedy}")
+    if again and isinstance(value, Iterator):
+        raise InputError(f"{name} is {described(value)}, which has no length and is read several times; {READ_ONCE}")
+
+
+def check_train_loader(loader: Any) -> None:
+    """Raise `InputError` unless `loader` can be read in every epoch, has a length, and has batches."""
+    check_loader("train_loader", loader, again=True)
+    try:
+        empty = len(loader) == 0
+    except TypeError as error:
+        raise InputError(f"train_loader must have a length, which the schedule needs: {error}") from error
+    if empty:
+        raise InputError("train_loader has no batches; give it data, or drop_last=False")
 
 
 def written(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[Tensor, int]]:

@@ -19,6 +19,7 @@ from ..files import check_checksum, checksum, regular, replacing
 from .exit_cost import ExitCost
 from .fitted_scores import samples_fitted_on
 from .sample_digests import Digests, digests, is_sketch, sketch
+from .score_names import stored_name
 from .values import Floats, Ints, score_name, set_fields
 
 
@@ -103,7 +104,8 @@ class ExitRecord:
                 )
         if not all(is_sketch(known) for known in self.selected_on):
             raise InputError(f"selected_on must be sketches of samples; got {self.selected_on!r}")
-        set_fields(self, selected_on=tuple(self.selected_on))
+        score = stored_name(self.score) if isinstance(self.score, str) else self.score
+        set_fields(self, selected_on=tuple(self.selected_on), score=score)
 
     @classmethod
     def from_scores(

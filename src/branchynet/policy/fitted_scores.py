@@ -10,8 +10,9 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..errors import InputError, nearest
+from ..errors import InputError
 from .sample_digests import is_sketch
+from .score_names import check_score
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +50,8 @@ class TemperedScore(_DescribedScore):
         fitted_on: the sketch (see `branchynet.policy.sample_digests`) of the samples of the fit; empty if unknown.
 
     Raises:
-        InputError: a temperature is not a positive number; when called, more exits than at the fit.
+        InputError: a temperature is not a positive number, or the score is unknown; when called, more exits than at
+            the fit.
 
     Source: Guo et al. 2017, arXiv 1706.04599, section 4.2.
     """
@@ -66,6 +68,7 @@ class TemperedScore(_DescribedScore):
                 f"a tempered score needs the name of a score and a temperature above 0 per exit; got {self.score!r} "
                 f"and {self.temperatures!r}"
             )
+        check_score(self.score)
         object.__setattr__(self, "temperatures", temperatures)
         _check_sketch(self.fitted_on)
 
@@ -83,8 +86,6 @@ class TemperedScore(_DescribedScore):
         from .scores import SCORES, cooled
 
         _check_exits(self, len(outputs))
-        if self.score not in SCORES:
-            raise InputError(f"unknown score {self.score!r}{nearest(self.score, SCORES)}")
         return SCORES[self.score](cooled(outputs, self.temperatures))
 
 

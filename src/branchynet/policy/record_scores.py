@@ -9,6 +9,7 @@ from ..errors import InputError
 from ..extras import needed_by
 from .exit_record import ExitRecord
 from .fitted_scores import FittedScore, check_fitted
+from .score_names import NAMES
 from .values import Floats, score_name
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def score_in_use(record: ExitRecord, score: "str | Score | None") -> "str | Scor
             f"the record holds the score {score_name(held)!r}, not {score_name(score)!r}; leave score= out, or record "
             "again with that one"
         )
-    return score
+    return score if held is None or callable(score) or score in NAMES else held
 
 
 def _same(a: "str | Score", b: "str | Score") -> bool:

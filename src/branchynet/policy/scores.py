@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..argument_checks import described
-from ..errors import InputError, nearest
+from ..errors import InputError
+from .score_names import check_score
 
 Score = Callable[[tuple[Tensor, ...]], Tensor]
 
@@ -121,10 +121,5 @@ def _mean(values: Tensor) -> Tensor:
 
 def resolve(score: str | Score) -> Score:
     """Return the function of a name; a callable is returned unchanged. Raises `InputError` for an unknown name."""
-    if callable(score):
-        return score
-    if not isinstance(score, str):
-        raise InputError(f"score must be a name or a callable; got {described(score)}: take one of {', '.join(SCORES)}")
-    if score not in SCORES:
-        raise InputError(f"unknown score {score!r}{nearest(score, SCORES)}; or pass a callable")
-    return SCORES[score]
+    check_score(str(score) if isinstance(score, str) else score)
+    return SCORES[score] if isinstance(score, str) else score

@@ -18,6 +18,7 @@ from ..errors import FileError, InputError
 from ..files import read_sealed, write_sealed
 from ..stored_values import from_stored
 from .fitted_scores import FittedScore, check_fitted, from_json
+from .score_names import check_score, stored_name
 
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
@@ -39,13 +40,14 @@ class Policy:
     """A score and its thresholds, which decide where each sample leaves.
 
     Attributes:
-        score: a name in `branchynet.policy.scores`, a fitted score, or a callable ``score(outputs_so_far) -> (B,)``.
+        score: a name in `branchynet.policy.scores`, a fitted score, or a callable ``score(outputs_so_far) -> (B,)``;
+            for a record of scores, its `score`.
         thresholds: N-1 thresholds, one per exit except the last. A sample leaves at the first exit whose score is
             strictly below its threshold. None means *never*: the branch is left out of the graph, with its cost.
 
     Raises:
-        InputError: a threshold that is not finite, a score that is neither a name nor a callable, or a fitted score of
-            another number of exits.
+        InputError: a threshold that is not finite, a score that is neither a known name nor a callable, or a fitted
+            score of another number of exits.
 
     Example:
         >>> policy = Policy("entropy", (0.25, None))
@@ -60,8 +62,7 @@ class Policy:
         values = threshold_list(self.thresholds)
         if any(t is not None and not math.isfinite(t) for t in values):
             raise InputError(f"thresholds must be finite numbers, or None for never; got {values}")
-        if not (callable(self.score) or isinstance(self.score, str)):
-            raise InputError(f"score must be a name or a callable; got {self.score!r}")
+        check_score(self.score)
         check_fitted(self.score, len(values) + 1)
         set_fields(self, thresholds=values)
 
@@ -100,7 +101,7 @@ class Policy:
             raise InputError(
                 f"a stored policy must have a score and a list of numbers or null as thresholds; got {value!r:.80}"
             )
-        return cls(from_json(score) if isinstance(score, dict) else score, tuple(thresholds))
+        return cls(from_json(score) if isinstance(score, dict) else stored_name(score), tuple(thresholds))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ..deploy.engine import Engine
 from ..errors import InputError
 from ..nn.batches import batch_exits, batches, tensors_in
 from ..nn.calls import evaluating
-from ..nn.checks import KEEP_PARAMETERS, changed, check_loader, check_network, resolve_device, written
+from ..nn.checks import KEEP_PARAMETERS, READ_ONCE, changed, check_loader, check_network, resolve_device, written
 from ..nn.fingerprint import fingerprint
 from ..nn.output_warnings import warn_of_probabilities
 from ..policy.exit_record import ExitRecord
@@ -111,7 +111,9 @@ def record(
             stacklevel=2,
         )
     if not seen:
-        raise InputError("the loader gave no batch, so there is nothing to record: give one with samples")
+        raise InputError(
+            f"the loader gave no batch, so there is nothing to record: give one with samples ({READ_ONCE})"
+        )
     first, second = firsts.whole(), np.concatenate(seconds)
     source = net.engine.metadata.get("network") if isinstance(net, _EveryExit) else fingerprint(net)
     known = None if any(part is None for part in seen) else np.concatenate([p for p in seen if p is not None])

@@ -14,7 +14,7 @@ from ..argument_checks import function, whole
 from ..errors import InputError
 from ..files import locked
 from ..losses import Loss, check_loss_weights, joint_loss
-from ..nn.checks import check_loader, check_network
+from ..nn.checks import check_loader, check_network, check_train_loader
 from ..nn.network import BranchyNet
 from .checkpoint import RunFolder
 from .context import accelerating, own_generators, prepared, seed_all, sharded_loader
@@ -88,7 +88,10 @@ def fit(
     """
     check_network(net)
     _check_makers(loss, optimizer)
-    _check(net, train_loader, epochs, train)
+    check_train_loader(train_loader)
+    if val_loader is not None:
+        check_loader("val_loader", val_loader, again=True)
+    _check(net, epochs, train)
     with (
         accelerating(options.mixed_precision, options.device) as accelerator,
         own_generators(accelerator.device),
@@ -152,7 +155,7 @@ def _check_makers(loss: Loss, optimizer: Callable[[Any], Optimizer]) -> None:
     function("loss", loss, "(output, target) -> scalar")
 
 
-def _check(net: nn.Module, train_loader: Any, epochs: int, train: str) -> None:
+def _check(net: nn.Module, epochs: int, train: str) -> None:
     whole("epochs", epochs, 1)
     if train not in ("all", "branches"):
         raise InputError(f"train must be 'all' or 'branches'; got {train!r}")
@@ -160,13 +163,6 @@ def _check(net: nn.Module, train_loader: Any, epochs: int, train: str) -> None:
         raise InputError(
             f"train='branches' needs a BranchyNet with branches; got {type(net).__name__}: attach some first"
         )
-    check_loader("train_loader", train_loader)
-    try:
-        empty = len(train_loader) == 0
-    except TypeError as error:
-        raise InputError(f"train_loader must have a length, which the schedule needs: {error}") from error
-    if empty:
-        raise InputError("train_loader has no batches; give it data, or drop_last=False")
 
 
 def _named(value: Any) -> str:

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..errors import BranchyNetError, FileError, InputError
 from ..nn.batches import batch_exits, batches
 from ..nn.calls import evaluating
+from ..nn.checks import READ_ONCE
 from ..nn.output_warnings import warn_of_probabilities
 from .checkpoint import RunFolder
 from .history import EpochRow
@@ -158,7 +159,9 @@ class EpochTotals:
             InputError: there was no batch.
         """
         if not self.losses:
-            raise InputError(f"the loader yielded no batch {self.where}; give it data, or drop_last=False")
+            raise InputError(
+                f"the loader yielded no batch {self.where}; give it data, or drop_last=False ({READ_ONCE})"
+            )
         losses = torch.stack(self.losses).double().cpu()
         wrong = (~losses.isfinite()).nonzero()
         if len(wrong):
