@@ -109,9 +109,7 @@ def advise(
     """
     say: Callable[[str], None] = partial(print, flush=True, file=sys.stderr) if progress else lambda line: None
     check_target(target)
-    check_train_loader(train_loader)
-    check_loader("val_loader", val_loader, again=True)
-    _check_limits(num_exits, max_drop, min_accuracy)
+    _check(train_loader, val_loader, num_exits, max_drop, min_accuracy)
     validation = record(backbone, val_loader, device=options.device, progress=progress)
     alone = validation.take(halves(validation.samples)[0])
     accuracy = evaluate(alone, Policy()).accuracy
@@ -176,7 +174,11 @@ def advise(
     )
 
 
-def _check_limits(num_exits: int, max_drop: float | None, min_accuracy: float | None) -> None:
+def _check(
+    train_loader: Any, val_loader: Any, num_exits: int, max_drop: float | None, min_accuracy: float | None
+) -> None:
+    check_train_loader(train_loader)
+    check_loader("val_loader", val_loader, again=True)
     if num_exits < 2:
         raise InputError(f"num_exits must be at least 2, the network's own included; got {num_exits}")
     if max_drop is not None and min_accuracy is not None:
