@@ -9,10 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from ..errors import GraphError
 from ..policy.exit_rule import as_deployed
 from ..policy.values import Policy
-from .cut import Dependence, cut
+from .cut import Dependence, cut, plan_stages
 from .onnx_builder import BATCH, BOOL, FLOAT, INT64, GraphBuilder
 from .onnx_flat import IR_VERSION, OPSET, FlatGraph
 from .subgraphs import reads, within
@@ -72,11 +71,22 @@ class _NestedGraph:
         self.policy = policy
         self.exits = [n for n, enabled in enumerate(policy.enabled, 1) if enabled]
         self.needs = [(flat.value(f"output_{n}"), flat.value(f"score_{n}")) for n in self.exits]
-        self.stage = cut(self.needs, parents)
+        stage = cut(self.needs, parents)
+        for node in flat.model.graph:  # the first stage that needs an output computes all outputs
+            made = [v for v in node.outputs if v in stage]
+            stage |= dict.fromkeys(made, min((stage[v] for v in made), default=0))
+        self.stage = stage | dict.fromkeys(flat.model.graph.inputs, 0)
+        self.plans = plan_stages(
+            self.needs,
+            self.stage,
+            lambda value: [v for v in parents(value) if not v.is_initializer()],
+            _batch_axis,
+            _dependence(flat),
+            lambda value: f"{value.name!r} {value.shape}",
+        )
         self.sections = [GraphBuilder(i + 1) for i in range(len(self.exits))]
         self.thresholds: list[ir.Value] = []
         self.index: dict[tuple[int, int], ir.Value] = {}  # (i, j): the rows of level i's batch that reach level j
-        self.dependence = _dependence(flat)
 
     def model(self, required_thresholds: bool) -> ir.Model:
         outermost = self.sections[0]
@@ -103,7 +113,7 @@ class _NestedGraph:
         """
         section = self.sections[i]
         for node in self.flat.model.graph:
-            if min((self.stage[v] for v in node.outputs if v in self.stage), default=None) == i + 1:
+            if any(self.stage.get(v) == i + 1 for v in node.outputs):
                 section.copy_node(node, lambda v: self._localise(v, i))
         output, score = (self._localise(v, i) for v in self.needs[i])
         batch: list[int | str] = [section.batch if self.flat.dynamic else 1]
@@ -176,27 +186,28 @@ class _NestedGraph:
 
     def _localise(self, value: ir.Value, i: int) -> ir.Value:
         """The value at level i for a value of the flat graph: local, captured, gathered, or recomputed."""
-        section = self.sections[i]
+        section, takes = self.sections[i], self.plans[i].takes
         if value in section.values:
             return section.values[value]
         if value.is_initializer():
             local = self._initializer(value, i)
+        elif value not in takes:
+            local = self._recomputed(value, i)
         else:
-            home = next(j for j in range(i - 1, -1, -1) if value in self.sections[j].values or j == 0)
-            if value not in self.sections[home].values:
-                local = self._recomputed(value, i)
-            elif not self.flat.dynamic or not self.dependence.varies(value):
-                local = self.sections[home].values[value]
-            elif (axis := _batch_axis(value)) is not None and value not in self.dependence.recomputed:
-                source, rows = self.sections[home].values[value], self._rows(home, i)
+            home = self._home(value, i)
+            local = self.sections[home].values[value]
+            if (axis := takes[value]) is not None:
                 shape = [section.dim(d) for d in value.shape or ()]
                 local = section.op(
-                    "Gather", [source, rows], {"axis": axis}, name=f"{value.name}/stay", type=value.type, shape=shape
-                )
-            else:
-                local = self._recomputed(value, i)
+                    "Gather", [local, self._rows(home, i)], {"axis": axis}, name=f"{value.name}/stay", type=value.type,
+                    shape=shape,
+                )  # fmt: skip
         section.values[value] = local
         return local
+
+    def _home(self, value: ir.Value, i: int) -> int:
+        """The last level before i that holds the value."""
+        return next(j for j in range(i - 1, -1, -1) if value in self.sections[j].values)
 
     def _rows(self, home: int, i: int) -> ir.Value:
         """Which rows of level `home`'s batch make up level i's batch."""
@@ -219,40 +230,26 @@ class _NestedGraph:
 
     def _recomputed(self, value: ir.Value, i: int) -> ir.Value:
         """Recompute a value, such as a shape or mask, from the smaller batch of this level."""
-        node = value.producer()
+        node, section = value.producer(), self.sections[i]
         assert node is not None
-        if _costly(node):
-            raise GraphError(
-                f"the value {value.name!r} {value.shape} crosses from one stage to the next, but none of its "
-                "dimensions is the batch alone, so the samples that stay cannot be picked from it; tap a submodule "
-                "whose output has the batch as a dimension"
-            )
-        section = self.sections[i]
-        if node.op_type == "Shape":
-            shape = self._shape(node, i)
-            if shape is not None:
-                return shape
-        section.copy_node(node, lambda v: self._localise(v, i))
-        return section.values[value]
+        shape = self._shape(node, i) if node.op_type == "Shape" else None
+        if shape is None:
+            section.copy_node(node, lambda v: self._localise(v, i))
+        return shape or section.values[value]
 
     def _shape(self, node: ir.Node, i: int) -> ir.Value | None:
         """The shape of a value on the smaller batch, computed without gathering the value's rows."""
-        section, source = self.sections[i], node.inputs[0]
-        assert source is not None
-        if _batch_axis(source) != 0 or source in section.values:
-            return None
+        section, source, name = self.sections[i], reads(node)[0], node.outputs[0].name
         start, end = (node.attributes[k].as_int() if k in node.attributes else None for k in ("start", "end"))
-        home = next((j for j in range(i - 1, -1, -1) if source in self.sections[j].values), None)
-        if start not in (None, 0) or home is None:
+        if _batch_axis(source) != 0 or source in section.values or start not in (None, 0):
             return None
-        rows = section.op("Shape", [self.index[i - 1, i]], name=f"{node.outputs[0].name}/rows", type=INT64, shape=[1])
+        rows = section.op("Shape", [self.index[i - 1, i]], name=f"{name}/rows", type=INT64, shape=[1])
         if end == 1:
             return rows
         attributes = {"start": 1} if end is None else {"start": 1, "end": end}
-        rest = section.op(
-            "Shape", [self.sections[home].values[source]], attributes, name=f"{node.outputs[0].name}/rest", type=INT64
-        )
-        return section.op("Concat", [rows, rest], {"axis": 0}, name=node.outputs[0].name or "shape", type=INT64)
+        whole = self.sections[self._home(source, i)].values[source]
+        rest = section.op("Shape", [whole], attributes, name=f"{name}/rest", type=INT64)
+        return section.op("Concat", [rows, rest], {"axis": 0}, name=name or "shape", type=INT64)
 
 
 def parents(value: ir.Value) -> list[ir.Value]:
@@ -270,8 +267,8 @@ def _batch_axis(value: ir.Value) -> int | None:
 
 
 def _dependence(flat: FlatGraph) -> Dependence[ir.Value]:
-    """How the values of a flat graph depend on the batch."""
-    inputs = flat.model.graph.inputs
+    """How the values of a flat graph depend on the batch; a fixed batch never becomes smaller."""
+    inputs = flat.model.graph.inputs if flat.dynamic else []
     dependence = Dependence(inputs, [v for v in inputs if v.dtype is not None and v.dtype.is_integer()])
     for node in flat.model.graph:
         read, lookup = reads(node), node.op_type.startswith(("Gather", "Scatter"))

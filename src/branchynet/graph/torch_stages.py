@@ -14,7 +14,7 @@ from ..nn.calls import arguments
 from ..nn.network import count_exits
 from ..policy.scores import resolve
 from ..policy.values import Policy
-from .cut import Dependence, cut
+from .cut import Dependence, cut, plan_stages
 from .onnx_flat import input_names
 from .torch_flat import TorchGraph, check, name_of, place_of, torch_flatten
 
@@ -105,71 +105,77 @@ class _Cut:
         self.flat = flat
         self.exits = exits
         self.needs = [(flat.outputs[n - 1], flat.scores[n - 1]) for n in exits]
-        self.level = {node: n - 1 for node, n in cut(self.needs, lambda node: node.all_input_nodes).items()}
-        self.dependence = Dependence(flat.inputs, [node for node in flat.inputs if _is_integer(node)])
-        for node in (node for node in flat.nodes if node in self.level):
+        self.stage = cut(self.needs, lambda node: node.all_input_nodes)
+        for node in (node for node in flat.nodes if node in self.stage):
             check(node, flat)
             if name_of(node) == "getitem":  # a tuple is unpacked in the stage that computes it
-                self.level[node] = self.level[node.all_input_nodes[0]]
-            _add(self.dependence, node)
+                self.stage[node] = self.stage[node.all_input_nodes[0]]
         for n, (output, _) in zip(exits, self.needs, strict=True):
             if self._axis(output) != 0:
                 raise GraphError(
                     f"exit {n} gives {self._shape(output)}, whose first dimension must be the batch B alone"
                 )
-        self.graphs = [fx.Graph() for _ in exits]
-        self.last = [graph.placeholder("rows") for graph in self.graphs]  # of the placeholders, which come first
-        self.rows = list(self.last)
-        self.values: list[dict[fx.Node, fx.Node]] = [{} for _ in exits]  # node of the flat graph -> node at that level
-        self.takes: list[dict[fx.Node, StageInput]] = [{} for _ in exits]
-        self.constants: list[dict[str, Any]] = [{} for _ in exits]
+        self.stage |= dict.fromkeys(flat.inputs, 0)
+        self.plans = plan_stages(
+            self.needs,
+            self.stage,
+            self._taken,
+            self._axis,
+            self._dependence(),
+            lambda node: f"{node.name!r} {self._shape(node)}{place_of(node)}",
+        )
 
     def stages(self) -> tuple[Stage, ...]:
-        for i, needs in enumerate(self.needs):
-            made_here = (n for n in self.flat.nodes if n.op == "call_function" and self.level.get(n) == i)
-            for node in (*made_here, *needs):
-                self._local(node, i)
         return tuple(self._stage(i) for i in range(len(self.exits)))
 
     def _stage(self, i: int) -> Stage:
-        taken_later = {node: taken.name for takes in self.takes[i + 1 :] for node, taken in takes.items()}
-        gives = {node: name for node, name in taken_later.items() if self.level[node] == i and node.op != "placeholder"}
-        graph = self.graphs[i]
-        graph.output(tuple(self.values[i][node] for node in (*self.needs[i], *gives)))
-        graph.lint()
-        module = fx.GraphModule(self.constants[i], graph, f"stage_{self.exits[i]}")
-        return Stage(self.exits[i], module.eval(), tuple(self.takes[i].values()), tuple(gives.values()))
+        graph, plan, constants = fx.Graph(), self.plans[i], {}
+        rows = graph.placeholder("rows")
+        values = {node: graph.placeholder(node.name) for node in plan.takes}  # node of the flat graph -> node here
 
-    def _local(self, node: fx.Node, i: int) -> fx.Node:
-        """The node at level i for a node of the flat graph: computed there, taken from before, or recomputed."""
-        values = self.values[i]
-        if node in values:
+        def local(node: fx.Node) -> fx.Node:
+            if self._is_batch(node.meta.get("val")):
+                return rows
+            if node not in values:
+                constants[node.name] = self.flat.constants[node]
+                values[node] = graph.create_node("get_attr", node.name, name=node.name)
             return values[node]
-        if node in self.flat.constants:
-            self.constants[i][node.name] = self.flat.constants[node]
-            values[node] = self.graphs[i].create_node("get_attr", node.name, name=node.name)
-        elif self._is_batch_size(node):
-            values[node] = self.rows[i]
-        elif node.op == "placeholder" or (self.level[node] < i and self._crosses(node)):
-            self.takes[i][node] = StageInput(node.name, self._axis(node) if self.dependence.varies(node) else None)
-            with self.graphs[i].inserting_after(self.last[i]):
-                values[node] = self.last[i] = self.graphs[i].placeholder(node.name)
-        else:
-            self._check_made(node, i)
-            values[node] = self.graphs[i].node_copy(node, lambda source: self._local(source, i))
-            values[node].meta = {}  # it describes the whole batch, and keeps the exporter's state in memory
-        return values[node]
 
-    def _crosses(self, node: fx.Node) -> bool:
-        """Whether a later level can take the value: it is the same for every batch, or its rows can be picked."""
-        if not isinstance(node.meta["val"], Tensor):
-            return False
-        if node.target is torch.ops.aten.expand.default:  # picking its rows would copy the repeated values
-            source = node.all_input_nodes[0]
-            return source not in self.flat.constants and not self._crosses(source)
-        if not self.dependence.varies(node):
-            return True
-        return self._axis(node) is not None and node not in self.dependence.recomputed
+        for node in self.flat.nodes:
+            made = node in plan.recomputes or self.stage.get(node) == i + 1
+            if made and node.op == "call_function" and not self._is_batch(node.meta["val"]):
+                self._check_layout(node, i)
+                values[node] = graph.node_copy(node, local)
+                values[node].meta = {}  # it describes the whole batch, and keeps the exporter's state in memory
+        graph.output(tuple(local(node) for node in (*self.needs[i], *plan.gives)))
+        graph.lint()
+        return Stage(
+            self.exits[i],
+            fx.GraphModule(constants, graph, f"stage_{self.exits[i]}").eval(),
+            tuple(StageInput(node.name, axis) for node, axis in plan.takes.items()),
+            tuple(node.name for node in plan.gives),
+        )
+
+    def _taken(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes that a node reads, without those that every stage has."""
+        if self._is_batch(node.meta.get("val")):
+            return []
+        read = [n for n in node.all_input_nodes if n not in self.flat.constants]
+        return [n for n in read if not self._is_batch(n.meta["val"])]
+
+    def _dependence(self) -> Dependence[fx.Node]:
+        """How the values depend on the batch. Tuples and numbers are recomputed: stages exchange only tensors."""
+        dependence = Dependence(self.flat.inputs, [node for node in self.flat.inputs if _is_integer(node)])
+        for node in (node for node in self.flat.nodes if node in self.stage):
+            _add(dependence, node)
+        for node in (node for node in self.flat.nodes if node in self.stage and node not in self.flat.constants):
+            repeats = node.target is torch.ops.aten.expand.default  # picking its rows would copy the repeated values
+            source = node.all_input_nodes[0] if repeats else node
+            if not isinstance(node.meta["val"], Tensor) or (
+                repeats and (source in self.flat.constants or dependence.crosses(source, self._axis(source)))
+            ):
+                dependence.recomputed.add(node)
+        return dependence
 
     def _axis(self, node: fx.Node) -> int | None:
         """Which dimension of a tensor is the batch; None if none or two are."""
@@ -180,16 +186,7 @@ class _Cut:
     def _is_batch(self, size: Any) -> bool:
         return isinstance(size, SymInt) and size.node.expr == self.flat.batch
 
-    def _is_batch_size(self, node: fx.Node) -> bool:
-        return self._is_batch(node.meta.get("val"))
-
-    def _check_made(self, node: fx.Node, i: int) -> None:
-        if self.level[node] < i and _costly(node):
-            raise GraphError(
-                f"the value {node.name!r} {self._shape(node)}{place_of(node)} crosses from one stage to the next, but "
-                "none of its dimensions is the batch B alone, so the samples that stay cannot be picked from it; tap "
-                "a submodule whose output has the batch as a dimension"
-            )
+    def _check_layout(self, node: fx.Node, i: int) -> None:
         if i and node.target is torch.ops.aten.as_strided.default:
             raise GraphError(
                 f"the value {node.name!r}{place_of(node)} is read by strides, but the rows that stay have another "
