@@ -21,7 +21,7 @@ from branchynet.policy.record_scores import scores_of_record
 from branchynet.reproduce import reproduce, table1
 from branchynet.reproduce.figures import figure_3, figure_4
 from branchynet.reproduce.recipes import RECIPES, Training, adam, recipes
-from branchynet.reproduce.results import PlainResult, judge_network, on_device
+from branchynet.reproduce.results import PlainResult, evaluate_network, on_device
 from branchynet.zoo.lenet import LeNet
 from helpers.loop import doubt, entropy, figure_2
 
@@ -46,7 +46,7 @@ def training(tmp_path_factory, digits):
 
 @pytest.fixture(scope="module")
 def found(training, digits):
-    return judge_network(RECIPE, training.all(), digits, samples=32, repeats=1, say=lambda line: None)
+    return evaluate_network(RECIPE, training.all(), digits, samples=32, repeats=1, say=lambda line: None)
 
 
 def test_both_networks_start_from_one_baseline_with_equal_epochs(training):
@@ -125,7 +125,7 @@ def test_figures_of_merit_are_those_of_the_networks(found, training, digits):
     assert found.test.digest == test.digest
     plain = record(nets.plain, loader(digits.test, 100), progress=False)
     assert found.plain.accuracy == evaluate(plain, Policy()).accuracy
-    assert [s.name for s in found.smaller] == ["LeNet 2-4-8"] and found.smaller[0].us > 0
+    assert [s.network for s in found.smaller] == ["LeNet 2-4-8"] and found.smaller[0].us > 0
     assert [p.asked for p in found.points] == 2 * [found.plain_val, found.plain_val - 0.05]
     assert [p.name for p in found.points] == 2 * ["B-LeNet"] + 2 * ["B-LeNet, averaged"]
     weights = fit_averaging(found.val, of="logits")
@@ -167,7 +167,7 @@ def test_table_1(found):
     rows = table1.rows(found)
     text = table1.table([rows])
     assert {line.count("|") for line in text.splitlines()} == {10}
-    assert "published" in text and "5.4x" in text and "LeNet 2-4-8" in text
+    assert "reported in the paper" in text and "5.4x" in text and "LeNet 2-4-8" in text
     assert json.loads(json.dumps(rows, allow_nan=False))["plain"]["macs"] == found.cost.macs([False, True])[-1]
     early, late = found.cost.latency_us([True, True])
     left = [early if right else late for right in found.test.losses[:, 0] < 0.5]
@@ -210,7 +210,7 @@ def test_all_files_are_written_with_their_command(tmp_path, monkeypatch):
     monkeypatch.setattr(room, "FIG_4", "b_lenet")
     lines = []
     made = reproduce("all", tmp_path, networks="b_lenet", from_nothing=True, samples=16, repeats=1, say=lines.append)
-    assert len(made) == 1 and "Published: 99.25% at 5.4x" in made[0] and lines
+    assert len(made) == 1 and "The paper reports 99.25% at 5.4x" in made[0] and lines
     names = {p.name for p in tmp_path.iterdir()}
     pictures = {f"{fig}-b_lenet.{kind}" for fig in ("fig3", "fig4") for kind in ("png", "svg")}
     assert names == {"training", "table1.md", "table1.json", "fig3.json", "fig4.json"} | pictures
@@ -219,7 +219,7 @@ def test_all_files_are_written_with_their_command(tmp_path, monkeypatch):
 
 
 def test_rows_of_other_networks_are_kept_if_made_in_the_same_way(found, tmp_path, monkeypatch):
-    monkeypatch.setattr(room, "judge_network", lambda recipe, *args, **more: replace(found, recipe=recipe))
+    monkeypatch.setattr(room, "evaluate_network", lambda recipe, *args, **more: replace(found, recipe=recipe))
     monkeypatch.setattr(room, "shipped", lambda recipe: None)
     monkeypatch.setattr(room, "load_data", lambda name: None)
 
@@ -230,7 +230,7 @@ def test_rows_of_other_networks_are_kept_if_made_in_the_same_way(found, tmp_path
     reproduce("table1", tmp_path, networks="b_lenet", samples=16)
     assert names() == ["b_lenet", "b_alexnet"]
     assert json.loads((tmp_path / "table1.json").read_text())["command"].endswith("--networks b_lenet,b_alexnet")
-    assert (tmp_path / "table1.md").read_text().count("published") == 2
+    assert (tmp_path / "table1.md").read_text().count("reported in the paper") == 2
     reproduce("table1", tmp_path, networks="b_lenet", samples=17)
     assert names() == ["b_lenet"]
 

@@ -15,7 +15,7 @@ from ..reproduce import table1
 from ..stored_values import read_entry
 from .figures import figure_3, figure_4
 from .recipes import RECIPES, Recipe, Training, recipes, shipped
-from .results import NetworkResult, judge_network
+from .results import NetworkResult, evaluate_network
 
 WHAT = ("table1", "fig3", "fig4")
 FIG_4 = "b_alexnet"
@@ -50,7 +50,7 @@ def reproduce(
         say: called with progress messages.
 
     Returns:
-        One line per network, which compares the result with the published one.
+        One line per network, which compares the result with the paper's.
 
     Raises:
         InputError: an unknown name, weights that do not ship, or Figure 4 without its network.
@@ -59,21 +59,17 @@ def reproduce(
     if what not in (*WHAT, "all"):
         raise InputError(f"unknown {what!r}; give one of {', '.join(WHAT)}, or all")
     wanted = WHAT if what == "all" else (what,)
-    chosen = recipes(networks)
-    if what == "fig4":
-        chosen = [recipe for recipe in chosen if recipe.name == FIG_4]
-        if not chosen:
-            raise InputError(f"Figure 4 needs {FIG_4}, which is not among {networks!r}")
+    chosen = [recipe for recipe in recipes(networks) if what != "fig4" or recipe.name == FIG_4]
+    if not chosen:
+        raise InputError(f"Figure 4 needs {FIG_4}, which is not among {networks!r}")
     folder = Path(output)
     about = {"environment": environment(), "timed": {"samples": samples, "repeats": repeats, "threads": 1, "batch": 1}}
     lines = []
     for recipe in chosen:
         data = load_data(recipe.data)
-        if from_nothing:
-            nets = Training(recipe, data, folder / "training" / recipe.name, precision=precision).all()
-        else:
-            nets = shipped(recipe)
-        found = judge_network(recipe, nets, data, samples=samples, repeats=repeats, say=say)
+        training = Training(recipe, data, folder / "training" / recipe.name, precision=precision)
+        nets = training.all() if from_nothing else shipped(recipe)
+        found = evaluate_network(recipe, nets, data, samples=samples, repeats=repeats, say=say)
         row = table1.rows(found)
         if "table1" in wanted:
             stored = _write(folder, "table1", row, about)
@@ -100,8 +96,8 @@ def _write(folder: Path, what: str, row: dict[str, Any], about: dict[str, Any]) 
     stored = read_json(path) if path.exists() else None
     comparable = isinstance(stored, dict) and all(stored.get(key) == value for key, value in about.items())
     earlier = read_entry(path, "networks", list[dict[str, Any]], "`branchynet reproduce`") if comparable else []
-    every = {one["name"]: one for one in (*earlier, row) if one.get("name") in RECIPES}
-    names = sorted(every, key=list(RECIPES).index)
+    every = {one.get("name"): one for one in (*earlier, row)}
+    names = [name for name in RECIPES if name in every]
     networks = [every[name] for name in names]
     command = f"branchynet reproduce {what} --networks {','.join(names)}"
     write_json(path, {"command": command, **about, "networks": networks})

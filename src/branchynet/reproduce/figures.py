@@ -26,13 +26,14 @@ _CURVE = 200  # number of points of a curve
 def figure_3(found: NetworkResult) -> tuple[dict[str, Any], Figure]:
     """Plot accuracy against mean time on test images, for thresholds of the validation frontier.
 
-    The figure also shows the plain network, the smaller networks, and a sweep that tries `SWEEP` values and *never* at
-    each exit.
+    The figure also shows the plain network, the smaller plain networks, and a sweep that tries `SWEEP` values and
+    *never* at each exit.
     """
     curve = frontier(found.val, found.cost)
     places = np.unique(np.linspace(0, len(curve) - 1, min(len(curve), _CURVE)).astype(int))
     best = [_evaluated(found, curve.policy(int(i))) for i in places]
-    ladder = np.geomspace(1e-4, 1.0, SWEEP) * _most(found)
+    assert found.test.outputs is not None
+    ladder = np.geomspace(1e-4, 1.0, SWEEP) * math.log(found.test.outputs.shape[2])  # up to the largest entropy
     combinations = itertools.product((None, *ladder), repeat=found.cost.num_exits - 1)
     sweep = [_evaluated(found, Policy(thresholds=c)) for c in combinations]
     point = found.points[0]
@@ -47,22 +48,22 @@ def figure_3(found: NetworkResult) -> tuple[dict[str, Any], Figure]:
             "thresholds": list(point.policy.thresholds), "us": outcome.mean_us, "accuracy": outcome.accuracy,
             "interval": list(outcome.accuracy_interval),
         },
-        "plain": {"us": found.plain.us, "accuracy": found.plain.accuracy},
-        "smaller": [{"network": s.name, "us": s.us, "accuracy": s.accuracy} for s in found.smaller],
+        "plain": vars(found.plain),
+        "smaller": [vars(plain) for plain in found.smaller],
     }  # fmt: skip
     picture = figure_tradeoff(
         [p["us"] for p in best],
         [p["accuracy"] for p in best],
         plain=(found.plain.us, found.plain.accuracy),
         tested=(outcome.mean_us or 0.0, outcome.accuracy, *outcome.accuracy_interval),
-        rivals={s.name: (s.us, s.accuracy) for s in found.smaller},
+        rivals={s.network: (s.us, s.accuracy) for s in found.smaller},
         sweep=([p["us"] for p in sweep], [p["accuracy"] for p in sweep]),
     )
     return data, picture
 
 
 def figure_4(found: NetworkResult) -> tuple[dict[str, Any], Figure]:
-    """Accuracy and largest entropy against the share of test images that leave at exit 1; the others leave at the last.
+    """Plot accuracy and largest entropy against the share of test images that leave at exit 1, not at the last exit.
 
     The knee is the point of the entropy curve that is farthest below the chord between its ends.
     """
@@ -76,9 +77,8 @@ def figure_4(found: NetworkResult) -> tuple[dict[str, Any], Figure]:
     knee = int((share - (largest - largest[0]) / max(np.ptp(largest), 1e-12)).argmax())
     ordered = entropy[order].astype(np.float32)
     last = places[knee]
-    threshold = (
-        between(ordered[last : last + 1], ordered[last + 1 :][:1]) if last + 1 < samples else beyond(ordered[-1:])
-    )
+    above = ordered[last + 1 :][:1]
+    threshold = between(ordered[last : last + 1], above) if len(above) else beyond(ordered[-1:])
     data = {
         "name": found.recipe.name,
         "network": found.recipe.title,
@@ -97,9 +97,3 @@ def figure_4(found: NetworkResult) -> tuple[dict[str, Any], Figure]:
 def _evaluated(found: NetworkResult, policy: Policy) -> dict[str, Any]:
     outcome = evaluate(found.test, policy, found.cost)
     return {"thresholds": list(policy.thresholds), "us": outcome.mean_us, "accuracy": outcome.accuracy}
-
-
-def _most(found: NetworkResult) -> float:
-    """The largest possible entropy for this number of classes."""
-    assert found.test.outputs is not None
-    return math.log(found.test.outputs.shape[2])

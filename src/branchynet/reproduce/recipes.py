@@ -1,10 +1,9 @@
-"""Recipes: how each of the paper's networks and the networks to compare it with are trained.
+"""How each of the paper's networks, and the plain networks to compare it with, are trained.
 
-In the first part, a plain network is trained from scratch. In the second part, its weights are the start of two
-trainings with the same number of epochs and the same augmentation: the network with branches (joint) and the plain
-network (continued). This comparison is fair to the plain network. Epochs that train only the branches on the frozen
-network do not train the trunk and are not counted. Smaller plain networks, an alternative to early exits, are trained
-for the same epochs in the same two parts.
+The first part trains a plain network from scratch. The second part starts from its weights and trains two networks for
+the same epochs with the same augmentation: the network with branches (joint) and the plain network (continued). Epochs
+that train only the branches on the frozen network are not counted, because they do not train the trunk. Smaller plain
+networks, an alternative to early exits, are trained for the same epochs in the same two parts.
 """
 
 from collections.abc import Callable, Iterator
@@ -53,13 +52,12 @@ class Recipe:
         plain, branchy: make the network without and with branches; with ``pretrained=True``, with shipped weights.
         optimizer: makes the `optimizer` argument of `fit` from a learning rate.
         weights: names of the shipped weights, with and without branches.
-        epochs, lrs: epochs (0 for none) and highest learning rates of the two parts: from scratch, and from the weights
-            of the first part.
+        epochs, lrs: epochs (0 for none) and highest learning rates of the two parts.
         batch, augment, schedule: as in `loader` and `fit`.
-        smaller: name, maker and shipped weights' name of smaller plain networks.
-        slack: drops of validation accuracy below the plain network's at which thresholds are chosen as well. Negative
-            values ask for more accuracy, because the best of many thresholds is partly lucky on validation images.
-        warm: epochs and highest learning rate of the branches alone on the frozen network before the second part.
+        smaller: smaller plain networks: name, function that makes it, and name of the shipped weights.
+        slack: further drops of validation accuracy below the plain network's at which thresholds are chosen. Negative
+            values ask for more accuracy, because thresholds usually do better on the images used to choose them.
+        warm: epochs and highest learning rate of the branches on the frozen network, before the second part.
         sides: height and width of the images in the first epochs of the first part; empty for full size.
         distill: weight of the distillation loss, as in `fit`.
     """
@@ -97,14 +95,9 @@ _LENETS = tuple(
     (f"LeNet {a}-{b}-{c}", partial(LeNet, channels=(a, b, c)), f"lenet_{a}_{b}_{c}-mnist")
     for a, b, c in ((2, 4, 8), (3, 6, 12), (4, 8, 16))
 )
-# Channels of the five convolutions and widths of the two linear layers, by their ratio to AlexNet's.
-_WIDTHS = {
-    "1/2": ((16, 32, 48, 48, 32), (128, 64)),
-    "3/4": ((24, 48, 72, 72, 48), (192, 96)),
-}
-_ALEXNETS = tuple(
-    (f"AlexNet, {part} width", partial(AlexNet, 10, *widths), f"alexnet_{part.replace('/', '_')}-cifar10")
-    for part, widths in _WIDTHS.items()
+_ALEXNETS = (
+    ("AlexNet, 1/2 width", partial(AlexNet, 10, (16, 32, 48, 48, 32), (128, 64)), "alexnet_1_2-cifar10"),
+    ("AlexNet, 3/4 width", partial(AlexNet, 10, (24, 48, 72, 72, 48), (192, 96)), "alexnet_3_4-cifar10"),
 )
 _RESNETS = tuple((f"ResNet-{n}", partial(zoo.resnet, n), f"resnet{n}-cifar10") for n in (20, 32, 56))
 
@@ -151,7 +144,7 @@ class TrainedNetwork:
 
 def shipped(recipe: Recipe) -> TrainedNetwork:
     """Return the networks of a recipe with shipped weights. Raises `InputError` if they do not ship."""
-    smaller = {name: load_shipped(make(), weights, 10, 10) for name, make, weights in recipe.smaller}
+    smaller = {name: load_shipped(make(), weights, 10) for name, make, weights in recipe.smaller}
     return TrainedNetwork(recipe.branchy(pretrained=True), recipe.plain(pretrained=True), smaller)
 
 
@@ -160,8 +153,7 @@ class Training:
     """The training of the networks of a recipe.
 
     Attributes:
-        recipe: the recipe.
-        data: its data set.
+        recipe, data: the recipe and its data set.
         folder: folder for state and history of every part; trained parts are loaded from it.
         seed: seed of weights, order and augmentation.
         precision: mixed precision, as in `FitOptions`.
@@ -190,17 +182,17 @@ class Training:
         return self._go_on(self.baseline(), "continued")
 
     def joint(self) -> BranchyNet:
-        """The network with the paper's branches, trained from the weights of the first part."""
+        """The network with the paper's branches after both parts."""
 
-        def published(baseline: nn.Module) -> BranchyNet:
+        def with_branches(baseline: nn.Module) -> BranchyNet:
             branchy = self.recipe.branchy()
             branchy.backbone.load_state_dict(baseline.state_dict())
             return branchy
 
-        return self.with_exits(published, "joint")
+        return self.with_exits(with_branches, "joint")
 
     def with_exits(self, add: Callable[[nn.Module], BranchyNet], run: str) -> BranchyNet:
-        """The network after the second part, with the exits that `add` attaches; `run` is the folder of its state."""
+        """The network with the exits that `add` attaches, after both parts; `run` is the folder of its state."""
         baseline = self.baseline()
         torch.manual_seed(self.seed)
         branchy = add(baseline)
@@ -217,9 +209,9 @@ class Training:
 
     def all(self) -> TrainedNetwork:
         """All networks; takes hours for AlexNet, and a day for ResNet-110 on one core."""
-        titles = {weights: title for title, _, weights in self.recipe.smaller}
         branchy, plain = self.joint(), self.continued()
-        return TrainedNetwork(branchy.eval(), plain.eval(), {titles[w]: net.eval() for w, net in self.smaller()})
+        smaller = zip(self.recipe.smaller, self.smaller(), strict=True)
+        return TrainedNetwork(branchy.eval(), plain.eval(), {title: net.eval() for (title, *_), (_, net) in smaller})
 
     def _begin(self, make: Make, run: str) -> nn.Module:
         torch.manual_seed(self.seed)
@@ -258,9 +250,8 @@ def recipes(names: str) -> list[Recipe]:
     if names.strip() == "all":
         return list(RECIPES.values())
     wanted = [name.strip() for name in names.split(",") if name.strip()]
-    if not wanted:
-        raise InputError(f"no network is named; give one or more of {', '.join(RECIPES)}")
-    for name in wanted:
-        if name not in RECIPES:
-            raise InputError(f"unknown network {name!r}; give one or more of {', '.join(RECIPES)}")
+    unknown = [name for name in wanted if name not in RECIPES]
+    if unknown or not wanted:
+        what = f"unknown network {unknown[0]!r}" if unknown else "no network is named"
+        raise InputError(f"{what}; give one or more of {', '.join(RECIPES)}")
     return [RECIPES[name] for name in wanted]

@@ -1,12 +1,11 @@
 """Evaluation of one network of the paper: thresholds from validation images, accuracy on test images, time."""
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -29,10 +28,9 @@ from ..profiling.recording import record
 from .recipes import Recipe, TrainedNetwork
 
 AVERAGED = "max_probability"
-"""The score of averaged outputs: it costs less than entropy and separates right from wrong at least as well."""
+"""The score of averaged outputs: it costs less than entropy and distinguishes right from wrong at least as well."""
 
 _RECORDED = 250  # images per call
-_WARM = 8
 _PASSES = 5
 
 
@@ -40,7 +38,7 @@ _PASSES = 5
 class PlainResult:
     """A plain network to compare with: accuracy on test images, and microseconds per sample at batch 1."""
 
-    name: str
+    network: str
     accuracy: float
     us: float
 
@@ -79,9 +77,9 @@ class NetworkResult:
         plain: the plain network.
         plain_val: validation accuracy of the plain network.
         smaller: smaller plain networks.
-        points: for the published exit rule, the thresholds that keep the plain network's validation accuracy, then
-            those with each slack of the recipe; then the same for outputs averaged over the exits so far, with the
-            score `AVERAGED`.
+        points: for the paper's exit rule, the thresholds that keep the plain network's validation accuracy, then those
+            with each slack of the recipe; then the same for outputs averaged over the exits so far, with the score
+            `AVERAGED`.
     """
 
     recipe: Recipe
@@ -94,24 +92,18 @@ class NetworkResult:
     points: tuple[OperatingPoint, ...]
 
 
-def judge_network(
+def evaluate_network(
     recipe: Recipe, nets: TrainedNetwork, data: ImageData, *, samples: int, repeats: int, say: Callable[[str], None]
 ) -> NetworkResult:
     """Record, choose, export and time the networks of one recipe, on one thread at batch 1.
 
-    Args:
-        recipe: the recipe.
-        nets: its trained networks.
-        data: its data set.
-        samples: number of test images that are timed; the accuracy is that of all.
-        repeats: number of passes over them.
-        say: called with progress messages.
+    `samples` test images are timed in `repeats` passes; accuracy is over all test images.
     """
     say(f"{recipe.title}: recording {len(data.val) + len(data.test)} images")
     val, test = (_recorded(nets.branchy, split) for split in (data.val, data.test))
     plain_val, plain_test = (_accuracy(nets.plain, split) for split in (data.val, data.test))
     images = data.test.images.float() / 255
-    # At most five weights, fitted on the validation images, as are the thresholds.
+    # Like the thresholds, these few weights are fitted on the validation images.
     weights = fit_averaging(val, of="logits")
     rules = {
         recipe.title: (nets.branchy, "entropy", val, test),
@@ -136,17 +128,15 @@ def judge_network(
                     path, net, (images, data.test.labels), samples=samples, repeats=repeats,
                     about={"network": recipe.name, "plain_accuracy": plain_test},
                 )  # fmt: skip
-                cuda = (
-                    on_device(nets.plain, net, policy, images[:samples], "cuda") if torch.cuda.is_available() else None
-                )
+                gpu = torch.cuda.is_available()
+                cuda = on_device(nets.plain, net, policy, images[:samples], "cuda") if gpu else None
                 points.append(OperatingPoint(title, asked, reached, policy, evaluate(on_test, policy, cost), row, cuda))
         say(f"{recipe.title}: timing {len(nets.smaller)} smaller networks")
-        plains = {recipe.plain_title: nets.plain, **nets.smaller}
-        us = _side_by_side(plains, images[:samples], repeats, folder)
+        us = _side_by_side({recipe.plain_title: nets.plain, **nets.smaller}, images[:samples], repeats, folder)
     # Scale the times to the plain network's time in the table; only their ratios were measured in turns.
-    scale = points[0].bench["plain_us"] / us[recipe.plain_title]
-    smaller = tuple(PlainResult(n, _accuracy(net, data.test), us[n] * scale) for n, net in nets.smaller.items())
     plain = PlainResult(recipe.plain_title, plain_test, points[0].bench["plain_us"])
+    scale = plain.us / us[recipe.plain_title]
+    smaller = tuple(PlainResult(n, _accuracy(net, data.test), us[n] * scale) for n, net in nets.smaller.items())
     return NetworkResult(recipe, val, test, costs[recipe.title], plain, plain_val, smaller, tuple(points))
 
 
@@ -157,17 +147,12 @@ def on_device(
 
     Each call copies its outputs to the host, so all work is complete when the clock stops.
     """
-    example = images[:_WARM]
-    engines = {
-        "plain": TorchEngine(plain, Policy(), example, device=device),
-        "branchy": TorchEngine(branchy, policy, example, device=device),
-    }
-    rows = [(image,) for image in images.to(device).split(1)]
-    us = in_turns(engines, rows, _PASSES)
+    nets = {"plain": (plain, Policy()), "branchy": (branchy, policy)}
+    engines = {name: TorchEngine(net, rule, images[:8], device=device) for name, (net, rule) in nets.items()}
+    us = in_turns(engines, [(image,) for image in images.to(device).split(1)], _PASSES)
     for net in (plain, branchy):
         net.cpu()
-    plain_ms, branchy_ms = us["plain"] / 1e3, us["branchy"] / 1e3
-    return {"plain_ms": plain_ms, "branchy_ms": branchy_ms, "gain": plain_ms / branchy_ms}
+    return {"plain_ms": us["plain"] / 1e3, "branchy_ms": us["branchy"] / 1e3, "gain": us["plain"] / us["branchy"]}
 
 
 def _recorded(net: nn.Module, split: Split) -> ExitRecord:
@@ -184,5 +169,5 @@ def _side_by_side(nets: dict[str, nn.Module], images: torch.Tensor, repeats: int
     for n, (name, net) in enumerate(nets.items()):
         path = export(net, folder / f"plain-{n}.onnx", policy=None, example=images[:8], batch=1)
         engines[name] = load(path, threads=1)
-    rows: Sequence[tuple[Any]] = [(np.ascontiguousarray(image),) for image in images.split(1)]
+    rows = [(image.numpy(),) for image in images.split(1)]
     return in_turns({name: engine.outputs for name, engine in engines.items()}, rows, repeats)

@@ -1,4 +1,4 @@
-"""AlexNet and B-AlexNet for 32 x 32 colour images, with the layers of the paper and its released code.
+"""AlexNet and B-AlexNet for 32 x 32 color images, with the layers of the paper and its released code.
 
 Inputs are pixels in [0, 1], `(B, 3, 32, 32)` float32, which the networks normalize; outputs are logits `(B, 10)`.
 """
@@ -6,7 +6,7 @@ Inputs are pixels in [0, 1], `(B, 3, 32, 32)` float32, which the networks normal
 from torch import Tensor, nn
 
 from ..nn.network import BranchyNet
-from .designs import check_branches, designed
+from .designs import check_known, designed
 from .layers import LocalResponseNorm, Normalize, initialize
 from .weights import load_shipped
 
@@ -16,7 +16,7 @@ def _pool() -> nn.MaxPool2d:
 
 
 def _block(channels: int) -> nn.Sequential:
-    # Published with ReLU before max-pooling. They commute; this order trains faster, `export` swaps them.
+    # The paper has ReLU before max-pooling. They commute: this order trains faster, and `export` swaps them.
     return nn.Sequential(_pool(), nn.ReLU(), LocalResponseNorm(channels))
 
 
@@ -25,7 +25,7 @@ class AlexNet(nn.Module):
 
     Args:
         num_classes: number of classes.
-        channels: channels of the five convolutions; fewer give the smaller plain networks to compare with.
+        channels: channels of the five convolutions; fewer channels give smaller plain networks.
         hidden: widths of the two linear layers before the last.
     """
 
@@ -49,12 +49,8 @@ class AlexNet(nn.Module):
         self.conv5 = nn.Conv2d(fourth, fifth, 3, padding=1)
         self.block5 = nn.Sequential(_pool(), nn.ReLU(), nn.Flatten())
         self.classifier = nn.Sequential(
-            nn.Linear(16 * fifth, hidden[0]),
-            nn.ReLU(),
-            nn.Dropout(0.5),
-            nn.Linear(hidden[0], hidden[1]),
-            nn.ReLU(),
-            nn.Dropout(0.5),
+            *(nn.Linear(16 * fifth, hidden[0]), nn.ReLU(), nn.Dropout(0.5)),
+            *(nn.Linear(hidden[0], hidden[1]), nn.ReLU(), nn.Dropout(0.5)),
             nn.Linear(hidden[1], num_classes),
         )
         initialize(self)
@@ -74,15 +70,14 @@ def alexnet(num_classes: int = 10, *, pretrained: bool = False) -> AlexNet:
         InputError: pretrained weights for a number of classes other than 10.
     """
     net = AlexNet(num_classes)
-    return load_shipped(net, "alexnet-cifar10", num_classes, 10) if pretrained else net
+    return load_shipped(net, "alexnet-cifar10", num_classes) if pretrained else net
 
 
-# The convolutions after which the three sources place the two branches.
+# The convolutions after which the paper's text, Figure 1 and code place the two branches.
 _PLACES = {"text": (1, 2), "figure": (1, 3), "code": (2, 3)}
-# Taps after ReLU, pooling and LRN, which branch and trunk share. After the third convolution the trunk has only ReLU,
-# so the branch holds the other two.
+# Tap, channels and height after each convolution. Branch and trunk share ReLU, pooling and LRN; after the third
+# convolution the trunk has only ReLU, so the branch holds the other two.
 _TAPS = {1: ("block1", 32, 16), 2: ("block2", 64, 8), 3: ("relu3", 96, 8)}
-
 
 # Exits designed by `advise`, by target; see benchmarks/experiments/design.py.
 _DESIGNS = {
@@ -96,41 +91,41 @@ def b_alexnet(
 ) -> BranchyNet:
     """Return B-AlexNet: AlexNet with two early exits, designed by `advise` or from the paper; 3 exits in all.
 
-    The paper's branches have two and one convolutions. The released code taps the raw output of the convolutions and
+    The paper's branches have two and one convolutions. The released code taps the output of the convolutions and
     repeats ReLU, pooling and LRN in the branch. Here the branch shares those of the trunk, which is the same function.
 
     Args:
         num_classes: number of classes.
         branches: ``"designed"``; or the places of the paper's branches, on which its sources disagree: ``"text"`` after
             convolutions 1 and 2, ``"figure"`` (Figure 1) after 1 and 3, ``"code"`` after 2 and 3.
-        target: target of the design: ``"latency"`` for batches of 1, or ``"batch"`` for batches of 64.
+        target: ``"latency"`` for the design for batches of 1, or ``"batch"`` for batches of 64.
         pretrained: whether to load the weights shipped for CIFAR-10.
 
     Raises:
         InputError: unknown `branches` or `target`, or pretrained weights that do not ship or for a number of classes
             other than 10.
     """
-    check_branches(branches, ("designed", *_PLACES))
+    check_known("branches", branches, ("designed", *_PLACES))
     if branches == "designed":
         net = designed(AlexNet(num_classes), _DESIGNS, target, (3, 32, 32))
-        return load_shipped(net, f"b_alexnet-{target}-cifar10", num_classes, 10) if pretrained else net
+        return load_shipped(net, f"b_alexnet-{target}-cifar10", num_classes) if pretrained else net
     early, late = _PLACES[branches]
     net = BranchyNet(
         AlexNet(num_classes),
         {_TAPS[early][0]: _branch(early, 2, num_classes), _TAPS[late][0]: _branch(late, 1, num_classes)},
     )
-    return load_shipped(net, f"b_alexnet-{branches}-cifar10", num_classes, 10) if pretrained else net
+    return load_shipped(net, f"b_alexnet-{branches}-cifar10", num_classes) if pretrained else net
 
 
 def _branch(place: int, convolutions: int, num_classes: int) -> nn.Sequential:
-    """The branch after convolution `place`: 3x3 `convolutions` to 32 channels, pooling, linear."""
+    """The branch after convolution `place`: one or two 3x3 convolutions to 32 channels, pooling, linear."""
     _, channels, side = _TAPS[place]
     layers: list[nn.Module] = []
     if place == 3:
         layers += [_pool(), LocalResponseNorm(channels)]
         side //= 2
     layers.append(nn.Conv2d(channels, 32, 3, padding=1))
-    for _ in range(convolutions - 1):
+    if convolutions == 2:
         layers += [nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1)]
     layers += [_pool(), nn.ReLU(), nn.Flatten(), nn.Linear(32 * (side // 2) ** 2, num_classes)]
     return initialize(nn.Sequential(*layers))

@@ -1,6 +1,6 @@
 """Designed exits for the paper's networks, found with `branchynet.advise` (``benchmarks/experiments/design.py``)."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
@@ -16,24 +16,13 @@ Places = Mapping[str, str]
 def designed(
     backbone: nn.Module, designs: Mapping[str, Places], target: str, shape: tuple[int, int, int]
 ) -> BranchyNet:
-    """Attach the exits designed for a target to a backbone.
-
-    Args:
-        backbone: the plain network; becomes part of the result.
-        designs: the designs by target.
-        target: ``"latency"`` for batches of 1, or ``"batch"`` for batches of 64.
-        shape: shape of one input.
-
-    Raises:
-        InputError: unknown target.
-    """
-    if target not in designs:
-        raise InputError(f"target={target!r} is none of {', '.join(designs)}{nearest(target, designs)}")
+    """Attach the exits designed for a target to a plain network for inputs of a shape. Raises `InputError`."""
+    check_known("target", target, designs)
     places = designs[target]
     return attach_branches(backbone, list(places), list(places.values()), torch.zeros(2, *shape))
 
 
-def check_branches(branches: str, known: tuple[str, ...]) -> None:
-    """Raise `InputError` for unknown branches."""
-    if branches not in known:
-        raise InputError(f"branches={branches!r} is none of {', '.join(known)}{nearest(branches, known)}")
+def check_known(name: str, value: str, known: Collection[str]) -> None:
+    """Raise `InputError` unless `value` is one of the known names."""
+    if value not in known:
+        raise InputError(f"{name}={value!r} is none of {', '.join(known)}{nearest(value, known)}")

@@ -1,4 +1,4 @@
-"""LeNet and B-LeNet for 28 x 28 grey images, with the layers of the paper's released code.
+"""LeNet and B-LeNet for 28 x 28 gray images, with the layers of the paper's released code.
 
 Inputs are pixels in [0, 1], `(B, 1, 28, 28)` float32; outputs are logits `(B, 10)`.
 """
@@ -6,7 +6,7 @@ Inputs are pixels in [0, 1], `(B, 1, 28, 28)` float32; outputs are logits `(B, 1
 from torch import Tensor, nn
 
 from ..nn.network import BranchyNet
-from .designs import check_branches, designed
+from .designs import check_known, designed
 from .weights import load_shipped
 
 
@@ -20,7 +20,7 @@ class LeNet(nn.Module):
 
     Args:
         num_classes: number of classes.
-        channels: channels of the three convolutions; fewer give the smaller plain networks to compare with.
+        channels: channels of the three convolutions; fewer channels give smaller plain networks.
     """
 
     def __init__(self, num_classes: int = 10, channels: tuple[int, int, int] = (5, 10, 20)) -> None:
@@ -50,7 +50,7 @@ def lenet(num_classes: int = 10, *, pretrained: bool = False) -> LeNet:
         InputError: pretrained weights for a number of classes other than 10.
     """
     net = LeNet(num_classes)
-    return load_shipped(net, "lenet-mnist", num_classes, 10) if pretrained else net
+    return load_shipped(net, "lenet-mnist", num_classes) if pretrained else net
 
 
 # Exits designed by `advise`, by target; see benchmarks/experiments/design.py.
@@ -67,10 +67,9 @@ def b_lenet(
 
     Args:
         num_classes: number of classes.
-        branches: ``"designed"`` by `advise`; or ``"published"``, the paper's branch on the raw output of the first
+        branches: ``"designed"`` by `advise`; or ``"published"``, the paper's branch on the output of the first
             convolution (2 exits).
-        target: target of the design: ``"latency"`` for batches of 1 (4 exits), or ``"batch"`` for batches of 64 (3
-            exits).
+        target: ``"latency"`` for the design for batches of 1 (4 exits), or ``"batch"`` for batches of 64 (3 exits).
         pretrained: whether to load the weights shipped for MNIST.
 
     Raises:
@@ -82,16 +81,10 @@ def b_lenet(
         >>> [tuple(logits.shape) for logits in net(torch.zeros(2, 1, 28, 28))]
         [(2, 10), (2, 10), (2, 10), (2, 10)]
     """
-    check_branches(branches, ("designed", "published"))
+    check_known("branches", branches, ("designed", "published"))
     if branches == "designed":
-        net = designed(LeNet(num_classes), _DESIGNS, target, (1, 28, 28))
-        return load_shipped(net, f"b_lenet-{target}-mnist", num_classes, 10) if pretrained else net
-    branch = nn.Sequential(
-        _pool(),
-        nn.Conv2d(5, 10, 3, padding=1),
-        _pool(),
-        nn.Flatten(),
-        nn.Linear(640, num_classes),
-    )
-    net = BranchyNet(LeNet(num_classes), {"conv1": branch})
-    return load_shipped(net, "b_lenet-mnist", num_classes, 10) if pretrained else net
+        net, weights = designed(LeNet(num_classes), _DESIGNS, target, (1, 28, 28)), f"b_lenet-{target}-mnist"
+    else:
+        layers = (_pool(), nn.Conv2d(5, 10, 3, padding=1), _pool(), nn.Flatten(), nn.Linear(640, num_classes))
+        net, weights = BranchyNet(LeNet(num_classes), {"conv1": nn.Sequential(*layers)}), "b_lenet-mnist"
+    return load_shipped(net, weights, num_classes) if pretrained else net

@@ -1,4 +1,4 @@
-"""ResNet and B-ResNet for 32 x 32 colour images.
+"""ResNet and B-ResNet for 32 x 32 color images.
 
 Inputs are pixels in [0, 1], `(B, 3, 32, 32)` float32, which the networks normalize; outputs are logits `(B, 10)`. The
 plain network is that of He et al. (arXiv:1512.03385, section 4.2), with shortcuts without parameters.
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..errors import InputError
 from ..nn.network import BranchyNet
-from .designs import check_branches, designed
+from .designs import check_known, designed
 from .layers import LocalResponseNorm, Normalize, initialize
 from .weights import load_shipped
 
@@ -87,7 +87,7 @@ def resnet(n: int, num_classes: int = 10, *, pretrained: bool = False) -> ResNet
         InputError: another `n`, or pretrained weights that do not ship or for a number of classes other than 10.
     """
     net = ResNet(_blocks(n), num_classes)
-    return load_shipped(net, f"resnet{n}-cifar10", num_classes, 10) if pretrained else net
+    return load_shipped(net, f"resnet{n}-cifar10", num_classes) if pretrained else net
 
 
 # Exits designed by `advise` for ResNet-110, the same for both targets; see benchmarks/experiments/design.py.
@@ -106,15 +106,14 @@ def b_resnet(
         n: number of layers, as in `resnet`; designed exits exist for 110 only.
         num_classes: number of classes.
         branches: ``"designed"`` or ``"published"``.
-        target: target of the design: ``"latency"`` for batches of 1, or ``"batch"`` for batches of 64. The design for
-            110 is the same for both.
+        target: ``"latency"`` or ``"batch"``; the design for 110 is the same for both.
         pretrained: whether to load the weights shipped for CIFAR-10.
 
     Raises:
         InputError: unknown `n`, `branches` or `target`, no design for this `n`, or pretrained weights that do not ship
             or for a number of classes other than 10.
     """
-    check_branches(branches, ("designed", "published"))
+    check_known("branches", branches, ("designed", "published"))
     backbone = ResNet(_blocks(n), num_classes)
     if branches == "designed":
         if n != 110:
@@ -123,21 +122,16 @@ def b_resnet(
                 "trained network with advise(...)"
             )
         net = designed(backbone, {"latency": _DESIGN, "batch": _DESIGN}, target, (3, 32, 32))
-        return load_shipped(net, f"b_resnet{n}-latency-cifar10", num_classes, 10) if pretrained else net
+        return load_shipped(net, f"b_resnet{n}-latency-cifar10", num_classes) if pretrained else net
     first = nn.Sequential(
-        nn.Conv2d(16, 64, 5, padding=2),
-        nn.ReLU(),
-        LocalResponseNorm(64),
-        nn.Conv2d(64, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(32, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(32 * 32 * 32, num_classes),
+        *(nn.Conv2d(16, 64, 5, padding=2), nn.ReLU(), LocalResponseNorm(64)),
+        *(nn.Conv2d(64, 32, 3, padding=1), nn.ReLU()),
+        *(nn.Conv2d(32, 32, 3, padding=1), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(32 * 32 * 32, num_classes)),
     )
     second = nn.Sequential(BasicBlock(16, 16), nn.Flatten(), nn.Linear(16 * 32 * 32, num_classes))
     net = BranchyNet(backbone, {"stem": initialize(first), "stage1": initialize(second)})
-    return load_shipped(net, f"b_resnet{n}-cifar10", num_classes, 10) if pretrained else net
+    return load_shipped(net, f"b_resnet{n}-cifar10", num_classes) if pretrained else net
 
 
 def _blocks(n: int) -> int:

@@ -11,16 +11,14 @@ from ...nn.weights import load_weights
 Net = TypeVar("Net", bound=nn.Module)
 
 
-def load_shipped(net: Net, name: str, num_classes: int, trained_classes: int) -> Net:
+def load_shipped(net: Net, name: str, num_classes: int) -> Net:
     """Load shipped weights into `net` and set it to evaluation mode.
 
     Raises:
-        InputError: no such weights ship, or they have another number of classes.
+        InputError: no such weights ship, or `num_classes` is not 10.
     """
-    if num_classes != trained_classes:
-        raise InputError(
-            f"the weights {name!r} have {trained_classes} classes, not {num_classes}; use pretrained=False"
-        )
+    if num_classes != 10:
+        raise InputError(f"the weights {name!r} have 10 classes, not {num_classes}; use pretrained=False")
     path = Path(__file__).parent / f"{name}.safetensors"
     if not path.exists():
         shipped = ", ".join(sorted(repr(p.stem) for p in path.parent.glob("*.safetensors")))
