@@ -3,17 +3,21 @@
 import json
 import re
 import shutil
+import warnings
 
 import numpy as np
 import pytest
+import typer
 
-from branchynet import Choice, ExitRecord, evaluate
+from branchynet import Choice, ExitRecord, choose, evaluate
+from branchynet.cli import program, verbs
 from branchynet.data import save_image
 from branchynet.errors import InputError, counted
 from branchynet.policy.exit_cost import ExitCost
 from branchynet.policy.limits import Limit
 from branchynet.policy.promise import check_size, tightest_limit
 from branchynet.policy.risk_tests import halves, samples_needed
+from branchynet.report.console import in_options
 from branchynet.runs import steps
 from branchynet.runs.design import next_steps
 from branchynet.runs.run import create_run
@@ -287,3 +291,56 @@ def test_design_suggests_options_that_may_change_its_verdict(losses, asked, mess
     found = next_steps(tmp_path / "design-1", *asked).replace(str(tmp_path), "RUN")
     assert message in found and bool(found) == bool(message)
     assert ("still improving" in found) == (len(losses) < 2 or losses[-1] < losses[-2])
+
+
+@pytest.mark.parametrize("verb", [command for command in typer.main.get_command(verbs.app).commands])
+@pytest.mark.filterwarnings("always")
+def test_a_warning_is_one_line_in_every_verb(verb, monkeypatch, capsys, tmp_path):
+    def warn(*_, **__):
+        warnings.warn("max_drop=0.3 of\n  *[red]all[/red]*", stacklevel=2)
+        raise InputError("stopped")
+
+    for place in ("runs.run.open_run", "runs.run.create_run", "runs.predict.model_file", "reproduce.reproduce"):
+        monkeypatch.setattr(f"branchynet.{place}", warn)
+    given = {"predict": [tmp_path, tmp_path], "demo": [], "reproduce": ["table1"]}.get(verb, [tmp_path])
+    before = warnings.showwarning
+    assert call(monkeypatch, verb, *given) == 1
+    drop = "--max-drop 0.3" if verb in ("choose", "design") else "max_drop=0.3"
+    assert capsys.readouterr().err == f"warning: {drop} of *[red]all[/red]*\nerror: stopped\n"
+    assert warnings.showwarning is before
+
+
+@pytest.mark.filterwarnings("always")
+def test_choose_shows_its_own_warning_as_one_line(run, monkeypatch, capsys):
+    assert call(monkeypatch, "choose", run, "--max-drop", 0.4, "--quiet") == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert "warning: --max-drop 0.4 allows 40 points: it is a fraction; for 0.4 points give 0.004" in lines
+    assert not [line for line in lines if not line.startswith("warning: ") or "UserWarning" in line]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("export", "--batch", 8), "--batch must be dynamic or 1; got '8': a dynamic file reads batches of any size"),
+        (("export", "--batch", "all"), "--batch must be dynamic or 1; got 'all'"),
+        (("export", "--thresholds", "inputs"), "--thresholds must be default or input; got 'inputs'"),
+        (("bench", "--batch", "0"), "--batch must be at least 1; got 0"),
+        (("bench", "--threads", "1,0"), "--threads must be at least 1; got 0"),
+        (("bench", "--runtime", "tvm"), "unknown runtime 'tvm'"),
+        (("design", "--batch", 0), "--batch must be at least 1; got 0"),
+        (("design", "--epochs", 0), "--epochs must be at least 1 and --final-epochs 0; got 0 and 0"),
+        (("design", "--final-epochs", -1), "--epochs must be at least 1 and --final-epochs 0; got 3 and -1"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_before_any_work(arguments, message, run, monkeypatch, capsys):
+    Choice.save(choose(ExitRecord.load(run / "record-val.npz"), max_drop=0.5, confidence=None), run / "choice.json")
+    for place in ("steps.load_run", "steps.data_of", "design.data_of", "design.advise"):
+        monkeypatch.setattr(f"branchynet.runs.{place}", lambda *_, **__: pytest.fail("worked"))
+    verb, *options = arguments
+    assert call(monkeypatch, verb, run, *options, "--quiet") == 1
+    assert f"error: {message}" in capsys.readouterr().err
+
+
+def test_a_refused_design_names_the_option_for_longer_training(what):
+    options = program.called_options(verbs.app, ["design"])
+    assert "in a new run folder, with a larger --warm-start-epochs" in in_options(what, options)

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import pickle
+import re
 import resource
 import tempfile
 
@@ -12,10 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from branchynet.design.advice import Advice, Design
 from branchynet.errors import BranchyNetError, FileError, InputError
 from branchynet.files import read_json, replacing, write_json
 from branchynet.policy.exit_cost import ExitCost
 from branchynet.policy.exit_record import ExitRecord
+from branchynet.policy.fitted_scores import LearnedScore
 from branchynet.policy.values import Choice, Outcome, Policy, Promise
 
 
@@ -466,3 +469,22 @@ class TestReplacing:
 def test_a_policy_names_thresholds_that_are_no_numbers(thresholds):
     with pytest.raises(InputError, match="thresholds must be"):
         Policy(thresholds=thresholds)
+
+
+def test_no_repr_shows_a_digest():
+    digest, outcome = "0123456789abcdef" * 4, Outcome(10, 0.9, (0.8, 1.0), 0.9, (0.5, 0.5), (0.9, 0.9))
+    promise = Promise("max_drop", 0.1, 0.95, "betting", 5, 5)
+    score = LearnedScore(2, False, ((0.0,) * 3,) * 2, (0.0, 0.0), fitted_on=digest)
+    policy = Policy(score, (0.5,))
+    plain = Design((), (), (), 90.0, (85.0, 95.0), 0.9, (1.0,), (90.0,), (0.0,), (), 90.0)
+    rows = np.arange(20.0).reshape(10, 2) / 20
+    for value in (
+        promise,
+        policy,
+        Choice(policy, {"max_drop": 0.1}, outcome, digest, promise, "0123456789ab-0123456789ab", digest * 100),
+        Advice(1, 1, "entropy", 90.0, 0.9, 0.9, 500, (plain,), (), 0, "0123456789ab-0123456789ab", digest * 100),
+        ExitRecord.from_scores(rows, rows, score, inputs=np.arange(10, dtype=np.uint64), selected_on=(digest,)),
+    ):
+        assert not re.search("[0-9a-f]{16}", repr(value)), repr(value)
+    made = Choice(policy, {"max_drop": 0.1}, outcome, digest)
+    assert made.record_digest == digest and made != dataclasses.replace(made, record_digest="1" * 64)

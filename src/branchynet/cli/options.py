@@ -133,6 +133,18 @@ def image_size(text: str) -> tuple[int, int] | None:
     return size
 
 
+def file_options(thresholds: str, batch: str) -> dict[str, Any]:
+    """Parse the options of `export`. Raises `InputError`."""
+    if thresholds not in ("default", "input"):
+        raise InputError(f"thresholds must be default or input; got {thresholds!r}")
+    if batch not in ("dynamic", "1"):
+        raise InputError(
+            f"batch must be dynamic or 1; got {batch!r}: a dynamic file reads batches of any size, and `branchynet "
+            f"bench --batch {batch}` times it with one"
+        )
+    return {"thresholds": thresholds, "batch": 1 if batch == "1" else batch}
+
+
 def shares(text: str) -> tuple[float, float, float] | None:
     """Parse ``70/15/15`` as three numbers; None if empty. Raises `InputError`."""
     if not text.strip():

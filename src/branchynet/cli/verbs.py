@@ -28,6 +28,7 @@ from .options import (
     Thresholds,
     Trust,
     Version,
+    file_options,
     image_size,
     named,
     numbers,
@@ -191,8 +192,8 @@ def export(
     from ..runs.run import open_run
     from ..runs.steps import export_run
 
-    size = 1 if batch == "1" else batch
-    written = export_run(open_run(run, trust=trust), output, thresholds=thresholds, batch=size, progress=not quiet)
+    options = file_options(thresholds, batch)
+    written = export_run(open_run(run, trust=trust), output, progress=not quiet, **options)
     out.print(f"wrote {written}", soft_wrap=True)
 
 

@@ -106,7 +106,7 @@ class Advice:
     tried: tuple[CandidateResult, ...]
     best: int
     fingerprint: str
-    selected_on: str = ""
+    selected_on: str = field(default="", repr=False)
     runtime: Runtime = "onnxruntime"
     network: BranchyNet | None = field(default=None, repr=False, compare=False)
 

@@ -241,7 +241,7 @@ def _check_trained(alone: ExitRecord, accuracy: float) -> None:
     if accuracy <= chance + 3 * math.sqrt(chance * (1 - chance) / alone.samples):
         raise InputError(
             f"the network's accuracy on the validation samples is {accuracy:.1%}, and always predicting the most "
-            f"common class gives {chance:.1%}: train it first, because the best exits depend on what it has learned"
+            f"common class gives {chance:.1%}: train the network longer, because the best exits depend on it"
         )
 
 
@@ -259,8 +259,8 @@ def _check_data(alone: ExitRecord, samples: int, accuracy: float, train_loader: 
         raise InputError(
             f"{samples} validation samples cannot rank designs: at {accuracy:.1%} accuracy, {2 * needed} are needed to "
             f"distinguish designs that differ by {RESOLUTION:.0%}, because half of them are left for a promise; give "
-            "more validation samples (for a folder, a larger second number in split=), or train the network longer "
-            "first: a more accurate network needs fewer"
+            "more validation samples (for a folder, a larger second number in split=); a more accurate network needs "
+            "fewer: train the network longer"
         )
     assert alone.outputs is not None
     first = next(iter(train_loader), None)

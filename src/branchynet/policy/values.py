@@ -211,7 +211,7 @@ class Choice:
     policy: Policy
     constraint: dict[str, float]
     outcome: Outcome
-    record_digest: str
+    record_digest: str = field(repr=False)
     promise: Promise | None = None
     network: str | None = None
     samples: str = field(default="", repr=False)

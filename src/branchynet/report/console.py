@@ -182,6 +182,7 @@ _PHRASES = {
     "confidence=None": "--no-promise",
     "or None for no promise": "or --no-promise for none",
     "policy=None": "no thresholds",
+    "train the network longer": "train it longer: in a new run folder, with a larger --warm-start-epochs",
 }
 
 
@@ -204,6 +205,7 @@ def in_options(message: str, options: Mapping[str, str]) -> str:
     for name, option in sorted(options.items(), key=lambda pair: -len(pair[0])):
         assigned = rf"(?<![\w./-]){name}=(?:'([^']*)'|([^\s,;:)]*))"
         message = re.sub(assigned, lambda m, o=option: f"{o} {m[1] or m[2] or ''}".rstrip(), message)
+        message = re.sub(rf"^{name}(?= must\b)", option, message)
         if "_" in name:
             message = re.sub(rf"(?<![\w./-]){name}(?![\w./-])", option, message)
     return message

@@ -134,6 +134,7 @@ def design_run(
         FileError: the run is not trained, or has no plain network.
     """
     check_fraction("max_drop", max_drop)
+    SearchOptions(epochs, final_epochs)  # raises before any data is read
     base.file("record-plain.npz", "train")
     data = data_of(base.settings)
     check_data(base.path, data)

@@ -24,9 +24,8 @@ from torch import nn
 
 from ..data import ImageData, loader
 from ..deploy.exporting import export
-from ..deploy.loading import RUNTIMES
 from ..deploy.onnx_file import model_metadata
-from ..errors import BranchyNetError, InputError, counted, nearest
+from ..errors import BranchyNetError, InputError, counted
 from ..files import locked
 from ..nn.fingerprint import fingerprint
 from ..nn.network import BranchyNet
@@ -195,9 +194,7 @@ def bench_run(
         InputError: an unknown runtime.
         BranchyNetError: the first runtime's error, if every runtime failed.
     """
-    for name in runtimes:
-        if name not in RUNTIMES:
-            raise InputError(f"unknown runtime {name!r}{nearest(name, RUNTIMES)}")
+    targets = {name: [[Target(size, count, name) for size in batches] for count in threads] for name in runtimes}
     if not (runtimes and batches and threads):
         raise InputError("give at least one batch size, one number of threads and one runtime")
     model = run.file("model.onnx", "export")
@@ -209,14 +206,14 @@ def bench_run(
     accuracy = evaluate(plain, Policy()).accuracy if run.settings.plain_epochs else None
     about = {"network": run.settings.network, "plain_accuracy": accuracy}
     rows, faults = [], {}
-    for runtime in runtimes:
+    for runtime, groups in targets.items():
         try:
-            for count in threads:
+            for group in groups:
                 rows += bench(
                     model,
                     net,
                     test,
-                    [Target(size, count, runtime) for size in batches],
+                    group,
                     about=about,
                     progress=lambda line, name=runtime: report_progress(progress, f"timing in {name}: {line}"),
                 )
