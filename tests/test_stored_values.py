@@ -79,7 +79,7 @@ def test_a_dataclass_comes_back_through_json(value):
         ({"many": [{"name": 3}]}, r"Outer\.many\[0\]\.name is 3, not str"),
         ({"limits": {"a": None}}, r"Outer\.limits\['a'\] is None"),
         ({"kind": "c"}, r"Outer\.kind is 'c'"),
-        ({"colour": 1}, "'colour', which is unknown"),
+        ({"color": 1}, "'color', which is unknown"),
     ],
 )
 def test_a_field_of_another_type_is_named(change, told):

@@ -94,7 +94,7 @@ def check_fraction(name: str, limit: float) -> None:
     """Raise `InputError` for a limit on a loss of accuracy that nothing can exceed."""
     if limit >= 1:
         raise InputError(
-            f"{name}={limit:g} limits nothing: it is a fraction; give {min(limit, 100.0) / 100:g} for {limit:g} %"
+            f"{name}={limit:g} limits nothing: it is a fraction; give {min(limit, 100.0) / 100:g} for {limit:g}%"
         )
 
 

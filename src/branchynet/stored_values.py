@@ -15,7 +15,8 @@ def from_stored(cls: type[T], value: Any, path: str | os.PathLike[str], made_by:
     """Create an instance of the dataclass `cls` from a JSON object: the inverse of `dataclasses.asdict`.
 
     Args:
-        cls: a dataclass; its fields are numbers, text, tuples, dicts, dataclasses, `Any`, or unions of them.
+        cls: a dataclass; its fields are numbers, text, tuples, dicts, dataclasses, classes with a method `from_json`,
+            `Any`, or unions of them.
         value: the parsed JSON; fields with a default may be missing.
         path: the file that `value` comes from, for the message.
         made_by: the call that creates the file, such as ``"choose(...)"``, for the message.
@@ -24,8 +25,8 @@ def from_stored(cls: type[T], value: Any, path: str | os.PathLike[str], made_by:
         FileError: a field is missing, unknown or of another type, or `cls` refuses the values.
     """
     try:
-        return _dataclass(cls, value, cls.__name__)
-    except (ValueError, TypeError, OverflowError) as error:
+        return from_fields(cls, value)
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise FileError(f"{path} is no {cls.__name__} ({error}); make it with {made_by}") from error
 
 
@@ -40,12 +41,13 @@ def read_entry(path: str | os.PathLike[str], name: str, kind: Any, made_by: str)
         raise FileError(f"{path} cannot be read ({error}); make it with {made_by}") from error
 
 
-def _dataclass(cls: Any, value: Any, where: str) -> Any:
+def from_fields(cls: Any, value: Any, where: str = "") -> Any:
+    """Create an instance of a dataclass, as `from_stored`. Raises `ValueError` or what `cls` raises."""
+    where = where or cls.__name__
     if not isinstance(value, dict):
         raise ValueError(f"{where} is {_shown(value)}, not an object")
-    known = {field.name: field for field in fields(cls) if field.init}
-    required = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
-    if missing := [name for name in required if name not in value]:
+    known = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(cls) if f.init}
+    if missing := [name for name, required in known.items() if required and name not in value]:
         raise ValueError(f"{where} lacks {', '.join(missing)}")
     if unknown := [name for name in value if name not in known]:
         raise ValueError(f"{where} has {', '.join(map(repr, unknown))}, which is unknown")
@@ -66,8 +68,10 @@ def _as(kind: Any, value: Any, where: str) -> Any:
             except ValueError as error:
                 problems.append(str(error))
         raise ValueError(" and ".join(problems))
+    if hasattr(kind, "from_json"):
+        return kind.from_json(value)
     if is_dataclass(kind):
-        return value if type(value) is kind else _dataclass(kind, value, where)
+        return from_fields(kind, value, where)
     if origin is Literal and value in args:
         return value
     if origin in (tuple, list):

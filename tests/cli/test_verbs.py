@@ -122,7 +122,7 @@ def test_choose_with_promise_and_score(run, tmp_path, monkeypatch, capsys):
     shutil.copytree(run, copy)
     assert call(monkeypatch, "choose", copy, "--max-drop", 0.05, "--confidence", 0.9, "--score", "margin") == 0
     output = " ".join(capsys.readouterr().out.split())
-    assert "With 90 % confidence, accuracy is at most 5.00 points below the last exit's" in output
+    assert "With 90% confidence, accuracy is at most 5.00 points below the last exit's" in output
     choice = Choice.load(copy / "choice.json")
     assert choice.policy.score == "margin" and str(choice.promise) in output
     plain_us = ExitCost.load(copy / "cost-margin.json").plain_us

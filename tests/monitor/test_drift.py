@@ -292,7 +292,7 @@ def test_a_disabled_exit_is_refused():
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
-        (Policy(thresholds=(0.1,)), "2 exits, but the record has 3"),
+        (Policy(thresholds=(0.1,)), "1 thresholds, but a record of 3 exits needs 2"),
         (Policy(thresholds=(None, None)), "no early exit"),
     ],
 )
@@ -348,7 +348,7 @@ def test_no_windup_while_the_goal_cannot_be_held(score, batch, goal, stuck):
     later = scores_of(40000, seed=1)
     for i in range(0, len(later), batch):
         spent = controller.update(route(later[i : i + batch], controller.thresholds))
-        # The controller compensates the error, and no more: it may notice the change two batches later, and 5 %
+        # The controller compensates the error, and no more: it may notice the change two batches later, and 5%
         # is the tolerance for drift, as above.
         most = 0.05 + abs(end / goal - 1) * 2 * batch / spent.samples
         assert side * (spent.mean_us / goal - 1) > -most
@@ -466,7 +466,7 @@ def test_bad_goals_and_rates_are_refused(keywords, message):
 
 
 def test_a_cost_of_other_exits_is_refused():
-    with pytest.raises(InputError, match="2 exits, but the record has 3"):
+    with pytest.raises(InputError, match="the cost has 2 exits, but the record has 3"):
         BudgetController(record_of(100), POLICY, ExitCost((1, 2), (1, 0)), goal_us=2)
 
 
@@ -493,6 +493,6 @@ def test_a_choice_is_used_as_its_policy(network):
 
 def test_a_monitor_on_the_samples_that_chose_warns():
     record = record_of(200)
-    with pytest.warns(UserWarning, match="this record chose these thresholds"):
+    with pytest.warns(UserWarning, match="these thresholds were chosen on this record"):
         Monitor(record, chosen(record))
     BudgetController(record, chosen(record), COST, goal_us=40)

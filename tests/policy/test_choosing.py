@@ -95,7 +95,7 @@ class TestChoose:
         assert choice.outcome.mean_us < 60
 
     def test_rounding_and_json_keep_the_side_of_a_threshold(self, tmp_path):
-        """The midpoint of neighbouring floats rounds to one of them; engines compare in float32."""
+        """The midpoint of neighboring floats rounds to one of them; engines compare in float32."""
         low = np.float32(0.3)
         high = np.nextafter(low, np.float32(1))
         for scores in ([[low, 0], [high, 0]], [[high, 0], [low, 0]]):
@@ -155,7 +155,7 @@ class TestChoose:
         third = ExitCost((0.1, 0.2), (0, 0))
         assert choose(record, third, max_latency_us=0.3).outcome.accuracy == pytest.approx(0.3)  # 0.1 + 0.2 > 0.3
 
-    def test_without_cost_the_mean_exit_is_minimised(self):
+    def test_without_cost_the_mean_exit_is_minimized(self):
         record = logits_record(300, 3)
         choice = choose(record, max_drop=0.05)
         assert choice.outcome.mean_us is None
@@ -183,7 +183,7 @@ class TestChoose:
             ({}, r"exactly one of max_drop, min_accuracy, max_disagreement, max_latency_us, max_macs; got none"),
             ({"max_drop": 0.1, "max_latency_us": 3}, r"got max_drop=0.1 and max_latency_us=3"),
             ({"min_accuracy": 99}, r"min_accuracy=99 is out of range.*fraction"),
-            ({"max_drop": 2}, r"max_drop=2 limits nothing.*give 0.02 for 2 %"),
+            ({"max_drop": 2}, r"max_drop=2 limits nothing.*give 0.02 for 2%"),
             ({"max_latency_us": math.nan}, r"max_latency_us must be a finite number; got nan"),
         ],
     )

@@ -187,7 +187,7 @@ class TestFrontier:
         assert len(found) > 25
         self.check(record, cost, found)
 
-    def test_neighbouring_floats(self):
+    def test_neighboring_floats(self):
         """The threshold between them equals the upper score, which must not leave."""
         low = np.float32(0.3)
         for _ in range(2):

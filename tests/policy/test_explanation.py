@@ -116,5 +116,5 @@ def test_a_choice_that_lets_samples_leave_has_no_reason():
     assert str(choice).splitlines() == [
         "exit 1 answers 50.0%: entropy < 0.55",
         "exit 2 answers 50.0%: always",
-        "accuracy 100.00%, last exit alone 100.00%, on the 4 samples that chose",
+        "accuracy 100.00%, last exit alone 100.00%, on the 4 samples used to choose",
     ]

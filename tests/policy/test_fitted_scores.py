@@ -78,16 +78,17 @@ def test_names_are_short():
         ({"version": 2}, "version 2, but this release reads version 1: upgrade"),
         ({"version": None}, "version None"),
         ({"weights": [[1.0, 2.0], [1.0]]}, "of 2 classes needs 3 weights at exit 1; got 2"),
-        ({"weights": [[1.0, 2.0, 3.0]]}, "weights and a bias per exit; got 1 and 2"),
-        ({"weights": 3}, "one list per exit"),
-        ({"weights": [["1", 2, 3], [1, 2, 3, 4]]}, "list of finite numbers"),
-        ({"weights": [[math.nan, 2, 3], [1, 2, 3, 4]]}, "list of finite numbers"),
-        ({"bias": [True, False]}, "bias of a fitted score must be a list of finite numbers"),
-        ({"bias": [math.inf, 0]}, "list of finite numbers"),
+        ({"weights": [[1.0, 2.0, 3.0]]}, "a bias per exit; got 2 classes, 1 rows of weights and 2 biases"),
+        ({"weights": 3}, "weights is 3, not a list"),
+        ({"weights": [["1", 2, 3], [1, 2, 3, 4]]}, r"weights\[0\]\[0\] is '1', not float"),
+        ({"weights": [[math.nan, 2, 3], [1, 2, 3, 4]]}, "must be finite"),
+        ({"weights": [[10**400, 2, 3], [1, 2, 3, 4]]}, "int too large"),
+        ({"bias": [True, False]}, r"bias\[0\] is True, not float"),
+        ({"bias": [math.inf, 0]}, "must be finite"),
         ({"bias": []}, "a bias per exit"),
         ({"classes": 1}, "two classes or more"),
-        ({"classes": "2"}, "two classes or more"),
-        ({"earlier": 1}, "earlier true or false"),
+        ({"classes": "2"}, "classes is '2', not int"),
+        ({"earlier": 1}, "earlier is 1, not bool"),
         ({"code": "import os"}, "cannot be read .*'code'"),
     ],
 )
@@ -106,10 +107,16 @@ def test_broken_learned_json(change, message, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"temperatures": [1, 0]}, {"temperatures": [-1]}, {"temperatures": []}, {"score": 3}]
+    ("change", "message"),
+    [
+        ({"temperatures": [1, 0]}, "a temperature above 0 per exit"),
+        ({"temperatures": [-1]}, "a temperature above 0 per exit"),
+        ({"temperatures": []}, "a temperature above 0 per exit"),
+        ({"score": 3}, "score is 3, not str"),
+    ],
 )
-def test_broken_tempered_json(change):
-    with pytest.raises(InputError, match="a temperature above 0 per exit"):
+def test_broken_tempered_json(change, message):
+    with pytest.raises(InputError, match=message):
         from_json({**TEMPERED.to_json(), **change})
 
 

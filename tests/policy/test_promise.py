@@ -259,7 +259,7 @@ def test_evaluation_on_samples_that_chose_or_fitted_warns():
     fitted, rest = record.take(slice(0, None, 2)), record.take(slice(1, None, 2))
     choice = choose(rest, COST, max_drop=0.05, score=fit_score(fitted))
     for seen in (rest, record, fitted, rest.take(slice(0, 1000))):
-        with pytest.warns(UserWarning, match="chose these thresholds"):
+        with pytest.warns(UserWarning, match="these thresholds were chosen on this record"):
             evaluate(seen, choice)
     assert evaluate(other, choice).samples == 3000
 

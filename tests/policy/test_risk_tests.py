@@ -241,14 +241,14 @@ def test_a_choice_stores_and_prints_its_promise(tmp_path):
     again = Choice.load(tmp_path / "choice.json")
     assert again == choice and isinstance(again.promise, Promise)
     text = str(again.promise)
-    assert re.search(r"With 95 % confidence, accuracy is at most 2\.00 points below the last exit's", text)
+    assert re.search(r"With 95% confidence, accuracy is at most 2\.00 points below the last exit's", text)
     assert "1,500 samples" in text and "750 of them" in text and again.promise.bound in text
 
 
 def test_evaluation_on_the_data_that_chose_warns():
     record, other = population(1500), population(1500, seed=1)
     choice = choose(record, COST, max_drop=0.02)
-    with pytest.warns(UserWarning, match="chose these thresholds"):
+    with pytest.warns(UserWarning, match="these thresholds were chosen on this record"):
         flattered = evaluate(record, choice, COST)
     assert flattered == choice.outcome
     with warnings.catch_warnings():

@@ -244,7 +244,7 @@ class TestExitCost:
             (((1, 2), (1,)), "branch_us has 1 numbers but trunk_us has 2"),
             (((1, 2), (1, 2), (3,)), "trunk_macs has 1 numbers but trunk_us has 2"),
             (((), ()), "0 numbers"),
-            (((1, -2), (1, 2)), "trunk_us must be finite and not negative"),
+            (((1, -2), (1, 2)), "trunk_us must not be negative"),
             (((1, math.nan), (1, 2)), "trunk_us must be a finite"),
             (((1, 2), (1, math.inf)), "branch_us must be a finite"),
         ],
@@ -342,7 +342,7 @@ class TestChoice:
     )
     def test_a_promise_has_a_known_limit_and_bound(self, tmp_path, name, value):
         fields = dataclasses.asdict(Promise("max_drop", 0.1, 0.95, "betting", 2, 2))
-        assert "With 95 % confidence" in str(Promise(**fields))
+        assert "With 95% confidence" in str(Promise(**fields))
         with pytest.raises(InputError, match=f"unknown {name} '{value}' of a promise; take one of"):
             Promise(**{**fields, name: value})
         (tmp_path / "c.json").write_text(json.dumps({**GOOD, "promise": {**fields, name: value}}))
@@ -375,7 +375,7 @@ class TestJsonFiles:
             {"trunk_us": [[1]], "branch_us": [1]},
             {"trunk_us": [1], "branch_us": [-1]},
             {"trunk_us": [math.nan], "branch_us": [1]},
-            {"trunk_us": [1], "branch_us": [1], "colour": 1},
+            {"trunk_us": [1], "branch_us": [1], "color": 1},
         ],
     )
     def test_wrong_cost(self, tmp_path, content):
@@ -393,7 +393,7 @@ class TestJsonFiles:
             {"policy": {"score": "entropy", "thresholds": 3}},
             {"outcome": {}},
             {"outcome": 3},
-            {"colour": 1},
+            {"color": 1},
         ],
     )
     def test_wrong_choice(self, tmp_path, change):

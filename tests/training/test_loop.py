@@ -103,7 +103,7 @@ def test_the_history_agrees_with_a_simple_loop():
     still = functools.partial(torch.optim.SGD, lr=0.0)
     row = quiet(net, DataLoader(data, 25), DataLoader(data, 10), epochs=1, loss_weights=[1, 0.5], optimizer=still).last
     x, y = data.tensors
-    # A step at a learning rate of 0 changes only the running statistics of batch normalisation.
+    # A step at a learning rate of 0 changes only the running statistics of batch normalization.
     with torch.no_grad():
         outputs = net(x)
     assert row.val_loss == pytest.approx(float(joint_loss(outputs, y, [1, 0.5])), rel=1e-5)

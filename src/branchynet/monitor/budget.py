@@ -16,7 +16,7 @@ from ..policy.prediction import Prediction
 from ..policy.record_scores import scores_of_record
 from ..policy.search import mean_cost
 from ..policy.values import Choice, Floats, Policy
-from .predictions import PicklableLock, answered, check_exits
+from .predictions import PicklableLock, answered, check_early
 
 _MOST_GAIN = 0.5  # largest part of the way to the goal per batch; half is stable even if the slope is wrong
 _RETURN = 4.0  # the steps back grow by this factor for each 1 / rate samples that all leave at one end
@@ -96,8 +96,8 @@ class BudgetController:
     ) -> None:
         instance("cost", cost, ExitCost, "give what measure(...) returns, after the policy")
         check_cost(record, cost)
-        policy, _ = policy_for(record, policy)
-        check_exits(record, policy)
+        policy = policy_for(record, policy)
+        check_early(policy)
         rate = above_zero("rate", rate)
         if rate > _MOST_GAIN:
             raise InputError(f"rate={rate!r} must lie between 0 and {_MOST_GAIN}, such as 0.01")

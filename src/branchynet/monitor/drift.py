@@ -1,6 +1,5 @@
 """Detect drift: exits, scores or labels of a deployed network that differ from those of a calibration record."""
 
-import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +13,7 @@ from ..policy.exit_record import ExitRecord, check_cost
 from ..policy.prediction import Prediction
 from ..policy.values import Choice, Floats, Ints, Policy
 from .martingale import CHUNK, ConformalRanks, TestMartingale, suspect
-from .predictions import PicklableLock, answered, answered_labels, answered_scores, predicted
+from .predictions import PicklableLock, answered, answered_labels, answered_scores, check_early, predicted
 
 RESOLUTION = 1e-5
 """Scores are rounded to multiples of this, because smaller differences between engines are not drift."""
@@ -111,12 +110,8 @@ class Monitor:
         self, record: ExitRecord, policy: Policy | Choice, *, false_alarm: float = 0.01, seed: int = 0
     ) -> None:
         check_cost(record, None)
-        policy, chose = policy_for(record, policy)
-        if chose:
-            warnings.warn(
-                "this record chose these thresholds, so false alarms may be more frequent: give other samples",
-                stacklevel=2,
-            )
+        policy = policy_for(record, policy, "so false alarms may be more frequent: give other samples")
+        check_early(policy)
         if not 0 < real("false_alarm", false_alarm) < 1:
             raise InputError(f"false_alarm={false_alarm!r} must lie between 0 and 1, such as 0.01")
         exits, scores, labels = predicted(record, policy)

@@ -30,13 +30,8 @@ class PicklableLock:
         return PicklableLock, ()
 
 
-def check_exits(record: ExitRecord, policy: Policy) -> None:
-    """Raise `InputError` if record and policy have different numbers of exits, or no early exit is in use."""
-    if policy.num_exits != record.num_exits:
-        raise InputError(
-            f"the policy is for {policy.num_exits} exits, but the record has {record.num_exits}: give the record of "
-            "the network that the policy was chosen for"
-        )
+def check_early(policy: Policy) -> None:
+    """Raise `InputError` if the policy uses no early exit."""
     if not any(policy.enabled[:-1]):
         raise InputError(
             "the policy uses no early exit (every threshold is never), so nothing can be watched or moved: choose one "
@@ -50,17 +45,16 @@ def predicted(record: ExitRecord, policy: Policy) -> tuple[Ints, Floats, Ints | 
     The labels are None for a record of scores and losses.
 
     Raises:
-        InputError: as `check_exits`; the record holds another score than that of the policy; a score is NaN.
+        InputError: the record holds another score than that of the policy, or a score is NaN.
     """
-    check_exits(record, policy)
     scores = scores_of_record(record, policy.score)
     position = exit_positions(scores, as_deployed(policy.thresholds))
     rows = np.arange(record.samples)
     left = scores[rows, position]
     if np.isnan(left).any():
+        n = int(np.isnan(left).argmax())
         raise InputError(
-            f"the record holds a score of NaN at sample {int(np.isnan(left).argmax())}, exit "
-            f"{position[np.isnan(left).argmax()] + 1}: leave that sample out"
+            f"the record holds a score of NaN at sample {n}, exit {position[n] + 1}: leave that sample out"
         )
     labels = None if record.outputs is None else record.outputs[rows, position].argmax(axis=1)
     return position + 1, left, labels

@@ -79,7 +79,7 @@ class ExitWeights(tuple[tuple[float, ...], ...]):
 def fit_averaging(record: ExitRecord, *, of: Of = "softmax", steps: int = 200) -> ExitWeights:
     """Fit the `exit_weights` of `averaged` by maximum likelihood on a record; deterministic.
 
-    Mean probabilities are a mixture. Expectation-maximisation finds its weights, starting from equal weights. For
+    Mean probabilities are a mixture. Expectation-maximization finds its weights, starting from equal weights. For
     logits, L-BFGS-B fits the weights and a temperature together, which makes the likelihood concave. The temperature
     changes no label and is dropped.
 

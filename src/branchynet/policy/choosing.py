@@ -10,20 +10,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..argument_checks import real, whole
+from ..argument_checks import whole
 from ..errors import InfeasibleError, InputError
-from .evaluation import best_points, centred, evaluate, policy_thresholds, problem_of
+from .evaluation import best_points, centered, evaluate, policy_thresholds, problem_of
 from .exit_cost import ExitCost
 from .exit_record import ExitRecord, check_cost
 from .explanation import why_never
-from .limits import Limit, one_limit
+from .limits import Limit, check_limit
 from .promise import bound_of, check_samples, check_size, promised
 from .record_scores import score_in_use
 from .search import SearchPoints, SearchProblem, join, sweep
-from .values import BOUNDS, Choice, Floats, Policy, Promise
+from .values import Choice, Floats, Policy, Promise
 
 if TYPE_CHECKING:
     from .scores import Score
+
+_LARGE = 0.2  # a user hardly ever means a larger drop in accuracy
 
 
 def choose(
@@ -42,8 +44,8 @@ def choose(
 ) -> Choice:
     """Choose the best thresholds under exactly one limit.
 
-    The first three limits bound the loss of accuracy, and `choose` minimises the mean time. The other two bound the
-    mean cost, and `choose` maximises accuracy. Ties go to the cheaper or the more accurate policy. `choose` searches
+    The first three limits bound the loss of accuracy, and `choose` minimizes the mean time. The other two bound the
+    mean cost, and `choose` maximizes accuracy. Ties go to the cheaper or the more accurate policy. `choose` searches
     in the same way as `frontier`.
 
     A limit on accuracy comes with a promise: with probability `confidence` over the draw of the record, the limit holds
@@ -57,7 +59,7 @@ def choose(
 
     Args:
         record: S samples, N exits.
-        cost: N stages. By default each trunk segment costs 1 and branches cost nothing: the mean exit is minimised.
+        cost: N stages. By default each trunk segment costs 1 and branches cost nothing: the mean exit is minimized.
         max_drop: maximum drop in accuracy from the last exit, as a fraction (0.01 is one point).
         min_accuracy: minimum accuracy, between 0 and 1, such as that of a plain network.
         max_disagreement: maximum share of samples with another class than that of the last exit. Needs outputs, and
@@ -98,7 +100,7 @@ def choose(
     Source: Teerapittayanon et al. 2016, section V-B (screening under an accuracy or a time constraint).
     `branchynet.policy.risk_tests` explains the promise.
     """
-    limit = check_limit(
+    limit, confidence = check_limit(
         confidence,
         bound,
         max_drop=max_drop,
@@ -107,9 +109,10 @@ def choose(
         max_latency_us=max_latency_us,
         max_macs=max_macs,
     )
-    _warn_of_percent(limit)
+    if not limit.on_cost and not limit.absolute and limit.value > _LARGE:
+        points = f"{limit.value:g} points give {limit.value / 100:g}"
+        warnings.warn(f"{limit} allows {100 * limit.value:g} points: it is a fraction; for {points}", stacklevel=2)
     vectors = whole("vectors", vectors, 1)
-    confidence = None if confidence is None else real("confidence", confidence)
     check_cost(record, cost)
     score = score_in_use(record, score)
     problem = _problem_under(limit, record, cost, score)
@@ -154,18 +157,17 @@ def _problem_under(limit: Limit, record: ExitRecord, cost: ExitCost | None, scor
             f"{limit.name} needs a cost: measure one with measure(...), or give max_drop, min_accuracy or "
             "max_disagreement"
         )
-    if record.labels is not None and not limit.without_labels and record.samples > 1:
-        if (record.labels == record.labels[0]).all():
-            raise InputError(
-                f"all {record.samples} labels of the record are class {record.labels[0]}: choose on samples of all "
-                "classes, in the proportions of the data that the network will process"
-            )
     if limit.without_labels:
         if record.outputs is None:
             raise InputError("max_disagreement needs a record of outputs; this one holds scores and losses only")
         record = replace(record, labels=record.outputs[:, -1].argmax(axis=1), losses=None)
+    elif record.labels is not None and record.samples > 1 and (record.labels == record.labels[0]).all():
+        raise InputError(
+            f"all {record.samples} labels of the record are class {record.labels[0]}: choose on samples of all "
+            "classes, in the proportions of the data that the network will process"
+        )
     cost = cost or ExitCost((1.0,) * record.num_exits, (0.0,) * record.num_exits)
-    if limit.on_macs:
+    if limit.name == "max_macs":
         if not any(cost.trunk_macs):
             raise InputError(
                 "max_macs needs a cost with multiply-accumulates (trunk_macs, branch_macs): measure(...) counts them "
@@ -181,13 +183,18 @@ def _within(problem: SearchProblem, limit: Limit, vectors: int) -> Floats:
     points = best_points(problem, vectors)
     best = _pick(points, most_loss, most_us)
     if best is None:
-        raise InfeasibleError(_unreachable(limit, points, len(problem.losses)))
-    best = _refine(problem, best, most_loss, most_us)
-    return centred(problem, best.thresholds[0])
+        what, values = ("the cheapest", points.us) if limit.on_cost else ("the most accurate", points.loss)
+        unit, i = "multiply-accumulates" if limit.name == "max_macs" else "us", int(values.argmin())
+        samples, thresholds = len(problem.losses), policy_thresholds(points.thresholds[i])
+        raise InfeasibleError(
+            f"no thresholds meet {limit} on this record of {samples} samples; {what} are {thresholds}, with accuracy "
+            f"{1 - points.loss[i] / samples:.4f} at a mean cost of {points.us[i]:.4g} {unit} per sample"
+        )
+    return centered(problem, _refine(problem, best, most_loss, most_us).thresholds[0])
 
 
 def _pick(points: SearchPoints, most_loss: float, most_us: float) -> SearchPoints | None:
-    """Return the best point within both limits. One limit is infinite, and its quantity is minimised first."""
+    """Return the best point within both limits. One limit is infinite, and its quantity is minimized first."""
     within = np.nonzero((points.loss <= most_loss) & (points.us <= most_us))[0]
     if not len(within):
         return None
@@ -210,48 +217,13 @@ def _refine(problem: SearchProblem, best: SearchPoints, most_loss: float, most_u
 
 
 def check_call(
-    record: ExitRecord,
-    *,
-    confidence: float | None = 0.95,
-    bound: str | None = None,
-    vectors: int = 1,
-    **limits: float | None,
+    record: ExitRecord, *, confidence: float | None = 0.95, bound: str | None = None, **limits: float | None
 ) -> bool:
     """Return whether `choose` gives a promise. Raises as `choose` does, before any cost is measured."""
-    limit = check_limit(confidence, bound, **limits)
+    limit, confidence = check_limit(confidence, bound, **limits)
     if confidence is None or limit.on_cost:
         return False
     if record.labels is not None:
         bound = bound or ("betting" if limit.signed else "binomial")
         check_size(record.samples, limit, 1 - confidence, bound)
     return True
-
-
-def check_limit(confidence: float | None, bound: str | None = None, **limits: float | None) -> Limit:
-    """Return the one limit that was given. Raises `InputError` for any argument that is out of range."""
-    confidence = None if confidence is None else real("confidence", confidence)
-    if confidence is not None and not 0 < confidence < 1:
-        raise InputError(f"confidence={confidence:g} must lie between 0 and 1, such as 0.95; or None for no promise")
-    if bound not in (None, *BOUNDS):
-        raise InputError(f"unknown bound {bound!r}; take one of {', '.join(BOUNDS)}, or None for the sharper")
-    return one_limit(limits)
-
-
-def _warn_of_percent(limit: Limit) -> None:
-    if limit.suspicious:
-        warnings.warn(
-            f"{limit} allows {100 * limit.value:g} points: it is a fraction; for {limit.value:g} points give "
-            f"{limit.value / 100:g}",
-            stacklevel=3,
-        )
-
-
-def _unreachable(limit: Limit, points: SearchPoints, samples: int) -> str:
-    best = int((points.us if limit.on_cost else points.loss).argmin())
-    what = "the cheapest" if limit.on_cost else "the most accurate"
-    unit = "multiply-accumulates" if limit.on_macs else "us"
-    return (
-        f"no thresholds meet {limit} on this record of {samples} samples; {what} are "
-        f"{policy_thresholds(points.thresholds[best])}, with accuracy {1 - points.loss[best] / samples:.4f} at a mean "
-        f"cost of {points.us[best]:.4g} {unit} per sample"
-    )

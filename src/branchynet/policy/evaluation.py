@@ -41,12 +41,12 @@ def evaluate(record: ExitRecord, policy: Policy | Choice, cost: ExitCost | None 
     """Compute the accuracy of `policy` on `record`, the share of samples per exit and, given `cost`, time and MACs.
 
     Leaving at exit n costs the trunk and the branches in use up to n; a branch with the threshold None costs nothing.
-    The interval of the accuracy is Wilson's 95 % interval. It is conservative for losses between 0 and 1, because they
+    The interval of the accuracy is Wilson's 95% interval. It is conservative for losses between 0 and 1, because they
     vary at most as much as a 0/1 loss with the same mean.
 
     Args:
         record: S samples, N exits.
-        policy: a score and N-1 thresholds, or a `Choice`, with a warning if `record` is the data that chose it.
+        policy: a score and N-1 thresholds, or a `Choice`. A choice on `record` itself is optimistic, and warned of.
         cost: N stages, or None to leave the costs out.
 
     Returns:
@@ -64,23 +64,13 @@ def evaluate(record: ExitRecord, policy: Policy | Choice, cost: ExitCost | None 
     Source: Teerapittayanon et al. 2016, Figure 2; interval: Wilson 1927, doi:10.1080/01621459.1927.10502953.
     """
     check_cost(record, cost)
-    policy, chose = policy_for(record, policy)
-    if chose:
-        warnings.warn(
-            "this record chose these thresholds, so its results are optimistic: report those of another record",
-            stacklevel=2,
-        )
-    if policy.num_exits != record.num_exits:
-        raise InputError(
-            f"the policy has {len(policy.thresholds)} thresholds, but a record of {record.num_exits} exits needs "
-            f"{record.num_exits - 1}, one per exit except the last: give None for an exit that you do not use"
-        )
+    policy = policy_for(record, policy, "so its results are optimistic: report those of another record")
     position = route(scores_of_record(record, policy.score), policy.thresholds) - 1
     losses = record.losses.astype(np.float64)
     loss = losses[np.arange(record.samples), position]
     counts = np.bincount(position, minlength=record.num_exits).astype(np.float64)
     wrong = np.bincount(position, loss, minlength=record.num_exits)
-    accuracy = _accuracy(loss.sum(), record.samples)
+    accuracy = float(1 - loss.sum() / record.samples)
     costs = {}
     if cost is not None:
         us, macs = cost.latency_us(policy.enabled), cost.macs(policy.enabled)
@@ -94,31 +84,37 @@ def evaluate(record: ExitRecord, policy: Policy | Choice, cost: ExitCost | None 
         samples=record.samples,
         accuracy=accuracy,
         accuracy_interval=wilson(accuracy, record.samples),
-        last_accuracy=_accuracy(losses[:, -1].sum(), record.samples),
+        last_accuracy=float(1 - losses[:, -1].sum() / record.samples),
         exit_share=tuple(float(c) / record.samples for c in counts),
-        exit_accuracy=tuple(_accuracy(w, c) if c else None for w, c in zip(wrong, counts, strict=True)),
+        exit_accuracy=tuple(float(1 - w / c) if c else None for w, c in zip(wrong, counts, strict=True)),
         **costs,
     )
 
 
-def policy_for(record: ExitRecord, policy: Policy | Choice) -> tuple[Policy, bool]:
-    """Return the policy, or that of a choice, and whether the record is known to have chosen it.
+def policy_for(record: ExitRecord, policy: Policy | Choice, consequence: str = "") -> Policy:
+    """Return the policy, or that of a choice.
+
+    With a `consequence`, it warns of it if the thresholds were chosen, or the score was fitted, on samples of `record`.
 
     Raises:
-        InputError: neither, or a choice of another network than the record's.
+        InputError: neither, or one of another network or number of exits than the record's.
     """
     if isinstance(policy, Choice):
         check_same_network("the record and the choice", record.network, policy.network)
-        return policy.policy, policy.record_digest == record.digest or _chose(policy, record)
+        used = [policy.samples, samples_fitted_on(policy.policy.score)]
+        found = record.sample_digests if any(used) else None
+        shared = found is not None and any(share_samples(one, found) for one in used)
+        if consequence and (shared or policy.record_digest == record.digest):
+            warnings.warn(f"these thresholds were chosen on this record, {consequence}", stacklevel=3)
+        policy = policy.policy
     instance("policy", policy, Policy, "give Policy(thresholds=(...)), or what choose(...) returns")
-    return policy, False
-
-
-def _chose(choice: Choice, record: ExitRecord) -> bool:
-    """Return whether samples of the record chose the thresholds, or the score was fitted on them."""
-    known = [choice.samples, samples_fitted_on(choice.policy.score)]
-    found = record.sample_digests if any(known) else None
-    return found is not None and any(share_samples(one, found) for one in known)
+    if policy.num_exits != record.num_exits:
+        raise InputError(
+            f"the policy has {len(policy.thresholds)} thresholds, but a record of {record.num_exits} exits needs "
+            f"{record.num_exits - 1}, one per exit except the last: give None for an exit that you do not use, or the "
+            "record of the network that the policy was chosen for"
+        )
+    return policy
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +159,7 @@ def frontier(
 ) -> Frontier:
     """Compute the best accuracy on `record` for every mean time that thresholds can give.
 
-    Candidate thresholds lie midway between neighbouring recorded scores; *never* removes an exit and its cost. For one
+    Candidate thresholds lie midway between neighboring recorded scores; *never* removes an exit and its cost. For one
     threshold the result is exact. For two or three it is exact if at most `vectors` combinations remain (for two, a
     hundred times as many) after leaving out those that a looser one certainly beats. With more combinations, it is
     computed on a grid of about `vectors`, and then exactly along one threshold at a time. More thresholds are searched
@@ -203,7 +199,7 @@ def frontier(
 
 
 def wilson(share: float, samples: int) -> tuple[float, float]:
-    """Return Wilson's 95 % interval for a `share` observed in `samples` samples."""
+    """Return Wilson's 95% interval for a `share` observed in `samples` samples."""
     spread = Z95**2 / samples
     middle = (share + spread / 2) / (1 + spread)
     half = math.sqrt(share * (1 - share) * spread + spread**2 / 4) / (1 + spread)
@@ -216,14 +212,13 @@ def best_points(problem: SearchProblem, vectors: int) -> SearchPoints:
 
 
 def problem_of(record: ExitRecord, cost: ExitCost, score: "str | Score") -> SearchProblem:
-    """Return the search problem of a record. Raises `InputError` if record and cost are of different networks."""
-    check_cost(record, cost)
+    """Return the search problem of a record, for a cost of the same network."""
     scores = np.asfortranarray(scores_of_record(record, score))  # the search reads columns
     return SearchProblem(scores, record.losses.astype(np.float64, order="F"), cost)
 
 
-def centred(problem: SearchProblem, thresholds: Floats) -> Floats:
-    """Move thresholds midway between the neighbouring scores at each exit, which keeps every sample's exit.
+def centered(problem: SearchProblem, thresholds: Floats) -> Floats:
+    """Move thresholds midway between the neighboring scores at each exit, which keeps every sample's exit.
 
     An exit at which no sample leaves is disabled, and its branch costs nothing.
     """
@@ -239,10 +234,6 @@ def centred(problem: SearchProblem, thresholds: Floats) -> Floats:
         else:
             moved[n] = np.nan
     return moved
-
-
-def _accuracy(loss: float, samples: int) -> float:
-    return 1 - float(loss) / int(samples)
 
 
 def policy_thresholds(thresholds: Floats) -> tuple[float | None, ...]:

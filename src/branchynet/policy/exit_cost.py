@@ -29,7 +29,7 @@ class ExitCost:
         batch_size, threads: of the timed calls.
         network: the `fingerprint` of the measured network; None if unknown.
         plain_us: microseconds per sample of the backbone alone, timed with the others; None if unknown.
-        spread: relative 95 % uncertainty of the times, from their variation during the measurement; None if unknown.
+        spread: relative 95% uncertainty of the times, from their variation during the measurement; None if unknown.
 
     Raises:
         InputError: tuples of different lengths, or a number that is negative or not finite.
@@ -52,15 +52,14 @@ class ExitCost:
 
     def __post_init__(self) -> None:
         for name in ("trunk_us", "branch_us", "trunk_macs", "branch_macs"):
-            given = getattr(self, name)
-            given = ordered(f"ExitCost.{name}", given, "give one number per exit, such as (12.5, 40.0)")
+            given = ordered(f"ExitCost.{name}", getattr(self, name), "give one number per exit, such as (12.5, 40.0)")
             values = tuple(real(f"an entry of ExitCost.{name}", v) for v in given)
             if name.endswith("_macs") and not values:
                 values = (0.0,) * len(self.trunk_us)
             if len(values) != len(self.trunk_us) or not values:
                 raise InputError(f"ExitCost.{name} has {len(values)} numbers but trunk_us has {len(self.trunk_us)}")
             if min(values) < 0:
-                raise InputError(f"ExitCost.{name} must be finite and not negative; got {values}")
+                raise InputError(f"ExitCost.{name} must not be negative; got {values}")
             set_fields(self, **{name: values})
 
     @property
@@ -80,11 +79,9 @@ class ExitCost:
         return _cumulative(self.trunk_macs, self.branch_macs, enabled)
 
     def __str__(self) -> str:
-        """One line per exit."""
-        times = zip(self.trunk_us, self.branch_us, strict=True)
-        lines = [
-            f"exit {n}: trunk {trunk:.1f} us, branch {branch:.1f} us" for n, (trunk, branch) in enumerate(times, 1)
-        ]
+        """One line per exit, and one about the calls."""
+        times = enumerate(zip(self.trunk_us, self.branch_us, strict=True), 1)
+        lines = [f"exit {n}: trunk {trunk:.1f} us, branch {branch:.1f} us" for n, (trunk, branch) in times]
         spread = "" if self.spread is None else f", within {self.spread:.0%}"
         return "\n".join([*lines, f"per sample, batch {self.batch_size}, threads {self.threads}{spread}"])
 
@@ -95,8 +92,7 @@ class ExitCost:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "ExitCost":
         """Read a file that `save` wrote. Raises `FileError`."""
-        stored = read_sealed(path, "cost", "measure it again with measure(...)")
-        return from_stored(cls, stored, path, "measure(...)")
+        return from_stored(cls, read_sealed(path, "cost", "measure it again with measure(...)"), path, "measure(...)")
 
 
 def _cumulative(trunk: Sequence[float], branch: Sequence[float], enabled: Sequence[bool]) -> Floats:

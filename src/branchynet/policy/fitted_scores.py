@@ -6,11 +6,12 @@ a policy without it.
 
 import json
 import math
-import sys
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import InputError
+from ..stored_values import from_fields
 from .sample_digests import is_sketch
 from .score_names import check_score
 
@@ -18,11 +19,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 VERSION = 1
-_LARGEST = sys.float_info.max  # a JSON integer may be larger than any float
 
 
 class _DescribedScore:
-    """Fitted scores are identified by name, like user callables."""
+    """What the kinds share. A fitted score is identified by its name, as a user's callable is."""
 
     kind: ClassVar[str]
     fitted_on: str
@@ -62,15 +62,10 @@ class TemperedScore(_DescribedScore):
     kind: ClassVar[str] = "tempered"
 
     def __post_init__(self) -> None:
-        temperatures = _floats("temperatures", self.temperatures)
-        if not isinstance(self.score, str) or not temperatures or min(temperatures) <= 0:
-            raise InputError(
-                f"a tempered score needs the name of a score and a temperature above 0 per exit; got {self.score!r} "
-                f"and {self.temperatures!r}"
-            )
+        _check(self.fitted_on, self.temperatures)
+        if not self.temperatures or min(self.temperatures) <= 0:
+            raise InputError(f"a tempered score needs a temperature above 0 per exit; got {self.temperatures!r}")
         check_score(self.score)
-        object.__setattr__(self, "temperatures", temperatures)
-        _check_sketch(self.fitted_on)
 
     @property
     def __name__(self) -> str:
@@ -85,7 +80,8 @@ class TemperedScore(_DescribedScore):
         """Return the score `(B,)` of the outputs so far."""
         from .scores import SCORES, cooled
 
-        _check_exits(self, len(outputs))
+        if len(outputs) > self.num_exits:
+            check_fitted(self, len(outputs))
         return SCORES[self.score](cooled(outputs, self.temperatures))
 
 
@@ -117,27 +113,18 @@ class LearnedScore(_DescribedScore):
     kind: ClassVar[str] = "learned"
 
     def __post_init__(self) -> None:
-        bias = _floats("bias", self.bias)
-        try:
-            weights = tuple(_floats("weights", row) for row in self.weights)
-        except TypeError:
-            raise InputError(f"weights of a learned score must be one list per exit; got {self.weights!r}") from None
-        if type(self.classes) is not int or self.classes < 2 or type(self.earlier) is not bool:
+        _check(self.fitted_on, self.bias, *self.weights)
+        if self.classes < 2 or not self.bias or len(self.weights) != len(self.bias):
             raise InputError(
-                f"a learned score needs two classes or more, and earlier true or false; got {self.classes!r} and "
-                f"{self.earlier!r}"
+                f"a learned score needs two classes or more, and weights and a bias per exit; got {self.classes} "
+                f"classes, {len(self.weights)} rows of weights and {len(self.bias)} biases"
             )
-        if not bias or len(weights) != len(bias):
-            raise InputError(f"a learned score needs weights and a bias per exit; got {len(weights)} and {len(bias)}")
-        for n, row in enumerate(weights, 1):
+        for n, row in enumerate(self.weights, 1):
             wanted = 1 + self.classes + (n - 1) * self.earlier  # as in `branchynet.policy.scores.features`
             if len(row) != wanted:
                 raise InputError(
                     f"a learned score of {self.classes} classes needs {wanted} weights at exit {n}; got {len(row)}"
                 )
-        object.__setattr__(self, "weights", weights)
-        object.__setattr__(self, "bias", bias)
-        _check_sketch(self.fitted_on)
 
     @property
     def num_exits(self) -> int:
@@ -150,7 +137,8 @@ class LearnedScore(_DescribedScore):
 
         from .scores import answers, features
 
-        _check_exits(self, len(outputs))
+        if len(outputs) > self.num_exits:
+            check_fitted(self, len(outputs))
         latest = outputs[-1]
         if latest.dim() != 2 or latest.shape[1] != self.classes:
             raise InputError(
@@ -178,10 +166,9 @@ def from_json(value: Any) -> FittedScore:
             f"the {kind} score has version {version!r}, but this release reads version {VERSION}: upgrade, or fit the "
             "score again"
         )
-    fields = {k: v for k, v in value.items() if k not in ("kind", "version")}
     try:
-        return _KINDS[kind](**fields)
-    except TypeError as error:
+        return from_fields(_KINDS[kind], {k: v for k, v in value.items() if k not in ("kind", "version")})
+    except (ValueError, OverflowError) as error:
         raise InputError(f"the {kind} score cannot be read ({error}); fit it again") from error
 
 
@@ -198,19 +185,8 @@ def check_fitted(score: Any, exits: int) -> None:
         )
 
 
-def _check_exits(score: FittedScore, exits: int) -> None:
-    if exits > score.num_exits:
-        check_fitted(score, exits)
-
-
-def _check_sketch(fitted_on: Any) -> None:
+def _check(fitted_on: str, *numbers: tuple[float, ...]) -> None:
     if not is_sketch(fitted_on):
         raise InputError(f"fitted_on of a fitted score must be a sketch of samples, or empty; got {fitted_on!r}")
-
-
-def _floats(name: str, values: Any) -> tuple[float, ...]:
-    if not isinstance(values, (list, tuple)) or not all(
-        isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) <= _LARGEST for v in values
-    ):
-        raise InputError(f"{name} of a fitted score must be a list of finite numbers; got {values!r}")
-    return tuple(float(v) for v in values)
+    if not all(map(math.isfinite, chain(*numbers))):
+        raise InputError(f"numbers of a fitted score must be finite; got {numbers!r}")

@@ -1,4 +1,4 @@
-"""The limit under which `choose` looks for thresholds."""
+"""The limit that the thresholds of `choose` must keep."""
 
 import math
 from dataclasses import dataclass
@@ -8,22 +8,15 @@ import numpy as np
 
 from ..argument_checks import check_fraction, real
 from ..errors import InputError
-from .values import PROMISED
+from .values import BOUNDS, PROMISED
 
 SLACK = 1e-9
 """Limits are met within this tolerance, because decimals are rounded."""
 
-_LARGE = 0.2  # a user hardly ever means a larger drop in accuracy
-
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit and its properties, which depend on its name.
-
-    Attributes:
-        name: the name of the argument of `choose`.
-        value: the limit.
-    """
+    """The name of an argument of `choose`, and its value."""
 
     name: str
     value: float
@@ -33,13 +26,8 @@ class Limit:
 
     @property
     def on_cost(self) -> bool:
-        """Whether it bounds a cost, so that accuracy is maximised."""
+        """Whether it bounds a cost, so that accuracy is maximized."""
         return self.name not in PROMISED
-
-    @property
-    def on_macs(self) -> bool:
-        """Whether the cost is counted in multiply-accumulates."""
-        return self.name == "max_macs"
 
     @property
     def without_labels(self) -> bool:
@@ -61,11 +49,6 @@ class Limit:
         """Whether answers that leaving early corrects offset those that it makes wrong."""
         return self.name == "max_drop"
 
-    @property
-    def suspicious(self) -> bool:
-        """Whether it is so large that it may be meant in percent."""
-        return not self.on_cost and not self.absolute and self.value > _LARGE
-
     def allowed_loss(self, losses: np.ndarray[Any, Any]) -> float:
         """Return the summed loss that it allows on samples with losses `(S, N)`; infinite for a limit on cost."""
         if self.on_cost:
@@ -78,16 +61,23 @@ class Limit:
         return self.value * (1 + SLACK) if self.on_cost else math.inf
 
 
-def one_limit(limits: dict[str, float | None]) -> Limit:
-    """Return the one limit that is not None. Raises `InputError` for none, several, or one that is out of range."""
+def check_limit(
+    confidence: float | None, bound: str | None = None, **limits: float | None
+) -> tuple[Limit, float | None]:
+    """Return the one limit that is not None, and the confidence. Raises `InputError` for arguments out of range."""
+    confidence = None if confidence is None else real("confidence", confidence)
+    if confidence is not None and not 0 < confidence < 1:
+        raise InputError(f"confidence={confidence:g} must lie between 0 and 1, such as 0.95; or None for no promise")
+    if bound not in (None, *BOUNDS):
+        raise InputError(f"unknown bound {bound!r}; take one of {', '.join(BOUNDS)}, or None for the sharper")
     given = {name: real(name, value) for name, value in limits.items() if value is not None}
     if len(given) != 1:
         shown = " and ".join(f"{name}={value:g}" for name, value in given.items()) or "none"
         raise InputError(f"give exactly one of {', '.join(limits)}; got {shown}")
     ((name, value),) = given.items()
     limit = Limit(name, value)
-    if name in ("max_drop", "max_disagreement"):
+    if not limit.on_cost and not limit.absolute:
         check_fraction(name, value)
     if not limit.on_cost and not -1 <= value <= 1:
         raise InputError(f"{limit} is out of range: it is a fraction, such as 0.01 for one point")
-    return limit
+    return limit, confidence

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import InfeasibleError, InputError
-from .evaluation import best_points, centred
+from .evaluation import best_points, centered
 from .exit_record import ExitRecord
 from .exit_rule import exit_positions
 from .fitted_scores import samples_fitted_on
@@ -40,7 +40,8 @@ def check_samples(record: ExitRecord, score: "str | Score") -> None:
             use is not possible.
     """
     fitted = samples_fitted_on(score)
-    share = _copies(record)
+    found = record.sample_digests
+    share = repeated_rows(record.scores, record.losses) if found is None else repeated(found)  # type: ignore[arg-type]
     if share >= COPIED and record.inputs is not None:
         raise InputError(
             f"{share:.0%} of the record's {record.samples} samples are copies of others, by their inputs, so both "
@@ -54,7 +55,7 @@ def check_samples(record: ExitRecord, score: "str | Score") -> None:
             "recorded several times, the promise does not hold; record every sample once",
             stacklevel=3,
         )
-    if record.sample_digests is None:
+    if found is None:
         if fitted or record.selected_on:
             what = f"the {score} score" if fitted else "the network or the score"
             warnings.warn(
@@ -62,29 +63,26 @@ def check_samples(record: ExitRecord, score: "str | Score") -> None:
                 "the record does not know its samples: give it inputs=, the digests of their inputs",
                 stacklevel=3,
             )
-    elif _used(record, (fitted,)):
-        _refuse(
+        return
+    why = ""
+    if _used(record, (fitted,)):
+        why = (
             f"the {score} score was fitted on samples that would test the promise, which then would not hold: fit "
             "it on some of the samples, record.take(slice(0, None, 2)), and choose on the others, "
-            "record.take(slice(1, None, 2)), or ask for no promise with confidence=None",
-            share,
+            "record.take(slice(1, None, 2)), or ask for no promise with confidence=None"
         )
     elif _used(record, record.selected_on):
-        _refuse(
+        why = (
             "this network's exits or averages were selected on samples that would test the promise, or the record's "
             "score was fitted on them, and the promise would not hold: give a record of other samples; after advise, "
             "give the whole record of its validation samples in the same order, because advise used only half of it; "
-            "or ask for no promise with confidence=None",
-            share,
+            "or ask for no promise with confidence=None"
         )
-
-
-def _copies(record: ExitRecord) -> float:
-    """Return the share of the samples that are copies, as far as the record shows it."""
-    if record.sample_digests is not None:
-        return repeated(record.sample_digests)
-    assert record.scores is not None
-    return repeated_rows(record.scores, record.losses)
+    if why and share < COPIED:
+        raise InputError(why)
+    if why:  # equal samples may be different draws
+        few = "the record has few distinct samples; unless equal samples were drawn independently"
+        warnings.warn(f"{few}, {why}", stacklevel=3)
 
 
 def _used(record: ExitRecord, before: tuple[str, ...]) -> bool:
@@ -94,15 +92,6 @@ def _used(record: ExitRecord, before: tuple[str, ...]) -> bool:
     known = [record.inputs, None if record.outputs is None else digests(record.outputs)]
     _, calibration = halves(record.samples)
     return any(share_samples(one, found[calibration]) for one in before for found in known if found is not None)
-
-
-def _refuse(why: str, copies: float) -> None:
-    """Raise `InputError`, or warn if many samples are equal, because equal samples may be different draws."""
-    if copies < COPIED:
-        raise InputError(why)
-    warnings.warn(
-        f"the record has few distinct samples; unless equal samples were drawn independently, {why}", stacklevel=4
-    )
 
 
 def bound_of(problem: SearchProblem, limit: Limit, bound: str | None) -> str:
@@ -116,7 +105,7 @@ def bound_of(problem: SearchProblem, limit: Limit, bound: str | None) -> str:
 def check_size(samples: int, limit: Limit, delta: float, bound: str) -> None:
     """Raise `InputError` if `samples` are too few for a promise, and name the smallest limit for which they suffice."""
     needed = samples_needed(limit.risk, delta, bound)
-    if len(halves(samples)[1]) >= needed:
+    if samples - samples // 2 >= needed:
         return
     carried = tightest_limit(samples, delta, bound, absolute=limit.absolute)
     other = "" if carried is None else f"take {limit.name}={carried:g}, the tightest limit for this many samples, "
@@ -132,17 +121,12 @@ _LIMITS = tuple(float(f"{digits}e-{power}") for power in range(6, 1, -1) for dig
 
 
 def tightest_limit(samples: int, delta: float, bound: str, *, absolute: bool = False) -> float | None:
-    """Return the smallest limit, in two digits, that `samples` samples can promise; None if they are too few for any.
+    """Return the smallest limit, in two digits, that a record of `samples` can promise; None if there is none.
 
-    Args:
-        samples: the size of the record; half of it tests the promise.
-        delta: 1 - confidence.
-        bound: one of `BOUNDS`.
-        absolute: return the largest accuracy instead, 1 minus such a limit.
+    If `absolute`, return the largest accuracy instead, 1 minus such a limit.
     """
-    size = len(halves(samples)[1])
     limits = [round(1 - limit, 8) for limit in _LIMITS] if absolute else _LIMITS
-    enough = lambda limit: samples_needed(1 - limit if absolute else limit, delta, bound) <= size  # noqa: E731
+    enough = lambda limit: samples_needed(1 - limit if absolute else limit, delta, bound) <= samples - samples // 2  # noqa: E731
     found = bisect.bisect_left(limits, True, key=enough)
     return limits[found] if found < len(limits) else None
 
@@ -159,7 +143,7 @@ def promised(
     room = 2 * math.sqrt(sizes[0] * max(limit.risk, 0))  # two standard errors, as the tuning half may have bad luck
     kept = np.nonzero(points.loss <= limit.allowed_loss(tuning.losses) + room)[0][::-1]  # dearest and surest first
     kept = kept[evenly(len(kept), _CANDIDATES)]
-    candidates = [centred(tuning, points.thresholds[i]) for i in kept]
+    candidates = [centered(tuning, points.thresholds[i]) for i in kept]
     never = np.full(problem.scores.shape[1] - 1, np.nan, np.float32)
     safe = not limit.absolute and limit.value >= 0  # never leaving early always keeps the limit
     # One candidate at a time: all at once would hold 128 numbers per sample.

@@ -22,7 +22,7 @@ _FREE = 1e-3  # instead of no penalty: a fit then exists even if the features se
 
 
 def fit_temperature(record: ExitRecord, score: str = "entropy") -> TemperedScore:
-    """Fit one temperature per exit, which minimises the cross-entropy of that exit.
+    """Fit one temperature per exit, which minimizes the cross-entropy of that exit.
 
     Args:
         record: with outputs `(S, N, C)`.
@@ -61,7 +61,7 @@ def fit_score(record: ExitRecord, *, earlier: bool = True, strength: float = 10.
         record: with outputs `(S, N, C)`.
         earlier: let each exit also use how far earlier exits agree with it. Their branches then stay in the graph, even
             with the threshold *never*; pass the score to `measure`, which includes their cost.
-        strength: of the squared penalty on the weights of standardised features. The log-odds of the softmax have no
+        strength: of the squared penalty on the weights of standardized features. The log-odds of the softmax have no
             penalty: with few wrong answers, the score relies on them.
 
     Returns:
@@ -137,7 +137,7 @@ def _temperature(logits: Floats, labels: Ints) -> float:
 
 
 def _logistic(seen: Floats, wrong: Floats, strength: float) -> tuple[Floats, float]:
-    """Fit weights `(F,)` and bias for features `(S, F)` before standardisation; the first has almost no penalty."""
+    """Fit weights `(F,)` and bias for features `(S, F)` before standardization; the first has almost no penalty."""
     mean, spread = seen.mean(axis=0), seen.std(axis=0)
     spread[spread < 1e-9] = np.inf  # a constant feature gets the weight 0
     design = np.column_stack([(seen - mean) / spread, np.ones(len(seen))])

@@ -129,7 +129,7 @@ def beyond(top: Floats) -> Floats:
 
 
 def cuts(scores: Floats, harmed: np.ndarray | None = None) -> Floats:
-    """Return candidate thresholds `(K,)` for one exit: between neighbouring distinct scores `(S,)`, and above the last.
+    """Return candidate thresholds `(K,)` for one exit: between neighboring distinct scores `(S,)`, and above the last.
 
     `harmed` `(S,)` marks samples with a higher loss if they leave there. Given it, only thresholds remain that a looser
     one does not certainly beat: the last, and those just below a harmed sample.

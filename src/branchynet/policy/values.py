@@ -1,4 +1,4 @@
-"""Frozen values: costs, policies, outcomes, promises and choices.
+"""Frozen values: policies, outcomes, promises and choices.
 
 Shape letters: S samples recorded, B samples in a batch, N exits. Exits are numbered from 1, as in the paper; position
 n - 1 of a tuple or axis belongs to exit n.
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..argument_checks import threshold_list
-from ..errors import FileError, InputError
+from ..errors import InputError
 from ..files import read_sealed, write_sealed
 from ..stored_values import from_stored
 from .fitted_scores import FittedScore, check_fitted, from_json
@@ -25,8 +25,8 @@ Ints = NDArray[np.int64]
 
 _SENTENCES = {
     "max_drop": "accuracy is at most {} points below the last exit's",
-    "min_accuracy": "accuracy is at least {} %",
-    "max_disagreement": "at most {} % of the answers differ from the last exit's",
+    "min_accuracy": "accuracy is at least {}%",
+    "max_disagreement": "at most {}% of the answers differ from the last exit's",
 }
 PROMISED = tuple(_SENTENCES)
 """The limits of `choose` that come with a promise."""
@@ -93,11 +93,10 @@ class Policy:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Policy":
         """Create a policy from the result of `to_json`, for named and fitted scores. Raises `InputError`."""
-        if not (isinstance(value, dict) and {"score", "thresholds"} <= value.keys()):
-            raise InputError(f"a stored policy must be an object with score and thresholds; got {value!r:.80}")
-        score, thresholds = value["score"], value["thresholds"]
-        numbers = isinstance(thresholds, list) and {type(t) for t in thresholds} <= {int, float, type(None)}
-        if not numbers or not isinstance(score, (str, dict)):
+        entries: dict[str, Any] = value if isinstance(value, dict) else {}
+        score, thresholds = entries.get("score"), entries.get("thresholds")
+        kinds = {int, float, type(None)}
+        if not (isinstance(score, (str, dict)) and isinstance(thresholds, list) and {*map(type, thresholds)} <= kinds):
             raise InputError(
                 f"a stored policy must have a score and a list of numbers or null as thresholds; got {value!r:.80}"
             )
@@ -111,7 +110,7 @@ class Outcome:
     Attributes:
         samples: S.
         accuracy: 1 - mean loss; losses other than 0 and 1 define another accuracy, such as pixel accuracy.
-        accuracy_interval: the 95 % interval of `accuracy`.
+        accuracy_interval: the 95% interval of `accuracy`.
         last_accuracy: the accuracy of the last exit alone.
         exit_share: `(N,)` share of the samples that leave at each exit; the sum is 1.
         exit_accuracy: `(N,)` accuracy of the samples that leave at each exit; None if none does.
@@ -135,12 +134,12 @@ class Outcome:
     mean_macs: float | None = None
 
     def __str__(self) -> str:
-        """The accuracy and its interval, the share of each exit, and the mean time."""
+        """Accuracy, share of each exit, and mean time."""
         low, high = self.accuracy_interval
         leave = ", ".join(f"exit {n} answers {share:.1%}" for n, share in enumerate(self.exit_share, 1))
         time = "" if self.mean_us is None else f"; {self.mean_us:.1f} us per sample"
         return (
-            f"accuracy {self.accuracy:.2%} (95 % interval {low:.2%} to {high:.2%}), last exit alone "
+            f"accuracy {self.accuracy:.2%} (95% interval {low:.2%} to {high:.2%}), last exit alone "
             f"{self.last_accuracy:.2%}, on {self.samples:,} samples; {leave}{time}"
         )
 
@@ -162,7 +161,7 @@ class Promise:
 
     Example:
         >>> print(Promise("max_drop", 0.005, 0.95, "betting", tuning=5000, calibration=5000))
-        With 95 % confidence, accuracy is at most 0.50 points below the last exit's, on data like the 10,000 samples...
+        With 95% confidence, accuracy is at most 0.50 points below the last exit's, on data like the 10,000 samples...
     """
 
     limit: str
@@ -181,23 +180,23 @@ class Promise:
         """The guarantee in one sentence."""
         what = _SENTENCES[self.limit].format(f"{100 * self.value:.2f}")
         return (
-            f"With {100 * self.confidence:g} % confidence, {what}, on data like the {self.tuning + self.calibration:,} "
-            f"samples that chose ({self.calibration:,} of them tested it, {self.bound} bound)."
+            f"With {100 * self.confidence:g}% confidence, {what}, on data like the {self.tuning + self.calibration:,} "
+            f"samples used to choose ({self.calibration:,} of them to test it, {self.bound} bound)."
         )
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The policy that `choose` found, and its outcome on the data that chose it.
+    """The policy that `choose` found, and its outcome on the record used to choose it.
 
     Attributes:
         policy: score and thresholds.
         constraint: the given limit, such as ``{"max_drop": 0.005}``.
-        outcome: on the record that chose. It is optimistic; report that of another record.
-        record_digest: of the record that chose, to notice an evaluation on the same data.
+        outcome: on the record used to choose. It is optimistic; report that of another record.
+        record_digest: of that record, to notice an evaluation on the same data.
         promise: the guarantee for other samples, or None without one.
         network: the `fingerprint` of the network of the record; None if unknown.
-        samples: the sketch (see `branchynet.policy.sample_digests`) of the samples that chose; empty if unknown.
+        samples: the sketch (see `branchynet.policy.sample_digests`) of its samples; empty if unknown.
         reason: why no sample leaves early; empty if some do.
 
     Example:
@@ -205,7 +204,7 @@ class Choice:
         >>> print(choose(record, max_drop=0, confidence=None))
         exit 1 answers 50.0%: entropy < 0.5
         exit 2 answers 50.0%: always
-        accuracy 100.00%, last exit alone 100.00%, on the 2 samples that chose
+        accuracy 100.00%, last exit alone 100.00%, on the 2 samples used to choose
     """
 
     policy: Policy
@@ -220,17 +219,14 @@ class Choice:
     def __str__(self) -> str:
         """One line per exit, then the accuracy, the promise, and the reason if no sample leaves early."""
         outcome = self.outcome
-        lines = [
-            f"exit {n} answers {share:.1%}: {rule}"
-            for n, (rule, share) in enumerate(zip(self.policy.rules(), outcome.exit_share, strict=True), 1)
-        ]
+        rules = enumerate(zip(self.policy.rules(), outcome.exit_share, strict=True), 1)
+        lines = [f"exit {n} answers {share:.1%}: {rule}" for n, (rule, share) in rules]
         accuracy = (
             f"accuracy {outcome.accuracy:.2%}, last exit alone {outcome.last_accuracy:.2%}, on the "
-            f"{outcome.samples:,} samples that chose"
+            f"{outcome.samples:,} samples used to choose"
         )
-        promise = "" if self.promise is None else str(self.promise)
         advice = self.reason and f"{self.reason} `advise` looks for exits that pay."
-        return "\n".join(filter(None, [*lines, accuracy, promise, advice]))
+        return "\n".join(map(str, filter(None, [*lines, accuracy, self.promise, advice])))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a JSON file with a checksum. Raises `FileError`."""
@@ -239,15 +235,8 @@ class Choice:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Choice":
         """Read a file that `save` wrote. Raises `FileError`, also for edited files: the promise would not hold."""
-        stored = read_sealed(path, "choice", _AGAIN)
-        try:
-            policy = Policy.from_json(stored["policy"])
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise FileError(f"{path} is no Choice ({error}); make it with choose(...)") from error
-        return from_stored(cls, {**stored, "policy": policy}, path, "choose(...)")
-
-
-_AGAIN = "make it again with `branchynet choose` or choose(...); for thresholds of your own take Policy"
+        remedy = "make it again with `branchynet choose` or choose(...); for thresholds of your own use Policy"
+        return from_stored(cls, read_sealed(path, "choice", remedy), path, "choose(...)")
 
 
 def thresholds_text(thresholds: Sequence[float | None]) -> str:
@@ -261,10 +250,10 @@ def score_name(score: Any) -> str:
 
 
 def set_fields(value: Any, **fields: Any) -> None:
-    """Set fields of a frozen value during its initialisation."""
+    """Set fields of a frozen value during its initialization."""
     for name, content in fields.items():
         object.__setattr__(value, name, content)
 
 
-Z95 = 1.959963984540054  # 95 % of a normal distribution lie within this many standard deviations
+Z95 = 1.959963984540054  # 95% of a normal distribution lie within this many standard deviations
 STEADY = 0.03  # times with a smaller spread are good enough

@@ -34,7 +34,7 @@ def accelerating(mixed_precision: str, device: str | torch.device | None) -> Ite
         try:
             accelerator = Accelerator(mixed_precision=mixed_precision, cpu=wanted is not None and wanted.type == "cpu")
         except (ValueError, ImportError, RuntimeError) as error:
-            if first:  # its initialisation is incomplete
+            if first:  # its initialization is incomplete
                 PartialState._shared_state.clear()
             what = "accelerate" if mixed_precision == "no" else f"mixed_precision={mixed_precision!r}"
             raise InputError(f"{what} does not work on this machine: {error}") from error
