@@ -16,6 +16,7 @@ from ..graph.activation_memory import sample_bytes
 from ..graph.onnx_flat import FlatGraph
 from ..graph.onnx_layout import keep_blocks
 from ..graph.onnx_nest import flat_model, nest
+from ..graph.onnx_padding import keep_zero_padding
 from ..graph.quantize import Batch, Quantize, quantized
 from ..policy.values import Policy
 from .engine import FORMAT, METADATA_KEY, Engine
@@ -52,6 +53,7 @@ def assemble(
         else:
             model = nest(flat, policy, thresholds=thresholds)
         keep_blocks(model)
+        keep_zero_padding(model)
     shape = flat.value("output_1").shape
     assert shape is not None
     about = {
