@@ -341,6 +341,14 @@ def test_a_value_out_of_range_is_refused_before_any_work(arguments, message, run
     assert f"error: {message}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "what",
+    [
+        "lower the limit, or train it longer",
+        "10.0%: train it longer, because the best exits depend on it",
+        "needs fewer: train it longer",
+    ],
+)
 def test_a_refused_design_names_the_option_for_longer_training(what):
     options = program.called_options(verbs.app, ["design"])
-    assert "in a new run folder, with a larger --warm-start-epochs" in in_options(what, options)
+    assert "in a new run folder with a larger --warm-start-epochs" in in_options(what, options)

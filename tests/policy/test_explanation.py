@@ -1,5 +1,6 @@
 """Explanations of choices without early exits, compared with all thresholds."""
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -118,3 +119,40 @@ def test_a_choice_that_lets_samples_leave_has_no_reason():
         "exit 2 answers 50.0%: always",
         "accuracy 100.00%, last exit alone 100.00%, on the 4 samples used to choose",
     ]
+
+
+def by_accuracy(accuracies, classes=10, common=0.1, samples=2000):
+    """A record whose exits are right for these shares of the samples; class 0 has the share `common`."""
+    rng = np.random.default_rng(0)
+    labels = np.where(rng.random(samples) < common, 0, rng.integers(1, classes, samples))
+    outputs = np.zeros((samples, len(accuracies), classes), np.float32)
+    for n, accuracy in enumerate(accuracies):
+        answers = np.where(np.arange(samples) < accuracy * samples, labels, (labels + 1) % classes)
+        outputs[np.arange(samples), n, answers] = 1 + rng.random(samples)
+    return ExitRecord(outputs, labels)
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "common", "named"),
+    [
+        ((0.106, 0.98), 0.1, "exit 1 has 10.6% accuracy"),
+        ((0.02, 0.98), 0.1, "exit 1 has 2.0% accuracy"),
+        ((0.8, 0.13, 0.9), 0.1, "exit 2 has 13.0% accuracy"),
+        ((0.902, 0.99), 0.9, "exit 1 has 90.2% accuracy"),
+        ((0.3, 0.98), 0.1, None),  # weak, but better than chance
+        ((0.1, 0.11), 0.1, None),  # the network is untrained too
+        ((0.93, 0.99), 0.9, None),
+    ],
+)
+def test_an_exit_near_chance_is_named(accuracies, common, named):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        choose(by_accuracy(accuracies, common=common), max_drop=0.1, confidence=None)
+    texts = [str(w.message) for w in caught if "most common class" in str(w.message)]
+    assert [text.startswith(named or "-") and "advise(...) finds" in text for text in texts] == [True] * bool(named)
+
+
+def test_records_without_labels_have_no_chance():
+    losses = np.ones((100, 2))
+    losses[:, 1] = 0
+    choose(ExitRecord.from_scores(losses, losses, "entropy"), max_drop=0.1, confidence=None)

@@ -24,6 +24,7 @@ from ..policy.evaluation import evaluate
 from ..policy.exit_cost import ExitCost
 from ..policy.exit_record import ExitRecord
 from ..policy.exit_rule import route
+from ..policy.explanation import chance
 from ..policy.record_scores import scores_of_record
 from ..policy.risk_tests import halves
 from ..policy.sample_digests import sketch
@@ -191,7 +192,7 @@ def _check_reached(accuracy: float, limit: float) -> None:
     if limit > accuracy:
         raise InputError(
             f"the network has {accuracy:.2%} accuracy on the validation samples, less than the limit of {limit:.2%}: "
-            "exits do not gain accuracy; lower the limit, or train the network longer"
+            "exits do not gain accuracy; lower the limit, or train it longer"
         )
 
 
@@ -237,11 +238,11 @@ def _finalists(path: Path | None, recorded: CandidateScores, least: Floats, plac
 def _check_trained(alone: ExitRecord, accuracy: float) -> None:
     """Raise `InputError` if the network is no more accurate than always predicting the most common class."""
     assert alone.labels is not None
-    chance = float(np.bincount(alone.labels).max()) / alone.samples
-    if accuracy <= chance + 3 * math.sqrt(chance * (1 - chance) / alone.samples):
+    most = chance(alone.labels)
+    if accuracy <= most.limit:
         raise InputError(
             f"the network's accuracy on the validation samples is {accuracy:.1%}, and always predicting the most "
-            f"common class gives {chance:.1%}: train the network longer, because the best exits depend on it"
+            f"common class gives {most.share:.1%}: train it longer, because the best exits depend on what it learns"
         )
 
 
@@ -260,7 +261,7 @@ def _check_data(alone: ExitRecord, samples: int, accuracy: float, train_loader: 
             f"{samples} validation samples cannot rank designs: at {accuracy:.1%} accuracy, {2 * needed} are needed to "
             f"distinguish designs that differ by {RESOLUTION:.0%}, because half of them are left for a promise; give "
             "more validation samples (for a folder, a larger second number in split=); a more accurate network needs "
-            "fewer: train the network longer"
+            "fewer: train it longer"
         )
     assert alone.outputs is not None
     first = next(iter(train_loader), None)

@@ -15,7 +15,7 @@ from ..errors import InfeasibleError, InputError
 from .evaluation import best_points, centered, evaluate, policy_thresholds, problem_of
 from .exit_cost import ExitCost
 from .exit_record import ExitRecord, check_cost
-from .explanation import why_never
+from .explanation import warn_of_chance, why_never
 from .limits import Limit, check_limit
 from .promise import bound_of, check_samples, check_size, promised
 from .record_scores import score_in_use
@@ -85,8 +85,9 @@ def choose(
         InfeasibleError: no thresholds meet the limit; the message names the best value that can be reached.
 
     Warns:
-        UserWarning: no thresholds keep the promise, so that no sample leaves early; many samples occur in the record
-            more than once; or ``max_drop`` or ``max_disagreement`` is so large that it may be meant in percent.
+        UserWarning: no thresholds keep the promise, so that no sample leaves early; an exit is hardly more accurate
+            than chance; many samples occur in the record more than once; or ``max_drop`` or ``max_disagreement`` is so
+            large that it may be meant in percent.
 
     Example:
         >>> import numpy as np
@@ -115,6 +116,7 @@ def choose(
     vectors = whole("vectors", vectors, 1)
     check_cost(record, cost)
     score = score_in_use(record, score)
+    warn_of_chance(record)
     problem = _problem_under(limit, record, cost, score)
     if limit.on_cost or confidence is None:
         best, promise = _within(problem, limit, vectors), None

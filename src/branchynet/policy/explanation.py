@@ -4,7 +4,9 @@ Shape letters: S samples, N exits.
 """
 
 import math
+import warnings
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,7 +14,10 @@ from .exit_cost import ExitCost
 from .exit_record import ExitRecord
 from .limits import SLACK, Limit
 from .record_scores import scores_of_record
-from .values import PROMISED, Choice
+from .values import PROMISED, Choice, Ints
+
+_GAIN = 0.05  # an exit with less of the last exit's gain over chance is of no use
+_TRAINED = 0.3  # the last exit's gain, relative to the largest possible, from which the network counts as trained
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,35 @@ def _most(scores: np.ndarray, gain: np.ndarray, allowed: float) -> float:
     edge = np.append(ordered[:-1] < ordered[1:], True)[: len(order)]  # equal scores leave together
     fit = np.flatnonzero(edge & (total <= allowed + SLACK))
     return float(fit[-1] + 1) / len(scores) if len(fit) else 0.0
+
+
+def warn_of_chance(record: ExitRecord) -> None:
+    """Warn if an exit is hardly more accurate than always predicting the most common class, but the last exit is."""
+    if record.labels is None:
+        return
+    most, accuracy = chance(record.labels), 1 - record.losses.mean(axis=0, dtype=np.float64)
+    gain = accuracy - most.share
+    near = [n for n in range(record.num_exits - 1) if gain[n] <= _GAIN * gain[-1]]
+    if near and accuracy[-1] > max(most.limit, most.share + _TRAINED * (1 - most.share)):
+        warnings.warn(
+            f"exit {near[0] + 1} has {accuracy[near[0]]:.1%} accuracy, hardly more than always predicting the most "
+            f"common class ({most.share:.1%}); the last exit has {accuracy[-1]:.1%}: attach a larger branch there, or "
+            "exits at other places, which advise(...) finds",
+            stacklevel=3,
+        )
+
+
+class Chance(NamedTuple):
+    """The `share` of the most common class, and the largest accuracy that chance explains (3 standard deviations)."""
+
+    share: float
+    limit: float
+
+
+def chance(labels: Ints) -> Chance:
+    """Return the accuracy of always predicting the most common class of labels `(S,)`."""
+    share = float(np.bincount(labels).max()) / len(labels)
+    return Chance(share, share + 3 * math.sqrt(share * (1 - share) / len(labels)))
 
 
 def why_never(record: ExitRecord, cost: ExitCost | None, choice: Choice) -> str:

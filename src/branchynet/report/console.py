@@ -182,7 +182,7 @@ _PHRASES = {
     "confidence=None": "--no-promise",
     "or None for no promise": "or --no-promise for none",
     "policy=None": "no thresholds",
-    "train the network longer": "train it longer: in a new run folder, with a larger --warm-start-epochs",
+    "train it longer": "train it longer, in a new run folder with a larger --warm-start-epochs",
 }
 
 
