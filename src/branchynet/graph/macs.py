@@ -7,8 +7,8 @@ import onnx_ir as ir
 
 from .cut import cut
 from .onnx_builder import BATCH
+from .onnx_cut import parents
 from .onnx_flat import FlatGraph
-from .onnx_nest import parents
 from .subgraphs import graphs_of
 
 Shape = list[int | None]

@@ -11,15 +11,13 @@ import onnx_ir as ir
 
 from ..policy.exit_rule import as_deployed
 from ..policy.values import Policy
-from .cut import Dependence, cut, plan_stages
-from .onnx_builder import BATCH, BOOL, FLOAT, INT64, GraphBuilder
+from .cut import cut
+from .onnx_builder import BOOL, FLOAT, INT64, GraphBuilder
+from .onnx_cut import batch_axis, cut_graph, parents
 from .onnx_flat import IR_VERSION, OPSET, FlatGraph
-from .subgraphs import reads, within
+from .subgraphs import reads
 
 _SHARED_BYTES = 1 << 16  # larger initializers that several stages use are stored once, in the outermost stage
-_HEAVY = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN"}
-# The inputs of these after the first are indices or sizes.
-_OF_FIRST = {"Reshape", "Expand", "Slice", "Tile", "Pad", "Squeeze", "Unsqueeze", "Split"}
 
 
 def nest(flat: FlatGraph, policy: Policy, *, thresholds: str = "default") -> ir.Model:
@@ -69,21 +67,8 @@ class _NestedGraph:
     def __init__(self, flat: FlatGraph, policy: Policy) -> None:
         self.flat = flat
         self.policy = policy
-        self.exits = [n for n, enabled in enumerate(policy.enabled, 1) if enabled]
-        self.needs = [(flat.value(f"output_{n}"), flat.value(f"score_{n}")) for n in self.exits]
-        stage = cut(self.needs, parents)
-        for node in flat.model.graph:  # the first stage that needs an output computes all outputs
-            made = [v for v in node.outputs if v in stage]
-            stage |= dict.fromkeys(made, min((stage[v] for v in made), default=0))
-        self.stage = stage | dict.fromkeys(flat.model.graph.inputs, 0)
-        self.plans = plan_stages(
-            self.needs,
-            self.stage,
-            lambda value: [v for v in parents(value) if not v.is_initializer()],
-            _batch_axis,
-            _dependence(flat),
-            lambda value: f"{value.name!r} {value.shape}",
-        )
+        found = cut_graph(flat, policy)
+        self.exits, self.needs, self.stage, self.plans = found.exits, found.needs, found.stage, found.plans
         self.sections = [GraphBuilder(i + 1) for i in range(len(self.exits))]
         self.thresholds: list[ir.Value] = []
         self.index: dict[tuple[int, int], ir.Value] = {}  # (i, j): the rows of level i's batch that reach level j
@@ -241,7 +226,7 @@ class _NestedGraph:
         """The shape of a value on the smaller batch, computed without gathering the value's rows."""
         section, source, name = self.sections[i], reads(node)[0], node.outputs[0].name
         start, end = (node.attributes[k].as_int() if k in node.attributes else None for k in ("start", "end"))
-        if _batch_axis(source) != 0 or source in section.values or start not in (None, 0):
+        if batch_axis(source) != 0 or source in section.values or start not in (None, 0):
             return None
         rows = section.op("Shape", [self.index[i - 1, i]], name=f"{name}/rows", type=INT64, shape=[1])
         if end == 1:
@@ -250,44 +235,6 @@ class _NestedGraph:
         whole = self.sections[self._home(source, i)].values[source]
         rest = section.op("Shape", [whole], attributes, name=f"{name}/rest", type=INT64)
         return section.op("Concat", [rows, rest], {"axis": 0}, name=name or "shape", type=INT64)
-
-
-def parents(value: ir.Value) -> list[ir.Value]:
-    """Return the values that the producer of `value` reads."""
-    node = value.producer()
-    return [] if node is None else reads(node)
-
-
-def _batch_axis(value: ir.Value) -> int | None:
-    """Which dimension of a tensor is the batch; None if none or two are, or only a multiple of it is."""
-    if not isinstance(value.type, ir.TensorType | None):  # the shape of a sequence is that of its tensors
-        return None
-    axes = [axis for axis, dim in enumerate(value.shape or ()) if dim == BATCH]
-    return axes[0] if len(axes) == 1 else None
-
-
-def _dependence(flat: FlatGraph) -> Dependence[ir.Value]:
-    """How the values of a flat graph depend on the batch; a fixed batch never becomes smaller."""
-    inputs = flat.model.graph.inputs if flat.dynamic else []
-    dependence = Dependence(inputs, [v for v in inputs if v.dtype is not None and v.dtype.is_integer()])
-    for node in flat.model.graph:
-        read, lookup = reads(node), node.op_type.startswith(("Gather", "Scatter"))
-        measures = node.op_type in ("Shape", "Size")
-        start = node.attributes["start"].as_int() if "start" in node.attributes else 0
-        if measures and start >= 1 and _batch_axis(read[0]) == 0:  # all dimensions except the batch
-            continue
-        data = read[:1] if lookup or node.op_type in _OF_FIRST else read
-        costly = _costly(node)
-        for value in node.outputs:
-            integer = value.dtype is not None and value.dtype.is_integer()
-            number = True if integer else False if lookup or value.dtype == ir.DataType.BOOL else None
-            dependence.add(value, read, data, number=number, costly=costly, measures=measures)
-    return dependence
-
-
-def _costly(node: ir.Node) -> bool:
-    """Whether a node, or a node inside it, is too expensive to recompute."""
-    return any(inner.op_type in _HEAVY for inner in within(node))
 
 
 def _copy_inputs(flat: FlatGraph, section: GraphBuilder) -> list[ir.Value]:

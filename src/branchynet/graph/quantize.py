@@ -25,8 +25,8 @@ from ..argument_checks import in_order
 from ..errors import GraphError, InputError
 from ..nn.checks import READ_ONCE
 from .cut import cut
+from .onnx_cut import parents
 from .onnx_flat import FlatGraph
-from .onnx_nest import parents
 
 Batch = tuple[NDArray[Any], ...]  # one array per input of the graph
 Quantize = Literal["int8", "int8-full-range"]

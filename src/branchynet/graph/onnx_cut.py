@@ -1,0 +1,100 @@
+"""Cut a flat ONNX graph into one stage per enabled exit."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from ..policy.values import Policy
+from .cut import Dependence, StagePlan, cut, plan_stages
+from .onnx_builder import BATCH
+from .onnx_flat import FlatGraph
+from .subgraphs import reads, within
+
+_HEAVY = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN"}
+# The inputs of these after the first are indices or sizes.
+_OF_FIRST = {"Reshape", "Expand", "Slice", "Tile", "Pad", "Squeeze", "Unsqueeze", "Split"}
+
+
+@dataclass(frozen=True)
+class OnnxCut:
+    """The stages of the enabled exits of a flat graph.
+
+    Attributes:
+        exits: the numbers of the enabled exits.
+        needs: the output and the score of each enabled exit.
+        stage: the stage of every value that some exit needs, from 1; 0 for the inputs of the network.
+        plans: what each stage takes, recomputes and gives.
+    """
+
+    exits: list[int]
+    needs: list[tuple[ir.Value, ir.Value]]
+    stage: dict[ir.Value, int]
+    plans: list[StagePlan[ir.Value]]
+
+
+def parents(value: ir.Value) -> list[ir.Value]:
+    """Return the values that the producer of `value` reads."""
+    node = value.producer()
+    return [] if node is None else reads(node)
+
+
+def cut_graph(flat: FlatGraph, policy: Policy, taken: Callable[[ir.Value], list[ir.Value]] = parents) -> OnnxCut:
+    """Cut a flat graph with scores into the stages of the exits that `policy` enables.
+
+    Args:
+        flat: the graph.
+        policy: an exit with the threshold None is left out together with its branch.
+        taken: returns the values that a stage must have to compute a value.
+
+    Raises:
+        GraphError: a value that must cross has no batch dimension and is too costly to recompute.
+    """
+    exits = [n for n, enabled in enumerate(policy.enabled, 1) if enabled]
+    needs = [(flat.value(f"output_{n}"), flat.value(f"score_{n}")) for n in exits]
+    stage = cut(needs, parents)
+    for node in flat.model.graph:  # the first stage that needs an output computes all outputs
+        made = [v for v in node.outputs if v in stage]
+        stage |= dict.fromkeys(made, min((stage[v] for v in made), default=0))
+    stage |= dict.fromkeys(flat.model.graph.inputs, 0)
+    plans = plan_stages(
+        needs,
+        stage,
+        lambda value: [v for v in taken(value) if not v.is_initializer()],
+        batch_axis,
+        _dependence(flat),
+        lambda value: f"{value.name!r} {value.shape}",
+    )
+    return OnnxCut(exits, needs, stage, plans)
+
+
+def batch_axis(value: ir.Value) -> int | None:
+    """Which dimension of a tensor is the batch; None if none or two are, or only a multiple of it is."""
+    if not isinstance(value.type, ir.TensorType | None):  # the shape of a sequence is that of its tensors
+        return None
+    axes = [axis for axis, dim in enumerate(value.shape or ()) if dim == BATCH]
+    return axes[0] if len(axes) == 1 else None
+
+
+def _dependence(flat: FlatGraph) -> Dependence[ir.Value]:
+    """How the values of a flat graph depend on the batch; a fixed batch never becomes smaller."""
+    inputs = flat.model.graph.inputs if flat.dynamic else []
+    dependence = Dependence(inputs, [v for v in inputs if v.dtype is not None and v.dtype.is_integer()])
+    for node in flat.model.graph:
+        read, lookup = reads(node), node.op_type.startswith(("Gather", "Scatter"))
+        measures = node.op_type in ("Shape", "Size")
+        start = node.attributes["start"].as_int() if "start" in node.attributes else 0
+        if measures and start >= 1 and batch_axis(read[0]) == 0:  # all dimensions except the batch
+            continue
+        data = read[:1] if lookup or node.op_type in _OF_FIRST else read
+        costly = _costly(node)
+        for value in node.outputs:
+            integer = value.dtype is not None and value.dtype.is_integer()
+            number = True if integer else False if lookup or value.dtype == ir.DataType.BOOL else None
+            dependence.add(value, read, data, number=number, costly=costly, measures=measures)
+    return dependence
+
+
+def _costly(node: ir.Node) -> bool:
+    """Whether a node, or a node inside it, is too expensive to recompute."""
+    return any(inner.op_type in _HEAVY for inner in within(node))
