@@ -23,10 +23,7 @@ def average(
 ) -> tuple[Tensor, ...]:
     """Return the outputs of `averaged` for the `outputs` of the exits, earliest first, each `(B, C, ...)`."""
     rows = exit_weight_rows(exit_weights, len(outputs))
-    if known_kind(of) == "logits":
-        parts = list(outputs)
-    else:
-        parts = [torch.softmax(output, dim=1) for output in outputs]
+    parts = outputs if known_kind(of) == "logits" else [torch.softmax(output, dim=1) for output in outputs]
     means = [_mean(parts[: len(row)], row) for row in rows]
     return tuple(mean.log() for mean in means) if of == "softmax" else tuple(means)
 
@@ -35,7 +32,7 @@ def averaged_record(record: ExitRecord, exit_weights: WeightRows | None = None, 
     """Compute the record of `averaged(net)` from the record of `net`, without running the network again.
 
     Args:
-        record: a record of the network before averaging; it must hold outputs.
+        record: of the network before averaging; it must hold outputs.
         exit_weights: as for `averaged`; by default equal weights.
         of: ``"softmax"`` or ``"logits"``, as for `averaged`.
 
@@ -50,13 +47,11 @@ def averaged_record(record: ExitRecord, exit_weights: WeightRows | None = None, 
     """
     outputs, _ = outputs_and_labels(record, "averaging")
     exits = [torch.from_numpy(np.ascontiguousarray(outputs[:, n])) for n in range(record.num_exits)]
-    network = record.network and averaged_fingerprint(
-        record.network, exit_weight_rows(exit_weights, record.num_exits), of
-    )
+    rows = exit_weight_rows(exit_weights, record.num_exits)
     return ExitRecord(
-        torch.stack(average(exits, exit_weights, of=of), dim=1).numpy(),
+        torch.stack(average(exits, rows, of=of), dim=1).numpy(),
         record.labels,
-        network=network,
+        network=record.network and averaged_fingerprint(record.network, rows, of),
         inputs=record.sample_digests,
         selected_on=selected_on(record.selected_on, exit_weights),
     )
@@ -84,8 +79,7 @@ def fit_averaging(record: ExitRecord, *, of: Of = "softmax", steps: int = 200) -
     changes no label and is dropped.
 
     Args:
-        record: a record of the network before averaging; it must hold outputs. Its samples must not be those that
-            `choose` reads.
+        record: of the network before averaging; it must hold outputs. `choose` must read other samples.
         of: ``"softmax"`` or ``"logits"``, as for `averaged`.
         steps: the maximum number of steps of the optimizer.
 
@@ -115,7 +109,7 @@ def fit_averaging(record: ExitRecord, *, of: Of = "softmax", steps: int = 200) -
 def _mixture(logits: Floats, labels: Ints, steps: int) -> tuple[float, ...]:
     """Fit one weight per exit for probabilities, from logits `(S, n, C)`."""
     answered = softmax(logits, axis=2)[np.arange(len(labels)), :, labels]
-    answered = np.maximum(answered, _LEAST)
+    answered = np.maximum(answered, 1e-30)  # the logarithm of 0 is infinite
     exit_weights = np.full(logits.shape[1], 1 / logits.shape[1])
     for _ in range(steps):
         parts = exit_weights * answered
@@ -137,15 +131,9 @@ def _combination(logits: Floats, labels: Ints, steps: int) -> tuple[float, ...]:
         loss = logsumexp(mean, axis=1) - answered @ exit_weights
         return float(loss.mean()), (expected - answered).mean(axis=0)
 
-    start = np.full(exits, 1 / exits)
-    found = minimize(
-        objective, start, jac=True, method="L-BFGS-B", bounds=[(0.0, None)] * exits, options={"maxiter": steps}
-    )
-    total = float(found.x.sum())
-    return tuple((found.x / total).tolist()) if total > 0 else tuple(start.tolist())  # 0 if no exit helps
-
-
-_LEAST = 1e-30  # replaces a probability of 0, because its logarithm is infinite
+    start, bounds = np.full(exits, 1 / exits), [(0.0, None)] * exits
+    found = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": steps}).x
+    return tuple((found / found.sum() if found.sum() > 0 else start).tolist())  # the sum is 0 if no exit helps
 
 
 def selected_on(before: Sequence[str], exit_weights: WeightRows | None) -> tuple[str, ...]:
@@ -157,9 +145,7 @@ def selected_on(before: Sequence[str], exit_weights: WeightRows | None) -> tuple
 def _mean(parts: Sequence[Tensor], row: Sequence[float]) -> Tensor:
     # A weight of 0 leaves its exit out: 0 times a logit of minus infinity would be NaN.
     first, *others = [part * weight for part, weight in zip(parts, row, strict=True) if weight]
-    for part in others:
-        first = first + part
-    return first
+    return sum(others, first)
 
 
 def known_kind(of: Of) -> Of:
@@ -177,10 +163,8 @@ def exit_weight_rows(exit_weights: WeightRows | None, exits: int) -> tuple[tuple
         rows = [np.asarray(row, np.float64) for row in exit_weights]
     except (TypeError, ValueError):
         rows = []
-    fits = [
-        row.shape == (n,) and np.isfinite(row).all() and row.min() >= 0 and row.sum() for n, row in enumerate(rows, 1)
-    ]
-    if len(rows) != exits or not all(fits):
+    right = [r.shape == (n,) and np.isfinite(r).all() and r.min() >= 0 and r.sum() for n, r in enumerate(rows, 1)]
+    if len(rows) != exits or not all(right):
         raise InputError(
             f"exit_weights for {exits} exits must be {exits} rows, row n of n numbers that are not negative and not "
             f"all 0; got {exit_weights!r}"

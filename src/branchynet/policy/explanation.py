@@ -39,7 +39,7 @@ class LoneExit:
     possible: float | None
 
     def __str__(self) -> str:
-        """For example: exit 1 adds 14.2 us to a sample that continues and saves 60.3 us on one that leaves, ..."""
+        """One sentence."""
         text = f"exit {self.exit} adds {self.added_us:.1f} us to a sample that continues"
         if self.saved_us <= 0:
             return f"{text} and saves nothing on one that leaves"
@@ -48,13 +48,7 @@ class LoneExit:
 
 
 def lone_exits(record: ExitRecord, cost: ExitCost, choice: Choice) -> tuple[LoneExit, ...]:
-    """Return what each early exit would cost and save alone, for a choice in which no sample leaves early.
-
-    Args:
-        record: the record that was passed to `choose`.
-        cost: likewise.
-        choice: gives the score and the limit.
-    """
+    """Return what each early exit alone would cost and save, for a `choice` of `choose(record, cost, ...)`."""
     scores, losses = scores_of_record(record, choice.policy.score), record.losses.astype(np.float64)
     ((name, value),) = choice.constraint.items()
     limit = Limit(name, value)
@@ -116,10 +110,7 @@ def chance(labels: Ints) -> Chance:
 
 
 def why_never(record: ExitRecord, cost: ExitCost | None, choice: Choice) -> str:
-    """Return the reason why no sample leaves early under a choice; empty if some do.
-
-    With `cost` None, branches cost nothing.
-    """
+    """Return why no sample leaves early under a choice; empty if some do. Without a cost, branches cost nothing."""
     if any(choice.policy.enabled[:-1]) or choice.policy.num_exits == 1:
         return ""
     if not choice.constraint.keys() & set(PROMISED):

@@ -7,6 +7,8 @@ changes only the rounding. Shape letters: S samples, N exits, C classes, F featu
 
 import numpy as np
 import torch
+from scipy.optimize import brentq
+from scipy.special import expit, softmax
 
 from ..errors import InputError, nearest
 from .exit_record import ExitRecord, bounded, outputs_and_labels
@@ -25,7 +27,7 @@ def fit_temperature(record: ExitRecord, score: str = "entropy") -> TemperedScore
     """Fit one temperature per exit, which minimizes the cross-entropy of that exit.
 
     Args:
-        record: with outputs `(S, N, C)`.
+        record: must hold outputs.
         score: a name in `branchynet.policy.scores`.
 
     Returns:
@@ -58,7 +60,7 @@ def fit_score(record: ExitRecord, *, earlier: bool = True, strength: float = 10.
     """Fit one logistic regression per exit, which predicts from the outputs whether the exit is wrong.
 
     Args:
-        record: with outputs `(S, N, C)`.
+        record: must hold outputs.
         earlier: let each exit also use how far earlier exits agree with it. Their branches then stay in the graph, even
             with the threshold *never*; pass the score to `measure`, which includes their cost.
         strength: of the squared penalty on the weights of standardized features. The log-odds of the softmax have no
@@ -114,26 +116,19 @@ def _checked(record: ExitRecord) -> tuple[Floats, Ints, list[bool]]:
 
 
 def _temperature(logits: Floats, labels: Ints) -> float:
-    """Fit a temperature by Newton's method on its inverse, in which the cross-entropy is convex, within bounds."""
-    low, high, inverse = 1 / _HOTTEST, 1 / _COOLEST, 1.0
+    """Find where the cross-entropy, which is convex in the inverse temperature, has the slope 0, within bounds."""
     possible = np.isfinite(logits[np.arange(len(labels)), labels])  # no temperature makes a ruled-out class more likely
     logits, labels = bounded(logits[possible]), labels[possible]
-    logits = logits - logits.max(axis=1, keepdims=True)
     answered = logits[np.arange(len(labels)), labels]
-    for _ in range(100):
-        p = np.exp(inverse * logits)
-        p /= p.sum(axis=1, keepdims=True)
-        mean = (p * logits).sum(axis=1)
-        slope = (mean - answered).mean()
-        bend = ((p * logits**2).sum(axis=1) - mean**2).mean()
-        low, high = (low, inverse) if slope > 0 else (inverse, high)
-        moved = inverse - slope / bend if bend > 0 else high
-        if not low < moved < high:
-            moved = (low * high) ** 0.5
-        if abs(moved - inverse) <= 1e-12 * inverse:
-            break
-        inverse = moved
-    return float(1 / inverse)
+
+    def slope(inverse: float) -> float:
+        return float(((softmax(inverse * logits, axis=1) * logits).sum(axis=1) - answered).mean())
+
+    if slope(1 / _HOTTEST) >= 0:
+        return _HOTTEST
+    if slope(1 / _COOLEST) <= 0:
+        return _COOLEST
+    return 1 / brentq(slope, 1 / _HOTTEST, 1 / _COOLEST, xtol=1e-12)  # type: ignore[operator]
 
 
 def _logistic(seen: Floats, wrong: Floats, strength: float) -> tuple[Floats, float]:
@@ -151,7 +146,7 @@ def _logistic(seen: Floats, wrong: Floats, strength: float) -> tuple[Floats, flo
     weights = np.append(np.zeros(seen.shape[1]), _prior(wrong))
     value = objective(weights)
     for _ in range(100):
-        p = 1 / (1 + np.exp(-(design @ weights)))
+        p = expit(design @ weights)
         gradient = design.T @ (p - wrong) + penalty * weights
         step = np.linalg.solve((design.T * (p * (1 - p))) @ design + np.diag(penalty), gradient)
         size = 1.0

@@ -103,15 +103,10 @@ def _logits(outputs: tuple[Tensor, ...]) -> Tensor:
     latest = outputs[-1]
     if latest.dim() < 2 or latest.shape[1] < 2:
         raise InputError(
-            f"outputs of shape {tuple(latest.shape)} do not have two classes in dimension 1, which {_names()} need; "
-            "pass a callable: score(outputs_so_far) -> (B,)"
+            f"outputs of shape {tuple(latest.shape)} do not have two classes in dimension 1, which the scores "
+            f"{', '.join(SCORES)} need; pass a callable: score(outputs_so_far) -> (B,)"
         )
     return latest
-
-
-def _names() -> str:
-    *most, last = SCORES
-    return f"{', '.join(most)} and {last}"
 
 
 def _mean(values: Tensor) -> Tensor:
