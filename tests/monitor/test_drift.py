@@ -276,7 +276,7 @@ def test_bad_batches_are_refused_and_not_counted(exits, scores, message):
 
 def test_a_prediction_and_scores_are_refused():
     prediction = Prediction(np.zeros(1, np.int64), np.ones(1, np.int64), np.ones(1, np.float32), np.ones((1, 2)))
-    with pytest.raises(InputError, match="and scores"):
+    with pytest.raises(InputError, match="given twice"):
         Monitor(record_of(100), POLICY).update(prediction, [0.1])
     with pytest.raises(InputError, match="and labels"):
         Monitor(logits_of(100, 0), POLICY).update(prediction, labels=[1])

@@ -13,7 +13,7 @@ from ..policy.exit_record import ExitRecord, check_cost
 from ..policy.prediction import Prediction
 from ..policy.values import Choice, Floats, Ints, Policy
 from .martingale import CHUNK, ConformalRanks, TestMartingale, suspect
-from .predictions import PicklableLock, answered, answered_labels, answered_scores, check_early, predicted
+from .predictions import PicklableLock, answered_batch, check_early, predicted
 
 RESOLUTION = 1e-5
 """Scores are rounded to multiples of this, because smaller differences between engines are not drift."""
@@ -121,15 +121,12 @@ class Monitor:
         self._lock = PicklableLock()
         self._classes = 0 if record.outputs is None else record.outputs.shape[2]
         part = (2 if labels is None else 3) / self.false_alarm  # the capital at which a kind of statistic alarms
-        self._watched = [_WatchedStatistic("exits", "exits", 0, exits.astype(np.float64), part, self._rng)]
+        watched: list[tuple[str, int, Any, float]] = [("exits", 0, exits, part)]
         if labels is not None:
-            self._watched.append(_WatchedStatistic("labels", "labels", 0, labels.astype(np.float64), part, self._rng))
+            watched.append(("labels", 0, labels, part))
         used = np.unique(exits).tolist()  # scores at other exits are unknown; `exits` notices samples there
-        for n in used:
-            values = _rounded(scores[exits == n])
-            self._watched.append(
-                _WatchedStatistic(f"scores of exit {n}", "scores", n, values, part * len(used), self._rng)
-            )
+        watched += [(f"scores of exit {n}", n, _rounded(scores[exits == n]), part * len(used)) for n in used]
+        self._watched = [_WatchedStatistic(*one, self._rng) for one in watched]
         self._state = DriftState(False, 0, self._watched[0].capital, self._watched[0].name)
 
     @property
@@ -145,8 +142,7 @@ class Monitor:
         Args:
             prediction: a `Prediction`, or the exits alone, `(B,)` integers from 1.
             scores: if `prediction` holds exits, the score of each sample at its exit, `(B,)`.
-            labels: if `prediction` holds exits, the predicted class indices `(B,)`; without them, labels are not
-                monitored.
+            labels: likewise, the predicted class indices `(B,)`; without them, labels are not monitored.
 
         Returns:
             The state after the batch.
@@ -155,11 +151,10 @@ class Monitor:
             InputError: an empty batch, an exit that the policy does not use, a NaN score, a label that the record does
                 not have, or not one score and label per sample. The batch is not counted.
         """
-        exits = answered(prediction, self.policy)
-        batch = {"exits": exits, "scores": _rounded(answered_scores(prediction, scores, len(exits)))}
-        if self._classes:
-            batch["labels"] = answered_labels(prediction, labels, len(exits), self._classes)
-        batch = {name: values.astype(np.float64) for name, values in batch.items() if values is not None}
+        exits, values, classes = answered_batch(prediction, scores, labels, self.policy, self._classes)
+        batch = {"exits": exits.astype(np.float64), "scores": _rounded(values)}
+        if classes is not None:
+            batch["labels"] = classes.astype(np.float64)
         with self._lock:  # the state depends on the order of batches
             seen = self._state.samples
             for start in range(0, len(exits), CHUNK):
@@ -203,22 +198,20 @@ class Monitor:
 class _WatchedStatistic:
     """One number per sample, for all samples (`exit` 0) or those that leave at one exit, and the bets against it."""
 
-    def __init__(
-        self, name: str, kind: str, exit: int, values: Floats, needed: float, rng: np.random.Generator
-    ) -> None:
-        self.name, self.kind, self.exit, self.needed = name, kind, exit, needed
-        self.sorted = np.sort(values)
+    def __init__(self, name: str, exit: int, values: Any, needed: float, rng: np.random.Generator) -> None:
+        self.name, self.exit, self.needed = name, exit, needed
+        self.kind = name.split()[0]
+        self.sorted = np.sort(values.astype(np.float64))
         self.capital = self.peak = 1 / needed
-        self._ranks, self._bets = ConformalRanks(values, rng), TestMartingale()
-        self._p, self._at, self._values = np.empty(0), np.empty(0, np.int64), np.empty(0)
+        self._ranks, self._bets = ConformalRanks(values.astype(np.float64), rng), TestMartingale()
+        self._recent: list[Any] = [np.empty(0), np.empty(0, np.int64), np.empty(0)]
 
     def update(self, values: Floats, chance: Floats, at: Ints) -> int | None:
         """Bet on the next values `(B,)`, from the samples `at` `(B,)`. Return the first sample that raises an alarm."""
         p = self._ranks.p_values(values, chance)
         path = self._bets.update(p) / self.needed
-        kept = RECALL + CHUNK
-        self._p, self._at = _last(self._p, p, kept), _last(self._at, at, kept)
-        self._values = _last(self._values, values, kept)
+        new = zip(self._recent, (p, at, values), strict=True)
+        self._recent = [np.concatenate(both)[-RECALL - CHUNK :] for both in new]
         self.capital = float(path[-1])
         over = np.flatnonzero(path >= 1)
         if not len(over):
@@ -228,15 +221,10 @@ class _WatchedStatistic:
 
     def suspect(self, at: int) -> tuple[int, float, Floats]:
         """Return the sample since which values up to sample `at` drift, the quantile of the cut, and the values."""
-        end = int(np.searchsorted(self._at, at, side="right"))
-        recalled = slice(max(0, end - RECALL), end)
-        start, quantile = suspect(self._p[recalled])
-        return int(self._at[recalled][start]), quantile, self._values[recalled][start:]
-
-
-def _last(kept: Any, new: Any, most: int) -> Any:
-    """Append `new` to `kept`, and return the last `most` values."""
-    return np.concatenate([kept, new])[-most:]
+        end = int(np.searchsorted(self._recent[1], at, side="right"))
+        p, samples, values = (part[max(0, end - RECALL) : end] for part in self._recent)
+        start, quantile = suspect(p)
+        return int(samples[start]), quantile, values[start:]
 
 
 def _rounded(scores: Floats) -> Floats:

@@ -40,9 +40,9 @@ def check_early(policy: Policy) -> None:
 
 
 def predicted(record: ExitRecord, policy: Policy) -> tuple[Ints, Floats, Ints | None]:
-    """Return the exit `(S,)`, from 1, of each recorded sample, its score there `(S,)`, and its label there `(S,)`.
+    """Return the exit of each recorded sample, and its score and label there, each `(S,)`.
 
-    The labels are None for a record of scores and losses.
+    Labels are None for a record of scores and losses.
 
     Raises:
         InputError: the record holds another score than that of the policy, or a score is NaN.
@@ -81,53 +81,44 @@ def answered(prediction: Any, policy: Policy) -> Ints:
     return exits.astype(np.int64)
 
 
-def answered_scores(prediction: Any, scores: ArrayLike | None, samples: int) -> Floats:
-    """Return the scores `(B,)` float64 of a `Prediction`, or the given array.
+def answered_batch(
+    prediction: Any, scores: ArrayLike | None, labels: ArrayLike | None, policy: Policy, classes: int
+) -> tuple[Ints, Floats, Ints | None]:
+    """Return the exits, scores and labels `(B,)` of a `Prediction`, or the given ones; labels None without any.
 
     Raises:
-        InputError: no scores, scores given twice, not one score per sample, or NaN.
+        InputError: as `answered`; a Prediction and other values; no scores, or not one number per sample; labels that
+            are not one integer in 0..C-1 per sample. Labels are not checked if `classes` is 0.
     """
+    exits = answered(prediction, policy)
     if isinstance(prediction, Prediction):
-        if scores is not None:
-            raise InputError("scores were given twice: pass either a Prediction, or exits and scores")
-        scores = prediction.score
+        if scores is not None or labels is not None:
+            raise InputError("scores or labels were given twice: pass either a Prediction, or exits, scores and labels")
+        scores, labels = prediction.score, prediction.label
     if scores is None:
         raise InputError("exits were given without scores: give the engine's Prediction, or update(exits, scores)")
     try:
         values = np.asarray(scores, np.float64)
     except (TypeError, ValueError):
         raise InputError(f"scores must be numbers, one per sample; got {type(scores).__name__}") from None
-    if values.shape != (samples,):
-        raise InputError(f"scores must have shape ({samples},), one per entry of exits; got {values.shape}")
+    if values.shape != exits.shape:
+        raise InputError(f"scores must have shape {exits.shape}, one per entry of exits; got {values.shape}")
     if np.isnan(values).any():
         raise InputError(
             f"the score of sample {int(np.isnan(values).argmax())} of the batch is NaN: the network returned NaN, or "
             "the file was exported with policy=None; leave such samples out"
         )
-    return values
-
-
-def answered_labels(prediction: Any, labels: ArrayLike | None, samples: int, classes: int) -> Ints | None:
-    """Return the labels `(B,)` of a `Prediction`, or the given array; None without labels.
-
-    Raises:
-        InputError: labels given twice, not one integer per sample, or outside 0..C-1.
-    """
-    if isinstance(prediction, Prediction):
-        if labels is not None:
-            raise InputError("give a Prediction, or exits, scores and labels, not a Prediction and labels")
-        labels = prediction.label
-    if labels is None:
-        return None
-    values = np.asarray(labels)
-    if values.shape != (samples,) or values.dtype.kind not in "iu":
+    if labels is None or not classes:
+        return exits, values, None
+    labels = np.asarray(labels)
+    if labels.shape != exits.shape or labels.dtype.kind not in "iu":
         raise InputError(
-            f"labels must be integers of shape ({samples},), one per entry of exits; got {values.dtype} of shape "
-            f"{values.shape}"
+            f"labels must be integers of shape {exits.shape}, one per entry of exits; got {labels.dtype} of shape "
+            f"{labels.shape}"
         )
-    if values.min() < 0 or values.max() >= classes:
+    if labels.min() < 0 or labels.max() >= classes:
         raise InputError(
-            f"labels lie in {values.min()}..{values.max()}, but the record has {classes} classes (0..{classes - 1}): "
+            f"labels lie in {labels.min()}..{labels.max()}, but the record has {classes} classes (0..{classes - 1}): "
             "give predictions of the recorded network"
         )
-    return values.astype(np.int64)
+    return exits, values, labels.astype(np.int64)

@@ -1,1 +1,1 @@
-"""Training all exits together, and the state of a training on disk."""
+"""Train all exits together, and store the state of a training run."""

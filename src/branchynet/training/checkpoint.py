@@ -1,7 +1,7 @@
-"""Weights and the state of a training on disk: safetensors and JSON, never pickle.
+"""The state of a training run on disk: safetensors and JSON, never pickle.
 
-A run folder holds ``training.safetensors`` (weights, optimizer and progress, from which a training resumes) and two
-files derived from it: ``checkpoint.safetensors`` (the weights alone, for users) and ``train.csv``.
+A run folder holds ``training.safetensors`` (weights, optimizer and progress, to resume from) and two files derived from
+it: ``checkpoint.safetensors`` (the weights alone, for users) and ``train.csv``.
 """
 
 import json
@@ -36,26 +36,15 @@ class _Header:
 
 
 class RunFolder:
-    """The three files of a training.
-
-    Args:
-        path: the folder, created if missing.
-        settings: the settings that a resumed training must share, as JSON values.
-    """
+    """The three files of a training run, and the settings that a resumed run must share, as JSON values."""
 
     def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
         self.path = Path(path)
-        self.settings = json.loads(json.dumps(settings))  # as it is read back: tuples become lists
-
-    @property
-    def training(self) -> Path:
-        """The file with the state for resuming."""
-        return self.path / "training.safetensors"
+        self.training = self.path / "training.safetensors"
+        self.settings = json.loads(json.dumps(settings))  # as when it is read: tuples become lists
 
     def save(self, net: nn.Module, optimizer: Optimizer, rows: list[EpochRow], progress: Mapping[str, Any]) -> None:
-        """Write the state after the last of `rows`.
-
-        If the process is killed at any moment, either this state or the previous one is on disk.
+        """Write the state after the last of `rows`. If the process is killed, the previous state stays on disk.
 
         Raises:
             FileError: disk full, no permission.
@@ -90,11 +79,9 @@ class RunFolder:
     def load(self, net: nn.Module, optimizer: Optimizer) -> tuple[list[EpochRow], dict[str, Any]] | None:
         """Load the stored state into `net` and `optimizer`.
 
-        A folder without a finished epoch counts as new if it belongs to another training.
-
         Returns:
             The rows so far and the progress, in which ``grown`` says whether `settings` ask for more epochs than the
-            stored run; None for a new folder.
+            stored run; None for a new folder, or one without a finished epoch whose run had other settings.
 
         Raises:
             FileError: the file is truncated, of another format, or of another architecture.
@@ -111,17 +98,15 @@ class RunFolder:
             header = from_stored(_Header, stored, self.training, "fit(..., run=...)")
             rows = [EpochRow.from_flat(row) for row in header.rows]
         except (KeyError, ValueError, TypeError, OverflowError, FileError) as error:
-            raise FileError(
-                f"{self.training} is not the state of a BranchyNet training ({error!r}); {remedy}"
-            ) from error
+            raise FileError(f"{self.training} is not the state of a training run ({error!r}); {remedy}") from error
         weights = {name.removeprefix("weights."): t for name, t in tensors.items() if name.startswith("weights.")}
         before = header.settings
         grown = before.get("epochs", 0) < self.settings.get("epochs", 0)
+        now = self.settings if not grown else {**self.settings, "epochs": before.get("epochs", 0)}
         other = [
-            f"{name}={before[name]!r}, "
-            + (f"but this call has {name}={self.settings[name]!r}" if name in self.settings else "by another version")
-            for name in sorted(before)  # another version may store fewer settings
-            if name not in self.settings or (before[name] != self.settings[name] and not (name == "epochs" and grown))
+            f"{name}={value!r}, " + (f"but this call has {name}={now[name]!r}" if name in now else "by another version")
+            for name, value in sorted(before.items())  # another version may store fewer settings
+            if name not in now or value != now[name]
         ]
         misfit = _mismatch(net, weights)
         if not rows and (misfit or other):
@@ -145,12 +130,11 @@ class RunFolder:
 
 def _restored(optimizer: Optimizer, header: _Header, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Return the stored state for `optimizer.load_state_dict`."""
-    state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in header.numbers.items()}
+    state = {int(index): dict(entries) for index, entries in header.numbers.items()}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, value in tensors.items():
-        part, _, rest = name.partition(".")
-        if part == "optimizer":
-            index, _, entry = rest.partition(".")
+        if name.startswith("optimizer."):
+            _, index, entry = name.split(".", 2)
             parameter = parameters[int(index)]
             if value.shape == parameter.shape:
                 # A fused optimizer assumes that its state has the memory order of the weights.

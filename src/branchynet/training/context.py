@@ -1,4 +1,4 @@
-"""Device, random number generators and modes during a training, restored afterwards."""
+"""Set device, random number generators and modes for a training run, and restore them after it."""
 
 import contextlib
 import copy
@@ -20,7 +20,7 @@ from ..nn.network import BranchyNet
 
 @contextlib.contextmanager
 def accelerating(mixed_precision: str, device: str | torch.device | None) -> Iterator[Accelerator]:
-    """Yield an accelerator with these settings, without any effect on an accelerator of the caller."""
+    """Yield an accelerator with these settings, and leave an accelerator of the caller unchanged."""
     wanted = None if device is None else resolve_device(device)
     # accelerate keeps precision and device in process-wide dicts, and refuses to change them.
     shared = [AcceleratorState._shared_state]
@@ -87,19 +87,11 @@ def prepared(net: nn.Module, train: str, channels_last: bool) -> Iterator[None]:
 
 
 def sharded_loader(loader: Any, accelerator: Accelerator, name: str) -> Any:
-    """Return this process's share of a loader if several processes train, else the loader.
+    """Return this process's share of the loader `name`.
 
-    Args:
-        loader: a DataLoader, or a wrapper that iterates the DataLoader in its attribute `batches`, such as
-            `branchynet.data.ProgressiveLoader`; the wrapper is copied.
-        accelerator: gives the number of processes.
-        name: of the argument, for the message.
-
-    Raises:
-        InputError: any other loader, or one that accelerate cannot share.
+    The loader is a DataLoader, or a wrapper that iterates the DataLoader in its attribute `batches`, such as
+    `branchynet.data.ProgressiveLoader`. Raises `InputError` for others, and if accelerate cannot share it.
     """
-    if accelerator.num_processes == 1:
-        return loader
     if not isinstance(loader, DataLoader):
         if not isinstance(getattr(loader, "batches", None), DataLoader):
             raise InputError(

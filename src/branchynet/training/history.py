@@ -1,4 +1,4 @@
-"""Losses and accuracies of a training per epoch, stored as ``train.csv`` next to the weights."""
+"""Losses and accuracies per epoch, stored as ``train.csv`` next to the weights."""
 
 import csv
 import os
@@ -32,7 +32,7 @@ class EpochRow:
     val_accuracy: tuple[float, ...] = ()
 
     def flat(self) -> dict[str, Any]:
-        """Return one entry per column of ``train.csv``; exits are numbered from 1."""
+        """Return one entry per column of ``train.csv``."""
         row: dict[str, Any] = {"epoch": self.epoch, "seconds": round(self.seconds, 3), "lr": self.lr}
         for part in ("train", "val"):
             row[f"{part}_loss"] = getattr(self, f"{part}_loss")
@@ -42,19 +42,13 @@ class EpochRow:
     @classmethod
     def from_flat(cls, row: dict[str, Any]) -> "EpochRow":
         """Create a row from the result of `flat`; values may be text, as from a CSV reader."""
-        exits = range(1, len(row) + 1)
-        accuracy = {
-            f"{part}_accuracy": tuple(float(row[name]) for n in exits if (name := f"{part}_accuracy_{n}") in row)
+        train, val = (
+            tuple(float(share) for name, share in row.items() if str(name).startswith(f"{part}_accuracy_"))
             for part in ("train", "val")
-        }
-        return cls(
-            epoch=int(row["epoch"]),
-            seconds=float(row["seconds"]),
-            lr=float(row["lr"]),
-            train_loss=float(row["train_loss"]),
-            val_loss=None if row["val_loss"] in ("", None) else float(row["val_loss"]),
-            **accuracy,
         )
+        seconds, lr, train_loss = (float(row[name]) for name in ("seconds", "lr", "train_loss"))
+        val_loss = None if row["val_loss"] in ("", None) else float(row["val_loss"])
+        return cls(int(row["epoch"]), seconds, lr, train_loss, train, val_loss, val)
 
 
 @dataclass(frozen=True)
@@ -73,7 +67,7 @@ class History:
     rows: tuple[EpochRow, ...]
 
     def __str__(self) -> str:
-        """One line per epoch: the loss and the accuracy of each exit, on the validation data if there are any."""
+        """One line per epoch: loss and accuracies, on the validation data if there are any."""
         return "\n".join(
             f"epoch {row.epoch}: loss {row.train_loss if row.val_loss is None else row.val_loss:.4f}"
             + "".join(f", {share:.2%}" for share in row.val_accuracy or row.train_accuracy)

@@ -4,9 +4,10 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
@@ -45,9 +46,9 @@ def fit(
     reaches the same weights, bit for bit on a CPU. Generators are seeded from (seed, epoch), so the interrupted epoch
     runs again from its beginning. (A loader with ``persistent_workers`` has generators that `fit` cannot seed.)
 
-    Training starts from the current weights. If the forward of a network writes into its parameters, such as
-    ``nn.Embedding(max_norm=)``, they change also with ``train="branches"``; `record` warns of such networks, and
-    `export` refuses them.
+    Training starts from the current weights. A network that writes into its parameters in `forward`, such as
+    ``nn.Embedding(max_norm=)``, changes them even with ``train="branches"``; `record` warns of it, and `export` refuses
+    it.
 
     Args:
         net: a `BranchyNet`, or any network that returns a tensor or a tuple of tensors.
@@ -62,8 +63,7 @@ def fit(
         distill: weight of self-distillation from the last exit, see `joint_loss`; for classes that exclude each other.
         train: ``"all"``, or ``"branches"`` to keep the backbone unchanged: frozen and in eval mode.
         optimizer: ``optimizer(parameters) -> Optimizer``.
-        run: a folder for ``checkpoint.safetensors``, ``training.safetensors`` and ``train.csv``, locked during the
-            training.
+        run: a folder for ``checkpoint.safetensors``, ``training.safetensors`` and ``train.csv``, locked meanwhile.
         progress: show a progress bar.
         options: seed, precision, device, memory order, schedule, and whether to resume; see `FitOptions`.
 
@@ -71,8 +71,8 @@ def fit(
         The history of all epochs, including those before a resume.
 
     Raises:
-        InputError: an argument or a batch that does not fit, or a `run` with other settings. The number of workers is
-            one of them, because each worker of a loader draws its own random numbers.
+        InputError: an argument or a batch that does not fit, or a `run` with other settings. They include the number
+            of workers, because each worker draws its own random numbers.
         FileError: a `run` that cannot be read or written, is of another network, or is in use by another process.
         BranchyNetError: the loss is not finite.
 
@@ -87,11 +87,10 @@ def fit(
         (2, 2)
     """
     check_network(net)
-    _check_makers(loss, optimizer)
     check_train_loader(train_loader)
     if val_loader is not None:
         check_loader("val_loader", val_loader, again=True)
-    _check(net, epochs, train)
+    _check(net, epochs, loss, train, optimizer)
     with (
         accelerating(options.mixed_precision, options.device) as accelerator,
         own_generators(accelerator.device),
@@ -125,18 +124,14 @@ def fit(
             "mixed_precision": options.mixed_precision,
             "channels_last": options.channels_last,
         }
-
-        def objective(outputs: Sequence[Tensor], target: Tensor) -> Tensor:
-            return joint_loss(outputs, target, loss_weights, loss, distill)
-
+        objective = partial(joint_loss, loss_weights=loss_weights, loss=loss, distill=distill)
         schedule = options.schedule(opt, epochs * batches)
         trainer = Trainer(model, opt, schedule, objective, accelerator, options.channels_last)
         folder = None if run is None else RunFolder(run, settings)
         rows = trainer.resume(folder, net, options.resume) if folder else []
         for epoch in range(len(rows) + 1, epochs + 1):
             seed_all(options.seed, epoch, accelerator.process_index, (train_loader, val_loader))
-            bar = ProgressBar(f"epoch {epoch}/{epochs}", batches, progress and accelerator.is_main_process)
-            with bar:
+            with ProgressBar(f"epoch {epoch}/{epochs}", batches, progress and accelerator.is_main_process) as bar:
                 rows.append(trainer.epoch(epoch, train_loader, val_loader, bar))
             if folder and accelerator.is_main_process:
                 folder.save(net, opt, rows, trainer.progress())
@@ -144,8 +139,7 @@ def fit(
     return History(tuple(rows))
 
 
-def _check_makers(loss: Loss, optimizer: Callable[[Any], Optimizer]) -> None:
-    """Raise `InputError` unless both are functions."""
+def _check(net: nn.Module, epochs: int, loss: Loss, train: str, optimizer: Callable[[Any], Optimizer]) -> None:
     if isinstance(optimizer, Optimizer) or not callable(optimizer):
         named = type(optimizer).__name__ if isinstance(optimizer, Optimizer) else "Adam"
         raise InputError(
@@ -153,9 +147,6 @@ def _check_makers(loss: Loss, optimizer: Callable[[Any], Optimizer]) -> None:
             f"functools.partial(torch.optim.{named}, lr=1e-3)"
         )
     function("loss", loss, "(output, target) -> scalar")
-
-
-def _check(net: nn.Module, epochs: int, train: str) -> None:
     whole("epochs", epochs, 1)
     if train not in ("all", "branches"):
         raise InputError(f"train must be 'all' or 'branches'; got {train!r}")

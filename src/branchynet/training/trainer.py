@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -26,7 +26,7 @@ LINE_S = 60.0  # time between lines in a log file, which has no bar
 
 
 class Trainer:
-    """The model, optimizer and settings of all epochs."""
+    """Train and validate epochs."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Trainer:
         self.checked = False  # whether outputs are logits
 
     def progress(self) -> dict[str, Any]:
-        """Return the state besides weights and optimizer, as JSON values."""
+        """Return the state other than weights and optimizer, as JSON values."""
         scaler = self.accelerator.scaler
         return {"steps": self.steps, "scaler": scaler.state_dict() if scaler else None}
 
@@ -131,7 +131,7 @@ class Trainer:
 
 
 class EpochTotals:
-    """The running loss and the right answers of every exit, kept on the device because reading waits for it."""
+    """The running loss and the right answers per exit, kept on the device because reading waits for it."""
 
     def __init__(self, where: str) -> None:
         self.where = where
@@ -187,22 +187,22 @@ class ProgressBar:
     """
 
     def __init__(self, title: str, total: int, visible: bool) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        # Without auto_refresh, because the thread of rich would compete with the training.
-        self.bar = Progress(
-            *columns,
-            TextColumn("{task.fields[totals]}"),
-            console=Console(stderr=True),
-            auto_refresh=False,
-            disable=not visible,
+        columns = (
+            "{task.description}",
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            "{task.fields[totals]}",
         )
+        # Without auto_refresh, because rich's thread would compete with the training.
+        self.bar = Progress(*columns, console=Console(stderr=True), auto_refresh=False, disable=not visible)
         self.task = self.bar.add_task(title, total=total, totals="")
-        self.title, self.total = title, total
-        self.done, self.shown = 0, time.monotonic()
-        self.written = self.shown
+        self.title, self.total, self.done = title, total, 0
+        self.shown = self.written = time.monotonic()
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> "ProgressBar":
         self.bar.start()
+        return self
 
     def __exit__(self, *_: Any) -> None:
         if not self.bar.disable:  # rich 13 prints an empty line for a bar that it never drew
