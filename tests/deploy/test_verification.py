@@ -18,7 +18,7 @@ from branchynet.cli.verbs import app
 from branchynet.deploy import checksum
 from branchynet.deploy import stored_samples as stored_samples
 from branchynet.deploy.stored_samples import SAMPLES_KEY, read_samples
-from branchynet.deploy.verification import check
+from branchynet.deploy.verification import _alike, check
 from branchynet.errors import FileError, InputError, VerificationError
 
 
@@ -451,3 +451,60 @@ def test_the_command_prints_the_result_and_sets_its_status(files, tmp_path):
     assert message.exit_code == 1 and message.stdout.startswith("WRONG: ") and "at exit 3" in message.stdout
     wrong.rename(tmp_path / "model.onnx")
     assert run.invoke(app, ["verify", str(tmp_path)]).exit_code == 1
+
+
+class Columns(nn.Module):
+    """Regression of columns of different size, as vectors or as maps."""
+
+    def __init__(self, sizes, dense):
+        super().__init__()
+        self.a = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU())
+        self.b = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
+        self.head = nn.Conv2d(8, len(sizes), 1)
+        self.dense = dense
+        self.register_buffer("sizes", torch.tensor(sizes).view(-1, 1, 1))
+
+    def forward(self, x):
+        x = self.head(self.b(self.a(x))) * self.sizes
+        return x if self.dense else x.mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dense", "column"),
+    [((1000.0, 1.0, 1.0), False, 2), ((1.0, 5e4), False, 0), ((300.0, 0.5, 3e5), False, 1), ((1.0, 2000.0), True, 0)],
+)
+def test_a_large_int8_column_hides_no_small_one(sizes, dense, column, tmp_path):
+    torch.manual_seed(0)
+    x = torch.rand(64, 3, 8, 8)
+    int8 = {"quantize": "int8", "calibration": [x]}
+    path = export(Columns(sizes, dense).eval(), tmp_path / "net.onnx", policy=None, example=x, **int8)
+    slack = read_samples(path).slack
+    assert slack.shape == (1, len(sizes)) and slack.max() > 100 * slack[0, column] > 0
+    assert verify(path).passed
+
+    def wrong(arrays):
+        small = slice(None), column
+        arrays["output_1"][small] += 10 * slack[0, column] + 0.01
+
+    found = verify(with_arrays(path, tmp_path, wrong))
+    assert not found.passed and "outputs differ by" in str(found) and found.allowed[1] < 0.1 * slack.max()
+
+    def earlier(arrays):  # one number per exit
+        arrays["slack"] = slack.mean(axis=1)
+
+    assert verify(with_arrays(path, tmp_path, earlier)).passed
+    assert verify(with_arrays(path, tmp_path, lambda a: (earlier(a), wrong(a)))).passed, "hidden there"
+
+
+@pytest.mark.parametrize(
+    ("slack", "groups"),
+    [
+        ([1.0, 1.0, 1.0], [[0, 1, 2]]),
+        ([5.0, 1.0, 9.0], [[1, 0, 2]]),
+        ([1000.0, 1.0, 50.0], [[1], [2], [0]]),
+        ([0.0, 3.0, 0.0], [[0, 2], [1]]),
+        ([2.0], [[0]]),
+    ],
+)
+def test_columns_of_one_scale_are_compared_together(slack, groups):
+    assert [group.tolist() for group in _alike(np.array(slack))] == groups

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from ..environment import __version__, processor
 from ..errors import GraphError, as_graph_errors
@@ -117,20 +118,22 @@ def exits_of_graph(flat: FlatGraph) -> range:
 
 def _disagreement(
     exact: Engine, rounded: Engine, batches: Sequence[Batch]
-) -> tuple[dict[str, Any], tuple[tuple[float, ...], tuple[float, ...]]]:
-    """Compare two engines over all samples: agreement and mean differences of outputs and scores, per exit.
+) -> tuple[dict[str, Any], tuple[NDArray[Any], tuple[float, ...]]]:
+    """Compare two engines over all samples: agreement, and mean differences of outputs and scores, per exit.
+
+    The second value holds the differences per exit and column, and those of the scores per exit.
 
     Agreement is the share of equal labels, or, with one output per sample (regression), the share of the float
     outputs' variance that int8 explains (R^2).
     """
     exits, samples = exact.num_exits, sum(len(batch[0]) for batch in batches)
-    same, difference, error, first, second, scores = np.zeros((6, exits))
+    same, error, first, second, scores = np.zeros((5, exits))
+    columns = np.zeros((exits, exact.metadata["output_shape"][0]))
     for batch in batches:
         answers = [engine.outputs(*batch)[1:] for engine in (exact, rounded)]
         a, b = (np.stack(answer[:exits]).astype(np.float64) for answer in answers)
         sums = [
             (same, a.argmax(axis=2) == b.argmax(axis=2)),
-            (difference, differences(a, b)),
             (error, differences(a, b) ** 2),
             (first, a),
             (second, a**2),
@@ -139,10 +142,12 @@ def _disagreement(
             sums.append((scores, differences(*(np.stack(answer[exits:]) for answer in answers))))
         for total, value in sums:
             total += len(batch[0]) / samples * value.reshape(exits, -1).mean(axis=1)
+        off = np.moveaxis(differences(a, b), 2, 1)
+        columns += len(batch[0]) / samples * off.reshape(*columns.shape, -1).mean(axis=2)
     several = exact.metadata["output_shape"][0] > 1
     agreement = same if several else 1 - error / np.maximum(second - first**2, np.finfo(np.float32).tiny)
-    report = {"samples": samples, "agreement": agreement.tolist(), "mean_difference": difference.tolist()}
-    return report, (tuple(difference.tolist()), tuple(scores.tolist()))
+    report = {"samples": samples, "agreement": agreement.tolist(), "mean_difference": columns.mean(axis=1).tolist()}
+    return report, (columns, tuple(scores.tolist()))
 
 
 def _warn_of_low_agreement(quantize: Quantize, agreement: Sequence[float]) -> None:

@@ -91,7 +91,7 @@ def export(
         FileError: the file cannot be written; no partial file remains at `path`.
 
     Warns:
-        UserWarning: int8 and float agree in less than 95 % of the calibration samples.
+        UserWarning: int8 and float agree in less than 95% of the calibration samples.
 
     Example:
         >>> import torch
@@ -166,8 +166,8 @@ def _from_network(net: nn.Module, example: Any, score: Score | None) -> Samples:
                 f"exit {n} gives NaN for row {row} of the example, so the file cannot be compared with the network: "
                 "give an example of real inputs, or look for NaN among the weights"
             )
-    none = (0.0,) * len(outputs)
-    return Samples(tuple(t.numpy() for t in given), tuple(o.numpy() for o in outputs), tuple(found), none, none)
+    inputs, arrays = (tuple(t.numpy() for t in tensors) for tensors in (given, outputs))
+    return Samples(inputs, arrays, tuple(found), np.zeros((len(outputs), 1)), (0.0,) * len(outputs))
 
 
 def _magnified(net: nn.Module, example: Any, expected: Samples) -> str:

@@ -21,6 +21,7 @@ from .tolerance import FLOAT, difference, differences, tolerances
 
 _TIE = 1e-5  # distance of a score to a threshold within which either decision is right
 _TAIL = 10  # allowed difference of one score, relative to the mean difference between int8 and float
+_ALIKE = 10  # largest ratio of slack between columns of one scale
 _ALWAYS = 3e38  # a threshold that every score passes
 
 
@@ -34,7 +35,7 @@ class Verification:
         same_labels, same_exits: number of samples with the stored label and exit. The others are ties, unless
             `problems` lists them.
         difference: difference of outputs by exit: of the value with the largest ratio to its tolerance (float), or the
-            mean over all samples (int8).
+            mean over all samples and columns of one scale (int8).
         allowed: tolerance of that difference, by exit.
         problems: what is wrong; () if the file passes.
     """
@@ -87,9 +88,10 @@ def check(engine: Engine, samples: Samples, *, strict: bool = False) -> Verifica
 
     Samples leave at every exit in turn, one per call and all in one call; then by the file's thresholds and by
     thresholds that split the samples. Outputs of a float network may differ by about a thousandth of the largest of
-    their class (see `tolerances`). Two engines may round int8 values to neighbouring steps, so the mean output of an
-    int8 network may differ by twice the difference between int8 and float; saturated sums differ by five times as much
-    or more. If the stored outputs of two labels are this close, either label is right.
+    their class (see `tolerances`). Two engines may round int8 values to neighboring steps, so the outputs of an int8
+    network may differ by twice the difference between int8 and float, on average over all samples and columns of one
+    scale; saturated sums differ by five times as much or more. If the stored outputs of two labels are this close,
+    either label is right.
 
     Args:
         engine: the engine of the file that holds the samples.
@@ -150,6 +152,8 @@ class _Comparison:
     def __init__(self, samples: Samples, *, coarse: bool = False) -> None:
         self.samples = samples
         self.tolerances = [tolerances(o, coarse=coarse) if o.ndim > 1 else o for o in samples.outputs]
+        slacks = zip(samples.slack, samples.outputs, strict=True)
+        self.slack = [np.broadcast_to(s, o.shape[1:2] or s.shape) for s, o in slacks]
         self.off: dict[int, list[tuple[NDArray[Any], NDArray[Any]]]] = {}
         self.same_labels = self.same_exits = len(samples)
         self.problems: list[str] = []
@@ -159,7 +163,7 @@ class _Comparison:
         want = self.samples.outputs[n - 1][rows]
         allowed = self.tolerances[n - 1][rows]
         off = differences(got, want) if got.shape == want.shape else np.full(want.shape, np.inf)
-        self.off.setdefault(n, []).append((off.ravel(), allowed.ravel()))
+        self.off.setdefault(n, []).append((_columns(off), _columns(allowed)))
 
     def answer(self, answer: Prediction) -> None:
         """Compare a prediction for all samples."""
@@ -183,7 +187,9 @@ class _Comparison:
             for of in (self.samples.outputs, self.tolerances)
         )
         with np.errstate(invalid="ignore"):  # infinity minus infinity
-            return bool((high.astype(np.float64) - low > a + b + 2 * _TAIL * self.samples.slack[n]).any())
+            return bool(
+                (high.astype(np.float64) - low > a + b + _TAIL * (self.slack[n][got] + self.slack[n][wanted])).any()
+            )
 
     def exits(self, answer: Prediction, thresholds: Sequence[float | None]) -> None:
         """Compare the exits and scores of a prediction."""
@@ -220,18 +226,35 @@ class _Comparison:
         """Return differences and tolerances by exit; add those that are too large to the front of `problems`."""
         difference, allowed, far = {}, {}, []
         for n, off in sorted(self.off.items()):
-            slack = self.samples.slack[n - 1]
-            every, most = (np.concatenate(parts) for parts in zip(*off, strict=True))
-            if slack and not strict:
-                difference[n], allowed[n] = float(every.mean()), max(float(np.median(most)), 2 * slack)
+            slack = self.slack[n - 1]
+            every, most = (np.concatenate(parts, axis=1) for parts in zip(*off, strict=True))
+            if slack.any() and not strict:
+                groups = _alike(slack)
+                most = np.array([max(np.median(most[group]), 2 * slack[group].mean()) for group in groups])
+                every = np.array([every[group].mean() for group in groups])
             else:
-                most = np.maximum(most, slack)
-                worst = int((every / most).argmax())
-                difference[n], allowed[n] = float(every[worst]), float(most[worst])
+                most = np.maximum(most, slack[:, None])
+            worst = int((every / most).argmax())
+            difference[n], allowed[n] = float(every.flat[worst]), float(most.flat[worst])
             if not difference[n] <= allowed[n]:
                 far.append(f"outputs differ by {difference[n]:.3g} at exit {n} (allowed {allowed[n]:.3g})")
         self.problems[:0] = far
         return difference, allowed
+
+
+def _columns(values: NDArray[Any]) -> NDArray[Any]:
+    """Return values `(S, C, ...)` as `(C, ...)`, one row per column."""
+    return np.moveaxis(values, 1, 0).reshape(values.shape[1], -1)
+
+
+def _alike(slack: NDArray[Any]) -> list[NDArray[Any]]:
+    """Return groups of columns whose `slack` differs by at most a factor `_ALIKE`, so that none hides the others."""
+    groups: list[list[int]] = []
+    for column in np.argsort(slack, kind="stable").tolist():
+        if not groups or slack[column] > _ALIKE * slack[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(column)
+    return [np.array(group) for group in groups]
 
 
 def _same(a: NDArray[Any], b: NDArray[Any]) -> int:

@@ -46,7 +46,7 @@ class Design:
         taps, branches: submodule and branch per early exit.
         thresholds: threshold per early exit, chosen with branches trained on the frozen trunk.
         us: predicted mean microseconds per sample.
-        interval_us: 95 % interval of `us` for other samples and another measurement.
+        interval_us: 95% interval of `us` for other samples and another measurement.
         accuracy: accuracy on the samples that chose the design, which is optimistic.
         exit_share: share of samples that leave at each exit.
         trunk_us, branch_us: microseconds per sample of trunk segments and of branches, as in `ExitCost`.
@@ -136,7 +136,7 @@ class Advice:
 
     @property
     def speedup_interval(self) -> tuple[float, float]:
-        """The 95 % interval of `speedup`."""
+        """The 95% interval of `speedup`."""
         low, high = self.design.interval_us
         return self.plain_us / high, self.plain_us / low
 

@@ -83,7 +83,7 @@ def bench(
     Returns:
         Rows with ``network, runtime, batch, threads, plain_us, branchy_us, limit_us, limit_in_order_us, speedup,
         spread, overhead, overhead_sorted, plain_accuracy, accuracy_branchy, exit_share, thresholds``; times are
-        microseconds per sample, and ``spread`` is the relative uncertainty of the speed-up (95 %).
+        microseconds per sample, and ``spread`` is the relative uncertainty of the speed-up (95%).
 
     Raises:
         InputError: a flat file, a file of another network, an int8 file without `calibration`, a score of your own

@@ -36,7 +36,7 @@ def until_steady(calls: Sequence[Callable[[], Any]], seconds: float, *, rounds: 
 
 
 def spread_of(times: Floats) -> float:
-    """Return the relative uncertainty (95 %) of the least certain call's median, from times `(calls, turns)`.
+    """Return the relative uncertainty (95%) of the least certain call's median, from times `(calls, turns)`.
 
     It follows from the medians of five consecutive blocks of turns, which include slow changes.
     """
@@ -128,5 +128,5 @@ def passes_in_turns(
 
 
 def ratio_spread(first: Floats, second: Floats) -> float | None:
-    """Return the relative uncertainty (95 %) of a ratio of two times, from paired passes; None for fewer than 5."""
+    """Return the relative uncertainty (95%) of a ratio of two times, from paired passes; None for fewer than 5."""
     return spread_of((first / np.maximum(second, 1e-9))[None]) if len(first) >= _BLOCKS else None
