@@ -43,13 +43,11 @@ def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
 
 def real(name: str, value: Any) -> float:
     """Return `value` as a float. Raises `InputError` unless it is one finite real number."""
-    number = None
     if not isinstance(value, (str, bytes, bool)) and not getattr(value, "ndim", 0):
         with contextlib.suppress(TypeError, ValueError, OverflowError):
-            number = float(value)
-    if number is None or not math.isfinite(number):
-        raise InputError(f"{name} must be a finite number; got {described(value)}")
-    return number
+            if math.isfinite(number := float(value)):
+                return number
+    raise InputError(f"{name} must be a finite number; got {described(value)}")
 
 
 def above_zero(name: str, value: Any) -> float:
@@ -62,15 +60,14 @@ def above_zero(name: str, value: Any) -> float:
 
 def ordered(name: str, value: Any, remedy: str) -> tuple[Any, ...]:
     """Return the entries of `value` as a tuple. Raises `InputError` unless it is ordered, such as a list."""
-    loose = isinstance(value, (str, bytes, Set, Mapping))
     with contextlib.suppress(TypeError):  # not iterable, such as a 0-dimensional array
-        if not loose:
+        if not isinstance(value, (str, bytes, Set, Mapping)):
             return tuple(value)
     raise InputError(f"{name} must be a list; got {described(value)}: {remedy}")
 
 
 def threshold_list(thresholds: Any) -> tuple[float | None, ...]:
-    """Return thresholds as floats, with None for never. Raises `InputError` for anything else; NaN is allowed."""
+    """Return thresholds as floats, with None for never. Raises `InputError` for anything else; NaN is valid."""
     given = ordered("thresholds", thresholds, "give a number for each exit but the last, or None for never")
     try:
         if any(isinstance(t, (str, bytes, bool)) for t in given):
@@ -82,12 +79,9 @@ def threshold_list(thresholds: Any) -> tuple[float | None, ...]:
 
 def function(name: str, value: Any, signature: str) -> None:
     """Raise `InputError` unless `value` is callable; a class is refused, because an object of it is meant."""
-    if isinstance(value, type):
-        raise InputError(
-            f"{name} must be a function {signature}; got the class {value.__name__}: give {value.__name__}()"
-        )
-    if not callable(value):
-        raise InputError(f"{name} must be a function {signature}; got {described(value)}")
+    if isinstance(value, type) or not callable(value):
+        remedy = f": give {value.__name__}()" if isinstance(value, type) else ""
+        raise InputError(f"{name} must be a function {signature}; got {described(value)}{remedy}")
 
 
 def check_fraction(name: str, limit: float) -> None:
@@ -119,17 +113,14 @@ def _with_article(name: str) -> str:
 
 
 def in_order(keywords: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
-    """Return the entries of a batch in the order of an exported graph's inputs.
+    """Return inputs, by their names in the network's forward, in the order of the inputs `names` of its graph.
 
-    Args:
-        keywords: inputs by their names in the network's forward.
-        names: names of the graph's inputs. `branchynet.graph.onnx_flat.input_names` may have appended underscores.
+    `branchynet.graph.onnx_flat.input_names` may have appended underscores to `names`.
 
     Raises:
         InputError: an input is missing or unknown.
     """
-    left = dict(keywords)
-    found = []
+    left, found = dict(keywords), []
     for name in names:
         key = name
         while key not in left and key.endswith("_"):

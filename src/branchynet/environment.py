@@ -1,7 +1,7 @@
 """The installed packages and the machine: version checks against pyproject.toml, and a description for results.
 
-pip can install other versions than pyproject.toml allows, for example with ``--no-deps``. Such a version would fail
-only at export, after the training, with an error that does not mention it. So the versions are checked before.
+pip can install other versions than pyproject.toml allows, for example with ``--no-deps``. Without a check, such a
+version would fail only at export, after training, with an error that does not name it.
 """
 
 import contextlib
@@ -19,11 +19,7 @@ EXPORTING = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 
 @cache  # errors are not cached
 def require(*packages: str) -> None:
-    """Check the versions of installed packages; packages that are not installed are ignored.
-
-    Raises:
-        VersionError: BranchyNet does not work with an installed version.
-    """
+    """Raise `VersionError` if BranchyNet does not work with an installed version of one of the packages."""
     from packaging.version import Version
 
     for package in packages:
@@ -48,13 +44,10 @@ def _wanted() -> dict[str, Any]:
     return {one.name: one.specifier for one in stated if one.specifier}
 
 
-_PACKAGES = ("branchynet", "torch", "onnxruntime", "openvino", "onnx", "numpy")
-
-
 def environment() -> dict[str, str | int]:
     """Return the versions of Python and the main packages, the processor's name and core count, and the system."""
     found: dict[str, str | int] = {"python": platform.python_version()}
-    for name in _PACKAGES:
+    for name in ("branchynet", "torch", "onnxruntime", "openvino", "onnx", "numpy"):
         with contextlib.suppress(PackageNotFoundError):  # OpenVINO is optional
             found[name] = version(name)
     return found | {"processor": processor(), "cores": os.cpu_count() or 1, "system": platform.system()}

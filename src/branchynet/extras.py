@@ -43,12 +43,9 @@ def needed_by(what: str, extra: str | None = None) -> Iterator[None]:
 
 
 def first_used(package: str, homes: Mapping[str, Sequence[str]], extra: str | None = None) -> Callable[[str], Any]:
-    """Return a ``__getattr__`` for a package that imports public names on first use.
+    """Return a ``__getattr__`` that imports names of a `package` on first use.
 
-    Args:
-        package: the full name of the package.
-        homes: the public names in each of its modules.
-        extra: see `needed_by`.
+    `homes` holds the public names in each of its modules; `extra` is that of `needed_by`.
     """
     modules = {name: module for module, names in homes.items() for name in names}
 

@@ -21,16 +21,17 @@ try:
 except ImportError:  # on Windows, temporary files of killed processes are not removed
     fcntl = None
 
+AnyPath = str | os.PathLike[str]
 MOST_JSON = 1 << 28  # bytes; the JSON files of this library are far smaller
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def replacing(path: AnyPath) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`, and rename it to `path` if the block succeeds.
 
-    If the process is killed or the power fails inside the block, the previous file does not change: the content reaches
-    the disk before it gets its name. The temporary name has the suffix of `path`, because some writers look at it.
-    Temporary files that killed processes left for `path` are removed. For a symbolic link, the target is replaced.
+    If the process is killed or the power fails, the previous file does not change: the content reaches the disk before
+    it gets its name. The temporary name has the suffix of `path`, because some writers look at it. Temporary files that
+    killed processes left for `path` are removed. For a symbolic link, the target is replaced.
 
     Raises:
         FileError: the folder cannot be created, the file cannot be written (disk full, no permission), or `path` is a
@@ -43,7 +44,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         handle, temporary = _claimed(final)
         yield temporary
         _sync(temporary, os.O_RDWR)
-        temporary.chmod(0o666 & ~_umask())
+        os.umask(mask := os.umask(0))
+        temporary.chmod(0o666 & ~mask)
         temporary.replace(final)
         with contextlib.suppress(OSError):  # not every system can sync a folder
             _sync(final.parent, os.O_RDONLY)
@@ -58,7 +60,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.close(handle)
 
 
-def _writable(path: str | os.PathLike[str]) -> Path:
+def _writable(path: AnyPath) -> Path:
     """Return the regular file that `path` names, which need not exist, and create its folder. Raises `FileError`."""
     check_path(path)
     final = Path(path)
@@ -76,21 +78,21 @@ def _writable(path: str | os.PathLike[str]) -> Path:
     return final
 
 
-def check_path(path: str | os.PathLike[str]) -> None:
+def check_path(path: AnyPath) -> None:
     """Raise `InputError` unless `path` is a path, and `FileError` if it is empty (Python's current folder)."""
     instance("path", path, (str, os.PathLike), "give the name of a file or folder")
     if not os.fspath(path):
         raise FileError("an empty path names no file or folder; give its name, or . for the current folder")
 
 
-def check_folder(path: str | os.PathLike[str]) -> None:
+def check_folder(path: AnyPath) -> None:
     """Raise `FileError` if `path` is empty, or exists and is not a folder."""
     check_path(path)
     if Path(path).exists() and not Path(path).is_dir():
         raise FileError(f"{path} is a file, not a folder; give the path of a run's folder")
 
 
-def make_folder(folder: str | os.PathLike[str], path: str | os.PathLike[str] | None = None) -> None:
+def make_folder(folder: AnyPath, path: AnyPath | None = None) -> None:
     """Create a folder and its parents, to write `path` in it. Raises `FileError`."""
     path = folder if path is None else path
     try:
@@ -103,7 +105,7 @@ def make_folder(folder: str | os.PathLike[str], path: str | os.PathLike[str] | N
         raise _unwritable(path, error) from error
 
 
-def _unwritable(path: str | os.PathLike[str], error: Exception) -> FileError:
+def _unwritable(path: AnyPath, error: Exception) -> FileError:
     reason, shown = getattr(error, "strerror", None) or error, printable(os.fspath(path))
     return FileError(f"cannot write {shown}: {reason}; free some space or choose another folder")
 
@@ -115,7 +117,7 @@ def _no_file(mode: int) -> str:
     return "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
 
 
-def remove_partial(path: str | os.PathLike[str]) -> None:
+def remove_partial(path: AnyPath) -> None:
     """Remove the temporary files of `path` that no running process is writing."""
     if fcntl is None:
         return
@@ -152,14 +154,8 @@ def _sync(path: Path, flags: int) -> None:
         os.close(handle)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 @contextlib.contextmanager
-def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
+def locked(folder: AnyPath) -> Iterator[None]:
     """Hold the lock of `folder`, a file ``.lock`` in it, so that two processes cannot write the same run.
 
     The same thread may lock a folder again. When a process ends for any reason, its locks are released.
@@ -176,10 +172,8 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
         lock = filelock.FileLock(path, timeout=0, is_singleton=True)
         lock.acquire()
     except filelock.Timeout as error:
-        raise FileError(
-            f"{folder} is in use: another process or thread is training in it; wait until it ends, or use another "
-            "folder"
-        ) from error
+        what = "another process or thread is training in it"
+        raise FileError(f"{folder} is in use: {what}; wait until it ends, or use another folder") from error
     except FileError:
         raise
     except OSError as error:
@@ -190,12 +184,8 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
         lock.release()
 
 
-def regular(path: str | os.PathLike[str]) -> Path:
-    """Return `path` as a `Path` if it is a regular file: reading a pipe could block forever.
-
-    Raises:
-        FileError: `path` does not exist, or is a folder, pipe, socket or device.
-    """
+def regular(path: AnyPath) -> Path:
+    """Return `path` as a `Path`. Raises `FileError` unless it is a regular file: reading a pipe could block forever."""
     check_path(path)
     try:
         mode = Path(path).stat().st_mode
@@ -208,19 +198,19 @@ def regular(path: str | os.PathLike[str]) -> Path:
     return Path(path)
 
 
-def copy_file(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+def copy_file(source: AnyPath, path: AnyPath) -> None:
     """Copy a file, whole or not at all. Raises `FileError`."""
     with replacing(path) as temporary:
         shutil.copyfile(regular(source), temporary)
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
+def write_json(path: AnyPath, value: Any) -> None:
     """Write `value` atomically as indented JSON. Raises `FileError`."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
+def read_json(path: AnyPath) -> Any:
     """Read a JSON file. Raises `FileError` if it is missing, is not JSON, or is larger than `MOST_JSON` bytes."""
     try:
         size = regular(path).stat().st_size
@@ -238,13 +228,9 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 def parse_json(text: str, *, finite: bool = True) -> Any:
     """Parse JSON. Raises `ValueError` if `text` is not JSON, or contains NaN or infinity while `finite` is true."""
     try:
-        return json.loads(text, parse_constant=_no_constant, parse_float=_finite) if finite else json.loads(text)
+        return json.loads(text, parse_constant=_finite, parse_float=_finite) if finite else json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"it contains {name}")
 
 
 def _finite(text: str) -> float:
@@ -264,24 +250,19 @@ def checksum(parts: Iterable[tuple[str, Any]]) -> str:
 
 
 def check_checksum(
-    path: str | os.PathLike[str],
-    stored: Any,
-    parts: Iterable[tuple[str, Any]],
-    remedy: str = "copy it again, or make it again",
+    path: AnyPath, stored: Any, parts: Iterable[tuple[str, Any]], remedy: str = "copy it again, or make it again"
 ) -> None:
     """Raise `FileError` if the checksum of `parts` is not `stored`."""
     if checksum(parts) != stored:
-        raise FileError(
-            f"{path} is damaged or was edited: its content does not have the SHA-256 stored in it; {remedy}"
-        )
+        raise FileError(f"{path} is damaged or was edited: its content does not have its stored SHA-256; {remedy}")
 
 
-def write_sealed(path: str | os.PathLike[str], kind: str, content: dict[str, Any]) -> None:
+def write_sealed(path: AnyPath, kind: str, content: dict[str, Any]) -> None:
     """Write an object as JSON, with the checksum of its content. Raises `FileError`."""
     write_json(path, {**content, "sha256": checksum([(kind, json.dumps(content, sort_keys=True))])})
 
 
-def read_sealed(path: str | os.PathLike[str], kind: str, remedy: str) -> Any:
+def read_sealed(path: AnyPath, kind: str, remedy: str) -> Any:
     """Read a file that `write_sealed` wrote, and check its checksum if it has one. Raises `FileError`."""
     stored = read_json(path)
     if isinstance(stored, dict) and "sha256" in stored:  # files of earlier versions have no checksum

@@ -136,9 +136,6 @@ def joint_loss(
     return total
 
 
-_ROUNDING = 1e-2  # tolerance for the sum of probabilities, for half precision over many classes
-
-
 def _check_classes(output: Tensor, target: Tensor) -> None:
     """Raise `InputError` for targets and outputs that cross-entropy accepts but cannot learn from."""
     remedy = "for regression or several labels per sample give loss="
@@ -148,7 +145,8 @@ def _check_classes(output: Tensor, target: Tensor) -> None:
         )
     if target.is_floating_point() and target.shape == output.shape and target.numel():
         sums = target.detach().sum(dim=1)
-        if not (bool((target >= 0).all()) and bool(((sums - 1).abs() <= _ROUNDING).all())):
+        # The tolerance is for half precision over many classes.
+        if not (bool((target >= 0).all()) and bool(((sums - 1).abs() <= 1e-2).all())):
             raise InputError(
                 f"float targets of cross-entropy must be distributions over the classes, not negative and with sum 1 "
                 f"along dimension 1; got {target.dtype} {tuple(target.shape)} with other values: {remedy}"

@@ -14,12 +14,9 @@ T = TypeVar("T")
 def from_stored(cls: type[T], value: Any, path: str | os.PathLike[str], made_by: str) -> T:
     """Create an instance of the dataclass `cls` from a JSON object: the inverse of `dataclasses.asdict`.
 
-    Args:
-        cls: a dataclass; its fields are numbers, text, tuples, dicts, dataclasses, classes with a method `from_json`,
-            `Any`, or unions of them.
-        value: the parsed JSON; fields with a default may be missing.
-        path: the file that `value` comes from, for the message.
-        made_by: the call that creates the file, such as ``"choose(...)"``, for the message.
+    Fields are numbers, text, tuples, dicts, dataclasses, classes with a method `from_json`, `Any`, or unions of them.
+
+    Fields with a default may be missing. `made_by` is the call that creates the file, such as ``"choose(...)"``.
 
     Raises:
         FileError: a field is missing, unknown or of another type, or `cls` refuses the values.

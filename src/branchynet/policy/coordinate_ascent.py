@@ -20,9 +20,8 @@ _SWEPT = 12  # of these, the points from which one threshold at a time is swept 
 def ascend(problem: SearchProblem, prices: int = 24) -> SearchPoints:
     """Return a Pareto set for any number of exits: minimize loss + price x time for many prices and starts.
 
-    Each step sets one threshold to its best value, and keeps the others. At the points where no step helps, all
-    vectors tried enter the set, which fills the gaps between the prices. The set need not be optimal; tests compare it
-    with `grid`.
+    Each step sets one threshold to its best value, and keeps the others. The sweeps around the final points fill the
+    gaps between the prices. The set need not be optimal; tests compare it with `grid`.
     """
     samples = len(problem.scores)
     if samples <= CLIMBED:

@@ -161,9 +161,9 @@ def frontier(
 
     Candidate thresholds lie midway between neighboring recorded scores; *never* removes an exit and its cost. For one
     threshold the result is exact. For two or three it is exact if at most `vectors` combinations remain (for two, a
-    hundred times as many) after leaving out those that a looser one certainly beats. With more combinations, it is
-    computed on a grid of about `vectors`, and then exactly along one threshold at a time. More thresholds are searched
-    by coordinate ascent from several starts.
+    hundred times as many) without those that a looser one certainly beats. Otherwise it comes from a grid of about
+    `vectors` combinations, and exact sweeps of one threshold at a time. More thresholds are searched by coordinate
+    ascent from several starts.
 
     Args:
         record: S samples, N exits.

@@ -13,14 +13,11 @@ from .values import Floats, Ints
 
 
 def route(scores: Floats, thresholds: Sequence[float | None]) -> Ints:
-    """Return the exit of each sample: the first whose score is strictly below its threshold, else the last.
+    """Return the exit `(S,)`, from 1, of each sample: the first whose score is below its threshold, else the last.
 
     Args:
         scores: `(S, N)`, smaller = surer. Scores of the last exit are not used; a sample with NaN does not leave.
         thresholds: N-1 thresholds, rounded to float32; None means never.
-
-    Returns:
-        `(S,)` int64 exits, from 1.
 
     Raises:
         InputError: the number of thresholds is not N-1.

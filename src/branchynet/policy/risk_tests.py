@@ -31,9 +31,8 @@ _FRACTIONS = (0.05, 0.1, 0.2, 0.4, 0.7, 0.95)  # shares of the largest bet
 def halves(samples: int) -> tuple[Ints, Ints]:
     """Return a random split into a tuning and a calibration half, as positions in the record.
 
-    The split depends only on the number of samples. If it depended on their content, such as through a seed from a
-    digest, it would not be random for distributions with few distinct samples, and the promise would not hold. The
-    calibration half is in random order.
+    The split depends only on the number of samples: one that depends on their content is not random for distributions
+    with few distinct samples, and a promise then does not hold. The calibration half is in random order.
     """
     # The stream of RandomState never changes (NEP 19), so a record is always split the same way.
     drawn = np.random.RandomState(_SEED).permutation(samples).astype(np.int64)
@@ -48,22 +47,15 @@ def samples_needed(limit: float, delta: float, bound: str) -> int:
         return math.ceil(math.log(delta) / math.log1p(-limit))  # (1 - limit)^S <= delta
     bets, shares = _spread(limit, 1 / (1 - limit))
     steps = np.log1p(bets * limit)
-
-    def enough(samples: int) -> bool:
-        return bool(np.logaddexp.reduce(samples * steps + np.log(shares)) >= -math.log(delta))
-
-    return bisect.bisect_left(range(math.ceil(math.log(2 / delta) / steps[0]) + 1), True, key=enough)
+    log_capital = lambda samples: np.logaddexp.reduce(samples * steps + np.log(shares))  # noqa: E731
+    return bisect.bisect_left(range(math.ceil(math.log(2 / delta) / steps[0]) + 1), -math.log(delta), key=log_capital)
 
 
 def binomial_p(differences: Floats, limit: float) -> float:
-    """Return the p-value `P(Bin(S, limit) <= harmed)` of "risk > limit", where D > 0 for `harmed` samples.
+    """Return the p-value `P(Bin(S, limit) <= harmed)` of "risk > limit", if D > 0 for `harmed` of `differences` `(S,)`.
 
     The share of samples with D > 0 is at least the mean of D <= 1, so a limit on the share is a limit on the risk. The
     test is exact if D is 0 or 1, and gives no credit for answers that leaving early corrects.
-
-    Args:
-        differences: `(S,)` of -1, 0 and 1.
-        limit: of the risk.
     """
     return float(binom.cdf(int((differences > 0).sum()), len(differences), limit)) if limit > 0 else 1.0
 
@@ -77,8 +69,7 @@ def betting_p(differences: Floats, limit: float, bet: float, enough: float = 0.0
     Args:
         differences: `(S,)` D in [-1, 1], in random order.
         limit: of the risk.
-        bet: the best bet on other data, from 0 to 1 / (1 - limit). It has half of the capital; other bets share the
-            rest.
+        bet: the best bet on other data, from 0 to 1 / (1 - limit). It has half of the capital; others share the rest.
         enough: stop after the first block of samples with p at most this.
     """
     bets, shares = _spread(limit, bet)

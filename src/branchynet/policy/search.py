@@ -4,11 +4,11 @@ Shape letters: S samples, N exits, P threshold vectors, K candidate thresholds o
 *never* (None in a `Policy`): the branch of that exit is left out, with its cost.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -32,14 +32,11 @@ class SearchProblem:
         """Return the problem restricted to the samples `rows`."""
         return SearchProblem(self.scores.T[:, rows].T, self.losses.T[:, rows].T, self.cost)
 
-    @cached_property
+    @functools.cached_property
     def order(self) -> list[Ints]:
         """For each early exit, the samples from surest to least sure, without NaN and infinity, which never leave."""
-        orders = []
-        for column in self.scores[:, :-1].T:
-            order = np.argsort(column, kind="stable")
-            orders.append(order[column[order] < np.inf])
-        return orders
+        orders = [(column, np.argsort(column, kind="stable")) for column in self.scores[:, :-1].T]
+        return [order[column[order] < np.inf] for column, order in orders]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,27 +76,20 @@ def join(points: list[SearchPoints]) -> SearchPoints:
 
 def best_of(sets: Iterable[SearchPoints]) -> SearchPoints:
     """Return the Pareto set of several sets, with one set at a time in memory; of equal points it keeps the first."""
-    found: SearchPoints | None = None
-    for points in sets:
-        found = (points if found is None else join([found, points])).pareto()
-    assert found is not None
-    return found
+    return functools.reduce(lambda found, points: join([found, points]).pareto(), sets).pareto()
 
 
 def mean_cost(counts: Floats | Sequence[Floats], each: Floats, samples: int) -> Floats:
     """Return the mean cost if `counts` `(N, ...)` samples leave at exits with the costs `each` `(N,)`.
 
-    The sum is over one exit after another: one vector and a million then give the same bits, and a limit that the
-    search meets is also met in `evaluate`.
+    The sum runs over the exits in order, so one vector and a million give the same bits, and a limit that the search
+    meets is also met in `evaluate`.
     """
-    total = np.zeros(())
-    for count, cost in zip(counts, each, strict=True):
-        total = total + count * cost
-    return total / samples
+    return sum((count * cost for count, cost in zip(counts, each, strict=True)), np.zeros(())) / samples
 
 
 def points_at(problem: SearchProblem, thresholds: Floats) -> SearchPoints:
-    """Evaluate threshold vectors `(P, N-1)` one after another."""
+    """Evaluate threshold vectors `(P, N-1)`."""
     samples, exits = problem.scores.shape
     losses, us, counts = [], [], []
     for row in thresholds:
