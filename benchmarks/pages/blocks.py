@@ -77,7 +77,7 @@ def elsewhere():
 
 def halves():
     found = results("architectures")
-    lines = ["| network | cost of the first exit, of the whole | speed-up |", "|---|--:|--:|"]
+    lines = ["| network | cost of the first exit, relative to the network | speed-up |", "|---|--:|--:|"]
     rows = []
     for network in found["networks"]:
         all_halves = [trial["half"] for trial in network["trials"] if "half" in trial]
@@ -132,7 +132,8 @@ def int8_accuracy():
         "processor, bit by bit on all images of the row.",
         "",
         f"The target is `int8` at most {INT8_TARGET} points below float at every exit on a processor without VNNI. "
-        "The list gives the worst exit there: `int8` relative to float, and `int8-full-range` relative to `int8`.",
+        "The list gives the accuracy at the worst exit there: `int8` relative to float, and `int8-full-range` relative "
+        "to `int8`.",
         "",
         *(_verdict(rows, network) for network in dict.fromkeys(r["network"] for r in rows)),
         "",
@@ -181,8 +182,8 @@ def int8_times():
     return [
         *lines,
         "",
-        "Speed-up over the plain float network in the same runtime: exits in float, the plain network in int8, "
-        "and exits with `int8`. "
+        "Speed-up over the plain float network in the same runtime. *Exits*: with exits, in float. *int8* and "
+        "*int8-full-range*: the plain network in int8. *Both*: with exits, in `int8`. "
         f"Thresholds lose at most {100 * found['max_drop']:g} points on {found['validation']:,} validation images, "
         "without a promise; those for `int8` are chosen on a record of its flat file. "
         f"{processor(*found['times'])}, one thread, medians. Made by `{found['command']}`.",
@@ -224,10 +225,10 @@ def promises():
     return [
         *lines,
         "",
-        f"{first['draws']:,} draws per row, 95% confidence: at most 5% may be broken. The ratio of the cost with a "
-        "promise to the cost without one, for `max_drop` 0.01 and half of the validation images for calibration "
-        f"(5,000 on MNIST and Fashion-MNIST, 2,500 on CIFAR-10), is: {price}. Costs were measured on "
-        f"{processor(found)}. "
+        f"{first['draws']:,} draws per row, 95% confidence: at most 5% may be broken. A promise raises the cost. "
+        "For `max_drop` 0.01, with half of the validation images for calibration (5,000 on MNIST and Fashion-MNIST, "
+        f"2,500 on CIFAR-10), the cost with a promise, divided by the cost without one, is: {price}. "
+        f"Costs were measured on {processor(found)}. "
         f"Made by `{found['command']}`.",
     ]
 

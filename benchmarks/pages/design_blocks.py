@@ -75,7 +75,7 @@ def processors():
     far = results("mnist_speed")
     speed = " and ".join(f"{r['speedup']:.2f}x at batch {r['batch']}" for r in far["rows"])
     return [
-        "**Speed-ups depend on the processor**, so each table has one.",
+        "**Speed-ups depend on the processor**, so each table has rows of one processor only.",
         "",
         *lines,
         "",
@@ -114,7 +114,7 @@ def designs():
 
 
 def predictions():
-    """How far measured times are from predicted ones, and how much of that is the pace of the machine."""
+    """How far measured times are from predicted ones, and how much of that is the speed of the machine."""
     rows = _rows()
     off, beside = [[abs(which(row)) for row in rows] for which in (_off, _off_beside_plain)]
     pace = [abs(row["plain_us"] / (row["predicted_speedup"] * row["predicted_us"]) - 1) for row in rows]
@@ -127,7 +127,7 @@ def predictions():
         lines.append(f"Rows beyond that: {len(beyond)} ({'; '.join(beyond)}).")
     lines.append(
         f"In microseconds they differ by {statistics.median(off):.0%} in the median and {max(off):.0%} at most, and "
-        f"{sum(o > 0.15 for o in off)} rows by more than 15%. The pace of the machine changed in between: the time of "
+        f"{sum(o > 0.15 for o in off)} rows by more than 15%. The speed of the machine changed in between: the time of "
         f"the plain network changed by {statistics.median(pace):.0%} in the median and {max(pace):.0%} at most."
     )
     return lines
@@ -136,9 +136,9 @@ def predictions():
 def single_exits():
     """Designs in which one exit answers nearly every sample."""
     return [
-        f"On {TITLES[row['network']]}, batch {row['batch']}, {row['exit_share'][0]:.1%} leave at the first designed "
-        f"exit, which alone has an accuracy of {row['exit_accuracy'][0]:.2%}; the plain network has "
-        f"{row['plain_accuracy']:.2%}. The designer found a better small network there, and the later stages are not "
+        f"On {TITLES[row['network']]}, batch {row['batch']}, {row['exit_share'][0]:.1%} of the samples leave at "
+        f"the first designed exit. This exit alone has an accuracy of {row['exit_accuracy'][0]:.2%}; the plain network "
+        f"has {row['plain_accuracy']:.2%}. The designer found a better small network there, and the later stages are not "
         "needed. In such a case, use that exit alone."
         for row in _rows()
         if row["design"] == "designed" and row["answers"] == "of the exit" and not row["below_points"]

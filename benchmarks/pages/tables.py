@@ -55,13 +55,14 @@ def training():
     low, high = min(r["lenet_test"] for r in rows), max(r["lenet_test"] for r in rows)
     lift, whole = found["last_exit_minus_lenet"], found["b_lenet_minus_lenet"]
     return [
-        f"Does joint training improve the last exit? Over {len(rows)} seeds, each side trained for the same total "
-        f"epochs with the same augmentation, LeNet has {mean['lenet_test']:.2%} and "
+        f"Does joint training improve the last exit? LeNet and B-LeNet were trained with {len(rows)} seeds each, for "
+        f"the same total epochs and with the same augmentation. On average, LeNet has {mean['lenet_test']:.2%} and "
         f"the last exit of B-LeNet {mean['last_exit_test']:.2%}: "
         f"{_verdict(lift)} B-LeNet with early exits has {mean['b_lenet_test']:.2%}, with {share:.1%} leaving at exit "
-        f"1: {_verdict(whole)} The shipped pair has seed {shipped['seed']}, selected by the validation accuracy of "
-        f"B-LeNet. Its LeNet has {shipped['lenet_test']:.2%} on test images; the five seeds range from {low:.2%} to "
-        f"{high:.2%}, so the gap between the shipped two is chance. Made by `{found['command']}`.",
+        f"1: {_verdict(whole)} The shipped networks have seed {shipped['seed']}, which has the best validation "
+        f"accuracy of B-LeNet. The shipped LeNet has {shipped['lenet_test']:.2%} on test images; over the seeds, LeNet "
+        f"ranges from {low:.2%} to {high:.2%}, so the gap between the shipped two is chance. "
+        f"Made by `{found['command']}`.",
     ]
 
 
@@ -242,7 +243,7 @@ def scores():
         *lines,
         "",
         f"Means on test images over {len(found['splits'])} random halvings of the validation images, and over training "
-        "seeds. Work is multiply-accumulates at the accuracy of the plain last exit, then "
+        "seeds. Work is in multiply-accumulates: first at the accuracy of the last exit alone, then at "
         f"{100 * found['targets'][1]:g} points below it. Bold: significantly less than entropy (paired, 95%; over "
         "seeds if there are several, otherwise over halvings only). All scores choose on one half, "
         "although named scores could choose on both. The time of a score is what it adds to an exit at batch 1, in a "

@@ -105,7 +105,10 @@ def test_export_returns_the_path_and_makes_the_folder(cached, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"policy": Policy("entropi", (0.5, 0.5))}, "'entropi'.*did you mean 'entropy'"),
+        (
+            {"policy": Policy.from_json({"score": "entropi", "thresholds": [0.5, 0.5]})},
+            "'entropi'.*did you mean 'entropy'",
+        ),
         ({"policy": Policy(thresholds=(0.5,))}, "1 thresholds; 3 exits need 2"),
         ({"policy": Policy(thresholds=(0.5,) * 3)}, "3 thresholds; 3 exits need 2"),
         ({"thresholds": "constant"}, "'constant'"),
