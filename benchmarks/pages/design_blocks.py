@@ -138,8 +138,8 @@ def single_exits():
     return [
         f"On {TITLES[row['network']]}, batch {row['batch']}, {row['exit_share'][0]:.1%} of the samples leave at "
         f"the first designed exit. This exit alone has an accuracy of {row['exit_accuracy'][0]:.2%}; the plain network "
-        f"has {row['plain_accuracy']:.2%}. The designer found a better small network there, and the later stages are not "
-        "needed. In such a case, use that exit alone."
+        f"has {row['plain_accuracy']:.2%}. The designer found a better small network there, and the later stages are "
+        "not needed. In such a case, use that exit alone."
         for row in _rows()
         if row["design"] == "designed" and row["answers"] == "of the exit" and not row["below_points"]
         if row["exit_share"][0] > NEARLY_ALL

@@ -102,11 +102,14 @@ def test_export_returns_the_path_and_makes_the_folder(cached, tmp_path):
 # Refused before the export
 
 
+STORED = Policy.from_json({"score": "entropi", "thresholds": [0.5, 0.5]})  # a name in a file may be that of a callable
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (
-            {"policy": Policy.from_json({"score": "entropi", "thresholds": [0.5, 0.5]})},
+            {"policy": STORED},
             "'entropi'.*did you mean 'entropy'",
         ),
         ({"policy": Policy(thresholds=(0.5,))}, "1 thresholds; 3 exits need 2"),

@@ -405,7 +405,7 @@ def test_a_decision_for_a_whole_batch_is_refused():
     [
         (Policy(), "0 thresholds; 2 exits need 1"),
         (Policy(thresholds=(1.0, 1.0)), "2 thresholds; 2 exits need 1"),
-        (Policy("entropie", (1.0,)), "did you mean 'entropy'"),
+        (Policy.from_json({"score": "entropie", "thresholds": [1.0]}), "did you mean 'entropy'"),
         (Policy(lambda outputs: outputs[-1], (1.0,)), "one number per sample"),
     ],
 )
