@@ -74,6 +74,11 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
+def first_line(error: BaseException) -> str:
+    """Return the start of an error's message, at most 300 characters; the name of its class if it has no message."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """Return a hint such as ``"; did you mean 'conv1'?"``, or the known names if none is similar."""
     known = [n for n in names if n]
@@ -95,8 +100,8 @@ def as_graph_errors() -> Iterator[None]:
     except Exception as error:
         if isinstance(error, (BranchyNetError, OSError, MemoryError)) and not isinstance(error, FileError):
             raise
-        lines = str(error.__cause__ or error).splitlines() or [type(error).__name__]  # the runtime's message
+        cause = first_line(error.__cause__ or error)  # the runtime's message
         raise GraphError(
-            f"the graph of this network cannot be run ({lines[0][:300]}); write that operation in another way (in half "
+            f"the graph of this network cannot be run ({cause}); write that operation in another way (in half "
             "precision, try net.float()), or use TorchEngine, which needs no file"
         ) from error

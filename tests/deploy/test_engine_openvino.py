@@ -181,7 +181,7 @@ def test_a_file_for_one_sample_at_a_time(folder):
         engine(np.ones((2, 4), np.float32))
 
 
-# Measured and quantised
+# Measured and quantized
 
 
 @pytest.fixture

@@ -108,10 +108,7 @@ STORED = Policy.from_json({"score": "entropi", "thresholds": [0.5, 0.5]})  # a n
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"policy": STORED},
-            "'entropi'.*did you mean 'entropy'",
-        ),
+        ({"policy": STORED}, "'entropi'.*did you mean 'entropy'"),
         ({"policy": Policy(thresholds=(0.5,))}, "1 thresholds; 3 exits need 2"),
         ({"policy": Policy(thresholds=(0.5,) * 3)}, "3 thresholds; 3 exits need 2"),
         ({"thresholds": "constant"}, "'constant'"),

@@ -46,7 +46,7 @@ def _shapes():
     return [conv(1, 8, stride=2), nn.ReLU(), WithZeros(), nn.MaxPool2d(2), conv(9, 4)], nn.Linear(4 * 16, 4)
 
 
-def _normalised():
+def _normalized():
     return [conv(1, 8, stride=2), nn.BatchNorm2d(8), nn.ReLU(), WithZeros(), nn.BatchNorm2d(9), nn.ReLU()], nn.Linear(
         9 * 64, 4
     )
@@ -64,7 +64,7 @@ def _dense():
     return [nn.Flatten(), nn.Linear(256, 8), nn.ReLU(), WithZeros(), nn.Linear(9, 8), nn.ReLU()], nn.Linear(8, 4)
 
 
-@pytest.fixture(scope="module", params=[_plain, _shapes, _normalised, _depthwise, _residual, _dense])
+@pytest.fixture(scope="module", params=[_plain, _shapes, _normalized, _depthwise, _residual, _dense])
 def case(request):
     """A network whose biases matter and differ, with images."""
     torch.manual_seed(0)

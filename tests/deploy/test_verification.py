@@ -1,111 +1,27 @@
 """What `verify` accepts and reports."""
 
-import base64
 import dataclasses
-import io
 import json
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import numpy_helper
 from torch import nn
 from typer.testing import CliRunner
 
 from branchynet import BranchyNet, Policy, export, load, verify
 from branchynet.cli.verbs import app
-from branchynet.deploy import checksum
 from branchynet.deploy import stored_samples as stored_samples
-from branchynet.deploy.stored_samples import SAMPLES_KEY, read_samples
+from branchynet.deploy.stored_samples import read_samples
 from branchynet.deploy.verification import _alike, check
-from branchynet.errors import FileError, InputError, VerificationError
-
-
-class Three(nn.Module):
-    """Convolutions with a residual sum, so that int8 has something to round."""
-
-    def __init__(self):
-        super().__init__()
-        self.a = nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.ReLU())
-        self.b = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
-        self.fc = nn.Linear(8 * 36, 5)
-
-    def forward(self, x):
-        x = self.a(x)
-        return self.fc((x + self.b(x)).flatten(1))
-
-
-def images(rows=8, seed=0):
-    return torch.randn(rows, 2, 6, 6, generator=torch.Generator().manual_seed(seed)) * 2
-
-
-def network():
-    torch.manual_seed(0)
-    net = BranchyNet(Three(), {tap: nn.Sequential(nn.Flatten(), nn.Linear(8 * 36, 5)) for tap in ("a", "b")}).eval()
-    with torch.no_grad():
-        for head in (*(branch[1] for branch in net.branches), net.backbone.fc):
-            head.weight *= 4
-    return net
-
-
-TWO = Policy(thresholds=(0.8, 1.48))
-INT8 = {"quantize": "int8", "calibration": [images(64, 1)]}
-KINDS = {
-    "nested": {},
-    "flat": {"policy": None},
-    "one": {"batch": 1},
-    "required": {"thresholds": "input"},
-    "never": {"policy": Policy(thresholds=(None, 1.48))},
-    "margin": {"policy": Policy("margin", (0.3, 0.85))},
-    "int8": INT8,
-    "int8-flat": {"policy": None, **INT8},
-    "int8-one": {"batch": 1, **INT8},
-}
+from branchynet.errors import VerificationError
+from helpers.verified_files import INT8, KINDS, TWO, changed, edit, every_kind, graphs, images, network, with_arrays
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    net, folder = network(), tmp_path_factory.mktemp("files")
-    return {
-        kind: export(net, folder / f"{kind}.onnx", **{"policy": TWO, "example": images(), **options})
-        for kind, options in KINDS.items()
-    }
-
-
-def changed(path, folder, change):
-    """A copy of a file with a changed model, without the checksum."""
-    model = onnx.load(path)
-    change(model)
-    kept = [p for p in model.metadata_props if p.key != checksum.KEY]
-    del model.metadata_props[:]
-    model.metadata_props.extend(kept)
-    onnx.save(model, folder / "changed.onnx")
-    return folder / "changed.onnx"
-
-
-def graphs(graph):
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from graphs(attribute.g)
-
-
-def initializers(model, name, kind):
-    """Initializers with `name` in their name, at any level."""
-    found = [t for g in graphs(model.graph) for t in g.initializer if name in t.name and t.data_type == kind]
-    assert found, [t.name for g in graphs(model.graph) for t in g.initializer]
-    return found
-
-
-def edit(name, function, kind=onnx.TensorProto.FLOAT):
-    def change(model):
-        for tensor in initializers(model, name, kind):
-            array = function(numpy_helper.to_array(tensor))
-            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
-
-    return change
+    return every_kind(tmp_path_factory.mktemp("files"))
 
 
 # What is right
@@ -319,126 +235,6 @@ def test_inputs_of_the_graph_count_if_the_metadata_differ(joined, tmp_path, name
     assert [i.name for i in load(path).inputs] == ["x", "y", "z"] and verify(path).passed
 
 
-# Stored samples
-
-
-@pytest.mark.parametrize(("given", "rows"), [(0, 0), (1, 1), (3, 3), (8, 8)])
-def test_the_requested_number_of_samples_is_stored(tmp_path, given, rows):
-    path = export(network(), tmp_path / "m.onnx", policy=TWO, example=images(12), samples=given)
-    if rows:
-        assert len(read_samples(path)) == rows and verify(path).samples == rows
-        return
-    assert SAMPLES_KEY not in {p.key for p in onnx.load(path).metadata_props}
-    for call in (verify, lambda path: load(path, verify=True)):
-        with pytest.raises(FileError, match=r"m\.onnx holds no samples.*samples=8"):
-            call(path)
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [(-1, "not be negative; got -1"), (9, "at most 8; got 9"), (2.5, "got 2.5"), (None, "got None"), ("8", "got '8'")],
-)
-def test_another_number_is_refused(tmp_path, given, message):
-    with pytest.raises(InputError, match=f"samples must .*{message}"):
-        export(network(), tmp_path / "m.onnx", policy=TWO, example=images(), samples=given)
-    assert not list(tmp_path.iterdir())
-
-
-def test_fewer_large_samples_are_stored_and_none_of_the_largest(tmp_path, monkeypatch):
-    each = images(1).numpy().nbytes + 3 * (5 + 1) * 4
-    for budget, most, rows in ((4 * each, 100 * each, 4), (each // 2, each, 1)):
-        monkeypatch.setattr(stored_samples, "_BYTES", budget)
-        monkeypatch.setattr(stored_samples, "_MOST_BYTES", most)
-        assert len(read_samples(export(network(), tmp_path / "m.onnx", policy=TWO, example=images()))) == rows
-    monkeypatch.setattr(stored_samples, "_MOST_BYTES", each - 1)
-    with pytest.raises(FileError, match="no samples"):
-        verify(export(network(), tmp_path / "m.onnx", policy=TWO, example=images()))
-
-
-@pytest.mark.parametrize("damage", [lambda t: "?" + t, lambda t: t[: len(t) // 8 * 4], lambda t: "AAAA", lambda t: "é"])
-def test_damaged_samples_are_reported(files, tmp_path, damage):
-    def change(model):
-        entry = next(p for p in model.metadata_props if p.key == SAMPLES_KEY)
-        entry.value = damage(entry.value)
-
-    path = changed(files["nested"], tmp_path, change)
-    assert load(path).num_exits == 3
-    with pytest.raises(FileError, match=r"samples in .*changed\.onnx cannot be read.*export it again"):
-        verify(path)
-
-
-def with_arrays(path, folder, change):
-    """A copy of a file with changed arrays of stored samples."""
-
-    def edit_arrays(model):
-        entry = next(p for p in model.metadata_props if p.key == SAMPLES_KEY)
-        with np.load(io.BytesIO(base64.b64decode(entry.value))) as stored:
-            arrays = dict(stored)
-        change(arrays)
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **arrays)
-        entry.value = base64.b64encode(buffer.getvalue()).decode()
-
-    return changed(path, folder, edit_arrays)
-
-
-def each(name, function):
-    """Change the arrays with this prefix."""
-    return lambda arrays: arrays.update({k: function(a) for k, a in arrays.items() if k.startswith(name)})
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (each("slack", lambda a: np.float64(0)), r"slack is float64 \(\)"),
-        (each("score_slack", lambda a: a[:1]), "slack for 3 exits and 1 scores"),
-        (lambda a: (each("slack", lambda s: s[:2])(a), each("score_slack", lambda s: s[:2])(a)), "slack for 2 exits"),
-        (each("slack", lambda a: a + np.nan), "slack is"),
-        (each("slack", lambda a: a - 1), "slack is"),
-        (each("slack", lambda a: a + 1e9), "slack is .*metadata"),
-        (each("slack", lambda a: a + 0.1), "slack is .*metadata"),
-        (each("score_slack", lambda a: a + 1e9), "slack of score 1 is 1e\\+09"),
-        (each("output_2", lambda a: a[:3]), r"output 2 is float32 \(3, 5\)"),
-        (each("output_2", lambda a: a[:, :3]), r"output 2 is float32 \(8, 3\)"),
-        (each("output_3", lambda a: np.array(["x"] * len(a))), "output 3 is <U1"),
-        (each("output_1", lambda a: a[0, 0]), r"output 1 is float32 \(\)"),
-        (each("score_1", lambda a: a[:2]), r"score 1 is float32 \(2,\)"),
-        (each("score_2", lambda a: a.astype("U4")), "score 2 is <U4"),
-        (lambda a: a.pop("score_2"), "score 2 is"),
-        (lambda a: a.pop("output_1"), "output 1 is"),
-        (lambda a: a.pop("input_0"), "they have 0 inputs"),
-        (lambda a: a.update(input_1=a["input_0"]), "they have 2 inputs"),
-        (each("input_0", lambda a: a.astype("f8")), "input 'x' is float64"),
-        (each("input_0", lambda a: a[:, :1]), "input 'x' is float32"),
-        (
-            lambda a: [each(name, lambda v: v[:0])(a) for name in ("input", "output", "score_1", "score_2", "score_3")],
-            "0",
-        ),
-        (lambda a: a.clear(), "slack"),
-    ],
-)
-@pytest.mark.parametrize("kind", ["nested", "int8"])
-def test_samples_of_another_kind_are_damage(files, tmp_path, kind, change, message):
-    path = with_arrays(files[kind], tmp_path, change)
-    with pytest.raises(FileError, match=rf"samples in .*changed\.onnx cannot be read \(.*{message}.*export it again"):
-        verify(path)
-    with pytest.raises(FileError, match="cannot be read"):
-        load(path, verify=True)
-
-
-@pytest.mark.parametrize(
-    ("kind", "other", "message"), [("nested", "flat", "a flat file"), ("flat", "nested", "early exits")]
-)
-def test_samples_of_another_file_are_damage(files, tmp_path, kind, other, message):
-    text = next(p.value for p in onnx.load(files[other]).metadata_props if p.key == SAMPLES_KEY)
-
-    def swap(model):
-        next(p for p in model.metadata_props if p.key == SAMPLES_KEY).value = text
-
-    with pytest.raises(FileError, match=message):
-        verify(changed(files[kind], tmp_path, swap))
-
-
 # On the command line
 
 
@@ -447,8 +243,8 @@ def test_the_command_prints_the_result_and_sets_its_status(files, tmp_path):
     right = run.invoke(app, ["verify", str(files["nested"]), "--threads", "1"])
     assert right.exit_code == 0 and right.stdout.startswith("right: 8 samples in onnxruntime ")
     wrong = changed(files["nested"], tmp_path, edit("backbone.fc.bias", lambda a: a + 1))
-    message = run.invoke(app, ["verify", str(wrong)])
-    assert message.exit_code == 1 and message.stdout.startswith("WRONG: ") and "at exit 3" in message.stdout
+    result = run.invoke(app, ["verify", str(wrong)])
+    assert result.exit_code == 1 and result.stdout.startswith("WRONG: ") and "at exit 3" in result.stdout
     wrong.rename(tmp_path / "model.onnx")
     assert run.invoke(app, ["verify", str(tmp_path)]).exit_code == 1
 

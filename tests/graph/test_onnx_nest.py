@@ -189,9 +189,9 @@ def test_any_graph_answers_as_the_rule_says_and_does_no_other_work(tmp_path_fact
         np.testing.assert_array_equal(results[kind], want)
     np.testing.assert_array_equal(results["label"], results["output"].argmax(axis=1))
     check_work(flat, events, enabled, expected)
-    optimised = load(path, threads=1)(x, y)
-    assert optimised.exit.tolist() == expected.tolist()
-    np.testing.assert_array_equal(optimised.output, results["output"])
+    optimized = load(path, threads=1)(x, y)
+    assert optimized.exit.tolist() == expected.tolist()
+    np.testing.assert_array_equal(optimized.output, results["output"])
 
 
 # Networks from PyTorch
@@ -250,7 +250,7 @@ def test_later_nodes_see_just_the_rows_that_stayed(family, tmp_path):
             assert not seen & ({89, 71, 53, 31} - {(89, 71, 53, 31)[level - 1]})
 
 
-def test_optimised_sessions_skip_the_heavy_work_too(family, tmp_path):
+def test_optimized_sessions_skip_the_heavy_work_too(family, tmp_path):
     net, example, flat = flat_of(family)
     inputs, outputs = outputs_of(net, example, 89)
     thresholds, exits = leaving(outputs, (18, 18, 22)[: flat.num_exits - 1])

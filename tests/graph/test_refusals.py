@@ -68,7 +68,7 @@ class Batched(nn.BatchNorm1d):
 
 
 @pytest.mark.parametrize(
-    ("act", "told"),
+    ("act", "message"),
     [
         (decides, r"in '1' \(Inner\) at .*test_refusals\.py:\d+\).*data-dependent.*torch\.where"),
         (reads, r"in '1' \(Inner\) at .*test_refusals\.py:\d+\).*data-dependent"),
@@ -81,10 +81,10 @@ class Batched(nn.BatchNorm1d):
     ],
     ids=["if", "float", "numpy", "view", "len", "buffer", "batch_norm", "dropout"],
 )
-def test_the_reason_and_the_place_are_named(act, told):
+def test_the_reason_and_the_place_are_named(act, message):
     with pytest.raises(GraphError) as raised:
         flatten(branchy(act), torch.randn(5, 6), score=scores.entropy)
-    assert re.search(told, str(raised.value), re.DOTALL), raised.value
+    assert re.search(message, str(raised.value), re.DOTALL), raised.value
 
 
 def test_torchs_own_control_flow_is_refused_before_any_long_work():

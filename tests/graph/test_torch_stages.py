@@ -8,61 +8,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule
 
-from branchynet import BranchyNet, Policy
-from branchynet.errors import GraphError, InputError
+from branchynet import Policy
 from branchynet.graph import torch_stages
-from branchynet.graph.torch_flat import TorchGraph, check, name_of, torch_flatten
+from branchynet.graph.torch_flat import name_of, torch_flatten
 from branchynet.graph.torch_stages import StageInput, cut_stages
+from helpers.changeable_trunk import example, trunk
 from helpers.networks import FAMILIES, build, draw
 
 LIGHT = {"expand", "reshape", "permute", "transpose", "mul", "arange", "unsqueeze"}  # may be recomputed
 ONE = Policy(thresholds=(1.0,))
-
-
-class Trunk(nn.Module):
-    """Three linear layers; a test may change the input and output of the first, and the input of the second.
-
-    `seen` computes the input of a branch at "tap".
-    """
-
-    def __init__(self, seen=None, then=None, before=None):
-        super().__init__()
-        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
-        self.tap = nn.Identity()
-        self.seen, self.then, self.before = seen, then, before
-        self.register_buffer("count", torch.zeros(()))
-        self.plain = torch.arange(8.0)
-        self.lstm = nn.LSTM(2, 3)
-        self.bare = nn.BatchNorm1d(8, track_running_stats=False)
-        self.norm = nn.BatchNorm1d(8)
-
-    def forward(self, x):
-        h = self.a(x if self.before is None else self.before(self, x))
-        value = h if self.seen is None else self.seen(self, h)
-        self.tap(value)
-        h = torch.relu(h) if self.then is None else self.then(self, h, value)
-        return self.c(torch.relu(self.b(h)))
-
-
-class Read(nn.Module):
-    """A branch that sums its input to four numbers per sample, (B, 4)."""
-
-    def __init__(self, read=None):
-        super().__init__()
-        self.fc = nn.Linear(1, 4)
-        self.read = read or (lambda h: h.flatten(1).sum(1, keepdim=True))
-
-    def forward(self, h):
-        return self.fc(self.read(h))
-
-
-def trunk(seen=None, then=None, before=None, read=None):
-    torch.manual_seed(0)
-    return BranchyNet(Trunk(seen, then, before), {"tap": Read(read)}).eval()
-
-
-def example(rows=6):
-    return torch.randn(rows, 6, generator=torch.Generator().manual_seed(1))
 
 
 def calls(module):
@@ -330,94 +284,6 @@ def test_inputs_keep_their_own_names_and_modes_their_state():
     assert named.arguments == ("image", "vector") and net.training
     net.eval()
     assert [s.takes for s in named.stages] == [s.takes for s in cut.stages]
-
-
-# Refused networks
-
-
-class Broken(nn.Module):
-    def forward(self, x):
-        return x if x.sum() > 0 else -x  # the error names this line
-
-
-LINE = Broken.forward.__code__.co_firstlineno + 1
-
-
-def broken(self, h, value):
-    return self.broken(h)
-
-
-def with_broken():
-    net = trunk(None, broken)
-    net.backbone.broken = Broken()
-    return net
-
-
-REFUSED = {
-    "values decide": (with_broken, rf"'broken'.*test_torch_stages\.py:{LINE}.*data-dependent.*torch\.where"),
-    "a number of a tensor": (lambda: trunk(None, lambda s, h, v: h * h.max().item()), "item.*Python number.*where"),
-    "a shape of values": (lambda: trunk(None, lambda s, h, v: h * h.nonzero().shape[0]), "nonzero.*torch.where"),
-    "numpy": (lambda: trunk(None, lambda s, h, v: torch.from_numpy(h.numpy())), r"test_torch_stages\.py:\d+.*numpy"),
-    "random": (lambda: trunk(None, lambda s, h, v: h + torch.rand_like(h)), r"'rand_like'.*\.py:\d+.*deterministic"),
-    "dropout": (lambda: trunk(None, lambda s, h, v: F.dropout(h)), "dropout.*deterministic"),
-    "rrelu": (lambda: trunk(None, lambda s, h, v: F.rrelu(h, training=True)), "rrelu.*deterministic"),
-    "batch statistics": (lambda: trunk(None, lambda s, h, v: s.bare(h)), "'bare' averages.*training"),
-    "training": (lambda: trunk(None, lambda s, h, v: s.norm.train()(h)), "'norm.running_mean'.*training mode"),
-    "counting": (lambda: trunk(None, lambda s, h, v: h + 0 * s.count.add_(1)), "changes its buffer 'count'"),
-    "a fixed batch": (lambda: trunk(None, lambda s, h, v: h.view(2, 8)), "batch size.*cannot stay free"),
-    "pairs": (lambda: trunk(None, lambda s, h, v: h.view(-1, 2, 8).flip(1).view(-1, 8)), "cannot stay free"),
-    "heavy without a batch": (
-        lambda: trunk(
-            lambda s, h: F.linear(h.reshape(-1, 4), s.b.weight[:4, :4]),
-            lambda s, h, v: v.reshape(-1, 2, 4).flip(2).flatten(1),  # not as the branch reads it
-            read=lambda h: h.reshape(-1, 8).sum(1, keepdim=True),
-        ),
-        r"the value 'linear_1' \(2\*B, 4\).*test_torch_stages\.py:\d+ crosses.*none of its dimensions is the batch",
-    ),
-    "strides": (lambda: trunk(None, lambda s, h, v: h.as_strided(h.shape, (8, 1))), "as_strided.*strides"),
-    "last batch": (
-        lambda: trunk(read=lambda h: h[:1, :1]),
-        r"exit 1 gives \(1, 4\), whose first dimension must be the batch",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_cut_is_refused_with_the_reason(case):
-    make, told = REFUSED[case]
-    with pytest.raises((GraphError, InputError), match=f"(?s){told}"):
-        cut_stages(make(), example(), ONE)
-
-
-def test_a_decision_for_a_whole_batch_is_refused():
-    graph = torch.fx.Graph()  # the form in which torch.export writes torch.cond
-    x, decided = graph.placeholder("x"), graph.placeholder("decided")
-    node = graph.call_function(torch.ops.higher_order.cond, (decided, x, x, (x,)))
-    for made in graph.nodes:
-        made.meta["val"] = example()
-    assert name_of(node) == "cond"
-    with pytest.raises(GraphError, match=r"'cond'.*whole batch"):
-        check(node, TorchGraph(tuple(graph.nodes), (), (), (), {}, None))
-
-
-@pytest.mark.parametrize(
-    ("policy", "told"),
-    [
-        (Policy(), "0 thresholds; 2 exits need 1"),
-        (Policy(thresholds=(1.0, 1.0)), "2 thresholds; 2 exits need 1"),
-        (Policy.from_json({"score": "entropie", "thresholds": [1.0]}), "did you mean 'entropy'"),
-        (Policy(lambda outputs: outputs[-1], (1.0,)), "one number per sample"),
-    ],
-)
-def test_wrong_policies_are_named(policy, told):
-    with pytest.raises(InputError, match=told):
-        cut_stages(trunk(), example(), policy)
-
-
-@pytest.mark.parametrize("given", [[], 3, torch.zeros(()), (torch.zeros(2, 6), torch.zeros(3, 6))])
-def test_wrong_examples_are_named(given):
-    with pytest.raises(InputError, match="example"):
-        cut_stages(trunk(), given, ONE)
 
 
 def test_drawn_inputs_agree_with_the_network_at_every_exit():

@@ -73,7 +73,7 @@ class Inside(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("make", "dtype", "told"),
+    ("make", "dtype", "message"),
     [
         (
             lambda: chain(torch.bfloat16),
@@ -91,14 +91,14 @@ class Inside(nn.Module):
     ],
     ids=["weights", "input", "inside", "float8", "complex"],
 )
-def test_number_types_that_no_file_computes(make, dtype, told, tmp_path):
+def test_number_types_that_no_file_computes(make, dtype, message, tmp_path):
     backbone = make()
     net = attach(
         backbone, ["1" if isinstance(backbone, nn.Sequential) else "first"], example=torch.ones(3, 6, dtype=dtype)
     )
     x = torch.randn(3, 6).to(dtype)
     for attempt in (lambda: export(net, tmp_path / "m.onnx", policy=EARLY, example=x), lambda: measure(net, x)):
-        with pytest.raises(GraphError, match=told):
+        with pytest.raises(GraphError, match=message):
             attempt()
     if dtype is torch.bfloat16:
         assert TorchEngine(net, EARLY, x)(x).label.shape == (3,)
@@ -150,7 +150,7 @@ def test_weights_beyond_two_gigabytes():
 
 
 class Scales(Tensor):
-    """8-bit weights with a scale, as in quantisation libraries: a tensor of tensors."""
+    """8-bit weights with a scale, as in quantization libraries: a tensor of tensors."""
 
     @staticmethod
     def __new__(cls, whole, scale):
@@ -174,7 +174,7 @@ class Scales(Tensor):
         return func(*plain, **(kwargs or {}))
 
 
-def quantised():
+def quantized():
     net = chain()
     net[0].weight = nn.Parameter(Scales(torch.randint(-9, 9, (8, 6)), torch.tensor(0.1)), requires_grad=False)
     return net
@@ -185,13 +185,13 @@ def unfilled():
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "message"),
     [
-        (quantised, r"the weight '(backbone\.)?0\.weight' is a (tests|test_unsupported) Scales.*quantize='int8'"),
+        (quantized, r"the weight '(backbone\.)?0\.weight' is a (tests|test_unsupported) Scales.*quantize='int8'"),
         (unfilled, r"the weight '(backbone\.)?0\.weight' is on the meta device.*load_state_dict"),
     ],
 )
-def test_weights_that_are_no_plain_tensors(make, told, tmp_path):
+def test_weights_that_are_no_plain_tensors(make, message, tmp_path):
     x, net = torch.randn(3, 6), BranchyNet(make(), {"1": nn.Linear(8, 4)})
     for attempt in (
         lambda: attach(make(), ["1"], example=x),
@@ -199,7 +199,7 @@ def test_weights_that_are_no_plain_tensors(make, told, tmp_path):
         lambda: TorchEngine(net, EARLY, x),
         lambda: fingerprint(net),
     ):
-        with pytest.raises(GraphError, match=told):
+        with pytest.raises(GraphError, match=message):
             attempt()
 
 

@@ -86,3 +86,15 @@ def agree_everywhere(engine, inputs, outputs):
                 agree(answer, outputs[rows], thresholds)
                 seen.update(answer.exit.tolist())
     assert seen == set(range(1, exits + 1)), "the thresholds must let every exit answer some sample"
+
+
+def agree_in_batches(engine, net, inputs, thresholds):
+    """The engine agrees with the naive loop at several batch sizes."""
+    outputs = every_exit(net, inputs)
+    left = {figure_2(sample, thresholds)[0] for sample in outputs}
+    assert len(left) == outputs.shape[1], "every exit should answer some sample"
+    arrays = [t.numpy() for t in (inputs.values() if isinstance(inputs, dict) else inputs)]
+    for batch in (1, 7, len(outputs)):
+        for start in range(0, len(outputs), batch):
+            rows = slice(start, start + batch)
+            agree(engine(*(a[rows] for a in arrays)), outputs[rows], thresholds, atol=1e-3)

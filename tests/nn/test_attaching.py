@@ -2,7 +2,6 @@
 
 import functools
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,8 +10,7 @@ from branchynet import BranchyNet, Policy, attach, choose, detach, export, fit, 
 from branchynet.deploy.torch_engine import TorchEngine
 from branchynet.errors import GraphError, InputError
 from branchynet.nn.branches import ConvBranch, DenseBranch, TokenLinear, default_branch
-from branchynet.nn.network import count_exits
-from helpers.loop import every_exit, figure_2, safe_thresholds
+from helpers.loop import agree_in_batches, every_exit, safe_thresholds
 from helpers.networks import Attention, Residual, spread_out
 
 CLASSES = 4
@@ -20,20 +18,6 @@ CLASSES = 4
 
 def seeded(seed=0):
     torch.manual_seed(seed)
-
-
-def agrees(engine, net, inputs, thresholds):
-    """The engine agrees with the naive loop at several batch sizes."""
-    outputs = every_exit(net, inputs)
-    expected = [figure_2(sample, thresholds) for sample in outputs]
-    arrays = [t.numpy() for t in (inputs.values() if isinstance(inputs, dict) else inputs)]
-    assert len({n for n, _ in expected}) == outputs.shape[1], "every exit should answer some sample"
-    for batch in (1, 7, len(outputs)):
-        for start in range(0, len(outputs), batch):
-            rows = slice(start, start + batch)
-            answer = engine(*(a[rows] for a in arrays))
-            assert answer.exit.tolist() == [n for n, _ in expected[rows]]
-            np.testing.assert_allclose(answer.output, np.stack([z for _, z in expected[rows]]), atol=1e-3)
 
 
 def exported(net, inputs, folder):
@@ -70,7 +54,7 @@ class Wrapped(nn.Module):
 
 
 def test_callables_say_which_tensor_is_meant(tmp_path):
-    seeded()
+    torch.manual_seed(0)
     backbone, x = Wrapped(), torch.randn(30, 6)
     taps = {name: lambda output: output["state"] for name in ("first", "second")}
     net = attach(backbone, ["second", "first"], example=x, output=lambda output: output["answer"], tap=taps)
@@ -78,7 +62,7 @@ def test_callables_say_which_tensor_is_meant(tmp_path):
     early, _, last = net(x)
     assert last.equal(backbone(x)["answer"]) and early.equal(net.branches[0](backbone.first(x)["state"]))
     engine, thresholds = exported(net, (x,), tmp_path)
-    agrees(engine, net, (x,), thresholds)
+    agree_in_batches(engine, net, (x,), thresholds)
     same = BranchyNet(
         backbone, dict(zip(net.taps, net.branches, strict=True)), output=lambda output: output["answer"], tap=taps
     )
@@ -94,7 +78,7 @@ def test_what_callables_must_give():
 
 
 def test_a_backbone_without_a_head_gets_one():
-    seeded()
+    torch.manual_seed(0)
     backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 12, 3))
     x = torch.randn(9, 3, 10, 10)
     net = attach(backbone, ["0"], example=x, num_classes=CLASSES)
@@ -115,7 +99,7 @@ def test_a_backbone_without_a_head_gets_one():
 
 
 def test_a_module_may_read_the_output_and_is_trained():
-    seeded()
+    torch.manual_seed(0)
     head = nn.Sequential(nn.Flatten(), nn.Linear(8 * 8 * 8, CLASSES))
     x = torch.randn(4, 3, 8, 8)
     backbone = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1))
@@ -167,12 +151,12 @@ class Waves(nn.Module):
 
 
 def test_one_dimensional_feature_maps_are_channels_first_where_convolutions_read_them(tmp_path):
-    seeded()
+    torch.manual_seed(0)
     x = torch.randn(30, 2, 11)
     net = attach(Waves(), ["conv1", "conv2"], example=x)
     assert [(b.feature_dim, b.norm.normalized_shape) for b in net.branches] == [(1, (7,)), (1, (7,))]
     engine, thresholds = exported(net, (x,), tmp_path)
-    agrees(engine, net, (x,), thresholds)
+    agree_in_batches(engine, net, (x,), thresholds)
 
 
 @pytest.mark.parametrize(
@@ -204,14 +188,14 @@ def test_the_user_may_say_the_layout():
 
 
 def test_maps_get_branches_that_give_maps(tmp_path):
-    seeded()
+    torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, CLASSES, 1)]
     x = torch.randn(20, 3, 12, 8)
     net = attach(nn.Sequential(*layers, nn.Upsample(scale_factor=2)), ["0", "2"], example=x)
     assert [type(b) for b in net.branches] == [DenseBranch] * 2
     assert [o.shape for o in net(x)] == [(20, CLASSES, 12, 8)] * 3
     engine, thresholds = exported(net, (x,), tmp_path)
-    agrees(engine, net, (x,), thresholds)
+    agree_in_batches(engine, net, (x,), thresholds)
 
 
 # The places of exits
@@ -290,15 +274,15 @@ def test_a_skip_connection_over_everything_leaves_no_place():
 
 
 @pytest.mark.parametrize(
-    ("at", "exits", "told"),
+    ("at", "exits", "message"),
     [
         ("auto", 1, "at least 2.*got 1"),
         (["stem"], 3, "num_exits=3 is for at='auto'"),
         ("stem", None, "'auto', or a list"),
     ],
 )
-def test_wrong_numbers_of_exits_are_named(at, exits, told):
-    with pytest.raises(InputError, match=told):
+def test_wrong_numbers_of_exits_are_named(at, exits, message):
+    with pytest.raises(InputError, match=message):
         attach(Deep(), at, example=torch.randn(2, 3, 8, 8), num_exits=exits)
 
 
@@ -306,7 +290,7 @@ def test_wrong_numbers_of_exits_are_named(at, exits, told):
 
 
 def test_token_ids_and_masks_go_the_whole_way(tmp_path):
-    seeded()
+    torch.manual_seed(0)
     net = attach(Attended(), ["layers.0", "layers.1"], example=sentences(2))
     batches = [(sentences(16), torch.randint(CLASSES, (16,))) for _ in range(3)]
     history = fit(net, batches, batches, epochs=1, progress=False)
@@ -318,74 +302,15 @@ def test_token_ids_and_masks_go_the_whole_way(tmp_path):
     inputs = sentences(40)
     engine, thresholds = exported(net, inputs, tmp_path)
     assert [i.name for i in engine.inputs] == ["ids", "mask", "scale"]
-    agrees(engine, net, inputs, thresholds)
-    agrees(TorchEngine(net, Policy(thresholds=thresholds), inputs), net, inputs, thresholds)
-
-
-# Networks with their own exits
-
-
-class Several(nn.Module):
-    def __init__(self, as_list=False, classes=(CLASSES,) * 3):
-        super().__init__()
-        self.as_list = as_list
-        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
-        self.heads = nn.ModuleList(nn.Linear(6, c) for c in classes)
-
-    def forward(self, x):
-        outputs = []
-        for layer, head in zip(self.layers, self.heads, strict=True):
-            x = torch.tanh(layer(x))
-            outputs.append(head(x))
-        return outputs if self.as_list else tuple(outputs)
-
-
-@pytest.mark.parametrize("as_list", [False, True])
-def test_a_network_with_exits_of_its_own_is_taken_as_it_is(as_list, tmp_path):
-    seeded()
-    net, x = Several(as_list), torch.randn(40, 6)
-    assert count_exits(net, x) == 3
-    batches = [(x, torch.randint(CLASSES, (40,)))]
-    fit(net, batches, epochs=1, progress=False)
-    made = record(net, batches, progress=False)
-    assert made.num_exits == 3
-    assert measure(net, x, seconds=0.01).num_exits == 3
-    for head in net.heads:
-        nn.init.normal_(head.weight, std=3.0)
-    outputs = every_exit(net, (x,))
-    policy = Policy(thresholds=safe_thresholds(outputs, (0.3, 0.5)))
-    path = export(net, tmp_path / "model.onnx", policy=policy, example=x)
-    agrees(load(path, threads=1), net, (x,), policy.thresholds)
-    agrees(TorchEngine(net, policy, x), net, (x,), policy.thresholds)
-    flat = load(export(net, tmp_path / "flat.onnx", policy=None, example=x), threads=1)
-    np.testing.assert_allclose(np.stack(flat.outputs(x.numpy())[1:], 1), outputs, atol=1e-4)
-    with pytest.raises(InputError, match="1 thresholds; 3 exits need 2"):
-        export(net, tmp_path / "model.onnx", policy=Policy(thresholds=(0.5,)), example=x)
-
-
-@pytest.mark.filterwarnings("ignore:.*holds more than the answer")
-def test_outputs_of_different_shapes_are_one_exit_and_the_rest():
-    x = torch.randn(5, 6)
-    assert count_exits(Several(classes=(4, 4, 3)), x) == 1
-    net = attach(Several(classes=(4, 4, 3)), ["layers.0"], example=x)
-    assert net.num_exits == 2 and net(x)[-1].shape == (5, 4)
-
-
-def test_branches_on_a_network_with_exits_of_its_own_are_refused():
-    x = torch.randn(5, 6)
-    with pytest.raises(GraphError, match=r"3 tensors of one shape \(2, 4\), which are exits of its own.*output="):
-        attach(Several(), ["layers.0"], example=x)
-    net = attach(Several(), ["layers.0"], example=x, output=lambda outputs: outputs[-1])
-    assert [o.shape for o in net(x)] == [(5, CLASSES)] * 2
-    with pytest.raises(GraphError, match="the branch at '0' is 3 tensors"):
-        BranchyNet(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4)), {"0": Several()})(x)
+    agree_in_batches(engine, net, inputs, thresholds)
+    agree_in_batches(TorchEngine(net, Policy(thresholds=thresholds), inputs), net, inputs, thresholds)
 
 
 # detach
 
 
 def test_detach_gives_the_backbone_back_unchanged():
-    seeded()
+    torch.manual_seed(0)
     backbone, x = Deep(2), torch.randn(2, 3, 8, 8)
     backbone.eval()
     before, answer = {k: v.clone() for k, v in backbone.state_dict().items()}, backbone(x)
@@ -394,36 +319,3 @@ def test_detach_gives_the_backbone_back_unchanged():
     assert all(v.equal(before[k]) for k, v in back.state_dict().items())
     with pytest.raises(InputError, match=r"only a BranchyNet.*got Deep"):
         detach(backbone)
-
-
-# Refused taps
-
-
-class Late(nn.Module):
-    """`softmax` reads the output; `aux` runs after the output is computed, but does not read it."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.head, self.softmax, self.aux = nn.Linear(6, 6), nn.Linear(6, 4), nn.Softmax(1), nn.Linear(6, 6)
-        self.length_first = nn.GRU(6, 6)
-
-    def forward(self, x):
-        x = torch.tanh(self.a(x))
-        logits = self.head(x)
-        self.length_first(x.expand(3, -1, -1))
-        return {"logits": logits, "p": self.softmax(logits), "aux": self.aux(x)}
-
-
-@pytest.mark.filterwarnings("ignore:.*holds more than the answer")
-@pytest.mark.parametrize(
-    ("tap", "told"),
-    [
-        ("softmax", "'softmax' runs after the backbone's output is computed"),
-        ("head", "'head' runs after"),
-        ("length_first", r"'length_first' has shape \(3, 2, 6\), whose first dimension is not the batch of 2.*tap="),
-    ],
-)
-def test_taps_that_could_save_nothing_or_have_no_batch_are_refused(tap, told):
-    with pytest.raises(GraphError, match=told):
-        attach(Late(), [tap], example=torch.randn(5, 6))
-    assert attach(Late(), ["aux"], example=torch.randn(5, 6)).num_exits == 2

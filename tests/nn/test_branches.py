@@ -82,13 +82,13 @@ def test_the_default_branch_fits_the_features(shape, kind, width):
 
 
 @pytest.mark.parametrize(
-    ("features", "told"),
+    ("features", "message"),
     [
         (torch.zeros(2), r"shape \(2,\).*branch="),
         (torch.zeros(2, 3, dtype=torch.int64), "int64.*later submodule"),
         (torch.zeros(2, 3, dtype=torch.bool), "bool"),
     ],
 )
-def test_features_that_no_default_branch_reads_are_refused(features, told):
-    with pytest.raises(InputError, match=told):
+def test_features_that_no_default_branch_reads_are_refused(features, message):
+    with pytest.raises(InputError, match=message):
         default_branch(features, 4)

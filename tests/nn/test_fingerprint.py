@@ -132,5 +132,5 @@ def test_what_does_not_say_is_not_refused():
     made = record(b_lenet(), batches(), progress=False)
     cost = ExitCost((1.0, 2.0), (0.5, 0.0))
     assert choose(made, cost, max_drop=0.999, confidence=None).network == made.network
-    told = ExitRecord(made.outputs, made.labels)
-    assert np.isclose(evaluate(told, choose(made, cost, max_drop=0.999, confidence=None).policy).samples, 40)
+    message = ExitRecord(made.outputs, made.labels)
+    assert np.isclose(evaluate(message, choose(made, cost, max_drop=0.999, confidence=None).policy).samples, 40)

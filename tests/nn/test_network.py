@@ -1,4 +1,4 @@
-"""BranchyNet and attach: one forward computes every exit and does not change the backbone."""
+"""BranchyNet and attach: one forward pass computes every exit and does not change the backbone."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -131,7 +131,7 @@ def test_outputs_without_a_tensor_are_refused(value):
 
 
 @pytest.mark.parametrize(
-    ("tap", "told"),
+    ("tap", "message"),
     [
         ("convv1", "no submodule 'convv1'; did you mean 'conv1'"),
         ("inputs", "did you mean 'input'"),
@@ -140,9 +140,9 @@ def test_outputs_without_a_tensor_are_refused(value):
         ("block.2", "did you mean 'block.[01]'"),
     ],
 )
-def test_an_unknown_submodule_suggests_the_nearest(tap, told):
+def test_an_unknown_submodule_suggests_the_nearest(tap, message):
     backbone = nn.ModuleDict({"conv1": nn.Linear(5, 5), "block": nn.Sequential(nn.ReLU(), nn.ReLU())})
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         BranchyNet(backbone, {tap: head()})
 
 
@@ -163,7 +163,7 @@ class Odd(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("taps", "told"),
+    ("taps", "message"),
     [
         (["twice"], "'twice' runs twice"),
         (["first", "never"], "'never' never ran"),
@@ -171,9 +171,9 @@ class Odd(nn.Module):
         (["first", "input"], r"run in the order \('input', 'first'\)"),
     ],
 )
-def test_taps_that_do_not_run_once_in_order_are_refused(taps, told):
+def test_taps_that_do_not_run_once_in_order_are_refused(taps, message):
     net = BranchyNet(Odd(), {tap: head(5, 5) for tap in taps})
-    with pytest.raises(GraphError, match=told):
+    with pytest.raises(GraphError, match=message):
         net(X)
     assert not hooks(net)
 
@@ -205,14 +205,14 @@ def test_attach_numbers_exits_as_they_run(at):
 
 
 def test_attach_sizes_branches_from_the_example():
-    told = []
+    message = []
 
     def branch(features, classes):
-        told.append((tuple(features.shape), classes))
+        message.append((tuple(features.shape), classes))
         return head(features.shape[1], classes)
 
     net = attach(trunk(), ["3", "0"], example=X, num_classes=3, branch=branch)
-    assert told == [((2, 5), 3), ((2, 5), 3)]
+    assert message == [((2, 5), 3), ((2, 5), 3)]
     assert [o.shape for o in net(X)] == [(6, 3)] * 3
 
 
@@ -233,7 +233,7 @@ def test_attach_leaves_the_backbone_alone():
 
 
 @pytest.mark.parametrize(
-    ("at", "error", "told"),
+    ("at", "error", "message"),
     [
         ("0", InputError, "list of one or more different tap names; got '0'"),
         ([], InputError, r"got \[\]"),
@@ -243,9 +243,9 @@ def test_attach_leaves_the_backbone_alone():
         (["twice"], GraphError, "'twice' runs twice"),
     ],
 )
-def test_attach_refuses_what_cannot_be_tapped(at, error, told):
+def test_attach_refuses_what_cannot_be_tapped(at, error, message):
     backbone = Odd() if at in (["never"], ["twice"]) else trunk()
-    with pytest.raises(error, match=told) as raised:
+    with pytest.raises(error, match=message) as raised:
         attach(backbone, at, example=X)
     assert isinstance(raised.value, BranchyNetError) and not hooks(backbone)
 

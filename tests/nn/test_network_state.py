@@ -236,7 +236,7 @@ class Writes(nn.Module):
     def __init__(self, how):
         super().__init__()
         self.a, self.fc, self.how = nn.Linear(5, 5), nn.Linear(5, 3), how
-        self.emb = nn.Embedding(4, 5, max_norm=0.1 if how == "renormalises" else None)
+        self.emb = nn.Embedding(4, 5, max_norm=0.1 if how == "renormalizes" else None)
 
     def forward(self, x):
         y = torch.relu(self.a(x)) + self.emb(torch.zeros_like(x[:, 0], dtype=torch.int64))
@@ -250,7 +250,7 @@ class Writes(nn.Module):
         return self.fc(y)
 
 
-@pytest.mark.parametrize("how", ["adds", "copies", "replaces", "renormalises", None])
+@pytest.mark.parametrize("how", ["adds", "copies", "replaces", "renormalizes", None])
 def test_a_network_that_changes_its_parameters_is_refused(how, tmp_path):
     net, policy = BranchyNet(Writes(how), {"a": head()}), Policy(thresholds=(0.5,))
     own = dict(net.named_parameters())
@@ -268,11 +268,11 @@ def test_a_network_that_changes_its_parameters_is_refused(how, tmp_path):
     assert all(parameter is own[name] for name, parameter in net.named_parameters())
 
 
-@pytest.mark.parametrize("how", ["adds", "copies", "replaces", "renormalises", None])
+@pytest.mark.parametrize("how", ["adds", "copies", "replaces", "renormalizes", None])
 def test_a_record_of_a_network_that_changes_its_parameters_is_warned_of(how):
     net, data = BranchyNet(Writes(how), {"a": head()}), [(X, torch.zeros(len(X), dtype=torch.int64))] * 2
-    told = pytest.warns(UserWarning, match=r"'backbone\.emb\.weight'.*order of the samples")
-    with contextlib.nullcontext() if how is None else told:
+    message = pytest.warns(UserWarning, match=r"'backbone\.emb\.weight'.*order of the samples")
+    with contextlib.nullcontext() if how is None else message:
         record(net, data, progress=False)
 
 

@@ -39,7 +39,7 @@ VERBS = {
 }
 
 
-def told(action):
+def message(action):
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         action()
@@ -58,7 +58,7 @@ def told(action):
     ids=["branch", "second", "last", "all"],
 )
 def test_probabilities_are_warned_of_once(verb, made, exits, tmp_path):
-    (warning,) = told(lambda: VERBS[verb](made(), tmp_path))
+    (warning,) = message(lambda: VERBS[verb](made(), tmp_path))
     assert f"{exits} probabilities" in str(warning.message) and "logits" in str(warning.message)
     assert warning.filename == __file__  # the user's line
 
@@ -66,7 +66,7 @@ def test_probabilities_are_warned_of_once(verb, made, exits, tmp_path):
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("end", [nn.Identity, lambda: nn.LogSoftmax(1), nn.Sigmoid, nn.ReLU])
 def test_other_outputs_are_not(verb, end, tmp_path):
-    assert not told(lambda: VERBS[verb](net(end(), backbone_end=end()), tmp_path))
+    assert not message(lambda: VERBS[verb](net(end(), backbone_end=end()), tmp_path))
 
 
 def test_what_a_users_own_score_makes_of_probabilities_is_theirs(tmp_path):
@@ -75,13 +75,13 @@ def test_what_a_users_own_score_makes_of_probabilities_is_theirs(tmp_path):
 
     simplex = net(nn.Softmax(1), backbone_end=nn.Softmax(1))
     policy = Policy(score=own, thresholds=(0.5,))
-    assert not told(lambda: export(simplex, tmp_path / "m.onnx", policy=policy, example=X[:3]))
+    assert not message(lambda: export(simplex, tmp_path / "m.onnx", policy=policy, example=X[:3]))
 
     def error(output, target):
         return (output.argmax(dim=1) != target).float()
 
-    assert not told(lambda: record(simplex, LOADER, loss=error, score=own, progress=False))
-    assert told(lambda: record(simplex, LOADER, loss=error, score="margin", progress=False))
+    assert not message(lambda: record(simplex, LOADER, loss=error, score=own, progress=False))
+    assert message(lambda: record(simplex, LOADER, loss=error, score="margin", progress=False))
 
 
 def test_a_plain_network_may_answer_in_probabilities(tmp_path):
@@ -92,7 +92,7 @@ def test_a_plain_network_may_answer_in_probabilities(tmp_path):
         nonlocal path
         path = export(plain, tmp_path / "m.onnx", policy=None, example=X[:3])
 
-    assert not told(flat)
+    assert not message(flat)
     np.testing.assert_allclose(load(path, threads=1).outputs(X.numpy())[1].sum(axis=1), 1, atol=1e-5)
 
 
@@ -104,7 +104,7 @@ def test_the_remedy_works(tmp_path):
     cured = BranchyNet(
         sharp.backbone, {"1": nn.Sequential(sharp.branches[0][0], nn.LogSoftmax(1))}, output=torch.log
     ).eval()
-    assert not told(lambda: export(cured, tmp_path / "m.onnx", policy=Policy(thresholds=(0.5,)), example=X[:3]))
+    assert not message(lambda: export(cured, tmp_path / "m.onnx", policy=Policy(thresholds=(0.5,)), example=X[:3]))
     assert (load(tmp_path / "m.onnx", threads=1)(X.numpy()).exit == 1).sum() > 6
     with torch.no_grad():
         assert all(torch.equal(a.argmax(1), b.argmax(1)) for a, b in zip(sharp(X), cured(X), strict=True))
@@ -118,8 +118,8 @@ def test_maps_of_probabilities_and_half_precision():
     dense = nn.Sequential(nn.Conv2d(2, 3, 1), nn.Softmax(1))
     target = torch.zeros(4, 5, 5, dtype=torch.long)
     loader = [(torch.randn(4, 2, 5, 5), target)]
-    assert told(lambda: record(dense, loader, loss=pixel_error, progress=False))
-    assert told(lambda: fit(dense, loader, epochs=1, progress=False, options=FitOptions(device="cpu")))
+    assert message(lambda: record(dense, loader, loss=pixel_error, progress=False))
+    assert message(lambda: fit(dense, loader, epochs=1, progress=False, options=FitOptions(device="cpu")))
 
 
 class Detector(nn.Module):

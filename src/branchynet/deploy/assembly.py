@@ -49,7 +49,7 @@ def assemble(
     """
     with as_graph_errors():
         if policy is None:
-            kept = list(outputs) or [f"output_{n}" for n in range(1, flat.num_exits + 1)]
+            kept = list(outputs) or flat.names()
             model = flat_model(flat, kept, kept[0] if outputs else kept[-1])
         else:
             model = nest(flat, policy, thresholds=thresholds)
@@ -77,25 +77,24 @@ def assemble(
 
 def check_answers(path: Path, expected: Samples, source: str) -> None:
     """Raise `GraphError` if a file's outputs differ from the expected ones at any exit, per sample or in a batch."""
-    problems = check(load(path, threads=1), expected, strict=True).problems
-    if problems:
+    if problems := check(load(path, threads=1), expected, strict=True).problems:
         raise GraphError(
             f"the exported graph differs from {source}: {problems[0]}; does its forward depend on values, on random "
             "numbers, or on other samples of the batch?"
         )
 
 
-def _in_int8(
+def in_int8(
     flat: FlatGraph, batches: Sequence[Batch], quantize: Quantize, expected: Samples
 ) -> tuple[FlatGraph, Samples, dict[str, Any]]:
     """Return the int8 graph, the outputs of its exits for the samples, and its agreement with the float graph.
 
     The float graph is first compared with the network. Float operations that differ in the last bit may round a value
-    to the neighbouring int8 step, so the exported file may differ from this graph by the mean difference between int8
+    to the neighboring int8 step, so the exported file may differ from this graph by the mean difference between int8
     and float. A wrong row or a missing node makes a far larger difference.
     """
     int8 = quantized(flat, batches, quantize)
-    names = [f"{kind}_{n}" for kind in ("output", "score")[: 1 + bool(expected.scores)] for n in exits_of_graph(flat)]
+    names = flat.names() + (flat.names("score") if expected.scores else [])
     with tempfile.TemporaryDirectory() as folder, as_graph_errors():
         path = Path(folder) / "flat.onnx"
         ir.save(assemble(flat, None), path)
@@ -111,20 +110,13 @@ def _in_int8(
     return int8, Samples(expected.inputs, tuple(outputs[:exits]), tuple(outputs[exits:]), *slack), report
 
 
-def exits_of_graph(flat: FlatGraph) -> range:
-    """The numbers of the exits, from 1."""
-    return range(1, flat.num_exits + 1)
-
-
 def _disagreement(
     exact: Engine, rounded: Engine, batches: Sequence[Batch]
 ) -> tuple[dict[str, Any], tuple[NDArray[Any], tuple[float, ...]]]:
-    """Compare two engines over all samples: agreement, and mean differences of outputs and scores, per exit.
+    """Return the report for the metadata, and mean differences: of outputs per exit and column, of scores per exit.
 
-    The second value holds the differences per exit and column, and those of the scores per exit.
-
-    Agreement is the share of equal labels, or, with one output per sample (regression), the share of the float
-    outputs' variance that int8 explains (R^2).
+    Agreement is the share of equal labels, or for one output per sample (regression), the share of the float outputs'
+    variance that int8 explains (R^2).
     """
     exits, samples = exact.num_exits, sum(len(batch[0]) for batch in batches)
     same, error, first, second, scores = np.zeros((5, exits))
@@ -132,35 +124,28 @@ def _disagreement(
     for batch in batches:
         answers = [engine.outputs(*batch)[1:] for engine in (exact, rounded)]
         a, b = (np.stack(answer[:exits]).astype(np.float64) for answer in answers)
-        sums = [
-            (same, a.argmax(axis=2) == b.argmax(axis=2)),
-            (error, differences(a, b) ** 2),
-            (first, a),
-            (second, a**2),
-        ]
+        apart = differences(a, b)
+        sums = [(same, a.argmax(axis=2) == b.argmax(axis=2)), (error, apart**2), (first, a), (second, a**2)]
         if len(answers[0]) > exits:
             sums.append((scores, differences(*(np.stack(answer[exits:]) for answer in answers))))
         for total, value in sums:
             total += len(batch[0]) / samples * value.reshape(exits, -1).mean(axis=1)
-        off = np.moveaxis(differences(a, b), 2, 1)
-        columns += len(batch[0]) / samples * off.reshape(*columns.shape, -1).mean(axis=2)
+        columns += len(batch[0]) / samples * np.moveaxis(apart, 2, 1).reshape(*columns.shape, -1).mean(axis=2)
     several = exact.metadata["output_shape"][0] > 1
     agreement = same if several else 1 - error / np.maximum(second - first**2, np.finfo(np.float32).tiny)
     report = {"samples": samples, "agreement": agreement.tolist(), "mean_difference": columns.mean(axis=1).tolist()}
     return report, (columns, tuple(scores.tolist()))
 
 
-def _warn_of_low_agreement(quantize: Quantize, agreement: Sequence[float]) -> None:
+def warn_of_low_agreement(quantize: Quantize, agreement: Sequence[float]) -> None:
+    """Warn if int8 agrees with float at some exit in less than `LOW_AGREEMENT` of the calibration samples."""
     worst = int(np.argmin(agreement))
-    if agreement[worst] >= LOW_AGREEMENT:
-        return
-    remedy = (
-        "give more calibration samples, like the inputs in use, or export in float"
-        if quantize == "int8"
-        else "on a processor without VNNI, 16-bit sums saturate: use quantize='int8'"
-    )
-    warnings.warn(
-        f"the {quantize} network agrees with the float network in only {agreement[worst]:.1%} of the calibration "
-        f"samples at exit {worst + 1} on this machine ({processor()}); {remedy}",
-        stacklevel=3,
-    )
+    if agreement[worst] < LOW_AGREEMENT:
+        remedy = "give more calibration samples, like the inputs in use, or export in float"
+        if quantize != "int8":
+            remedy = "on a processor without VNNI, 16-bit sums saturate: use quantize='int8'"
+        warnings.warn(
+            f"the {quantize} network agrees with the float network in only {agreement[worst]:.1%} of the calibration "
+            f"samples at exit {worst + 1} on this machine ({processor()}); {remedy}",
+            stacklevel=3,
+        )

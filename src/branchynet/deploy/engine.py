@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..argument_checks import whole
 from ..errors import FileError, InputError
 from ..files import parse_json
-from ..policy.prediction import Prediction
+from ..policy.prediction import Prediction, concatenated
 from ..policy.values import Policy
 from ..stored_values import from_stored
 from .input_checks import Input, check_thresholds, checked_inputs
@@ -81,9 +81,8 @@ class Graph:
 class Engine:
     """An exported network with early exits. Made by `load`.
 
-    Calls are thread-safe: an engine holds no state between calls, and every runtime may be called concurrently. An
-    engine pickles and deep-copies as the arguments of `load`: the copy reads the file again from its absolute path, and
-    raises `FileError` if the file has changed.
+    Calls are thread-safe. An engine pickles and deep-copies as the arguments of `load`: the copy reads the file again
+    from its absolute path, and raises `FileError` if the file has changed.
 
     Attributes:
         runtime: as given to `load`.
@@ -136,17 +135,17 @@ class Engine:
     def __call__(self, /, *inputs: Any, thresholds: Sequence[float | None] | None = None, **named: Any) -> Prediction:
         """Predict a batch of any size, including zero. Each sample leaves at the first exit with a low enough score.
 
-        A call holds the activations of all its samples at once, and the runtime may keep that memory for later calls.
-        For many samples use `answer_all`.
+        A call holds the activations of all samples at once, and the runtime may keep that memory. For many samples, use
+        `answer_all`.
 
         Args:
-            inputs: numpy arrays or torch tensors that match the attribute `inputs`, all with the same leading batch
-                size B; or one mapping from input names to them.
+            inputs: numpy arrays or torch tensors that match the attribute `inputs`, all with the same batch size; or
+                one mapping from input names to them.
             thresholds: N-1 thresholds for this call instead of the file's; None means that no sample leaves there.
             named: the inputs that are not given by position, by name.
 
         Raises:
-            InputError: wrong number, names, shape or dtype of inputs, wrong number of thresholds, or thresholds for a
+            InputError: inputs of the wrong number, names, shape or dtype; or thresholds of the wrong number, or for a
                 file that fixes them.
         """
         feeds, rows = checked_inputs(inputs, named, self.inputs)
@@ -181,10 +180,12 @@ class Engine:
         if rows is not None:
             rows = whole("rows", rows, 1)
         arrays, samples = checked_inputs(inputs, named, self.inputs)
-        step = 1 if self._single else rows or self._rows_a_call()
+        fitting = int(np.clip(_CALL_BYTES // max(1, self.metadata.get("sample_bytes", 1)), 1, _CALL_ROWS))
+        step = 1 if self._single else rows or fitting
         starts = range(0, samples, step) or (0,)
-        answers = [self(*(a[start : start + step] for a in arrays.values()), thresholds=thresholds) for start in starts]
-        return Prediction(*(np.concatenate(parts) for parts in zip(*answers, strict=True)))
+        return concatenated(
+            [self(*(a[start : start + step] for a in arrays.values()), thresholds=thresholds) for start in starts]
+        )
 
     def outputs(self, /, *inputs: Any, **named: Any) -> tuple[NDArray[Any], ...]:
         """Return the graph's outputs in the order of the file: for a flat file ``(label, output_1, ..., output_N)``.
@@ -205,9 +206,6 @@ class Engine:
             return self._override(tuple(thresholds))
         except TypeError:  # not a sequence, or not hashable
             return _override(self.policy, self._settable, thresholds)
-
-    def _rows_a_call(self) -> int:
-        return int(np.clip(_CALL_BYTES // max(1, self.metadata.get("sample_bytes", 1)), 1, _CALL_ROWS))
 
     def _empty(self) -> tuple[NDArray[Any], ...]:
         tail = tuple(self.metadata["output_shape"])

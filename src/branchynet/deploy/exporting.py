@@ -26,7 +26,7 @@ from ..policy.exit_record import check_same_network
 from ..policy.record_scores import is_named
 from ..policy.scores import Score, resolve
 from ..policy.values import Choice, Policy
-from .assembly import _in_int8, _warn_of_low_agreement, assemble, check_answers, exits_of_graph
+from .assembly import assemble, check_answers, in_int8, warn_of_low_agreement
 from .checksum import seal
 from .reference_outputs import answers_alone
 from .stored_samples import MAX_SAMPLES, SAMPLES_KEY, Samples, pack
@@ -67,7 +67,7 @@ def export(
             ``"input"``: they are required inputs, for runtimes that drop inputs with defaults.
         batch: leave the batch size free, or fix it at 1 for the smallest overhead per sample.
         quantize: ``"int8"`` computes convolutions and matrix products in 8 bits; outputs and scores stay float32. The
-            file is compared with PyTorch before quantisation and with the flat int8 graph after it. The int8 network
+            file is compared with PyTorch before quantization and with the flat int8 graph after it. The int8 network
             needs its own thresholds: choose them on a `record` of a flat int8 file. The metadata holds the share of the
             calibration samples in which int8 and float agree. ``"int8"`` uses 7 of a weight's 8 bits, so that every
             processor computes the same; ``"int8-full-range"`` uses all 8 and is wrong on x86 processors without VNNI,
@@ -87,7 +87,7 @@ def export(
     Raises:
         InputError: a number of thresholds other than N-1, a `Choice` for another network or other weights, an unknown
             score or option, or calibration batches that do not fit the network.
-        GraphError: the network cannot be exported, quantised or cut, or the file disagrees with PyTorch.
+        GraphError: the network cannot be exported, quantized or cut, or the file disagrees with PyTorch.
         FileError: the file cannot be written; no partial file remains at `path`.
 
     Warns:
@@ -133,11 +133,11 @@ def export(
         warn_of_probabilities(tuple(torch.from_numpy(o) for o in expected.outputs))
     if quantize:
         batches = calibration_batches(calibration, flat)
-        flat, expected, report = _in_int8(flat, batches, quantize, expected)
+        flat, expected, report = in_int8(flat, batches, quantize, expected)
         notes["quantize"], source = {"scheme": quantize, **report}, "its flat int8 graph"
-        _warn_of_low_agreement(quantize, report["agreement"])
+        warn_of_low_agreement(quantize, report["agreement"])
     model = assemble(flat, policy, thresholds=thresholds, notes=notes)
-    kept = [n for n in exits_of_graph(flat) if policy is None or policy.enabled[n - 1]]
+    kept = [n for n in range(1, flat.num_exits + 1) if policy is None or policy.enabled[n - 1]]
     if stored := pack(expected, kept, samples):
         model.metadata_props[SAMPLES_KEY] = stored
     with replacing(path) as temporary:
@@ -156,9 +156,9 @@ def export(
 @torch.no_grad()
 def _from_network(net: nn.Module, example: Any, score: Score | None) -> Samples:
     """Return the PyTorch network's outputs for the first rows of the example, each row alone."""
-    given = [t[:MAX_SAMPLES] for t in tensors_of(example)]
+    given = tuple(t[:MAX_SAMPLES].numpy() for t in tensors_of(example))
     outputs = answers_alone(net, example, MAX_SAMPLES)
-    found = [] if score is None else [score(outputs[:n]).numpy() for n in range(1, len(outputs) + 1)]
+    scores = () if score is None else tuple(score(outputs[:n]).numpy() for n in range(1, len(outputs) + 1))
     for n, output in enumerate(outputs, 1):
         if output.isnan().any():
             row = int(output.flatten(1).isnan().any(dim=1).nonzero()[0])
@@ -166,8 +166,8 @@ def _from_network(net: nn.Module, example: Any, score: Score | None) -> Samples:
                 f"exit {n} gives NaN for row {row} of the example, so the file cannot be compared with the network: "
                 "give an example of real inputs, or look for NaN among the weights"
             )
-    inputs, arrays = (tuple(t.numpy() for t in tensors) for tensors in (given, outputs))
-    return Samples(inputs, arrays, tuple(found), np.zeros((len(outputs), 1)), (0.0,) * len(outputs))
+    arrays, slack = tuple(o.numpy() for o in outputs), np.zeros((len(outputs), 1))
+    return Samples(given, arrays, scores, slack, (0.0,) * len(outputs))
 
 
 def _magnified(net: nn.Module, example: Any, expected: Samples) -> str:
@@ -186,6 +186,6 @@ def _magnified(net: nn.Module, example: Any, expected: Samples) -> str:
         return ""
     return (
         f" The network's own outputs in float32 and float64 differ by {offs[n].max():.3g} (exit {n + 1}): it "
-        "magnifies rounding, so no two runtimes agree. Is it trained? Normalise features that hardly differ between "
+        "magnifies rounding, so no two runtimes agree. Is it trained? Normalize features that hardly differ between "
         "samples"
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..argument_checks import in_order, threshold_list
+from ..argument_checks import dtype_name, in_order, threshold_list
 from ..errors import InputError
 from ..policy.values import Policy
 
@@ -43,14 +43,13 @@ class Input:
             return given
         try:
             return given.detach().cpu().numpy()
-        except (TypeError, RuntimeError):  # numpy has no bfloat16, sparse or quantised tensors
+        except (TypeError, RuntimeError):  # numpy has no bfloat16, sparse or quantized tensors
             return given
 
     def describe(self, given: Any) -> str:
         """Describe a given value, such as ``float64 (3, 28)``."""
-        if hasattr(given, "detach"):
-            return f"{str(given.dtype).removeprefix('torch.')} {tuple(given.shape)}"
-        return f"{given.dtype} {given.shape}" if isinstance(given, np.ndarray) else type(given).__name__
+        known = hasattr(given, "dtype") and hasattr(given, "shape")
+        return f"{dtype_name(given.dtype)} {tuple(given.shape)}" if known else type(given).__name__
 
     def remedy(self, given: Any) -> str:
         """Say how to convert a given value to this input; empty if unknown."""
@@ -84,7 +83,7 @@ def checked_inputs(
         wanted: the network's inputs.
 
     Raises:
-        InputError: wrong number, names, shape or dtype of inputs, or their batch sizes disagree.
+        InputError: inputs of the wrong number, names, shape or dtype, or of several batch sizes.
     """
     if not named and len(inputs) == len(wanted):
         taken: dict[str, Any] = {}
@@ -100,7 +99,7 @@ def checked_inputs(
 
 
 def _mended(inputs: Sequence[Any], named: Mapping[str, Any], wanted: Sequence[Input]) -> Sequence[Any]:
-    """Return the inputs as arrays in order, from names or torch tensors. Raise `InputError` if they do not match."""
+    """Convert the inputs to arrays in order. Raise `InputError` if they do not match."""
     if len(inputs) == 1 and isinstance(inputs[0], Mapping):
         inputs, named = (), {**inputs[0], **named}
     if named:
@@ -135,17 +134,16 @@ def check_thresholds(
 ) -> tuple[float | None, ...]:
     """Return the thresholds of a call as the engine uses them, one per early exit.
 
-    None: the exit was left out, because its threshold in the policy is never. Minus infinity: the caller gave None, so
-    no sample leaves there.
+    None: the policy leaves the exit out. Minus infinity: the caller gave None, so no sample leaves there.
 
     Args:
         thresholds: as given by the caller.
         policy: names the exits in use.
         where: for the message, such as ``"this file"``.
-        remedy: for the message: how to include a left-out exit, such as ``"export again"``.
+        remedy: for the message: how to include an exit, such as ``"export again"``.
 
     Raises:
-        InputError: `thresholds` is not a list of N-1 numbers or None, or it has a number for a left-out exit.
+        InputError: `thresholds` is not a list of N-1 numbers or None, or it has a number for an exit that is left out.
     """
     thresholds = threshold_list(thresholds)
     if len(thresholds) != policy.num_exits - 1:

@@ -47,18 +47,12 @@ class Samples:
 
 
 def pack(samples: Samples, kept: Sequence[int], limit: int) -> str:
-    """Return the first samples as text for a file's metadata, or "" if a single sample is too large.
-
-    Args:
-        samples: the samples that the exported file was compared with.
-        kept: the exits in the file, from 1.
-        limit: the largest number of samples to store.
-    """
+    """Return at most `limit` samples, with the exits `kept` (from 1), as text; "" if a single sample is too large."""
     arrays = {f"input_{i}": a for i, a in enumerate(samples.inputs)}
     arrays |= {f"output_{n}": samples.outputs[n - 1] for n in kept}
     arrays |= {f"score_{n}": samples.scores[n - 1] for n in kept if samples.scores}
-    each = sum(a.nbytes for a in arrays.values()) // max(1, len(samples))
-    rows = min(limit, len(samples), max(1, _BYTES // max(1, each)))
+    each = max(1, sum(a.nbytes for a in arrays.values()) // max(1, len(samples)))
+    rows = min(limit, len(samples), max(1, _BYTES // each))
     if rows < 1 or each > _MOST_BYTES:
         return ""
     buffer = io.BytesIO()
@@ -74,13 +68,7 @@ def read_samples(path: str | os.PathLike[str]) -> Samples:
 
 
 def samples_in(model: onnx.ModelProto, path: str | os.PathLike[str], engine: Engine | None = None) -> Samples:
-    """Read the samples in a model. Raise `FileError` if it holds none, or damaged ones.
-
-    Args:
-        model: the model in the file.
-        path: the file, for messages.
-        engine: the file's engine; samples that do not fit it are damaged too.
-    """
+    """Like `read_samples`, for a model that has been read. Samples that do not fit `engine` are damaged too."""
     text = entries(model, path).get(SAMPLES_KEY, "")
     if not text:
         raise FileError(f"{path} holds no samples to verify it with; export it again, with samples=8")
@@ -131,11 +119,10 @@ def _check_fit(samples: Samples, engine: Engine) -> None:
         raise ValueError("they belong to a flat file" if engine.policy else "they belong to a file with early exits")
     tail = tuple(engine.metadata["output_shape"])
     for n in range(1, engine.num_exits + 1):
-        if engine.policy is not None and not engine.policy.enabled[n - 1]:
-            continue
-        _check_array(f"output {n}", samples.outputs[n - 1], (rows, *tail))
-        if samples.scores:
-            _check_array(f"score {n}", samples.scores[n - 1], (rows,))
+        if engine.policy is None or engine.policy.enabled[n - 1]:
+            _check_array(f"output {n}", samples.outputs[n - 1], (rows, *tail))
+            if samples.scores:
+                _check_array(f"score {n}", samples.scores[n - 1], (rows,))
     _check_slack(samples, engine)
 
 
@@ -149,7 +136,7 @@ def _check_array(name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None
 def _check_slack(samples: Samples, engine: Engine) -> None:
     """Raise `ValueError` for slack that `export` does not write, which would let wrong outputs pass."""
     quantize = engine.metadata.get("quantize")
-    report: Any = quantize.get("mean_difference") if isinstance(quantize, dict) else [0.0] * engine.num_exits
+    report: Any = quantize.get("mean_difference") if quantize else [0.0] * engine.num_exits
     mean, columns = samples.slack.mean(axis=1), samples.slack.shape[1]
     numbers = isinstance(report, list) and len(report) == len(mean) and {*map(type, report)} <= {float, int}
     if not (numbers and np.allclose(mean, report, 1e-6, 0) and columns in (1, engine.metadata["output_shape"][0])):

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 FLOAT = 1e-3  # relative to a column; float32 in another order needs a hundredth of it, TF32 about half
 _ROW = 1e-5  # relative to a row, in float32
-_NEAR_ZERO = 1e-6, 1e6  # relative to a column, and the ratio of neighbouring values up to which it counts
-_SCALE, _COARSE_SCALE = 1e2, 1e4  # ratio of neighbouring values above which another scale begins
+_NEAR_ZERO = 1e-6, 1e6  # relative to a column, and the ratio of neighboring values up to which it counts
+_SCALE, _COARSE_SCALE = 1e2, 1e4  # ratio of neighboring values above which another scale begins
 
 
 def differences(got: NDArray[Any], want: NDArray[Any]) -> NDArray[Any]:

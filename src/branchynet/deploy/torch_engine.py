@@ -15,9 +15,9 @@ from ..errors import GraphError
 from ..graph.torch_program import CUDA_ROWS, tensors_of
 from ..graph.torch_stages import cut_stages
 from ..nn.calls import arguments
-from ..nn.checks import check_network, resolve_device
+from ..nn.checks import check_network, device_of, resolve_device
 from ..policy.exit_rule import as_deployed, stays
-from ..policy.prediction import Prediction
+from ..policy.prediction import Prediction, concatenated
 from ..policy.values import Policy
 from .input_checks import Input, check_thresholds, checked_inputs
 from .reference_outputs import answers_alone
@@ -53,13 +53,11 @@ class TorchEngine:
 
     Each exit costs one `nonzero`, for which a GPU waits for the host, and one `index_select` per tensor that the next
     stage reads. Stages share the network's parameters and buffers: after a change in place (``optimizer.step()``,
-    ``load_state_dict``) the next call uses the new values. Make a new engine after replacing or moving them.
-
-    Calls are thread-safe: an engine holds no state between calls.
+    ``load_state_dict``) the next call uses the new values. Make a new engine after replacing or moving them. Calls are
+    thread-safe.
 
     Args:
-        net: a `BranchyNet`, or any network; `branchynet.nn.network.exits_in` says which of its outputs are exits. It
-            runs in eval mode.
+        net: a `BranchyNet`, or any network (see `branchynet.nn.network.exit_outputs`). It runs in eval mode.
         policy: score and default thresholds; an exit with threshold None is left out with its branch.
         example: one batch of inputs: a tensor, a tuple of tensors, or a dict of keyword arguments. Give at least two
             rows, so that a network that mixes the samples of a batch is refused.
@@ -94,15 +92,14 @@ class TorchEngine:
         tensors = tensors_of(example)
         if device is not None:
             net.to(resolve_device(device))
-        self.device = next((t.device for t in (*net.parameters(), *net.buffers())), torch.device(device or "cpu"))
+        self.device = device_of(net, device or "cpu")
         tensors = tuple(t.to(self.device) for t in tensors)
         kwargs = arguments(example)[1]
         moved = dict(zip(kwargs, tensors, strict=True)) if kwargs else tensors
-        cut = cut_stages(net, moved, policy)
+        self._cut = cut = cut_stages(net, moved, policy)
         self.policy = policy
         self.num_exits = policy.num_exits
         self.inputs = tuple(_input(name, tensor) for name, tensor in zip(cut.arguments, tensors, strict=True))
-        self._cut = cut
         self._most = CUDA_ROWS if self.device.type == "cuda" else sys.maxsize
         self._exits = tuple(stage.exit for stage in cut.stages)
         self._later = tuple({t.name for s in cut.stages[i + 1 :] for t in s.takes} for i in range(len(cut.stages)))
@@ -112,8 +109,8 @@ class TorchEngine:
         """Predict a batch of any size, including zero. Each sample leaves at the first exit with a low enough score.
 
         Args:
-            inputs: arrays or tensors that match the attribute `inputs`, all with the same leading batch size B; or one
-                mapping from input names to them.
+            inputs: arrays or tensors that match the attribute `inputs`, all with the same batch size; or one mapping
+                from input names to them.
             thresholds: N-1 thresholds for this call instead of the policy's; None means that no sample leaves there.
             named: the inputs that are not given by position, by name.
 
@@ -121,13 +118,14 @@ class TorchEngine:
             A `Prediction` of numpy arrays.
 
         Raises:
-            InputError: wrong number, names, shape or dtype of inputs, or wrong number of thresholds.
+            InputError: inputs of the wrong number, names, shape or dtype, or the wrong number of thresholds.
         """
         taken, rows = checked_inputs(inputs, named, self.inputs)
         if rows > self._most:
             parts = [slice(start, start + self._most) for start in range(0, rows, self._most)]
-            answers = [self(*(given[part] for given in taken.values()), thresholds=thresholds) for part in parts]
-            return Prediction(*(np.concatenate(each) for each in zip(*answers, strict=True)))
+            return concatenated(
+                [self(*(given[part] for given in taken.values()), thresholds=thresholds) for part in parts]
+            )
         used = self.policy.thresholds
         if thresholds is not None:
             remedy = "make an engine with a threshold there"

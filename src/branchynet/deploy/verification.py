@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..environment import processor
 from ..errors import VerificationError
-from ..policy.prediction import Prediction
+from ..policy.prediction import Prediction, concatenated
 from ..policy.values import Policy, thresholds_text
 from .engine import Engine
 from .moved_thresholds import moved_thresholds
@@ -54,21 +54,14 @@ class Verification:
         return not self.problems
 
     def __str__(self) -> str:
-        text = (
-            f"{self.samples} samples in {self.where}: {self.same_labels} labels and {self.same_exits} exits as stored; "
-            + "; ".join(
-                f"exit {n} differs by {d:.2g} (allowed {self.allowed[n]:.2g})" for n, d in self.difference.items()
-            )
-        )
+        exits = [f"exit {n} differs by {d:.2g} (allowed {self.allowed[n]:.2g})" for n, d in self.difference.items()]
+        same = f"{self.same_labels} labels and {self.same_exits} exits as stored"
+        text = "; ".join([f"{self.samples} samples in {self.where}: {same}", *exits])
         return f"{text}. Wrong: {'; '.join(self.problems)}" if self.problems else text
 
 
 def check_file(engine: Engine, path: str | os.PathLike[str]) -> Verification:
-    """Compare an engine's outputs with those stored in its file, and the file's thresholds with its metadata.
-
-    Raises:
-        FileError: the file holds no samples, or damaged ones.
-    """
+    """Compare outputs with those stored in the file, and thresholds with the metadata. Raise `FileError`."""
     model = parse_model(path)
     found = check(engine, samples_in(model, path, engine))
     return replace(found, problems=(*moved_thresholds(engine.policy, model, path), *found.problems))
@@ -117,21 +110,16 @@ def check(engine: Engine, samples: Samples, *, strict: bool = False) -> Verifica
             else:
                 seen.output(n, answer.output, part)
     for thresholds in (None, _middle(policy, samples)) if movable else (None,):
-        answers = [engine(*_rows(samples, part), thresholds=thresholds) for part in (parts[-1:] if dynamic else alone)]
-        answer = Prediction(*(np.concatenate(a) for a in zip(*answers, strict=True)))
+        whole = parts[-1:] if dynamic else alone
+        answer = concatenated([engine(*_rows(samples, part), thresholds=thresholds) for part in whole])
         seen.answer(answer)
         if engine.policy:
             seen.exits(answer, thresholds or policy.thresholds)
     difference, allowed = seen.differences(strict)
-    return Verification(
-        _where(engine),
-        len(samples),
-        seen.same_labels,
-        seen.same_exits,
-        difference,
-        allowed,
-        tuple(dict.fromkeys(seen.problems)),
-    )
+    problems = tuple(dict.fromkeys(seen.problems))
+    package = importlib.import_module(engine.runtime.split("-")[0])
+    where = f"{engine.runtime} {package.__version__.split('-')[0]} on {processor()}"
+    return Verification(where, len(samples), seen.same_labels, seen.same_exits, difference, allowed, problems)
 
 
 def _rows(samples: Samples, part: slice) -> list[NDArray[Any]]:
@@ -194,13 +182,13 @@ class _Comparison:
     def exits(self, answer: Prediction, thresholds: Sequence[float | None]) -> None:
         """Compare the exits and scores of a prediction."""
         paths = [self._exits(s, thresholds) for s in range(len(self.samples))]
-        left = answer.exit.tolist()
-        self.same_exits = min(self.same_exits, sum(n == path[-1] for n, path in zip(left, paths, strict=True)))
-        wrong = sum(n not in path for n, path in zip(left, paths, strict=True))
+        pairs = list(zip(answer.exit.tolist(), paths, strict=True))
+        self.same_exits = min(self.same_exits, sum(n == path[-1] for n, path in pairs))
+        wrong = sum(n not in path for n, path in pairs)
         if wrong:
             what = f"{wrong} of {len(paths)} samples leave at another exit"
             self.problems.append(f"{what}, at thresholds {thresholds_text(thresholds)}")
-        for s, n in enumerate(left):
+        for s, (n, _) in enumerate(pairs):
             score, slack = self.samples.scores[n - 1][s], self.samples.score_slack[n - 1]
             off = difference(answer.score[s], score)
             if not off <= FLOAT * max(1.0, abs(score)) + _TAIL * slack:
@@ -260,8 +248,3 @@ def _alike(slack: NDArray[Any]) -> list[NDArray[Any]]:
 def _same(a: NDArray[Any], b: NDArray[Any]) -> int:
     """Return the number of equal rows."""
     return int((a == b).reshape(len(a), -1).all(axis=1).sum())
-
-
-def _where(engine: Engine) -> str:
-    package = importlib.import_module(engine.runtime.split("-")[0])
-    return f"{engine.runtime} {package.__version__.split('-')[0]} on {processor()}"

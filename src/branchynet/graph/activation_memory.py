@@ -4,7 +4,7 @@ import math
 
 import onnx_ir as ir
 
-from .onnx_builder import BATCH
+from .macs import sample_shape
 from .onnx_flat import FlatGraph
 
 
@@ -29,5 +29,4 @@ def sample_bytes(flat: FlatGraph) -> int:
 def _bytes(value: ir.Value) -> int:
     if value.dtype is None or value.shape is None:
         return 0
-    known = [d if isinstance(d, int) else d.evaluate({BATCH: 1}) for d in value.shape]
-    return math.ceil(value.dtype.itemsize * math.prod(d if isinstance(d, int) else 1 for d in known))
+    return math.ceil(value.dtype.itemsize * math.prod(1 if math.isnan(d) else d for d in sample_shape(value)))

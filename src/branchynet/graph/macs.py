@@ -1,7 +1,7 @@
 """Count multiply-accumulates of a flat graph, and divide them between trunk and branches by the rule of the cut."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import onnx_ir as ir
 
@@ -10,8 +10,6 @@ from .onnx_builder import BATCH
 from .onnx_cut import parents
 from .onnx_flat import FlatGraph
 from .subgraphs import graphs_of
-
-Shape = list[int | None]
 
 
 def exit_macs(flat: FlatGraph) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -25,10 +23,8 @@ def exit_macs(flat: FlatGraph) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
     Both are empty if the size of a product depends on tensor values, because the count is then unknown.
     """
-    named = {value.name: value for value in flat.model.graph.outputs}
-    exits = [
-        [named[name] for name in (f"output_{n}", f"score_{n}") if name in named] for n in range(1, flat.num_exits + 1)
-    ]
+    ends = zip(flat.names(), flat.names("score"), strict=True)
+    exits = [[v for v in flat.model.graph.outputs if v.name in names] for names in ends]
     first = cut(exits, parents)
     backbone = cut([exits[-1]], parents)
     trunk, branch = [0.0] * flat.num_exits, [0.0] * flat.num_exits
@@ -50,46 +46,44 @@ def _node_macs(node: ir.Node) -> float:
     return 0.0 if count is None else count(node)
 
 
-def _size(dims: Sequence[int | None]) -> float:
-    return math.nan if None in dims else math.prod(d for d in dims if d is not None)
+def sample_shape(value: ir.Value | None) -> list[float]:
+    """Return the shape with a batch of one sample, NaN for unknown dimensions; ``[NaN]`` if the rank is unknown."""
+    if value is None or value.shape is None:
+        return [math.nan]
+    dims = [d if isinstance(d, int) else d.evaluate({BATCH: 1}) for d in value.shape]
+    return [d if isinstance(d, int) else math.nan for d in dims]
 
 
-def _shape(value: ir.Value | None) -> Shape:
-    """The shape with a batch of one sample; a single unknown dimension if the rank is unknown."""
-    return [None] if value is None or value.shape is None else [_dim(d) for d in value.shape]
-
-
-def _dim(dim: int | ir.SymbolicDim) -> int | None:
-    value = dim if isinstance(dim, int) else dim.evaluate({BATCH: 1})
-    return value if isinstance(value, int) else None
+def _size(value: ir.Value | None, first: int = 0) -> float:
+    """The number of entries, without the dimensions before `first`."""
+    return math.prod(sample_shape(value)[first:])
 
 
 def _conv(node: ir.Node) -> float:
-    return _size(_shape(node.outputs[0])) * _size(_shape(node.inputs[1])[1:])
+    return _size(node.outputs[0]) * _size(node.inputs[1], 1)
 
 
 def _conv_transpose(node: ir.Node) -> float:
-    return _size(_shape(node.inputs[0])) * _size(_shape(node.inputs[1])[1:])
+    return _size(node.inputs[0]) * _size(node.inputs[1], 1)
 
 
 def _product(node: ir.Node) -> float:
     attribute = node.attributes.get("transA")
-    first = _shape(node.inputs[0])
-    return _size(_shape(node.outputs[0])) * _size([first[0 if attribute and attribute.as_int() else -1]])
+    return _size(node.outputs[0]) * sample_shape(node.inputs[0])[0 if attribute and attribute.as_int() else -1]
 
 
 def _recurrent(node: ir.Node) -> float:
     """Every step multiplies each sample by all weights of input and state, `(directions, gates x hidden, ...)`."""
-    steps = _size(_shape(node.inputs[0])[:2])
-    return steps * (_size(_shape(node.inputs[1])) + _size(_shape(node.inputs[2])))
+    steps = math.prod(sample_shape(node.inputs[0])[:2])
+    return steps * (_size(node.inputs[1]) + _size(node.inputs[2]))
 
 
 def _einsum(node: ir.Node) -> float:
     """Operands are contracted from left to right, as ONNX Runtime does."""
     terms, _, result = node.attributes["equation"].as_string().replace(" ", "").partition("->")
     operands = terms.split(",")
-    shapes = [_shape(v) for v in node.inputs]
-    sizes: dict[str, int | None] = {}
+    shapes = [sample_shape(v) for v in node.inputs]
+    sizes: dict[str, float] = {}
     labels = []
     for term, shape in zip(operands, shapes, strict=True):
         around = len(shape) - len(term.replace("...", ""))
@@ -101,7 +95,7 @@ def _einsum(node: ir.Node) -> float:
             sizes[label] = size if sizes.get(label, 1) == 1 else sizes[label]
     macs, held = 0.0, set(labels[0])
     for k, term in enumerate(labels[1:], 2):
-        macs += _size([sizes[label] for label in held | set(term)])
+        macs += math.prod(sizes[label] for label in held | set(term))
         later = set(result).union(*labels[k:]) | {label for label in sizes if ord(label) >= 0x100}
         held = (held | set(term)) & later
     return macs

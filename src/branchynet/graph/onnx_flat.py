@@ -16,7 +16,7 @@ from onnxscript import rewriter
 from onnxscript.rewriter.rules.common import fuse_batchnorm_into_conv_rule, fuse_batchnorm_into_gemm_rule
 from torch import nn
 
-from ..errors import GraphError
+from ..errors import GraphError, first_line
 from ..nn.calls import arguments
 from ..nn.network import BranchyNet
 from ..policy.scores import Score
@@ -44,24 +44,20 @@ class FlatGraph:
     num_exits: int
     dynamic: bool
 
+    def names(self, kind: str = "output") -> list[str]:
+        """Return the names of every exit's output, or of every exit's score."""
+        return [f"{kind}_{n}" for n in range(1, self.num_exits + 1)]
+
     def value(self, name: str) -> ir.Value:
         """Return the graph output of that name."""
         return next(v for v in self.model.graph.outputs if v.name == name)
 
 
 def flatten(net: nn.Module, example: Any, *, score: Score | None = None, dynamic: bool = True) -> FlatGraph:
-    """Export a network to a flat graph: all exits' outputs and, with `score`, their scores.
-
-    Args:
-        net: a `BranchyNet`, or any network; see `branchynet.nn.network.exit_outputs` for which outputs are exits.
-        example: one batch of inputs: a tensor, a tuple of tensors, or a dict of keyword arguments.
-        score: the score to compute for every exit.
-        dynamic: whether the batch size is free; otherwise it is fixed at 1.
+    """Export a network to a flat graph. Arguments and errors are those of `program_of`.
 
     Raises:
-        InputError: the example holds no tensors with a leading batch dimension, or `score` does not return one number
-            per sample.
-        GraphError: see `program_of` and `check_writable`; or the network draws random numbers.
+        GraphError: the network draws random numbers, or see `check_writable`.
     """
     args, kwargs = arguments(example)
     program = program_of(net, example, score=score, dynamic=dynamic)
@@ -84,9 +80,11 @@ def flatten(net: nn.Module, example: Any, *, score: Score | None = None, dynamic
             assert converted is not None
             model = _tidy(converted.model, names)
     except Exception as error:  # torch and onnxscript pass on any error of their steps
-        raise GraphError(f"{type(net).__name__} cannot be written as ONNX: {_first_cause(error)}") from error
-    random = sorted({node.op_type for node in nodes_of(model.graph) if _is_random(node)})
-    if random:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise GraphError(f"{type(net).__name__} cannot be written as ONNX: {first_line(cause)}") from error
+    if random := sorted({node.op_type for node in nodes_of(model.graph) if _is_random(node)}):
         raise GraphError(
             f"the network draws random numbers when it answers ({', '.join(random)}); make eval mode deterministic"
         )
@@ -151,11 +149,8 @@ def _forget_unknown_lengths(graph: ir.Graph) -> None:
     """Remove symbolic dimensions except the batch: a symbol could have another size in each level of a nested graph."""
     for value in (v for node in nodes_of(graph) for v in node.outputs):
         if value.shape is not None:
-            value.shape = ir.Shape([d if isinstance(d, int) or _is_of_batch(d) else None for d in value.shape])
-
-
-def _is_of_batch(dim: ir.SymbolicDim) -> bool:
-    return dim.value is not None and set(re.findall(r"[A-Za-z_]\w*", dim.value)) <= {BATCH}
+            unknown = [set(re.findall(r"[A-Za-z_]\w*", str(d))) - {BATCH} for d in value.shape]
+            value.shape = ir.Shape([None if names else d for d, names in zip(value.shape, unknown, strict=True)])
 
 
 def _own_outputs(graph: ir.Graph) -> None:
@@ -195,10 +190,3 @@ def _relu_before_pool(graph: ir.Graph) -> None:
         pool.replace_input_with(0, before.outputs[0])
         ir.convenience.replace_all_uses_with(relu.outputs[0], pooled, replace_graph_outputs=True)
         graph.remove(relu, safe=True)
-
-
-def _first_cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

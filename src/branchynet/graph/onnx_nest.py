@@ -105,7 +105,7 @@ class _NestedGraph:
         if i + 1 == len(self.exits):
             if i:
                 return [output, score]
-            # Not with Shape: plain OpenVINO miscomputes a quantised convolution if a ShapeOf reads its output.
+            # Not with Shape: plain OpenVINO miscomputes a quantized convolution if a ShapeOf reads its output.
             least = section.constant("least", np.array([-np.inf], np.float32))
             never = section.op("Less", [score, least], name="never", type=BOOL, shape=batch)
             number = section.op("Cast", [never], {"to": ir.DataType.INT64}, name="none", type=INT64, shape=batch)

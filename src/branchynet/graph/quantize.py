@@ -1,4 +1,4 @@
-"""Quantise a flat graph to int8 before the cut, so that the values that cross the cut are int8 too.
+"""Quantize a flat graph to int8 before the cut, so that the values that cross the cut are int8 too.
 
 An int8 value is a pair QuantizeLinear -> DequantizeLinear in the graph, which a runtime fuses with the operators around
 it. Every reader gets its own DequantizeLinear: by the rule of the cut, it belongs to the reader's stage, where the
@@ -31,6 +31,7 @@ from .onnx_flat import FlatGraph
 Batch = tuple[NDArray[Any], ...]  # one array per input of the graph
 Quantize = Literal["int8", "int8-full-range"]
 
+_STEPS = {"QuantizeLinear": ir.DataType.UINT8, "DequantizeLinear": ir.DataType.FLOAT}
 _WEIGHED = ("Conv", "Gemm", "MatMul")
 # Operators between convolutions; they become int8 if their inputs are int8.
 _BETWEEN = ("Add", "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "Concat", "Reshape", "Flatten",
@@ -58,12 +59,8 @@ def check_quantize(quantize: str | None, calibration: Any) -> None:
 def calibration_batches(loader: Iterable[Any], flat: FlatGraph) -> list[Batch]:
     """Return the inputs in a loader as arrays for a flat graph; row by row if its batch is fixed at 1.
 
-    Args:
-        loader: yields inputs, or `(inputs, target)`; inputs are a tensor, a tuple of tensors, or a dict by keyword.
-        flat: the graph that reads the inputs.
-
-    Raises:
-        InputError: the loader is empty, or its inputs do not fit the graph.
+    The loader yields inputs, or `(inputs, target)`: inputs are a tensor, a tuple of tensors, or a dict by keyword.
+    Raises `InputError` if it is empty, or if the inputs do not fit the graph.
     """
     found = [batch for batch in (_arrays(batch, flat) for batch in loader) if len(batch[0])]
     if not found:
@@ -86,7 +83,7 @@ def quantized(flat: FlatGraph, batches: Sequence[Batch], quantize: Quantize = "i
     [-127, 127], for processors with VNNI and ARM processors.
 
     Raises:
-        GraphError: there is nothing to quantise, or ONNX Runtime cannot quantise it.
+        GraphError: there is nothing to quantize, or ONNX Runtime cannot quantize it.
     """
     tail = _tail(flat)
     proto = ir.to_proto(flat.model)
@@ -109,7 +106,7 @@ def quantized(flat: FlatGraph, batches: Sequence[Batch], quantize: Quantize = "i
                 extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul"]},
             )
         except Exception as error:  # ONNX Runtime passes on any error of its steps
-            raise GraphError(f"ONNX Runtime cannot quantise this network ({error}); export it in float") from error
+            raise GraphError(f"ONNX Runtime cannot quantize this network ({error}); export it in float") from error
         model = ir.load(path)
     if not any(node.op_type == "DequantizeLinear" for node in model.graph):
         raise GraphError("the network has no float32 convolution or matrix product to make int8; export it in float")
@@ -135,14 +132,11 @@ class _Reader(CalibrationDataReader):
 
 def _tail(flat: FlatGraph) -> list[str]:
     """Names of the nodes after the last product of every exit: they compute its output and its score."""
-    exits = cut([[flat.value(f"output_{n}") for n in range(1, flat.num_exits + 1)]], parents)
+    exits = cut([[flat.value(name) for name in flat.names()]], parents)
     weighed = {n for n in flat.model.graph if n.op_type in _WEIGHED and n.outputs[0] in exits}
     before = cut([[v for node in weighed for v in node.inputs if v is not None]], parents)
-    return [
-        node.name or ""
-        for node in flat.model.graph
-        if node not in weighed and not any(v in before for v in node.outputs)
-    ]
+    left = [n for n in flat.model.graph if n not in weighed and not any(v in before for v in n.outputs)]
+    return [node.name or "" for node in left]
 
 
 def _other_sums(flat: FlatGraph) -> list[str]:
@@ -154,11 +148,8 @@ def _other_sums(flat: FlatGraph) -> list[str]:
             node = node.inputs[0].producer() if node.inputs[0] is not None else None
         return node is not None and node.op_type == "Conv"
 
-    return [
-        node.name or ""
-        for node in flat.model.graph
-        if node.op_type == "Add" and not any(convolved(v) for v in node.inputs)
-    ]
+    sums = [node for node in flat.model.graph if node.op_type == "Add"]
+    return [node.name or "" for node in sums if not any(convolved(v) for v in node.inputs)]
 
 
 def _keep_tail_float(graph: ir.Graph, tail: Sequence[str], flat: FlatGraph) -> None:
@@ -179,13 +170,9 @@ def _keep_tail_float(graph: ir.Graph, tail: Sequence[str], flat: FlatGraph) -> N
 
 
 def _own_dequantizers(graph: ir.Graph) -> None:
-    for node in list(graph):
-        if node.op_type != "DequantizeLinear":
-            continue
+    for node in [node for node in graph if node.op_type == "DequantizeLinear"]:
         for number, use in enumerate(list(node.outputs[0].uses())[1:], 2):
-            copy = ir.node(
-                "DequantizeLinear", node.inputs, node.attributes, num_outputs=1, name=f"{node.name}_{number}"
-            )
+            copy = ir.node(node.op_type, node.inputs, node.attributes, num_outputs=1, name=f"{node.name}_{number}")
             copy.outputs[0].name = f"{node.outputs[0].name}_{number}"
             graph.insert_before(use.node, copy)
             use.node.replace_input_with(use.idx, copy.outputs[0])
@@ -196,11 +183,8 @@ def _describe(graph: ir.Graph, flat: FlatGraph) -> None:
     known = {v.name: v for node in flat.model.graph for v in node.outputs}
     for node in graph:
         for value in node.outputs:
-            if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-                source = node.inputs[0]
-                assert source is not None
-                value.shape = source.shape
-                value.type = ir.TensorType(ir.DataType.UINT8 if node.op_type == "QuantizeLinear" else ir.DataType.FLOAT)
+            if node.op_type in _STEPS and node.inputs[0] is not None:
+                value.shape, value.type = node.inputs[0].shape, ir.TensorType(_STEPS[node.op_type])
             elif value.name in known:
                 value.shape, value.type = known[value.name].shape, known[value.name].type
 
@@ -216,11 +200,9 @@ def _arrays(batch: Any, flat: FlatGraph) -> Batch:
     given = list(batch) if isinstance(batch, (tuple, list)) else [batch]
     arrays = [t.detach().cpu().numpy() if isinstance(t, Tensor) else np.asarray(t) for t in given]
     if len(arrays) != len(inputs) or not all(_fits(a, v, arrays[0]) for a, v in zip(arrays, inputs, strict=True)):
+        gives = ", ".join(f"{a.dtype} {a.shape}" for a in arrays) or "nothing"
         reads = ", ".join(f"{v.name}: {v.dtype} {v.shape}".lower() for v in inputs)
-        raise InputError(
-            f"calibration gives {', '.join(f'{a.dtype} {a.shape}' for a in arrays) or 'nothing'}; the network reads "
-            f"{reads}"
-        )
+        raise InputError(f"calibration gives {gives}; the network reads {reads}")
     return tuple(arrays)
 
 

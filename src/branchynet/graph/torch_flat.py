@@ -16,7 +16,15 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import GraphError
 from ..policy.scores import Score
-from .torch_program import NOT_THE_NETWORKS, argument_of, export_failure, program_of, quiet_export, readable_path
+from .torch_program import (
+    NOT_THE_NETWORKS,
+    argument_of,
+    export_failure,
+    name_of,
+    program_of,
+    quiet_export,
+    readable_path,
+)
 
 _aten = torch.ops.aten
 _ANY_LAYOUT = {_aten.view.default: _aten.reshape.default, _aten._unsafe_view.default: _aten.reshape.default}
@@ -44,16 +52,7 @@ class TorchGraph:
 
 
 def torch_flatten(net: nn.Module, example: Any, score: Score) -> TorchGraph:
-    """Export a network with a free batch size, in eval mode, to one graph.
-
-    Args:
-        net: a `BranchyNet`, or any network; see `branchynet.nn.network.exit_outputs` for which outputs are exits.
-        example: one batch of inputs: a tensor, a tuple of tensors, or a dict of keyword arguments.
-        score: the score to compute for every exit.
-
-    Raises:
-        InputError, GraphError: see `program_of`.
-    """
+    """Export a network to one graph. Arguments and errors are those of `program_of`."""
     program = program_of(net, example, score=score)
     with torch.no_grad(), quiet_export():
         try:  # decomposes no operator, but makes the graph functional
@@ -93,14 +92,6 @@ def check(node: fx.Node, graph: TorchGraph) -> None:
             raise GraphError(f"{what} decides for a whole batch at once; write that with torch.where")
 
 
-def name_of(node: fx.Node) -> str:
-    """Return the operator that a node calls, such as ``conv2d``; the node's name if it calls none."""
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.removeprefix("aten::")
-    return getattr(target, "__name__", node.name)
-
-
 def place_of(node: fx.Node) -> str:
     """Return the module and line of a node as far as torch records them, such as `` in 'layers.0' at net.py:12``."""
     modules = [readable_path(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
@@ -120,7 +111,7 @@ def _constants(exported: torch.export.ExportedProgram, whole: nn.Module) -> dict
             constants[node] = operator.attrgetter(str(node.target))(exported.graph_module)
         elif node.name in paths:
             path, _, attribute = paths[node.name].rpartition(".")
-            held = getattr(whole.get_submodule(path), attribute)  # None before the first forward
+            held = getattr(whole.get_submodule(path), attribute)  # None before the first forward pass
             constants[node] = exported.state_dict[paths[node.name]] if held is None else held
         elif node.name in lifted:
             constants[node] = exported.constants[lifted[node.name]]

@@ -65,7 +65,7 @@ def tensors_of(example: Any) -> tuple[Tensor, ...]:
 
 
 def program_of(net: nn.Module, example: Any, *, score: Score | None, dynamic: bool = True) -> Program:
-    """Export a network in eval mode. A normal forward runs first, because it reveals most mistakes early.
+    """Export a network in eval mode, after a normal forward pass, which reveals most mistakes early.
 
     Args:
         net: a `BranchyNet`, or any network; see `branchynet.nn.network.exit_outputs` for which outputs are exits.
@@ -76,9 +76,8 @@ def program_of(net: nn.Module, example: Any, *, score: Score | None, dynamic: bo
     Raises:
         InputError: the example holds no tensors with a leading batch dimension, or `score` does not return one number
             per sample.
-        GraphError: see `check_weights`; the network cannot be exported (the message names module and line if they are
-            known), fixes the batch size, has an exit that depends on the last one, or behaves as in training even in
-            eval mode.
+        GraphError: see `check_weights`; the network cannot be exported (the message names module and line if known),
+            fixes the batch size, behaves as in training even in eval mode, or has an exit that depends on the last one.
     """
     check_weights(net)
     _check_no_target(net, example)
@@ -104,11 +103,8 @@ def program_of(net: nn.Module, example: Any, *, score: Score | None, dynamic: bo
 
 def _check_no_target(net: nn.Module, example: Any) -> None:
     """Raise `InputError` for labels among the inputs, which would become an input of the file."""
-    named = arguments(example)[1].keys() & {"labels", "label", "label_ids"}
-    if not named:
-        return
     read = inspect.signature(getattr(net, "backbone", net).forward).parameters
-    for name in sorted(named):
+    for name in sorted(arguments(example)[1].keys() & {"labels", "label", "label_ids"}):
         if name in read and read[name].default is None:  # without a default, the network needs labels to answer
             raise InputError(
                 f"the example holds {name!r}, which the network reads only to compute its loss: leave it out, "
@@ -127,7 +123,17 @@ class AllExits(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Return every exit's output, then every exit's score if there is a score."""
-        outputs = self._outputs(inputs)
+        positional = len(inputs) - len(self.keywords)
+        returned = self.net(*inputs[:positional], **dict(zip(self.keywords, inputs[positional:], strict=True)))
+        outputs = exit_outputs(self.net, returned)
+        for n, output in enumerate(outputs, 1):
+            if output.dim() < 2 or output.shape[1:] != outputs[-1].shape[1:]:
+                raise GraphError(
+                    f"exit {n} gives shape {tuple(output.shape)} and the last exit {tuple(outputs[-1].shape)}; "
+                    "all exits must give (B, C, ...) of one shape: give every branch the shape of the backbone's "
+                    "output, and one number per sample as (B, 1)"
+                )
+        outputs = tuple(output.float() for output in outputs)
         if self.score is None:
             return outputs
         scores = [self.score(outputs[: n + 1]) for n in range(len(outputs))]
@@ -140,22 +146,9 @@ class AllExits(nn.Module):
                 )
         return (*outputs, *(score.float() for score in scores))
 
-    def _outputs(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        positional = len(inputs) - len(self.keywords)
-        returned = self.net(*inputs[:positional], **dict(zip(self.keywords, inputs[positional:], strict=True)))
-        outputs = exit_outputs(self.net, returned)
-        for n, output in enumerate(outputs, 1):
-            if output.dim() < 2 or output.shape[1:] != outputs[-1].shape[1:]:
-                raise GraphError(
-                    f"exit {n} gives shape {tuple(output.shape)} and the last exit {tuple(outputs[-1].shape)}; "
-                    "all exits must give (B, C, ...) of one shape: give every branch the shape of the backbone's "
-                    "output, and one number per sample as (B, 1)"
-                )
-        return tuple(output.float() for output in outputs)
-
 
 def _rehearse(whole: AllExits, tensors: tuple[Tensor, ...], kinds: int, example: Any) -> int:
-    """Count the exits in a normal forward. Raises `GraphError` for an exit that is computed from the last one."""
+    """Count the exits in a forward pass. Raise `GraphError` for an exit that is computed from the last one."""
     survey = Trace((), tensors)
     with survey, calling(whole.net, example):
         results = whole(*tensors)
@@ -207,10 +200,9 @@ def readable_path(path: str) -> str:
 
 
 def _check_unchanged(whole: nn.Module, tensors: tuple[Tensor, ...]) -> None:
-    """Raise `GraphError` if the network changes its parameters or buffers when it answers.
+    """Raise `GraphError` if a forward pass changes parameters or buffers; some networks create these in the first pass.
 
-    Parameters may be too large to copy, so only their counts of writes are compared. Call this after a first forward,
-    in which some networks create buffers.
+    Parameters may be too large to copy, so only their counts of writes are compared.
     """
     parameters = written(whole.named_parameters())
     before, values = written(whole.named_buffers()), {name: buffer.clone() for name, buffer in whole.named_buffers()}
@@ -233,21 +225,23 @@ def _check_unchanged(whole: nn.Module, tensors: tuple[Tensor, ...]) -> None:
 def _check_no_batch_statistics(exported: torch.export.ExportedProgram) -> None:
     """Raise `GraphError` for a batch norm that averages over the samples of a batch, as in training."""
     for node in exported.graph.nodes:
-        trains = _name(node) == "_native_batch_norm_legit" or (
-            _name(node) == "batch_norm" and argument_of(node, "training")
-        )
+        name = name_of(node)
+        trains = name == "_native_batch_norm_legit" or (name == "batch_norm" and argument_of(node, "training"))
         if trains and any(isinstance(d, torch.SymInt) for d in node.args[0].meta["val"].shape):  # else weights
             modules = [readable_path(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
-            place = next((name for name in reversed(modules) if name), "the network")
+            place = next((path for path in reversed(modules) if path), "the network")
             raise GraphError(
                 f"a batch norm in {place!r} averages over the samples of a batch, as in training; use running "
                 "statistics in eval mode"
             )
 
 
-def _name(node: fx.Node) -> str:
+def name_of(node: fx.Node) -> str:
+    """Return the operator that a node calls, such as ``conv2d``; the node's name if it calls none."""
     target = node.target
-    return target._schema.name.removeprefix("aten::") if isinstance(target, torch._ops.OpOverload) else node.name
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.removeprefix("aten::")
+    return getattr(target, "__name__", node.name)
 
 
 def argument_of(node: fx.Node, name: str) -> Any:
@@ -260,7 +254,7 @@ def argument_of(node: fx.Node, name: str) -> Any:
 
 @contextlib.contextmanager
 def quiet_export() -> Iterator[None]:
-    """Silence torch's notices about missing packages, deprecations and retries; errors are still raised."""
+    """Silence torch's notices about missing packages, deprecations and retries. Errors still propagate."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx.experimental.symbolic_shapes", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

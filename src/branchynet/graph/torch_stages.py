@@ -1,7 +1,4 @@
-"""Cut a network exported by `torch.export` into one torch.fx graph per stage, by the same rule as ONNX graphs.
-
-A stage takes values of earlier stages on the rows that stay; values that cannot be picked by rows are recomputed.
-"""
+"""Cut a network exported by `torch.export` into one torch.fx graph per stage, by the same rule as ONNX graphs."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +13,8 @@ from ..policy.scores import resolve
 from ..policy.values import Policy
 from .cut import Dependence, cut, plan_stages
 from .onnx_flat import input_names
-from .torch_flat import TorchGraph, check, name_of, place_of, torch_flatten
+from .torch_flat import TorchGraph, check, place_of, torch_flatten
+from .torch_program import name_of
 
 _HEAVY = {
     *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution"),
@@ -36,13 +34,13 @@ class StageInput:
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """The computation between one enabled exit and the next.
+    """The computation between two enabled exits.
 
     Attributes:
         exit: the number of its exit, from 1.
         module: takes the number of rows (an int), then the values of `takes`; returns a tuple of the exit's output
             `(rows, C, ...)` float32, its score `(rows,)` float32, and the values of `gives`.
-        takes: inputs of the network and values of earlier stages, each on the rows that remain.
+        takes: inputs of the network and values of earlier stages, on the rows that remain.
         gives: the values that later stages take.
     """
 
@@ -73,17 +71,15 @@ def cut_stages(net: nn.Module, example: Any, policy: Policy) -> Stages:
     """Cut a network at the exits that `policy` enables; the stages also compute the scores.
 
     Args:
-        net: a `BranchyNet`, or any network; see `branchynet.nn.network.exit_outputs` for which outputs are exits. It is
-            exported in eval mode; the stages share its parameters and buffers.
+        net: a network, as for `program_of`. The stages share its parameters and buffers.
         example: one batch of inputs: a tensor, a tuple of tensors, or a dict of keyword arguments.
         policy: N-1 thresholds; an exit with the threshold None is left out together with its branch.
 
     Raises:
-        InputError: the number of thresholds is not N-1; the score is unknown, or does not return one number per sample;
-            or the example holds no tensors with a leading batch dimension.
-        GraphError: the network cannot be exported with a free batch size, branches on tensor values, draws random
-            numbers, or answers as in training; or a value that must cross a cut can neither be picked by rows nor
-            cheaply recomputed. The message names the module and line if torch records them.
+        InputError: the number of thresholds is not N-1, the score is unknown, or see `program_of`.
+        GraphError: the network branches on tensor values or draws random numbers; a value must cross a cut, but can
+            neither be picked by rows nor cheaply recomputed; or see `program_of`. The message names the module and line
+            if torch records them.
     """
     exits = count_exits(net, example)
     if policy.num_exits != exits:

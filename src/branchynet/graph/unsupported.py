@@ -8,8 +8,8 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from ..errors import GraphError
-from .torch_flat import name_of, place_of
-from .torch_program import readable_path
+from .torch_flat import place_of
+from .torch_program import name_of, readable_path
 
 LIMIT = (1 << 31) - (1 << 24)  # bytes of weights: protobuf allows 2 GiB in total, and the graph needs space too
 _COMPUTED = {torch.float16, torch.float32, torch.float64, torch.bool, torch.uint8, torch.uint16, torch.uint32}

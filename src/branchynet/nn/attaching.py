@@ -236,8 +236,7 @@ def _features(survey: Trace, names: Sequence[str], last: Tensor) -> dict[str, tu
                     f"tap={{{moment.name!r}: lambda output: ...}}"
                 )
             found[moment.name] = moment.features, survey.feature_dim(moment)
-    missing = [name for name in names if name != INPUT and name not in found]
-    if missing:
+    if missing := [name for name in names if name != INPUT and name not in found]:
         raise GraphError(never_ran(missing[0]))
     return found
 

@@ -51,11 +51,10 @@ def batches(loader: Any, device: torch.device, channels_last: bool = False) -> I
 
 def tensors_in(inputs: Any) -> Iterator[Tensor]:
     """Yield the tensors in a batch's inputs in a fixed order; dicts are sorted by key."""
+    if isinstance(inputs, Mapping):
+        inputs = [inputs[key] for key in sorted(inputs)]
     if isinstance(inputs, Tensor):
         yield inputs
-    elif isinstance(inputs, Mapping):
-        for key in sorted(inputs):
-            yield from tensors_in(inputs[key])
     elif isinstance(inputs, (tuple, list)):
         for entry in inputs:
             yield from tensors_in(entry)
@@ -74,8 +73,6 @@ def batch_exits(net: nn.Module, inputs: Any) -> tuple[Tensor, ...]:
     with calling(net, inputs):
         if isinstance(inputs, Mapping):
             value = net(**inputs)
-        elif isinstance(inputs, tuple):
-            value = net(*inputs)
         else:
-            value = net(inputs)
+            value = net(*inputs) if isinstance(inputs, tuple) else net(inputs)
     return exit_outputs(net, value)

@@ -100,15 +100,7 @@ class InputMLP(nn.Sequential):
     """
 
     def __init__(self, shape: Sequence[int], num_classes: int, hidden: int = 32, pool: int = 2) -> None:
-        layers: list[nn.Module] = []
-        if len(shape) == 3 and pool > 1:
-            layers.append(nn.MaxPool2d(pool, ceil_mode=True))
-            shape = (shape[0], -(-shape[1] // pool), -(-shape[2] // pool))
-        features = math.prod(shape)
-        layers.append(nn.Flatten())
-        if hidden:
-            layers += [nn.Linear(features, hidden), nn.ReLU()]
-        super().__init__(*layers, nn.Linear(hidden or features, num_classes))
+        super().__init__(*_flat(shape, num_classes, (pool, pool), hidden))
 
 
 def default_branch(features: Tensor, num_classes: int, feature_dim: int | None = None) -> nn.Module:
@@ -134,12 +126,11 @@ def default_branch(features: Tensor, num_classes: int, feature_dim: int | None =
             f"no default branch for features of shape {tuple(features.shape)}; use (B, C, H, W), (B, H, W, C), "
             "(B, L, D) or (B, D), or pass branch="
         )
-    dim = (1 if features.dim() > 3 else -1) if feature_dim is None else feature_dim
-    dim %= features.dim()
+    dim = _feature_dim(features, feature_dim)
+    width = features.shape[dim]
     if features.dim() == 4 and dim == 1:
-        channels = features.shape[1]
-        return ConvBranch(channels, num_classes, (max(8, min(64, channels)),))
-    return TokenLinear(features.shape[dim], num_classes, -1 if dim == features.dim() - 1 else dim)
+        return ConvBranch(width, num_classes, (max(8, min(64, width)),))
+    return TokenLinear(width, num_classes, dim)
 
 
 def named_branches(features: Tensor, num_classes: int, feature_dim: int | None = None) -> dict[str, nn.Module]:
@@ -153,43 +144,48 @@ def named_branches(features: Tensor, num_classes: int, feature_dim: int | None =
     """
     if not features.is_floating_point() or features.dim() < 2:
         return {}
-    dim = ((1 if features.dim() > 3 else -1) if feature_dim is None else feature_dim) % features.dim()
+    dim = _feature_dim(features, feature_dim)
     if features.dim() == 4 and dim == 1:
-        return _on_maps(features.shape, num_classes)
+        return _on_maps(features.shape[1:], num_classes)
     width = features.shape[dim]
-    position = -1 if dim == features.dim() - 1 else dim
     return {
-        "linear": TokenLinear(width, num_classes, position),
-        "hidden-64": nn.Sequential(TokenLinear(width, 64, position), nn.ReLU(), nn.Linear(64, num_classes)),
+        "linear": TokenLinear(width, num_classes, dim),
+        "hidden-64": nn.Sequential(TokenLinear(width, 64, dim), nn.ReLU(), nn.Linear(64, num_classes)),
     }
+
+
+def _feature_dim(features: Tensor, given: int | None) -> int:
+    """The dimension that holds channels or features: as given, or by the number of dimensions; -1 for the last."""
+    dim = ((1 if features.dim() > 3 else -1) if given is None else given) % features.dim()
+    return -1 if dim == features.dim() - 1 else dim
 
 
 def _on_maps(shape: tuple[int, ...], classes: int) -> dict[str, nn.Module]:
-    _, channels, height, width = shape
-    found: dict[str, nn.Module] = {
-        "linear": _flat(shape, classes, _LINEAR, 0),
-        "hidden-64": _flat(shape, classes, _HIDDEN, 64),
-    }
+    channels, *sides = shape
+    found: dict[str, nn.Module] = {}
+    for name, most, hidden in (("linear", _LINEAR, 0), ("hidden-64", _HIDDEN, 64)):
+        grid = max(1, math.isqrt(most // channels))  # at most `most` features, or one position
+        found[name] = nn.Sequential(*_flat(shape, classes, [math.ceil(side / grid) for side in sides], hidden))
     for widths in _CONVOLUTIONS:
-        if min(height, width) >= 2 ** len(widths.split("-")):
-            found[f"conv-{widths}"] = _convolutions(channels, (height, width), classes, widths)
+        if min(sides) >= 2 ** len(widths.split("-")):
+            found[f"conv-{widths}"] = _convolutions(channels, sides, classes, widths)
     return found
 
 
-def _flat(shape: tuple[int, ...], classes: int, most: int, hidden: int) -> nn.Module:
-    """Max-pool to at most `most` features (or one position), then apply one or two linear layers."""
-    _, channels, height, width = shape
-    grid = max(1, math.isqrt(most // channels))
-    size = math.ceil(height / grid), math.ceil(width / grid)
-    layers: list[nn.Module] = [] if size == (1, 1) else [nn.MaxPool2d(size, ceil_mode=True)]
-    features = channels * math.ceil(height / size[0]) * math.ceil(width / size[1])
+def _flat(shape: Sequence[int], classes: int, window: Sequence[int], hidden: int) -> list[nn.Module]:
+    """Max-pooling of maps `(C, H, W)`, then one or two linear layers; no pooling for `(D,)` or a window of 1."""
+    layers: list[nn.Module] = []
+    if len(shape) == 3 and max(window) > 1:
+        layers.append(nn.MaxPool2d((window[0], window[1]), ceil_mode=True))
+        shape = (shape[0], *(math.ceil(side / size) for side, size in zip(shape[1:], window, strict=True)))
+    features = math.prod(shape)
     layers.append(nn.Flatten())
     if hidden:
         layers += [nn.Linear(features, hidden), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(hidden or features, classes))
+    return [*layers, nn.Linear(hidden or features, classes)]
 
 
-def _convolutions(channels: int, sides: tuple[int, int], classes: int, widths: str) -> nn.Module:
+def _convolutions(channels: int, sides: Sequence[int], classes: int, widths: str) -> nn.Module:
     """Convolutions with batch norm and ReLU, pooling by 2 after each one or (``x2``) two of them, and a linear layer.
 
     On maps of more than 16 positions per side, the first convolution has a stride.

@@ -66,7 +66,7 @@ slow_path = _SlowPath()
 def evaluating(net: nn.Module) -> Iterator[None]:
     """Put every module of `net` into eval mode for the block, then restore modes and buffers.
 
-    Parameters that a forward replaces are restored too. Writes into parameters stay, because parameters may be too
+    Parameters that a forward pass replaces are restored too. Writes into parameters stay, because parameters may be too
     large to copy. Torch's fast path for transformers is off in the block.
     """
     modes = [(module, module.training) for module in net.modules()]
@@ -143,9 +143,7 @@ def read_tensor(reader: Reader | None, value: Any, where: str) -> Tensor:
 
 
 def first_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Return the first argument of a forward call, positional or by keyword."""
-    if args:
-        return args[0]
-    if kwargs:
-        return next(iter(kwargs.values()))
+    """Return the first argument of a call, positional or by keyword."""
+    for value in (*args, *kwargs.values()):
+        return value
     raise InputError("the network was called without inputs")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..argument_checks import described, dtype_name, instance
-from ..errors import BranchyNetError, InputError
+from ..errors import BranchyNetError, InputError, first_line
 
 _IMAGE_CHANNELS = (1, 3, 4)
 # Errors that torch and networks raise for inputs that do not fit. Other errors have other causes.
@@ -34,14 +34,19 @@ def resolve_device(device: str | torch.device) -> torch.device:
     try:
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        lines = str(error).splitlines() or [type(error).__name__]
         raise InputError(
-            f"device={str(device)!r} is not available on this machine ({lines[0]}); leave device out, or give 'cpu'"
+            f"device={str(device)!r} is not available on this machine ({first_line(error)}); leave device out, or give "
+            "'cpu'"
         ) from error
     return found
 
 
 READ_ONCE = "a generator is empty after one pass: give a list of batches or a DataLoader"
+
+
+def device_of(net: nn.Module, default: str | torch.device = "cpu") -> torch.device:
+    """Return the device of a network's first parameter or buffer; `default` if it has none."""
+    return next((t.device for t in (*net.parameters(), *net.buffers())), torch.device(default))
 
 
 def check_loader(name: str, value: Any, *, again: bool = False) -> None:
@@ -84,18 +89,16 @@ def changed(before: Mapping[str, tuple[Tensor, int]], after: Mapping[str, tuple[
 
 KEEP_PARAMETERS = (
     "change parameters only under `if self.training:`, and leave max_norm= out of embeddings (set emb.max_norm = None "
-    "once emb.weight is renormalised)"
+    "once emb.weight is renormalized)"
 )
 """The remedy for a network that changes its parameters when it answers."""
 
 
 def misfit(what: str, features: Tensor, error: Exception) -> str:
     """The error message for a branch that cannot read its features."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    shape = tuple(features.shape)
     return (
-        f"{what} cannot read features of shape {shape}, {dtype_name(features.dtype)} ({lines[0][:300]}): give a branch "
-        "made for that shape, or inputs of the size that it was made for"
+        f"{what} cannot read features of shape {tuple(features.shape)}, {dtype_name(features.dtype)} "
+        f"({first_line(error)}): give a branch made for that shape, or inputs of the size that it was made for"
     )
 
 
@@ -112,10 +115,9 @@ def calling(net: nn.Module, inputs: Any) -> Iterator[None]:
     except MISFITS as error:
         if isinstance(error, (BranchyNetError, torch.OutOfMemoryError)):
             raise
-        lines = str(error).splitlines() or [type(error).__name__]
-        given = ", ".join(described(value) for value in _values(inputs)) or "nothing"
+        given, cause = ", ".join(described(value) for value in _values(inputs)) or "nothing", first_line(error)
         raise InputError(
-            f"{type(net).__name__} cannot answer to {given} ({lines[0][:300]}){_hint(net, inputs, lines[0])}"
+            f"{type(net).__name__} cannot answer to {given} ({cause}){_hint(net, inputs, cause)}"
         ) from error
 
 

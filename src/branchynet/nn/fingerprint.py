@@ -12,9 +12,9 @@ from .unsupported import check_weights
 def fingerprint(net: nn.Module) -> str:
     """Return ``structure-weights``: a short digest of the names, shapes and taps, and one of the values.
 
-    The first distinguishes architectures that differ in parameters, buffers or taps; the second also distinguishes two
-    trainings of one architecture. Buffers that ``state_dict()`` omits count too. An averaged network has a fingerprint
-    of its own, see `averaged_fingerprint`. Raises `GraphError` like `check_weights`.
+    The first differs between architectures with other parameters, buffers or taps, the second also between training
+    runs. Buffers that ``state_dict()`` omits count too. For an averaged network see `averaged_fingerprint`. Raises
+    `GraphError` like `check_weights`.
     """
     check_weights(net)
     structure, weights = hashlib.sha256(repr(getattr(net, "taps", ())).encode()), hashlib.sha256()

@@ -1,4 +1,4 @@
-"""A network with side branches: one forward computes every exit."""
+"""A network with side branches: one forward pass computes every exit."""
 
 import contextlib
 import threading
@@ -86,7 +86,6 @@ class BranchyNet(nn.Module):
                 raise InputError(f"the backbone has no submodule {name!r}{nearest(name, [INPUT, *modules])}")
             if not isinstance(branch, nn.Module):
                 raise InputError(f"the branch at {name!r} must be an nn.Module; got {type(branch).__name__}")
-        for name in branches:
             if name != INPUT and (path := scripted_submodule(backbone, name)) is not None:
                 raise GraphError(
                     f"the submodule {path or type(backbone).__name__!r} is TorchScript, which runs no hooks, so "
@@ -118,7 +117,7 @@ class BranchyNet(nn.Module):
                 raise GraphError(runs_twice(tap))
             passed.append(tap)
             features = read_tensor(self.readers.get(tap), value, tap)
-            if self._modifies_in_place():
+            if any(getattr(module, "inplace", False) for module in self.backbone.modules()):
                 features = features.clone()
             elif torch.is_grad_enabled():
                 tapped.append((tap, features, features._version))
@@ -126,24 +125,18 @@ class BranchyNet(nn.Module):
             try:
                 output = branch(features)
             except MISFITS as error:
-                if (
-                    isinstance(error, BranchyNetError)
-                    or type(error) is torch.OutOfMemoryError
-                    or torch.compiler.is_compiling()
-                ):
+                if torch.compiler.is_compiling() or isinstance(error, (BranchyNetError, torch.OutOfMemoryError)):
                     raise
                 raise InputError(misfit(f"the branch at {tap!r}", features, error)) from error
-            exits.extend(
-                output if isinstance(branch, BranchyNet) else (single_output(output, f"the branch at {tap!r}"),)
-            )
+            several = isinstance(branch, BranchyNet)
+            exits.extend(output if several else (single_output(output, f"the branch at {tap!r}"),))
 
         with slow_path, _hooks(self.backbone, [tap for tap in self.taps if tap != INPUT], leave):
             if INPUT in by_tap:
                 leave(INPUT, first_input(args, kwargs))
             returned = self.backbone(*args, **kwargs)
         if tuple(passed) != self.taps:
-            missing = [tap for tap in self.taps if tap not in passed]
-            if missing:
+            if missing := [tap for tap in self.taps if tap not in passed]:
                 raise GraphError(never_ran(missing[0]))
             raise OrderError(
                 f"exits are given as {self.taps} but run in the order {tuple(passed)}; give them in that order"
@@ -156,9 +149,6 @@ class BranchyNet(nn.Module):
                     "backward; tap the submodule that overwrites it, or make that operation not in-place"
                 )
         return (*exits, last)
-
-    def _modifies_in_place(self) -> bool:
-        return any(getattr(module, "inplace", False) for module in self.backbone.modules())
 
 
 def plain_network(net: nn.Module) -> nn.Module:
@@ -186,7 +176,7 @@ def exit_outputs(net: nn.Module, returned: Any) -> tuple[Tensor, ...]:
 
 
 def count_exits(net: nn.Module, example: Any) -> int:
-    """Return N, the number of exits of a network; unless it is a `BranchyNet`, from a forward of two rows."""
+    """Return N, the number of exits; unless `net` is a `BranchyNet`, from a forward pass of two rows."""
     if isinstance(net, BranchyNet):
         return net.num_exits
     args, kwargs = arguments(first_rows(example))
@@ -201,7 +191,7 @@ def never_ran(tap: str) -> str:
 
 def runs_twice(tap: str) -> str:
     """The error message for a tap that `forward` reaches more than once."""
-    return f"the tap {tap!r} runs twice in one forward; tap a submodule that runs once"
+    return f"the tap {tap!r} runs twice in one forward pass; tap a submodule that runs once"
 
 
 @contextlib.contextmanager

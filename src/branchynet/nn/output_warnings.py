@@ -17,8 +17,7 @@ def warn_of_probabilities(outputs: Sequence[Tensor], level: int = 3) -> None:
         outputs: one per exit, for some samples.
         level: ``stacklevel`` of the warning, to point at the user's line.
     """
-    found = [str(n) for n, output in enumerate(outputs, 1) if are_probabilities(output)]
-    if found:
+    if found := [str(n) for n, output in enumerate(outputs, 1) if are_probabilities(output)]:
         exits = f"exit {found[0]} gives" if len(found) == 1 else f"exits {', '.join(found)} give"
         warnings.warn(
             f"{exits} probabilities (every row sums to 1), but exits should give logits: the loss and the named scores "

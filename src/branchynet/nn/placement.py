@@ -20,18 +20,13 @@ def exit_places(survey: Trace, output: Tensor) -> list[tuple[float, ModuleOutput
     found = []
     for moment in survey.moments:
         share = survey.operations[moment.time - 1].macs / total if total and moment.time else 0.0
-        if (
-            runs[moment.name] == 1
-            and 0 < share < 1
-            and _usable(moment, output)
-            and _is_only_dependency(survey, moment, until)
-        ):
+        if runs[moment.name] == 1 and 0 < share < 1 and _usable(moment, output) and _is_only(survey, moment, until):
             found.append((share, moment))
     return found
 
 
 def spread_exits(survey: Trace, output: Tensor, num_exits: int) -> tuple[str, ...]:
-    """Choose `num_exits` - 1 submodules that divide the forward into parts of about equal multiply-accumulates.
+    """Choose `num_exits` - 1 submodules that divide the network into parts of about equal multiply-accumulates.
 
     Among `exit_places` with about the same share, the smallest output wins, then the outermost submodule.
 
@@ -61,9 +56,9 @@ def _usable(moment: ModuleOutput, output: Tensor) -> bool:
     )
 
 
-def _is_only_dependency(survey: Trace, moment: ModuleOutput, until: Mapping[int, int]) -> bool:
+def _is_only(survey: Trace, moment: ModuleOutput, until: Mapping[int, int]) -> bool:
     """Whether this output is the only value, computed so far from inputs and parameters, that is needed later."""
-    for number, operation in enumerate(survey.operations[: moment.time]):
-        if operation.data and operation.weighed and number != moment.node and until.get(number, -1) >= moment.time:
-            return False
-    return moment.node in until
+    return moment.node in until and not any(
+        operation.data and operation.weighed and number != moment.node and until.get(number, -1) >= moment.time
+        for number, operation in enumerate(survey.operations[: moment.time])
+    )

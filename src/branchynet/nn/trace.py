@@ -1,4 +1,4 @@
-"""Trace one forward of a network: what each operation reads, what each submodule returns, and what it costs.
+"""Trace one forward pass of a network: what each operation reads, what each submodule returns, and what it costs.
 
 The trace contains only tensors and operations, so it works for any architecture.
 """
@@ -36,7 +36,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation of a forward.
+    """One operation of a forward pass.
 
     Attributes:
         name: the name of the operation.
@@ -44,7 +44,7 @@ class Operation:
         gave: layout of its output, if any.
         data: whether its output depends on inputs.
         weighed: whether its output depends on parameters. With `data`, it is a feature, not only a mask or a weight.
-        macs: multiply-accumulates of the forward so far, including this operation.
+        macs: multiply-accumulates so far, including this operation.
     """
 
     name: str
@@ -169,11 +169,11 @@ class Trace(TorchDispatchMode):
 
 @contextmanager
 def tracing(backbone: nn.Module, inputs: Iterable[Any], tensor: Callable[[str, Any], Tensor | None]) -> Iterator[Trace]:
-    """Trace the forwards of `backbone` in the block.
+    """Trace the forward passes of `backbone` in the block.
 
     Args:
         backbone: the network; the trace distinguishes its parameters from other constants.
-        inputs: the inputs of the forward.
+        inputs: the inputs of the forward pass.
         tensor: returns the tensor in a named submodule's output, or None.
     """
     survey = Trace(backbone.parameters(), [t for t in tree_leaves(list(inputs)) if isinstance(t, Tensor)])
@@ -201,14 +201,8 @@ def tracing(backbone: nn.Module, inputs: Iterable[Any], tensor: Callable[[str, A
 
 def _matched(known: Layout, view: Layout) -> dict[int, int]:
     """Map dimensions of `view` to dimensions of `known`, a view of the same memory."""
-    places = {
-        (size, stride): d for d, (size, stride) in enumerate(zip(known.shape, known.stride, strict=True)) if size > 1
-    }
-    found = {}
-    for d, key in enumerate(zip(view.shape, view.stride, strict=True)):
-        if key in places:
-            found[d] = places[key]
-    return found
+    places = {key: d for d, key in enumerate(zip(known.shape, known.stride, strict=True)) if key[0] > 1}
+    return {d: places[key] for d, key in enumerate(zip(view.shape, view.stride, strict=True)) if key in places}
 
 
 def _layout(tensor: Tensor) -> Layout:
@@ -223,10 +217,7 @@ def _macs(func: Any, args: Any, kwargs: Any, out: Any) -> float:
     packet = func._overloadpacket
     if packet is aten._scaled_dot_product_flash_attention_for_cpu:  # missing in the registry
         return sdpa_flop_count(*(tuple(t.shape) for t in args[:3])) / 2
-    if packet in (
-        aten.mkldnn_rnn_layer,
-        aten._cudnn_rnn,
-    ):  # missing too: every step uses all weights of input and state
+    if packet in (aten.mkldnn_rnn_layer, aten._cudnn_rnn):  # also missing: a step uses all weights of input and state
         weights = args[1] if isinstance(args[1], (list, tuple)) else args[1:3]
         return args[0].shape[0] * args[0].shape[1] * float(sum(w.numel() for w in weights if w.dim() == 2))
     return flop_registry[packet](*args, **kwargs, out_val=out) / 2 if packet in flop_registry else 0.0

@@ -11,12 +11,12 @@ def check_weights(net: nn.Module) -> None:
     """Check that all weights are plain tensors with values.
 
     Raises:
-        GraphError: a weight is on the meta device, quantised (torchao, torch.ao), or another tensor subclass.
+        GraphError: a weight is on the meta device, quantized (torchao, torch.ao), or another tensor subclass.
     """
     for name, module in net.named_modules():
         if ".ao.nn." in type(module).__module__ and "quantized" in type(module).__module__:
             raise GraphError(
-                f"the submodule {name!r} ({type(module).__name__}) is quantised by torch.ao; {_FLOAT_FIRST}"
+                f"the submodule {name!r} ({type(module).__name__}) is quantized by torch.ao; {_FLOAT_FIRST}"
             )
     for name, value in (*net.named_parameters(), *net.named_buffers()):
         if is_traceable_wrapper_subclass(value):
@@ -40,6 +40,6 @@ def scripted_submodule(net: nn.Module, path: str) -> str | None:
 
 
 _FLOAT_FIRST = (
-    "use the network before quantisation (full-size weights), and quantise the file instead: "
+    "use the network before quantization (full-size weights), and quantize the file instead: "
     "export(..., quantize='int8', calibration=batches)"
 )

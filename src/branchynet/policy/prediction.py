@@ -3,7 +3,10 @@
 Shape letters: B samples in a batch, C classes.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from .values import Floats, Ints
 
@@ -30,3 +33,8 @@ class Prediction(NamedTuple):
     exit: Ints
     score: Floats
     output: Floats
+
+
+def concatenated(parts: Sequence[Prediction]) -> Prediction:
+    """Return the predictions of consecutive batches as one."""
+    return Prediction(*(np.concatenate(each) for each in zip(*parts, strict=True)))

@@ -15,7 +15,16 @@ from ..deploy.engine import Engine
 from ..errors import InputError
 from ..nn.batches import batch_exits, batches, tensors_in
 from ..nn.calls import evaluating
-from ..nn.checks import KEEP_PARAMETERS, READ_ONCE, changed, check_loader, check_network, resolve_device, written
+from ..nn.checks import (
+    KEEP_PARAMETERS,
+    READ_ONCE,
+    changed,
+    check_loader,
+    check_network,
+    device_of,
+    resolve_device,
+    written,
+)
 from ..nn.fingerprint import fingerprint
 from ..nn.output_warnings import warn_of_probabilities
 from ..policy.exit_record import ExitRecord
@@ -86,7 +95,7 @@ def record(
     check_loader("loader", loader)
     if device is not None:
         net.to(resolve_device(device))
-    where = next((t.device for t in (*net.parameters(), *net.buffers())), torch.device("cpu"))
+    where = device_of(net)
     score = "entropy" if score is None else score
     scored = resolve(score)
     firsts = _Rows()
