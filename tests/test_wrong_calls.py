@@ -230,7 +230,7 @@ WRONG = {
     "attach(class)": (lambda: attach(Small, at=["first"], example=x), r"the class Small: give Small\(\)"),
     "attach at a name": (lambda: attach(Small(), at="first", example=x), "list of one or more"),
     "attach to no submodule": (lambda: attach(Small(), at=["layer1"], example=x), "no submodule 'layer1'"),
-    "attach with a shape": (lambda: attach(Small(), at=["first"], example=(3, 8, 8)), "cannot answer to 3, 8, 8"),
+    "attach with a shape": (lambda: attach(Small(), at=["first"], example=(3, 8, 8)), "cannot process 3, 8, 8"),
     "attach with a loader": (lambda: attach(Small(), at=["first"], example=loader), r"next\(iter\(loader\)\)\[0\]"),
     "attach with labels": (lambda: attach(Small(), at=["first"], example=(x, y)), "looks like the labels"),
     "attach with numpy": (lambda: attach(Small(), at=["first"], example=x.numpy()), r"torch.from_numpy\(array\)"),

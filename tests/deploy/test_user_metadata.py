@@ -26,7 +26,7 @@ def net():
 
 def test_as_many_labels_as_outputs(tmp_path):
     for labels in (["a", "b"], list("abcde"), np.array(["a", "b"])):
-        with pytest.raises(InputError, match=rf"labels= names {len(labels)} classes.* answer with 4"):
+        with pytest.raises(InputError, match=rf"labels= names {len(labels)} classes.* has 4 outputs"):
             export(net(), tmp_path / "m.onnx", policy=None, example=X, labels=labels)
         assert not (tmp_path / "m.onnx").exists()
     with pytest.raises(InputError, match="got 'abcd': give a list of class names"):

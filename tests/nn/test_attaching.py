@@ -71,7 +71,9 @@ def test_callables_say_which_tensor_is_meant(tmp_path):
 
 def test_what_callables_must_give():
     x = torch.randn(3, 6)
-    with pytest.raises(GraphError, match="what reads 'first' gives a dict; output= and tap= must give a tensor"):
+    with pytest.raises(
+        GraphError, match="the function for 'first' returns a dict; output= and tap= must return a tensor"
+    ):
         attach(Wrapped(), ["first"], example=x, output=lambda o: o["answer"], tap={"first": lambda o: o})
     with pytest.raises(InputError, match="tap= reads 'secnd', where there is no branch; did you mean 'second'"):
         attach(Wrapped(), ["second"], example=x, output=lambda o: o["answer"], tap={"secnd": lambda o: o["state"]})

@@ -29,7 +29,7 @@ Feeds = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class _Metadata:
-    """The metadata entries that an engine reads."""
+    """The entries that an engine reads."""
 
     format: int
     policy: dict[str, Any] | None
@@ -66,7 +66,7 @@ class Graph:
         inputs: the network's inputs, then the thresholds that a call may give.
         required: names of the inputs that a call must give.
         outputs: number of outputs.
-        metadata: the metadata that `export` wrote; see `read_metadata`.
+        metadata: see `read_metadata`.
         float32: whether products are computed in float32, rather than in TF32 or half precision.
     """
 
@@ -112,7 +112,9 @@ class Engine:
         self.policy = None if self.metadata["policy"] is None else Policy.from_json(self.metadata["policy"])
         self.num_exits: int = self.metadata["exits"]
         self.labels: tuple[str, ...] = tuple(self.metadata["labels"])
-        self.inputs = _in_exported_order(graph, self.metadata.get("inputs", ()))
+        found = {i.name: i for i in graph.inputs if not _THRESHOLD.fullmatch(i.name)}
+        names = self.metadata.get("inputs", ())  # other tools may reorder or rename inputs
+        self.inputs = tuple(found[name] for name in (names if sorted(names) == sorted(found) else found))
         self.float32 = graph.float32 and not any(i.dtype == np.float16 for i in self.inputs)
         self._run = graph.run
         self._outputs = graph.outputs
@@ -150,7 +152,10 @@ class Engine:
         """
         feeds, rows = checked_inputs(inputs, named, self.inputs)
         if thresholds is not None:
-            feeds |= self._given(thresholds)
+            try:
+                feeds |= self._override(tuple(thresholds))
+            except TypeError:  # not a sequence, or not hashable
+                feeds |= _override(self.policy, self._settable, thresholds)
         results = self._results(feeds, rows)
         if self.policy is None:
             exit, score = np.full(rows, self.num_exits), np.full(rows, np.nan, np.float32)
@@ -197,15 +202,9 @@ class Engine:
     def _results(self, feeds: Feeds, rows: int) -> Sequence[NDArray[Any]]:
         if rows != 1 and (rows == 0 or self._single):
             if rows:
-                raise InputError(f"this file answers one sample at a time, got {rows}; export with batch='dynamic'")
+                raise InputError(f"this file takes one sample per call; got {rows}: export with batch='dynamic'")
             return self._empty()
         return self._run(self._defaults | feeds if self._defaults else feeds)
-
-    def _given(self, thresholds: Sequence[float | None]) -> Feeds:
-        try:
-            return self._override(tuple(thresholds))
-        except TypeError:  # not a sequence, or not hashable
-            return _override(self.policy, self._settable, thresholds)
 
     def _empty(self) -> tuple[NDArray[Any], ...]:
         tail = tuple(self.metadata["output_shape"])
@@ -236,12 +235,6 @@ def read_metadata(properties: dict[str, str], path: str | os.PathLike[str]) -> d
     if policy is not None and policy.num_exits != read.exits:
         raise FileError(f"the policy in {path} has {policy.num_exits} exits, the network {read.exits}; export it again")
     return metadata
-
-
-def _in_exported_order(graph: Graph, names: Sequence[str]) -> tuple[Input, ...]:
-    """Return the network's inputs in the order of `names`, or of the graph if the names do not match."""
-    found = {i.name: i for i in graph.inputs if not _THRESHOLD.fullmatch(i.name)}
-    return tuple(found[name] for name in (names if sorted(names) == sorted(found) else found))
 
 
 def _override(policy: Policy | None, settable: Set[str], thresholds: Sequence[float | None]) -> Feeds:

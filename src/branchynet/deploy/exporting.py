@@ -128,7 +128,7 @@ def export(
     expected, source = _from_network(net, example, score), "the network"
     names, classes = notes["labels"], expected.outputs[-1].shape[1]
     if names and len(names) != classes:
-        raise InputError(f"labels= names {len(names)} classes, but the exits answer with {classes}; give {classes}")
+        raise InputError(f"labels= names {len(names)} classes, but every exit has {classes} outputs; give {classes}")
     if len(expected.outputs) > 1 and (policy is None or is_named(policy.score)):
         warn_of_probabilities(tuple(torch.from_numpy(o) for o in expected.outputs))
     if quantize:

@@ -14,20 +14,11 @@ from ..policy.values import Policy
 
 
 def moved_thresholds(policy: Policy | None, model: onnx.ModelProto, path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """Return one message for each threshold in the file's graph that differs from the policy in its metadata.
-
-    A threshold is the default value of an input, or a constant.
-
-    Args:
-        policy: the policy in the metadata; None for a flat file.
-        model: the model in the file; external weights are not needed.
-        path: the file.
-    """
+    """Return one message per threshold in the graph (a default value or a constant) that differs from the policy."""
     held = dict(_constants(model.graph, str(Path(path).parent), path))
     problems = []
     for n, threshold in enumerate(policy.thresholds if policy else (), 1):
-        value = held.get(f"threshold_{n}")
-        if value is None:
+        if (value := held.get(f"threshold_{n}")) is None:
             continue
         if threshold is None:
             problems.append(f"the file has a threshold at exit {n}, its metadata say never")

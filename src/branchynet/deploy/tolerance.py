@@ -2,8 +2,7 @@
 
 Rounding is relative to the terms of a sum, which are unknown here. Their size is estimated from other results: the same
 output for other samples (a column) and the other outputs of the same sample (a row), which read the same features.
-Values of another scale are left out: a class masked by -1e9, or a price next to a share, says nothing about the
-rounding of other values and would hide their errors.
+Values of another scale (a class masked by -1e9, a price next to a share) do not count, because they would hide errors.
 
 - A column has one weight vector, so its largest value estimates the terms better than a single value, in which products
   may cancel.

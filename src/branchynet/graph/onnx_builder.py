@@ -19,8 +19,7 @@ def reserved(name: str) -> bool:
 class GraphBuilder:
     """Nodes and initializers of one graph. Names contain the level, so that they are unique in nested graphs.
 
-    Level 1 sees the whole batch; level n + 1 sees the samples that stay at the n-th exit. `batch` is the symbol of
-    their number.
+    Level 1 reads the whole batch; level n + 1 reads the samples that stay at the n-th exit. `batch` is their number.
     """
 
     def __init__(self, level: int) -> None:

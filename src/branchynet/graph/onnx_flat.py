@@ -86,7 +86,7 @@ def flatten(net: nn.Module, example: Any, *, score: Score | None = None, dynamic
         raise GraphError(f"{type(net).__name__} cannot be written as ONNX: {first_line(cause)}") from error
     if random := sorted({node.op_type for node in nodes_of(model.graph) if _is_random(node)}):
         raise GraphError(
-            f"the network draws random numbers when it answers ({', '.join(random)}); make eval mode deterministic"
+            f"the network draws random numbers in a forward pass ({', '.join(random)}); make eval mode deterministic"
         )
     return FlatGraph(model, program.num_exits, dynamic)
 

@@ -87,7 +87,7 @@ def check(node: fx.Node, graph: TorchGraph) -> None:
                 "write that with torch.where"
             )
         if _is_random(one):
-            raise GraphError(f"{what} draws random numbers when the network answers; make eval mode deterministic")
+            raise GraphError(f"{what} draws random numbers; make eval mode deterministic")
         if isinstance(one.target, torch._ops.HigherOrderOperator) and not name_of(one).startswith("wrap_"):
             raise GraphError(f"{what} decides for a whole batch at once; write that with torch.where")
 

@@ -105,7 +105,7 @@ def _check_no_target(net: nn.Module, example: Any) -> None:
     """Raise `InputError` for labels among the inputs, which would become an input of the file."""
     read = inspect.signature(getattr(net, "backbone", net).forward).parameters
     for name in sorted(arguments(example)[1].keys() & {"labels", "label", "label_ids"}):
-        if name in read and read[name].default is None:  # without a default, the network needs labels to answer
+        if name in read and read[name].default is None:  # without a default, the network needs labels
             raise InputError(
                 f"the example holds {name!r}, which the network reads only to compute its loss: leave it out, "
                 f"{{k: v for k, v in batch.items() if k != {name!r}}}"
@@ -209,7 +209,7 @@ def _check_unchanged(whole: nn.Module, tensors: tuple[Tensor, ...]) -> None:
     whole(*tensors)
     if (name := changed(parameters, written(whole.named_parameters()))) is not None:
         raise GraphError(
-            f"the network changes its parameter {readable_path(name)!r} when it answers, so its outputs would "
+            f"the network changes its parameter {readable_path(name)!r} in a forward pass, so its outputs would "
             f"depend on earlier calls: {KEEP_PARAMETERS}"
         )
     for name, (buffer, writes) in written(whole.named_buffers()).items():
@@ -217,8 +217,9 @@ def _check_unchanged(whole: nn.Module, tensors: tuple[Tensor, ...]) -> None:
         # Writes through .data are not counted, but change the values; NaN differs from itself.
         if then[0] is not buffer or then[1] != writes or (buffer != values[name]).logical_and(buffer == buffer).any():
             raise GraphError(
-                f"the network changes its buffer {readable_path(name)!r} when it answers, so its outputs would depend "
-                "on earlier calls: is a batch norm in training mode? change buffers only under `if self.training:`"
+                f"the network changes its buffer {readable_path(name)!r} in a forward pass, so its outputs would "
+                "depend on earlier calls: is a batch norm in training mode? change buffers only under `if "
+                "self.training:`"
             )
 
 

@@ -241,9 +241,9 @@ def _features(survey: Trace, names: Sequence[str], last: Tensor) -> dict[str, tu
     return found
 
 
-def _typed(branch: nn.Module, features: Tensor) -> nn.Module:
-    """Convert the branch's floating-point parameters to the dtype of the features."""
-    return branch.to(features.dtype) if features.is_floating_point() else branch
+def _typed(branch: nn.Module, like: Tensor) -> nn.Module:
+    """Convert the branch's floating-point parameters to the dtype of `like`."""
+    return branch.to(like.dtype) if like.is_floating_point() else branch
 
 
 def _classes(last: Tensor, num_classes: int | None) -> int:

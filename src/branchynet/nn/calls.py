@@ -101,7 +101,7 @@ def single_output(returned: Any, where: str = "the backbone's output") -> Tensor
             "use such a network without attaching branches, or select one tensor with output="
         )
     answer = output_tensor(returned, where)
-    warn_of_further(returned, answer, where, "give output= to select the tensor that is the answer")
+    warn_of_further(returned, answer, where, "select the right tensor with output=")
     return answer
 
 
@@ -138,7 +138,9 @@ def read_tensor(reader: Reader | None, value: Any, where: str) -> Tensor:
     """Return the tensor that `reader`, or by default `output_tensor`, finds. Raises `GraphError` if it finds none."""
     tensor = output_tensor(value, where) if reader is None else reader(value)
     if not isinstance(tensor, Tensor):
-        raise GraphError(f"what reads {where!r} gives a {type(tensor).__name__}; output= and tap= must give a tensor")
+        raise GraphError(
+            f"the function for {where!r} returns a {type(tensor).__name__}; output= and tap= must return a tensor"
+        )
     return tensor
 
 

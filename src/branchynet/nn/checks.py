@@ -91,7 +91,7 @@ KEEP_PARAMETERS = (
     "change parameters only under `if self.training:`, and leave max_norm= out of embeddings (set emb.max_norm = None "
     "once emb.weight is renormalized)"
 )
-"""The remedy for a network that changes its parameters when it answers."""
+"""The remedy for a network that changes its parameters in a forward pass."""
 
 
 def misfit(what: str, features: Tensor, error: Exception) -> str:
@@ -116,9 +116,7 @@ def calling(net: nn.Module, inputs: Any) -> Iterator[None]:
         if isinstance(error, (BranchyNetError, torch.OutOfMemoryError)):
             raise
         given, cause = ", ".join(described(value) for value in _values(inputs)) or "nothing", first_line(error)
-        raise InputError(
-            f"{type(net).__name__} cannot answer to {given} ({cause}){_hint(net, inputs, cause)}"
-        ) from error
+        raise InputError(f"{type(net).__name__} cannot process {given} ({cause}){_hint(net, inputs, cause)}") from error
 
 
 def _hint(net: nn.Module, inputs: Any, error: str) -> str:

@@ -171,7 +171,7 @@ def exit_outputs(net: nn.Module, returned: Any) -> tuple[Tensor, ...]:
     if found := several_exits(returned):
         return found
     answer = output_tensor(returned, where := "the network's output")
-    warn_of_further(returned, answer, where, "let its forward return the answer alone")
+    warn_of_further(returned, answer, where, "let its forward return that tensor alone")
     return (answer,)
 
 

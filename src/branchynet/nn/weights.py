@@ -83,8 +83,7 @@ def _parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterat
 
 def load_tensors(net: nn.Module, tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
     """Load tensors into `net`. Raises `FileError`, and does not change `net`, if they do not fit."""
-    problem = _mismatch(net, tensors)
-    if problem:
+    if problem := _mismatch(net, tensors):
         raise FileError(f"{path} holds the weights of another network: {problem}")
     net.load_state_dict(tensors)
 
