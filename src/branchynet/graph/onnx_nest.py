@@ -99,8 +99,8 @@ class _NestedGraph:
         section = self.sections[i]
         for node in self.flat.model.graph:
             if any(self.stage.get(v) == i + 1 for v in node.outputs):
-                section.copy_node(node, lambda v: self._localise(v, i))
-        output, score = (self._localise(v, i) for v in self.needs[i])
+                section.copy_node(node, lambda v: self._localize(v, i))
+        output, score = (self._localize(v, i) for v in self.needs[i])
         batch: list[int | str] = [section.batch if self.flat.dynamic else 1]
         if i + 1 == len(self.exits):
             if i:
@@ -169,15 +169,20 @@ class _NestedGraph:
         section.nodes.append(node)
         return list(node.outputs)
 
-    def _localise(self, value: ir.Value, i: int) -> ir.Value:
+    def _localize(self, value: ir.Value, i: int) -> ir.Value:
         """The value at level i for a value of the flat graph: local, captured, gathered, or recomputed."""
         section, takes = self.sections[i], self.plans[i].takes
         if value in section.values:
             return section.values[value]
         if value.is_initializer():
             local = self._initializer(value, i)
-        elif value not in takes:
-            local = self._recomputed(value, i)
+        elif value not in takes:  # recomputed, such as a shape or a mask
+            node = value.producer()
+            assert node is not None
+            local = self._shape(node, i)
+            if local is None:
+                section.copy_node(node, lambda v: self._localize(v, i))
+                local = section.values[value]
         else:
             home = self._home(value, i)
             local = self.sections[home].values[value]
@@ -213,17 +218,10 @@ class _NestedGraph:
                     return section.values[value]
         return self.sections[i].copy_initializer(value)
 
-    def _recomputed(self, value: ir.Value, i: int) -> ir.Value:
-        """Recompute a value, such as a shape or mask, from the smaller batch of this level."""
-        node, section = value.producer(), self.sections[i]
-        assert node is not None
-        shape = self._shape(node, i) if node.op_type == "Shape" else None
-        if shape is None:
-            section.copy_node(node, lambda v: self._localise(v, i))
-        return shape or section.values[value]
-
     def _shape(self, node: ir.Node, i: int) -> ir.Value | None:
-        """The shape of a value on the smaller batch, computed without gathering the value's rows."""
+        """The shape of a value on the smaller batch, without gathering the value's rows; None for other nodes."""
+        if node.op_type != "Shape":
+            return None
         section, source, name = self.sections[i], reads(node)[0], node.outputs[0].name
         start, end = (node.attributes[k].as_int() if k in node.attributes else None for k in ("start", "end"))
         if batch_axis(source) != 0 or source in section.values or start not in (None, 0):

@@ -140,7 +140,11 @@ class _Cut:
         for node in self.flat.nodes:
             made = node in plan.recomputes or self.stage.get(node) == i + 1
             if made and node.op == "call_function" and not self._is_batch(node.meta["val"]):
-                self._check_layout(node, i)
+                if i and node.target is torch.ops.aten.as_strided.default:
+                    raise GraphError(
+                        f"the value {node.name!r}{place_of(node)} is read by strides, but the rows that stay have "
+                        "another memory layout; write it with unfold, transpose or indices"
+                    )
                 values[node] = graph.node_copy(node, local)
                 values[node].meta = {}  # it describes the whole batch, and keeps the exporter's state in memory
         graph.output(tuple(local(node) for node in (*self.needs[i], *plan.gives)))
@@ -181,13 +185,6 @@ class _Cut:
 
     def _is_batch(self, size: Any) -> bool:
         return isinstance(size, SymInt) and size.node.expr == self.flat.batch
-
-    def _check_layout(self, node: fx.Node, i: int) -> None:
-        if i and node.target is torch.ops.aten.as_strided.default:
-            raise GraphError(
-                f"the value {node.name!r}{place_of(node)} is read by strides, but the rows that stay have another "
-                "memory layout; write it with unfold, transpose or indices"
-            )
 
     def _shape(self, node: fx.Node) -> str:
         value = node.meta["val"]

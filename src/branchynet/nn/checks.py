@@ -134,7 +134,8 @@ def _hint(net: nn.Module, inputs: Any, error: str) -> str:
     if any(isinstance(v, torch.utils.data.DataLoader) for v in values):
         return ": give one batch of inputs, such as next(iter(loader))[0]"
     tensors = [v for v in values if isinstance(v, Tensor)]
-    if not isinstance(inputs, Mapping) and len(values) == 2 and len(tensors) == 2 and _is_target(*tensors):
+    second = tensors[-1] if len(tensors) == len(values) == 2 and not isinstance(inputs, Mapping) else None
+    if second is not None and second.dim() and second.shape == tensors[0].shape[:1] and not second.is_floating_point():
         return ": the second looks like the labels of the first; give the inputs alone"
     for value in tensors:
         if value.dtype == torch.uint8 and dtypes:
@@ -146,10 +147,6 @@ def _hint(net: nn.Module, inputs: Any, error: str) -> str:
         if value.dim() == 3 and value.shape[0] in _IMAGE_CHANNELS:
             return ": the batch dimension comes first, (B, C, H, W); give x[None]"
     return ""
-
-
-def _is_target(inputs: Tensor, target: Tensor) -> bool:
-    return target.dim() == 1 and not target.is_floating_point() and inputs.shape[:1] == target.shape
 
 
 def _values(inputs: Any) -> list[Any]:

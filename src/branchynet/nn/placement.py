@@ -47,13 +47,8 @@ def spread_exits(survey: Trace, output: Tensor, num_exits: int) -> tuple[str, ..
 
 
 def _usable(moment: ModuleOutput, output: Tensor) -> bool:
-    features = moment.features
-    return (
-        features is not None
-        and features.is_floating_point()
-        and features.dim() > 1
-        and features.shape[0] == output.shape[0]
-    )
+    x = moment.features
+    return x is not None and x.is_floating_point() and x.dim() > 1 and x.shape[0] == output.shape[0]
 
 
 def _is_only(survey: Trace, moment: ModuleOutput, until: Mapping[int, int]) -> bool:
