@@ -103,6 +103,13 @@ def described(value: Any) -> str:
     return text if 0 < len(text) < 60 else _with_article(type(value).__name__)
 
 
+def has_sizes(shape: Sequence[int], wanted: Sequence[Any]) -> bool:
+    """Whether a shape has the wanted sizes. None and symbols match any size."""
+    return len(shape) == len(wanted) and all(
+        not isinstance(want, int) or have == want for have, want in zip(shape, wanted, strict=True)
+    )
+
+
 def dtype_name(dtype: Any) -> str:
     """Return the name of a numpy or PyTorch dtype, such as ``float32``."""
     return str(dtype).removeprefix("torch.")

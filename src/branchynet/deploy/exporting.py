@@ -20,7 +20,7 @@ from ..graph.torch_program import tensors_of
 from ..nn.calls import arguments
 from ..nn.checks import check_network
 from ..nn.fingerprint import fingerprint
-from ..nn.network import count_exits
+from ..nn.network import check_policy
 from ..nn.output_warnings import warn_of_probabilities
 from ..policy.exit_record import check_same_network
 from ..policy.record_scores import is_named
@@ -120,8 +120,8 @@ def export(
         notes["chosen_on"] = policy.record_digest
         notes["promise"] = promise or (policy.promise and str(policy.promise))
         policy = policy.policy
-    if policy is not None and policy.num_exits != (exits := count_exits(net, example)):
-        raise InputError(f"the policy has {len(policy.thresholds)} thresholds; {exits} exits need {exits - 1}")
+    if policy is not None:
+        check_policy(policy, net, example)
     check_quantize(quantize, calibration)
     score = None if policy is None else resolve(policy.score)
     flat = flatten(net, example, score=score, dynamic=batch == "dynamic")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..argument_checks import dtype_name, in_order, threshold_list
+from ..argument_checks import dtype_name, has_sizes, in_order, threshold_list
 from ..errors import InputError
 from ..policy.values import Policy
 
@@ -33,9 +33,7 @@ class Input:
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether `shape`, batch first, matches this input."""
-        return len(shape) == len(self.shape) + 1 and all(
-            want is None or have == want for have, want in zip(shape[1:], self.shape, strict=True)
-        )
+        return shape != () and has_sizes(shape[1:], self.shape)
 
     def taken(self, given: Any) -> Any:
         """Convert a torch tensor to an array, which shares its memory on the CPU; return anything else unchanged."""

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from ..argument_checks import has_sizes
 from ..errors import FileError
 from .engine import Engine
 from .onnx_file import entries, parse_model
@@ -128,8 +129,7 @@ def _check_fit(samples: Samples, engine: Engine) -> None:
 
 def _check_array(name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
     """Raise `ValueError` unless `array` holds floats in this shape; 0 means any size."""
-    fits = array.ndim == len(shape) and all(want in (0, have) for have, want in zip(array.shape, shape, strict=True))
-    if array.dtype.kind != "f" or not fits:
+    if array.dtype.kind != "f" or not has_sizes(array.shape, [size or None for size in shape]):
         raise ValueError(f"{name} is {array.dtype} {array.shape}, not floats {shape}")
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from torch import Tensor
 
-from ..argument_checks import in_order
+from ..argument_checks import has_sizes, in_order
 from ..errors import GraphError, InputError
 from ..nn.checks import READ_ONCE
 from .cut import cut
@@ -208,13 +208,8 @@ def _arrays(batch: Any, flat: FlatGraph) -> Batch:
 
 def _fits(array: NDArray[Any], value: ir.Value, first: NDArray[Any]) -> bool:
     assert value.dtype is not None and value.shape is not None
-    dims = list(value.shape)[1:]
-    return (
-        array.dtype == value.dtype.numpy()
-        and array.ndim == len(dims) + 1
-        and len(array) == len(first)
-        and all(not isinstance(want, int) or want == have for want, have in zip(dims, array.shape[1:], strict=True))
-    )
+    wanted = [len(first), *list(value.shape)[1:]]
+    return array.dtype == value.dtype.numpy() and has_sizes(array.shape, wanted)
 
 
 @contextmanager

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor, fx, nn
 
-from ..errors import GraphError, InputError
+from ..errors import GraphError
 from ..nn.calls import arguments
-from ..nn.network import count_exits
+from ..nn.network import check_policy
 from ..policy.scores import resolve
 from ..policy.values import Policy
 from .cut import Dependence, cut, plan_stages
@@ -81,9 +81,7 @@ def cut_stages(net: nn.Module, example: Any, policy: Policy) -> Stages:
             neither be picked by rows nor cheaply recomputed; or see `program_of`. The message names the module and line
             if torch records them.
     """
-    exits = count_exits(net, example)
-    if policy.num_exits != exits:
-        raise InputError(f"the policy has {len(policy.thresholds)} thresholds; {exits} exits need {exits - 1}")
+    check_policy(policy, net, example)
     args, kwargs = arguments(example)
     graph = torch_flatten(net, example, resolve(policy.score))
     return Stages(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..environment import EXPORTING, require
 from ..errors import BranchyNetError, GraphError, InputError, nearest
+from ..policy.values import Policy
 from .calls import (
     INPUT,
     Reader,
@@ -182,6 +183,13 @@ def count_exits(net: nn.Module, example: Any) -> int:
     args, kwargs = arguments(first_rows(example))
     with torch.no_grad(), evaluating(net), calling(net, example):
         return len(exit_outputs(net, net(*args, **kwargs)))
+
+
+def check_policy(policy: Policy, net: nn.Module, example: Any) -> None:
+    """Raise `InputError` if a policy has thresholds for another number of exits than the network has."""
+    exits = count_exits(net, example)
+    if policy.num_exits != exits:
+        raise InputError(f"the policy has {len(policy.thresholds)} thresholds; {exits} exits need {exits - 1}")
 
 
 def never_ran(tap: str) -> str:
