@@ -19,6 +19,7 @@ from branchynet.deploy.torch_engine import TorchEngine
 from branchynet.errors import FileError, InputError
 from branchynet.graph.activation_memory import sample_bytes
 from branchynet.graph.onnx_flat import flatten
+from helpers.loop import same
 from helpers.networks import draw, two_inputs
 from helpers.onnx_graphs import Sketch, flat_of
 
@@ -52,11 +53,6 @@ def opened(request, file):
 
 def tensors(rows):
     return draw(flat_of(two_inputs)[1], rows, 0)
-
-
-def same(ours, theirs):
-    for a, b in zip(ours, theirs, strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 # One call

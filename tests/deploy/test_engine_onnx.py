@@ -19,6 +19,7 @@ from branchynet.deploy.stored_samples import read_samples
 from branchynet.errors import BranchyNetError, FileError, InputError
 from branchynet.policy.prediction import Prediction
 from branchynet.policy.values import Policy
+from helpers.loop import same
 from helpers.networks import draw, tokens, two_inputs
 from helpers.onnx_graphs import Sketch, flat_lenet, flat_of, hasty_threads
 
@@ -43,12 +44,6 @@ def engine(folder):
 
 def arrays(rows, seed=0):
     return [t.numpy() for t in draw(flat_of(two_inputs)[1], rows, seed)]
-
-
-def same(ours, theirs):
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
 
 
 # Description and predictions

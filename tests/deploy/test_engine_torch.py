@@ -32,11 +32,6 @@ def case(family):
 families = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.__name__)
 
 
-def same(ours, theirs):
-    for a, b in zip(ours, theirs, strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
 # Parity
 
 

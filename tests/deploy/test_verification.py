@@ -16,7 +16,8 @@ from branchynet.deploy import stored_samples as stored_samples
 from branchynet.deploy.stored_samples import read_samples
 from branchynet.deploy.verification import _alike, check
 from branchynet.errors import VerificationError
-from helpers.verified_files import INT8, KINDS, TWO, changed, edit, every_kind, graphs, images, network, with_arrays
+from helpers.onnx_graphs import graphs
+from helpers.verified_files import INT8, KINDS, TWO, changed, edit, every_kind, images, network, with_arrays
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +166,7 @@ def test_stored_weights_inside_a_branch_are_compared(files, tmp_path):
     """The int8 weights of every nested graph, one graph at a time."""
     model = onnx.load(files["int8"])
     inner = [
-        t.name for g in list(graphs(model.graph))[1:] for t in g.initializer if t.data_type == onnx.TensorProto.INT8
+        t.name for _, g in list(graphs(model.graph))[1:] for t in g.initializer if t.data_type == onnx.TensorProto.INT8
     ]
     large = [name for name in inner if "weight_quantized" in name]
     assert large, inner

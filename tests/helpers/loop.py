@@ -98,3 +98,10 @@ def agree_in_batches(engine, net, inputs, thresholds):
         for start in range(0, len(outputs), batch):
             rows = slice(start, start + batch)
             agree(engine(*(a[rows] for a in arrays)), outputs[rows], thresholds, atol=1e-3)
+
+
+def same(ours, theirs):
+    """Two predictions are equal, including their dtypes."""
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)

@@ -12,6 +12,7 @@ from torch import nn
 from branchynet import BranchyNet, Policy, export
 from branchynet.deploy import checksum
 from branchynet.deploy.stored_samples import SAMPLES_KEY
+from helpers.onnx_graphs import graphs
 
 
 class Three(nn.Module):
@@ -76,18 +77,10 @@ def changed(path, folder, change):
     return folder / "changed.onnx"
 
 
-def graphs(graph):
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from graphs(attribute.g)
-
-
 def initializers(model, name, kind):
     """Initializers with `name` in their name, at any level."""
-    found = [t for g in graphs(model.graph) for t in g.initializer if name in t.name and t.data_type == kind]
-    assert found, [t.name for g in graphs(model.graph) for t in g.initializer]
+    found = [t for _, g in graphs(model.graph) for t in g.initializer if name in t.name and t.data_type == kind]
+    assert found, [t.name for _, g in graphs(model.graph) for t in g.initializer]
     return found
 
 
