@@ -1,8 +1,6 @@
 import copy
 import math
 import pickle
-import sys
-import threading
 from dataclasses import replace
 
 import numpy as np
@@ -10,35 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from branchynet.errors import InfeasibleError, InputError
-from branchynet.monitor import martingale
+from branchynet.errors import InputError
 from branchynet.monitor.budget import BudgetController
 from branchynet.monitor.drift import Monitor
-from branchynet.monitor.martingale import CHUNK, ConformalRanks, _returns
 from branchynet.monitor.predictions import predicted
-from branchynet.policy.exit_cost import ExitCost
 from branchynet.policy.exit_record import ExitRecord
 from branchynet.policy.prediction import Prediction
-from branchynet.policy.values import Choice, Outcome, Policy
+from branchynet.policy.values import Policy
+from helpers.monitoring import COST, POLICY, chosen, in_threads, record_of, scores_of, stream_of
 
-POLICY = Policy(thresholds=(0.1, 0.3))
-COST = ExitCost((20, 30, 50), (5, 5, 0))
 few = settings(max_examples=15, deadline=None)
-
-
-def scores_of(samples, seed=0, shift=0.0):
-    """Draw scores (S, 3) like entropies: hard samples are hard for all exits, and `shift` makes all samples harder."""
-    rng = np.random.default_rng(seed)
-    hard = rng.normal(size=(samples, 1)) + 0.5 * rng.normal(size=(samples, 3))
-    return np.exp(-4 + 2 * hard + shift - np.arange(3)).astype(np.float32)
-
-
-def record_of(samples, seed=0, shift=0.0):
-    return ExitRecord.from_scores(scores_of(samples, seed, shift), np.zeros((samples, 3)))
-
-
-def stream_of(samples, seed, shift=0.0, policy=POLICY):
-    return predicted(record_of(samples, seed, shift), policy)[:2]
 
 
 def changed(quiet, after, seed, shift):
@@ -49,59 +28,6 @@ def changed(quiet, after, seed, shift):
 
 def reported(alarm):
     return (alarm.alarmed, alarm.at, alarm.statistic, alarm.since, alarm.cut, alarm.seen)
-
-
-def p_values(ranks, values, rng):
-    cuts = range(CHUNK, len(values), CHUNK)
-    return np.concatenate([ranks.p_values(v, rng.random((len(v), 2))) for v in np.split(values, cuts)])
-
-
-@pytest.mark.parametrize("known", [0, 1, 7, 3000])
-@pytest.mark.parametrize("levels", [3, 10**9])
-def test_p_values_are_uniform_and_independent_for_any_calibration(known, levels):
-    rng = np.random.default_rng(known)
-    rows = []
-    for _ in range(400):
-        values = rng.integers(0, levels, known + 8).astype(float) ** 2
-        rows.append(p_values(ConformalRanks(values[:known], rng), values[known:], rng))
-    p = np.array(rows)
-    for column in p.T:  # Kolmogorov-Smirnov, each at a level of 1e-4
-        gap = np.abs(np.sort(column) - (np.arange(400) + 0.5) / 400).max()
-        assert gap < math.sqrt(-math.log(1e-4 / 2) / 2 / 400) + 1 / 800
-    assert np.abs(np.corrcoef(p.T) - np.eye(8)).max() < 0.25
-
-
-def test_p_values_are_the_ranks_among_calibration_and_stream():
-    rng = np.random.default_rng(0)
-    known, stream = rng.normal(size=500), rng.normal(size=300)
-    p = p_values(ConformalRanks(known, rng), stream, rng)
-    for t in range(300):
-        below = (known < stream[t]).sum() + (stream[:t] < stream[t]).sum()
-        before = 501 + t
-        inside = (
-            1
-            + (  # earlier values in the same gap between calibration values
-                np.searchsorted(np.sort(known), stream[:t]) == np.searchsorted(np.sort(known), stream[t])
-            ).sum()
-        )
-        assert abs(p[t] - below / before) <= inside / before
-
-
-def test_every_bet_is_fair():
-    """For uniform p-values a stake of 1 returns 1 on average, so stakes and cash are a martingale."""
-    p = (np.arange(1000) + 0.5) / 1000
-    np.testing.assert_allclose(_returns(p).mean(axis=0), 1)
-
-
-def test_capital_is_the_sum_over_starts_and_bets():
-    p = np.random.default_rng(1).random(40)
-    cash = np.log(100) / np.log(100 + np.arange(41))
-    returns = _returns(p)
-    wanted = [
-        sum((cash[s] - cash[s + 1]) * returns[s : t + 1].prod(axis=0).mean() for s in range(t + 1)) + cash[t + 1]
-        for t in range(40)
-    ]
-    np.testing.assert_allclose(martingale.TestMartingale().update(p), wanted)
 
 
 def test_false_alarms_on_unshifted_streams_are_within_the_stated_rate():
@@ -314,90 +240,12 @@ def test_false_alarm_is_a_probability(false_alarm):
         Monitor(record_of(100), POLICY, false_alarm=false_alarm)
 
 
-def route(scores, thresholds):
-    leaves = scores < np.array([*thresholds, np.inf], np.float32)
-    return leaves.argmax(axis=1) + 1
-
-
-@pytest.mark.parametrize("batch", [1, 64])
-@pytest.mark.parametrize("goal", [30.0, 45.0, 80.0])
-@pytest.mark.parametrize("slope", [0.0, 3.0, -3.0])
-def test_the_goal_is_held_while_inputs_get_harder_or_easier(batch, goal, slope):
-    controller = BudgetController(record_of(2000), POLICY, COST, goal_us=goal)
-    hard = scores_of(6000, seed=1) * np.exp(slope * np.linspace(-1 / 5, 1, 6000).clip(0))[:, None]
-    hard = hard.astype(np.float32)
-    for i in range(0, len(hard), batch):
-        spent = controller.update(route(hard[i : i + batch], controller.thresholds))
-        if spent.samples >= 2000:
-            assert abs(spent.mean_us / goal - 1) < 0.05
-    assert spent.thresholds == controller.thresholds
-    if slope:
-        assert np.sign(spent.looseness) == np.sign(slope)
-
-
-@pytest.mark.parametrize("score", [1e4, 1e30, -1e4, -np.inf])  # nothing can leave early, or everything does
-@pytest.mark.parametrize("batch", [20, 64])
-@pytest.mark.parametrize("goal", [45.0, 80.0])
-@pytest.mark.parametrize("stuck", [640, 6400])
-def test_no_windup_while_the_goal_cannot_be_held(score, batch, goal, stuck):
-    controller = BudgetController(record_of(2000), POLICY, COST, goal_us=goal)
-    for _ in range(stuck // batch):
-        spent = controller.update(route(np.full((batch, 3), score, np.float32), controller.thresholds))
-    side = np.sign(spent.mean_us - goal)
-    end = COST.latency_us(POLICY.enabled)[0 if side > 0 else -1]
-    later = scores_of(40000, seed=1)
-    for i in range(0, len(later), batch):
-        spent = controller.update(route(later[i : i + batch], controller.thresholds))
-        # The controller compensates the error, and no more: it may notice the change two batches later, and 5%
-        # is the tolerance for drift, as above.
-        most = 0.05 + abs(end / goal - 1) * 2 * batch / spent.samples
-        assert side * (spent.mean_us / goal - 1) > -most
-    assert abs(spent.mean_us / goal - 1) < 0.05
-
-
-def in_threads(update, threads=6, batches=100):
-    """Call `update` with 20 samples at a time in threads that start together."""
-    gate = threading.Barrier(threads)
-
-    def work(thread):
-        gate.wait()
-        for n in range(batches):
-            update(np.random.default_rng(1000 * thread + n).integers(0, 500, 20))
-
-    every = [threading.Thread(target=work, args=(k,)) for k in range(threads)]
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)  # threads then switch within an update
-    try:
-        for thread in every:
-            thread.start()
-        for thread in every:
-            thread.join()
-    finally:
-        sys.setswitchinterval(before)
-    return threads * batches * 20
-
-
 def test_threads_share_a_monitor():
     known = record_of(500)
     exits, scores, _ = predicted(known, POLICY)
     monitor = Monitor(known, POLICY)
     assert monitor.state.samples == 0
     assert in_threads(lambda rows: monitor.update(exits[rows], scores[rows])) == monitor.state.samples
-
-
-def test_threads_share_a_controller():
-    known = record_of(500)
-    exits, *_ = predicted(known, POLICY)
-    us, seen = COST.latency_us(POLICY.enabled), []
-    controller = BudgetController(known, POLICY, COST, goal_us=45)
-
-    def update(rows):
-        seen.append(us[exits[rows] - 1].sum())
-        controller.update(exits[rows])
-
-    count = in_threads(update)
-    assert controller.state.samples == count
-    assert math.isclose(controller.state.mean_us, sum(seen) / count, rel_tol=1e-9)  # sums in another order
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
@@ -409,70 +257,6 @@ def test_copies_continue_from_the_same_state(copied):
         other = copied(each)
         assert other.state == each.state
         assert other.update(exits, *more) == each.update(exits, *more)
-
-
-def test_thresholds_start_at_the_goal_on_the_record_and_keep_disabled_exits():
-    known = record_of(4000)
-    controller = BudgetController(known, Policy(thresholds=(None, 0.3)), COST, goal_share=0.7)
-    assert controller.thresholds[0] is None
-    us = COST.latency_us((False, True, True))
-    exits, *_ = predicted(known, Policy(thresholds=controller.thresholds))
-    assert math.isclose(us[exits - 1].mean(), 0.7 * us[-1], rel_tol=1e-3)
-    assert controller.state.mean_us is None
-    assert controller.state.looseness == 0
-
-
-def test_the_policy_has_a_looseness():
-    """With the cost of the policy on the record as the goal, samples take the exits of the policy."""
-    known = record_of(4000)
-    exits, *_ = predicted(known, POLICY)
-    cost = COST.latency_us(POLICY.enabled)[exits - 1].mean()
-    controller = BudgetController(known, POLICY, COST, goal_us=cost)
-    again, *_ = predicted(known, Policy(thresholds=controller.thresholds))
-    assert (again != exits).mean() < 0.003
-
-
-def test_thresholds_increase_together_and_reach_both_ends():
-    controller = BudgetController(record_of(500), POLICY, COST, goal_us=60)
-    lines = [controller._line.thresholds(z) for z in np.linspace(-60, 60, 200)]
-    assert (np.diff(lines, axis=0) >= 0).all()
-    scores = scores_of(500)[:, :2]
-    assert (scores >= lines[0]).all() and (scores < lines[-1]).all()
-
-
-@pytest.mark.parametrize(
-    ("goal", "ends"), [({"goal_us": 24.9}, "25"), ({"goal_us": 110}, "110"), ({"goal_share": 1.2}, "1")]
-)
-def test_the_error_for_an_infeasible_goal_names_the_limits(goal, ends):
-    with pytest.raises(InfeasibleError, match=r"from 25 us.* to 110 us") as error:
-        BudgetController(record_of(100), POLICY, COST, **goal)
-    assert ends in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("keywords", "message"),
-    [
-        ({}, "exactly one"),
-        ({"goal_us": 50, "goal_share": 0.5}, "exactly one"),
-        ({"goal_us": math.nan}, "goal_us must be a finite number; got nan"),
-        ({"goal_us": -1}, "goal_us must be above 0; got -1"),
-        ({"goal_share": "half"}, "goal_share must be a finite number; got 'half'"),
-        ({"goal_us": 50, "rate": 0}, "rate must be above 0; got 0"),
-    ],
-)
-def test_bad_goals_and_rates_are_refused(keywords, message):
-    with pytest.raises(InputError, match=message):
-        BudgetController(record_of(100), POLICY, COST, **keywords)
-
-
-def test_a_cost_of_other_exits_is_refused():
-    with pytest.raises(InputError, match="the cost has 2 exits, but the record has 3"):
-        BudgetController(record_of(100), POLICY, ExitCost((1, 2), (1, 0)), goal_us=2)
-
-
-def chosen(record):
-    outcome = Outcome(1, 1.0, (0.0, 1.0), 1.0, (0.4, 0.3, 0.3), (1.0, 1.0, 1.0))
-    return Choice(POLICY, {"max_drop": 0.1}, outcome, record.digest, network=record.network)
 
 
 @pytest.mark.parametrize("network", [None, "a-1"])

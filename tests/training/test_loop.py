@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -23,67 +22,7 @@ from branchynet.training.options import FitOptions
 from branchynet.training.schedules import Constant, Cosine
 from helpers.training_runs import CLASSES, Pictures, brisk, equal, loader, make, quiet, state
 
-# The joint loss
-
-
 logits = st.integers(0, 2**32 - 1).map(np.random.default_rng)
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    rng=logits,
-    exits=st.integers(1, 4),
-    batch=st.integers(1, 5),
-    classes=st.integers(2, 6),
-    distill=st.sampled_from([0.0, 0.7]),
-)
-def test_joint_loss_is_the_weighted_sum_of_the_exits(rng, exits, batch, classes, distill):
-    outputs, target = rng.normal(scale=3, size=(exits, batch, classes)), rng.integers(classes, size=batch)
-    weights = rng.uniform(0.1, 2, exits)
-    log_p = outputs - np.log(np.exp(outputs).sum(axis=2, keepdims=True))
-    parts = -log_p[:, np.arange(batch), target].mean(axis=1)
-    parts[:-1] += distill * (np.exp(log_p[-1]) * (log_p[-1] - log_p[:-1])).sum(axis=2).mean(axis=1)
-    tensors = tuple(torch.tensor(o, requires_grad=True) for o in outputs)
-    joint = joint_loss(tensors, torch.tensor(target), weights, distill=distill)
-    assert joint.item() == pytest.approx(float(weights @ parts), rel=1e-9)
-    joint.backward()
-    # The last exit gets no gradient from distillation.
-    onehot = np.eye(classes)[target]
-    np.testing.assert_allclose(tensors[-1].grad, weights[-1] * (np.exp(log_p[-1]) - onehot) / batch, atol=1e-12)
-
-
-def test_joint_loss_has_equal_weights_by_default_and_takes_one_tensor():
-    outputs, target = tuple(torch.randn(3, 5, CLASSES)), torch.arange(5) % CLASSES
-    assert torch.equal(joint_loss(outputs, target), joint_loss(outputs, target, [1, 1, 1]))
-    assert torch.equal(joint_loss(outputs[0], target), F.cross_entropy(outputs[0], target))
-
-
-def test_joint_loss_takes_any_loss():
-    outputs, target = (torch.zeros(3, 1), torch.ones(3, 1)), torch.full((3, 1), 2.0)
-    assert float(joint_loss(outputs, target, [1, 10], F.mse_loss)) == 4 + 10
-
-
-@pytest.mark.parametrize(
-    ("weights", "text"),
-    [([1], "2 exits"), ([1, -0.5], "-0.5"), ([0, 0], "all 0"), ([1, math.nan], "nan"), ([math.inf, 1], "inf")],
-)
-def test_joint_loss_refuses_weights(weights, text):
-    with pytest.raises(InputError, match=text):
-        joint_loss((torch.zeros(2, 3), torch.zeros(2, 3)), torch.tensor([0, 1]), weights)
-
-
-def test_joint_loss_names_the_exit_of_another_shape():
-    with pytest.raises(InputError, match=r"exit 2 .*\(2, 5\).*last exit \(2, 3\)"):
-        joint_loss((torch.zeros(2, 3), torch.zeros(2, 5), torch.zeros(2, 3)), torch.tensor([0, 1]))
-
-
-@pytest.mark.parametrize("target", [torch.tensor([0, 3]), torch.tensor([0]), torch.tensor([0.0, 1.0])])
-def test_joint_loss_names_a_target_that_does_not_fit(target):
-    with pytest.raises(InputError, match=r"exit 1 .*\(2, 3\)"):
-        joint_loss((torch.zeros(2, 3), torch.zeros(2, 3)), target)
-
-
-# Training
 
 
 def test_every_exit_learns_according_to_the_history():
