@@ -154,9 +154,9 @@ def test_a_size_is_suggested_for_large_photographs(here, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("network", "size", "message"),
     [
-        ("b_lenet", 28, "grey images of 28 x 28; give --network b_resnet20-published --size 32"),
-        ("b_alexnet", 64, "colour images of 32 x 32; give --size 32, or a network of your own"),
-        ("b_resnet20-published", 48, "colour images of 32 x 32; give --size 32, or a network of your own"),
+        ("b_lenet", 28, "gray images of 28 x 28; give --network b_resnet20-published --size 32"),
+        ("b_alexnet", 64, "color images of 32 x 32; give --size 32, or a network of your own"),
+        ("b_resnet20-published", 48, "color images of 32 x 32; give --size 32, or a network of your own"),
     ],
 )
 def test_networks_of_the_zoo_name_their_input_size(here, network, size, message, monkeypatch, capsys):

@@ -227,10 +227,10 @@ def test_predict_prints_good_files_and_reports_failed_ones(run, tmp_path, monkey
 @pytest.mark.parametrize(
     ("network", "channels", "message"),
     [
-        ("b_lenet", 3, "reads grey images of 28 x 28; give --network b_resnet20-published --size 32,"),
-        ("b_lenet", 1, "reads grey images of 28 x 28; give --size 28,"),
-        ("b_resnet20-published", 1, "reads colour images of 32 x 32; give --network b_lenet --size 28,"),
-        ("b_alexnet", 1, "reads colour images of 32 x 32; give --network b_lenet --size 28,"),
+        ("b_lenet", 3, "reads gray images of 28 x 28; give --network b_resnet20-published --size 32,"),
+        ("b_lenet", 1, "reads gray images of 28 x 28; give --size 28,"),
+        ("b_resnet20-published", 1, "reads color images of 32 x 32; give --network b_lenet --size 28,"),
+        ("b_alexnet", 1, "reads color images of 32 x 32; give --network b_lenet --size 28,"),
     ],
 )
 def test_the_input_size_of_a_network_is_reported(network, channels, message, tmp_path, capsys):

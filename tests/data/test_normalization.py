@@ -47,10 +47,10 @@ def test_another_number_of_channels_is_refused(channels):
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 def test_all_parts_have_the_normalization_of_the_training_images(tmp_path, mode):
     name = f"folder:{write_images(tmp_path, count=30, mode=mode)}"
-    plain, normalised = load_data(name), load_data(name, normalize=True)
+    plain, normalized = load_data(name), load_data(name, normalize=True)
     expected = normalization_of(plain.train.images.numpy())
     for part in ("train", "val", "test"):
-        raw, split = getattr(plain, part), getattr(normalised, part)
+        raw, split = getattr(plain, part), getattr(normalized, part)
         assert split.digest == raw.digest
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (expected.mean, expected.std))
         assert torch.allclose(split.inputs(), (raw.images / 255 - mean) / std, atol=1e-5)  # float32's own rounding

@@ -36,7 +36,7 @@ class Pictures(TensorDataset):
 
 
 def make(seed=0, classes=CLASSES, width=4):
-    """Two exits with batch normalisation and dropout; independent of the global generator."""
+    """Two exits with batch normalization and dropout; independent of the global generator."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         backbone = nn.Sequential(

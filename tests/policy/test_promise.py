@@ -244,7 +244,7 @@ def test_a_record_of_a_fitted_score_knows_its_samples_on_disk(tmp_path, known):
             choose(again, COST, max_drop=0.05)
 
 
-def test_a_score_fitted_on_outputs_is_recognised_with_inputs():
+def test_a_score_fitted_on_outputs_is_recognized_with_inputs():
     record = answers(2000)
     later = ExitRecord(record.outputs, record.labels, inputs=np.arange(2000, dtype=np.uint64))
     with pytest.raises(InputError, match="score was fitted on samples that would test"):

@@ -16,7 +16,7 @@ from branchynet.profiling.recording import record
 
 
 def make(classes=3):
-    """Three exits; dropout and batch normalisation, so that the mode matters."""
+    """Three exits; dropout and batch normalization, so that the mode matters."""
     backbone = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(), nn.ReLU(), nn.Linear(6, 3))
     return BranchyNet(backbone, {"input": nn.Linear(4, 3), "1": nn.Sequential(nn.Dropout(), nn.Linear(6, classes))})
 

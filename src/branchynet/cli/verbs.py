@@ -56,7 +56,7 @@ def _main(version: Version = False) -> None:
 @stoppable()
 def demo(
     run: Annotated[Path, typer.Option(help="The run folder.", parser=path)] = Path("runs/demo"),
-    data: Annotated[str, typer.Option(help="digits, mnist, fashion-mnist or folder:PATH (28 x 28 grey).")] = "digits",
+    data: Annotated[str, typer.Option(help="digits, mnist, fashion-mnist or folder:PATH (28 x 28 gray).")] = "digits",
     quiet: Quiet = False,
 ) -> None:
     """Run all steps on handwritten digits. This takes about a minute."""

@@ -1,4 +1,4 @@
-"""Recognise samples, to refuse a promise on samples that were used before to fit or to select.
+"""Recognize samples, to refuse a promise on samples that were used before to fit or to select.
 
 The digest of a sample is a hash of its input, or of the outputs of the network if the input is unknown. The sketch of a
 set of samples holds its smallest digests. Digests behave like random numbers, so a sketch is a random sample of its

@@ -106,7 +106,7 @@ def evenly(count: int, most: int) -> Ints:
 
 
 def between(below: Floats, above: Floats) -> Floats:
-    """Return float32 thresholds midway between neighbours: `below` is strictly less, and `above` is not."""
+    """Return float32 thresholds midway between neighbors: `below` is strictly less, and `above` is not."""
     middle = ((below.astype(np.float64) + above.astype(np.float64)) / 2).astype(np.float32)
     return np.where(middle > below, middle, above)  # the middle of adjacent floats may be rounded down
 

@@ -77,7 +77,7 @@ def bench(
         samples: number of inputs to time; accuracy is over all inputs.
         repeats: passes over those samples.
         seed: seed of the random order.
-        calibration: for an int8 file, the samples that it was quantised with.
+        calibration: for an int8 file, the samples that it was quantized with.
         progress: called with messages.
 
     Returns:
@@ -176,7 +176,7 @@ def _check(path: str | os.PathLike[str], engine: Engine, targets: Sequence[Targe
 def _check_network(
     path: str | os.PathLike[str], engine: Engine, net: nn.Module, inputs: Any, calibration: Any
 ) -> Quantize | None:
-    """Return how the file is quantised. Raise `InputError` for another network or calibration that does not fit."""
+    """Return how the file is quantized. Raise `InputError` for another network or calibration that does not fit."""
     exits = count_exits(net, inputs)
     if exits != engine.num_exits:
         raise InputError(
@@ -184,9 +184,9 @@ def _check_network(
         )
     quantize = engine.metadata.get("quantize", {}).get("scheme")
     if (quantize is None) != (calibration is None):
-        remedy = "int8: give calibration=, the samples it was quantised with"
+        remedy = "int8: give calibration=, the samples it was quantized with"
         remedy = remedy if quantize else "float: leave calibration= out"
-        raise InputError(f"{path} is {remedy}, because the graphs that it is compared with are quantised like it")
+        raise InputError(f"{path} is {remedy}, because the graphs that it is compared with are quantized like it")
     check_same_network(
         f"{path} and net", engine.metadata.get("network"), fingerprint(net) + (f"-{quantize}" if quantize else "")
     )

@@ -60,7 +60,7 @@ def measure(
 
     Raises:
         InputError: a target that is not a `Target`, an unknown score, or calibration batches that do not fit.
-        GraphError: the network cannot be exported, cut or quantised.
+        GraphError: the network cannot be exported, cut or quantized.
         MissingExtraError: OpenVINO is not installed.
 
     Example:

@@ -132,7 +132,7 @@ def _cannot_read(settings: Settings, data: ImageData, error: Exception) -> Input
     other, side = ("b_lenet", 28) if grey else ("b_resnet20-published", 32)
     remedy = "" if reads_grey == grey else f"network={other}"
     remedy = " ".join(filter(None, [remedy, f"size={side}" if folder else ""]))
-    reads = "grey images of 28 x 28" if reads_grey else "colour images of 32 x 32"
+    reads = "gray images of 28 x 28" if reads_grey else "color images of 32 x 32"
     return InputError(f"{message}it reads {reads}; give {remedy}, or a network of your own")
 
 
