@@ -52,6 +52,8 @@ def attach(
             `(B, num_classes, ...)`, as without a head, the last exit gets a branch too.
         branch: ``branch(features, num_classes) -> nn.Module``, called with the features at the tap, or a
             `BranchFactory`; `default_branch` by default, or `DenseBranch` if the backbone returns a map `(B, C, H, W)`.
+            `default_branch` averages over positions, which is too little on early maps with few channels: give another
+            branch there, or let `advise` find places and branches.
         output: see `BranchyNet`.
         tap: see `BranchyNet`.
 
