@@ -311,7 +311,7 @@ def test_a_flipped_bit_at_the_end_is_ours_to_tell(tmp_path, read):
     """If the damage renames the checksum's entry, the metadata may no longer be text."""
     path = tmp_path / "x.onnx"
     KINDS["model.onnx"][0](path)
-    sound, told = path.read_bytes(), 0
+    sound, named = path.read_bytes(), 0
     for place in range(len(sound) - 110, len(sound)):
         damaged = bytearray(sound)
         damaged[place] ^= 0x80  # the byte alone is not valid UTF-8
@@ -319,8 +319,8 @@ def test_a_flipped_bit_at_the_end_is_ours_to_tell(tmp_path, read):
         try:
             read(path)
         except FileError as error:
-            told += "x.onnx" in str(error)
-    assert told > 0
+            named += "x.onnx" in str(error)
+    assert named > 0
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "[]", "7", '"x"', "{}", "[[1, 2]]"])

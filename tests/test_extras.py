@@ -43,7 +43,7 @@ def python(code, *arguments, forbidden=device.OPTIONAL):
 
 def missing(code, *arguments, forbidden=device.OPTIONAL):
     """The messages of the `MissingExtraError` that the last expression of each line raises."""
-    told = f"""
+    script = f"""
 import json, sys
 from branchynet.errors import MissingExtraError
 for line in {code.strip().splitlines()!r}:
@@ -53,7 +53,7 @@ for line in {code.strip().splitlines()!r}:
     except MissingExtraError as error:
         print(json.dumps(str(error)))
 """
-    done = python(told, *arguments, forbidden=forbidden)
+    done = python(script, *arguments, forbidden=forbidden)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -96,9 +96,9 @@ def test_a_damaged_file_is_told_without_onnx(folder, tmp_path):
 
 def test_every_public_name_is_there_or_names_its_extra():
     names = sorted([*branchynet.__all__, "nn"])
-    told = missing("\n".join(f"import branchynet; branchynet.{name}" for name in names))
-    assert {name for name, message in zip(names, told, strict=True) if not message} == BASE
-    for name, message in zip(names, told, strict=True):
+    messages = missing("\n".join(f"import branchynet; branchynet.{name}" for name in names))
+    assert {name for name, message in zip(names, messages, strict=True) if not message} == BASE
+    for name, message in zip(names, messages, strict=True):
         assert not message or re.fullmatch(
             rf"branchynet\.{name} needs \w+, which is not installed: pip install 'branchynet\[train\]', or "
             r"'branchynet\[all\]' on a machine that trains", message
@@ -106,7 +106,7 @@ def test_every_public_name_is_there_or_names_its_extra():
 
 
 def test_what_is_missing_in_use_names_its_extra(folder):
-    told = missing(
+    messages = missing(
         """
 from branchynet import load, verify; verify(sys.argv[1] + "/model.onnx")
 load(sys.argv[1] + "/model.onnx", verify=True)
@@ -120,9 +120,9 @@ from branchynet import ExitRecord, Monitor; Monitor(ExitRecord.load(sys.argv[1] 
         folder,
     )
     wanted = ["verify", "verify", "openvino", "data", "train", "report", "train", "train"]
-    assert [re.findall(r"pip install 'branchynet\[(\w+)\]'", message) for message in told] == [[w] for w in wanted], (
-        told
-    )
+    assert [re.findall(r"pip install 'branchynet\[(\w+)\]'", message) for message in messages] == [
+        [w] for w in wanted
+    ], messages
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_a_dataclass_comes_back_through_json(value):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"count": 1.5}, r"Outer\.count is 1\.5, not int"),
         ({"count": True}, r"Outer\.count is True"),
@@ -82,9 +82,9 @@ def test_a_dataclass_comes_back_through_json(value):
         ({"color": 1}, "'color', which is unknown"),
     ],
 )
-def test_a_field_of_another_type_is_named(change, told):
+def test_a_field_of_another_type_is_named(change, message):
     sound = asdict(Outer(1, True, 0.5, (1.0, 2.0), None, Inner("a"), (), {}))
-    with pytest.raises(FileError, match=rf"x\.json is no Outer \(.*{told}.*make it with make"):
+    with pytest.raises(FileError, match=rf"x\.json is no Outer \(.*{message}.*make it with make"):
         from_stored(Outer, {**sound, **change}, "x.json", "make(...)")
     with pytest.raises(FileError, match="Outer lacks count, inner"):
         from_stored(Outer, {k: v for k, v in sound.items() if k not in ("count", "inner")}, "x.json", "make(...)")

@@ -22,25 +22,23 @@ from branchynet import (
     ExitCost,
     ExitRecord,
     Policy,
-    attach,
     choose,
     evaluate,
     export,
     fit,
     frontier,
-    joint_loss,
     load,
     measure,
     record,
 )
 from branchynet.deploy.torch_engine import TorchEngine
-from branchynet.errors import GraphError, InputError
+from branchynet.errors import InputError
 from branchynet.losses import pixel_error
 from branchynet.policy.record_scores import scores_of_record
 from branchynet.policy.scores import SCORES
 from branchynet.training.options import FitOptions
 from branchynet.training.trainer import EpochTotals, ProgressBar
-from helpers.tasks import SAMPLES, TASKS, Task, disagreement, hamming, log_variance, squashed
+from helpers.tasks import SAMPLES, TASKS, Task, hamming, linear, log_variance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,9 +186,6 @@ def test_measure_takes_the_score(trained):
     assert cost.num_exits == trained.net.num_exits and sum(cost.trunk_us) > 0
 
 
-# Recording
-
-
 def test_a_record_lets_go_of_every_batch_of_outputs():
     seen = []
 
@@ -214,47 +209,6 @@ def test_batches_do_not_matter(samples, batch, name):
     )
     np.testing.assert_allclose(whole.scores, parts.scores, atol=1e-6)
     np.testing.assert_array_equal(whole.losses, parts.losses)
-
-
-def linear(outputs=2):
-    return BranchyNet(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, outputs)), {"0": nn.Linear(3, outputs)})
-
-
-RECORDED = [(torch.rand(4, 3), torch.rand(4, 2))]
-
-
-@pytest.mark.parametrize(
-    ("given", "told"),
-    [
-        ({}, r"labels must be integers.*float32 of shape \(4, 2\).*loss="),
-        ({"score": "margin"}, r"score='margin' is for records with loss="),
-        ({"loss": F.mse_loss}, r"loss= gives \(\) for outputs \(4, 2\) at exit 1.*\(4,\)"),
-        ({"loss": lambda o, t: (o - t).abs()}, r"loss= gives \(4, 2\)"),
-        ({"loss": lambda o, t: 0.5}, r"loss= gives float"),
-        ({"loss": lambda o, t: o.new_full((4,), 1.5)}, r"loss= gives 1.5 at exit 1; losses must lie in \[0, 1\]"),
-        ({"loss": lambda o, t: o.new_full((4,), -0.1)}, r"gives -0.1"),
-        ({"loss": lambda o, t: o.new_full((4,), math.nan)}, r"gives nan"),
-        ({"loss": hamming, "score": lambda outputs: outputs[-1]}, r"score= gives \(4, 2\)"),
-        ({"loss": hamming, "score": "entrpy"}, r"did you mean 'entropy'"),
-    ],
-)
-def test_what_cannot_be_recorded_is_told_at_the_first_batch(given, told):
-    def endless():
-        yield RECORDED[0]
-        raise AssertionError("a second batch was asked for")
-
-    with pytest.raises(InputError, match=told):
-        record(linear(), endless(), progress=False, **given)
-
-
-def test_nan_outputs_and_shapes_that_differ_are_told():
-    with pytest.raises(InputError, match="exit 1 gives NaN"):
-        record(linear(), [(torch.full((4, 3), math.nan), torch.rand(4, 2))], loss=hamming, progress=False)
-    net = BranchyNet(nn.Conv2d(1, 2, 1), {"input": nn.AvgPool2d(2)})
-    with pytest.raises(
-        InputError, match=r"exit 1: \(1, 1, 2, 2\), exit 2: \(1, 2, 4, 4\); give every branch the shape"
-    ):
-        record(net, [(torch.rand(1, 1, 4, 4), torch.zeros(1))], loss=hamming, progress=False)
 
 
 class TestWhichScore:
@@ -298,9 +252,6 @@ class TestWhichScore:
             ExitRecord(outputs=np.zeros((2, 1, 3)), labels=np.zeros(2, np.int64), score="entropy")
 
 
-# Scores of dense outputs
-
-
 @settings(max_examples=40, deadline=None)
 @given(
     name=st.sampled_from(sorted(SCORES)),
@@ -314,27 +265,6 @@ def test_a_dense_score_is_the_mean_over_positions(name, shape, flat, seed):
     positions = z.flatten(2).permute(0, 2, 1)
     expected = [float(sum(SCORES[name]((p.unsqueeze(0),)) for p in sample) / len(sample)) for sample in positions]
     assert SCORES[name]((z,)).tolist() == pytest.approx(expected, abs=1e-5)
-
-
-@pytest.mark.parametrize("name", SCORES)
-@pytest.mark.parametrize("shape", [(4, 1), (4, 1, 3, 3), (4,)])
-def test_named_scores_refuse_what_has_no_classes(name, shape):
-    """The entropy of one output is always 0: every sample would leave at exit 1."""
-    with pytest.raises(InputError, match=r"do not have two classes in dimension 1.*callable"):
-        SCORES[name]((torch.zeros(shape),))
-
-
-def test_the_default_score_is_refused_for_one_number_at_every_step(tmp_path):
-    net, x = linear(1), torch.rand(4, 3)
-    with pytest.raises(InputError, match="callable"):
-        record(net, [(x, torch.rand(4, 1))], loss=squashed, progress=False)
-    with pytest.raises(InputError, match="callable"):
-        measure(net, x, seconds=0.01)
-    with pytest.raises(InputError, match="callable"):
-        export(net, tmp_path / "model.onnx", policy=Policy(thresholds=(0.5,)), example=x)
-
-
-# Training
 
 
 def tallied(output, target):
@@ -369,48 +299,5 @@ def test_the_bar_speaks_of_right_answers_only_where_there_are_any(capsys):
         bar = ProgressBar("epoch", 1, visible=True)
         with bar:
             bar.show(0.25, accuracies)
-        told = capsys.readouterr().err
-        assert "0.25" in told and ("right" in told) == bool(accuracies)
-
-
-def test_dense_branches_of_another_size_are_told():
-    with pytest.raises(InputError, match=r"exit 1 .*\(2, 3, 2, 2\).*\(2, 3, 4, 4\); give every branch the shape"):
-        joint_loss((torch.zeros(2, 3, 2, 2), torch.zeros(2, 3, 4, 4)), torch.zeros(2, 4, 4, dtype=torch.int64))
-
-
-# One number per sample without a dimension for it: (B,)
-
-
-class Bare(nn.Module):
-    """A common form of regression network."""
-
-    def __init__(self):
-        super().__init__()
-        self.hidden, self.head = nn.Linear(3, 8), nn.Linear(8, 1)
-
-    def forward(self, x):
-        return self.head(torch.relu(self.hidden(x))).squeeze(1)
-
-
-def test_outputs_without_a_dimension_of_their_own_are_refused_with_the_remedy(tmp_path):
-    x, y = torch.rand(4, 3), torch.rand(4, 1)
-    with pytest.raises(InputError, match=r"output has shape \(2,\).*output=lambda y: y.unsqueeze\(1\)"):
-        attach(Bare(), ["hidden"], example=x)
-    net = BranchyNet(Bare(), {"hidden": nn.Linear(8, 1)})
-    with pytest.raises(InputError, match=r"\(4, 1\), but the last exit \(4,\)"):
-        joint_loss(net(x), y, loss=F.mse_loss)
-    with pytest.raises(InputError, match=r"exit 2: \(4,\).*unsqueeze\(1\)"):
-        record(net, [(x, y)], loss=squashed, score=disagreement, progress=False)
-    with pytest.raises(GraphError, match=r"one number per sample as \(B, 1\)"):
-        export(net, tmp_path / "model.onnx", policy=Policy(disagreement, (0.5,)), example=x)
-
-
-def test_the_remedy_helps():
-    x, y = torch.rand(4, 3), torch.rand(4, 1)
-    backbone = Bare()
-    net = attach(backbone, ["hidden"], example=x, output=lambda y: y.unsqueeze(1))
-    fit(net, [(x, y)], epochs=1, loss=F.mse_loss, progress=False, options=FitOptions(device="cpu"))
-    made = record(net, [(x, y)], loss=squashed, score=disagreement, progress=False)
-    expected = [[squashed(o[i : i + 1], y[i : i + 1]).item() for o in net(x)] for i in range(4)]
-    np.testing.assert_allclose(made.losses, expected, atol=1e-6)
-    torch.testing.assert_close(net(x)[-1].squeeze(1), backbone(x))
+        output = capsys.readouterr().err
+        assert "0.25" in output and ("right" in output) == bool(accuracies)

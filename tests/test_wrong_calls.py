@@ -336,8 +336,8 @@ WRONG = {
 @pytest.mark.parametrize("call", WRONG)
 def test_it_says_what_to_give(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    function, told = WRONG[call]
-    with pytest.raises(BranchyNetError, match=f"(?s){told}"):
+    function, message = WRONG[call]
+    with pytest.raises(BranchyNetError, match=f"(?s){message}"):
         function()
     assert not list(tmp_path.iterdir()), "a refused call writes nothing"
 
@@ -375,10 +375,10 @@ def test_an_optimizer_class_is_a_function_of_the_parameters():
 
 def test_labels_that_only_a_loss_reads_are_no_input(tmp_path):
     features = torch.rand(8, 3)
-    told = attach(WithLoss(), at=["first"], example={"x": features})
+    attached = attach(WithLoss(), at=["first"], example={"x": features})
     with pytest.raises(BranchyNetError, match=r"'labels'.*only to compute its loss: leave it out"):
-        export(told, tmp_path / "a.onnx", policy=policy, example={"x": features, "labels": y[:8]})
-    assert load(export(told, tmp_path / "a.onnx", policy=policy, example={"x": features})).inputs[0].name == "x"
+        export(attached, tmp_path / "a.onnx", policy=policy, example={"x": features, "labels": y[:8]})
+    assert load(export(attached, tmp_path / "a.onnx", policy=policy, example={"x": features})).inputs[0].name == "x"
 
 
 def test_what_the_network_itself_raises_stays_in_the_chain():

@@ -172,3 +172,7 @@ TASKS = {
     ),
     "variance": Task(two_numbers, points, likelihood, log_variance, squashed, lambda o: float(o[-1][1]), slow_squashed),
 }
+
+
+def linear(outputs=2):
+    return BranchyNet(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, outputs)), {"0": nn.Linear(3, outputs)})

@@ -146,10 +146,10 @@ def test_the_search_for_exits_does_not_use_the_samples_that_test_a_promise():
     scores, losses = rng.random((400, 5)).astype(np.float32), (rng.random((400, 5)) < 0.2).astype(float)
 
     def found(scores, losses):
-        judged = CandidateScores(
+        candidates = CandidateScores(
             scores, losses, (0, 1, 2, 3), lambda c: ExitCost((10.0,) * (len(c) + 1), (0.1,) * len(c) + (0,))
         )
-        return search_exit_sets(judged, 0.2 * 400, 3, lambda line: None)[0]
+        return search_exit_sets(candidates, 0.2 * 400, 3, lambda line: None)[0]
 
     _, kept = halves(400)
     other = scores.copy(), losses.copy()
