@@ -20,7 +20,7 @@ from .predictions import PicklableLock, answered, check_early
 
 _MOST_GAIN = 0.5  # largest part of the way to the goal per batch; half is stable even if the slope is wrong
 _RETURN = 4.0  # the steps back grow by this factor for each 1 / rate samples that all leave at one end
-_LEAST_SPREAD = 0.02  # for goals close to an end, so that a rare sample does not move the thresholds far
+_LEAST_SPREAD = 0.02  # near the ends of the range of goals; a rare sample then does not move the thresholds far
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,12 @@ class BudgetController:
     Call ``engine(images, thresholds=controller.thresholds)`` and then ``controller.update(prediction)`` for each batch.
 
     One number, the looseness z, sets all thresholds: the threshold of an exit lies at the quantile q of its recorded
-    scores, with logit(q) = logit(q of the policy) + z. Outside the recorded scores thresholds continue linearly. So any
+    scores, with logit(q) = logit(q of the policy) + z. Outside the recorded scores thresholds continue linearly, so any
     goal between the costs of "all leave at the first exit in use" and "none leaves early" can be held on any inputs.
-    Looseness follows the error (mean cost - goal) and the sum of all errors: the mean since the start, not only the
-    latest cost, approaches the goal. If no sample can leave early (for example, every score is NaN), or if all do, the
-    thresholds move as far as they can, and return within a few batches afterwards. The controller does not check
-    labels: if inputs get harder, holding the cost may lose accuracy. To detect that, run a `Monitor` on an engine with
-    fixed thresholds. Threads may share a controller.
+    Looseness follows the error (mean cost - goal) and the sum of all errors, so the mean since the start approaches the
+    goal. While no sample can leave early (for example, every score is NaN), or all do, the thresholds move as far as
+    they can; they return within a few batches afterwards. If inputs get harder, holding the cost may lose accuracy. To
+    detect that, run a `Monitor` on an engine with fixed thresholds. Threads may share a controller.
 
     Args:
         record: calibration samples, which give the distribution of the scores of every exit.
@@ -65,8 +64,8 @@ class BudgetController:
         rate: the share of an error that is corrected per sample; thresholds settle in about 2 / rate samples.
 
     Raises:
-        InputError: record, policy and cost are of different networks, exits or scores, no early exit is in use, not
-            exactly one goal is given, or a goal or rate that is not a number above 0.
+        InputError: record, policy and cost are of different networks, exits or scores; no early exit is in use; not
+            exactly one goal; or a goal or rate that is not a number above 0.
         InfeasibleError: no thresholds reach the goal; the message names the costs that can be reached.
 
     Example:

@@ -67,11 +67,10 @@ class Monitor:
     """Raise an alarm when the exits, scores or labels of an engine differ from what calibration predicts.
 
     **Guarantee.** Assume that calibration samples and stream are exchangeable (for example, drawn independently from
-    one distribution), and that these calibration samples were not used to choose the policy. Then the probability that
-    the monitor *ever* raises an alarm is at most `false_alarm`, for a stream of any length and for any number of
-    calibration samples. The probability is over the draw of both. Consecutive samples that resemble each other, such as
-    frames of a video, violate the assumption, and so does a `BudgetController` that moves the thresholds: alarms then
-    mean nothing.
+    one distribution), and that these calibration samples were not used to choose the policy. Then the probability, over
+    the draw of both, that the monitor *ever* raises an alarm is at most `false_alarm`, for a stream of any length and
+    any number of calibration samples. Consecutive samples that resemble each other, such as frames of a video, violate
+    the assumption, and so does a `BudgetController` that moves the thresholds: alarms then mean nothing.
 
     **Method.** The monitor watches the exits, the scores at each exit where calibration samples leave, and, if the
     record holds outputs, the labels, because the class shares may change while the inputs get no harder. Each of the

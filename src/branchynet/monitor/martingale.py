@@ -79,9 +79,8 @@ class TestMartingale:
 
     A bet is a density that is constant below and above a cut, with mean 1 under uniformity: it wins if more, or fewer,
     p-values lie below the cut than expected. Each of K bets starts again at every value with a small part of the
-    capital. These parts sum to 1 over all time; the part not yet staked is cash. So the total is a martingale that
-    starts at 1. After many uniform values, new bets still have capital: after a change at value t they start from about
-    1 / (t log(t)^2), whatever the earlier losses.
+    capital. These parts sum to 1 over all time; the part not yet staked is cash. So the total is a martingale. After
+    a change at value t, new bets start from about 1 / (t log(t)^2), whatever the earlier losses.
 
     Sources: Ville 1939 (the bound); Vovk 2021, *Testing Randomness Online*, doi:10.1214/20-STS817 (conformal test
     martingales, and Shiryaev-Roberts procedures on them); Shin, Ramdas and Rinaldo 2024, *E-detectors*,

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,8 +31,8 @@ class ExitRecord:
     scores and losses instead.
 
     Attributes:
-        outputs: `(S, N, C)` float32 logits, or None if only scores and losses are kept.
-        labels: `(S,)` int64 class indices, or None likewise.
+        outputs: `(S, N, C)` float32 logits; None if only scores and losses are kept.
+        labels: `(S,)` int64 class indices; None without outputs.
         scores: `(S, N)` float32, smaller = surer; None if they are computed from `outputs`.
         losses: `(S, N)` float32 in [0, 1]; for classification, 1 if an exit is wrong.
         score: the name of the score in `scores`, or the callable; None if unknown.
@@ -172,11 +172,9 @@ class ExitRecord:
                 f"rows must be indices below {self.samples}, a mask of {self.samples} booleans or a slice; got "
                 f"{described(rows)}"
             )
-        about = (self.network, None if self.inputs is None else self.inputs[rows], self.selected_on)
-        if self.outputs is not None and self.labels is not None:
-            return ExitRecord(self.outputs[rows], self.labels[rows], None, None, None, *about)  # type: ignore[arg-type]
-        assert self.scores is not None
-        return ExitRecord.from_scores(self.scores[rows], self.losses[rows], self.score, *about)
+        arrays = {name: getattr(self, name) for name in ("outputs", "labels", "scores", "inputs")}
+        taken = {name: None if array is None else array[rows] for name, array in arrays.items()}
+        return replace(self, **taken, losses=None if self.scores is None else self.losses[rows])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an ``.npz`` file atomically. Raises `FileError`.
@@ -246,7 +244,7 @@ def bounded(logits: NDArray[Any]) -> NDArray[Any]:
 
 
 def outputs_and_labels(record: Any, what: str) -> tuple[Floats, Ints]:
-    """Return outputs and labels. Raises `InputError` if `record` has none; `what` is the step that needs them."""
+    """Return outputs and labels, for the step `what`. Raises `InputError` if `record` has none."""
     instance("record", record, ExitRecord, "give what record(...) returns")
     if record.outputs is None or record.labels is None:
         raise InputError(f"this record holds scores and losses; {what} reads outputs: record without loss=")

@@ -173,7 +173,7 @@ def from_json(value: Any) -> FittedScore:
 
 
 def samples_fitted_on(score: Any) -> str:
-    """Return the sketch of the samples that `score` was fitted on; empty if unknown or not fitted."""
+    """Return the sketch of the samples that a fitted `score` was fitted on; otherwise empty."""
     return score.fitted_on if isinstance(score, FittedScore) else ""
 
 

@@ -26,7 +26,7 @@ class Limit:
 
     @property
     def on_cost(self) -> bool:
-        """Whether it bounds a cost, so that accuracy is maximized."""
+        """Whether it bounds a cost."""
         return self.name not in PROMISED
 
     @property

@@ -26,7 +26,7 @@ _KEY = "branchynet"  # the metadata entry that marks a training.safetensors
 
 @dataclass(frozen=True)
 class _Header:
-    """The content of ``training.safetensors`` besides tensors."""
+    """The content of ``training.safetensors`` other than tensors."""
 
     settings: dict[str, Any]
     rows: tuple[dict[str, Any], ...]
@@ -81,7 +81,8 @@ class RunFolder:
 
         Returns:
             The rows so far and the progress, in which ``grown`` says whether `settings` ask for more epochs than the
-            stored run; None for a new folder, or one without a finished epoch whose run had other settings.
+            stored run. None for a new folder, or for a run without a finished epoch that had other settings or another
+            network.
 
         Raises:
             FileError: the file is truncated, of another format, or of another architecture.
