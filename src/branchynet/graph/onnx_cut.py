@@ -1,6 +1,5 @@
 """Cut a flat ONNX graph into one stage per enabled exit."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -39,13 +38,14 @@ def parents(value: ir.Value) -> list[ir.Value]:
     return [] if node is None else reads(node)
 
 
-def cut_graph(flat: FlatGraph, policy: Policy, taken: Callable[[ir.Value], list[ir.Value]] = parents) -> OnnxCut:
+def cut_graph(flat: FlatGraph, policy: Policy, *, apart: bool = False) -> OnnxCut:
     """Cut a flat graph with scores into the stages of the exits that `policy` enables.
 
     Args:
         flat: the graph.
         policy: an exit with the threshold None is left out together with its branch.
-        taken: returns the values that a stage must have to compute a value.
+        apart: whether the stages are separate graphs. They then compute values that are the same for every batch
+            themselves, and need no value only for its shape.
 
     Raises:
         GraphError: a value that must cross has no batch dimension and is too costly to recompute.
@@ -57,12 +57,24 @@ def cut_graph(flat: FlatGraph, policy: Policy, taken: Callable[[ir.Value], list[
         made = [v for v in node.outputs if v in stage]
         stage |= dict.fromkeys(made, min((stage[v] for v in made), default=0))
     stage |= dict.fromkeys(flat.model.graph.inputs, 0)
+    dependence = _dependence(flat)
+    if apart and flat.dynamic:
+        constant = {value for value in stage if not dependence.varies(value)}
+        dependence.recomputed |= constant
+        dependence.costly -= constant
+
+    def taken(value: ir.Value) -> list[ir.Value]:
+        node = value.producer()
+        if apart and node is not None and node.op_type == "Shape" and static_shape(node) is not None:
+            return []
+        return [v for v in parents(value) if not v.is_initializer()]
+
     plans = plan_stages(
         needs,
         stage,
-        lambda value: [v for v in taken(value) if not v.is_initializer()],
+        taken,
         batch_axis,
-        _dependence(flat),
+        dependence,
         lambda value: f"{value.name!r} {value.shape}",
     )
     return OnnxCut(exits, needs, stage, plans)
@@ -98,3 +110,14 @@ def _dependence(flat: FlatGraph) -> Dependence[ir.Value]:
 def _costly(node: ir.Node) -> bool:
     """Whether a node, or a node inside it, is too expensive to recompute."""
     return any(inner.op_type in _HEAVY for inner in within(node))
+
+
+def static_shape(node: ir.Node) -> list[int | str] | None:
+    """The result of a Shape node as numbers, and ``"batch"`` for a leading batch; None if it is not known."""
+    source = reads(node)[0]
+    if node.op_type != "Shape" or source.shape is None or batch_axis(source) not in (0, None):
+        return None
+    dims = [d if isinstance(d, int) else d.value for d in source.shape]
+    start, end = (node.attributes[k].as_int() if k in node.attributes else None for k in ("start", "end"))
+    known = [d for d in dims[start:end] if isinstance(d, int) or d == BATCH]
+    return known if len(known) == len(dims[start:end]) else None
