@@ -30,6 +30,7 @@ _MODULES = {
     "deploy.exporting": ("export",),
     "deploy.loading": ("load", "verify"),
     "deploy.engine": ("Engine",),
+    "deploy.staged_engine": ("StagedEngine",),
     "deploy.torch_engine": ("TorchEngine",),
     "monitor.drift": ("Monitor",),
     "monitor.budget": ("BudgetController",),

@@ -7,6 +7,7 @@ from .deploy.engine import Engine as Engine
 from .deploy.exporting import export as export
 from .deploy.loading import load as load
 from .deploy.loading import verify as verify
+from .deploy.staged_engine import StagedEngine as StagedEngine
 from .deploy.torch_engine import TorchEngine as TorchEngine
 from .design.advice import Advice as Advice
 from .design.advising import advise as advise

@@ -55,9 +55,17 @@ def assemble(
             model = nest(flat, policy, thresholds=thresholds)
         keep_blocks(model)
         keep_zero_padding(model)
+    model.metadata_props[METADATA_KEY] = json.dumps(about(flat, policy, thresholds, notes))
+    return model
+
+
+def about(
+    flat: FlatGraph, policy: Policy | None, thresholds: str, notes: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the metadata that an engine reads; the arguments are those of `assemble`."""
     shape = flat.value("output_1").shape
     assert shape is not None
-    about = {
+    known = {
         "format": FORMAT,
         "version": __version__,
         "policy": None if policy is None else policy.to_json(),
@@ -71,8 +79,9 @@ def assemble(
         "preprocessing": None,
         "promise": None,
     }
-    model.metadata_props[METADATA_KEY] = json.dumps({**about, **(notes or {})})
-    return model
+    if policy is not None and thresholds == "input" and flat.dynamic:
+        known["per_sample"] = True
+    return {**known, **(notes or {})}
 
 
 def check_answers(path: Path, expected: Samples, source: str) -> None:

@@ -1,6 +1,5 @@
 """Engine: run an exported file, in any runtime."""
 
-import math
 import os
 import re
 from collections.abc import Callable, Sequence, Set
@@ -17,12 +16,15 @@ from ..files import parse_json
 from ..policy.prediction import Prediction, concatenated
 from ..policy.values import Policy
 from ..stored_values import from_stored
-from .input_checks import Input, check_thresholds, checked_inputs
+from .call_thresholds import Thresholds, call_thresholds, check_lengths, thresholds_of_rows
+from .input_checks import Input, checked_inputs
 
 FORMAT = 1
 METADATA_KEY = "branchynet"
 _THRESHOLD = re.compile(r"threshold_\d+")
 _CALL_ROWS, _CALL_BYTES = 256, 1 << 28  # per call in answer_all
+
+_NUMBERS = {float, int, type(None), np.float64, np.float32}
 
 Feeds = dict[str, NDArray[Any]]
 
@@ -44,6 +46,7 @@ class _Metadata:
     selected_on: tuple[str, ...] = ()
     promise: str | None = None
     quantize: dict[str, Any] | None = None
+    per_sample: bool = False
 
     def __post_init__(self) -> None:
         sizes = (*self.output_shape, self.sample_bytes)
@@ -134,29 +137,26 @@ class Engine:
     def __reduce__(self) -> tuple[Callable[..., "Engine"], tuple[Any, ...]]:
         return self._reopen
 
-    def __call__(self, /, *inputs: Any, thresholds: Sequence[float | None] | None = None, **named: Any) -> Prediction:
+    def __call__(self, /, *inputs: Any, thresholds: Thresholds | None = None, **named: Any) -> Prediction:
         """Predict a batch of any size, including zero. Each sample leaves at the first exit with a low enough score.
 
         A call holds the activations of all samples at once, and the runtime may keep that memory. For many samples, use
         `answer_all`.
 
         Args:
-            inputs: numpy arrays or torch tensors that match the attribute `inputs`, all with the same batch size; or
+            inputs: numpy arrays or torch tensors that match the attribute `inputs`, all with the same batch size B; or
                 one mapping from input names to them.
-            thresholds: N-1 thresholds for this call instead of the file's; None means that no sample leaves there.
+            thresholds: N-1 thresholds for this call instead of the file's; None means that no sample leaves there. If
+                the file takes thresholds per sample, each may be an array `(B,)`, or give a list of B policies. Such
+                files are those exported with ``thresholds="input"`` and a free batch, or with ``layout="stages"``.
             named: the inputs that are not given by position, by name.
 
         Raises:
             InputError: inputs of the wrong number, names, shape or dtype; or thresholds of the wrong number, or for a
                 file that fixes them.
         """
-        feeds, rows = checked_inputs(inputs, named, self.inputs)
-        if thresholds is not None:
-            try:
-                feeds |= self._override(tuple(thresholds))
-            except TypeError:  # not a sequence, or not hashable
-                feeds |= _override(self.policy, self._settable, thresholds)
-        results = self._results(feeds, rows)
+        feeds, rows = self._feeds(inputs, named, thresholds)
+        results = self._run(feeds) if rows else self._empty()
         if self.policy is None:
             exit, score = np.full(rows, self.num_exits), np.full(rows, np.nan, np.float32)
             return Prediction(results[0], exit, score, results[-1])
@@ -167,7 +167,7 @@ class Engine:
         /,
         *inputs: Any,
         rows: int | None = None,
-        thresholds: Sequence[float | None] | None = None,
+        thresholds: Thresholds | None = None,
         **named: Any,
     ) -> Prediction:
         """Predict any number of samples, in calls of limited size.
@@ -187,9 +187,10 @@ class Engine:
         arrays, samples = checked_inputs(inputs, named, self.inputs)
         fitting = int(np.clip(_CALL_BYTES // max(1, self.metadata.get("sample_bytes", 1)), 1, _CALL_ROWS))
         step = 1 if self._single else rows or fitting
-        starts = range(0, samples, step) or (0,)
+        parts = [slice(start, start + step) for start in range(0, samples, step) or (0,)]
+        given = [thresholds_of_rows(thresholds, part, samples) for part in parts]
         return concatenated(
-            [self(*(a[start : start + step] for a in arrays.values()), thresholds=thresholds) for start in starts]
+            [self(*(a[part] for a in arrays.values()), thresholds=own) for part, own in zip(parts, given, strict=True)]
         )
 
     def outputs(self, /, *inputs: Any, **named: Any) -> tuple[NDArray[Any], ...]:
@@ -197,14 +198,30 @@ class Engine:
 
         Inputs and errors are those of a call.
         """
-        return tuple(self._results(*checked_inputs(inputs, named, self.inputs)))
+        feeds, rows = self._feeds(inputs, named, None)
+        return tuple(self._run(feeds) if rows else self._empty())
 
-    def _results(self, feeds: Feeds, rows: int) -> Sequence[NDArray[Any]]:
-        if rows != 1 and (rows == 0 or self._single):
-            if rows:
-                raise InputError(f"this file takes one sample per call; got {rows}: export with batch='dynamic'")
-            return self._empty()
-        return self._run(self._defaults | feeds if self._defaults else feeds)
+    def _feeds(self, inputs: Sequence[Any], named: dict[str, Any], thresholds: Any) -> tuple[Feeds, int]:
+        """Return what the graph reads, from the arguments of a call, and the number of samples."""
+        feeds, rows = checked_inputs(inputs, named, self.inputs)
+        if rows > 1 and self._single:
+            raise InputError(f"this file takes one sample per call; got {rows}: export with batch='dynamic'")
+        if thresholds is not None:
+            feeds |= self._given(thresholds, rows)
+        return (self._defaults | feeds if self._defaults else feeds), rows
+
+    def _given(self, thresholds: Any, rows: int) -> Feeds:
+        simple = isinstance(thresholds, (list, tuple)) and {*map(type, thresholds)} <= _NUMBERS
+        if simple:
+            return self._override(tuple(thresholds))
+        feeds = _override(self.policy, self._settable, thresholds)
+        if any(len(values) > 1 for values in feeds.values()) and not self.metadata.get("per_sample"):
+            raise InputError(
+                "this file takes one threshold per exit, not one per sample; export it with thresholds='input' and "
+                "batch='dynamic', or with layout='stages'"
+            )
+        check_lengths(feeds.values(), rows)
+        return feeds
 
     def _empty(self) -> tuple[NDArray[Any], ...]:
         tail = tuple(self.metadata["output_shape"])
@@ -237,11 +254,11 @@ def read_metadata(properties: dict[str, str], path: str | os.PathLike[str]) -> d
     return metadata
 
 
-def _override(policy: Policy | None, settable: Set[str], thresholds: Sequence[float | None]) -> Feeds:
+def _override(policy: Policy | None, settable: Set[str], thresholds: Any) -> Feeds:
     """Return the feeds of a call's thresholds. Raise `InputError` if the file does not take them."""
     if policy is None:
         raise InputError("this file was exported with policy=None and has no thresholds; export one")
-    feeds = _threshold_feeds(check_thresholds(thresholds, policy, where="this file", remedy="export again"))
+    feeds = _threshold_feeds(call_thresholds(thresholds, policy, where="this file", remedy="export again"))
     if fixed := sorted(feeds.keys() - settable):
         raise InputError(
             f"{fixed[0]} is a constant in this file, so a call cannot give thresholds: leave them out, or export again "
@@ -250,7 +267,10 @@ def _override(policy: Policy | None, settable: Set[str], thresholds: Sequence[fl
     return feeds
 
 
-def _threshold_feeds(thresholds: Sequence[float | None]) -> Feeds:
+def _threshold_feeds(thresholds: Sequence[Any]) -> Feeds:
     with np.errstate(over="ignore"):  # values beyond float32 become infinite
-        values = np.array([math.nan if t is None else t for t in thresholds], np.float64).astype(np.float32)
-    return {f"threshold_{n}": values[n - 1 : n] for n, t in enumerate(thresholds, 1) if t is not None}
+        return {
+            f"threshold_{n}": np.atleast_1d(np.asarray(t, np.float64)).astype(np.float32)
+            for n, t in enumerate(thresholds, 1)
+            if t is not None
+        }

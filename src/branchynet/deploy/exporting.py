@@ -14,6 +14,7 @@ from torch import nn
 from ..argument_checks import instance, whole
 from ..errors import GraphError, InputError, as_graph_errors
 from ..files import check_path, replacing
+from ..folders import replacing_folder
 from ..graph.onnx_flat import flatten
 from ..graph.quantize import Quantize, calibration_batches, check_quantize
 from ..graph.torch_program import tensors_of
@@ -29,6 +30,8 @@ from ..policy.values import Choice, Policy
 from .assembly import assemble, check_answers, in_int8, warn_of_low_agreement
 from .checksum import seal
 from .reference_outputs import answers_alone
+from .staged_files import MANIFEST
+from .staged_writing import save_stages
 from .stored_samples import MAX_SAMPLES, SAMPLES_KEY, Samples, pack
 from .tolerance import differences, tolerances
 from .user_metadata import class_names, plain_values
@@ -46,10 +49,10 @@ def export(
     calibration: Any = None,
     labels: Sequence[str] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
-    promise: str | None = None,
     samples: int = MAX_SAMPLES,
+    layout: Literal["nested", "stages"] = "nested",
 ) -> Path:
-    """Write a network with its early exits as one ONNX file.
+    """Write a network with its early exits as one ONNX file, or as one file per stage.
 
     The file's inputs are the network's inputs and one ``threshold_n`` (1,) float32 per enabled exit except the last.
     Its outputs are ``label``, ``exit`` (from 1), ``score`` and ``output``, as in `Prediction`. The file is compared
@@ -77,9 +80,12 @@ def export(
         labels: class names, for the metadata.
         preprocessing: how to make the input, for the metadata, such as ``{"size": [28, 28], "mode": "L", "scale": 1 /
             255}``. ``branchynet predict`` reads ``mean`` and ``std``: one number per channel, of pixels in [0, 1].
-        promise: a sentence on what the thresholds promise, for the metadata; by default the promise of a `Choice`.
         samples: number of rows of `example`, at most 8 and about 1 MiB, to store with their outputs, so that `verify`
             and ``load(..., verify=True)`` can check the file on another machine; 0 for none.
+        layout: ``"nested"`` writes one file, which runs in every ONNX runtime that has ``If``. ``"stages"`` writes a
+            folder with ``stage_1.onnx``, ... and ``stages.json``, for schedulers, for networks split over machines, and
+            for runtimes without ``If``; see `StagedEngine`. Its thresholds are in ``stages.json`` and come with each
+            call, also per sample.
 
     Returns:
         `path`.
@@ -104,21 +110,24 @@ def export(
     """
     check_path(path)
     samples = whole("samples", samples, 0, MAX_SAMPLES)
-    instance("promise", promise, (str, type(None)), "give a sentence, or None for that of the choice")
-    if thresholds not in ("default", "input") or batch not in ("dynamic", 1):
+    if thresholds not in ("default", "input") or batch not in ("dynamic", 1) or layout not in ("nested", "stages"):
         raise InputError(
-            f"thresholds must be 'default' or 'input' and batch 'dynamic' or 1; got {thresholds!r}, {batch!r}"
+            "thresholds must be 'default' or 'input', batch 'dynamic' or 1, and layout 'nested' or 'stages'; got "
+            f"{thresholds!r}, {batch!r} and {layout!r}"
         )
+    if layout == "stages" and (policy is None or thresholds == "input"):
+        what = "policy=None writes one flat graph" if policy is None else "thresholds='input' is for layout='nested'"
+        raise InputError(f"{what}; layout='stages' needs a policy, whose thresholds any call may replace")
     check_network(net)
     kinds = (Policy, Choice, type(None))
     instance("policy", policy, kinds, "give Policy(thresholds=(...)), what choose(...) returns, or None")
     notes: dict[str, Any] = {"network": fingerprint(net) + (f"-{quantize}" if quantize else "")}
-    notes |= {"labels": class_names(labels), "preprocessing": plain_values(preprocessing), "promise": promise}
+    notes |= {"labels": class_names(labels), "preprocessing": plain_values(preprocessing), "promise": None}
     notes |= {"selected_on": list(getattr(net, "selected_on", ()))}
     if isinstance(policy, Choice):
         check_same_network("the network and the choice", notes["network"], policy.network)
         notes["chosen_on"] = policy.record_digest
-        notes["promise"] = promise or (policy.promise and str(policy.promise))
+        notes["promise"] = policy.promise and str(policy.promise)
         policy = policy.policy
     if policy is not None:
         check_policy(policy, net, example)
@@ -136,13 +145,18 @@ def export(
         flat, expected, report = in_int8(flat, batches, quantize, expected)
         notes["quantize"], source = {"scheme": quantize, **report}, "its flat int8 graph"
         warn_of_low_agreement(quantize, report["agreement"])
-    model = assemble(flat, policy, thresholds=thresholds, notes=notes)
     kept = [n for n in range(1, flat.num_exits + 1) if policy is None or policy.enabled[n - 1]]
-    if stored := pack(expected, kept, samples):
-        model.metadata_props[SAMPLES_KEY] = stored
-    with replacing(path) as temporary:
-        ir.save(model, temporary)
-        seal(temporary)
+    stored = pack(expected, kept, samples)
+    with replacing_folder(path, MANIFEST) if layout == "stages" else replacing(path) as temporary:
+        if layout == "stages":
+            assert policy is not None
+            save_stages(temporary, flat, policy, notes=notes, samples=stored)
+        else:
+            model = assemble(flat, policy, thresholds=thresholds, notes=notes)
+            if stored:
+                model.metadata_props[SAMPLES_KEY] = stored
+            ir.save(model, temporary)
+            seal(temporary)
         try:
             with as_graph_errors():
                 check_answers(temporary, expected, source)

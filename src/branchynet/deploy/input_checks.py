@@ -1,15 +1,13 @@
 """Check the inputs and thresholds of a call to an engine."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ..argument_checks import dtype_name, has_sizes, in_order, threshold_list
+from ..argument_checks import dtype_name, has_sizes, in_order
 from ..errors import InputError
-from ..policy.values import Policy
 
 
 @dataclass(frozen=True)
@@ -125,37 +123,3 @@ def _mended(inputs: Sequence[Any], named: Mapping[str, Any], wanted: Sequence[In
 
 def _listed(inputs: Sequence[Input]) -> str:
     return "; ".join(str(i) for i in inputs)
-
-
-def check_thresholds(
-    thresholds: Sequence[float | None], policy: Policy, *, where: str, remedy: str
-) -> tuple[float | None, ...]:
-    """Return the thresholds of a call as the engine uses them, one per early exit.
-
-    None: the policy leaves the exit out. Minus infinity: the caller gave None, so no sample leaves there.
-
-    Args:
-        thresholds: as given by the caller.
-        policy: names the exits in use.
-        where: for the message, such as ``"this file"``.
-        remedy: for the message: how to include an exit, such as ``"export again"``.
-
-    Raises:
-        InputError: `thresholds` is not a list of N-1 numbers or None, or it has a number for an exit that is left out.
-    """
-    thresholds = threshold_list(thresholds)
-    if len(thresholds) != policy.num_exits - 1:
-        raise InputError(
-            f"{len(thresholds)} thresholds given for {policy.num_exits} exits; give {policy.num_exits - 1}"
-        )
-    if any(t is not None and math.isnan(t) for t in thresholds):
-        raise InputError(f"thresholds must be numbers, or None for never; got {thresholds}")
-    for n, (given, own) in enumerate(zip(thresholds, policy.thresholds, strict=True), 1):
-        if own is None and given is not None:
-            raise InputError(
-                f"exit {n} was left out of {where} (its threshold was never); give None for it, or {remedy}"
-            )
-    return tuple(
-        None if own is None else (-math.inf if given is None else given)
-        for given, own in zip(thresholds, policy.thresholds, strict=True)
-    )

@@ -17,6 +17,8 @@ from ..files import check_path, regular
 from .checksum import check_seal
 from .engine import Engine, Graph, read_metadata
 from .input_checks import Input
+from .staged_engine import StagedEngine
+from .staged_files import MANIFEST, read_manifest
 
 if TYPE_CHECKING:
     from .verification import Verification
@@ -52,7 +54,7 @@ def load(
     """Open a file that `export` wrote.
 
     Args:
-        path: the ``.onnx`` file.
+        path: the ``.onnx`` file, or the folder that ``export(..., layout="stages")`` wrote.
         threads: threads within an operator; by default the runtime chooses.
         providers: ONNX Runtime execution providers, in order of preference, each a name or a pair of a name and its
             options; by default the CPU.
@@ -61,7 +63,7 @@ def load(
         verify: first compare the outputs for the samples stored in the file, as `verify` does.
 
     Returns:
-        An `Engine`; call it with a batch.
+        An `Engine`, or a `StagedEngine` for a folder; call it with a batch.
 
     Raises:
         FileError: the file does not exist, is damaged (its checksum differs), was not written by BranchyNet, cannot
@@ -96,20 +98,34 @@ def load(
         raise FileError(f"there is no file {path}; write one with export(...)")
     if (Path(path) / "model.onnx").is_file():
         raise FileError(f"cannot read {path}: it is a folder; load the file in it, {Path(path) / 'model.onnx'}")
-    sealed = check_seal(regular(path))
-    if runtime == "openvino":
-        with needed_by("runtime='openvino'", extra="openvino"):
-            from .openvino_engine import open_in_openvino
-
-            graph = open_in_openvino(path, threads)
+    arguments = (str(Path(path).absolute()), threads, providers, runtime)
+    if Path(path).is_dir() and (Path(path) / MANIFEST).exists():
+        manifest, metadata = read_manifest(path)
+        files = [Path(path) / stage.file for stage in manifest.stages]
+        graphs = [_open_in(runtime, file, threads, chosen) for file in files]
+        sealed = "".join(stage.sha256 for stage in manifest.stages)
+        engine = StagedEngine(runtime, manifest, metadata, graphs, (_reopened, (*arguments, sealed)))
     else:
-        graph = _open(path, threads, chosen)
-    engine = Engine(runtime, graph, (_reopened, (str(Path(path).absolute()), threads, providers, runtime, sealed)))
+        sealed = check_seal(regular(path))
+        graph = _open_in(runtime, path, threads, chosen)
+        if stage := graph.metadata.get("stage"):
+            folder = Path(path).absolute().parent
+            raise FileError(f"{path} is stage {stage} of a staged network; load its folder, {folder}")
+        engine = Engine(runtime, graph, (_reopened, (*arguments, sealed)))
     if verify:
         with needed_by("verify=True"):
             from .verification import check_or_raise
         check_or_raise(engine, path)
     return engine
+
+
+def _open_in(runtime: str, path: str | os.PathLike[str], threads: int | None, providers: Sequence[Provider]) -> Graph:
+    """Open one ONNX file in a runtime. Raise `FileError`."""
+    if runtime != "openvino":
+        return _open(path, threads, providers)
+    with needed_by("runtime='openvino'", extra="openvino"):
+        from .openvino_engine import open_in_openvino
+    return open_in_openvino(path, threads)
 
 
 def _reopened(path: str, threads: Any, providers: Any, runtime: Any, sealed: str | None) -> Engine:

@@ -19,7 +19,8 @@ from ..nn.checks import check_network, device_of, resolve_device
 from ..policy.exit_rule import as_deployed, stays
 from ..policy.prediction import Prediction, concatenated
 from ..policy.values import Policy
-from .input_checks import Input, check_thresholds, checked_inputs
+from .call_thresholds import Thresholds, call_thresholds, check_lengths, thresholds_of_rows
+from .input_checks import Input, checked_inputs
 from .reference_outputs import answers_alone
 from .tolerance import differences, tolerances
 
@@ -105,13 +106,14 @@ class TorchEngine:
         self._later = tuple({t.name for s in cut.stages[i + 1 :] for t in s.takes} for i in range(len(cut.stages)))
         self._check(net, moved)
 
-    def __call__(self, /, *inputs: Any, thresholds: Sequence[float | None] | None = None, **named: Any) -> Prediction:
+    def __call__(self, /, *inputs: Any, thresholds: Thresholds | None = None, **named: Any) -> Prediction:
         """Predict a batch of any size, including zero. Each sample leaves at the first exit with a low enough score.
 
         Args:
             inputs: arrays or tensors that match the attribute `inputs`, all with the same batch size; or one mapping
                 from input names to them.
             thresholds: N-1 thresholds for this call instead of the policy's; None means that no sample leaves there.
+                Each may be an array `(B,)`, with one threshold per sample; or give a list of B policies.
             named: the inputs that are not given by position, by name.
 
         Returns:
@@ -123,23 +125,29 @@ class TorchEngine:
         taken, rows = checked_inputs(inputs, named, self.inputs)
         if rows > self._most:
             parts = [slice(start, start + self._most) for start in range(0, rows, self._most)]
+            given = [thresholds_of_rows(thresholds, part, rows) for part in parts]
             return concatenated(
-                [self(*(given[part] for given in taken.values()), thresholds=thresholds) for part in parts]
+                [self(*(x[part] for x in taken.values()), thresholds=own) for part, own in zip(parts, given, strict=True)]
             )
         used = self.policy.thresholds
         if thresholds is not None:
             remedy = "make an engine with a threshold there"
-            used = check_thresholds(thresholds, self.policy, where="this engine", remedy=remedy)
+            used = call_thresholds(thresholds, self.policy, where="this engine", remedy=remedy)
+            check_lengths([t for t in used if isinstance(t, np.ndarray)], rows)
         if not rows:
             tail = self._cut.output_shape
             output, label = np.empty((0, *tail), np.float32), np.empty((0, *tail[1:]), np.int64)
             return Prediction(label, np.empty(0, np.int64), np.empty(0, np.float32), output)
-        limits = as_deployed([t for t in used if t is not None]).tolist()
+        limits = [
+            torch.from_numpy(t).to(self.device) if isinstance(t, np.ndarray) else as_deployed([t]).item()
+            for t in used
+            if t is not None
+        ]
         with torch.inference_mode():
             output, score, exit = self._answer([_tensor(given).to(self.device) for given in taken.values()], limits)
             return Prediction(*(t.cpu().numpy() for t in (output.argmax(dim=1), exit, score, output)))
 
-    def _answer(self, inputs: Sequence[Tensor], thresholds: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+    def _answer(self, inputs: Sequence[Tensor], thresholds: Sequence[float | Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return every sample's (output, score, exit), given the thresholds of the enabled exits except the last."""
         held = {name: (tensor, 0) for name, tensor in zip(self._cut.inputs, inputs, strict=True)}
         left: list[Tensor | None] = [None]  # the remaining rows after each narrowing of the batch; None for all
@@ -155,6 +163,8 @@ class TorchEngine:
             answer = _put_back(answer, output, score, stage.exit, left[0])
             if threshold is None:
                 break
+            if isinstance(threshold, Tensor) and left[0] is not None:
+                threshold = threshold.index_select(0, left[0])
             deeper = stays(score, threshold).nonzero().squeeze(1)
             if not len(deeper):
                 break

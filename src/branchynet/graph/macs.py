@@ -37,6 +37,11 @@ def exit_macs(flat: FlatGraph) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(trunk), tuple(branch)
 
 
+def graph_macs(graph: ir.Graph) -> float:
+    """Return the multiply-accumulates per sample of a whole graph; NaN if they are unknown."""
+    return sum((_node_macs(node) for node in graph), 0.0)
+
+
 def _node_macs(node: ir.Node) -> float:
     """Multiply-accumulates of one node; NaN if a size is unknown."""
     inner = [sum(_node_macs(each) for each in graph) for graph in graphs_of(node)]

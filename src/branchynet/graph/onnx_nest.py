@@ -23,9 +23,9 @@ _SHARED_BYTES = 1 << 16  # larger initializers that several stages use are store
 def nest(flat: FlatGraph, policy: Policy, *, thresholds: str = "default") -> ir.Model:
     """Nest the exits that `policy` enables.
 
-    The inputs of the model are the inputs of the network and, per enabled exit except the last, a ``threshold_n`` (1,)
-    float32. Its outputs are ``label`` int64, ``exit`` int64 (from 1), ``score`` float32 and ``output`` float32, each
-    with a leading batch dimension.
+    The inputs of the model are the inputs of the network and, per enabled exit except the last, a ``threshold_n``
+    float32 (1,); a required one may also have one number per sample. Its outputs are ``label`` int64, ``exit`` int64
+    (from 1), ``score`` float32 and ``output`` float32, each with a leading batch dimension.
 
     Args:
         flat: a flat graph with scores.
@@ -71,15 +71,17 @@ class _NestedGraph:
         self.exits, self.needs, self.stage, self.plans = found.exits, found.needs, found.stage, found.plans
         self.sections = [GraphBuilder(i + 1) for i in range(len(self.exits))]
         self.thresholds: list[ir.Value] = []
+        self.per_sample = False  # whether the thresholds may have one number per sample
+        self.zeros: ir.Value | None = None  # one per sample, made where thresholds per sample need it
         self.index: dict[tuple[int, int], ir.Value] = {}  # (i, j): the rows of level i's batch that reach level j
 
     def model(self, required_thresholds: bool) -> ir.Model:
-        outermost = self.sections[0]
+        outermost, self.per_sample = self.sections[0], required_thresholds and self.flat.dynamic
         inputs = _copy_inputs(self.flat, outermost)
         for n in self.exits[:-1]:
             threshold = self.policy.thresholds[n - 1]
             name = f"threshold_{n}"
-            value = ir.val(name, ir.DataType.FLOAT, [1])
+            value = ir.val(name, ir.DataType.FLOAT, [f"rows_of_{name}" if self.per_sample else 1])
             if not required_thresholds:
                 value.const_value = ir.tensor(as_deployed([threshold]), name=name)
                 outermost.initializers[name] = value
@@ -105,17 +107,39 @@ class _NestedGraph:
         if i + 1 == len(self.exits):
             if i:
                 return [output, score]
-            # Not with Shape: plain OpenVINO miscomputes a quantized convolution if a ShapeOf reads its output.
-            least = section.constant("least", np.array([-np.inf], np.float32))
-            never = section.op("Less", [score, least], name="never", type=BOOL, shape=batch)
-            number = section.op("Cast", [never], {"to": ir.DataType.INT64}, name="none", type=INT64, shape=batch)
+            number = self._zeros(i, score, INT64)
             last = section.constant("last", np.array([self.exits[i]], np.int64))
             exit = section.op("Add", [last, number], name="exit", type=INT64, shape=batch)
             return [output, score, exit]
-        leaves = section.op("Less", [score, self.thresholds[i]], name="leaves", type=BOOL, shape=batch)
+        leaves = section.op("Less", [score, self._threshold(i)], name="leaves", type=BOOL, shape=batch)
         exit = self._number(i, leaves)
         merged = self._if(i, leaves, [output, score] + ([exit] if i + 2 < len(self.exits) else []))
         return merged if len(merged) == 3 else [*merged, exit]
+
+    def _threshold(self, i: int) -> ir.Value:
+        """The thresholds of level i: (1,), or one for each of its samples if they may be given per sample."""
+        threshold, section = self.thresholds[i], self.sections[i]
+        if i == 0 or not self.per_sample:
+            return threshold
+        if self.zeros is None:
+            self.zeros = self._zeros(0, self._localize(self.needs[0][1], 0), FLOAT)
+        rows = self.sections[0].op(
+            "Add", [threshold, self.zeros], name=f"{threshold.name}/rows", type=FLOAT, shape=self.zeros.shape
+        )
+        return section.op(
+            "Gather", [rows, self._rows(0, i)], {"axis": 0}, name=f"{threshold.name}/stay", type=FLOAT,
+            shape=[section.batch],
+        )  # fmt: skip
+
+    def _zeros(self, i: int, score: ir.Value, dtype: ir.TensorType) -> ir.Value:
+        """A zero for every sample of level i.
+
+        Not made with Shape: plain OpenVINO miscomputes a quantized convolution if a ShapeOf reads its output.
+        """
+        section = self.sections[i]
+        least = section.constant("least", np.array([-np.inf], np.float32))
+        never = section.op("Less", [score, least], name="never", type=BOOL, shape=score.shape)
+        return section.op("Cast", [never], {"to": dtype.dtype}, name="none", type=dtype, shape=score.shape)
 
     def _number(self, i: int, leaves: ir.Value) -> ir.Value:
         """The exit of every sample, as if the next exit were the last: ``next - leaves * (next - this)``.

@@ -1,0 +1,115 @@
+"""Check the thresholds of a call to an engine.
+
+Shape letters: B samples in a batch, N exits.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..argument_checks import ordered, threshold_list
+from ..errors import InputError
+from ..policy.values import Floats, Policy
+
+Thresholds = Sequence[float | NDArray[Any] | None] | Sequence[Policy]
+
+
+def call_thresholds(thresholds: Any, policy: Policy, *, where: str, remedy: str) -> tuple[float | Floats | None, ...]:
+    """Return the thresholds of a call, one per early exit: a number, or `(B,)` numbers.
+
+    Args:
+        thresholds: for each exit but the last a number, `(B,)` numbers as an array or tensor, or None; or B policies.
+        policy: names the exits in use.
+        where: for the message, such as ``"this file"``.
+        remedy: for the message: how to include a left-out exit, such as ``"export again"``.
+
+    Raises:
+        InputError: as `check_thresholds`, or the policies have another score.
+    """
+    given = list(ordered("thresholds", thresholds, "give a number for each exit but the last, or None for never"))
+    if given and all(isinstance(one, Policy) for one in given):
+        given = _of_policies(given, policy)
+    rows = {n: values for n, t in enumerate(given) if (values := _rows(t)) is not None}
+    numbers = check_thresholds(
+        [0.0 if n in rows else t for n, t in enumerate(given)], policy, where=where, remedy=remedy
+    )
+    return tuple(rows.get(n, number) for n, number in enumerate(numbers))
+
+
+def thresholds_of_rows(thresholds: Any, part: slice, samples: int) -> Any:
+    """Return the thresholds of a part of a batch of `samples`."""
+    if thresholds is None or not hasattr(thresholds, "__iter__"):
+        return thresholds
+    given = list(thresholds)
+    if given and all(isinstance(one, Policy) for one in given):
+        return given[part]
+    return [t[part] if (values := _rows(t)) is not None and len(values) == samples else t for t in given]
+
+
+def check_lengths(thresholds: Iterable[Floats], samples: int) -> None:
+    """Raise `InputError` unless each has one number, or one per sample."""
+    for values in thresholds:
+        if len(values) not in (1, samples):
+            raise InputError(f"thresholds are given for {len(values)} samples, but the batch has {samples}")
+
+
+def _of_policies(policies: Sequence[Policy], policy: Policy) -> list[Any]:
+    """Return the thresholds per exit of B policies; minus infinity where one has none."""
+    for one in policies:
+        if one.num_exits != policy.num_exits or one.score != policy.score:
+            raise InputError(f"a policy per sample must have the exits and the score of {policy}; got {one}")
+    columns = zip(*(one.thresholds for one in policies), strict=True)
+    return [
+        None if set(column) == {None} else np.array([-math.inf if t is None else t for t in column])
+        for column in columns
+    ]
+
+
+def _rows(threshold: Any) -> Floats | None:
+    """Return thresholds per sample as an array; None for a single number and for what is none."""
+    if getattr(threshold, "ndim", 0) != 1:
+        return None
+    values = threshold.detach().cpu().numpy() if hasattr(threshold, "detach") else threshold
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiu":
+        raise InputError(f"thresholds per sample must be numbers; got {values!r:.80}")
+    if np.isnan(values).any():
+        raise InputError("thresholds per sample must be numbers, or minus infinity for never; got NaN")
+    with np.errstate(over="ignore"):  # a threshold beyond float32 is infinite
+        return values.astype(np.float32)
+
+
+def check_thresholds(
+    thresholds: Sequence[float | None], policy: Policy, *, where: str, remedy: str
+) -> tuple[float | None, ...]:
+    """Return the thresholds of a call as the engine uses them, one per early exit.
+
+    None: the policy leaves the exit out. Minus infinity: the caller gave None, so no sample leaves there.
+
+    Args:
+        thresholds: as given by the caller.
+        policy: names the exits in use.
+        where: for the message, such as ``"this file"``.
+        remedy: for the message: how to include an exit, such as ``"export again"``.
+
+    Raises:
+        InputError: `thresholds` is not a list of N-1 numbers or None, or it has a number for an exit that is left out.
+    """
+    thresholds = threshold_list(thresholds)
+    if len(thresholds) != policy.num_exits - 1:
+        raise InputError(
+            f"{len(thresholds)} thresholds given for {policy.num_exits} exits; give {policy.num_exits - 1}"
+        )
+    if any(t is not None and math.isnan(t) for t in thresholds):
+        raise InputError(f"thresholds must be numbers, or None for never; got {thresholds}")
+    for n, (given, own) in enumerate(zip(thresholds, policy.thresholds, strict=True), 1):
+        if own is None and given is not None:
+            raise InputError(
+                f"exit {n} was left out of {where} (its threshold was never); give None for it, or {remedy}"
+            )
+    return tuple(
+        None if own is None else (-math.inf if given is None else given)
+        for given, own in zip(thresholds, policy.thresholds, strict=True)
+    )

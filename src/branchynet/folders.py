@@ -1,0 +1,91 @@
+"""Write folders of files, whole or not at all."""
+
+import contextlib
+import glob
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import FileError
+from .files import _sync, _umask, _unwritable, check_path, fcntl, make_folder
+
+
+@contextlib.contextmanager
+def replacing_folder(path: str | os.PathLike[str], known_by: str) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`, and rename it to `path` if the block succeeds.
+
+    An earlier folder of the same kind is replaced. Folders that killed processes left for `path` are removed.
+
+    Args:
+        path: the folder to write.
+        known_by: the name of a file that such a folder holds. A folder without it is not replaced, unless it is empty.
+
+    Raises:
+        FileError: the folder cannot be written, or `path` is something else.
+    """
+    check_path(path)
+    final = Path(os.path.realpath(path))
+    if final.exists() and not (final.is_dir() and ((final / known_by).is_file() or not any(final.iterdir()))):
+        raise FileError(f"cannot write {path}: it exists and holds no {known_by}; give the path of a new folder")
+    make_folder(final.parent, path)
+    temporary = handle = None
+    try:
+        _remove_partial_folders(final)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}-", suffix=".partial", dir=final.parent))
+        handle = _locked_folder(temporary)
+        yield temporary
+        for file in temporary.iterdir():
+            _sync(file, os.O_RDWR)
+            file.chmod(0o666 & ~_umask())
+        temporary.chmod(0o777 & ~_umask())
+        _exchange(temporary, final)
+        with contextlib.suppress(OSError):  # not every system can sync a folder
+            _sync(final.parent, os.O_RDONLY)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def _exchange(new: Path, final: Path) -> None:
+    """Rename `new` to `final`; if that fails, an earlier `final` is back at its place."""
+    if not final.exists():
+        new.rename(final)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{final.name}-", suffix=".partial", dir=final.parent))
+    final.replace(old)
+    try:
+        new.rename(final)
+    except OSError:
+        old.rename(final)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _locked_folder(folder: Path) -> int | None:
+    """Open and lock a folder, until the handle is closed or the process ends."""
+    if fcntl is None:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return handle
+
+
+def _remove_partial_folders(final: Path) -> None:
+    """Remove the temporary folders of `final` that no running process is writing."""
+    if fcntl is None:
+        return
+    for partial in final.parent.glob(f".{glob.escape(final.name)}-*.partial"):
+        with contextlib.suppress(OSError):  # locked by its writer, removed meanwhile, or owned by another user
+            handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(partial)
+            finally:
+                os.close(handle)
