@@ -319,9 +319,9 @@ WRONG = {
         lambda: export(net, "a.onnx", policy=policy, example=x, samples=True),
         "samples must be a whole number; got True",
     ),
-    "export(promise=number)": (
-        lambda: export(net, "a.onnx", policy=policy, example=x, promise=0.95),
-        "promise must be a str or None; got 0.95",
+    "export(layout=unknown)": (
+        lambda: export(net, "a.onnx", policy=policy, example=x, layout="staged"),  # pyright: ignore[reportArgumentType]
+        "layout 'nested' or 'stages'; got 'default', 'dynamic' and 'staged'",
     ),
     "record(loss=text)": (lambda: silent(net, loader, loss="ce"), "loss must be a function.*got 'ce'"),
     "record(loss=class)": (lambda: silent(net, loader, loss=nn.CrossEntropyLoss), r"give CrossEntropyLoss\(\)"),

@@ -156,19 +156,19 @@ class LengthFirst(nn.Module):
         return self.classify(x[-1])
 
 
-class LastOfTuple(nn.Module):
+class LastStep(nn.Module):
     def __init__(self):
         super().__init__()
         self.classify = nn.Linear(6, 3)
 
     def forward(self, x):
-        return self.classify(x[0][-1])
+        return self.classify(x[-1])
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_carried_values_have_their_batch_first(runtime, tmp_path):
     torch.manual_seed(0)
-    net = BranchyNet(LengthFirst(), {"first": LastOfTuple()}).eval()
+    net = BranchyNet(LengthFirst(), {"first": LastStep()}).eval()
     x = torch.randn(16, 5, 4)
     with torch.no_grad():
         outputs = np.stack([o.numpy() for o in net(x)], axis=1)

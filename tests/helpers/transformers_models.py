@@ -11,6 +11,7 @@ from torch import nn
 
 from branchynet import Policy, attach, load
 from branchynet.deploy.assembly import assemble
+from branchynet.deploy.staged_writing import save_stages
 from branchynet.deploy.torch_engine import TorchEngine
 from branchynet.graph.onnx_flat import flatten
 from branchynet.policy import scores
@@ -204,7 +205,9 @@ def check(case, folder):
     policy = Policy(thresholds=thresholds)
     ir.save(assemble(flat, policy), path)
     arrays = [i.numpy() for i in inputs.values()]
-    for engine in (load(path, threads=1), TorchEngine(net, policy, inputs)):
+    (folder / "stages").mkdir()
+    save_stages(folder / "stages", flat, policy)
+    for engine in (load(path, threads=1), load(folder / "stages", threads=1), TorchEngine(net, policy, inputs)):
         for batch in (1, 7, SAMPLES):
             for start in range(0, SAMPLES if batch > 1 else 8, batch):
                 rows = slice(start, start + batch)

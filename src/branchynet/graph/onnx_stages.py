@@ -98,7 +98,12 @@ class _Stage:
             dims = list(local.shape or ())
             order = _batch_first(list(range(len(dims))), axis)
             local = self.section.op(
-                "Transpose", [local], {"perm": order}, name="given", type=local.type, shape=_batch_first(dims, axis)
+                "Transpose",
+                [local],
+                {"perm": order},
+                name=f"{value.name}/given",
+                type=local.type,
+                shape=_batch_first(dims, axis),
             )
         local.name = _carried_name(value, axis)
         return local
