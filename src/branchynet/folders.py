@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import FileError
-from .files import _sync, _umask, _unwritable, check_path, fcntl, make_folder
+from .files import _sync, _unwritable, check_path, fcntl, make_folder
 
 
 @contextlib.contextmanager
@@ -36,10 +36,11 @@ def replacing_folder(path: str | os.PathLike[str], known_by: str) -> Iterator[Pa
         temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}-", suffix=".partial", dir=final.parent))
         handle = _locked_folder(temporary)
         yield temporary
+        os.umask(mask := os.umask(0))
         for file in temporary.iterdir():
             _sync(file, os.O_RDWR)
-            file.chmod(0o666 & ~_umask())
-        temporary.chmod(0o777 & ~_umask())
+            file.chmod(0o666 & ~mask)
+        temporary.chmod(0o777 & ~mask)
         _exchange(temporary, final)
         with contextlib.suppress(OSError):  # not every system can sync a folder
             _sync(final.parent, os.O_RDONLY)

@@ -127,7 +127,7 @@ def export(
     if isinstance(policy, Choice):
         check_same_network("the network and the choice", notes["network"], policy.network)
         notes["chosen_on"] = policy.record_digest
-        notes["promise"] = policy.promise and str(policy.promise)
+        notes["promise"] = _promise_of(policy)
         policy = policy.policy
     if policy is not None:
         check_policy(policy, net, example)
@@ -165,6 +165,14 @@ def export(
                 raise
             raise GraphError(f"{error}{reason}") from error
     return Path(path)
+
+
+def _promise_of(choice: Choice) -> str:
+    """Return what the thresholds promise, or that they promise nothing."""
+    if choice.promise is not None:
+        return str(choice.promise)
+    limits = ", ".join(f"{limit} {value:g}" for limit, value in choice.constraint.items())
+    return f"none; chosen for {limits} on {choice.outcome.samples} validation samples"
 
 
 @torch.no_grad()

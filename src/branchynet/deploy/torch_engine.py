@@ -127,7 +127,10 @@ class TorchEngine:
             parts = [slice(start, start + self._most) for start in range(0, rows, self._most)]
             given = [thresholds_of_rows(thresholds, part, rows) for part in parts]
             return concatenated(
-                [self(*(x[part] for x in taken.values()), thresholds=own) for part, own in zip(parts, given, strict=True)]
+                [
+                    self(*(x[part] for x in taken.values()), thresholds=own)
+                    for part, own in zip(parts, given, strict=True)
+                ]
             )
         used = self.policy.thresholds
         if thresholds is not None:

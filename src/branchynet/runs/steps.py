@@ -162,8 +162,6 @@ def export_run(run: Run, path: Path | None = None, *, progress: bool = False, **
     choice = Choice.load(run.file("choice.json", "choose"))
     net, data = load_run(run)
     check_choice(run.path, choice, fingerprint(net))
-    limit, value = next(iter(choice.constraint.items()))
-    unpromised = f"none; chosen for {limit} {value:g} on {choice.outcome.samples} validation samples"
     report_progress(progress, "exporting, and comparing the file with PyTorch")
     return export(
         net,
@@ -172,7 +170,6 @@ def export_run(run: Run, path: Path | None = None, *, progress: bool = False, **
         example=example_of(data),
         labels=data.classes,
         preprocessing=data.preprocessing,
-        promise=unpromised if choice.promise is None else None,
         **options,
     )
 
