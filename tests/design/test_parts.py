@@ -126,7 +126,7 @@ def random_times(generator, taps, candidates, rows):
 
 
 def seconds_of(part, true, taps):
-    """The time of a graph of `_Parts` in a model in which parts add up; `taps` are the branches' positions."""
+    """The time of a graph of `_part_calls` in a model in which parts add up; `taps` are the branches' positions."""
     name, _, n = part.partition(" ")
     n = int(n or 0)
     here = [i for i, tap in enumerate(taps) if tap == n]
@@ -156,13 +156,13 @@ def test_times_of_parts_follow_from_those_of_whole_graphs(single, monkeypatch):
     reach = np.cumsum(generator.uniform(5, 20, len(pool.net.taps) + 1))
     true = Batch(1, reach, reach[-1] - 1, generator.uniform(1, 9, len(taps)),
                  generator.uniform(0, 1, len(reach) - 1), generator.uniform(1, 3, len(reach) - 1))  # fmt: skip
-    made = part_times._Parts.__init__
+    made = part_times._part_calls
 
-    def remembered(self, *args):
-        made(self, *args)
-        names[:] = self.calls
+    def remembered(*args):
+        names[:] = calls = made(*args)
+        return calls
 
-    monkeypatch.setattr(part_times._Parts, "__init__", remembered)
+    monkeypatch.setattr(part_times, "_part_calls", remembered)
     monkeypatch.setattr(
         part_times, "samples_of", lambda calls, _: np.array([[seconds_of(name, true, taps)] * 3 for name in names])
     )

@@ -19,6 +19,7 @@ from branchynet.policy.record_scores import scores_of_record
 from branchynet.policy.scores import entropy
 from branchynet.policy.values import Policy
 from branchynet.profiling import benchmark as module
+from branchynet.profiling import part_engines
 from branchynet.profiling.benchmark import _time, bench
 from helpers.onnx_graphs import flat_lenet
 
@@ -58,7 +59,7 @@ def policy(record):
 def cached(monkeypatch):
     """The export of B-LeNet is at hand."""
     net, flat = flat_lenet()
-    real = module.flatten
+    real = part_engines.flatten
 
     def flatten(given, example, *, score=None, dynamic):
         if given is not net or not dynamic:
@@ -66,7 +67,7 @@ def cached(monkeypatch):
         assert score is entropy and example[0].shape == (2, 1, 28, 28)
         return flat
 
-    monkeypatch.setattr(module, "flatten", flatten)
+    monkeypatch.setattr(part_engines, "flatten", flatten)
 
 
 def write(folder, policy, name="model", flat=None, **options):
@@ -329,7 +330,7 @@ def test_averaged_exits_are_compared_with_the_network_without_branches(tmp_path,
 
     monkeypatch.setattr(module, "part_engines", spying)
     monkeypatch.setattr(module, "passes_in_turns", watched)
-    monkeypatch.setattr(module, "flatten", flatten)
+    monkeypatch.setattr(part_engines, "flatten", flatten)
     path = export(net, tmp_path / "m.onnx", policy=Policy(thresholds=(0.5,)), example=data[0][:8])
     bench(path, net, data, Target(64), seed=0)
     order = np.random.default_rng(0).permutation(SAMPLES)[:64]

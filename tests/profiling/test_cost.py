@@ -14,8 +14,9 @@ from branchynet.graph.onnx_flat import flatten
 from branchynet.nn.averaging import averaged
 from branchynet.policy.exit_cost import ExitCost
 from branchynet.profiling import cost as module
+from branchynet.profiling import part_engines
 from branchynet.profiling.cost import _apart, each_row, measure
-from branchynet.profiling.part_engines import leaving_engines, part_engines
+from branchynet.profiling.part_engines import leaving_engines
 from branchynet.profiling.target import Target
 from helpers.networks import tokens
 from helpers.onnx_graphs import Sketch, flat_lenet, flat_of, grey_images
@@ -91,11 +92,11 @@ def lenet(monkeypatch):
     """B-LeNet, whose export is at hand."""
     net, flat = flat_lenet()
 
-    def cached(given_net, example, *, score):
+    def cached(given_net, example, *, score, dynamic):
         assert given_net is net and callable(score)
         return flat
 
-    monkeypatch.setattr(module, "flatten", cached)
+    monkeypatch.setattr(part_engines, "flatten", cached)
     return net
 
 
@@ -136,7 +137,7 @@ def test_the_plain_network_of_averaged_exits_is_the_backbone(monkeypatch):
 
     def spied(flat, *args, plain, **options):
         assert [node.op_type for node in plain.model.graph].count("Conv") == 3  # the fourth is in the branch
-        made.update(part_engines(flat, *args, plain=plain, **options))
+        made.update(part_engines.part_engines(flat, *args, plain=plain, **options))
         return made
 
     monkeypatch.setattr(module, "part_engines", spied)
@@ -201,7 +202,7 @@ def test_part_engines_compute_the_exits_in_their_names(tmp_path):
     x = grey_images(2)
     with torch.no_grad():
         outputs = [o.numpy() for o in net(x)]
-    engines = part_engines(flat, tmp_path, Target())
+    engines = part_engines.part_engines(flat, tmp_path, Target())
     last = {"plain": 2, "upto_1": 1, "upto_2": 2, "alone_2": 2}
     scores = {"plain": 0, "upto_1": 1, "upto_2": 2, "alone_2": 1}
     assert engines.keys() == last.keys()
@@ -210,7 +211,7 @@ def test_part_engines_compute_the_exits_in_their_names(tmp_path):
         np.testing.assert_allclose(output, outputs[last[name] - 1], atol=1e-5)
         np.testing.assert_array_equal(label, output.argmax(1))
         assert [r.shape for r in rest] == [(2,)] * scores[name]
-    assert part_engines(flat, tmp_path, Target(), enabled=[2], alone=False).keys() == {"plain", "upto_2"}
+    assert part_engines.part_engines(flat, tmp_path, Target(), enabled=[2], alone=False).keys() == {"plain", "upto_2"}
 
 
 # Multiply-accumulates

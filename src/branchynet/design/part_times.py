@@ -4,7 +4,7 @@ Times are per call of a whole batch, with warm weights. Shape letters: K candida
 """
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,11 @@ import numpy as np
 from ..deploy.assembly import assemble
 from ..errors import GraphError, as_graph_errors
 from ..graph.onnx_flat import FlatGraph
-from ..graph.torch_program import tensors_of
 from ..policy.exit_cost import ExitCost
 from ..policy.values import Floats, Policy
 from ..profiling.clock import samples_of
 from ..profiling.cost import each_row, two_sizes
-from ..profiling.part_engines import ALWAYS, NEVER, opened
+from ..profiling.part_engines import ALWAYS, NEVER, calls_of_sizes, opened
 from ..profiling.target import Target
 from .candidates import CandidateNetwork
 
@@ -42,6 +41,14 @@ class Batch:
     branch: Floats
     leave: Floats
     stay: Floats
+
+    def stages(self, chosen: Sequence[int], taps: Sequence[int]) -> Floats:
+        """Return microseconds per call of trunk segments and of branches, `(2, N)`, if all rows reach them."""
+        trunk = np.diff([0.0, *self.reach[taps], self.reach[-1]])
+        branch = np.append(self.branch[list(chosen)] + self.leave[taps], 0.0)
+        # Staying costs more than leaving: count the difference with the next segment.
+        trunk[1:] += np.maximum(0.0, self.stay[taps] - self.leave[taps])
+        return np.stack([np.maximum(0.0, trunk), branch])
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,45 +79,36 @@ class StageTimes:
 
         Fixed parts are counted as in `each_row`. Without candidates it is the plain trunk, which needs no score.
         """
-        if not len(chosen):
-            return ExitCost((self.plain_us,), (0.0,), batch_size=self.whole.rows, threads=self.threads)
-        taps = [self.taps[i] for i in chosen]
-        whole, part = (self._parts(batch, chosen, taps) for batch in (self.whole, self.part))
-        trunk, branch = each_row(whole, part, self.whole.rows, self.part.rows)
+        trunk, branch = [self.plain_us], [0.0]
+        if len(chosen):
+            taps = [self.taps[i] for i in chosen]
+            whole, part = (batch.stages(chosen, taps) for batch in (self.whole, self.part))
+            trunk, branch = each_row(whole, part, self.whole.rows, self.part.rows)
         return ExitCost(tuple(trunk), tuple(branch), batch_size=self.whole.rows, threads=self.threads)
 
-    @staticmethod
-    def _parts(batch: Batch, chosen: Sequence[int], taps: Sequence[int]) -> Floats:
-        """Return microseconds per call of trunk segments and of branches, `(2, N)`, if all rows reach them."""
-        trunk = np.diff([0.0, *batch.reach[taps], batch.reach[-1]])
-        branch = np.append(batch.branch[list(chosen)] + batch.leave[taps], 0.0)
-        # Staying costs more than leaving: count the difference with the next segment.
-        trunk[1:] += np.maximum(0.0, batch.stay[taps] - batch.leave[taps])
-        return np.stack([np.maximum(0.0, trunk), branch])
 
-
-def time_stages(
-    pool: CandidateNetwork,
-    flat: FlatGraph,
-    example: Any,
-    target: Target,
-    seconds: float,
-) -> StageTimes:
-    """Time the parts of a network with candidates for a target.
+def time_stages(pool: CandidateNetwork, flat: FlatGraph, example: Any, target: Target, seconds: float) -> StageTimes:
+    """Time the parts of a network with candidates, trained or not, for a target.
 
     Args:
-        pool: the network; its branches may be untrained.
+        pool: the network.
         flat: its graph, with scores.
         example: inputs, real ones if possible; repeated or cut to the rows of a call.
         target: the batch size, the threads and the runtime.
         seconds: approximate duration.
     """
     sizes = two_sizes(target.batch_size)
-    taps = [pool.net.taps.index(c.tap) for c in pool.candidates]
     with tempfile.TemporaryDirectory() as folder, as_graph_errors():
-        parts = _Parts(flat, pool, Path(folder), target)
-        found, spread = parts.timed(tensors_of(example), sizes, seconds)
-    return StageTimes(found[0], found[-1], tuple(taps), target.threads, spread)
+        calls = _part_calls(pool, flat, Path(folder), target)
+        taken = samples_of(calls_of_sizes(calls.values(), example, sizes), seconds)
+    us = np.median(taken, axis=1)
+    between = np.subtract(*np.quantile(taken, (0.75, 0.25), axis=1)) / us / np.sqrt(taken.shape[1])
+    found = [
+        _batch(pool, rows, dict(zip(calls, part.tolist(), strict=True)))
+        for rows, part in zip(sizes, np.split(us, len(sizes)), strict=True)
+    ]
+    taps = tuple(pool.net.taps.index(c.tap) for c in pool.candidates)
+    return StageTimes(found[0], found[-1], taps, target.threads, float(np.median(between)))
 
 
 def uncuttable(pool: CandidateNetwork, flat: FlatGraph) -> dict[str, GraphError]:
@@ -128,60 +126,40 @@ def _policy(pool: CandidateNetwork, position: int, threshold: float) -> Policy:
     return Policy(thresholds=tuple(threshold if i == position else None for i in range(len(pool.candidates))))
 
 
-class _Parts:
-    """Engines of graphs whose times give the times of the parts."""
+def _part_calls(pool: CandidateNetwork, flat: FlatGraph, folder: Path, target: Target) -> dict[str, Callable[..., Any]]:
+    """Return calls of graphs whose times give the times of the parts, by name."""
+    last = len(pool.candidates) + 1
+    outputs = {"plain": [f"output_{last}"], "last": [f"output_{last}", f"score_{last}"]}
+    outputs |= {f"alone {i}": [f"output_{i + 1}", f"score_{i + 1}"] for i in range(len(pool.candidates))}
+    policies = {}
+    for t, tap in enumerate(pool.net.taps):
+        positions = pool.at(tap)
+        if len(positions) > 1:
+            outputs[f"all {t}"] = [f"{kind}_{i + 1}" for i in positions for kind in ("output", "score")]
+        outputs[f"both {t}"] = [*outputs["last"], f"score_{positions[0] + 1}"]
+        policies[f"leave {t}"] = _policy(pool, positions[0], ALWAYS)
+        policies[f"stay {t}"] = _policy(pool, positions[0], NEVER)
+    parts = {name: engine.outputs for name, engine in opened(flat, folder, target, outputs).items()}
+    return {**parts, **opened(flat, folder, target, policies)}
 
-    def __init__(self, flat: FlatGraph, pool: CandidateNetwork, folder: Path, target: Target) -> None:
-        self.pool = pool
-        last = len(pool.candidates) + 1
-        outputs = {"plain": [f"output_{last}"], "last": [f"output_{last}", f"score_{last}"]}
-        for i in range(len(pool.candidates)):
-            outputs[f"alone {i}"] = [f"output_{i + 1}", f"score_{i + 1}"]
-        policies: dict[str, Policy] = {}
-        for t, tap in enumerate(pool.net.taps):
-            positions = pool.at(tap)
-            if len(positions) > 1:
-                outputs[f"all {t}"] = [f"{kind}_{i + 1}" for i in positions for kind in ("output", "score")]
-            outputs[f"both {t}"] = [f"output_{last}", f"score_{last}", f"score_{positions[0] + 1}"]
-            policies[f"leave {t}"] = _policy(pool, positions[0], ALWAYS)
-            policies[f"stay {t}"] = _policy(pool, positions[0], NEVER)
-        self.calls = {}
-        for k, (name, wanted) in enumerate(outputs.items()):
-            self.calls[name] = opened(assemble(flat, None, outputs=wanted), folder / f"{k}.onnx", target).outputs
-        for k, (name, policy) in enumerate(policies.items()):
-            self.calls[name] = opened(assemble(flat, policy), folder / f"exits-{k}.onnx", target)
 
-    def timed(self, example: Sequence[Any], sizes: Sequence[int], seconds: float) -> tuple[list[Batch], float]:
-        """Return times at each batch size, all taken in turns, and the relative spread of a median."""
-        batches = [[np.resize(t.numpy(), (rows, *t.shape[1:])) for t in example] for rows in sizes]
-        taken = samples_of(
-            [lambda c=call, b=batch: c(*b) for batch in batches for call in self.calls.values()], seconds
-        )
-        us = np.median(taken, axis=1)
-        between = np.subtract(*np.quantile(taken, (0.75, 0.25), axis=1)) / us / np.sqrt(taken.shape[1])
-        found = [
-            self._batch(rows, {name: float(t) for name, t in zip(self.calls, part, strict=True)})
-            for rows, part in zip(sizes, np.split(us, len(sizes)), strict=True)
-        ]
-        return found, float(np.median(between))
-
-    def _batch(self, rows: int, us: dict[str, float]) -> Batch:
-        pool = self.pool
-        branch, reach = np.zeros(len(pool.candidates)), np.zeros(len(pool.net.taps) + 1)
-        leave, stay = np.zeros(len(pool.net.taps)), np.zeros(len(pool.net.taps))
-        for t, tap in enumerate(pool.net.taps):
-            positions = pool.at(tap)
-            alone = np.array([us[f"alone {i}"] for i in positions])
-            # alone = reach + branch and all = reach + the sum of branches, so reach follows;
-            # of one branch both = last + branch.
-            if len(positions) > 1:
-                reach[t] = (alone.sum() - us[f"all {t}"]) / (len(positions) - 1)
-            else:
-                reach[t] = us[f"alone {positions[0]}"] - max(0.0, us[f"both {t}"] - us["last"])
-            reach[t] = np.clip(reach[t], 0.0, alone.min())
-            branch[positions] = alone - reach[t]
-            leave[t] = max(0.0, us[f"leave {t}"] - alone[0])
-            stay[t] = max(0.0, us[f"stay {t}"] - us[f"both {t}"])
-        reach[-1] = us["last"]
-        reach = np.minimum(np.maximum.accumulate(reach), reach[-1])
-        return Batch(rows, reach, us["plain"], branch, leave, stay)
+def _batch(pool: CandidateNetwork, rows: int, us: dict[str, float]) -> Batch:
+    """Return the times of the parts, from microseconds per call of each graph of `_part_calls`."""
+    branch, reach = np.zeros(len(pool.candidates)), np.zeros(len(pool.net.taps) + 1)
+    leave, stay = np.zeros((2, len(pool.net.taps)))
+    for t, tap in enumerate(pool.net.taps):
+        positions = pool.at(tap)
+        alone = np.array([us[f"alone {i}"] for i in positions])
+        # alone = reach + branch and all = reach + the sum of branches, so reach follows;
+        # for a single branch, both = last + branch.
+        if len(positions) > 1:
+            reach[t] = (alone.sum() - us[f"all {t}"]) / (len(positions) - 1)
+        else:
+            reach[t] = alone[0] - max(0.0, us[f"both {t}"] - us["last"])
+        reach[t] = np.clip(reach[t], 0.0, alone.min())
+        branch[positions] = alone - reach[t]
+        leave[t] = max(0.0, us[f"leave {t}"] - alone[0])
+        stay[t] = max(0.0, us[f"stay {t}"] - us[f"both {t}"])
+    reach[-1] = us["last"]
+    reach = np.minimum(np.maximum.accumulate(reach), reach[-1])
+    return Batch(rows, reach, us["plain"], branch, leave, stay)

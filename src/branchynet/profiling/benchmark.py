@@ -16,20 +16,19 @@ from ..deploy.engine import Engine
 from ..deploy.loading import load
 from ..deploy.onnx_file import model_metadata
 from ..errors import InputError, counted
-from ..graph.onnx_flat import FlatGraph, flatten
-from ..graph.quantize import Quantize, calibration_batches, quantized
+from ..graph.quantize import Quantize
 from ..graph.torch_program import tensors_of
 from ..nn.calls import first_rows
 from ..nn.fingerprint import fingerprint
-from ..nn.network import count_exits, plain_network
+from ..nn.network import count_exits
 from ..policy.exit_record import check_same_network
 from ..policy.fitted_scores import FittedScore
 from ..policy.scores import SCORES, Score, resolve
 from ..policy.values import score_name
 from .clock import passes_in_turns, ratio_spread
-from .part_engines import part_engines
+from .part_engines import flat_graphs, part_engines
 from .recording import Loss
-from .target import Target, listed
+from .target import Target, check_target
 
 Progress = Callable[[str], None]
 Arrays = tuple[NDArray[Any], ...]
@@ -53,7 +52,7 @@ def bench(
     """Time one exported file for one or several targets.
 
     For each target, the same inputs in random order go through the exported file, the plain network, and one graph
-    without decisions per exit, which computes the trunk and all enabled branches up to that exit, scores included.
+    without decisions per exit, which computes the trunk and all enabled branches up to that exit, with scores.
     Engines take turns every few calls; times are medians over repeats. ``speedup = plain / branchy``. ``limit_us`` is
     the mean time of the exits' graphs, weighted by the share of samples that leave there; ``overhead = branchy /
     limit``.
@@ -101,9 +100,10 @@ def bench(
         >>> row["batch"], row["branchy_us"] > 0
         (64, True)
     """
-    targets, given = _targets(path, targets), dict(about or {})
-    if unknown := given.keys() - _ABOUT:
-        raise InputError(f"about= has unknown keys {sorted(unknown)}; only {' and '.join(_ABOUT)} are allowed")
+    targets, given = _targets(path, targets), {"network": None, "plain_accuracy": None}
+    if unknown := set(about or ()) - given.keys():
+        raise InputError(f"about= has unknown keys {sorted(unknown)}; only {' and '.join(given)} are allowed")
+    given |= about or {}
     instance("data", data, (tuple, list), "give (inputs, target)")
     inputs, wanted = data
     engine = load(path, threads=targets[0].threads, runtime=targets[0].runtime)
@@ -119,13 +119,15 @@ def bench(
     quantize = _check_network(path, engine, net, inputs, calibration)
     order = np.random.default_rng(check_seed(seed)).permutation(len(arrays[0]))
     arrays = tuple(array[order] for array in arrays)
-    flat, plain = _graphs(net, inputs, function, engine.metadata["batch"] == "dynamic", quantize, calibration)
+    dynamic = engine.metadata["batch"] == "dynamic"
+    flat, plain, _ = flat_graphs(net, first_rows(inputs), function, quantize, calibration, dynamic=dynamic)
     rows = []
     for group in _alike(targets):
         if rows:
             engine = load(path, threads=group[0].threads, runtime=group[0].runtime)
         left, accuracy = _predict(engine, arrays, wanted[torch.from_numpy(order)], loss)
         results = {
+            "plain_accuracy": given["plain_accuracy"],
             "accuracy_branchy": accuracy,
             "exit_share": [float((left == n).mean()) for n in range(1, engine.num_exits + 1)],
             "thresholds": list(policy.thresholds),
@@ -138,20 +140,18 @@ def bench(
                 count = max(1, min(samples, len(order)) // target.batch_size) * target.batch_size
                 times = _row(engine, parts, tuple(a[:count] for a in arrays), enabled, target.batch_size, repeats)
                 settings = {"runtime": target.runtime, "batch": target.batch_size, "threads": target.threads}
-                named = {"network": given.get("network"), **settings}
-                rows.append({**named, **times, "plain_accuracy": given.get("plain_accuracy"), **results})
+                rows.append({"network": given["network"], **settings, **times, **results})
     return rows
-
-
-_ABOUT = ("network", "plain_accuracy")
 
 
 def _targets(path: str | os.PathLike[str], targets: Target | Sequence[Target] | None) -> list[Target]:
     """Return the targets as a list; by default those that fit the file."""
-    if targets is not None:
-        return listed(targets)
-    dynamic = model_metadata(path)["batch"] == "dynamic"
-    return [Target(size) for size in ((1, 64) if dynamic else (1,))]
+    if targets is None:
+        return [Target(size) for size in ((1, 64) if model_metadata(path)["batch"] == "dynamic" else (1,))]
+    found = [targets] if isinstance(targets, Target) else list(targets)
+    if not found:
+        raise InputError("targets is empty; give at least one Target, such as Target(batch_size=64)")
+    return [check_target(target) for target in found]
 
 
 def _alike(targets: Sequence[Target]) -> list[list[Target]]:
@@ -177,8 +177,7 @@ def _check_network(
     path: str | os.PathLike[str], engine: Engine, net: nn.Module, inputs: Any, calibration: Any
 ) -> Quantize | None:
     """Return how the file is quantized. Raise `InputError` for another network or calibration that does not fit."""
-    exits = count_exits(net, inputs)
-    if exits != engine.num_exits:
+    if (exits := count_exits(net, inputs)) != engine.num_exits:
         raise InputError(
             f"{path} has {engine.num_exits} exits and the network has {exits}; give the network that was exported"
         )
@@ -187,30 +186,16 @@ def _check_network(
         remedy = "int8: give calibration=, the samples it was quantized with"
         remedy = remedy if quantize else "float: leave calibration= out"
         raise InputError(f"{path} is {remedy}, because the graphs that it is compared with are quantized like it")
-    check_same_network(
-        f"{path} and net", engine.metadata.get("network"), fingerprint(net) + (f"-{quantize}" if quantize else "")
-    )
+    expected = "-".join(filter(None, [fingerprint(net), quantize]))
+    check_same_network(f"{path} and net", engine.metadata.get("network"), expected)
     return quantize
-
-
-def _graphs(
-    net: nn.Module, inputs: Any, score: Score, dynamic: bool, quantize: Quantize | None, calibration: Any
-) -> tuple[FlatGraph, FlatGraph | None]:
-    """Return the network's graph, and the plain network's if the last exit contains branches (averaged exits)."""
-    flat = flatten(net, first_rows(inputs), score=score, dynamic=dynamic)
-    alone = plain_network(net)
-    plain = None if alone is net else flatten(alone, first_rows(inputs), dynamic=dynamic)
-    if quantize:
-        flat = quantized(flat, calibration_batches(calibration, flat), quantize)
-        plain = plain and quantized(plain, calibration_batches(calibration, plain), quantize)
-    return flat, plain
 
 
 def _row(
     engine: Engine, parts: dict[str, Engine], arrays: Arrays, enabled: Sequence[int], batch: int, repeats: int
 ) -> dict[str, float | None]:
     """Return the times of one row, and their ratios."""
-    # Ties may fall differently at another batch size, so take the exits at this one.
+    # At another batch size, ties may leave at other exits.
     chunks = range(0, len(arrays[0]), batch)
     left = np.concatenate([engine(*(a[i : i + batch] for a in arrays)).exit for i in chunks])
     us, spread = _time(engine, parts, arrays, left, batch, repeats)
@@ -270,11 +255,7 @@ def _time(
     calls: dict[str, Any] = {"branchy": engine} | {name: graph.outputs for name, graph in parts.items()}
     if batch == 1:
         calls["in_order"] = [parts[f"upto_{n}"].outputs for n in left]
-        calls["sorted"] = [_instead(engine, batches[i]) for i in np.argsort(left, kind="stable")]
+        by_exit = [batches[i] for i in np.argsort(left, kind="stable")]
+        calls["sorted"] = [lambda *_, b=batch: engine(*b) for batch in by_exit]
     passes = passes_in_turns(calls, batches, repeats)
     return {name: float(np.median(us)) for name, us in passes.items()}, ratio_spread(passes["plain"], passes["branchy"])
-
-
-def _instead(engine: Engine, batch: Arrays) -> Callable[..., Any]:
-    """Return a call of the engine on this batch that ignores its arguments."""
-    return lambda *_: engine(*batch)

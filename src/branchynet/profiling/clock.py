@@ -13,12 +13,13 @@ _LONG = 0.05  # seconds
 _CALLS = 4
 _PATIENCE = 4
 _BLOCKS = 5
+Calls = Callable[..., Any] | Sequence[Callable[..., Any]]  # one for every batch, or one per batch
 _T95 = 2.776  # of Student's t-distribution with _BLOCKS - 1 degrees of freedom
 
 
 def interleaved(calls: Sequence[Callable[[], Any]], seconds: float, *, rounds: int = 400) -> list[float]:
     """Return median microseconds of each call, timed in turns. Each turn starts with calls that warm the weights."""
-    return [float(us) for us in np.median(samples_of(calls, seconds, rounds=rounds), axis=1)]
+    return np.median(samples_of(calls, seconds, rounds=rounds), axis=1).tolist()
 
 
 def until_steady(calls: Sequence[Callable[[], Any]], seconds: float, *, rounds: int = 400) -> tuple[list[float], float]:
@@ -30,9 +31,9 @@ def until_steady(calls: Sequence[Callable[[], Any]], seconds: float, *, rounds: 
     for n in range(_PATIENCE):
         _take_turns(calls, times, seconds, rounds * (n + 1))
         level = at_one_pace(times)
-        if spread_of(level) <= STEADY:
+        if (spread := spread_of(level)) <= STEADY:
             break
-    return [float(us) for us in np.median(level, axis=1)], spread_of(level)
+    return np.median(level, axis=1).tolist(), spread
 
 
 def spread_of(times: Floats) -> float:
@@ -74,31 +75,23 @@ def at_one_pace(times: Sequence[Sequence[float]]) -> Floats:
     """Return times `(calls, turns)` divided by the pace of their turn.
 
     The pace of a turn is the median, over calls, of its time relative to the call's median. On a shared machine the
-    pace changes within seconds, so that medians of single calls may not be comparable.
+    pace changes within seconds, so medians of single calls may not be comparable.
     """
     taken = np.array(times, np.float64)
     relative = taken / np.maximum(np.median(taken, axis=1, keepdims=True), 1e-9)
     return taken / np.maximum(np.median(relative, axis=0), 1e-9)
 
 
-def in_turns(
-    calls: Mapping[str, Callable[..., Any] | Sequence[Callable[..., Any]]],
-    batches: Sequence[Sequence[Any]],
-    repeats: int,
-) -> dict[str, float]:
+def in_turns(calls: Mapping[str, Calls], batches: Sequence[Sequence[Any]], repeats: int) -> dict[str, float]:
     """Return median microseconds per sample over the passes of `passes_in_turns`."""
     return {name: float(np.median(us)) for name, us in passes_in_turns(calls, batches, repeats).items()}
 
 
-def passes_in_turns(
-    calls: Mapping[str, Callable[..., Any] | Sequence[Callable[..., Any]]],
-    batches: Sequence[Sequence[Any]],
-    repeats: int,
-) -> dict[str, Floats]:
+def passes_in_turns(calls: Mapping[str, Calls], batches: Sequence[Sequence[Any]], repeats: int) -> dict[str, Floats]:
     """Return microseconds per sample of each of `repeats` passes over all batches, at one pace; names take turns.
 
-    A turn is 64 samples, and at least four calls. The first calls of a turn run with cold weights, so short turns would
-    measure only that. The first name in a round also reads cold inputs, so the order rotates.
+    A turn is 64 samples, and at least four calls: its first calls run with cold weights, and short turns would measure
+    only that. The first name in a round also reads cold inputs, so the order rotates.
 
     Args:
         calls: for each name, a function to call for every batch, or a sequence with one function per batch.

@@ -9,17 +9,13 @@ from torch import nn
 
 from ..argument_checks import real
 from ..errors import InputError, as_graph_errors
-from ..graph.macs import exit_macs
-from ..graph.onnx_flat import flatten
-from ..graph.quantize import Quantize, calibration_batches, check_quantize, quantized
-from ..graph.torch_program import tensors_of
+from ..graph.quantize import Quantize, check_quantize
 from ..nn.fingerprint import fingerprint
-from ..nn.network import plain_network
 from ..policy.exit_cost import ExitCost
 from ..policy.scores import Score, resolve
 from ..policy.values import Floats
 from .clock import until_steady
-from .part_engines import leaving_engines, part_engines
+from .part_engines import calls_of_sizes, flat_graphs, leaving_engines, part_engines
 from .target import Target, check_target
 
 _FEWER = 16  # ratio of the two timed batch sizes, which give the fixed cost of a stage
@@ -50,13 +46,13 @@ def measure(
         example: inputs, real ones if possible; repeated or cut to the target's batch size.
         target: the batch size, the threads and the runtime of the deployed file.
         score: the score, whose cost counts with each branch.
-        seconds: approximate duration; up to four times as long while the times are not steady.
+        seconds: approximate duration, or up to four times as long while the times are not steady.
         quantize: as for `export`, to time the int8 network.
         calibration: as for `export`.
 
     Returns:
         An `ExitCost` with microseconds and multiply-accumulates per sample. If its ``spread`` is above 0.03, other
-        programs kept the machine busy: measure again.
+        programs kept the machine busy; measure again.
 
     Raises:
         InputError: a target that is not a `Target`, an unknown score, or calibration batches that do not fit.
@@ -76,30 +72,20 @@ def measure(
     if real("seconds", seconds) < 0:
         raise InputError(f"seconds must not be negative; got {seconds:g}")
     check_quantize(quantize, calibration)
-    flat = flatten(net, example, score=resolve(score))
-    trunk_macs, branch_macs = exit_macs(flat)
-    alone = plain_network(net)
-    plain = None if alone is net else flatten(alone, example)
-    if quantize:
-        flat = quantized(flat, calibration_batches(calibration, flat), quantize)
-        plain = plain and quantized(plain, calibration_batches(calibration, plain), quantize)
+    flat, plain, macs = flat_graphs(net, example, resolve(score), quantize, calibration)
     sizes = two_sizes(batch_size)
     with tempfile.TemporaryDirectory() as folder, as_graph_errors():
         parts = part_engines(flat, Path(folder), target, plain=plain)
         leaving = leaving_engines(flat, Path(folder), target)
         calls = {name: engine.outputs for name, engine in parts.items()} | leaving
-        inputs = tensors_of(example)
-        batches = [[np.resize(t.numpy(), (rows, *t.shape[1:])) for t in inputs] for rows in sizes]
-        timed = [lambda c=call, b=batch: c(*b) for batch in batches for call in calls.values()]
-        times, spread = until_steady(timed, seconds)
+        times, spread = until_steady(calls_of_sizes(calls.values(), example, sizes), seconds)
     us = [dict(zip(calls, part, strict=True)) for part in np.split(np.array(times), len(sizes))]
     full, part = (_apart(us[k], flat.num_exits) for k in (0, -1))
     trunk, branch = each_row(full, part, sizes[0], sizes[-1])
     return ExitCost(
         tuple(trunk),
         tuple(branch),
-        trunk_macs,
-        branch_macs,
+        *macs,
         batch_size,
         target.threads,
         fingerprint(net),
@@ -130,8 +116,8 @@ def _apart(us: dict[str, float], exits: int) -> Floats:
 
     With C(n) = time of all exits up to n and A(n) = time of exit n alone, C(n) - A(n) is the cost of the branches
     before n. The trunk up to n is the rest of C(n), and the whole trunk is the plain network. The time of the deployed
-    network to leave at exit n, less C(n), is the cost of deciding at the exits up to n, and counts with their branches.
-    So trunk and branches add up to the time of the deployed network, or to more if noise makes a part negative.
+    network to leave at exit n, minus C(n), is the cost of deciding at the exits up to n; it counts with their branches.
+    Trunk and branches add up to the time of the deployed network, or to more if noise makes a part negative.
     """
     last = us.get("last", us["plain"])
     upto = np.array([us[f"upto_{n}"] for n in range(1, exits + 1)])

@@ -1,18 +1,44 @@
-"""Engines of parts of a network, whose times give the costs of its stages."""
+"""Graphs and engines of parts of a network, whose times give the costs of its stages."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
+from torch import nn
 
 from ..deploy.assembly import assemble
 from ..deploy.engine import Engine
 from ..deploy.loading import load
-from ..graph.onnx_flat import FlatGraph
+from ..graph.macs import exit_macs
+from ..graph.onnx_flat import FlatGraph, flatten
+from ..graph.quantize import Quantize, calibration_batches, quantized
+from ..graph.torch_program import tensors_of
+from ..nn.network import plain_network
+from ..policy.scores import Score
 from ..policy.values import Policy
 from .target import Target
 
 ALWAYS, NEVER = 3e38, -3e38  # thresholds that every score passes, and that none passes
+Macs = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def flat_graphs(
+    net: nn.Module, example: Any, score: Score, quantize: Quantize | None, calibration: Any, dynamic: bool = True
+) -> tuple[FlatGraph, FlatGraph | None, Macs]:
+    """Return the network's graph, the plain network's if the last exit reads branches (averaged exits), and their MACs.
+
+    The graphs are quantized as by `export`; multiply-accumulates are those of `exit_macs` before that.
+    """
+    graphs = [flatten(net, example, score=score, dynamic=dynamic)]
+    macs = exit_macs(graphs[0])
+    if (alone := plain_network(net)) is not net:
+        graphs.append(flatten(alone, example, dynamic=dynamic))
+    if quantize:
+        graphs = [quantized(graph, calibration_batches(calibration, graph), quantize) for graph in graphs]
+    return graphs[0], (graphs[1] if len(graphs) > 1 else None), macs
 
 
 def part_engines(
@@ -31,31 +57,37 @@ def part_engines(
     its score, if `plain` is given.
     """
     exits = enabled or range(1, flat.num_exits + 1)
-    wanted = {"plain": [f"output_{(plain or flat).num_exits}"]}
-    if alone and plain:
-        wanted["last"] = [f"output_{flat.num_exits}"]
+    last = [f"output_{flat.num_exits}"]
+    wanted = {"last": last} if alone and plain else {}
     for n in exits:
         wanted[f"upto_{n}"] = [f"output_{n}", *(f"score_{k}" for k in exits if k <= n)]
         if alone and n > 1:
             wanted[f"alone_{n}"] = [f"output_{n}", f"score_{n}"]
-    engines = {}
-    for name, outputs in wanted.items():
-        graph = plain if plain and name == "plain" else flat
-        engines[name] = opened(assemble(graph, None, outputs=outputs), folder / f"{name}.onnx", target)
-    return engines
+    first = {"plain": [f"output_{plain.num_exits}"] if plain else last}
+    return opened(plain or flat, folder, target, first) | opened(flat, folder, target, wanted)
 
 
 def leaving_engines(flat: FlatGraph, folder: Path, target: Target) -> dict[str, Engine]:
     """Return engines ``leave_n`` of the exported network, with thresholds by which every sample leaves at exit n."""
+    exits = range(1, flat.num_exits + 1)
+    policies = {f"leave_{n}": Policy(thresholds=tuple(ALWAYS if k == n else NEVER for k in exits[:-1])) for n in exits}
+    return opened(flat, folder, target, policies)
+
+
+def opened(
+    flat: FlatGraph, folder: Path, target: Target, graphs: Mapping[str, Policy | list[str]]
+) -> dict[str, Engine]:
+    """Return an engine for each policy, and for each list of outputs to compute without decisions."""
     engines = {}
-    for n in range(1, flat.num_exits + 1):
-        thresholds = tuple(ALWAYS if k == n else NEVER for k in range(1, flat.num_exits))
-        model = assemble(flat, Policy(thresholds=thresholds))
-        engines[f"leave_{n}"] = opened(model, folder / f"leave_{n}.onnx", target)
+    for name, what in graphs.items():
+        policy, outputs = (what, ()) if isinstance(what, Policy) else (None, what)
+        ir.save(assemble(flat, policy, outputs=outputs), folder / f"{name}.onnx")
+        engines[name] = load(folder / f"{name}.onnx", threads=target.threads, runtime=target.runtime)
     return engines
 
 
-def opened(model: ir.Model, path: Path, target: Target) -> Engine:
-    """Save a model and load it for a target."""
-    ir.save(model, path)
-    return load(path, threads=target.threads, runtime=target.runtime)
+def calls_of_sizes(calls: Iterable[Callable[..., Any]], example: Any, sizes: Sequence[int]) -> list[Callable[[], Any]]:
+    """Return every call with the example's inputs, repeated or cut to the first batch size, then to the next."""
+    inputs = [tensor.numpy() for tensor in tensors_of(example)]
+    batches = [[np.resize(array, (rows, *array.shape[1:])) for array in inputs] for rows in sizes]
+    return [partial(call, *batch) for batch in batches for call in calls]

@@ -90,7 +90,7 @@ def record(
     if loss is not None:
         function("loss", loss, "(output, target) -> (B,)")
     if isinstance(net, Engine):
-        net = _every_exit(net, device)
+        net = _EveryExit(net, device)
     check_network(net)
     check_loader("loader", loader)
     if device is not None:
@@ -133,7 +133,7 @@ def record(
 
 
 class _Rows:
-    """Rows in one array that grows in place by an eighth, so that memory holds them about once."""
+    """Rows in one array that grows in place by an eighth, so memory holds them about once."""
 
     def __init__(self) -> None:
         self._rows: Floats | None = None
@@ -172,24 +172,20 @@ def _digests(inputs: Any, samples: int) -> Digests | None:
 class _EveryExit(nn.Module):
     """Wraps the engine of a flat file as a network."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, device: object) -> None:
         super().__init__()
+        if engine.policy is not None:
+            raise InputError(
+                "this file has early exits, so not every exit sees every sample: record from a file exported with "
+                "policy=None, then choose and export with the policy"
+            )
+        if device is not None:
+            raise InputError(f"an engine runs where it was loaded; got device={str(device)!r}: leave it out")
         self.engine = engine
         self.selected_on = tuple(engine.metadata.get("selected_on", ()))
 
     def forward(self, *inputs: Tensor, **keywords: Tensor) -> tuple[Tensor, ...]:
         return tuple(torch.from_numpy(output) for output in self.engine.outputs(*inputs, **keywords)[1:])
-
-
-def _every_exit(engine: Engine, device: object) -> nn.Module:
-    if engine.policy is not None:
-        raise InputError(
-            "this file has early exits, so not every exit sees every sample: record from a file exported with "
-            "policy=None, then choose and export with the policy"
-        )
-    if device is not None:
-        raise InputError(f"an engine runs where it was loaded; got device={str(device)!r}: leave it out")
-    return _EveryExit(engine)
 
 
 def _logits(exits: Sequence[Tensor], target: Tensor) -> tuple[Floats, Ints]:

@@ -1,13 +1,11 @@
 """How a deployed file runs: the batch size, the threads and the runtime."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
 from ..argument_checks import instance, whole
 from ..deploy.loading import Runtime, check_runtime, check_threads
-from ..errors import InputError
 
 
 @dataclass(frozen=True)
@@ -43,11 +41,3 @@ def check_target(target: Any) -> Target:
     """Return `target`. Raise `InputError` if it is not a `Target`."""
     instance("target", target, Target, "give Target(batch_size=1, threads=1, runtime='onnxruntime')")
     return target
-
-
-def listed(targets: Target | Sequence[Target]) -> list[Target]:
-    """Return one or several targets as a list. Raise `InputError` if it is empty or holds anything else."""
-    found = [targets] if isinstance(targets, Target) else list(targets)
-    if not found:
-        raise InputError("targets is empty; give at least one Target, such as Target(batch_size=64)")
-    return [check_target(target) for target in found]
