@@ -8,7 +8,7 @@ import pytest
 from branchynet import ExitRecord, reproduce
 from branchynet.runs import run, steps
 from branchynet.training.history import History
-from helpers.command import call
+from helpers.command import PAPER, call
 
 # Networks of the user
 
@@ -55,7 +55,6 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-PAPER = ("--network", "b_lenet-published")
 SHORT = ("--warm-start-epochs", 1, "--epochs", 1, "--batch-size", 64, "--augment", "none", "--quiet")
 
 

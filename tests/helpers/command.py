@@ -6,6 +6,8 @@ import pytest
 
 from branchynet.cli import program
 
+PAPER = ("--network", "b_lenet-published")
+
 
 def call(monkeypatch, *arguments):
     """Run the command line in this process and return its exit status."""

@@ -86,3 +86,15 @@ def write_images(base, classes=("ant", "bee"), count=10, size=(6, 5), mode="RGB"
 
 def small_split(count=37, shape=(1, 4, 5)):
     return data.Split(torch.from_numpy(numbered(count, shape)), torch.arange(count))
+
+
+def noise(folder, count, seed, shape=(6, 5)):
+    """Write images that are all different."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 255, shape, np.uint8)).save(folder / f"{i:03}.png")
+
+
+def contents(split):
+    return {image.numpy().tobytes() for image in split.images}

@@ -56,10 +56,7 @@ ModelArgument = Annotated[
     Path, typer.Argument(metavar="MODEL", help="An .onnx file written by export, or a run folder.", parser=path)
 ]
 Size = Annotated[
-    str,
-    typer.Option(
-        help="Size of the images of a folder: 64, or 48x64 (height x width). Default: the median height and width."
-    ),
+    str, typer.Option(help="Size of a folder's images: 64, or 48x64 (height x width). Default: the median of each.")
 ]
 Split = Annotated[str, typer.Option(help="Shares of a folder for training, validation and test. Default: 70/15/15.")]
 
@@ -74,19 +71,14 @@ Drop = Annotated[float | None, _limit("Largest drop of accuracy below the last e
 DropOfPlain = Annotated[float, _limit("Largest drop of accuracy below the plain network's.")]
 Plain = Annotated[
     bool,
-    typer.Option(
-        help="Also train the plain network for the same number of epochs, as a baseline. "
-        "If not, the baseline is the warm start."
-    ),
+    typer.Option(help="Train the plain network for as many epochs, as a baseline; if not, it is the warm start."),
 ]
 Thresholds = Annotated[
     str, named("How callers pass the thresholds: default (optional) or input (required).", "default", "input")
 ]
 Trust = Annotated[
     bool,
-    typer.Option(
-        "--trust", help="Allow a run folder from elsewhere to call the function that it names as its network."
-    ),
+    typer.Option("--trust", help="Allow a folder from elsewhere to call the function that it names as its network."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 

@@ -82,8 +82,8 @@ def demo(
     rows, _ = bench_run(made, batches=(1, 64), threads=(1,), progress=not quiet)
     report = report_run(made, progress=not quiet)
     print_bench(out, rows)
-    files = {"network with exits": model, "report": report, "trade-off curve": made.path / "tradeoff.png"}
-    out.print("", *(f"{name + ':':<20}{path}" for name, path in files.items()), sep="\n", soft_wrap=True)
+    files = {"network with exits:": model, "report:": report, "trade-off curve:": made.path / "tradeoff.png"}
+    out.print("", *(f"{name:<20}{path}" for name, path in files.items()), sep="\n", soft_wrap=True)
 
 
 @app.command()
@@ -162,18 +162,13 @@ def choose(
     from ..runs.run import open_run
     from ..runs.steps import choose_run, measure_run
 
-    limits = {
-        "max_drop": max_drop,
-        "min_accuracy": min_accuracy,
-        "max_disagreement": max_disagreement,
-        "max_latency_us": max_latency_us,
-        "max_macs": max_macs,
-    }
-    if all(limit is None for limit in limits.values()):
-        limits["max_drop"] = 0.005
+    limits = {"min_accuracy": min_accuracy, "max_disagreement": max_disagreement}
+    limits |= {"max_latency_us": max_latency_us, "max_macs": max_macs}
+    if max_drop is None and all(limit is None for limit in limits.values()):
+        max_drop = 0.005
     found = open_run(run, trust=trust)
     how: Any = {"confidence": confidence if promise else None, "remeasure": remeasure, "progress": not quiet}
-    choice = choose_run(found, **limits, score=score, **how)
+    choice = choose_run(found, max_drop=max_drop, **limits, score=score, **how)
     print_choice(out, choice, measure_run(found, choice.policy.score))
     if reason := reason_run(found, choice):
         out.print(reason, soft_wrap=True)
@@ -325,7 +320,9 @@ def verify(
 def reproduce(
     what: Annotated[str, typer.Argument(metavar="WHAT", help="table1, fig3, fig4 or all.")],
     output: Annotated[Path, typer.Option(help="Folder for tables and figures.", parser=path)] = Path("reproduced"),
-    networks: Annotated[str, typer.Option(help="b_lenet, b_alexnet, b_resnet110 (with commas), or all.")] = "all",
+    networks: Annotated[
+        str, typer.Option(help="b_lenet, b_alexnet or b_resnet110, or several, separated by commas; or all.")
+    ] = "all",
     from_nothing: Annotated[
         bool, typer.Option(help="Train the networks from scratch first. This takes hours and can be resumed.")
     ] = False,

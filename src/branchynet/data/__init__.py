@@ -7,25 +7,9 @@ from ..extras import first_used
 
 # Imported on first use: reading one image does not need PyTorch. __init__.pyi has the types.
 _MODULES = {
-    "datasets": (
-        "ImageData",
-        "Split",
-        "load_data",
-    ),
-    "images": (
-        "images_in",
-        "read_image",
-        "save_image",
-    ),
-    "loaders": (
-        "Augment",
-        "ProgressiveLoader",
-        "affine",
-        "compose",
-        "flip_crop",
-        "loader",
-        "shift",
-    ),
+    "datasets": ("ImageData", "Split", "load_data"),
+    "images": ("images_in", "read_image", "save_image"),
+    "loaders": ("Augment", "ProgressiveLoader", "affine", "compose", "flip_crop", "loader", "shift"),
     "normalization": ("Normalization",),
 }
 __getattr__ = first_used(__name__, _MODULES)

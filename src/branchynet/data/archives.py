@@ -31,23 +31,14 @@ MOST_BYTES = 1 << 29  # limit of unpacked images, three times the largest set; a
 
 @dataclass(frozen=True)
 class Archive:
-    """The location and the file names of a data set.
+    """The location and the file names of a data set."""
 
-    Attributes:
-        classes: names of the classes, in the order of the labels.
-        validation: share of the published training set that is held out for validation.
-        folders: subfolders of the user's folder that are searched, in this order.
-        urls: prefixes of the download addresses, tried in this order.
-        sha256: checksum of each published file.
-        opening: first labels of the test set; they distinguish data sets with the same file names.
-    """
-
-    classes: tuple[str, ...]
-    validation: float
-    folders: tuple[str, ...]
-    urls: tuple[str, ...]
-    sha256: Mapping[str, str]
-    opening: tuple[int, ...]
+    classes: tuple[str, ...]  # in the order of the labels
+    validation: float  # share of the published training set that is held out for validation
+    folders: tuple[str, ...]  # subfolders of the user's folder that are searched, in this order
+    urls: tuple[str, ...]  # prefixes of the download addresses, tried in this order
+    sha256: Mapping[str, str]  # checksum of each published file
+    opening: tuple[int, ...]  # first labels of the test set; they distinguish data sets with the same file names
 
     @property
     def forms(self) -> tuple[tuple[str, ...], ...]:

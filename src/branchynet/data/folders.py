@@ -30,19 +30,11 @@ _PART_NAMES = {
 
 @dataclass(frozen=True, eq=False)
 class Folder:
-    """The content of a folder of images.
-
-    Attributes:
-        classes: printable names of the classes.
-        images: `(S, C, H, W)`.
-        labels: `(S,)`.
-        parts: indices of the training, validation and test images.
-        notes: sentences about sizes, copies and small classes.
-    """
+    """The content of a folder of images: `parts` holds the rows of the training, validation and test images."""
 
     classes: tuple[str, ...]
-    images: NDArray[np.uint8]
-    labels: NDArray[np.int64]
+    images: NDArray[np.uint8]  # (S, C, H, W)
+    labels: NDArray[np.int64]  # (S,)
     parts: tuple[NDArray[np.int64], ...]
     notes: tuple[str, ...]
 
@@ -63,7 +55,7 @@ def read_folder(base: Path, size: tuple[int, int] | None, split: Sequence[float]
     names, listed = _listed(roots, len(drawn))
     files = [file for group, _, _ in listed for file in group]
     rows = [(label, part) for group, label, part in listed for _ in group]
-    labels, given = np.array(rows, np.int64).reshape(-1, 2).T
+    labels, given = np.array(rows, np.int64).reshape(-1, 2).T.copy()
     notes, (height, width) = _size(base, files, size)
     if len(files) * 3 * height * width > MOST_BYTES:
         raise DataError(
@@ -74,7 +66,10 @@ def read_folder(base: Path, size: tuple[int, int] | None, split: Sequence[float]
     channels = max(len(image) for image in decoded)  # if one image has colors, all become RGB
     images = np.stack([np.broadcast_to(image, (channels, height, width)) for image in decoded])
     places = np.array([_place(file) for file in files])
-    parts = _divided(labels, places, given, [shares[n] if n in drawn else 0.0 for n in range(3)])
+    first = given == 0
+    given[first] = split_by_place(labels[first], places[first], [shares[n] * (n in drawn) for n in range(3)])
+    order = np.argsort(places, kind="stable")  # random, so that half of a part holds all classes
+    parts = tuple(order[given[order] == n] for n in range(3))
     for name, part in zip(PARTS, parts, strict=True):
         if not len(part):
             raise DataError(f"{base} holds no {name} images; add some, or remove its empty folder")
@@ -180,17 +175,6 @@ def _place(file: Path) -> float:
         raise DataError(f"cannot read {file}: {error.strerror or error}; replace or remove it") from error
 
 
-def _divided(
-    labels: NDArray[np.int64], places: NDArray[np.floating], given: NDArray[np.int64], shares: Sequence[float]
-) -> tuple[NDArray[np.int64], ...]:
-    """Indices of training, validation and test images, in random order, so that half of a part holds all classes."""
-    part = given.copy()
-    drawn = np.flatnonzero(given == 0)
-    part[drawn] = split_by_place(labels[drawn], places[drawn], shares)
-    order = np.argsort(places, kind="stable")
-    return tuple(order[part[order] == n] for n in range(3))
-
-
 def split_by_place(
     labels: NDArray[np.integer], places: NDArray[np.floating], shares: Sequence[float]
 ) -> NDArray[np.int64]:
@@ -198,12 +182,7 @@ def split_by_place(
 
     The place of an image determines its part. Adding or removing an image therefore moves no other one, and copies of
     an image are never in different parts. If a class has no image in a part, one is moved there: its lowest to test,
-    the next to validation, its highest to training.
-
-    Args:
-        labels: `(S,)` classes.
-        places: `(S,)` numbers between 0 and 1.
-        shares: proportions of the three parts; a part with a share of 0 gets no images.
+    the next to validation, its highest to training. A part with a share of 0 gets no images. Places are in [0, 1).
     """
     train, val, test = shares
     total = train + val + test
@@ -212,7 +191,7 @@ def split_by_place(
         mine = np.flatnonzero(labels == label)
         mine = mine[np.argsort(places[mine], kind="stable")]
         held_out = [wanted for wanted in (2, 1) if shares[wanted]]
-        for wanted, one in ((0, mine[-1]), *((wanted, mine[n]) for n, wanted in enumerate(held_out))):
+        for wanted, one in zip((0, *held_out), (mine[-1], *mine), strict=False):
             if wanted not in part[mine]:
                 part[one] = wanted
     return part

@@ -61,11 +61,7 @@ def normalization_of(images: NDArray[np.uint8]) -> Normalization:
 
 
 def stored_normalization(preprocessing: Any, channels: int) -> Normalization | None:
-    """Return the normalization in a file's `preprocessing`: `mean` and `std`, each one number or one per channel.
-
-    Args:
-        preprocessing: the argument of `export`; without `mean` and `std` there is no normalization.
-        channels: C.
+    """Return the normalization in a file's `preprocessing`, if any: `mean` and `std`, each a number or one per channel.
 
     Raises:
         InputError: only one of `mean` and `std` is given, or the values have the wrong type, number or range.

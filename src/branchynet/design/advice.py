@@ -40,20 +40,22 @@ class CandidateResult:
 
 @dataclass(frozen=True)
 class Design:
-    """A set of early exits with thresholds, and its results on validation samples, per exit; the trunk's exit is last.
+    """A set of early exits with thresholds, and its results on validation samples.
+
+    Values per exit end with the trunk's exit.
 
     Attributes:
         taps, branches: submodule and branch per early exit.
         thresholds: threshold per early exit, chosen with branches trained on the frozen trunk.
         us: predicted mean microseconds per sample.
         interval_us: 95% interval of `us` for other samples and another measurement.
-        accuracy: accuracy on the samples that chose the design, which is optimistic.
+        accuracy: accuracy on the samples used to choose the design, which is optimistic.
         exit_share: share of samples that leave at each exit.
         trunk_us, branch_us: microseconds per sample of trunk segments and of branches, as in `ExitCost`.
         break_even: for each early exit, the share of all samples that must leave there for it to save time in this
             design.
-        oracle_us: a lower bound on `us` for all scores and thresholds with these exits at the accuracy limit: the time
-            of a rule that knows which predictions are right.
+        oracle_us: a lower bound on `us` with these exits at the accuracy limit: the time of a rule that knows which
+            predictions are right.
     """
 
     taps: tuple[str, ...]
@@ -76,14 +78,14 @@ class Advice:
     Attributes:
         batch_size, threads, score, runtime: the target and the score of the designs.
         plain_us: microseconds per sample of the network without exits.
-        accuracy: accuracy of the network without exits on the samples that chose the design.
+        accuracy: accuracy of the network without exits on the samples used to choose the design.
         min_accuracy: the accuracy limit that every design meets on those samples.
         samples: number of those samples.
         designs: the best design per number of exits; the first has only the trunk's exit.
         tried: the result of every candidate alone.
         best: index of the fastest design; among equally fast ones, the one with the fewest exits.
         fingerprint: fingerprint of the network.
-        selected_on: the sketch (see `branchynet.policy.sample_digests`) of the validation samples that chose the
+        selected_on: the sketch (see `branchynet.policy.sample_digests`) of the validation samples used to choose the
             design; empty if the samples have no digests.
         network: the best design, with branches trained on the frozen network; `save` leaves it out.
 

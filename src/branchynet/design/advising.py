@@ -21,7 +21,6 @@ from ..nn.checks import check_loader, check_train_loader
 from ..nn.fingerprint import fingerprint
 from ..nn.network import BranchyNet
 from ..policy.evaluation import evaluate
-from ..policy.exit_cost import ExitCost
 from ..policy.exit_record import ExitRecord
 from ..policy.exit_rule import route
 from ..policy.explanation import chance
@@ -67,22 +66,22 @@ def advise(
 ) -> Advice:
     """Find the exits that make a trained network fastest at an accuracy, and predict their times.
 
-    Branches of several sizes are attached at the input and at up to eight other places. Every part is timed in the
-    target's runtime, and all branches are trained together on the frozen network. Then sets of exits are tried on the
-    recorded outputs with every threshold: all single exits, all pairs, and larger sets that extend the best ones.
+    `advise` attaches branches of several sizes at the input and at up to eight other places, times every part in the
+    target's runtime, and trains all branches together on the frozen network. On the recorded outputs, it tries sets of
+    exits with every threshold: all single exits, all pairs, and larger sets that extend the best ones.
 
     Args:
         backbone: a trained network that gives logits `(B, C)`; it is not changed.
         train_loader: yields `(inputs, target)` with `(B,)` int64 class indices, to train branches.
-        val_loader: yields validation samples in the same form, not shuffled; not the test set. One half chooses the
-            design; the other half is left for the promise of `choose` on a record of all samples in the same order.
+        val_loader: yields validation samples in the same form, not shuffled; not the test set. One half is used to
+            choose the design; the other is left for the promise of `choose` on a record of all samples in this order.
         example: one batch of inputs, real ones if possible.
         target: the batch size, the threads and the runtime of the deployed file, on which the best design depends.
         max_drop: largest loss of validation accuracy against the network without exits; by default 0.
         min_accuracy: smallest validation accuracy; give it instead of `max_drop`.
         num_exits: the largest number of exits of a design, including the network's own.
-        run: a folder for the training of the branches, so that a stopped search resumes, and a search for another
-            target trains nothing again.
+        run: a folder for the training of the branches: a stopped search resumes, and a search for another target
+            uses the same branches.
         progress: show progress bars and messages.
         search: places to try, the score, and the duration of training and timing.
         options: options of `fit` for the branches; the device also records.
@@ -115,9 +114,8 @@ def advise(
     alone = validation.take(halves(validation.samples)[0])
     accuracy = evaluate(alone, Policy()).accuracy
     _check_trained(alone, accuracy)
-    _check_data(alone, validation.samples, accuracy, train_loader)
     limit = accuracy - (max_drop or 0.0) if min_accuracy is None else min_accuracy
-    _check_reached(accuracy, limit)
+    _check_data(alone, validation.samples, accuracy, limit, train_loader)
     say("looking for places for exits")
     torch.manual_seed(options.seed)
     pool, flat = _candidate_pool(backbone, example, search.taps, resolve(search.score))
@@ -148,17 +146,17 @@ def advise(
     best, least = search_exit_sets(recorded, most, num_exits, say)
     if search.final_epochs and np.isfinite(least).any():
         name = f"final-{target.runtime}-batch-{target.batch_size}-threads-{target.threads}-{search.score}-{limit:.4f}"
-        kept = _finalists(
-            None if run is None else Path(run) / name / "finalists.json", recorded, least, max(PLACES, num_exits - 1)
-        )
+        path = None if run is None else Path(run) / name / "finalists.json"
+        kept = _finalists(path, recorded, least, max(PLACES, num_exits - 1))
         say(f"training {len(kept)} of them further, {search.final_epochs} epochs")
         scores, losses = learned(pool.of(kept), search.final_epochs, name)
         recorded = recorded.replaced(kept, scores[:, :-1], losses[:, :-1])
         best, _ = search_exit_sets(recorded, most, num_exits, say, among=kept)
     designs = tuple(_design(pool, recorded, times, one, most) for one in best)
-    selected_on = _sketch(validation, recorded)
-    least = min(design.us for design in designs)
-    fastest = next(n for n, design in enumerate(designs) if design.us <= (1 + ALIKE) * least)
+    fastest = next(n for n, d in enumerate(designs) if d.us <= (1 + ALIKE) * min(design.us for design in designs))
+    network, known = pool.network(best[fastest].chosen), validation.sample_digests
+    selected_on = "" if known is None else sketch(known[recorded.tuning])
+    network.selected_on = (*network.selected_on, *filter(None, [selected_on]))
     return Advice(
         **asdict(target),
         score=search.score,
@@ -171,7 +169,7 @@ def advise(
         best=fastest,
         fingerprint=fingerprint(backbone),
         selected_on=selected_on,
-        network=_selected(pool.network(best[fastest].chosen), selected_on),
+        network=network,
     )
 
 
@@ -184,40 +182,14 @@ def _check(
         raise InputError(f"num_exits must be at least 2, the network's own included; got {num_exits}")
     if max_drop is not None and min_accuracy is not None:
         raise InputError("give max_drop or min_accuracy, not both")
-    if max_drop is not None:
-        check_fraction("max_drop", max_drop)
-
-
-def _check_reached(accuracy: float, limit: float) -> None:
-    if limit > accuracy:
-        raise InputError(
-            f"the network has {accuracy:.2%} accuracy on the validation samples, less than the limit of {limit:.2%}: "
-            "exits do not gain accuracy; lower the limit, or train it longer"
-        )
-
-
-def _sketch(validation: ExitRecord, recorded: CandidateScores) -> str:
-    """Return the sketch of the samples that chose the design; empty if they have no digests."""
-    known = validation.sample_digests
-    return "" if known is None else sketch(known[recorded.tuning])
-
-
-def _selected(net: BranchyNet, known: str) -> BranchyNet:
-    net.selected_on = (*net.selected_on, *filter(None, [known]))
-    return net
+    check_fraction("max_drop", max_drop or 0.0)
 
 
 def _finalists(path: Path | None, recorded: CandidateScores, least: Floats, places: int) -> list[int]:
     """Return the candidates to train further, in running order. A file keeps them, so that training can resume.
 
-    For each place in the best sets, these are the branch of the fastest set and the most accurate branch, which is
-    large and gains most from training.
-
-    Args:
-        path: the file; None for no file.
-        recorded: all candidates.
-        least: `(K,)` microseconds of the best set with each candidate.
-        places: number of places; at least the number of early exits, so that the best set is included.
+    For each of the `places` in the best sets, these are the branch of the fastest set and the most accurate branch,
+    which is large and gains most from training. `least` holds the microseconds of the best set with each candidate.
     """
     if path is not None and path.exists():
         kept = read_entry(path, "candidates", list[int], "design")
@@ -246,15 +218,8 @@ def _check_trained(alone: ExitRecord, accuracy: float) -> None:
         )
 
 
-def _check_data(alone: ExitRecord, samples: int, accuracy: float, train_loader: Any) -> None:
-    """Raise `InputError` if there are too few samples to rank designs or to train branches.
-
-    Args:
-        alone: the network's record of the validation samples that choose the design.
-        samples: number of all validation samples.
-        accuracy: accuracy on that record.
-        train_loader: trains the branches.
-    """
+def _check_data(alone: ExitRecord, samples: int, accuracy: float, limit: float, train_loader: Any) -> None:
+    """Raise `InputError` for too few validation `samples` or training samples, or an accuracy below the limit."""
     needed = math.ceil(Z95**2 * max(1 - accuracy, 0.01) / RESOLUTION**2)
     if alone.samples < needed:
         raise InputError(
@@ -270,6 +235,11 @@ def _check_data(alone: ExitRecord, samples: int, accuracy: float, train_loader: 
         raise InputError(
             f"about {samples} training samples cannot train branches for {alone.outputs.shape[2]} classes; give at "
             f"least {needed}, {PER_CLASS} per class"
+        )
+    if limit > accuracy:
+        raise InputError(
+            f"the network has {accuracy:.2%} accuracy on the validation samples, less than the limit of {limit:.2%}: "
+            "exits do not gain accuracy; lower the limit, or train it longer"
         )
 
 
@@ -316,8 +286,7 @@ def _design(
 def _tried(pool: CandidateNetwork, recorded: CandidateScores, times: StageTimes) -> tuple[CandidateResult, ...]:
     rows = []
     for i, candidate in enumerate(pool.candidates):
-        cost: ExitCost = times.cost((i,))
-        early, late = cost.latency_us([True, True])
+        early, late = times.cost((i,)).latency_us([True, True])
         needed = (late - times.plain_us) / (late - early) if late > early else math.inf
         rows.append(
             CandidateResult(

@@ -21,30 +21,19 @@ _MOST = 0.25  # largest work of a deep branch, relative to the rest of the trunk
 
 @dataclass(frozen=True)
 class Candidate:
-    """One branch at one tap.
-
-    Attributes:
-        tap: a submodule's name, or ``"input"``.
-        branch: the branch's name.
-        depth: share of the trunk's multiply-accumulates before the tap.
-    """
+    """One branch at one tap, a submodule's name or ``"input"``."""
 
     tap: str
     branch: str
-    depth: float
+    depth: float  # share of the trunk's multiply-accumulates before the tap
 
 
 @dataclass(frozen=True, eq=False)
 class CandidateNetwork:
-    """All candidates on a trunk.
-
-    Attributes:
-        net: the trunk with all branches: one exit per candidate, in the same order, then the trunk's exit.
-        candidates: in the running order of their taps, the cheapest first at each tap.
-    """
+    """A trunk with all candidates: one exit of `net` per candidate, in the same order, then the trunk's exit."""
 
     net: BranchyNet
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[Candidate, ...]  # in the running order of their taps, the cheapest first at each tap
 
     def at(self, tap: str) -> list[int]:
         """Return the positions of the candidates at a tap."""
@@ -69,25 +58,16 @@ def attach_candidates(
 ) -> CandidateNetwork:
     """Attach branches of several sizes at the input and at up to `most` places, evenly spread by multiply-accumulates.
 
-    All branches at a place except the first have less work than the rest of the trunk; larger ones could not save time.
-    Deep branches have less than a quarter of it, because they take most of the training time.
-
-    Args:
-        trunk: a network that gives logits `(B, C)`; it is not changed.
-        example: one batch of inputs.
-        taps: places to use instead, in any order.
-        most: largest number of places without the input.
+    Except for the first at a place, branches have less work than the rest of the trunk, because larger ones cannot save
+    time. Deep branches have less than a quarter of it, because they take most of the training time. `taps` are places
+    to use instead, in any order.
 
     Raises:
         InputError: an unknown tap, or outputs that are not `(B, C)`.
         GraphError: a tap that never runs, runs twice, or runs after the output exists; or no place for an exit.
     """
     args, kwargs = arguments(first_rows(example))
-    with (
-        torch.no_grad(),
-        evaluating(trunk),
-        tracing(trunk, (args, kwargs), lambda _, value: find_tensor(value)) as survey,
-    ):
+    with torch.no_grad(), evaluating(trunk), tracing(trunk, (args, kwargs), _tensor) as survey:
         last = single_output(trunk(*args, **kwargs), "the network's output")
     if last.dim() != 2:
         raise InputError(f"the network gives outputs of shape {tuple(last.shape)}; advise needs logits (B, C)")
@@ -138,9 +118,13 @@ class _EveryCandidate(BranchFactory):
 
 def _work(branch: nn.Module, features: Tensor) -> float:
     """Return the multiply-accumulates of a branch."""
-    with torch.no_grad(), evaluating(branch), tracing(branch, ((features,), {}), lambda _, v: find_tensor(v)) as survey:
+    with torch.no_grad(), evaluating(branch), tracing(branch, ((features,), {}), _tensor) as survey:
         branch(features)
     return survey.operations[-1].macs
+
+
+def _tensor(_: str, value: Any) -> Tensor | None:
+    return find_tensor(value)
 
 
 def _together(branches: nn.Module | None, branch: nn.Module) -> nn.Module:
@@ -158,7 +142,5 @@ def _apart(branches: nn.Module) -> list[nn.Module]:
 def _depth(survey: Trace, tap: str) -> float:
     """Return the share of the multiply-accumulates before a tap."""
     total = survey.operations[-1].macs
-    if tap == INPUT or not total:
-        return 0.0
-    moment = next(m for m in survey.moments if m.name == tap)
-    return survey.operations[moment.time - 1].macs / total
+    time = next((m.time for m in survey.moments if m.name == tap), 0)  # 0 for the input
+    return survey.operations[time - 1].macs / total if time and total else 0.0

@@ -26,15 +26,9 @@ _FINE = 1_000_000  # for the best designs
 
 @dataclass(frozen=True)
 class ExitSet:
-    """A set of exits with its best thresholds.
+    """A set of exits with its best threshold per candidate, and mean microseconds per sample in the search."""
 
-    Attributes:
-        chosen: positions of the candidates, in running order; () for the trunk alone.
-        thresholds: threshold per candidate.
-        us: mean microseconds per sample in the search.
-    """
-
-    chosen: tuple[int, ...]
+    chosen: tuple[int, ...]  # positions of the candidates, in running order; () for the trunk alone
     thresholds: tuple[float, ...]
     us: float
 
@@ -43,8 +37,8 @@ class ExitSet:
 class CandidateScores:
     """Scores and losses of all candidates on the recorded samples.
 
-    Designs are selected on the half of the samples from which `choose` takes its candidates. The half that tests a
-    promise stays unused, so that `choose` can give a promise for the design.
+    Designs are selected on the half of the samples on which `choose` searches thresholds. The other half stays unused,
+    so `choose` can give a promise for the design.
 
     Attributes:
         scores, losses: `(S, K + 1)`, the trunk's exit last.
@@ -86,8 +80,8 @@ def search_exit_sets(
 ) -> tuple[list[ExitSet], Floats]:
     """Return the best design per number of exits, and the time of the best design with each candidate.
 
-    All single candidates and all pairs at different taps are tried with every threshold that matters. Larger sets
-    extend the best smaller ones by one exit.
+    It tries all single candidates and all pairs at different taps with every threshold that matters, and larger sets
+    that extend the best smaller ones by one exit.
 
     Args:
         recorded: the candidates.
@@ -97,8 +91,8 @@ def search_exit_sets(
         among: the positions of the candidates to try; by default all.
 
     Returns:
-        A pair. First, the designs, from the fewest exits (the trunk alone) to the most. Second, `(K,)` microseconds:
-        for each candidate, the time of the fastest set that contains it, or infinity if there is none.
+        The designs, from the trunk alone to the most exits; and `(K,)` microseconds of the fastest set that contains
+        each candidate, or infinity if there is none.
     """
     most_loss *= len(recorded.tuning) / len(recorded.scores)
     alone = ExitSet((), (), float(recorded.cost(()).latency_us([True])[-1]))
@@ -137,8 +131,8 @@ def _best(recorded: CandidateScores, chosen: tuple[int, ...], most_loss: float, 
 def break_even(recorded: CandidateScores, found: ExitSet) -> tuple[float, ...]:
     """Return, per early exit, the share of all samples that must leave there for it to save time in this design.
 
-    The design is compared with the same design without that exit and with the same thresholds otherwise. Fewer samples
-    may leave at an exit that was chosen for its accuracy.
+    The design is compared with the design without that exit and its threshold. Fewer samples may leave at an exit that
+    was chosen for its accuracy.
     """
     each, mean = _times(recorded, found)
     position = route(recorded.problem(found.chosen).scores, found.thresholds) - 1
@@ -156,13 +150,9 @@ def break_even(recorded: CandidateScores, found: ExitSet) -> tuple[float, ...]:
 def least_us(each: Floats, losses: Floats, most_loss: float) -> float:
     """Return the lower bound on mean microseconds per sample over all exit rules, with the exits of a design.
 
-    A sample leaves at its first right exit. The errors that the limit allows are the samples without a right exit,
-    and those that save most by leaving at a wrong one.
-
-    Args:
-        each: `(N,)` microseconds to each exit, increasing.
-        losses: `(S, N)` of 0 and 1.
-        most_loss: number of samples that may get a wrong prediction.
+    A sample leaves at its first right exit. The `most_loss` wrong predictions that the limit allows are the samples
+    without a right exit, and those that save most by leaving at a wrong one. `each` holds increasing microseconds to
+    each exit; `losses` `(S, N)` are 0 or 1.
     """
     rightly, wrongly = (np.where(those, each, np.inf).min(axis=1) for those in (losses < 0.5, losses >= 0.5))
     saved = np.sort(rightly - wrongly)[::-1]  # infinite if no exit is right, negative if all are

@@ -25,22 +25,14 @@ from .candidates import CandidateNetwork
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Microseconds per call at one batch size.
-
-    Attributes:
-        rows: samples per call.
-        reach: `(T + 1,)` from the input to each tap, and to the trunk's output with its score.
-        plain: the trunk alone.
-        branch: `(K,)` each branch with its score.
-        leave, stay: `(T,)` the cost of deciding at each tap if all samples leave, and if all stay.
-    """
+    """Microseconds per call of `rows` samples; `plain` is the trunk alone."""
 
     rows: int
-    reach: Floats
+    reach: Floats  # (T + 1,) from the input to each tap, and to the trunk's output with its score
     plain: float
-    branch: Floats
-    leave: Floats
-    stay: Floats
+    branch: Floats  # (K,) each branch with its score
+    leave: Floats  # (T,) the cost of deciding at each tap if all samples leave
+    stay: Floats  # (T,) and if all stay
 
     def stages(self, chosen: Sequence[int], taps: Sequence[int]) -> Floats:
         """Return microseconds per call of trunk segments and of branches, `(2, N)`, if all rows reach them."""
@@ -53,21 +45,13 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class StageTimes:
-    """Times at the target's batch size and at a smaller one, which give the fixed costs of stages.
-
-    Attributes:
-        whole: times at the target's batch size.
-        part: times at the smaller of `two_sizes`; the same as `whole` for batch size 1.
-        taps: `(K,)` the position of each candidate's tap.
-        threads: threads within an operator.
-        spread: relative spread of a median over the turns.
-    """
+    """Times at the target's batch size and at a smaller one, which give the fixed costs of stages."""
 
     whole: Batch
-    part: Batch
-    taps: tuple[int, ...]
+    part: Batch  # at the smaller of `two_sizes`; the same as `whole` for batch size 1
+    taps: tuple[int, ...]  # (K,) the position of each candidate's tap
     threads: int
-    spread: float
+    spread: float  # relative spread of a median over the turns
 
     @property
     def plain_us(self) -> float:
@@ -88,14 +72,9 @@ class StageTimes:
 
 
 def time_stages(pool: CandidateNetwork, flat: FlatGraph, example: Any, target: Target, seconds: float) -> StageTimes:
-    """Time the parts of a network with candidates, trained or not, for a target.
+    """Time the parts of a network with candidates, trained or not, for about `seconds` in the target's runtime.
 
-    Args:
-        pool: the network.
-        flat: its graph, with scores.
-        example: inputs, real ones if possible; repeated or cut to the rows of a call.
-        target: the batch size, the threads and the runtime.
-        seconds: approximate duration.
+    `flat` is its graph, with scores. The example's inputs are repeated or cut to the rows of a call.
     """
     sizes = two_sizes(target.batch_size)
     with tempfile.TemporaryDirectory() as folder, as_graph_errors():

@@ -122,7 +122,8 @@ def bench(
     dynamic = engine.metadata["batch"] == "dynamic"
     flat, plain, _ = flat_graphs(net, first_rows(inputs), function, quantize, calibration, dynamic=dynamic)
     rows = []
-    for group in _alike(targets):
+    for alike in dict.fromkeys((target.threads, target.runtime) for target in targets):
+        group = [target for target in targets if (target.threads, target.runtime) == alike]
         if rows:
             engine = load(path, threads=group[0].threads, runtime=group[0].runtime)
         left, accuracy = _predict(engine, arrays, wanted[torch.from_numpy(order)], loss)
@@ -152,14 +153,6 @@ def _targets(path: str | os.PathLike[str], targets: Target | Sequence[Target] | 
     if not found:
         raise InputError("targets is empty; give at least one Target, such as Target(batch_size=64)")
     return [check_target(target) for target in found]
-
-
-def _alike(targets: Sequence[Target]) -> list[list[Target]]:
-    """Group the targets by number of threads and runtime; the file is opened once per group."""
-    groups: dict[tuple[int, str], list[Target]] = {}
-    for target in targets:
-        groups.setdefault((target.threads, target.runtime), []).append(target)
-    return list(groups.values())
 
 
 def _check(path: str | os.PathLike[str], engine: Engine, targets: Sequence[Target], rows: int, wanted: int) -> None:

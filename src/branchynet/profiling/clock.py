@@ -91,12 +91,8 @@ def passes_in_turns(calls: Mapping[str, Calls], batches: Sequence[Sequence[Any]]
     """Return microseconds per sample of each of `repeats` passes over all batches, at one pace; names take turns.
 
     A turn is 64 samples, and at least four calls: its first calls run with cold weights, and short turns would measure
-    only that. The first name in a round also reads cold inputs, so the order rotates.
-
-    Args:
-        calls: for each name, a function to call for every batch, or a sequence with one function per batch.
-        batches: the arguments of each call, arrays with one row per sample.
-        repeats: number of timed passes, after one to warm up.
+    only that. The first name in a round also reads cold inputs, so the order rotates. `batches` holds the arguments of
+    each call, arrays with one row per sample. The first pass, to warm up, is not timed.
     """
     each = {name: [call] * len(batches) if callable(call) else call for name, call in calls.items()}
     samples = sum(len(batch[0]) for batch in batches)

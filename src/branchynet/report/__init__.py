@@ -6,12 +6,7 @@ from ..extras import first_used
 _MODULES = {
     "gallery": ("Gallery",),
     "html": ("RunReport", "write_report"),
-    "plots": (
-        "figure_leaving",
-        "figure_scores",
-        "figure_shares",
-        "figure_tradeoff",
-    ),
+    "plots": ("figure_leaving", "figure_scores", "figure_shares", "figure_tradeoff"),
 }
 __getattr__ = first_used(__name__, _MODULES, "report")
 __all__ = sorted(name for names in _MODULES.values() for name in names)  # pyright: ignore[reportUnsupportedDunderAll]

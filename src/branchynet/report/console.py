@@ -14,7 +14,6 @@ from ..policy.exit_cost import ExitCost
 from ..policy.values import PROMISED, STEADY, Choice
 
 _FRAME = 3  # characters per column in addition to its content: a line and two spaces
-_NEVER = "never (left out)"
 _WORD = 16  # smallest width of a text column
 
 
@@ -23,18 +22,13 @@ def show(
 ) -> None:
     """Print a table; if the terminal is too narrow, print each row as lines of ``name: value``.
 
-    Args:
-        out: the terminal, or a log file, which gets the table at full width.
-        columns: names, and whether the column holds text that may be wrapped; numbers are never wrapped.
-        rows: one text per column.
-        title: title above the table.
-        every: draw a line after this many rows; 0 for no lines.
+    `columns` tells whether a column holds text that may be wrapped; numbers are never wrapped. A log file gets the
+    table at full width. A line is drawn after `every` rows.
     """
     rows = [tuple(printable(text) for text in row) for row in rows]
-    needed = 1
-    for i, (name, words) in enumerate(columns.items()):
-        whole = max(cell_len(text) for text in (name, *(row[i] for row in rows)))
-        needed += _FRAME + (min(whole, _WORD) if words else whole)
+    whole = [max(map(cell_len, column)) for column in zip(columns, *rows, strict=True)]
+    least = [min(width, _WORD) if words else width for width, words in zip(whole, columns.values(), strict=True)]
+    needed = 1 + sum(_FRAME + width for width in least)
     if out.is_terminal and needed > out.width:
         out.print(title, style="italic")
         for row in rows:
@@ -43,10 +37,8 @@ def show(
         return
     table = Table(title=title or None)
     for i, (name, words) in enumerate(columns.items()):
-        least = min(_WORD, max(cell_len(text) for text in (name, *(row[i] for row in rows)))) if words else None
-        table.add_column(
-            name, justify="left" if words or i == 0 else "right", no_wrap=not words, overflow="fold", min_width=least
-        )
+        justify = "left" if words or i == 0 else "right"
+        table.add_column(name, justify=justify, no_wrap=not words, overflow="fold", min_width=least[i])
     for n, row in enumerate(rows, 1):
         table.add_row(*row, end_section=bool(every) and n % every == 0)
     if not out.is_terminal:  # a log file has no width
@@ -70,10 +62,10 @@ def print_choice(out: Console, choice: Choice, cost: ExitCost) -> None:
     if outcome.mean_us is not None:
         out.print(
             f"time per sample: mean {outcome.mean_us:.1f} us, 95th percentile {outcome.p95_us:.1f} us, worst "
-            f"{outcome.worst_us:.1f} us"
+            f"{outcome.worst_us:.1f} us",
+            *speed_lines(choice, cost),
+            sep="\n",
         )
-        for line in speed_lines(choice, cost):
-            out.print(line)
     if choice.promise is not None:
         out.print(str(choice.promise))
     elif choice.constraint.keys() & set(PROMISED):
@@ -102,10 +94,7 @@ def speed_lines(choice: Choice, cost: ExitCost) -> list[str]:
 
 def print_advice(out: Console, advice: Any, note: str = "") -> None:
     """Print the best design per number of exits, the advice, and a note."""
-    columns = {
-        "exits": False, "early exits": True, "us": False, "95%": False, "speed-up": False, "at best": False,
-        "accuracy": False,
-    }  # fmt: skip
+    numbers = dict.fromkeys(("us", "95%", "speed-up", "at best", "accuracy"), False)
     rows = []
     for design in advice.designs:
         low, high = design.interval_us
@@ -115,7 +104,7 @@ def print_advice(out: Console, advice: Any, note: str = "") -> None:
             f"{advice.plain_us / design.us:.2f}x", f"{advice.plain_us / design.oracle_us:.2f}x",
             f"{design.accuracy:.2%}",
         ))  # fmt: skip
-    show(out, columns, rows, title="predicted")
+    show(out, {"exits": False, "early exits": True, **numbers}, rows, title="predicted")
     out.print(str(advice))
     if note:
         out.print(note, soft_wrap=True)
@@ -123,20 +112,17 @@ def print_advice(out: Console, advice: Any, note: str = "") -> None:
 
 def print_bench(out: Console, rows: Sequence[Mapping[str, Any]], note: str = "") -> None:
     """Print plain, branchy and limit in three lines per row, and a note."""
-    columns = {
-        "runtime": True, "network": True, "us": False, "speed-up": False, "accuracy": False,
-        "leave at exit 1, 2, …": False,
-    }  # fmt: skip
+    numbers = dict.fromkeys(("us", "speed-up", "accuracy", "leave at exit 1, 2, …"), False)
+    columns = {"runtime": True, "network": True, **numbers}
     lines = []
     for row in rows:
         shares = ", ".join(f"{share:.1%}" for share in row["exit_share"])
-        threads = f"{counted(row['threads'], 'thread')}"
         right = "" if row["plain_accuracy"] is None else f"{row['plain_accuracy']:.2%}"
         branchy = f"{row['accuracy_branchy']:.2%}"
         for first, name, us, accuracy, last in (
             (row["runtime"], "plain", row["plain_us"], right, ""),
             (f"batch {row['batch']}", row["network"], row["branchy_us"], branchy, shares),
-            (threads, "limit", row["limit_us"], branchy, f"overhead {row['overhead']:.2f}"),
+            (counted(row["threads"], "thread"), "limit", row["limit_us"], branchy, f"overhead {row['overhead']:.2f}"),
         ):
             lines.append((first, name, f"{us:.1f}", f"{row['plain_us'] / us:.2f}x", accuracy, last))
     show(out, columns, lines, title="microseconds per sample, and test accuracy", every=3)
@@ -162,11 +148,10 @@ def print_answers(out: Console, answers: Sequence[Mapping[str, Any]]) -> None:
 
 def print_model(out: Console, engine: Any) -> None:
     """Print the inputs, exits, thresholds and metadata of an exported file."""
-    rows = [("inputs", "\n".join(str(i) for i in engine.inputs))]
-    if engine.policy is None:
-        rows.append(("exits", f"{engine.num_exits}, flat: no sample leaves early"))
-    else:
-        rows.append(("exits", "\n".join(f"{n}: {rule}" for n, rule in enumerate(engine.policy.rules(6, _NEVER), 1))))
+    exits = f"{engine.num_exits}, flat: no sample leaves early"
+    if engine.policy is not None:
+        exits = "\n".join(f"{n}: {rule}" for n, rule in enumerate(engine.policy.rules(6, "never (left out)"), 1))
+    rows = [("inputs", "\n".join(map(str, engine.inputs))), ("exits", exits)]
     for name in ("batch", "thresholds", "labels", "preprocessing", "promise", "version"):
         value = engine.metadata.get(name)
         if value not in (None, []):
@@ -187,12 +172,7 @@ _PHRASES = {
 
 
 def in_options(message: str, options: Mapping[str, str]) -> str:
-    """Rewrite a message about Python arguments in terms of the options of a command.
-
-    Args:
-        message: such as "max_drop=2 is out of range".
-        options: the option of each parameter, such as ``--max-drop`` of ``max_drop``.
-    """
+    """Rewrite a message about Python arguments in terms of a command's options, such as max_drop as ``--max-drop``."""
     message = re.sub(r" \(in Python, [^()]*(\([^()]*\))?[^()]*\)", "", message)
     message = re.sub(r",? (\()?or FitOptions\(resume=False\)[\w ]*(?(1)\))", "", message)
     for python, phrase in _PHRASES.items():

@@ -23,22 +23,11 @@ INK, MUTED, RULE, PAPER = "#1f2328", "#5c6670", "#dde2e7", "#ffffff"
 RIGHT, WRONG, CHOSEN = "#0b62c4", "#c2410c", "#8a3ffc"
 
 _STYLE: Any = {
-    "font.size": 10.5,
-    "text.color": INK,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
-    "axes.labelsize": 10.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.facecolor": "none",
-    "figure.facecolor": PAPER,
-    "grid.color": RULE,
-    "grid.linewidth": 0.8,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "legend.frameon": False,
+    **{"font.size": 10.5, "axes.labelsize": 10.5, "grid.linewidth": 0.8, "axes.facecolor": "none"},
+    **{"text.color": INK, "axes.labelcolor": INK, "figure.facecolor": PAPER, "grid.color": RULE},
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), MUTED),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+    **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
 }
 
 

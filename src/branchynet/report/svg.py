@@ -19,13 +19,7 @@ _COLORS = {
 
 
 def inline(figure: Figure, name: str, description: str) -> str:
-    """Return the ``<svg>`` element of a figure.
-
-    Args:
-        figure: one of `branchynet.report.plots`.
-        name: prefix of every id, so that several figures can share a page.
-        description: alternative text of the figure.
-    """
+    """Return the ``<svg>`` element of a figure; `name` is the prefix of its ids, so that figures can share a page."""
     stream = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})

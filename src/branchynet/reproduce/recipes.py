@@ -46,38 +46,26 @@ def sgd(lr: float) -> Callable[[Any], torch.optim.Optimizer]:
 class Recipe:
     """A network of the paper, and how it is trained.
 
-    Attributes:
-        name, title: names of the network with branches, in files and in text.
-        data: name of the data set, as in `load_data`.
-        plain, branchy: make the network without and with branches; with ``pretrained=True``, with shipped weights.
-        optimizer: makes the `optimizer` argument of `fit` from a learning rate.
-        weights: names of the shipped weights, with and without branches.
-        epochs, lrs: epochs (0 for none) and highest learning rates of the two parts.
-        batch, augment, schedule: as in `loader` and `fit`.
-        smaller: smaller plain networks: name, function that makes it, and name of the shipped weights.
-        slack: further drops of validation accuracy below the plain network's at which thresholds are chosen. Negative
-            values ask for more accuracy, because thresholds usually do better on the images used to choose them.
-        warm: epochs and highest learning rate of the branches on the frozen network, before the second part.
-        sides: height and width of the images in the first epochs of the first part; empty for full size.
-        distill: weight of the distillation loss, as in `fit`.
+    `slack` holds further drops of validation accuracy below the plain network's at which thresholds are chosen.
+    Negative values ask for more accuracy, because thresholds usually do better on the images used to choose them.
     """
 
-    name: str
-    title: str
+    name: str  # of the network with branches, in files
+    title: str  # and in text
     data: str
-    plain: Callable[..., nn.Module]
+    plain: Callable[..., nn.Module]  # with ``pretrained=True``, with shipped weights; likewise `branchy`
     branchy: Callable[..., BranchyNet]
-    optimizer: Callable[[float], Callable[[Any], torch.optim.Optimizer]]
-    weights: tuple[str, str]
-    epochs: tuple[int, int]
-    lrs: tuple[float, float]
+    optimizer: Callable[[float], Callable[[Any], torch.optim.Optimizer]]  # of a learning rate, as `fit` needs it
+    weights: tuple[str, str]  # names of the shipped weights, with and without branches
+    epochs: tuple[int, int]  # of the two parts; 0 for none
+    lrs: tuple[float, float]  # highest learning rates of the two parts
     batch: int = 128
     augment: Augment | None = None
     schedule: Cosine = COSINE
-    smaller: tuple[tuple[str, Make, str], ...] = ()
+    smaller: tuple[tuple[str, Make, str], ...] = ()  # name, maker and shipped weights of smaller plain networks
     slack: tuple[float, ...] = ()
-    warm: tuple[int, float] | None = None
-    sides: tuple[int, ...] = ()
+    warm: tuple[int, float] | None = None  # epochs and highest learning rate of the branches alone, before part two
+    sides: tuple[int, ...] = ()  # height and width of the images in the first epochs of part one; empty for full size
     distill: float = 0.0
 
     @property
@@ -129,13 +117,7 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class TrainedNetwork:
-    """The trained networks of one recipe.
-
-    Attributes:
-        branchy: the network with branches.
-        plain: the plain network, trained for as many epochs as `branchy`.
-        smaller: smaller plain networks by name, trained for as many epochs as `branchy`.
-    """
+    """The network with branches, the plain one and smaller plain ones by name, all trained for the same epochs."""
 
     branchy: BranchyNet
     plain: nn.Module

@@ -45,49 +45,32 @@ class PlainResult:
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """A network with one choice of thresholds.
+    """A network with one choice of thresholds."""
 
-    Attributes:
-        name: name of the network and of its exit rule.
-        asked: required accuracy on validation images, such as the plain network's.
-        reached: whether some thresholds reach it; otherwise the policy is the most accurate one.
-        policy: score and thresholds.
-        outcome: outcome on test images, with costs.
-        bench: the row of `bench` at batch 1 in ONNX Runtime.
-        cuda: the result of `on_device`; None without a GPU.
-    """
-
-    name: str
-    asked: float
-    reached: bool
+    name: str  # of the network and of its exit rule
+    asked: float  # required accuracy on validation images, such as the plain network's
+    reached: bool  # whether some thresholds reach it; otherwise the policy is the most accurate one
     policy: Policy
-    outcome: Outcome
-    bench: dict[str, Any]
-    cuda: dict[str, float] | None
+    outcome: Outcome  # on test images, with costs
+    bench: dict[str, Any]  # the row of `bench` at batch 1 in ONNX Runtime
+    cuda: dict[str, float] | None  # the result of `on_device`; None without a GPU
 
 
 @dataclass(frozen=True)
 class NetworkResult:
     """The results of the networks of one recipe.
 
-    Attributes:
-        recipe: the recipe.
-        val, test: records of the network with branches.
-        cost: cost of its stages at batch 1 on one thread in ONNX Runtime.
-        plain: the plain network.
-        plain_val: validation accuracy of the plain network.
-        smaller: smaller plain networks.
-        points: for the paper's exit rule, the thresholds that keep the plain network's validation accuracy, then those
-            with each slack of the recipe; then the same for outputs averaged over the exits so far, with the score
-            `AVERAGED`.
+    `points` holds, for the paper's exit rule, the thresholds that keep the plain network's validation accuracy and
+    those with each slack of the recipe; then the same for outputs averaged over the exits so far, with the score
+    `AVERAGED`.
     """
 
     recipe: Recipe
-    val: ExitRecord
+    val: ExitRecord  # of the network with branches
     test: ExitRecord
-    cost: ExitCost
+    cost: ExitCost  # of its stages at batch 1 on one thread in ONNX Runtime
     plain: PlainResult
-    plain_val: float
+    plain_val: float  # validation accuracy
     smaller: tuple[PlainResult, ...]
     points: tuple[OperatingPoint, ...]
 
@@ -145,7 +128,7 @@ def on_device(
 ) -> dict[str, float]:
     """Time both networks in turns in the PyTorch engine on a device: milliseconds per sample at batch 1.
 
-    Each call copies its outputs to the host, so all work is complete when the clock stops.
+    Each call copies its outputs to the host, so its work is complete when the clock stops.
     """
     nets = {"plain": (plain, Policy()), "branchy": (branchy, policy)}
     engines = {name: TorchEngine(net, rule, images[:8], device=device) for name, (net, rule) in nets.items()}

@@ -36,12 +36,10 @@ from ..profiling.cost import measure
 from ..profiling.recording import record
 from ..profiling.target import Target
 from ..training.history import History
-from ..training.options import FitOptions
-from ..zoo import NETWORKS
 from .provenance import check_data, keep_bench, keep_data
 from .run import Run, configure, create_run, loaders, report_progress
 from .settings import build_network, data_of, example_of
-from .steps import export_run, train_exits
+from .steps import export_run, fit_options, train_exits
 
 TIMING_S = 10.0
 _IMPROVES = 0.98  # last validation loss / the one before it; below this, more epochs help
@@ -49,20 +47,10 @@ _IMPROVES = 0.98  # last validation loss / the one before it; below this, more e
 
 @dataclass(frozen=True)
 class Comparison:
-    """The predicted and the measured performance of a design.
+    """The predicted and the measured performance of a design; times are microseconds per sample.
 
-    Attributes:
-        network, batch, threads: the network, the batch size and the number of threads of the design.
-        taps, branches: the taps and branch names of the early exits.
-        advised_us: predicted microseconds per sample with branches trained on the frozen network.
-        predicted_us, predicted_speedup: predicted from the validation record of the trained design, before it is
-            timed. The speed-up is relative to the plain network measured at the same time, so it stays valid if the
-            machine becomes faster or slower.
-        measured_us, plain_us, limit_us: microseconds per sample, measured together; every operation is timed.
-        accuracy, plain_accuracy: test accuracy with exits, and of the plain network.
-        exit_share: share of the test samples that leave at each exit.
-        reached: whether some thresholds reach the wanted validation accuracy; otherwise the results are those of the
-            most accurate thresholds.
+    The trained design is predicted from its validation record before it is timed. The predicted speed-up is relative to
+    the plain network measured at the same time, so it stays valid if the machine becomes faster or slower.
     """
 
     network: str
@@ -70,16 +58,16 @@ class Comparison:
     threads: int
     taps: tuple[str, ...]
     branches: tuple[str, ...]
-    advised_us: float
-    predicted_us: float
+    advised_us: float  # predicted with branches trained on the frozen network
+    predicted_us: float  # predicted for the trained design
     predicted_speedup: float
-    measured_us: float
+    measured_us: float  # this and the next two are measured together, with every operation timed
     plain_us: float
     limit_us: float
-    accuracy: float
+    accuracy: float  # on test images
     plain_accuracy: float
     exit_share: tuple[float, ...]
-    reached: bool
+    reached: bool  # whether some thresholds reach the validation accuracy; otherwise the most accurate are used
 
     @property
     def speedup(self) -> float:
@@ -115,16 +103,8 @@ def design_run(
 ) -> tuple[Advice, Comparison | None]:
     """Find, train, export and time exits for the plain network of a trained run; resumes if it was interrupted.
 
-    Args:
-        base: a trained run. The exits are designed for its plain network and compared with it.
-        target: batch size, threads and runtime of the deployed file.
-        max_drop: largest drop of validation accuracy below the plain network's.
-        num_exits: largest number of exits, including the last exit.
-        epochs: epochs of all candidate branches together. The chosen exits are then trained for as many epochs as
-            those of `base`.
-        final_epochs: as in `advise`.
-        anyway: train the design even if exits are not worth it.
-        progress: whether to show progress.
+    Arguments are as in `advise` and `SearchOptions`. The chosen exits are trained for as many epochs as `base`,
+    with `anyway` even if exits are not worth it.
 
     Returns:
         The advice; and the comparison, or None if exits are not worth it.
@@ -149,14 +129,8 @@ def design_run(
     advice = _advised(base, data, folder, target, asked, progress)
     if not advice.design.taps or not (advice.worth or anyway):
         return advice, None
-    settings = replace(
-        base.settings,
-        taps=advice.design.taps,
-        branches=advice.design.branches,
-        distill=DISTILL,
-        loss_weights=(),
-        train="all",
-    )
+    exits = {"taps": advice.design.taps, "branches": advice.design.branches}
+    settings = replace(base.settings, **exits, distill=DISTILL, loss_weights=(), train="all")
     run = create_run(folder, settings)
     keep_data(folder, data)
     net = build_network(settings, data)
@@ -169,14 +143,7 @@ def design_run(
 
 
 def next_steps(folder: Path, num_exits: int, epochs: int, final_epochs: int) -> str:
-    """Suggest options that may change a verdict that exits are not worth it; empty if there are none.
-
-    Args:
-        folder: the design's folder, inside the run's folder.
-        num_exits: as in `design_run`.
-        epochs: as in `design_run`.
-        final_epochs: as in `design_run`.
-    """
+    """Suggest options of `design_run` that may change the verdict that exits are not worth it; empty if none may."""
     path = folder.parent
     histories = [History.load(file).rows for file in sorted((path / "candidates").rglob("train.csv"))]
     losses = [[row.val_loss for row in rows if row.val_loss is not None] for rows in histories]
@@ -227,11 +194,7 @@ def _advised(base: Run, data: ImageData, folder: Path, target: Target, asked: di
         run=base.path / "candidates",
         progress=progress,
         search=SearchOptions(asked["epochs"], asked["final_epochs"]),
-        options=FitOptions(
-            seed=settings.seed,
-            mixed_precision=settings.mixed_precision,
-            channels_last=settings.network in NETWORKS,
-        ),
+        options=fit_options(settings, settings.seed),
     )
     assert advice.network is not None
     save_weights(advice.network, folder / "warm.safetensors")

@@ -30,26 +30,21 @@ def predict_files(engine: Engine, images: Sequence[Path]) -> Iterator[dict[str, 
     size = (int(shape[0] or 0), int(shape[1] or 0), int(shape[2] or 0))
     normalization = stored_normalization(engine.metadata.get("preprocessing"), size[0])
     for start in range(0, len(images), BATCH):
-        files = images[start : start + BATCH]
-        read = {file: _image(file, size) for file in files}
-        good = [file for file in files if not isinstance(read[file], DataError)]
-        answers: dict[Path, dict[str, Any]] = {}
-        if good:
-            batch = np.concatenate([read[file] for file in good])
+        found: list[dict[str, Any]] = [{"image": str(file)} for file in images[start : start + BATCH]]
+        rows, good = [], []
+        for one in found:
+            try:
+                rows.append(read_image(one["image"], size))
+                good.append(one)
+            except DataError as error:
+                one["error"] = str(error)
+        if rows:
+            batch = np.concatenate(rows)
             answer = engine.answer_all(batch if normalization is None else normalization(batch))
-            for file, label, exit, score in zip(good, answer.label, answer.exit, answer.score, strict=True):
+            for one, label, exit, score in zip(good, answer.label, answer.exit, answer.score, strict=True):
                 name = engine.labels[label] if label < len(engine.labels) else str(label)
-                answers[file] = {"image": str(file), "label": name, "exit": int(exit), "score": float(score)}
-        for file in files:
-            yield answers.get(file) or {"image": str(file), "error": str(read[file])}
-
-
-def _image(file: Path, size: tuple[int, int, int]) -> Any:
-    """The image in a file, or the `DataError` of reading it."""
-    try:
-        return read_image(file, size)
-    except DataError as error:
-        return error
+                one |= {"label": name, "exit": int(exit), "score": float(score)}
+        yield from found
 
 
 def model_file(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Provenance of the files of a run: checks that they were made from the same data, weights and thresholds.
+"""Check that the files of a run were made from the same data, weights and thresholds.
 
 ``data.json`` holds a digest of the training, validation and test images of a run. Records, costs, choices and exported
 files hold the fingerprint of their network; a choice holds the digest of its record, and ``bench.json`` that of the
@@ -64,43 +64,50 @@ def check_design(run: Path) -> None:
         )
 
 
+def _recorded(run: Path) -> str | None:
+    """The fingerprint of the network that was recorded; None without a record."""
+    path = run / "record-val.npz"
+    return ExitRecord.load(path).network if path.exists() else None
+
+
+def _chosen(run: Path, current: str | None) -> tuple[Choice | None, bool]:
+    """The choice of a run, if there is one, and whether it was made for the `current` weights."""
+    path = run / "choice.json"
+    choice = Choice.load(path) if path.exists() else None
+    return choice, choice is not None and choice.network in (None, current)
+
+
 def check_choice(run: Path, choice: Choice, network: str) -> None:
     """Raise `FileError` if a choice was made for weights with a fingerprint other than `network`."""
-    if choice.network in (None, network):
-        return
-    recorded = ExitRecord.load(run / "record-val.npz").network if (run / "record-val.npz").exists() else None
-    verb = "choose" if recorded == network else "train"
-    raise FileError(
-        f"{run / 'choice.json'} was chosen for other weights ({choice.network}) than the current ones ({network}); "
-        f"run `branchynet {verb} {run}` again"
-    )
+    if choice.network not in (None, network):
+        verb = "choose" if _recorded(run) == network else "train"
+        raise FileError(
+            f"{run / 'choice.json'} was chosen for other weights ({choice.network}) than the current ones ({network}); "
+            f"run `branchynet {verb} {run}` again"
+        )
 
 
 def check_model(run: Path, about: Mapping[str, Any]) -> None:
     """Raise `FileError` if ``model.onnx`` was made with other weights or thresholds than the run has now.
 
-    Args:
-        run: the folder.
-        about: the metadata of its ``model.onnx``.
+    `about` is the metadata of the file.
     """
-    records, chosen = run / "record-val.npz", run / "choice.json"
-    current = ExitRecord.load(records).network if records.exists() else None
+    current, path = _recorded(run), run / "model.onnx"
+    choice, fits = _chosen(run, current)
     if not _same_weights(about, current):
-        raise FileError(f"{run / 'model.onnx'} was made with other weights than {run} has now: {_remake(run, current)}")
-    choice = Choice.load(chosen) if chosen.exists() else None
-    if choice is not None and about.get("policy") is not None and about["policy"] != choice.policy.to_json():
+        steps = f"`branchynet choose {run}` and " * (not fits) + f"`branchynet export {run}`"
+        raise FileError(f"{path} was made with other weights than {run} has now: run {steps} again")
+    if choice is not None and about.get("policy") not in (None, choice.policy.to_json()):
         raise FileError(
-            f"{run / 'model.onnx'} has other thresholds than {chosen} has now: run `branchynet export {run}` again"
+            f"{path} has other thresholds than {run / 'choice.json'} has now: run `branchynet export {run}` again"
         )
 
 
 def outdated(run: Path) -> list[str]:
     """The names of a run's files that were made with other weights than it has now, in the order of the steps."""
-    current = ExitRecord.load(run / "record-val.npz").network
-    old = []
-    if (run / "choice.json").exists() and Choice.load(run / "choice.json").network not in (None, current):
-        old.append("choice.json")
-    model = run / "model.onnx"
+    current, model = _recorded(run), run / "model.onnx"
+    choice, fits = _chosen(run, current)
+    old = ["choice.json"] * (choice is not None and not fits)
     if model.exists() and not _same_weights(model_metadata(model), current):
         old += ["model.onnx", *(name for name in ("bench.json", "report.html") if (run / name).exists())]
     return old
@@ -109,13 +116,6 @@ def outdated(run: Path) -> list[str]:
 def _same_weights(about: Mapping[str, Any], current: str | None) -> bool:
     made = about.get("network")
     return None in (made, current) or made == current or str(made).startswith(f"{current}-")  # int8 of it
-
-
-def _remake(run: Path, current: str | None) -> str:
-    """The commands that make ``model.onnx`` with the current weights."""
-    chosen = run / "choice.json"
-    fits = chosen.exists() and Choice.load(chosen).network in (None, current)
-    return "run " + f"`branchynet choose {run}` and " * (not fits) + f"`branchynet export {run}` again"
 
 
 def keep_bench(run: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -139,18 +139,7 @@ def _digest(path: Path) -> str:
 
 
 def check_report(run: Path, choice: Choice, val: ExitRecord, test: ExitRecord, model: Engine) -> None:
-    """Check that the files of a report were made from each other.
-
-    Args:
-        run: the folder.
-        choice: the chosen thresholds.
-        val: the validation record.
-        test: the test record.
-        model: the exported file.
-
-    Raises:
-        FileError: a file was not made from the others; the message names the command that recreates it.
-    """
+    """Raise `FileError` if a file of a report was not made from the others; it names the command that recreates it."""
 
     def check(name: str, verb: str, *same: tuple[Any, Any]) -> None:
         if any(None not in pair and pair[0] != pair[1] for pair in same):

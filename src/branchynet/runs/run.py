@@ -1,13 +1,13 @@
-"""Opening, creating, configuring and loading run folders."""
+"""Open, create, configure and load run folders."""
 
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..data import ImageData, loader
-from ..data.datasets import FOLDER
+from ..data.datasets import FOLDER, folder_path
 from ..environment import environment
 from ..errors import FileError, InputError
 from ..files import check_folder, write_json
@@ -19,8 +19,6 @@ from .settings import AUGMENTS, Settings, build_network, check_settings, data_of
 from .trusted_functions import check_trust, remember
 
 EVAL_BATCH = 500
-
-
 MAY_GROW = ("epochs", "plain")
 
 
@@ -42,11 +40,9 @@ class Run:
 def open_run(path: str | os.PathLike[str], *, trust: bool = False) -> Run:
     """Open a run folder.
 
-    Args:
-        path: the folder.
-        trust: allow the folder to run the function that it names as its network, now and later. A folder that you
-            made yourself is trusted until it is moved or copied, or the function's module changes in the current
-            folder. The function of a folder from elsewhere may do anything.
+    `trust` allows the folder to run the function that it names as its network, now and later. The function of a folder
+    from elsewhere may do anything. A folder that you made yourself is trusted until it is moved or copied, or the
+    function's module changes in the current folder.
 
     Raises:
         FileError: the folder holds no run.
@@ -70,8 +66,8 @@ def settings_in(path: str | os.PathLike[str]) -> Settings:
 def create_run(path: str | os.PathLike[str], settings: Settings) -> Run:
     """Create a run in a folder, or open the run of the same settings in it. Writes nothing.
 
-    Before its first epoch, a run accepts any other settings. After it, a run accepts more epochs, a plain network to
-    compare with, and the new path of a folder of images that has moved.
+    Before its first epoch, a run accepts any settings. After it, a run accepts more epochs, a plain network to compare
+    with, and the new path of a folder of images that has moved.
 
     Raises:
         InputError: the folder holds a run trained with other settings, or a setting is out of range.
@@ -79,7 +75,8 @@ def create_run(path: str | os.PathLike[str], settings: Settings) -> Run:
     """
     check_settings(settings)
     check_folder(path)
-    settings = settings.placed
+    if settings.data.startswith(FOLDER):
+        settings = replace(settings, data=f"{FOLDER}{folder_path(settings.data)}")  # its absolute path
     if (Path(path) / "config.json").exists() and is_trained(Path(path)):
         made = asdict(settings_in(path))
         if made["data"].startswith(FOLDER) and settings.data.startswith(FOLDER):

@@ -2,18 +2,17 @@
 
 import importlib
 import inspect
-import math
 import sys
 import traceback
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..argument_checks import MOST_SEED, whole
+from ..argument_checks import MOST_SEED, above_zero, real, whole
 from ..data import ImageData, affine, flip_crop, load_data, shift
-from ..data.datasets import FOLDER, folder_path
+from ..data.datasets import FOLDER
 from ..errors import BranchyNetError, InputError, counted, nearest
 from ..losses import joint_loss
 from ..nn.attaching import attach_branches
@@ -42,8 +41,8 @@ class Settings:
         size, split, normalize: as in `load_data`.
         warm_start_epochs: epochs of the plain network, trained first; the exits start from its weights. 0 for none.
         epochs: epochs of joint training.
-        plain: whether to train the plain network for `epochs` more as well, and compare with it; otherwise results are
-            compared with the warm start.
+        plain: whether to train the plain network for `epochs` more as well, and compare results with it; otherwise
+            they are compared with the warm start.
         train: ``"all"`` or ``"branches"``, as in `fit`.
         loss_weights: one per exit; empty for all 1.
         distill: weight of the distillation loss, as in `fit`.
@@ -52,8 +51,8 @@ class Settings:
         lr: the highest learning rate of Adam.
         seed: seed of the weights, the order and the augmentation.
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``, as in `FitOptions`.
-        taps, branches: early exits that replace those of the network: the taps, and one branch name per tap, as in
-            `branchynet.nn.branches.named_branches`.
+        taps, branches: early exits that replace those of the network: one branch name (see
+            `branchynet.nn.branches.named_branches`) per tap.
     """
 
     network: str = "b_lenet"
@@ -76,13 +75,6 @@ class Settings:
     normalize: bool = False
 
     @property
-    def placed(self) -> "Settings":
-        """These settings with the absolute path of a folder of images. Raises `DataError` if it does not exist."""
-        if not self.data.startswith(FOLDER):
-            return self
-        return replace(self, data=f"{FOLDER}{folder_path(self.data)}")
-
-    @property
     def plain_epochs(self) -> int:
         """Number of epochs of the plain network that results are compared with."""
         return self.warm_start_epochs + self.epochs * self.plain
@@ -102,24 +94,18 @@ class Settings:
 
 def check_settings(settings: Settings) -> None:
     """Raise `InputError` for a value that cannot be trained with on this machine; reads no data."""
-    if settings.augment not in AUGMENTS:
-        raise InputError(f"unknown augment {settings.augment!r}{nearest(settings.augment, AUGMENTS)}")
-    if settings.mixed_precision not in PRECISIONS:
-        raise InputError(
-            f"unknown mixed_precision {settings.mixed_precision!r}{nearest(settings.mixed_precision, PRECISIONS)}"
-        )
+    for name, known in (("augment", AUGMENTS), ("mixed_precision", PRECISIONS)):
+        if (value := getattr(settings, name)) not in known:
+            raise InputError(f"unknown {name} {value!r}{nearest(value, known)}")
     if settings.mixed_precision != "no":
         with accelerating(settings.mixed_precision, None):  # raises if this machine lacks the precision
             pass
     for name, least in {"warm_start_epochs": 0, "epochs": 1, "batch_size": 1}.items():
-        value = getattr(settings, name)
-        if value < least:
-            raise InputError(f"{name} must be at least {least}; got {value}")
+        whole(name, getattr(settings, name), least)
     whole("seed", settings.seed, 0, MOST_SEED - 1)  # exits train with the next one
-    if not (math.isfinite(settings.lr) and settings.lr > 0):
-        raise InputError(f"lr must be a number above 0, such as 0.003; got {settings.lr:g}")
-    if not (math.isfinite(settings.distill) and settings.distill >= 0):
-        raise InputError(f"distill must be a number, 0 at least; got {settings.distill:g}")
+    above_zero("lr", settings.lr)
+    if real("distill", settings.distill) < 0:
+        raise InputError(f"distill must not be negative; got {settings.distill:g}")
 
 
 def _cannot_read(settings: Settings, data: ImageData, error: Exception) -> InputError:
@@ -128,11 +114,10 @@ def _cannot_read(settings: Settings, data: ImageData, error: Exception) -> Input
     message = f"{settings.network} cannot read the images of {data.name}, of shape {shape}: "
     if settings.network not in NETWORKS:
         return InputError(f"{message}{error}")
-    grey, reads_grey = shape[0] == 1, settings.network.startswith("b_lenet")
-    other, side = ("b_lenet", 28) if grey else ("b_resnet20-published", 32)
-    remedy = "" if reads_grey == grey else f"network={other}"
-    remedy = " ".join(filter(None, [remedy, f"size={side}" if folder else ""]))
-    reads = "gray images of 28 x 28" if reads_grey else "color images of 32 x 32"
+    gray, reads_gray = shape[0] == 1, settings.network.startswith("b_lenet")
+    other, side = ("b_lenet", 28) if gray else ("b_resnet20-published", 32)
+    remedy = " ".join([f"network={other}"] * (reads_gray != gray) + [f"size={side}"] * folder)
+    reads = "gray images of 28 x 28" if reads_gray else "color images of 32 x 32"
     return InputError(f"{message}it reads {reads}; give {remedy}, or a network of your own")
 
 

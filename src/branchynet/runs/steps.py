@@ -46,7 +46,7 @@ from ..training.options import FitOptions
 from ..zoo import NETWORKS
 from .provenance import check_choice, check_data, check_design, check_model, keep_bench, keep_data
 from .run import EVAL_BATCH, Run, configure, load_run, loaders, report_progress
-from .settings import build_network, data_of, example_of
+from .settings import Settings, build_network, data_of, example_of
 
 
 def train_run(run: Run, *, progress: bool = True) -> BranchyNet:
@@ -105,13 +105,15 @@ def fit_in(
         optimizer=lambda parameters: torch.optim.Adam(parameters, lr=settings.lr),
         run=run.path / folder,
         progress=progress,
-        options=FitOptions(
-            seed=seed,
-            mixed_precision=settings.mixed_precision,
-            channels_last=settings.network in NETWORKS,  # a user's network may use `view`
-        ),
+        options=fit_options(settings, seed),
         **more,
     )
+
+
+def fit_options(settings: Settings, seed: int) -> FitOptions:
+    """The options of `fit` for networks of a run."""
+    channels_last = settings.network in NETWORKS  # a user's network may use `view`
+    return FitOptions(seed=seed, mixed_precision=settings.mixed_precision, channels_last=channels_last)
 
 
 def measure_run(run: Run, score: Any = "entropy", *, again: bool = False, progress: bool = False) -> ExitCost:
@@ -135,8 +137,8 @@ def choose_run(
 ) -> Choice:
     """Choose thresholds on the validation record and write ``choice.json``. Arguments as in `choose`.
 
-    `score` may also be ``"learned"`` (see `fit_score`). It is fitted on the half of the samples that `choose` searches
-    for candidates; the promise is tested on the other half. Without a promise, the other half chooses the thresholds.
+    `score` may also be ``"learned"`` (see `fit_score`). It is fitted on the half of the samples on which `choose`
+    searches; the promise is tested on the other half. Without a promise, thresholds are chosen on the other half.
     """
     found = ExitRecord.load(run.file("record-val.npz", "train"))
     if score not in (None, "learned", *SCORES):
@@ -182,7 +184,7 @@ def bench_run(
     runtimes: Sequence[Any] = ("onnxruntime",),
     progress: bool = True,
 ) -> tuple[list[dict[str, Any]], dict[str, BranchyNetError]]:
-    """Time ``model.onnx`` and the plain network in each runtime; ``bench.json`` is written after each.
+    """Time ``model.onnx`` and the plain network in each runtime, and write ``bench.json`` after each.
 
     Returns:
         The rows; and the error of each runtime that failed.
