@@ -97,8 +97,7 @@ def read_archive(
 ) -> tuple[tuple[Bytes, Bytes], tuple[Bytes, Bytes]]:
     """Read the published training and test sets: for each, images `(S, C, H, W)` and labels `(S,)`, uint8.
 
-    Raises:
-        DataError: the files are missing or malformed, or the download failed.
+    Raises `DataError` if the files are missing or malformed, or the download failed.
     """
     paths = _find(name, root) or (_download(name) if download else _downloaded(name, root))
     if name == "cifar10":

@@ -1,8 +1,4 @@
-"""Folders of the user's images: classes, sizes, and the split into training, validation and test images.
-
-A folder holds either one folder per class, whose images are split by content, or folders ``train``, ``val`` and
-``test`` with one folder per class. A missing part is split off the training images.
-"""
+"""Folders of the user's images: classes, sizes, and the split into training, validation and test images."""
 
 import hashlib
 import math
@@ -40,7 +36,7 @@ class Folder:
 
 
 def read_folder(base: Path, size: tuple[int, int] | None, split: Sequence[float] | None) -> Folder:
-    """Read a folder of images. Arguments and errors as in `load_data`."""
+    """Read a folder of images. Arguments and errors are those of `load_data`."""
     integers = isinstance(size, (tuple, list)) and len(size) == 2 and all(type(s) is int and s >= 1 for s in size)
     if size is not None and not integers:
         raise InputError(f"size must be (H, W), two integers of at least 1; got {size!r}")

@@ -82,8 +82,7 @@ def decode(
 ) -> NDArray[np.uint8]:
     """Decode an image file as `(C, H, W)` uint8, upright; by default at its size, with C = 1 if it is gray, else 3.
 
-    Raises:
-        DataError: the file is missing, cannot be decoded, or has more than `MOST_PIXELS` pixels.
+    Raises `DataError` if the file is missing, cannot be decoded, or has more than `MOST_PIXELS` pixels.
     """
     with _opened(path) as opened:
         image: Any = ImageOps.exif_transpose(opened)

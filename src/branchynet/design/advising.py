@@ -246,7 +246,7 @@ def _check_data(alone: ExitRecord, samples: int, accuracy: float, limit: float, 
 def _candidate_pool(
     backbone: nn.Module, example: Any, taps: Sequence[str] | None, score: Any
 ) -> tuple[CandidateNetwork, FlatGraph]:
-    """Return all candidates on the trunk, and their graph. Places where it cannot be cut are skipped, unless given."""
+    """Return all candidates on the trunk, and their graph, without places where it cannot be cut, unless given."""
     pool = attach_candidates(backbone, example, taps)
     flat = flatten(pool.net, example, score=score)
     faults = uncuttable(pool, flat)
@@ -290,9 +290,7 @@ def _tried(pool: CandidateNetwork, recorded: CandidateScores, times: StageTimes)
         needed = (late - times.plain_us) / (late - early) if late > early else math.inf
         rows.append(
             CandidateResult(
-                tap=candidate.tap,
-                branch=candidate.branch,
-                depth=candidate.depth,
+                **vars(candidate),
                 accuracy=float(1 - recorded.losses[recorded.tuning, i].mean()),
                 us=float(early),
                 added_us=float(late - times.plain_us),

@@ -39,17 +39,12 @@ class CandidateScores:
 
     Designs are selected on the half of the samples on which `choose` searches thresholds. The other half stays unused,
     so `choose` can give a promise for the design.
-
-    Attributes:
-        scores, losses: `(S, K + 1)`, the trunk's exit last.
-        taps: `(K,)` the position of each candidate's tap.
-        cost: returns the costs of a design, given the positions of its candidates.
     """
 
-    scores: Floats
-    losses: Floats
-    taps: tuple[int, ...]
-    cost: Callable[[Sequence[int]], ExitCost]
+    scores: Floats  # (S, K + 1), the trunk's exit last
+    losses: Floats  # likewise
+    taps: tuple[int, ...]  # (K,) the position of each candidate's tap
+    cost: Callable[[Sequence[int]], ExitCost]  # of a design, given the positions of its candidates
 
     @functools.cached_property
     def tuning(self) -> Ints:

@@ -240,8 +240,7 @@ def _time(
 ) -> tuple[dict[str, float], float | None]:
     """Return median microseconds per sample over `repeats` passes, and the spread of the speed-up.
 
-    With one sample per call, ``in_order`` runs each sample in the graph of the exit at which it `left`, and ``sorted``
-    runs the file on the samples sorted by exit.
+    With one sample per call, ``in_order`` and ``sorted`` are as described in `bench`.
     """
     starts = range(0, len(arrays[0]), batch)
     batches = [tuple(np.ascontiguousarray(a[i : i + batch]) for a in arrays) for i in starts]

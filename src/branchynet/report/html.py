@@ -29,7 +29,7 @@ class RunReport:
 
     Attributes:
         title: names the network and the data.
-        choice: the thresholds that were chosen on validation data.
+        choice: the thresholds chosen on validation data.
         outcome: the outcome of ``choice.policy`` on the test data.
         record: the record of the test data, S samples of N exits.
         scores: `(S, N)` scores of `record` by the policy's score.

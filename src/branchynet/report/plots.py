@@ -116,17 +116,10 @@ def figure_tradeoff(
 def figure_candidates(
     tried: Sequence[Any], chosen: Sequence[tuple[str, str]] = (), plain: tuple[float, float] | None = None
 ) -> Figure:
-    """Plot the accuracy of each candidate exit against the time up to it.
+    """Plot the accuracy of each candidate (a `branchynet.design.advice.CandidateResult`) against the time up to it.
 
-    Args:
-        tried: the candidates, each with `tap`, `branch`, `us` and `accuracy` (see
-            `branchynet.design.advice.CandidateResult`), in the order of execution of their taps. Lines join those at
-            one tap.
-        chosen: tap and branch of the exits of the design, drawn as rings.
-        plain: microseconds and accuracy of the plain network, drawn as a diamond.
-
-    Raises:
-        InputError: `tried` is empty.
+    Lines join the candidates at one tap. Rings mark the exits of the design, given as `chosen` taps and branches, and a
+    diamond the microseconds and accuracy of the plain network. Raises `InputError` if there are no candidates.
     """
     if not tried:
         raise InputError("no candidates to draw; give those of an Advice")

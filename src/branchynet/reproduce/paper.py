@@ -20,11 +20,6 @@ class Reported:
     thresholds: tuple[float, ...]
     exit_share: tuple[float, ...]
 
-    @property
-    def cpu_gain(self) -> float:
-        """Speed-up as the paper times it."""
-        return self.cpu_ms_plain / self.cpu_ms
-
 
 TABLE_1 = {
     "b_lenet": Reported(0.9920, 0.9925, 3.37, 0.62, 1.58, 0.34, (0.025,), (0.943, 0.0563)),

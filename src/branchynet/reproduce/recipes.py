@@ -69,11 +69,6 @@ class Recipe:
     distill: float = 0.0
 
     @property
-    def plain_title(self) -> str:
-        """The name of the plain network in text."""
-        return self.title.removeprefix("B-")
-
-    @property
     def baseline(self) -> str:
         """The name of the shipped weights of the plain network after the first part."""
         return self.weights[1].replace("-", "_baseline-", 1) if self.epochs[1] else self.weights[1]
@@ -132,24 +127,15 @@ def shipped(recipe: Recipe) -> TrainedNetwork:
 
 @dataclass(frozen=True)
 class Training:
-    """The training of the networks of a recipe.
-
-    Attributes:
-        recipe, data: the recipe and its data set.
-        folder: folder for state and history of every part; trained parts are loaded from it.
-        seed: seed of weights, order and augmentation.
-        precision: mixed precision, as in `FitOptions`.
-        progress: whether to show progress.
-        start: weights of a plain network that replace the first part.
-    """
+    """The training of the networks of a recipe."""
 
     recipe: Recipe
     data: ImageData
-    folder: Path
-    seed: int = 0
-    precision: str = "no"
+    folder: Path  # for state and history of every part; trained parts are loaded from it
+    seed: int = 0  # of weights, order and augmentation
+    precision: str = "no"  # mixed precision, as in `FitOptions`
     progress: bool = True
-    start: Path | None = None
+    start: Path | None = None  # weights of a plain network that replace the first part
 
     def baseline(self) -> nn.Module:
         """The plain network after the first part. Raises `FileError` if `start` holds another network."""

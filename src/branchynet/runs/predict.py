@@ -17,12 +17,9 @@ BATCH = 64
 def predict_files(engine: Engine, images: Sequence[Path]) -> Iterator[dict[str, Any]]:
     """Predict the labels of image files, with the preprocessing of the training images.
 
-    Yields:
-        ``{"image", "label", "exit", "score"}`` for each file, in order; ``{"image", "error"}`` if the file is missing
-        or not an image.
-
-    Raises:
-        InputError: the network does not read one image of fixed size, or the file's `mean` and `std` are not numbers.
+    Yields ``{"image", "label", "exit", "score"}`` for each file, in order; ``{"image", "error"}`` if the file is
+    missing or not an image. Raises `InputError` if the network does not read one image of fixed size, or the file's
+    `mean` and `std` are not numbers.
     """
     shape = engine.inputs[0].shape
     if len(engine.inputs) != 1 or len(shape) != 3 or None in shape:

@@ -22,14 +22,11 @@ from .settings import data_of
 from .steps import measure_run
 
 SHOWN = 24  # images per gallery
-LIMITS = (0.005, 0.01, 0.02, 0.05, 0.1)  # accuracy drops that users may want to promise; `choose` defaults to the first
+LIMITS = (0.005, 0.01, 0.02, 0.05, 0.1)  # drops of accuracy; the first is the default of `branchynet choose`
 
 
 def after_training(run: Run) -> list[str]:
-    """The lines after training: the files of earlier weights, and the next command.
-
-    That command has a limit that the run has enough samples to promise.
-    """
+    """The lines after training: outdated files, and the next command with a limit that the run can promise."""
     samples = ExitRecord.load(run.file("record-val.npz", "train")).samples
     carried = tightest_limit(samples, 0.05, "betting")
     limit = next((limit for limit in LIMITS if carried is not None and limit >= carried), None)
@@ -71,9 +68,7 @@ def report_run(run: Run, *, progress: bool = False) -> Path:
     check_report(run.path, choice, val, test, engine)
     report_progress(progress, f"predicting the {len(data.test)} test images, and drawing")
     answer = engine.answer_all(data.test.inputs().numpy())
-    advised = run.path / "advice.json"
-    tried = Advice.load(advised).tried if advised.exists() else ()
-    path = run.path / "report.html"
+    advised, path = run.path / "advice.json", run.path / "report.html"
     order = np.lexsort((answer.score, answer.exit))  # by exit, then by score, most confident first
     report = RunReport(
         title=f"{run.settings.network} on {run.settings.data}",
@@ -88,7 +83,7 @@ def report_run(run: Run, *, progress: bool = False) -> Path:
             _gallery("Left first: the most confident predictions", order[:SHOWN], data, answer),
             _gallery("Left last: the least confident predictions", order[::-1][:SHOWN], data, answer),
         ],
-        candidates=tried,
+        candidates=Advice.load(advised).tried if advised.exists() else (),
         taken=list(zip(run.settings.taps, run.settings.branches, strict=True)),
         facts={
             **read_entry(run.path / "config.json", "environment", dict[str, Any], "`branchynet train`"),
@@ -103,12 +98,6 @@ def report_run(run: Run, *, progress: bool = False) -> Path:
 
 def _gallery(title: str, rows: Any, data: ImageData, answer: Prediction) -> Gallery:
     images = data.test.images.numpy()[rows].transpose(0, 2, 3, 1)
-    return Gallery(
-        title=title,
-        images=images[..., 0] if images.shape[3] == 1 else images,
-        label=data.test.labels.numpy()[rows],
-        predicted=answer.label[rows],
-        exit=answer.exit[rows],
-        score=answer.score[rows],
-        names=data.classes,
-    )
+    shown = images[..., 0] if images.shape[3] == 1 else images
+    found = (data.test.labels.numpy(), answer.label, answer.exit, answer.score)
+    return Gallery(title, shown, *(values[rows] for values in found), names=data.classes)

@@ -42,11 +42,8 @@ def open_run(path: str | os.PathLike[str], *, trust: bool = False) -> Run:
 
     `trust` allows the folder to run the function that it names as its network, now and later. The function of a folder
     from elsewhere may do anything. A folder that you made yourself is trusted until it is moved or copied, or the
-    function's module changes in the current folder.
-
-    Raises:
-        FileError: the folder holds no run.
-        InputError: the folder names a function and is not trusted to run it.
+    function's module changes in the current folder. Raises `FileError` if the folder holds no run, and `InputError` if
+    it names a function and is not trusted to run it.
     """
     settings = settings_in(path)
     if ":" in settings.network:
@@ -67,11 +64,8 @@ def create_run(path: str | os.PathLike[str], settings: Settings) -> Run:
     """Create a run in a folder, or open the run of the same settings in it. Writes nothing.
 
     Before its first epoch, a run accepts any settings. After it, a run accepts more epochs, a plain network to compare
-    with, and the new path of a folder of images that has moved.
-
-    Raises:
-        InputError: the folder holds a run trained with other settings, or a setting is out of range.
-        DataError: the settings name a folder of images that does not exist.
+    with, and the new path of a folder of images that has moved. Raises `InputError` for other settings or one that is
+    out of range, and `DataError` for a folder of images that does not exist.
     """
     check_settings(settings)
     check_folder(path)

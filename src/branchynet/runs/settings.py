@@ -32,44 +32,23 @@ AUGMENTS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of `train_run`.
+    """The settings of `train_run`; `size`, `split` and `normalize` are arguments of `load_data`."""
 
-    Attributes:
-        network: a name in `branchynet.zoo.NETWORKS`, or ``"package.module:function"``, a function that returns a
-            `BranchyNet`; it receives the number of classes if it has a parameter ``num_classes``.
-        data: a name of a data set, as in `load_data`.
-        size, split, normalize: as in `load_data`.
-        warm_start_epochs: epochs of the plain network, trained first; the exits start from its weights. 0 for none.
-        epochs: epochs of joint training.
-        plain: whether to train the plain network for `epochs` more as well, and compare results with it; otherwise
-            they are compared with the warm start.
-        train: ``"all"`` or ``"branches"``, as in `fit`.
-        loss_weights: one per exit; empty for all 1.
-        distill: weight of the distillation loss, as in `fit`.
-        augment: one of `AUGMENTS`.
-        batch_size: images per step.
-        lr: the highest learning rate of Adam.
-        seed: seed of the weights, the order and the augmentation.
-        mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``, as in `FitOptions`.
-        taps, branches: early exits that replace those of the network: one branch name (see
-            `branchynet.nn.branches.named_branches`) per tap.
-    """
-
-    network: str = "b_lenet"
-    data: str = "digits"
-    warm_start_epochs: int = 10
-    epochs: int = 25
-    plain: bool = True
-    train: str = "all"
-    loss_weights: tuple[float, ...] = ()
-    distill: float = 0.0
-    augment: str = "affine"
-    batch_size: int = 128
-    lr: float = 3e-3
-    seed: int = 0
-    mixed_precision: str = "no"
-    taps: tuple[str, ...] = ()
-    branches: tuple[str, ...] = ()
+    network: str = "b_lenet"  # a name in `branchynet.zoo.NETWORKS`, or "package.module:function"
+    data: str = "digits"  # a name of a data set, as in `load_data`
+    warm_start_epochs: int = 10  # of the plain network, trained first; the exits start from its weights. 0 for none
+    epochs: int = 25  # of joint training
+    plain: bool = True  # whether to train the plain network for `epochs` more and compare with it, not the warm start
+    train: str = "all"  # or "branches", as in `fit`
+    loss_weights: tuple[float, ...] = ()  # one per exit; empty for all 1
+    distill: float = 0.0  # weight of the distillation loss, as in `fit`
+    augment: str = "affine"  # one of `AUGMENTS`
+    batch_size: int = 128  # images per step
+    lr: float = 3e-3  # the highest learning rate of Adam
+    seed: int = 0  # of the weights, the order and the augmentation
+    mixed_precision: str = "no"  # or "bf16" or "fp16", as in `FitOptions`
+    taps: tuple[str, ...] = ()  # of early exits that replace those of the network
+    branches: tuple[str, ...] = ()  # one name per tap, as in `branchynet.nn.branches.named_branches`
     size: tuple[int, int] | None = None
     split: tuple[float, float, float] | None = None
     normalize: bool = False
@@ -124,9 +103,8 @@ def _cannot_read(settings: Settings, data: ImageData, error: Exception) -> Input
 def build_network(settings: Settings, data: ImageData) -> BranchyNet:
     """Build the untrained network of `Settings` and check it on a few images.
 
-    Raises:
-        InputError: the network cannot be built or cannot read the images, the number of outputs differs from the
-            number of classes, or the number of loss weights from the number of exits.
+    Raises `InputError` if the network cannot be built or cannot read the images, or if the number of outputs or loss
+    weights is wrong.
     """
     example, labels = example_of(data), data.val.labels[:8]
     net = named_network(settings.network, len(data.classes))
@@ -153,7 +131,10 @@ def build_network(settings: Settings, data: ImageData) -> BranchyNet:
 
 
 def named_network(name: str, num_classes: int) -> BranchyNet:
-    """Build a network of the zoo, or call the user's function that makes one. Raises `InputError`."""
+    """Build a network of the zoo, or call the user's function that makes one. Raises `InputError`.
+
+    The function receives the number of classes if it has a parameter ``num_classes``.
+    """
     if name in NETWORKS:
         return NETWORKS[name](num_classes=num_classes)
     module, colon, function = name.partition(":")

@@ -52,8 +52,7 @@ from .settings import Settings, build_network, data_of, example_of
 def train_run(run: Run, *, progress: bool = True) -> BranchyNet:
     """Train the warm start, the plain network and all exits, then record them; resumes if it was interrupted.
 
-    Raises:
-        FileError: another process is training in the folder.
+    Raises `FileError` if another process is training in the folder.
     """
     settings = run.settings
     data = data_of(settings)
@@ -117,9 +116,9 @@ def fit_options(settings: Settings, seed: int) -> FitOptions:
 
 
 def measure_run(run: Run, score: Any = "entropy", *, again: bool = False, progress: bool = False) -> ExitCost:
-    """Load the cost of every stage with a score, at batch 1 and one thread, or measure and save it.
+    """Load the cost of every stage with a score, at batch 1 and one thread; if there is none or `again`, measure it.
 
-    The file is ``cost.json``, or ``cost-NAME.json`` for a score other than entropy; `again` measures once more.
+    The file is ``cost.json``, or ``cost-NAME.json`` for a score other than entropy.
     """
     name = score_name(score)
     path = run.path / ("cost.json" if name == "entropy" else f"cost-{name}.json")
@@ -186,12 +185,7 @@ def bench_run(
 ) -> tuple[list[dict[str, Any]], dict[str, BranchyNetError]]:
     """Time ``model.onnx`` and the plain network in each runtime, and write ``bench.json`` after each.
 
-    Returns:
-        The rows; and the error of each runtime that failed.
-
-    Raises:
-        InputError: an unknown runtime.
-        BranchyNetError: the first runtime's error, if every runtime failed.
+    Returns the rows, and the error of each runtime that failed. If every runtime failed, raises the first one's error.
     """
     targets = {name: [[Target(size, count, name) for size in batches] for count in threads] for name in runtimes}
     if not (runtimes and batches and threads):

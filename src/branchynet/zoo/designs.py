@@ -9,8 +9,7 @@ from ..errors import InputError, nearest
 from ..nn.attaching import attach_branches
 from ..nn.network import BranchyNet
 
-Places = Mapping[str, str]
-"""Branch names, as in `branchynet.nn.branches.named_branches`, by tap, in the order of execution."""
+Places = Mapping[str, str]  # branch names, as in `branchynet.nn.branches.named_branches`, by tap, in running order
 
 
 def designed(

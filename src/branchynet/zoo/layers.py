@@ -50,11 +50,10 @@ class Normalize(nn.Module):
 class LocalResponseNorm(nn.Module):
     """Local response normalization over channels: `(B, C, H, W)` float32 -> the same shape.
 
-    Computes x / (k + alpha * sum)^0.75 with the sum of the squares of `size` neighboring channels. Equal to
-    ``torch.nn.LocalResponseNorm(size, alpha=size * alpha, beta=0.75, k=k)``, which divides alpha by `size`, but several
-    times faster in training and in ONNX Runtime: with r = sqrt(k + alpha * sum) the power is r * sqrt(r), which needs
-    no logarithm, and the sum is a 1x1 convolution with a constant banded weight, which keeps the memory format of the
-    convolutions around it.
+    Computes x / (k + alpha * sum)^0.75 with the sum of the squares of `size` neighboring channels. The result equals
+    ``torch.nn.LocalResponseNorm(size, alpha=size * alpha, beta=0.75, k=k)``, which divides alpha by `size`, but takes a
+    fraction of the time in training and in ONNX Runtime: with r = sqrt(k + alpha * sum) the power is r * sqrt(r), which
+    needs no logarithm, and the sum is a 1x1 convolution, which keeps the memory format of its neighbors.
 
     Args:
         channels: C.

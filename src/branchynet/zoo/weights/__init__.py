@@ -14,8 +14,7 @@ Net = TypeVar("Net", bound=nn.Module)
 def load_shipped(net: Net, name: str, num_classes: int) -> Net:
     """Load shipped weights into `net` and set it to evaluation mode.
 
-    Raises:
-        InputError: no such weights ship, or `num_classes` is not 10.
+    Raises `InputError` if no such weights ship, or `num_classes` is not 10.
     """
     if num_classes != 10:
         raise InputError(f"the weights {name!r} have 10 classes, not {num_classes}; use pretrained=False")
