@@ -113,15 +113,15 @@ class TestFolder:
             assert data.load_data(f"folder:{tmp_path}").shape[1:] == ((8, 4) if orientation > 4 else (4, 8))
         assert images.decode(tmp_path / "a" / f"0.{ending}").shape[1:] == ((8, 4) if orientation > 4 else (4, 8))
 
-    def test_images_are_grey_if_all_files_are(self, tmp_path):
+    def test_images_are_gray_if_all_files_are(self, tmp_path):
         write_images(tmp_path, mode="L")
         assert data.load_data(f"folder:{tmp_path}").shape == (1, 6, 5)
-        Image.new("RGB", (5, 6), (1, 2, 3)).save(tmp_path / "bee" / "colour.png")
+        Image.new("RGB", (5, 6), (1, 2, 3)).save(tmp_path / "bee" / "color.png")
         loaded = data.load_data(f"folder:{tmp_path}")
         assert loaded.shape == (3, 6, 5)
         every = torch.cat([s.images for s in (loaded.train, loaded.val, loaded.test)])
-        grey = (every[:, 0] == every[:, 1]).flatten(1).all(1) & (every[:, 0] == every[:, 2]).flatten(1).all(1)
-        assert grey.sum() == 20 and len(every) == 21
+        gray = (every[:, 0] == every[:, 1]).flatten(1).all(1) & (every[:, 0] == every[:, 2]).flatten(1).all(1)
+        assert gray.sum() == 20 and len(every) == 21
 
     def test_other_files_are_ignored(self, tmp_path):
         write_images(tmp_path)

@@ -190,7 +190,7 @@ class TestAugment:
         close(data.affine(0, 0.5, 0)(images), moved)
 
     def test_affine_keeps_shapes(self, monkeypatch):
-        """A quarter turn does not stretch a wide image: a dot 3 columns from the centre moves to 3 rows from it."""
+        """A quarter turn does not stretch a wide image: a dot 3 columns from the center moves to 3 rows from it."""
         monkeypatch.setattr(torch, "rand", lambda *size: torch.ones(size))
         images = torch.zeros(1, 1, 9, 15)
         images[..., 4, 10] = 1
@@ -239,12 +239,12 @@ class TestImages:
         data.save_image(read[0], tmp_path / "y.png")
         np.testing.assert_array_equal(data.read_image(tmp_path / "y.png", image.shape), read)
 
-    def test_colour_and_size(self, tmp_path):
+    def test_color_and_size(self, tmp_path):
         Image.new("RGB", (40, 20), (255, 0, 0)).save(tmp_path / "red.png")
         red = data.read_image(tmp_path / "red.png", (3, 10, 10))
         assert red.shape == (1, 3, 10, 10) and (red[0, 0] == 1).all() and (red[0, 1:] == 0).all()
-        grey = data.read_image(tmp_path / "red.png", (1, 20, 40))
-        assert grey.shape == (1, 1, 20, 40) and grey[0, 0, 0, 0] == pytest.approx(76 / 255)
+        gray = data.read_image(tmp_path / "red.png", (1, 20, 40))
+        assert gray.shape == (1, 1, 20, 40) and gray[0, 0, 0, 0] == pytest.approx(76 / 255)
         board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
         Image.fromarray(board).save(tmp_path / "board.png")
         small = data.read_image(tmp_path / "board.png", (1, 8, 8))

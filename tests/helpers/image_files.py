@@ -79,8 +79,8 @@ def write_images(base, classes=("ant", "bee"), count=10, size=(6, 5), mode="RGB"
     for c, name in enumerate(classes):
         (base / name).mkdir(parents=True, exist_ok=True)
         for i in range(count):
-            colour = (20 * c, i, 200) if mode == "RGB" else 20 * c + i
-            Image.new(mode, size[::-1], colour).save(base / name / f"{i:02}.{ending}")
+            color = (20 * c, i, 200) if mode == "RGB" else 20 * c + i
+            Image.new(mode, size[::-1], color).save(base / name / f"{i:02}.{ending}")
     return base
 
 

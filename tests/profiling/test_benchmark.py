@@ -215,18 +215,18 @@ def test_several_inputs_with_custom_score_and_loss(tmp_path):
         outputs = net(**inputs)
     early = spread(outputs[:1]) < (threshold := float(spread(outputs[:1]).median()) + 1e-3)
     path = export(net, tmp_path / "pair.onnx", policy=Policy(spread, (threshold,)), example=inputs)
-    told = {"targets": (Target(1), Target(7)), "repeats": 1}
-    rows = bench(path, net, (inputs, target), loss=loss, score=spread, **told)
+    options = {"targets": (Target(1), Target(7)), "repeats": 1}
+    rows = bench(path, net, (inputs, target), loss=loss, score=spread, **options)
     answers = torch.where(early[:, None], outputs[0], outputs[1])
     for row in rows:
         assert row["accuracy_branchy"] == pytest.approx(1 - float(loss(answers, target).mean()), abs=1e-5)
         assert row["exit_share"] == pytest.approx([float(early.float().mean()), 1 - float(early.float().mean())])
     with pytest.raises(InputError, match=r"uses the score 'spread'.*score="):
-        bench(path, net, (inputs, target), loss=loss, **told)
+        bench(path, net, (inputs, target), loss=loss, **options)
     with pytest.raises(InputError, match=r"uses the score 'spread', not 'entropy'"):
-        bench(path, net, (inputs, target), loss=loss, score=entropy, **told)
+        bench(path, net, (inputs, target), loss=loss, score=entropy, **options)
     with pytest.raises(InputError, match=r"targets must be class indices.*float32 of shape \(30, 3\).*loss="):
-        bench(path, net, (inputs, target), score=spread, **told)
+        bench(path, net, (inputs, target), score=spread, **options)
 
 
 def test_one_sample_per_call_runs_in_the_graph_of_its_exit():
@@ -251,13 +251,13 @@ def test_one_sample_per_call_runs_in_the_graph_of_its_exit():
 
 
 def test_progress_is_reported(file, data):
-    told = []
-    rows_of(file, data, batches=(1, 64), repeats=1, samples=8, progress=told.append)
-    assert [message.split(",")[0] for message in told] == ["batch 1", "batch 64"]
+    messages = []
+    rows_of(file, data, batches=(1, 64), repeats=1, samples=8, progress=messages.append)
+    assert [message.split(",")[0] for message in messages] == ["batch 1", "batch 64"]
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"batches": (0,)}, "batch_size must be at least 1; got 0"),
         (
@@ -269,8 +269,8 @@ def test_progress_is_reported(file, data):
         ({"threads": 0}, "threads must be (at least 1|a whole number)"),
     ],
 )
-def test_wrong_options_are_named(file, data, changes, told):
-    with pytest.raises(InputError, match=told):
+def test_wrong_options_are_named(file, data, changes, message):
+    with pytest.raises(InputError, match=message):
         rows_of(file, data, **changes)
 
 

@@ -114,8 +114,8 @@ class TestPage:
         assert len(page.all("caption")) == len(page.all("table")) == 2
         ids = [a["id"] for _, a in page.tags if "id" in a]
         assert len(ids) == len(set(ids))
-        labelled = [a["aria-labelledby"] for _, a in page.tags if "aria-labelledby" in a]
-        assert labelled and set(labelled) <= set(ids)
+        labeled = [a["aria-labelledby"] for _, a in page.tags if "aria-labelledby" in a]
+        assert labeled and set(labeled) <= set(ids)
 
     def test_loads_nothing_from_other_machines(self, tmp_path):
         text = written(tmp_path)
@@ -142,7 +142,7 @@ class TestPage:
         assert {"var(--ink)", "var(--muted)", "var(--right)", "var(--wrong)", "var(--chosen)"} <= set(
             re.findall(r"var\(--\w+\)", svg)
         )
-        # no fixed colour, which could be invisible on a dark page
+        # no fixed color, which could be invisible on a dark page
         assert not re.findall(r"#[0-9a-f]{6}(?=[;\"])", svg)
         declared = set(re.findall(r"(--\w+):", text))
         assert set(re.findall(r"var\((--\w+)\)", text)) <= declared
@@ -234,11 +234,11 @@ def strip_data(text):
 
 class TestGallery:
     def test_pictures_are_the_images(self, tmp_path):
-        grey, colour = a_gallery(), a_gallery(size=(8, 6, 3))
-        page = Page(written(tmp_path, galleries=[grey, colour]))
+        gray, color = a_gallery(), a_gallery(size=(8, 6, 3))
+        page = Page(written(tmp_path, galleries=[gray, color]))
         sources = [image["src"].partition(",")[2] for image in page.all("img")]
         shown = [np.asarray(Image.open(io.BytesIO(base64.b64decode(source)))) for source in sources]
-        assert all(np.array_equal(a, b) for a, b in zip(shown, [*grey.images, *colour.images], strict=True))
+        assert all(np.array_equal(a, b) for a, b in zip(shown, [*gray.images, *color.images], strict=True))
 
     def test_wrong_answers_are_marked_in_words_too(self, tmp_path):
         gallery = a_gallery(count=3, predicted=np.array([0, 2, 2]), names=("zero", "one", "two"))

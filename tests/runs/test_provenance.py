@@ -109,9 +109,9 @@ def test_a_report_does_not_mix_an_old_file_or_old_timings_with_a_new_choice(run)
 def test_rows_with_other_columns_are_refused_with_the_bench_command(run):
     from branchynet.runs.provenance import keep_bench
 
-    old = {"network": "n", "batch": 1, "threads": 1, "static_us": 2.0, "branchy_us": 1.0, "accuracy_static": 0.9}
+    old = {"network": "n", "engine": "onnxruntime", "batch": 1, "threads": 1, "static_us": 2.0, "branchy_us": 1.0}
     keep_bench(run.path, [old])
-    with pytest.raises(FileError, match=r"has rows without .*plain_us.*; run `branchynet bench .*run` again"):
+    with pytest.raises(FileError, match=r"has rows without .*plain_us, runtime.*; run `branchynet bench .*run` again"):
         report_run(run)
 
 

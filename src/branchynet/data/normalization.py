@@ -13,7 +13,7 @@ from ..errors import InputError
 
 @dataclass(frozen=True)
 class Normalization:
-    """Subtract a mean per channel and divide by a standard deviation per channel, both of pixels in [0, 1].
+    """Subtract a mean and divide by a standard deviation per channel, both of pixels in [0, 1].
 
     Attributes:
         mean: `(C,)`.

@@ -76,14 +76,8 @@ def search_exit_sets(
     """Return the best design per number of exits, and the time of the best design with each candidate.
 
     It tries all single candidates and all pairs at different taps with every threshold that matters, and larger sets
-    that extend the best smaller ones by one exit.
-
-    Args:
-        recorded: the candidates.
-        most_loss: largest sum of losses over all S samples; it is scaled down to the size of the tuning half.
-        num_exits: the largest number of exits of a design, including the trunk's.
-        report: called with messages.
-        among: the positions of the candidates to try; by default all.
+    that extend the best smaller ones by one exit. `most_loss`, the largest sum of losses over all S samples, is scaled
+    down to the tuning half. `num_exits` includes the trunk's. `among` are the candidates to try; by default all.
 
     Returns:
         The designs, from the trunk alone to the most exits; and `(K,)` microseconds of the fastest set that contains

@@ -1,8 +1,7 @@
 """Check that the files of a run were made from the same data, weights and thresholds.
 
-``data.json`` holds a digest of the training, validation and test images of a run. Records, costs, choices and exported
-files hold the fingerprint of their network; a choice holds the digest of its record, and ``bench.json`` that of the
-timed file.
+``data.json`` holds a digest of each part of the images. Records, costs, choices and exported files hold the fingerprint
+of their network; a choice holds the digest of its record, and ``bench.json`` that of the timed file.
 """
 
 import hashlib

@@ -23,10 +23,7 @@ def _block(channels: int) -> nn.Sequential:
 class AlexNet(nn.Module):
     """The paper's AlexNet: five convolutions and three linear layers; 28 M multiply-accumulates.
 
-    Args:
-        num_classes: number of classes.
-        channels: channels of the five convolutions; fewer channels give smaller plain networks.
-        hidden: widths of the two linear layers before the last.
+    Fewer `channels` of the convolutions and `hidden` widths of the linear layers give smaller plain networks.
     """
 
     def __init__(

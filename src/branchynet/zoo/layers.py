@@ -55,14 +55,8 @@ class LocalResponseNorm(nn.Module):
     fraction of the time in training and in ONNX Runtime: with r = sqrt(k + alpha * sum) the power is r * sqrt(r), which
     needs no logarithm, and the sum is a 1x1 convolution, which keeps the memory format of its neighbors.
 
-    Args:
-        channels: C.
-        size: number of channels in the window, odd.
-        alpha: factor of the sum, not divided by `size` (as in Chainer and in Krizhevsky et al., 2012, section 3.3).
-        k: constant added to the sum.
-
-    Raises:
-        InputError: `size` is even or below 1.
+    Alpha is not divided by `size`, as in Chainer and in Krizhevsky et al., 2012, section 3.3. Raises `InputError` if
+    `size` is even or below 1.
     """
 
     band: Tensor

@@ -18,9 +18,7 @@ def _pool() -> nn.Sequential:
 class LeNet(nn.Module):
     """The paper's LeNet: three 5x5 convolutions and two linear layers; 1.14 M multiply-accumulates.
 
-    Args:
-        num_classes: number of classes.
-        channels: channels of the three convolutions; fewer channels give smaller plain networks.
+    Fewer `channels` of the convolutions give smaller plain networks.
     """
 
     def __init__(self, num_classes: int = 10, channels: tuple[int, int, int] = (5, 10, 20)) -> None:

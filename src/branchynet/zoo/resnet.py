@@ -45,13 +45,10 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A residual network of three stages with 16, 32 and 64 channels; 253 M multiply-accumulates for 18 blocks each.
+    """A residual network of three stages with 16, 32 and 64 channels, and `blocks` basic blocks per stage.
 
-    (The published 255 M for ResNet-110 include batch normalization, which `export` folds into the convolutions.)
-
-    Args:
-        blocks: number of basic blocks per stage.
-        num_classes: number of classes.
+    With 18 blocks, it takes 253 M multiply-accumulates. The published 255 M include batch normalization, which `export`
+    folds into the convolutions.
     """
 
     def __init__(self, blocks: int, num_classes: int = 10) -> None:
