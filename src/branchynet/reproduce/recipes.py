@@ -69,6 +69,11 @@ class Recipe:
     distill: float = 0.0
 
     @property
+    def plain_title(self) -> str:
+        """The name of the plain network in text."""
+        return self.title.removeprefix("B-")
+
+    @property
     def baseline(self) -> str:
         """The name of the shipped weights of the plain network after the first part."""
         return self.weights[1].replace("-", "_baseline-", 1) if self.epochs[1] else self.weights[1]

@@ -117,7 +117,7 @@ def evaluate_network(
         say(f"{recipe.title}: timing {len(nets.smaller)} smaller networks")
         us = _side_by_side({"plain": nets.plain, **nets.smaller}, images[:samples], repeats, folder)
     # Scale the times to the plain network's time in the table; only their ratios were measured in turns.
-    plain = PlainResult(recipe.title.removeprefix("B-"), plain_test, points[0].bench["plain_us"])
+    plain = PlainResult(recipe.plain_title, plain_test, points[0].bench["plain_us"])
     scale = plain.us / us["plain"]
     smaller = tuple(PlainResult(n, _accuracy(net, data.test), us[n] * scale) for n, net in nets.smaller.items())
     return NetworkResult(recipe, val, test, costs[recipe.title], plain, plain_val, smaller, tuple(points))
