@@ -8,6 +8,7 @@ from torch import nn
 
 from branchynet import attach, choose, evaluate, export, fit, load, measure, record
 from branchynet.data import load_data, loader
+from branchynet.nn.branches import PooledLinear
 
 
 def backbone():
@@ -24,7 +25,7 @@ def main(epochs=8, progress=True):
     train, val = loader(data.train, 64, shuffle=True), loader(data.val, 100)
     example = next(iter(val))[0]
 
-    net = attach(backbone(), at=["3"], example=example)
+    net = attach(backbone(), at=["3"], example=example, branch=lambda x, classes: PooledLinear(x.shape[1], classes))
     fit(net, train, val, epochs=epochs, progress=progress)
     cost = measure(net, example)
     choice = choose(record(net, val, progress=progress), cost, max_drop=0.01, confidence=None)
