@@ -68,6 +68,23 @@ def test_training_again_with_the_same_settings_changes_nothing(run, monkeypatch)
     assert (run / "checkpoint.safetensors").read_bytes() == before
 
 
+def test_stages_are_exported_verified_inspected_and_predict(run, monkeypatch, tmp_path, capsys):
+    assert call(monkeypatch, "export", run, "--layout", "stages", "--output", tmp_path / "stages", "--quiet") == 0
+    x = load_data("digits").test.images.numpy()[:32].astype(np.float32) / 255
+    one, other = load(tmp_path / "stages", threads=1)(x), load(run / "model.onnx", threads=1)(x)
+    assert one.exit.tolist() == other.exit.tolist()
+    capsys.readouterr()
+    assert call(monkeypatch, "verify", tmp_path / "stages") == 0
+    assert capsys.readouterr().out.startswith("right: 8 samples")
+    assert call(monkeypatch, "inspect", tmp_path / "stages") == 0
+    assert "entropy" in capsys.readouterr().out
+    save_image((x[0] * 255).astype(np.uint8), tmp_path / "digit.png")
+    assert call(monkeypatch, "predict", tmp_path / "stages", tmp_path / "digit.png", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["label"] == str(one.label[0])
+    assert call(monkeypatch, "export", run, "--layout", "staged") == 2
+    assert "layout must be nested or stages; got 'staged'" in capsys.readouterr().err
+
+
 def test_predict_image_files(run, monkeypatch, tmp_path, capsys):
     test = load_data("digits").test
     files = [tmp_path / f"{i}.png" for i in range(5)]

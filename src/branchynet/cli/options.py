@@ -13,6 +13,7 @@ from ..errors import InputError
 from ..files import check_path
 
 # Repeated here so that --help and completion do not import torch; a test compares them with their sources.
+LAYOUTS = ("nested", "stages")
 RUNTIMES = ("onnxruntime", "openvino", "onnxruntime-cuda")
 NETWORKS = (
     "b_lenet",
@@ -53,7 +54,7 @@ def fraction(text: str | float) -> float:
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.", parser=path)]
 ModelArgument = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="An .onnx file written by export, or a run folder.", parser=path)
+    Path, typer.Argument(metavar="MODEL", help="A file or folder that export wrote, or a run folder.", parser=path)
 ]
 Size = Annotated[
     str, typer.Option(help="Size of a folder's images: 64, or 48x64 (height x width). Default: the median of each.")
@@ -125,8 +126,10 @@ def image_size(text: str) -> tuple[int, int] | None:
     return size
 
 
-def file_options(thresholds: str, batch: str) -> dict[str, Any]:
+def file_options(layout: str, thresholds: str, batch: str) -> dict[str, Any]:
     """Parse the options of `export`. Raises `InputError`."""
+    if layout not in LAYOUTS:
+        raise InputError(f"layout must be nested or stages; got {layout!r}")
     if thresholds not in ("default", "input"):
         raise InputError(f"thresholds must be default or input; got {thresholds!r}")
     if batch not in ("dynamic", "1"):
@@ -134,7 +137,7 @@ def file_options(thresholds: str, batch: str) -> dict[str, Any]:
             f"batch must be dynamic or 1; got {batch!r}: a dynamic file reads batches of any size, and `branchynet "
             f"bench --batch {batch}` times it with one"
         )
-    return {"thresholds": thresholds, "batch": 1 if batch == "1" else batch}
+    return {"layout": layout, "thresholds": thresholds, "batch": 1 if batch == "1" else batch}
 
 
 def shares(text: str) -> tuple[float, float, float] | None:

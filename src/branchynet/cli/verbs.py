@@ -12,6 +12,7 @@ from ..errors import BranchyNetError
 from .options import (
     AUGMENTS,
     DATA,
+    LAYOUTS,
     NETWORKS,
     RUNTIMES,
     SCORES,
@@ -177,17 +178,20 @@ def choose(
 @app.command()
 def export(
     run: RunArgument,
-    output: Annotated[Path | None, typer.Option(help="File to write. Default: RUN/model.onnx.", parser=path)] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="What to write. Default: RUN/model.onnx, or RUN/stages.", parser=path)
+    ] = None,
+    layout: Annotated[str, named("One file, or a folder with one file per stage: {}.", *LAYOUTS)] = "nested",
     thresholds: Thresholds = "default",
     batch: Annotated[str, typer.Option(help="Batch size of the file: dynamic or 1.")] = "dynamic",
     trust: Trust = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write one ONNX file with the exits inside. Its outputs are first compared with PyTorch's."""
+    """Write an ONNX file with the exits inside, or a folder of stages. Outputs are first compared with PyTorch's."""
     from ..runs.run import open_run
     from ..runs.steps import export_run
 
-    options = file_options(thresholds, batch)
+    options = file_options(layout, thresholds, batch)
     written = export_run(open_run(run, trust=trust), output, progress=not quiet, **options)
     out.print(f"wrote {written}", soft_wrap=True)
 

@@ -9,6 +9,7 @@ import numpy as np
 from ..data.images import images_in, read_image
 from ..data.normalization import stored_normalization
 from ..deploy.engine import Engine
+from ..deploy.staged_files import MANIFEST
 from ..errors import DataError, FileError, InputError
 
 BATCH = 64
@@ -45,8 +46,11 @@ def predict_files(engine: Engine, images: Sequence[Path]) -> Iterator[dict[str, 
 
 
 def model_file(path: Path) -> Path:
-    """The file itself, or ``model.onnx`` of a run folder. Raises `FileError` if it is missing or out of date."""
-    if not path.is_dir():
+    """The exported file or folder itself, or ``model.onnx`` of a run folder.
+
+    Raises `FileError` if it is missing or out of date.
+    """
+    if not path.is_dir() or (path / MANIFEST).exists():
         return path
     if not (path / "model.onnx").is_file():
         raise FileError(f"{path} has no model.onnx yet; run `branchynet export {path}` first")

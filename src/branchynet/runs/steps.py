@@ -159,14 +159,14 @@ def choose_run(
 
 
 def export_run(run: Run, path: Path | None = None, *, progress: bool = False, **options: Any) -> Path:
-    """Export ``model.onnx`` with the chosen thresholds; `options` as in `export`."""
+    """Export ``model.onnx``, or the folder ``stages``, with the chosen thresholds; `options` as in `export`."""
     choice = Choice.load(run.file("choice.json", "choose"))
     net, data = load_run(run)
     check_choice(run.path, choice, fingerprint(net))
     report_progress(progress, "exporting, and comparing the file with PyTorch")
     return export(
         net,
-        path or run.path / "model.onnx",
+        path or run.path / ("stages" if options.get("layout") == "stages" else "model.onnx"),
         policy=choice,
         example=example_of(data),
         labels=data.classes,
