@@ -81,7 +81,7 @@ def test_stages_are_exported_verified_inspected_and_predict(run, monkeypatch, tm
     save_image((x[0] * 255).astype(np.uint8), tmp_path / "digit.png")
     assert call(monkeypatch, "predict", tmp_path / "stages", tmp_path / "digit.png", "--json") == 0
     assert json.loads(capsys.readouterr().out)["label"] == str(one.label[0])
-    assert call(monkeypatch, "export", run, "--layout", "staged") == 2
+    assert call(monkeypatch, "export", run, "--layout", "staged") == 1
     assert "layout must be nested or stages; got 'staged'" in capsys.readouterr().err
 
 
