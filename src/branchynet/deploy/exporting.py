@@ -115,9 +115,11 @@ def export(
             "thresholds must be 'default' or 'input', batch 'dynamic' or 1, and layout 'nested' or 'stages'; got "
             f"{thresholds!r}, {batch!r} and {layout!r}"
         )
-    if layout == "stages" and (policy is None or thresholds == "input"):
-        what = "policy=None writes one flat graph" if policy is None else "thresholds='input' is for layout='nested'"
-        raise InputError(f"{what}; layout='stages' needs a policy, whose thresholds any call may replace")
+    if layout == "stages" and (policy is None or thresholds == "input" or batch == 1):
+        raise InputError(
+            "layout='stages' needs a policy, and takes thresholds and batches of any size with each call; leave "
+            f"thresholds='default' and batch='dynamic'; got policy={policy!r}, {thresholds!r} and {batch!r}"
+        )
     check_network(net)
     kinds = (Policy, Choice, type(None))
     instance("policy", policy, kinds, "give Policy(thresholds=(...)), what choose(...) returns, or None")

@@ -44,8 +44,8 @@ def cut_graph(flat: FlatGraph, policy: Policy, *, apart: bool = False) -> OnnxCu
     Args:
         flat: the graph.
         policy: an exit with the threshold None is left out together with its branch.
-        apart: whether the stages are separate graphs. They then compute values that are the same for every batch
-            themselves, and need no value only for its shape.
+        apart: whether the stages are separate graphs, for a graph with a free batch size. They then compute values
+            that are the same for every batch themselves, and need no value only for its shape.
 
     Raises:
         GraphError: a value that must cross has no batch dimension and is too costly to recompute.
@@ -58,7 +58,7 @@ def cut_graph(flat: FlatGraph, policy: Policy, *, apart: bool = False) -> OnnxCu
         stage |= dict.fromkeys(made, min((stage[v] for v in made), default=0))
     stage |= dict.fromkeys(flat.model.graph.inputs, 0)
     dependence = _dependence(flat)
-    if apart and flat.dynamic:
+    if apart:
         constant = {value for value in stage if not dependence.varies(value)}
         dependence.recomputed |= constant
         dependence.costly -= constant
@@ -115,9 +115,11 @@ def _costly(node: ir.Node) -> bool:
 def static_shape(node: ir.Node) -> list[int | str] | None:
     """The result of a Shape node as numbers, and ``"batch"`` for a leading batch; None if it is not known."""
     source = reads(node)[0]
-    if node.op_type != "Shape" or source.shape is None or batch_axis(source) not in (0, None):
+    if node.op_type != "Shape" or source.shape is None:
         return None
     dims = [d if isinstance(d, int) else d.value for d in source.shape]
+    if BATCH in dims and batch_axis(source) != 0:
+        return None
     start, end = (node.attributes[k].as_int() if k in node.attributes else None for k in ("start", "end"))
     known = [d for d in dims[start:end] if isinstance(d, int) or d == BATCH]
     return known if len(known) == len(dims[start:end]) else None

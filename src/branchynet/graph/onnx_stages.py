@@ -38,7 +38,7 @@ def write_stages(flat: FlatGraph, policy: Policy) -> list[StageGraph]:
     """Return the stages of the exits that `policy` enables, in order.
 
     Args:
-        flat: a flat graph with scores.
+        flat: a flat graph with scores and a free batch size.
         policy: an exit with the threshold None is left out together with its branch.
 
     Raises:
