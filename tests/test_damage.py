@@ -286,6 +286,8 @@ def test_optimizer_tensors_of_no_parameter_are_refused(tmp_path, name):
         {"selected_on": [1]},
         {"network": 3},
         {"promise": ["x"]},
+        {"precision": "int8"},
+        {"precision": {}},
         {"quantize": "int8"},
         {"quantize": {}},
         {"policy": []},

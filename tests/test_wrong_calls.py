@@ -149,7 +149,7 @@ WRONG = {
             "a.onnx",
             policy=choose(found, max_drop=0.9, confidence=None),
             example=x,
-            quantize="int8",
+            precision="int8",
             calibration=[x],
         ),
         "int8 and float are different networks; record the flat int8 file",
@@ -445,7 +445,7 @@ GENERATORS = {
     "advise": (lambda: advise(Small(), once(), loader, x), "train_loader is a generator"),
     "advise with validation": (lambda: advise(Small(), loader, map(tuple, loader), x), "val_loader is a map"),
     "calibration": (
-        lambda: export(net, "a.onnx", policy=policy, example=x, quantize="int8", calibration=spent()),
+        lambda: export(net, "a.onnx", policy=policy, example=x, precision="int8", calibration=spent()),
         "calibration= gave no samples",
     ),
 }

@@ -64,7 +64,7 @@ def first(split, samples):
 
 def asked(kind, calibration):
     """The arguments of `export` for float or a kind of int8."""
-    return {} if kind == "float" else {"quantize": kind, "calibration": calibration}
+    return {} if kind == "float" else {"precision": kind, "calibration": calibration}
 
 
 def answers(path, images, runtime):

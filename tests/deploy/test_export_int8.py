@@ -55,7 +55,7 @@ def loader(rows=64, seed=0):
     return [(x[at : at + 16], torch.arange(len(x))[at : at + 16] % 4) for at in range(0, rows, 16)]
 
 
-INT8 = {"quantize": "int8", "calibration": loader()}
+INT8 = {"precision": "int8", "calibration": loader()}
 
 
 @functools.cache
@@ -128,9 +128,9 @@ def test_the_file_is_smaller_and_says_what_it_is(net, recorded, tmp_path):
     exact = export(net, tmp_path / "float.onnx", policy=policy, example=images(4))
     small = export(net, tmp_path / "int8.onnx", policy=policy, example=images(4), **INT8)
     assert small.stat().st_size < 0.45 * exact.stat().st_size
-    assert "quantize" not in load(exact).metadata
-    about = load(small).metadata["quantize"]
-    assert about == recorded[0].metadata["quantize"]
+    assert "precision" not in load(exact).metadata
+    about = load(small).metadata["precision"]
+    assert about == recorded[0].metadata["precision"]
     assert about.keys() == {"scheme", "samples", "agreement", "mean_difference"}
     assert (about["scheme"], about["samples"]) == ("int8", 64)
     with torch.no_grad():
@@ -152,9 +152,9 @@ def rough(value):
 def test_low_agreement_with_the_float_network_is_warned_of(net, tmp_path, scheme, remedy, policy):
     with pytest.warns(UserWarning, match=rf"{scheme} network agrees .* only \d.* at exit [12] .*{remedy}"):
         path = export(
-            net, tmp_path / "m.onnx", policy=policy, example=images(4), quantize=scheme, calibration=rough(1e4)
+            net, tmp_path / "m.onnx", policy=policy, example=images(4), precision=scheme, calibration=rough(1e4)
         )
-    assert min(load(path).metadata["quantize"]["agreement"]) < 0.95
+    assert min(load(path).metadata["precision"]["agreement"]) < 0.95
 
 
 def test_agreement_of_one_output_is_the_variance_that_int8_explains(tmp_path):
@@ -162,13 +162,13 @@ def test_agreement_of_one_output_is_the_variance_that_int8_explains(tmp_path):
     backbone = Wide()
     backbone.fc = nn.Linear(64, 1)
     net = BranchyNet(backbone, {"stem": nn.Sequential(nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(288, 1))}).eval()
-    how = {"policy": None, "example": images(4), "quantize": "int8"}
+    how = {"policy": None, "example": images(4), "precision": "int8"}
     good = export(net, tmp_path / "good.onnx", calibration=loader(), **how)
     with torch.no_grad():
         exact = np.stack([o.numpy() for o in net(images())])
     rounded = np.stack(load(good).outputs(images().numpy())[1:])
     explained = 1 - ((exact - rounded) ** 2).mean((1, 2)) / exact.var((1, 2))
-    np.testing.assert_allclose(load(good).metadata["quantize"]["agreement"], explained, atol=1e-3)  # float32 sums
+    np.testing.assert_allclose(load(good).metadata["precision"]["agreement"], explained, atol=1e-3)  # float32 sums
     with torch.no_grad():  # the same network, but one large channel sets the step of all others
         backbone.stem[1].weight[0] *= 1e4
         backbone.stem[1].bias[0] *= 1e4
@@ -176,16 +176,16 @@ def test_agreement_of_one_output_is_the_variance_that_int8_explains(tmp_path):
         net.branches[0][2].weight[:, :9] /= 1e4
     with pytest.warns(UserWarning, match="agrees with the float network in only"):
         bad = export(net, tmp_path / "bad.onnx", calibration=loader(), **how)
-    assert max(load(bad).metadata["quantize"]["agreement"]) < 0.9
+    assert max(load(bad).metadata["precision"]["agreement"]) < 0.9
 
 
 @pytest.mark.filterwarnings("ignore:the int8.*agrees with the float network")  # possible without VNNI
 def test_the_full_range_is_another_network_than_the_reduced(net, tmp_path):
     how = {"policy": Policy(thresholds=(0.5,)), "example": images(4), "calibration": loader()}
-    full = export(net, tmp_path / "full.onnx", quantize="int8-full-range", **how)
-    reduced = export(net, tmp_path / "reduced.onnx", quantize="int8", **how)
+    full = export(net, tmp_path / "full.onnx", precision="int8-full-range", **how)
+    reduced = export(net, tmp_path / "reduced.onnx", precision="int8", **how)
     about, other = load(full).metadata, load(reduced).metadata
-    assert (about["quantize"]["scheme"], other["quantize"]["scheme"]) == ("int8-full-range", "int8")
+    assert (about["precision"]["scheme"], other["precision"]["scheme"]) == ("int8-full-range", "int8")
     assert about["network"] != other["network"]
     x, labels = images(seed=1), torch.arange(64) % 4
     assert bench(full, net, (x, labels), Target(8), repeats=1, calibration=loader())
@@ -193,13 +193,13 @@ def test_the_full_range_is_another_network_than_the_reduced(net, tmp_path):
 
 def test_the_same_samples_give_the_same_file(net, tmp_path):
     files = [
-        export(net, tmp_path / f"{n}.onnx", policy=None, example=images(4), quantize="int8", calibration=given)
+        export(net, tmp_path / f"{n}.onnx", policy=None, example=images(4), precision="int8", calibration=given)
         for n, given in enumerate(
             (loader(), [images()[at : at + 16] for at in range(0, 64, 16)], iter([(images(), 0)]))
         )
     ]
     about = [load(file).metadata for file in files]
-    assert files[0].read_bytes() == files[1].read_bytes() and about[2]["quantize"]["samples"] == 64
+    assert files[0].read_bytes() == files[1].read_bytes() and about[2]["precision"]["samples"] == 64
     first, last = (load(file, threads=1).outputs(images(seed=2).numpy()) for file in (files[0], files[2]))
     np.testing.assert_array_equal(first[1], last[1])
 
@@ -223,7 +223,7 @@ def test_bench_compares_int8_with_int8(net, recorded, tmp_path):
     with pytest.raises(InputError, match=r"m\.onnx is int8: give calibration="):
         bench(path, net, (x, labels), **how)
     exact = export(net, tmp_path / "float.onnx", policy=policy, example=images(4))
-    with pytest.raises(InputError, match=r"float\.onnx is float: leave calibration= out"):
+    with pytest.raises(InputError, match=r"float\.onnx is float32: leave calibration= out"):
         bench(exact, net, (x, labels), calibration=loader(), **how)
 
 
@@ -240,10 +240,10 @@ def test_the_callers_logging_is_left_alone(net):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"quantize": "int4"}, "quantize must be 'int8'.*'int4'"),
-        ({"quantize": True}, "quantize must be 'int8'.*True"),
+        ({"precision": "int4"}, "precision must be .*'int8'.*'int4'"),
+        ({"precision": True}, "precision must be .*'int8'.*True"),
         ({"calibration": None}, r"needs calibration=.*hundred"),
-        ({"quantize": None}, "calibration= needs quantize='int8'"),
+        ({"precision": "float32"}, "calibration= needs precision='int8'"),
         ({"calibration": images()}, r"loader or a list of batches; got a Tensor.*\[batch\]"),
         ({"calibration": {"x": images()}}, "got a dict"),
         ({"calibration": 3}, "got a int"),
@@ -274,7 +274,7 @@ def test_a_network_without_products_is_refused(tmp_path):
             tmp_path / "m.onnx",
             policy=None,
             example=torch.rand(2, 4),
-            quantize="int8",
+            precision="int8",
             calibration=[torch.rand(2, 4)],
         )
     assert not list(tmp_path.iterdir())

@@ -80,11 +80,11 @@ def case(request):
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 def test_openvino_computes_what_onnx_runtime_computes(case, policy, tmp_path):
     net, images = case
-    int8 = {"quantize": "int8", "calibration": [images]}
+    int8 = {"precision": "int8", "calibration": [images]}
     export(net, tmp_path / "m.onnx", policy=policy, example=images[:8], **int8)
     ours, theirs = (load(tmp_path / "m.onnx", threads=1, runtime=runtime) for runtime in ("openvino", "onnxruntime"))
     found, wanted = ours.outputs(images.numpy()), theirs.outputs(images.numpy())
-    allowed = theirs.metadata["quantize"]["mean_difference"]
+    allowed = theirs.metadata["precision"]["mean_difference"]
     # After a float sum the runtimes may round to either step: they may differ as much as int8 and float.
     if policy is None:
         for got, want, slack in zip(found[1:], wanted[1:], allowed, strict=True):
@@ -108,9 +108,9 @@ def test_a_file_that_never_leaves_early_asks_for_no_shape(tmp_path):
         nn.init.uniform_(layer.bias, -1, 1)
     images = torch.rand(64, 1, 16, 16)
     net = attach(trunk, at=["1"], example=images).eval()
-    path = export(net, tmp_path / "m.onnx", policy=NEVER, example=images, quantize="int8", calibration=[images])
+    path = export(net, tmp_path / "m.onnx", policy=NEVER, example=images, precision="int8", calibration=[images])
     compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     engine = load(path)
-    slack = max(engine.metadata["quantize"]["mean_difference"])
+    slack = max(engine.metadata["precision"]["mean_difference"])
     found = compiled(images.numpy())[compiled.output("output")]
     assert np.abs(found - engine(images.numpy()).output).mean() <= slack

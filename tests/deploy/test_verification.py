@@ -102,13 +102,13 @@ def test_a_processor_with_other_results_is_found(files, tmp_path, kind, name, fu
 def test_sums_that_saturate_are_found(tmp_path):
     """On AVX2 with the full range of weights, a 16-bit sum of two products saturates."""
     path = export(
-        network(), tmp_path / "full.onnx", policy=TWO, example=images(), **{**INT8, "quantize": "int8-full-range"}
+        network(), tmp_path / "full.onnx", policy=TWO, example=images(), **{**INT8, "precision": "int8-full-range"}
     )
     samples = read_samples(path)
     saturate = edit("backbone.b.0.weight_quantized", lambda a: np.clip(a, -50, 50), onnx.TensorProto.INT8)
     path = changed(path, tmp_path, saturate)
     assert len(samples) == 8 and not verify(path).passed
-    with pytest.raises(VerificationError, match="quantize='int8'"):
+    with pytest.raises(VerificationError, match="precision='int8'"):
         load(path, verify=True)
 
 
@@ -273,7 +273,7 @@ class Columns(nn.Module):
 def test_a_large_int8_column_hides_no_small_one(sizes, dense, column, tmp_path):
     torch.manual_seed(0)
     x = torch.rand(64, 3, 8, 8)
-    int8 = {"quantize": "int8", "calibration": [x]}
+    int8 = {"precision": "int8", "calibration": [x]}
     path = export(Columns(sizes, dense).eval(), tmp_path / "net.onnx", policy=None, example=x, **int8)
     slack = read_samples(path).slack
     assert slack.shape == (1, len(sizes)) and slack.max() > 100 * slack[0, column] > 0

@@ -187,7 +187,7 @@ def unfilled():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (quantized, r"the weight '(backbone\.)?0\.weight' is a (tests|test_unsupported) Scales.*quantize='int8'"),
+        (quantized, r"the weight '(backbone\.)?0\.weight' is a (tests|test_unsupported) Scales.*precision='int8'"),
         (unfilled, r"the weight '(backbone\.)?0\.weight' is on the meta device.*load_state_dict"),
     ],
 )

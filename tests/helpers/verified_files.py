@@ -43,7 +43,7 @@ def network():
 
 
 TWO = Policy(thresholds=(0.8, 1.48))
-INT8 = {"quantize": "int8", "calibration": [images(64, 1)]}
+INT8 = {"precision": "int8", "calibration": [images(64, 1)]}
 KINDS = {
     "nested": {},
     "flat": {"policy": None},

@@ -1,4 +1,4 @@
-"""Build the exported ONNX model from a flat graph: quantize, cut and nest it."""
+"""Build the exported ONNX model from a flat graph: convert, cut and nest it."""
 
 import json
 import tempfile
@@ -14,19 +14,21 @@ from numpy.typing import NDArray
 from ..environment import __version__, processor
 from ..errors import GraphError, as_graph_errors
 from ..graph.activation_memory import sample_bytes
+from ..graph.half import HALF, LARGEST, MAGNITUDE, rounded, too_large
 from ..graph.onnx_flat import FlatGraph
 from ..graph.onnx_layout import keep_blocks
 from ..graph.onnx_nest import flat_model, nest
 from ..graph.onnx_padding import keep_zero_padding
-from ..graph.quantize import Batch, Quantize, quantized
+from ..graph.precision import converted
+from ..graph.quantize import Batch
 from ..policy.values import Policy
 from .engine import FORMAT, METADATA_KEY, Engine
-from .loading import load
+from .loading import Runtime, load
 from .stored_samples import Samples
 from .tolerance import differences
 from .verification import check
 
-LOW_AGREEMENT = 0.95  # of int8 with float; the zoo's networks reach 0.98
+LOW_AGREEMENT = 0.95  # of int8 or half with float; the zoo's networks reach 0.98
 
 
 def assemble(
@@ -84,39 +86,60 @@ def about(
     return {**known, **(notes or {})}
 
 
-def check_answers(path: Path, expected: Samples, source: str) -> None:
+def check_answers(
+    path: Path, expected: Samples, source: str, *, runtime: Runtime = "onnxruntime", strict: bool = True
+) -> None:
     """Raise `GraphError` if a file's outputs differ from the expected ones at any exit, per sample or in a batch."""
-    if problems := check(load(path, threads=1), expected, strict=True).problems:
+    if problems := check(load(path, threads=1, runtime=runtime), expected, strict=strict).problems:
         raise GraphError(
             f"the exported graph differs from {source}: {problems[0]}; does its forward depend on values, on random "
             "numbers, or on other samples of the batch?"
         )
 
 
-def in_int8(
-    flat: FlatGraph, batches: Sequence[Batch], quantize: Quantize, expected: Samples
+def in_precision(
+    flat: FlatGraph, batches: Sequence[Batch], precision: str, expected: Samples
 ) -> tuple[FlatGraph, Samples, dict[str, Any]]:
-    """Return the int8 graph, the outputs of its exits for the samples, and its agreement with the float graph.
+    """Return the converted graph, the outputs of its exits for the samples, and its agreement with the float graph.
 
     The float graph is first compared with the network. Float operations that differ in the last bit may round a value
     to the neighboring int8 step, so the exported file may differ from this graph by the mean difference between int8
-    and float. A wrong row or a missing node makes a far larger difference.
+    and float. A wrong row or a missing node makes a far larger difference. A half graph is computed in float32, with
+    every value rounded as the type rounds it.
+
+    Raises:
+        GraphError: the network cannot be converted, or one of its values for the samples is too large for fp16.
     """
-    int8 = quantized(flat, batches, quantize)
+    low = converted(flat, precision, batches)
+    computed = rounded(low, precision) if precision in HALF else low
     names = flat.names() + (flat.names("score") if expected.scores else [])
+    sizes = [str(v.name) for v in computed.model.graph.outputs if str(v.name).startswith(MAGNITUDE)]
     with tempfile.TemporaryDirectory() as folder, as_graph_errors():
         path = Path(folder) / "flat.onnx"
         ir.save(assemble(flat, None), path)
         check_answers(path, expected, "the network")
         ir.save(assemble(flat, None, outputs=names), path)
         exact = load(path)
-        ir.save(assemble(int8, None, outputs=names), path)
-        rounded = load(path)
-        report, slack = _disagreement(exact, rounded, batches)
-        rows = [rounded.outputs(*(i[s : s + 1] for i in expected.inputs))[1:] for s in range(len(expected))]
+        if sizes:
+            ir.save(assemble(computed, None, outputs=[*names, *sizes]), path)
+            _check_sizes(load(path), batches, sizes, precision)
+        ir.save(assemble(computed, None, outputs=names), path)
+        coarse = load(path)
+        report, slack = _disagreement(exact, coarse, batches)
+        rows = [coarse.outputs(*(i[s : s + 1] for i in expected.inputs))[1:] for s in range(len(expected))]
     outputs = [np.concatenate(exit) for exit in zip(*rows, strict=True)]
     exits = flat.num_exits
-    return int8, Samples(expected.inputs, tuple(outputs[:exits]), tuple(outputs[exits:]), *slack), report
+    if precision not in HALF:
+        del report["largest_difference"]
+    return low, Samples(expected.inputs, tuple(outputs[:exits]), tuple(outputs[exits:]), *slack), report
+
+
+def _check_sizes(engine: Engine, batches: Sequence[Batch], names: Sequence[str], precision: str) -> None:
+    """Raise `GraphError` for the first value that is too large for the type."""
+    most = np.max([engine.outputs(*batch)[-len(names) :] for batch in batches], axis=0)
+    for name, size in zip(names, most, strict=True):
+        if size > LARGEST[precision]:
+            raise GraphError(too_large(f"the value {name.removeprefix(MAGNITUDE)!r}", float(size), precision))
 
 
 def _disagreement(
@@ -128,7 +151,7 @@ def _disagreement(
     variance that int8 explains (R^2).
     """
     exits, samples = exact.num_exits, sum(len(batch[0]) for batch in batches)
-    same, error, first, second, scores = np.zeros((5, exits))
+    same, error, first, second, scores, largest = np.zeros((6, exits))
     columns = np.zeros((exits, exact.metadata["output_shape"][0]))
     for batch in batches:
         answers = [engine.outputs(*batch)[1:] for engine in (exact, rounded)]
@@ -139,22 +162,24 @@ def _disagreement(
             sums.append((scores, differences(*(np.stack(answer[exits:]) for answer in answers))))
         for total, value in sums:
             total += len(batch[0]) / samples * value.reshape(exits, -1).mean(axis=1)
+        largest = np.maximum(largest, apart.reshape(exits, -1).max(axis=1))
         columns += len(batch[0]) / samples * np.moveaxis(apart, 2, 1).reshape(*columns.shape, -1).mean(axis=2)
     several = exact.metadata["output_shape"][0] > 1
     agreement = same if several else 1 - error / np.maximum(second - first**2, np.finfo(np.float32).tiny)
     report = {"samples": samples, "agreement": agreement.tolist(), "mean_difference": columns.mean(axis=1).tolist()}
+    report["largest_difference"] = largest.tolist()
     return report, (columns, tuple(scores.tolist()))
 
 
-def warn_of_low_agreement(quantize: Quantize, agreement: Sequence[float]) -> None:
-    """Warn if int8 agrees with float at some exit in less than `LOW_AGREEMENT` of the calibration samples."""
+def warn_of_low_agreement(precision: str, agreement: Sequence[float]) -> None:
+    """Warn if the converted network agrees with float at some exit in less than `LOW_AGREEMENT` of the samples."""
     worst = int(np.argmin(agreement))
     if agreement[worst] < LOW_AGREEMENT:
-        remedy = "give more calibration samples, like the inputs in use, or export in float"
-        if quantize != "int8":
-            remedy = "on a processor without VNNI, 16-bit sums saturate: use quantize='int8'"
+        remedy = "give more calibration samples, like the inputs in use, or export in float32"
+        if precision == "int8-full-range":
+            remedy = "on a processor without VNNI, 16-bit sums saturate: use precision='int8'"
         warnings.warn(
-            f"the {quantize} network agrees with the float network in only {agreement[worst]:.1%} of the calibration "
+            f"the {precision} network agrees with the float network in only {agreement[worst]:.1%} of the calibration "
             f"samples at exit {worst + 1} on this machine ({processor()}); {remedy}",
             stacklevel=3,
         )

@@ -45,15 +45,15 @@ class _Metadata:
     network: str | None = None
     selected_on: tuple[str, ...] = ()
     promise: str | None = None
-    quantize: dict[str, Any] | None = None
+    precision: dict[str, Any] | None = None
     per_sample: bool = False
 
     def __post_init__(self) -> None:
         sizes = (*self.output_shape, self.sample_bytes)
         if self.exits < 1 or min(sizes) < 0:
             raise InputError(f"exits and sizes must be counts; got {self.exits} and {sizes}")
-        if self.quantize is not None and not isinstance(self.quantize.get("scheme"), str):
-            raise InputError(f"quantize must name a scheme; got {self.quantize}")
+        if self.precision is not None and not isinstance(self.precision.get("scheme"), str):
+            raise InputError(f"precision must name a scheme; got {self.precision}")
 
 
 _FIELDS = {field.name for field in fields(_Metadata)}
@@ -118,7 +118,8 @@ class Engine:
         found = {i.name: i for i in graph.inputs if not _THRESHOLD.fullmatch(i.name)}
         names = self.metadata.get("inputs", ())  # other tools may reorder or rename inputs
         self.inputs = tuple(found[name] for name in (names if sorted(names) == sorted(found) else found))
-        self.float32 = graph.float32 and not any(i.dtype == np.float16 for i in self.inputs)
+        half = (self.metadata.get("precision") or {}).get("scheme") in ("fp16", "bf16")
+        self.float32 = graph.float32 and not half and not any(i.dtype == np.float16 for i in self.inputs)
         self._run = graph.run
         self._outputs = graph.outputs
         self._reopen = reopen
@@ -238,6 +239,8 @@ def read_metadata(properties: dict[str, str], path: str | os.PathLike[str]) -> d
     try:
         metadata = dict(parse_json(properties[METADATA_KEY], finite=False))
         newer = metadata.get("format", 0) > FORMAT
+        if "quantize" in metadata:  # its name in earlier files
+            metadata["precision"] = metadata.pop("quantize")
     except (ValueError, TypeError) as error:
         raise FileError(f"the metadata of {path} cannot be read ({error}); export it again") from error
     if newer:

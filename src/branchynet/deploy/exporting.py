@@ -1,6 +1,7 @@
 """Write a network as one ONNX file, after a comparison with PyTorch."""
 
 import copy
+import importlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,11 +13,15 @@ import torch
 from torch import nn
 
 from ..argument_checks import instance, whole
+from ..environment import require
 from ..errors import GraphError, InputError, as_graph_errors
+from ..extras import needed_by
 from ..files import check_path, replacing
 from ..folders import replacing_folder
+from ..graph.half import HALF
 from ..graph.onnx_flat import flatten
-from ..graph.quantize import Quantize, calibration_batches, check_quantize
+from ..graph.precision import Precision, check_precision
+from ..graph.quantize import calibration_batches
 from ..graph.torch_program import tensors_of
 from ..nn.calls import arguments
 from ..nn.checks import check_network
@@ -27,7 +32,7 @@ from ..policy.exit_record import check_same_network
 from ..policy.record_scores import is_named
 from ..policy.scores import Score, resolve
 from ..policy.values import Choice, Policy
-from .assembly import assemble, check_answers, in_int8, warn_of_low_agreement
+from .assembly import assemble, check_answers, in_precision, warn_of_low_agreement
 from .checksum import seal
 from .reference_outputs import answers_alone
 from .staged_files import MANIFEST
@@ -45,7 +50,7 @@ def export(
     example: Any,
     thresholds: Literal["default", "input"] = "default",
     batch: Literal["dynamic", 1] = "dynamic",
-    quantize: Quantize | None = None,
+    precision: Precision = "float32",
     calibration: Any = None,
     labels: Sequence[str] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
@@ -69,14 +74,17 @@ def export(
         thresholds: ``"default"``: the thresholds are inputs with default values, which a caller may omit;
             ``"input"``: they are required inputs, for runtimes that drop inputs with defaults.
         batch: leave the batch size free, or fix it at 1 for the smallest overhead per sample.
-        quantize: ``"int8"`` computes convolutions and matrix products in 8 bits; outputs and scores stay float32. The
-            file is compared with PyTorch before quantization and with the flat int8 graph after it. The int8 network
-            needs its own thresholds: choose them on a `record` of a flat int8 file. The metadata holds the share of the
-            calibration samples in which int8 and float agree. ``"int8"`` uses 7 of a weight's 8 bits, so that every
-            processor computes the same; ``"int8-full-range"`` uses all 8 and is wrong on x86 processors without VNNI,
-            because 16-bit sums saturate.
-        calibration: with ``quantize``, a loader of inputs or `(inputs, target)` batches: a few hundred training
-            samples, held in memory, which give the ranges of all values. The same samples give the same network.
+        precision: ``"fp16"`` and ``"bf16"`` halve the weights; a file in bf16 needs OpenVINO, here too, or a GPU.
+            ``"int8"`` computes convolutions and matrix products in 8 bits. Inputs, outputs and scores stay float32. The
+            file is compared with PyTorch before conversion and with the flat converted graph after it. The converted
+            network needs its own thresholds: choose them on a `record` of a flat file of this precision. The metadata
+            holds the share of the samples in which it agrees with float32. ``"int8"`` uses 7 of a weight's 8 bits, so
+            that every processor computes the same; ``"int8-full-range"`` uses all 8 and is wrong on x86 processors
+            without VNNI, because 16-bit sums saturate.
+        calibration: for int8, a loader of inputs or `(inputs, target)` batches: a few hundred training samples, held
+            in memory, which give the ranges of all values. The same samples give the same network. For fp16 and bf16
+            optional: the samples to compare with float32 and to look for values that are too large; by default
+            `example`.
         labels: class names, for the metadata.
         preprocessing: how to make the input, for the metadata, such as ``{"size": [28, 28], "mode": "L", "scale": 1 /
             255}``. ``branchynet predict`` reads ``mean`` and ``std``: one number per channel, of pixels in [0, 1].
@@ -93,11 +101,12 @@ def export(
     Raises:
         InputError: a number of thresholds other than N-1, a `Choice` for another network or other weights, an unknown
             score or option, or calibration batches that do not fit the network.
-        GraphError: the network cannot be exported, quantized or cut, or the file disagrees with PyTorch.
+        GraphError: the network cannot be exported, converted or cut, a value is too large for the precision, or the
+            file disagrees with PyTorch.
         FileError: the file cannot be written; no partial file remains at `path`.
 
     Warns:
-        UserWarning: int8 and float agree in less than 95% of the calibration samples.
+        UserWarning: the converted network and float agree in less than 95% of the samples.
 
     Example:
         >>> import torch
@@ -121,9 +130,14 @@ def export(
             f"thresholds='default' and batch='dynamic'; got policy={policy!r}, {thresholds!r} and {batch!r}"
         )
     check_network(net)
+    check_precision(precision, calibration)
+    if precision == "bf16":  # ONNX Runtime cannot compute it on the CPU, so the file is compared in OpenVINO
+        with needed_by("precision='bf16'", extra="openvino"):
+            require("openvino")
+            importlib.import_module("openvino")
     kinds = (Policy, Choice, type(None))
     instance("policy", policy, kinds, "give Policy(thresholds=(...)), what choose(...) returns, or None")
-    notes: dict[str, Any] = {"network": fingerprint(net) + (f"-{quantize}" if quantize else "")}
+    notes: dict[str, Any] = {"network": fingerprint(net) + ("" if precision == "float32" else f"-{precision}")}
     notes |= {"labels": class_names(labels), "preprocessing": plain_values(preprocessing), "promise": None}
     notes |= {"selected_on": list(getattr(net, "selected_on", ()))}
     if isinstance(policy, Choice):
@@ -133,7 +147,6 @@ def export(
         policy = policy.policy
     if policy is not None:
         check_policy(policy, net, example)
-    check_quantize(quantize, calibration)
     score = None if policy is None else resolve(policy.score)
     flat = flatten(net, example, score=score, dynamic=batch == "dynamic")
     expected, source = _from_network(net, example, score), "the network"
@@ -142,11 +155,11 @@ def export(
         raise InputError(f"labels= names {len(names)} classes, but every exit has {classes} outputs; give {classes}")
     if len(expected.outputs) > 1 and (policy is None or is_named(policy.score)):
         warn_of_probabilities(tuple(torch.from_numpy(o) for o in expected.outputs))
-    if quantize:
-        batches = calibration_batches(calibration, flat)
-        flat, expected, report = in_int8(flat, batches, quantize, expected)
-        notes["quantize"], source = {"scheme": quantize, **report}, "its flat int8 graph"
-        warn_of_low_agreement(quantize, report["agreement"])
+    if precision != "float32":
+        given = [tuple(tensors_of(example))] if calibration is None else calibration
+        flat, expected, report = in_precision(flat, calibration_batches(given, flat), precision, expected)
+        notes["precision"], source = {"scheme": precision, **report}, f"its flat {precision.partition('-')[0]} graph"
+        warn_of_low_agreement(precision, report["agreement"])
     kept = [n for n in range(1, flat.num_exits + 1) if policy is None or policy.enabled[n - 1]]
     stored = pack(expected, kept, samples)
     with replacing_folder(path, MANIFEST) if layout == "stages" else replacing(path) as temporary:
@@ -161,9 +174,10 @@ def export(
             seal(temporary)
         try:
             with as_graph_errors():
-                check_answers(temporary, expected, source)
+                runtime = "openvino" if precision == "bf16" else "onnxruntime"
+                check_answers(temporary, expected, source, runtime=runtime, strict=precision not in HALF)
         except GraphError as error:
-            if quantize or not (reason := _magnified(net, example, expected)):
+            if precision != "float32" or not (reason := _magnified(net, example, expected)):
                 raise
             raise GraphError(f"{error}{reason}") from error
     return Path(path)

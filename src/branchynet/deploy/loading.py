@@ -216,9 +216,15 @@ def _open(path: str | os.PathLike[str], threads: int | None, providers: Sequence
         properties = session.get_modelmeta().custom_metadata_map  # raises if it is not UTF-8
     except Exception as error:  # ONNX Runtime's errors share no base class
         with contextlib.suppress(ModuleNotFoundError):  # onnx, if installed, gives a better message
-            from .onnx_file import read_model
+            from .onnx_file import entries, read_model
 
-            read_model(path)
+            about = read_metadata(entries(read_model(path), path), path)
+            if (about.get("precision") or {}).get("scheme") == "bf16":
+                raise FileError(
+                    f"{path} computes in bf16, which ONNX Runtime {onnxruntime.__version__} cannot with "
+                    f"{providers[0][0]} ({_brief(error)}): load it with runtime='openvino', or export it with "
+                    "precision='fp16'"
+                ) from error
         version = onnxruntime.__version__
         raise FileError(f"ONNX Runtime {version} cannot run {path} ({_brief(error)}); export it again") from error
     first = providers[0][0]

@@ -32,8 +32,8 @@ class Samples:
         inputs: `(S, ...)` each, in the order of the file's inputs.
         outputs: `(S, C, ...)` per exit.
         scores: `(S,)` per exit; () for a flat file.
-        slack: `(N, C)` mean difference between int8 and float, per exit and column of its output, or `(N, 1)` per exit;
-            0 for a float network.
+        slack: `(N, C)` mean difference from float32, per exit and column of its output, or `(N, 1)` per exit;
+            0 for a float32 network.
         score_slack: mean difference of scores, per exit.
     """
 
@@ -135,15 +135,15 @@ def _check_array(name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None
 
 def _check_slack(samples: Samples, engine: Engine) -> None:
     """Raise `ValueError` for slack that `export` does not write, which would let wrong outputs pass."""
-    quantize = engine.metadata.get("quantize")
-    report: Any = quantize.get("mean_difference") if quantize else [0.0] * engine.num_exits
+    precision = engine.metadata.get("precision")
+    report: Any = precision.get("mean_difference") if precision else [0.0] * engine.num_exits
     mean, columns = samples.slack.mean(axis=1), samples.slack.shape[1]
     numbers = isinstance(report, list) and len(report) == len(mean) and {*map(type, report)} <= {float, int}
     if not (numbers and np.allclose(mean, report, 1e-6, 0) and columns in (1, engine.metadata["output_shape"][0])):
-        raise ValueError(f"slack is {samples.slack.tolist()}, but the metadata has an int8 difference of {report}")
+        raise ValueError(f"slack is {samples.slack.tolist()}, but the metadata has a mean difference of {report}")
     for n, slack in enumerate(samples.score_slack, 1):
         most = 0.0
-        if quantize and samples.scores:
+        if precision and samples.scores:
             scores = samples.scores[n - 1]
             most = _FAR * float(np.abs(scores[np.isfinite(scores)]).max(initial=1.0))
         if slack > most:

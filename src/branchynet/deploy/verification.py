@@ -75,8 +75,8 @@ def check_or_raise(engine: Engine, path: str | os.PathLike[str]) -> None:
     """Raise `VerificationError` if an engine's outputs differ from those stored in its file."""
     found = check_file(engine, path)
     if not found.passed:
-        scheme = engine.metadata.get("quantize", {}).get("scheme")
-        remedy = "export it with quantize='int8'" if scheme == "int8-full-range" else "use another runtime or provider"
+        scheme = engine.metadata.get("precision", {}).get("scheme")
+        remedy = "export it with precision='int8'" if scheme == "int8-full-range" else "use another runtime or provider"
         raise VerificationError(f"the outputs of {path} differ from those where it was exported; {remedy}. {found}")
 
 
@@ -87,7 +87,9 @@ def check(engine: Engine, samples: Samples, *, strict: bool = False) -> Verifica
     thresholds that split the samples. Outputs of a float network may differ by about a thousandth of the largest of
     their class (see `tolerances`). Two engines may round int8 values to neighboring steps, so the outputs of an int8
     network may differ by twice the difference between int8 and float, on average over all samples and columns of one
-    scale; saturated sums differ by five times as much or more. If the stored outputs of two labels are this close,
+    scale; saturated sums differ by five times as much or more. The same holds for half precision, where two runtimes
+    round at different places: each lies about as far from float32 as the stored outputs, so at most about twice as far
+    from them. If the stored outputs of two labels are this close,
     either label is right.
 
     Args:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import onnx
@@ -29,31 +29,12 @@ from .onnx_cut import parents
 from .onnx_flat import FlatGraph
 
 Batch = tuple[NDArray[Any], ...]  # one array per input of the graph
-Quantize = Literal["int8", "int8-full-range"]
 
 _STEPS = {"QuantizeLinear": ir.DataType.UINT8, "DequantizeLinear": ir.DataType.FLOAT}
 _WEIGHED = ("Conv", "Gemm", "MatMul")
 # Operators between convolutions; they become int8 if their inputs are int8.
 _BETWEEN = ("Add", "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "Concat", "Reshape", "Flatten",
             "Transpose", "Squeeze", "Unsqueeze")  # fmt: skip
-
-
-def check_quantize(quantize: str | None, calibration: Any) -> None:
-    """Check the arguments `quantize` and `calibration`. Raises `InputError`."""
-    if quantize not in (None, *get_args(Quantize)):
-        raise InputError(f"quantize must be 'int8', 'int8-full-range', or None for float; got {quantize!r}")
-    if quantize and calibration is None:
-        raise InputError(
-            f"quantize={quantize!r} needs calibration=, a list of batches with a few hundred training "
-            "samples, such as list(itertools.islice(train_loader, 8))"
-        )
-    if calibration is not None and not quantize:
-        raise InputError("calibration= needs quantize='int8' or 'int8-full-range'; give both, or neither")
-    if isinstance(calibration, (Tensor, str, Mapping)) or not isinstance(calibration, Iterable | None):
-        raise InputError(
-            f"calibration must be a loader or a list of batches; got a {type(calibration).__name__}: for one batch, "
-            "give [batch]"
-        )
 
 
 def calibration_batches(loader: Iterable[Any], flat: FlatGraph) -> list[Batch]:
@@ -72,7 +53,7 @@ def calibration_batches(loader: Iterable[Any], flat: FlatGraph) -> list[Batch]:
     return [tuple(a[i : i + 1] for a in batch) for batch in found for i in range(len(batch[0]))]
 
 
-def quantized(flat: FlatGraph, batches: Sequence[Batch], quantize: Quantize = "int8") -> FlatGraph:
+def quantized(flat: FlatGraph, batches: Sequence[Batch], precision: str = "int8") -> FlatGraph:
     """Return the graph with convolutions and matrix products in int8.
 
     Weights have one scale per channel; the ranges of activations come from `batches`. The exits' outputs and scores
@@ -85,7 +66,7 @@ def quantized(flat: FlatGraph, batches: Sequence[Batch], quantize: Quantize = "i
     Raises:
         GraphError: there is nothing to quantize, or ONNX Runtime cannot quantize it.
     """
-    tail = _tail(flat)
+    tail = [node.name or "" for node in last_products(flat)[1]]
     proto = ir.to_proto(flat.model)
     onnx.helper.set_model_props(proto, {"onnx.quant.pre_process": "onnxruntime.quant"})  # avoids a needless warning
     with tempfile.TemporaryDirectory() as folder, _quiet():
@@ -102,7 +83,7 @@ def quantized(flat: FlatGraph, batches: Sequence[Batch], quantize: Quantize = "i
                 per_channel=True,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
-                reduce_range=quantize == "int8",
+                reduce_range=precision == "int8",
                 extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul"]},
             )
         except Exception as error:  # ONNX Runtime passes on any error of its steps
@@ -130,13 +111,13 @@ class _Reader(CalibrationDataReader):
         return next(self.feeds, None)
 
 
-def _tail(flat: FlatGraph) -> list[str]:
-    """Names of the nodes after the last product of every exit: they compute its output and its score."""
+def last_products(flat: FlatGraph) -> tuple[list[ir.Node], list[ir.Node]]:
+    """Return the last products of every exit, and the nodes after them, which compute its output and its score."""
     exits = cut([[flat.value(name) for name in flat.names()]], parents)
     weighed = {n for n in flat.model.graph if n.op_type in _WEIGHED and n.outputs[0] in exits}
     before = cut([[v for node in weighed for v in node.inputs if v is not None]], parents)
-    left = [n for n in flat.model.graph if n not in weighed and not any(v in before for v in n.outputs)]
-    return [node.name or "" for node in left]
+    last = [n for n in flat.model.graph if not any(v in before for v in n.outputs)]
+    return [n for n in last if n in weighed], [n for n in last if n not in weighed]
 
 
 def _other_sums(flat: FlatGraph) -> list[str]:

@@ -41,5 +41,5 @@ def scripted_submodule(net: nn.Module, path: str) -> str | None:
 
 _FLOAT_FIRST = (
     "use the network before quantization (full-size weights), and quantize the file instead: "
-    "export(..., quantize='int8', calibration=batches)"
+    "export(..., precision='int8', calibration=batches)"
 )

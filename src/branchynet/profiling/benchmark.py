@@ -16,7 +16,7 @@ from ..deploy.engine import Engine
 from ..deploy.loading import load
 from ..deploy.onnx_file import model_metadata
 from ..errors import InputError, counted
-from ..graph.quantize import Quantize
+from ..graph.precision import needs_calibration
 from ..graph.torch_program import tensors_of
 from ..nn.calls import first_rows
 from ..nn.fingerprint import fingerprint
@@ -116,11 +116,11 @@ def bench(
     arrays = tuple(t.numpy() for t in tensors_of(inputs))
     _check(path, engine, targets, len(arrays[0]), len(wanted))
     repeats, samples = whole("repeats", repeats, 1), whole("samples", samples, 1)
-    quantize = _check_network(path, engine, net, inputs, calibration)
+    precision = _check_network(path, engine, net, inputs, calibration)
     order = np.random.default_rng(check_seed(seed)).permutation(len(arrays[0]))
     arrays = tuple(array[order] for array in arrays)
     dynamic = engine.metadata["batch"] == "dynamic"
-    flat, plain, _ = flat_graphs(net, first_rows(inputs), function, quantize, calibration, dynamic=dynamic)
+    flat, plain, _ = flat_graphs(net, first_rows(inputs), function, precision, calibration, dynamic=dynamic)
     rows = []
     for alike in dict.fromkeys((target.threads, target.runtime) for target in targets):
         group = [target for target in targets if (target.threads, target.runtime) == alike]
@@ -166,22 +166,20 @@ def _check(path: str | os.PathLike[str], engine: Engine, targets: Sequence[Targe
         raise InputError(f"{rows} inputs need as many targets; got {wanted}")
 
 
-def _check_network(
-    path: str | os.PathLike[str], engine: Engine, net: nn.Module, inputs: Any, calibration: Any
-) -> Quantize | None:
-    """Return how the file is quantized. Raise `InputError` for another network or calibration that does not fit."""
+def _check_network(path: str | os.PathLike[str], engine: Engine, net: nn.Module, inputs: Any, calibration: Any) -> str:
+    """Return the precision of the file. Raise `InputError` for another network or calibration that does not fit."""
     if (exits := count_exits(net, inputs)) != engine.num_exits:
         raise InputError(
             f"{path} has {engine.num_exits} exits and the network has {exits}; give the network that was exported"
         )
-    quantize = engine.metadata.get("quantize", {}).get("scheme")
-    if (quantize is None) != (calibration is None):
+    precision = engine.metadata.get("precision", {}).get("scheme", "float32")
+    if needs_calibration(precision) != (calibration is not None):
         remedy = "int8: give calibration=, the samples it was quantized with"
-        remedy = remedy if quantize else "float: leave calibration= out"
-        raise InputError(f"{path} is {remedy}, because the graphs that it is compared with are quantized like it")
-    expected = "-".join(filter(None, [fingerprint(net), quantize]))
+        remedy = f"{precision}: leave calibration= out" if calibration is not None else remedy
+        raise InputError(f"{path} is {remedy}, because the graphs that it is compared with are converted like it")
+    expected = fingerprint(net) + ("" if precision == "float32" else f"-{precision}")
     check_same_network(f"{path} and net", engine.metadata.get("network"), expected)
-    return quantize
+    return precision
 
 
 def _row(

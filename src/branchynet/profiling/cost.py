@@ -9,7 +9,7 @@ from torch import nn
 
 from ..argument_checks import real
 from ..errors import InputError, as_graph_errors
-from ..graph.quantize import Quantize, check_quantize
+from ..graph.precision import Precision, check_precision
 from ..nn.fingerprint import fingerprint
 from ..policy.exit_cost import ExitCost
 from ..policy.scores import Score, resolve
@@ -28,7 +28,7 @@ def measure(
     *,
     score: str | Score = "entropy",
     seconds: float = 3.0,
-    quantize: Quantize | None = None,
+    precision: Precision = "float32",
     calibration: Any = None,
 ) -> ExitCost:
     """Time every stage of a network in the runtime that will run it, and count its multiply-accumulates.
@@ -47,7 +47,7 @@ def measure(
         target: the batch size, the threads and the runtime of the deployed file.
         score: the score, whose cost counts with each branch.
         seconds: approximate duration, or up to four times as long while the times are not steady.
-        quantize: as for `export`, to time the int8 network.
+        precision: as for `export`, to time the converted network.
         calibration: as for `export`.
 
     Returns:
@@ -56,7 +56,7 @@ def measure(
 
     Raises:
         InputError: a target that is not a `Target`, an unknown score, or calibration batches that do not fit.
-        GraphError: the network cannot be exported, cut or quantized.
+        GraphError: the network cannot be exported, cut or converted.
         MissingExtraError: OpenVINO is not installed.
 
     Example:
@@ -71,8 +71,8 @@ def measure(
     batch_size = check_target(target).batch_size
     if real("seconds", seconds) < 0:
         raise InputError(f"seconds must not be negative; got {seconds:g}")
-    check_quantize(quantize, calibration)
-    flat, plain, macs = flat_graphs(net, example, resolve(score), quantize, calibration)
+    check_precision(precision, calibration)
+    flat, plain, macs = flat_graphs(net, example, resolve(score), precision, calibration)
     sizes = two_sizes(batch_size)
     with tempfile.TemporaryDirectory() as folder, as_graph_errors():
         parts = part_engines(flat, Path(folder), target, plain=plain)

@@ -14,7 +14,8 @@ from ..deploy.engine import Engine
 from ..deploy.loading import load
 from ..graph.macs import exit_macs
 from ..graph.onnx_flat import FlatGraph, flatten
-from ..graph.quantize import Quantize, calibration_batches, quantized
+from ..graph.precision import converted
+from ..graph.quantize import calibration_batches
 from ..graph.torch_program import tensors_of
 from ..nn.network import plain_network
 from ..policy.scores import Score
@@ -26,18 +27,18 @@ Macs = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def flat_graphs(
-    net: nn.Module, example: Any, score: Score, quantize: Quantize | None, calibration: Any, dynamic: bool = True
+    net: nn.Module, example: Any, score: Score, precision: str, calibration: Any, dynamic: bool = True
 ) -> tuple[FlatGraph, FlatGraph | None, Macs]:
     """Return the network's graph, the plain network's if the last exit reads branches (averaged exits), and their MACs.
 
-    The graphs are quantized as by `export`; multiply-accumulates are those of `exit_macs` before that.
+    The graphs are converted as by `export`; multiply-accumulates are those of `exit_macs` before that.
     """
     graphs = [flatten(net, example, score=score, dynamic=dynamic)]
     macs = exit_macs(graphs[0])
     if (alone := plain_network(net)) is not net:
         graphs.append(flatten(alone, example, dynamic=dynamic))
-    if quantize:
-        graphs = [quantized(graph, calibration_batches(calibration, graph), quantize) for graph in graphs]
+    batches = [[] if calibration is None else calibration_batches(calibration, graph) for graph in graphs]
+    graphs = [converted(graph, precision, given) for graph, given in zip(graphs, batches, strict=True)]
     return graphs[0], (graphs[1] if len(graphs) > 1 else None), macs
 
 
