@@ -10,6 +10,7 @@ _MODULES = {
     "nn.network": ("BranchyNet",),
     "nn.attaching": ("attach", "detach"),
     "nn.averaging": ("averaged",),
+    "nn.cascading": ("cascade",),
     "training.loop": ("fit",),
     "training.options": ("FitOptions",),
     "design.options": ("SearchOptions",),

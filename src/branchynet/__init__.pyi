@@ -20,6 +20,7 @@ from .monitor.drift import Monitor as Monitor
 from .nn.attaching import attach as attach
 from .nn.attaching import detach as detach
 from .nn.averaging import averaged as averaged
+from .nn.cascading import cascade as cascade
 from .nn.network import BranchyNet as BranchyNet
 from .policy.averaging import averaged_record as averaged_record
 from .policy.averaging import fit_averaging as fit_averaging

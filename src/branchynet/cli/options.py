@@ -28,7 +28,7 @@ NETWORKS = (
 )
 DATA = ("digits", "mnist", "fashion-mnist", "cifar10")
 AUGMENTS = ("none", "shift", "affine", "flip-crop")
-SCORES = ("entropy", "max_probability", "margin", "patience", "learned")
+SCORES = ("entropy", "max_probability", "margin", "patience", "agreement", "learned")
 
 
 def named(help: str, *names: str, **more: Any) -> Any:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..policy.averaging import Of, WeightRows, average, exit_weight_rows, known_kind, selected_on
+from .cascading import Cascade
 from .network import BranchyNet
 
 
@@ -37,21 +38,31 @@ def averaged(net: BranchyNet, exit_weights: WeightRows | None = None, *, of: Of 
         >>> torch.allclose(averaged(net)(x)[1].exp(), mean)
         True
     """
-    if not isinstance(net, BranchyNet) or isinstance(net, _Averaged):
+    if not isinstance(net, BranchyNet) or isinstance(net, _Averaging):
         raise InputError(f"averaged(net) takes a BranchyNet that is not averaged yet; got {type(net).__name__}")
-    return _Averaged(
-        net, exit_weight_rows(exit_weights, net.num_exits), known_kind(of), selected_on(net.selected_on, exit_weights)
-    )
+    result = _AveragedCascade(net.networks, net.outputs) if isinstance(net, Cascade) else _Averaged.of(net)
+    result._averaging = exit_weight_rows(exit_weights, net.num_exits), known_kind(of)
+    result.selected_on = selected_on(net.selected_on, exit_weights)
+    result.training = net.training
+    return result
 
 
-class _Averaged(BranchyNet):
-    def __init__(self, net: BranchyNet, exit_weights: WeightRows, of: Of, selected_on: tuple[str, ...]) -> None:
-        branches = dict(zip(net.taps, net.branches, strict=True))
-        super().__init__(net.backbone, branches, output=net.output, tap=net.readers)
-        self._averaging: tuple[WeightRows, Of] = exit_weights, of
-        self.selected_on = selected_on
-        self.training = net.training
+class _Averaging(BranchyNet):
+    """What averaged networks share."""
+
+    _averaging: tuple[WeightRows, Of]
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         exit_weights, of = self._averaging
         return average(super().forward(*args, **kwargs), exit_weights, of=of)
+
+
+class _Averaged(_Averaging):
+    @classmethod
+    def of(cls, net: BranchyNet) -> "_Averaged":
+        branches = dict(zip(net.taps, net.branches, strict=True))
+        return cls(net.backbone, branches, output=net.output, tap=net.readers)
+
+
+class _AveragedCascade(_Averaging, Cascade):
+    pass

@@ -154,8 +154,10 @@ class BranchyNet(nn.Module):
 
 def plain_network(net: nn.Module) -> nn.Module:
     """Return `net`, or for an averaged network, its backbone as a `BranchyNet` without branches in the same mode."""
-    if not isinstance(net, BranchyNet) or type(net).forward is BranchyNet.forward:
+    if not isinstance(net, BranchyNet) or not hasattr(net, "_averaging"):
         return net
+    if isinstance(net.backbone, BranchyNet):  # the last network of a cascade
+        return net.backbone
     plain = BranchyNet(net.backbone, {}, output=net.output)
     plain.training = net.training
     return plain

@@ -5,7 +5,7 @@ from typing import Any
 from ..argument_checks import described
 from ..errors import InputError, nearest
 
-NAMES = ("entropy", "max_probability", "margin", "patience")
+NAMES = ("entropy", "max_probability", "margin", "patience", "agreement")
 """The names in `branchynet.policy.scores`; a test compares both."""
 
 

@@ -63,6 +63,26 @@ def patience(outputs: tuple[Tensor, ...]) -> Tensor:
     return _mean(torch.where(answers(outputs[-1]), 1 / count, math.nan))
 
 
+def agreement(outputs: tuple[Tensor, ...]) -> Tensor:
+    """(d + 1 - p) / n for the exits 1..n so far: how little they agree with the label of exit n.
+
+    d is the number of exits with another label, from 0 to n - 1, and p in (0, 1] is the mean over the exits of their
+    softmax probability of the label of exit n. The score is in [0, 1), and exit 1 has `max_probability`. A threshold of
+    k/n lets a sample leave exit n if fewer than k exits differ, so 1/n asks all of them to agree. A threshold between
+    (k - 1)/n and k/n also asks for a mean probability above n * (k/n - threshold) where k - 1 exits differ.
+
+    Earlier exits without a softmax (see `answers`) differ, with the probability 0. Sources: Wang et al. 2022, arXiv
+    2012.01988 (mean probability of a committee); Kolawole et al. 2025, arXiv 2407.02348 (agreement of an ensemble).
+    """
+    label, parts = _logits(outputs).argmax(dim=1), []
+    for output in outputs:
+        p = torch.softmax(output, dim=1).gather(1, label.unsqueeze(1)).squeeze(1)
+        differs = (output.argmax(dim=1) != label).to(p.dtype)
+        parts.append(torch.where(answers(output), differs + (1 - p) / len(outputs), 1 + 1 / len(outputs)))
+    mean = sum(parts[1:], parts[0]) / len(outputs)
+    return _mean(torch.where(answers(outputs[-1]), mean, math.nan))
+
+
 def answers(output: Tensor) -> Tensor:
     """Return `(B, ...)` whether logits `(B, C, ...)` have a softmax: no NaN or +infinity, not all -infinity."""
     return output.logsumexp(dim=1).abs() < math.inf  # "less" is False for NaN in every runtime; "greater" is not
@@ -73,6 +93,7 @@ SCORES: dict[str, Score] = {
     "max_probability": max_probability,
     "margin": margin,
     "patience": patience,
+    "agreement": agreement,
 }
 
 

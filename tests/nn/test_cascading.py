@@ -1,0 +1,304 @@
+"""Cascades: independent networks as the exits of one."""
+
+import copy
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from branchynet import (
+    BranchyNet,
+    Policy,
+    StagedEngine,
+    Target,
+    TorchEngine,
+    attach,
+    averaged,
+    averaged_record,
+    cascade,
+    choose,
+    detach,
+    export,
+    fit,
+    load,
+    measure,
+    record,
+    verify,
+)
+from branchynet.errors import GraphError, InputError
+from branchynet.graph.macs import exit_macs
+from branchynet.graph.onnx_flat import flatten
+from branchynet.nn.fingerprint import fingerprint
+from branchynet.policy.scores import agreement
+from branchynet.profiling.part_engines import flat_graphs, part_engines
+from helpers.loop import agree_in_batches, every_exit, figure_2, safe_thresholds
+
+CLASSES, WIDTH = 4, 6
+
+
+class Answer(dict):
+    """A `ModelOutput` of Hugging Face: a dict whose entries are attributes too."""
+
+    __getattr__ = dict.__getitem__
+
+
+class Two(nn.Module):
+    """A network of two inputs."""
+
+    def __init__(self, width, classes=CLASSES):
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, width), nn.Linear(3, width)
+        self.classify = nn.Linear(width, classes)
+
+    def forward(self, x, extra):
+        return self.classify(torch.tanh(self.first(x) + self.second(extra)))
+
+
+class Named(Two):
+    def forward(self, x, extra):
+        return Answer(hidden=x, logits=super().forward(x, extra))
+
+
+def mlp(width, classes=CLASSES, spread=3.0):
+    net = nn.Sequential(nn.Linear(WIDTH, width), nn.Tanh(), nn.Linear(width, classes))
+    nn.init.normal_(net[2].weight, std=spread)
+    return net.eval()
+
+
+def spread(net):
+    for module in net.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=1.0)
+    return net.eval()
+
+
+def two_inputs():
+    x = torch.randn(64, WIDTH), torch.randn(64, 3)
+    return cascade(*(spread(Two(width)) for width in (2, 5, 9))), x
+
+
+def by_keyword():
+    x = {"extra": torch.randn(64, 3), "x": torch.randn(64, WIDTH)}
+    networks = [spread(Named(2)), spread(Two(5))]
+    return cascade(*networks, output=[lambda found: found["logits"], None]), x
+
+
+def with_branches():
+    """A cascade whose first network has exits of its own, and whose last one does too."""
+    first = attach(mlp(5), ["0"], example=torch.randn(2, WIDTH)).eval()
+    last = attach(mlp(16), ["0"], example=torch.randn(2, WIDTH)).eval()
+    return cascade(first, mlp(3), last), (torch.randn(64, WIDTH),)
+
+
+CASES = [two_inputs, by_keyword, with_branches]
+
+
+@pytest.mark.parametrize("build", CASES)
+def test_files_and_engines_agree_with_the_naive_loop(build, tmp_path):
+    net, x = build()
+    outputs = every_exit(net, x)
+    assert net.num_exits == outputs.shape[1]
+    policy = Policy(thresholds=safe_thresholds(outputs, (0.3, 0.4, 0.5, 0.5)[: net.num_exits - 1]))
+    nested = load(export(net, tmp_path / "net.onnx", policy=policy, example=x), threads=1)
+    staged = load(export(net, tmp_path / "net", policy=policy, example=x, layout="stages"), threads=1)
+    assert isinstance(staged, StagedEngine)
+    engines = (nested, staged, TorchEngine(net, policy, x))
+    for engine in engines:
+        ordered = {name: x[name] for name in (i.name for i in engine.inputs)} if isinstance(x, dict) else x
+        agree_in_batches(engine, net, ordered, policy.thresholds)
+        if isinstance(x, dict):
+            exits = [figure_2(sample, policy.thresholds)[0] for sample in outputs]
+            assert engine(**{name: value.numpy() for name, value in x.items()}).exit.tolist() == exits
+    assert verify(tmp_path / "net.onnx").passed and verify(tmp_path / "net").passed
+    flat = load(export(net, tmp_path / "flat.onnx", policy=None, example=x), threads=1)
+    arrays = {name: v.numpy() for name, v in x.items()} if isinstance(x, dict) else [v.numpy() for v in x]
+    found = flat.outputs(**arrays) if isinstance(x, dict) else flat.outputs(*arrays)
+    np.testing.assert_allclose(np.stack(found[1:], 1), outputs, atol=1e-4)
+
+
+def test_inputs_have_the_names_of_the_last_network(tmp_path):
+    net, x = two_inputs()
+    for layout, name in (("nested", "net.onnx"), ("stages", "net")):
+        path = export(net, tmp_path / name, policy=Policy(thresholds=(0.5, 0.5)), example=x, layout=layout)
+        assert [i.name for i in load(path).inputs] == ["x", "extra"]
+    assert [i.name for i in TorchEngine(net, Policy(thresholds=(0.5, 0.5)), x).inputs] == ["x", "extra"]
+
+
+def test_a_stage_runs_one_network(tmp_path):
+    net, x = two_inputs()
+    policy = Policy(thresholds=(0.5, None))
+    export(net, tmp_path / "net", policy=policy, example=x, layout="stages")
+    engine = load(tmp_path / "net", threads=1)
+    assert [stage.exit for stage in engine.stages] == [1, 3]
+    for stage, width in zip(engine.stages, (2, 9), strict=True):
+        assert sum(i.name in ("x", "extra") for i in stage.inputs) == 2, stage.inputs
+        assert stage.macs == width * (WIDTH + 3 + CLASSES)
+
+
+def test_the_plain_network_is_the_last_one():
+    net, x = two_inputs()
+    cost = measure(net, x, Target(batch_size=4), seconds=0.05)
+    each = [width * (WIDTH + 3 + CLASSES) for width in (2, 5, 9)]
+    assert cost.trunk_macs == (0, 0, each[2]) and cost.branch_macs == (*each[:2], 0)
+    assert detach(net) is net.networks[-1] is net.backbone
+    single = exit_macs(flatten(net.backbone, x, score=agreement))
+    assert single[0] == (each[2],)
+
+
+def test_the_timed_plain_network_is_the_last_one(tmp_path):
+    net, x = two_inputs()
+    for build in (lambda n: n, averaged):
+        flat, plain, macs = flat_graphs(build(net), x, agreement, None, None)
+        engines = part_engines(flat, tmp_path, Target(batch_size=4), plain=plain)
+        arrays = [v.numpy() for v in x]
+        np.testing.assert_allclose(engines["plain"].outputs(*arrays)[-1], net.backbone(*x).detach().numpy(), atol=1e-5)
+        assert sum(macs[0]) + sum(macs[1]) == sum(width * (WIDTH + 3 + CLASSES) for width in (2, 5, 9))
+
+
+@pytest.mark.filterwarnings("ignore:.*hardly more than")
+def test_choose_takes_the_record_and_the_cost_of_a_cascade():
+    net, x = two_inputs()
+    with torch.no_grad():
+        labels = net(*x)[-1].argmax(dim=1)
+    cost = measure(net, x, Target(batch_size=4), seconds=0.05)
+    made = record(net, [(x, labels)], progress=False)
+    assert made.network == cost.network == fingerprint(net)
+    choice = choose(made, cost, max_drop=0.3, confidence=None)
+    assert choice.policy.num_exits == 3 and choice.outcome.samples == 64
+
+
+def test_averaged_cascades_answer_as_a_committee(tmp_path):
+    net, x = two_inputs()
+    mean = averaged(net)
+    p = torch.stack([o.softmax(dim=1) for o in net(*x)])
+    for n, output in enumerate(mean(*x), 1):
+        torch.testing.assert_close(output.exp(), p[:n].mean(dim=0))
+    with pytest.raises(InputError, match="not averaged yet"):
+        averaged(mean)
+    labels = torch.randint(CLASSES, (64,))
+    made = record(net, [(x, labels)], progress=False)
+    assert averaged_record(made).network == fingerprint(mean)
+    outputs = every_exit(mean, x)
+    thresholds = safe_thresholds(outputs, (0.3, 0.4))
+    path = export(mean, tmp_path / "net.onnx", policy=Policy(thresholds=thresholds), example=x)
+    agree_in_batches(load(path, threads=1), mean, x, thresholds)
+
+
+@pytest.mark.parametrize("last", [mlp, lambda width: attach(mlp(width), ["0"], example=torch.randn(2, WIDTH)).eval()])
+def test_averaged_cascades_have_the_last_network_as_their_plain_one(last):
+    net = averaged(cascade(mlp(2), last(9)))
+    cost = measure(net, torch.randn(8, WIDTH), Target(batch_size=4), seconds=0.05)
+    assert cost.num_exits == net.num_exits and cost.plain_us > 0
+
+
+def test_networks_stay_as_they_are():
+    networks = [mlp(2), mlp(9)]
+    before = [copy.deepcopy(network.state_dict()) for network in networks]
+    net, x = cascade(*networks), torch.randn(8, WIDTH)
+    torch.testing.assert_close(net(x), tuple(network(x) for network in networks))
+    assert not net.training and net.networks == tuple(networks)
+    for network, state in zip(networks, before, strict=True):
+        assert list(network.state_dict()) == list(state)
+    assert fingerprint(net) != fingerprint(cascade(*networks[::-1]))
+    assert isinstance(net, BranchyNet) and list(copy.deepcopy(net)(x)[0].shape) == [8, CLASSES]
+
+
+def test_a_cascade_in_a_cascade_and_in_a_branch():
+    inner, x = cascade(mlp(2), mlp(3)), torch.randn(8, WIDTH)
+    assert cascade(inner, mlp(9)).num_exits == len(cascade(inner, mlp(9))(x)) == 3
+    tree = BranchyNet(mlp(9), {"input": inner}).eval()
+    assert tree.num_exits == len(tree(x)) == 3
+
+
+def test_a_cascade_can_be_trained_further():
+    net, x = cascade(mlp(2), mlp(9)), torch.randn(32, WIDTH)
+    before = net(x)
+    fit(net, [(x, torch.randint(CLASSES, (32,)))], epochs=1, progress=False)
+    assert not any(torch.equal(a, b) for a, b in zip(before, net(x), strict=True))
+
+
+def test_samples_that_selected_a_network_are_remembered():
+    first, last = attach(mlp(2), ["0"], example=torch.randn(2, WIDTH)).eval(), mlp(9)
+    first.selected_on = ("a", "b")
+    last.selected_on = ("b", "c")
+    assert cascade(first, last).selected_on == ("a", "b", "c")
+
+
+@pytest.mark.parametrize(
+    ("networks", "message"),
+    [
+        (lambda: (), "needs two networks or more; got 0"),
+        (lambda: (mlp(2),), "needs two networks or more; got 1"),
+        (lambda: ([mlp(2), mlp(3)],), r"network 1 of the cascade must be a Module; got a list.*one by one"),
+        (lambda: (mlp(2), nn.Linear), "network 2 of the cascade must be a Module; got the class Linear"),
+        (lambda: (mlp(2), "resnet"), "network 2 of the cascade must be a Module; got 'resnet'"),
+        (lambda: (mlp(2), mlp(3).train()), r"network 2 of the cascade \(Sequential\) is in training mode.*\.eval\(\)"),
+        (lambda: (nn.Sequential(nn.Dropout()).eval().append(nn.Dropout()), mlp(3)), "network 1 .* is in training mode"),
+        (lambda: [mlp(2)] * 2, "network 2 of the cascade is the same Sequential as an earlier one"),
+    ],
+)
+def test_unsuitable_networks_are_refused(networks, message):
+    with pytest.raises(InputError, match=message):
+        cascade(*networks())
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ([None], "output= has 1 functions for 2 networks"),
+        (nn.Linear(4, 4), r"output= is a Linear, a module: give nn.Sequential"),
+        ("logits", "output must be a function"),
+    ],
+)
+def test_unsuitable_readers_are_refused(output, message):
+    with pytest.raises(InputError, match=message):
+        cascade(mlp(2), mlp(3), output=output)
+
+
+class Scales(nn.Module):
+    def forward(self, x):
+        return x.mul_(2)[:, :CLASSES]
+
+
+class Pair(nn.Module):
+    def forward(self, x):
+        return x[:, :CLASSES], x[:, -CLASSES:]
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (lambda: cascade(mlp(2), mlp(3, classes=7)), InputError, r"network 2 .* gives outputs \(B, 7\) and .*\(B, 4\)"),
+        (lambda: cascade(mlp(2), nn.Sequential(mlp(3), nn.Flatten(0)).eval()), InputError, "must give .B, C, ...."),
+        (lambda: cascade(mlp(2), spread(Two(3))), InputError, r"network 2 .*\(Two\) cannot process float32 \(., 6\)"),
+        (lambda: cascade(Scales().eval(), mlp(3)), GraphError, "network 1 .* changes the input '1' in place"),
+        (lambda: cascade(Pair().eval(), mlp(3)), GraphError, "network 1 .* exits of its own"),
+        (lambda: cascade(mlp(2), mlp(3), output=lambda found: None), GraphError, "must return a tensor"),
+    ],
+)
+def test_what_shows_in_forward_is_one_clear_error(build, error, message, tmp_path):
+    net, x = build(), torch.randn(8, WIDTH)
+    calls = (
+        lambda: net(x),
+        lambda: record(net, [(x, torch.zeros(8, dtype=torch.int64))], progress=False),
+        lambda: export(net, tmp_path / "net.onnx", policy=Policy(thresholds=(0.5,)), example=x),
+        lambda: TorchEngine(net, Policy(thresholds=(0.5,)), x),
+    )
+    for call in calls:
+        with pytest.raises(error, match=message):
+            call()
+    with torch.inference_mode(), pytest.raises(error, match=message):
+        net(x)
+
+
+def test_labels_among_the_inputs_are_refused(tmp_path):
+    class WithLoss(Two):
+        def forward(self, x, extra, labels=None):
+            return SimpleNamespace(logits=super().forward(x, extra))
+
+    net = cascade(spread(WithLoss(2)), spread(WithLoss(3)))
+    batch = {"x": torch.randn(4, WIDTH), "extra": torch.randn(4, 3), "labels": torch.zeros(4, dtype=torch.int64)}
+    with pytest.raises(InputError, match="the example holds 'labels'"):
+        export(net, tmp_path / "net.onnx", policy=Policy(thresholds=(0.5,)), example=batch)
