@@ -107,7 +107,8 @@ def test_an_error_is_one_line(mistake, run, monkeypatch, tmp_path, capsys):
 def test_a_score_without_a_name_is_refused(run, monkeypatch, capsys):
     assert call(monkeypatch, "choose", run, "--score", "", "--no-promise") == 1
     assert (
-        "unknown score '': it is one of entropy, max_probability, margin, patience, learned" in capsys.readouterr().err
+        "unknown score '': it is one of entropy, max_probability, margin, patience, agreement, learned"
+        in capsys.readouterr().err
     )
 
 

@@ -14,3 +14,15 @@ ORACLES = {
     "max_probability": lambda p: 1 - p.max(axis=1),
     "margin": lambda p: 1 - (np.sort(p, axis=1)[:, -1] - np.sort(p, axis=1)[:, -2]),
 }
+
+
+def agreement(outputs):
+    """The score of the last of `outputs` (n, C), logits of one sample: NaN rows of earlier exits agree with nothing."""
+    label, differing, probability = int(np.argmax(outputs[-1])), 0, 0.0
+    for logits in outputs:
+        if np.isnan(logits).any():
+            differing += 1
+            continue
+        differing += int(np.argmax(logits)) != label
+        probability += softmax(logits[None])[0, label] / len(outputs)
+    return (differing + 1 - probability) / len(outputs)

@@ -31,8 +31,10 @@ from branchynet.errors import GraphError, InputError
 from branchynet.graph.macs import exit_macs
 from branchynet.graph.onnx_flat import flatten
 from branchynet.nn.fingerprint import fingerprint
+from branchynet.policy.record_scores import scores_of_record
 from branchynet.policy.scores import agreement
 from branchynet.profiling.part_engines import flat_graphs, part_engines
+from helpers import score_oracles
 from helpers.loop import agree_in_batches, every_exit, figure_2, safe_thresholds
 
 CLASSES, WIDTH = 4, 6
@@ -191,6 +193,48 @@ def test_averaged_cascades_have_the_last_network_as_their_plain_one(last):
     net = averaged(cascade(mlp(2), last(9)))
     cost = measure(net, torch.randn(8, WIDTH), Target(batch_size=4), seconds=0.05)
     assert cost.num_exits == net.num_exits and cost.plain_us > 0
+
+
+@pytest.mark.parametrize("never", [(), (1,), (1, 2)])
+def test_an_exit_answers_where_its_ensemble_agrees(never, tmp_path):
+    """As in agreement-based cascades: with `never`, exit 1 or 2 only votes."""
+    x = torch.randn(64, WIDTH)
+    net = cascade(mlp(3), mlp(4), mlp(5), mlp(16))
+    outputs = every_exit(net, (x,))
+    made = record(net, [(x, torch.zeros(64, dtype=torch.int64))], progress=False)
+    scores = np.array([[score_oracles.agreement(sample[:n]) for n in range(1, 5)] for sample in outputs])
+    np.testing.assert_allclose(scores_of_record(made, "agreement"), scores, atol=1e-5)
+    thresholds = tuple(None if n in never else t for n, t in enumerate((0.1, 0.2, 1 / 3), 1))
+    policy = Policy("agreement", thresholds)
+    passed = np.array([[t is not None and s < t for s, t in zip(row, thresholds, strict=False)] for row in scores])
+    exits = np.where(passed.any(axis=1), passed.argmax(axis=1) + 1, 4)
+    assert {3, 4} <= set(exits)
+    files = [
+        export(net, tmp_path / "nested.onnx", policy=policy, example=x),
+        export(net, tmp_path / "batch_1.onnx", policy=policy, example=x, batch=1),
+        export(net, tmp_path / "staged", policy=policy, example=x, layout="stages"),
+    ]
+    engines = [*(load(path, threads=1) for path in files), TorchEngine(net, policy, x)]
+    if not never:
+        engines.append(load(files[0], threads=1, runtime="openvino"))
+    for engine in engines:
+        answer = engine.answer_all(x.numpy()) if engine is engines[1] else engine(x.numpy())
+        assert answer.exit.tolist() == exits.tolist()
+        np.testing.assert_allclose(answer.score, scores[range(64), exits - 1], atol=1e-5)
+        np.testing.assert_allclose(answer.output, outputs[range(64), exits - 1], atol=1e-4)
+    at_three = exits == 3
+    assert (outputs[at_three][:, :3].argmax(axis=2).std(axis=1) == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*hardly more than")
+def test_choose_and_measure_take_agreement():
+    x = torch.randn(64, WIDTH)
+    net = cascade(mlp(3), mlp(16), mlp(16))
+    with torch.no_grad():
+        labels = net(x)[-1].argmax(dim=1)
+    cost = measure(net, x, Target(batch_size=4), score="agreement", seconds=0.05)
+    choice = choose(record(net, [(x, labels)], progress=False), cost, max_drop=0.5, score="agreement", confidence=None)
+    assert choice.policy.score == "agreement" and choice.outcome.accuracy >= 0.5
 
 
 def test_networks_stay_as_they_are():

@@ -20,6 +20,7 @@ from branchynet.policy.record_scores import scores_of_record
 from branchynet.policy.score_names import NAMES
 from branchynet.policy.scores import SCORES, entropy, margin, max_probability, resolve
 from branchynet.policy.values import Choice, Policy, score_name
+from helpers import score_oracles
 from helpers.score_oracles import ORACLES, softmax
 
 logits = hnp.arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(2, 8)), elements=st.floats(-40, 40, width=32))
@@ -134,6 +135,57 @@ class TestPatience:
         first, second = torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 2, 2)
         first[0, 1, 0] = second[0, 1] = 1
         assert resolve("patience")((first, second)).tolist() == [0.75]
+
+
+several_logits = hnp.arrays(
+    np.float32, st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(2, 5)), elements=st.floats(-9, 9, width=32)
+)
+
+
+class TestAgreement:
+    @settings(max_examples=200, deadline=None)
+    @given(several_logits, st.data())
+    def test_against_a_loop(self, z, data):
+        for n in range(len(z) - 1):
+            if data.draw(st.integers(0, 4)) == 0:
+                z[n] = math.nan
+        for n in range(1, len(z) + 1):
+            found = resolve("agreement")(tuple(map(torch.from_numpy, z[:n])))
+            if np.isnan(z[n - 1]).any():
+                assert found.isnan().all()
+            else:
+                wanted = [score_oracles.agreement(z[:n, sample]) for sample in range(z.shape[1])]
+                assert found.numpy() == pytest.approx(wanted, abs=1e-5)
+
+    @settings(max_examples=100, deadline=None)
+    @given(several_logits)
+    def test_the_labels_count_first_then_the_mean_probability(self, z):
+        found, n = resolve("agreement")(tuple(map(torch.from_numpy, z))).numpy(), len(z)
+        differing = (z.argmax(axis=2) != z[-1].argmax(axis=1)).sum(axis=0)
+        assert ((found * n >= differing - 1e-5) & (found * n < differing + 1)).all()
+        mean = np.mean([softmax(output) for output in z], axis=0)[np.arange(len(found)), z[-1].argmax(axis=1)]
+        order = np.lexsort((-mean, differing))
+        assert (np.diff(found[order]) > -1e-5).all()
+
+    def test_exit_1_has_max_probability(self):
+        z = torch.randn(50, 4)
+        torch.testing.assert_close(resolve("agreement")((z,)), max_probability((z,)))
+
+    def test_a_threshold_is_a_number_of_exits_that_may_differ(self):
+        a, b = torch.tensor([[9.0, 0]]), torch.tensor([[0, 9.0]])
+        for outputs, differing in (((a, a, a), 0), ((a, b, a), 1), ((a, a, b), 2)):
+            score = resolve("agreement")(outputs).item()
+            assert [score < k / 3 for k in (1, 2, 3)] == [differing < k for k in (1, 2, 3)]
+
+    def test_dense_outputs_have_the_mean_score(self):
+        first, second = torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 2, 2)
+        first[0, 1, 0] = second[0, 1] = 1
+        positions = [resolve("agreement")((first[..., i, j], second[..., i, j])) for i in (0, 1) for j in (0, 1)]
+        torch.testing.assert_close(resolve("agreement")((first, second)), torch.stack(positions).mean(dim=0))
+
+    def test_minus_infinity_is_the_probability_0(self):
+        first, second = torch.tensor([[-math.inf, 0.0, 0.0]]), torch.tensor([[3.0, -math.inf, -math.inf]])
+        assert resolve("agreement")((first, second)).tolist() == pytest.approx([(1 + 1 - 0.5) / 2])
 
 
 @pytest.mark.parametrize(
