@@ -321,7 +321,7 @@ WRONG = {
     ),
     "export(layout=unknown)": (
         lambda: export(net, "a.onnx", policy=policy, example=x, layout="staged"),  # pyright: ignore[reportArgumentType]
-        "layout 'nested' or 'stages'; got 'default', 'dynamic' and 'staged'",
+        "layout 'nested' or 'stages'; got 'default' and 'staged'",
     ),
     "record(loss=text)": (lambda: silent(net, loader, loss="ce"), "loss must be a function.*got 'ce'"),
     "record(loss=class)": (lambda: silent(net, loader, loss=nn.CrossEntropyLoss), r"give CrossEntropyLoss\(\)"),

@@ -138,7 +138,7 @@ def timed(net, inputs, thresholds, batches, name):
     with tempfile.TemporaryDirectory() as folder:
         for batch in batches:
             path = export(net, Path(folder) / "model.onnx", policy=Policy(thresholds=thresholds),
-                          example=first_rows(inputs, 8), batch=1 if batch == 1 else "dynamic")  # fmt: skip
+                          example=first_rows(inputs, 8), free="none" if batch == 1 else "batch")  # fmt: skip
             rows += bench(path, net, (inputs, nothing), Target(batch), about={"network": name},
                           samples=SAMPLES, repeats=REPEATS)  # fmt: skip
     keep = ("batch", "plain_us", "branchy_us", "limit_us", "limit_in_order_us", "speedup", "overhead",

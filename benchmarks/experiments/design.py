@@ -165,8 +165,8 @@ class Least(nn.Module):
 def floor(inputs, batch):
     """Microseconds per sample of a call that computes nothing."""
     with tempfile.TemporaryDirectory() as folder:
-        fixed = 1 if batch == 1 else "dynamic"
-        path = export(Least().eval(), Path(folder) / "least.onnx", policy=None, example=inputs[:8], batch=fixed)
+        free = "none" if batch == 1 else "batch"
+        path = export(Least().eval(), Path(folder) / "least.onnx", policy=None, example=inputs[:8], free=free)
         engine, rows = load(path, threads=1), inputs[:batch].numpy()
         return interleaved([lambda: engine.outputs(rows)], 1.0)[0] / batch
 
@@ -211,7 +211,7 @@ def rows_of(task, only, sizes):
                 with tempfile.TemporaryDirectory() as folder:
                     path = export(
                         net_here, Path(folder) / "model.onnx", policy=choice.policy, example=inputs[:8],
-                        batch=1 if batch == 1 else "dynamic",
+                        free="none" if batch == 1 else "batch",
                     )  # fmt: skip
                     (timed,) = bench(
                         path, net_here, (inputs, labels), Target(batch),

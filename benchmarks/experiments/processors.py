@@ -63,8 +63,8 @@ def prepare(folder):
             val, test = (record(net, loader(part, 500), progress=False) for part in (val_part, test_part))
             cost = measure(net, example[:batch] if batch > 1 else example, Target(batch))
             choice, _ = nearest_to(val, cost, plain_val)
-            fixed = 1 if batch == 1 else "dynamic"
-            export(net, folder / f"{name}-{batch}.onnx", policy=choice.policy, example=example[:8], batch=fixed)
+            free = "none" if batch == 1 else "batch"
+            export(net, folder / f"{name}-{batch}.onnx", policy=choice.policy, example=example[:8], free=free)
             accuracy = evaluate(test, choice.policy).accuracy
             about = {"network": name, "batch": batch, "accuracy": accuracy, "plain_accuracy": plain_test}
             write_json(folder / f"{name}-{batch}.json", about)

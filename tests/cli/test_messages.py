@@ -321,8 +321,11 @@ def test_choose_shows_its_own_warning_as_one_line(run, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("export", "--batch", 8), "--batch must be dynamic or 1; got '8': a dynamic file reads batches of any size"),
-        (("export", "--batch", "all"), "--batch must be dynamic or 1; got 'all'"),
+        (
+            ("export", "--free", 8),
+            "--free must be batch or none; got '8': a file with a free batch reads batches of any",
+        ),
+        (("export", "--free", "all"), "--free must be batch or none; got 'all'"),
         (("export", "--thresholds", "inputs"), "--thresholds must be default or input; got 'inputs'"),
         (("bench", "--batch", "0"), "--batch must be at least 1; got 0"),
         (("bench", "--threads", "1,0"), "--threads must be at least 1; got 0"),

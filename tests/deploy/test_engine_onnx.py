@@ -174,7 +174,7 @@ def test_a_file_for_one_sample_refuses_two(folder):
     assert engine(np.full((1, 4), 0.5, np.float32)).exit.tolist() == [1]
     assert engine(np.full((1, 4), 1.0, np.float32)).exit.tolist() == [2]
     assert engine(np.ones((0, 4), np.float32)).output.shape == (0, 4)
-    with pytest.raises(InputError, match=r"one sample per call; got 2.*batch='dynamic'"):
+    with pytest.raises(InputError, match=r"one sample per call; got 2.*free='batch'"):
         engine(np.ones((2, 4), np.float32))
     rows = np.array([[0.5] * 4, [1.0] * 4, [0.25] * 4], np.float32)
     one_by_one = zip(*(engine(row[None]) for row in rows), strict=True)

@@ -177,7 +177,7 @@ def test_a_file_for_one_sample_at_a_time(folder):
     engine = open_engine(folder, Policy(thresholds=(0.0,)), negated(dynamic=False))
     for value, left in ((1.0, 1), (-1.0, 2), (np.nan, 2)):
         assert engine(np.full((1, 4), value, np.float32)).exit.tolist() == [left]
-    with pytest.raises(InputError, match=r"one sample per call; got 2.*batch='dynamic'"):
+    with pytest.raises(InputError, match=r"one sample per call; got 2.*free='batch'"):
         engine(np.ones((2, 4), np.float32))
 
 

@@ -85,7 +85,7 @@ def recorded(net, tmp_path_factory):
     return engine, record(engine, loader(seed=1), progress=False)
 
 
-@pytest.mark.parametrize("options", [{}, {"batch": 1}, {"thresholds": "input"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"free": "none"}, {"thresholds": "input"}], ids=str)
 def test_thresholds_chosen_on_the_int8_record_hold_in_the_file(net, recorded, tmp_path, options):
     _, seen = recorded
     policy = Policy(thresholds=safe_thresholds(seen.outputs, (0.5,)))

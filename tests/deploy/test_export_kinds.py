@@ -11,7 +11,8 @@ from torch import nn
 
 from branchynet.deploy.exporting import export
 from branchynet.deploy.loading import load
-from branchynet.graph.onnx_flat import flatten, input_names
+from branchynet.graph.free_program import input_names
+from branchynet.graph.onnx_flat import flatten
 from branchynet.graph.torch_program import tensors_of
 from branchynet.nn.network import BranchyNet
 from branchynet.policy.scores import entropy
@@ -49,7 +50,7 @@ def test_a_score_of_ones_own_may_read_the_earlier_exits(tmp_path):
             np.testing.assert_allclose(answer.output, want, atol=1e-4)
     assert engine.policy.score == "changed_its_mind"
     (tmp_path / "one").mkdir()
-    one = load(export(net, tmp_path / "one" / "model.onnx", policy=policy, example=x, batch=1), threads=1)
+    one = load(export(net, tmp_path / "one" / "model.onnx", policy=policy, example=x, free="none"), threads=1)
     answers = [int(one(x[i : i + 1].numpy()).exit[0]) for i in range(16)]
     assert answers == expected[:16].tolist()
 
@@ -97,9 +98,9 @@ def test_exits_with_the_same_value(tmp_path):
     net = BranchyNet(backbone, {"0": copy.deepcopy(linear), "1": nn.Identity()})
     flat = flatten(net, inputs(2), score=entropy)
     assert [v.name for v in flat.model.graph.outputs] == [f"{k}_{n}" for k in ("output", "score") for n in (1, 2, 3)]
-    for batch in ("dynamic", 1):
+    for free in ("batch", "none"):
         policy = Policy(thresholds=(0.0, 9.0))
-        path = export(net, tmp_path / "model.onnx", policy=policy, example=inputs(2), batch=batch)
+        path = export(net, tmp_path / "model.onnx", policy=policy, example=inputs(2), free=free)
         onnx.checker.check_model(path, full_check=True)
         answer = load(path, threads=1)(inputs(1).numpy())
         assert answer.exit.tolist() == [2]

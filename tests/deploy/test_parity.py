@@ -65,7 +65,7 @@ def test_each_exit_can_be_left_out_and_thresholds_can_be_required(case, tmp_path
 
 def test_a_file_for_one_sample_at_a_time(case, tmp_path):
     _, _, inputs, outputs, thresholds = case
-    path = export(case[0], tmp_path / "one.onnx", policy=Policy(thresholds=thresholds), example=inputs, batch=1)
+    path = export(case[0], tmp_path / "one.onnx", policy=Policy(thresholds=thresholds), example=inputs, free="none")
     engine = load(path, threads=1)
     for row in range(16):
         agree(engine(*(i[row : row + 1].numpy() for i in inputs)), outputs[row : row + 1], thresholds)

@@ -119,6 +119,6 @@ def test_the_default_file_takes_one_threshold_per_exit(tmp_path):
     )
     x = draw(example, 4, 3)
     with pytest.raises(
-        InputError, match=r"export it with thresholds='input' and batch='dynamic', or with layout='stages'"
+        InputError, match=r"export it with thresholds='input' and free='batch', or with layout='stages'"
     ):
         load(path)(*x, thresholds=[np.zeros(4)] * (net.num_exits - 1))

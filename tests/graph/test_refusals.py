@@ -73,7 +73,7 @@ class Batched(nn.BatchNorm1d):
         (decides, r"in '1' \(Inner\) at .*test_refusals\.py:\d+\).*data-dependent.*torch\.where"),
         (reads, r"in '1' \(Inner\) at .*test_refusals\.py:\d+\).*data-dependent"),
         (lambda x: x + torch.from_numpy(x.numpy()), r"in '1' \(Inner\) at .*test_refusals\.py:\d+\)"),
-        (lambda x: x.view(2, 6), "batch size, dimension 0 of every input, cannot stay free.*constant.*batch=1"),
+        (lambda x: x.view(2, 6), "batch size, dimension 0 of every input, cannot stay free.*constant.*free='none'"),
         (counts, r"batch size, dimension 0 of every input, cannot stay free.*<= 3"),
         (Batched(6), r"changes its buffer '1\.act\.running_mean'.*batch norm in training mode"),
         (lambda x: F.batch_norm(x, None, None, training=True), "batch norm in '1' averages over the samples"),

@@ -47,13 +47,13 @@ INT8 = {"precision": "int8", "calibration": [images(64, 1)]}
 KINDS = {
     "nested": {},
     "flat": {"policy": None},
-    "one": {"batch": 1},
+    "one": {"free": "none"},
     "required": {"thresholds": "input"},
     "never": {"policy": Policy(thresholds=(None, 1.48))},
     "margin": {"policy": Policy("margin", (0.3, 0.85))},
     "int8": INT8,
     "int8-flat": {"policy": None, **INT8},
-    "int8-one": {"batch": 1, **INT8},
+    "int8-one": {"free": "none", **INT8},
 }
 
 

@@ -211,7 +211,7 @@ def test_an_exit_answers_where_its_ensemble_agrees(never, tmp_path):
     assert {3, 4} <= set(exits)
     files = [
         export(net, tmp_path / "nested.onnx", policy=policy, example=x),
-        export(net, tmp_path / "batch_1.onnx", policy=policy, example=x, batch=1),
+        export(net, tmp_path / "batch_1.onnx", policy=policy, example=x, free="none"),
         export(net, tmp_path / "staged", policy=policy, example=x, layout="stages"),
     ]
     engines = [*(load(path, threads=1) for path in files), TorchEngine(net, policy, x)]

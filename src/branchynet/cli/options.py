@@ -126,18 +126,18 @@ def image_size(text: str) -> tuple[int, int] | None:
     return size
 
 
-def file_options(layout: str, thresholds: str, batch: str) -> dict[str, Any]:
+def file_options(layout: str, thresholds: str, free: str) -> dict[str, Any]:
     """Parse the options of `export`. Raises `InputError`."""
     if layout not in LAYOUTS:
         raise InputError(f"layout must be nested or stages; got {layout!r}")
     if thresholds not in ("default", "input"):
         raise InputError(f"thresholds must be default or input; got {thresholds!r}")
-    if batch not in ("dynamic", "1"):
+    if free not in ("batch", "none"):
         raise InputError(
-            f"batch must be dynamic or 1; got {batch!r}: a dynamic file reads batches of any size, and `branchynet "
-            f"bench --batch {batch}` times it with one"
+            f"free must be batch or none; got {free!r}: a file with a free batch reads batches of any size, and "
+            "`branchynet bench --batch 8` times it with 8"
         )
-    return {"layout": layout, "thresholds": thresholds, "batch": 1 if batch == "1" else batch}
+    return {"layout": layout, "thresholds": thresholds, "free": free}
 
 
 def shares(text: str) -> tuple[float, float, float] | None:

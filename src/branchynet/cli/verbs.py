@@ -183,7 +183,7 @@ def export(
     ] = None,
     layout: Annotated[str, named("One file, or a folder with one file per stage: {}.", *LAYOUTS)] = "nested",
     thresholds: Thresholds = "default",
-    batch: Annotated[str, typer.Option(help="Batch size of the file: dynamic or 1.")] = "dynamic",
+    free: Annotated[str, typer.Option(help="What is free: batch, or none for one sample per call.")] = "batch",
     trust: Trust = False,
     quiet: Quiet = False,
 ) -> None:
@@ -194,7 +194,7 @@ def export(
     from ..runs.run import open_run
     from ..runs.steps import export_run
 
-    options = file_options(layout, thresholds, batch)
+    options = file_options(layout, thresholds, free)
     written = export_run(open_run(run, trust=trust), output, progress=not quiet, **options)
     out.print(f"wrote {written}", soft_wrap=True)
 

@@ -4,6 +4,7 @@ import json
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,8 @@ def about(
         "preprocessing": None,
         "promise": None,
     }
+    if flat.lengths:
+        known["lengths"] = [asdict(length) for length in flat.lengths]
     if policy is not None and thresholds == "input" and flat.dynamic:
         known["per_sample"] = True
     return {**known, **(notes or {})}

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from ..argument_checks import whole
 from ..errors import FileError, InputError
 from ..files import parse_json
+from ..graph.lengths import Length
 from ..policy.prediction import Prediction, concatenated
 from ..policy.values import Policy
-from ..stored_values import from_stored
+from ..stored_values import from_fields, from_stored
 from .call_thresholds import Thresholds, call_thresholds, check_lengths, thresholds_of_rows
-from .input_checks import Input, checked_inputs
+from .input_checks import Input, check_sizes, checked_inputs
 
 FORMAT = 1
 METADATA_KEY = "branchynet"
@@ -47,6 +48,7 @@ class _Metadata:
     promise: str | None = None
     precision: dict[str, Any] | None = None
     per_sample: bool = False
+    lengths: tuple[Length, ...] = ()
 
     def __post_init__(self) -> None:
         sizes = (*self.output_shape, self.sample_bytes)
@@ -93,6 +95,7 @@ class Engine:
         policy: score and default thresholds; None for a flat file (exported with ``policy=None``).
         num_exits: N.
         labels: class names, or () if the file has none.
+        lengths: the free lengths besides the batch size, and their sizes.
         metadata: all metadata that `export` wrote.
         float32: whether the runtime is known to multiply in float32, rather than in TF32 or half precision.
         fixed: whether another tool turned the thresholds into constants, so that a call cannot give others.
@@ -115,6 +118,7 @@ class Engine:
         self.policy = None if self.metadata["policy"] is None else Policy.from_json(self.metadata["policy"])
         self.num_exits: int = self.metadata["exits"]
         self.labels: tuple[str, ...] = tuple(self.metadata["labels"])
+        self.lengths: tuple[Length, ...] = tuple(from_fields(Length, one) for one in self.metadata.get("lengths", ()))
         found = {i.name: i for i in graph.inputs if not _THRESHOLD.fullmatch(i.name)}
         names = self.metadata.get("inputs", ())  # other tools may reorder or rename inputs
         self.inputs = tuple(found[name] for name in (names if sorted(names) == sorted(found) else found))
@@ -205,8 +209,10 @@ class Engine:
     def _feeds(self, inputs: Sequence[Any], named: dict[str, Any], thresholds: Any) -> tuple[Feeds, int]:
         """Return what the graph reads, from the arguments of a call, and the number of samples."""
         feeds, rows = checked_inputs(inputs, named, self.inputs)
+        if self.lengths:
+            check_sizes(feeds, self.lengths)
         if rows > 1 and self._single:
-            raise InputError(f"this file takes one sample per call; got {rows}: export with batch='dynamic'")
+            raise InputError(f"this file takes one sample per call; got {rows}: export with free='batch'")
         if thresholds is not None:
             feeds |= self._given(thresholds, rows)
         return (self._defaults | feeds if self._defaults else feeds), rows
@@ -219,7 +225,7 @@ class Engine:
         if any(len(values) > 1 for values in feeds.values()) and not self.metadata.get("per_sample"):
             raise InputError(
                 "this file takes one threshold per exit, not one per sample; export it with thresholds='input' and "
-                "batch='dynamic', or with layout='stages'"
+                "free='batch', or with layout='stages'"
             )
         check_lengths(feeds.values(), rows)
         return feeds

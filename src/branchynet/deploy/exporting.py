@@ -14,12 +14,13 @@ from torch import nn
 
 from ..argument_checks import instance, whole
 from ..environment import require
-from ..errors import GraphError, InputError, as_graph_errors
+from ..errors import GraphError, InputError, as_graph_errors, first_line
 from ..extras import needed_by
 from ..files import check_path, replacing
 from ..folders import replacing_folder
+from ..graph.free_lengths import Free
 from ..graph.half import HALF
-from ..graph.onnx_flat import flatten
+from ..graph.onnx_flat import FlatGraph, flatten
 from ..graph.precision import Precision, check_precision
 from ..graph.quantize import calibration_batches
 from ..graph.torch_program import tensors_of
@@ -49,7 +50,7 @@ def export(
     policy: Policy | Choice | None,
     example: Any,
     thresholds: Literal["default", "input"] = "default",
-    batch: Literal["dynamic", 1] = "dynamic",
+    free: Literal["batch", "none"] | Free = "batch",
     precision: Precision = "float32",
     calibration: Any = None,
     labels: Sequence[str] | None = None,
@@ -73,7 +74,10 @@ def export(
             rows, so that a network that mixes the samples of a batch is refused.
         thresholds: ``"default"``: the thresholds are inputs with default values, which a caller may omit;
             ``"input"``: they are required inputs, for runtimes that drop inputs with defaults.
-        batch: leave the batch size free, or fix it at 1 for the smallest overhead per sample.
+        free: which dimensions of the inputs may differ from the example. ``"batch"``: the batch size. ``"none"``: none;
+            the file takes one sample per call, with the smallest overhead. A mapping from names of inputs to dimensions
+            also frees these lengths, such as ``{"input_ids": {1: "length"}, "attention_mask": {1: "length"}}``;
+            dimensions of one name have one size. The sizes that the network takes are in `Engine.lengths`.
         precision: ``"fp16"`` and ``"bf16"`` halve the weights; a file in bf16 needs OpenVINO, here too, or a GPU.
             ``"int8"`` computes convolutions and matrix products in 8 bits. Inputs, outputs and scores stay float32. The
             file is compared with PyTorch before conversion and with the flat converted graph after it. The converted
@@ -119,16 +123,7 @@ def export(
     """
     check_path(path)
     samples = whole("samples", samples, 0, MAX_SAMPLES)
-    if thresholds not in ("default", "input") or batch not in ("dynamic", 1) or layout not in ("nested", "stages"):
-        raise InputError(
-            "thresholds must be 'default' or 'input', batch 'dynamic' or 1, and layout 'nested' or 'stages'; got "
-            f"{thresholds!r}, {batch!r} and {layout!r}"
-        )
-    if layout == "stages" and (policy is None or thresholds == "input" or batch == 1):
-        raise InputError(
-            "layout='stages' needs a policy, and takes thresholds and batches of any size with each call; leave "
-            f"thresholds='default' and batch='dynamic'; got policy={policy!r}, {thresholds!r} and {batch!r}"
-        )
+    _check_options(thresholds, free, layout, policy)
     check_network(net)
     check_precision(precision, calibration)
     if precision == "bf16":  # ONNX Runtime cannot compute it on the CPU, so the file is compared in OpenVINO
@@ -148,7 +143,8 @@ def export(
     if policy is not None:
         check_policy(policy, net, example)
     score = None if policy is None else resolve(policy.score)
-    flat = flatten(net, example, score=score, dynamic=batch == "dynamic")
+    lengths = free if isinstance(free, Mapping) else None
+    flat = flatten(net, example, score=score, dynamic=free != "none", free=lengths)
     expected, source = _from_network(net, example, score), "the network"
     names, classes = notes["labels"], expected.outputs[-1].shape[1]
     if names and len(names) != classes:
@@ -176,11 +172,31 @@ def export(
             with as_graph_errors():
                 runtime = "openvino" if precision == "bf16" else "onnxruntime"
                 check_answers(temporary, expected, source, runtime=runtime, strict=precision not in HALF)
+                if flat.lengths and precision == "float32":
+                    check_answers(temporary, _at_other_lengths(net, example, score, flat), source)
         except GraphError as error:
             if precision != "float32" or not (reason := _magnified(net, example, expected)):
                 raise
             raise GraphError(f"{error}{reason}") from error
     return Path(path)
+
+
+def _check_options(thresholds: Any, free: Any, layout: Any, policy: Any) -> None:
+    if thresholds not in ("default", "input") or layout not in ("nested", "stages"):
+        raise InputError(
+            "thresholds must be 'default' or 'input', and layout 'nested' or 'stages'; got "
+            f"{thresholds!r} and {layout!r}"
+        )
+    if not isinstance(free, Mapping) and free not in ("batch", "none"):
+        raise InputError(
+            "free must be 'batch', 'none', or a mapping from inputs to dimensions, such as {'x': {1: 'length'}}; got "
+            f"{free!r}"
+        )
+    if layout == "stages" and (policy is None or thresholds == "input" or free == "none"):
+        raise InputError(
+            "layout='stages' needs a policy, and takes thresholds and batches of any size with each call; leave "
+            f"thresholds='default' and free='batch'; got policy={policy!r}, {thresholds!r} and {free!r}"
+        )
 
 
 def _promise_of(choice: Choice) -> str:
@@ -206,6 +222,26 @@ def _from_network(net: nn.Module, example: Any, score: Score | None) -> Samples:
             )
     arrays, slack = tuple(o.numpy() for o in outputs), np.zeros((len(outputs), 1))
     return Samples(given, arrays, scores, slack, (0.0,) * len(outputs))
+
+
+def _at_other_lengths(net: nn.Module, example: Any, score: Score | None, flat: FlatGraph) -> Samples:
+    """Return the network's outputs for the example with other lengths."""
+    tensors = list(tensors_of(example))
+    names = [str(value.name) for value in flat.model.graph.inputs]
+    for length in flat.lengths:
+        places = torch.arange(length.other()) % length.example
+        for name, axis in length.at:
+            tensors[names.index(name)] = tensors[names.index(name)].index_select(axis, places)
+    kwargs = arguments(example)[1]
+    other = dict(zip(kwargs, tensors, strict=True)) if kwargs else tuple(tensors)
+    sizes = ", ".join(f"{length.name} {length.other()}" for length in flat.lengths)
+    try:
+        return _from_network(net, other, score)
+    except Exception as error:  # of the network's code
+        raise GraphError(
+            f"the network fails with {sizes}: {first_line(error)}; leave that length out of free, or give an example "
+            "that can be cut or repeated to it"
+        ) from error
 
 
 def _magnified(net: nn.Module, example: Any, expected: Samples) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..argument_checks import dtype_name, has_sizes, in_order
 from ..errors import InputError
+from ..graph.lengths import Length
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,17 @@ def checked_inputs(
         else:
             return taken, rows
     return checked_inputs(_mended(inputs, named, wanted), {}, wanted)
+
+
+def check_sizes(arrays: Mapping[str, Any], lengths: Sequence[Length]) -> None:
+    """Raise `InputError` unless the free lengths of the inputs have sizes that the network takes."""
+    for length in lengths:
+        sizes = [arrays[name].shape[axis] for name, axis in length.at if name in arrays]
+        if len(set(sizes)) > 1:
+            places = ", ".join(f"dimension {axis} of {name!r}" for name, axis in length.at)
+            raise InputError(f"{places} must be equal, the {length.name}; got {sizes}")
+        if sizes and not length.fits(sizes[0]):
+            raise InputError(f"the {length.name} of {length.at[0][0]!r} is {sizes[0]}; the network takes {length}")
 
 
 def _mended(inputs: Sequence[Any], named: Mapping[str, Any], wanted: Sequence[Input]) -> Sequence[Any]:

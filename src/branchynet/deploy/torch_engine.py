@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import GraphError
+from ..graph.free_lengths import Free
 from ..graph.torch_program import CUDA_ROWS, tensors_of
 from ..graph.torch_stages import cut_stages
 from ..nn.calls import arguments
@@ -20,7 +21,7 @@ from ..policy.exit_rule import as_deployed, stays
 from ..policy.prediction import Prediction, concatenated
 from ..policy.values import Policy
 from .call_thresholds import Thresholds, call_thresholds, check_lengths, thresholds_of_rows
-from .input_checks import Input, checked_inputs
+from .input_checks import Input, check_sizes, checked_inputs
 from .reference_outputs import answers_alone
 from .tolerance import differences, tolerances
 
@@ -63,9 +64,11 @@ class TorchEngine:
         example: one batch of inputs: a tensor, a tuple of tensors, or a dict of keyword arguments. Give at least two
             rows, so that a network that mixes the samples of a batch is refused.
         device: where to run; by default where `net` is. `net` is moved there.
+        free: lengths of the inputs that may differ from the example, as for `export`.
 
     Attributes:
         inputs: the inputs of the network.
+        lengths: the free lengths besides the batch size, and their sizes.
         policy: as given.
         num_exits: N.
         device: where it runs.
@@ -87,7 +90,13 @@ class TorchEngine:
     """
 
     def __init__(
-        self, net: nn.Module, policy: Policy, example: Any, *, device: str | torch.device | None = None
+        self,
+        net: nn.Module,
+        policy: Policy,
+        example: Any,
+        *,
+        device: str | torch.device | None = None,
+        free: Free | None = None,
     ) -> None:
         check_network(net)
         tensors = tensors_of(example)
@@ -97,10 +106,12 @@ class TorchEngine:
         tensors = tuple(t.to(self.device) for t in tensors)
         kwargs = arguments(example)[1]
         moved = dict(zip(kwargs, tensors, strict=True)) if kwargs else tensors
-        self._cut = cut = cut_stages(net, moved, policy)
+        self._cut = cut = cut_stages(net, moved, policy, free)
+        self.lengths = cut.lengths
         self.policy = policy
         self.num_exits = policy.num_exits
-        self.inputs = tuple(_input(name, tensor) for name, tensor in zip(cut.arguments, tensors, strict=True))
+        unfixed = {place for length in cut.lengths for place in length.at}
+        self.inputs = tuple(_input(name, tensor, unfixed) for name, tensor in zip(cut.arguments, tensors, strict=True))
         self._most = CUDA_ROWS if self.device.type == "cuda" else sys.maxsize
         self._exits = tuple(stage.exit for stage in cut.stages)
         self._later = tuple({t.name for s in cut.stages[i + 1 :] for t in s.takes} for i in range(len(cut.stages)))
@@ -123,6 +134,7 @@ class TorchEngine:
             InputError: inputs of the wrong number, names, shape or dtype, or the wrong number of thresholds.
         """
         taken, rows = checked_inputs(inputs, named, self.inputs)
+        check_sizes(taken, self.lengths)
         if rows > self._most:
             parts = [slice(start, start + self._most) for start in range(0, rows, self._most)]
             given = [thresholds_of_rows(thresholds, part, rows) for part in parts]
@@ -204,12 +216,13 @@ class TorchEngine:
                 parting[n - 1] = None if math.isnan(middle) else middle
 
 
-def _input(name: str, tensor: Tensor) -> TensorInput:
+def _input(name: str, tensor: Tensor, free: Container[tuple[str, int]]) -> TensorInput:
     try:
         dtype: Any = torch.empty(0, dtype=tensor.dtype).numpy().dtype
     except TypeError:  # numpy has no bfloat16: such an input must be a tensor
         dtype = None
-    return TensorInput(name, dtype, tuple(tensor.shape[1:]), tensor.dtype)
+    shape = tuple(None if (name, axis) in free else size for axis, size in enumerate(tensor.shape[1:], 1))
+    return TensorInput(name, dtype, shape, tensor.dtype)
 
 
 def _tensor(given: NDArray[Any] | Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Count multiply-accumulates of a flat graph, and divide them between trunk and branches by the rule of the cut."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
 
@@ -51,11 +51,16 @@ def _node_macs(node: ir.Node) -> float:
     return 0.0 if count is None else count(node)
 
 
-def sample_shape(value: ir.Value | None) -> list[float]:
-    """Return the shape with a batch of one sample, NaN for unknown dimensions; ``[NaN]`` if the rank is unknown."""
+def sample_shape(value: ir.Value | None, lengths: Mapping[str, int] | None = None) -> list[float]:
+    """Return the shape with a batch of one sample, NaN for unknown dimensions; ``[NaN]`` if the rank is unknown.
+
+    Args:
+        value: a value of the graph.
+        lengths: sizes of free lengths.
+    """
     if value is None or value.shape is None:
         return [math.nan]
-    dims = [d if isinstance(d, int) else d.evaluate({BATCH: 1}) for d in value.shape]
+    dims = [d if isinstance(d, int) else d.evaluate({BATCH: 1, **(lengths or {})}) for d in value.shape]
     return [d if isinstance(d, int) else math.nan for d in dims]
 
 

@@ -1,6 +1,8 @@
 """Cut a flat ONNX graph into one stage per enabled exit."""
 
+from collections.abc import Container
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 
@@ -24,12 +26,14 @@ class OnnxCut:
         needs: the output and the score of each enabled exit.
         stage: the stage of every value that some exit needs, from 1; 0 for the inputs of the network.
         plans: what each stage takes, recomputes and gives.
+        holders: an input with each free length, and the dimension of the input that has it.
     """
 
     exits: list[int]
     needs: list[tuple[ir.Value, ir.Value]]
     stage: dict[ir.Value, int]
     plans: list[StagePlan[ir.Value]]
+    holders: dict[str, tuple[ir.Value, int]]
 
 
 def parents(value: ir.Value) -> list[ir.Value]:
@@ -63,10 +67,14 @@ def cut_graph(flat: FlatGraph, policy: Policy, *, apart: bool = False) -> OnnxCu
         dependence.recomputed |= constant
         dependence.costly -= constant
 
+    inputs = {value.name: value for value in flat.model.graph.inputs}
+    holders = {length.name: (inputs[length.at[0][0]], length.at[0][1]) for length in flat.lengths}
+
     def taken(value: ir.Value) -> list[ir.Value]:
         node = value.producer()
-        if apart and node is not None and node.op_type == "Shape" and static_shape(node) is not None:
-            return []
+        known = static_shape(node, holders) if apart and node is not None else None
+        if known is not None:  # an input has the length and is small
+            return list(dict.fromkeys(holders[d][0] for d in known if d in holders))
         return [v for v in parents(value) if not v.is_initializer()]
 
     plans = plan_stages(
@@ -77,7 +85,7 @@ def cut_graph(flat: FlatGraph, policy: Policy, *, apart: bool = False) -> OnnxCu
         dependence,
         lambda value: f"{value.name!r} {value.shape}",
     )
-    return OnnxCut(exits, needs, stage, plans)
+    return OnnxCut(exits, needs, stage, plans, holders)
 
 
 def batch_axis(value: ir.Value) -> int | None:
@@ -112,14 +120,14 @@ def _costly(node: ir.Node) -> bool:
     return any(inner.op_type in _HEAVY for inner in within(node))
 
 
-def static_shape(node: ir.Node) -> list[int | str] | None:
-    """The result of a Shape node as numbers, and ``"batch"`` for a leading batch; None if it is not known."""
-    source = reads(node)[0]
-    if node.op_type != "Shape" or source.shape is None:
+def static_shape(node: ir.Node, lengths: Container[Any]) -> list[Any] | None:
+    """The result of a Shape node as numbers, names of `lengths`, and ``"batch"`` for a leading batch; else None."""
+    if node.op_type != "Shape" or (source := reads(node)[0]).shape is None:
         return None
+    assert source.shape is not None
     dims = [d if isinstance(d, int) else d.value for d in source.shape]
     if BATCH in dims and batch_axis(source) != 0:
         return None
     start, end = (node.attributes[k].as_int() if k in node.attributes else None for k in ("start", "end"))
-    known = [d for d in dims[start:end] if isinstance(d, int) or d == BATCH]
+    known = [d for d in dims[start:end] if isinstance(d, int) or d == BATCH or d in lengths]
     return known if len(known) == len(dims[start:end]) else None

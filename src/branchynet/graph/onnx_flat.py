@@ -3,9 +3,8 @@
 The plain network is exported by the same function, so the baseline gets the same rewrites.
 """
 
-import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +16,13 @@ from onnxscript.rewriter.rules.common import fuse_batchnorm_into_conv_rule, fuse
 from torch import nn
 
 from ..errors import GraphError, first_line
-from ..nn.calls import arguments
-from ..nn.network import BranchyNet
 from ..policy.scores import Score
-from .onnx_builder import BATCH, reserved
+from .free_lengths import Free
+from .free_program import free_program
+from .lengths import Length
+from .onnx_builder import BATCH
 from .subgraphs import graphs_of, nodes_of
-from .torch_program import program_of, quiet_export
+from .torch_program import quiet_export
 from .unsupported import check_writable
 
 OPSET = 20  # the first whose ReduceMin takes booleans; ONNX Runtime 1.17 and later read it
@@ -38,11 +38,13 @@ class FlatGraph:
         model: its outputs are named ``output_1..N`` and, with scores, ``score_1..N``.
         num_exits: N.
         dynamic: whether the leading dimension of every input is the free symbol ``batch``; otherwise it is fixed at 1.
+        lengths: other dimensions of the inputs that are free symbols.
     """
 
     model: ir.Model
     num_exits: int
     dynamic: bool
+    lengths: tuple[Length, ...] = ()
 
     def names(self, kind: str = "output") -> list[str]:
         """Return the names of every exit's output, or of every exit's score."""
@@ -53,15 +55,15 @@ class FlatGraph:
         return next(v for v in self.model.graph.outputs if v.name == name)
 
 
-def flatten(net: nn.Module, example: Any, *, score: Score | None = None, dynamic: bool = True) -> FlatGraph:
-    """Export a network to a flat graph. Arguments and errors are those of `program_of`.
+def flatten(
+    net: nn.Module, example: Any, *, score: Score | None = None, dynamic: bool = True, free: Free | None = None
+) -> FlatGraph:
+    """Export a network to a flat graph. Arguments and errors are those of `program_of` and `free_program`.
 
     Raises:
         GraphError: the network draws random numbers, or see `check_writable`.
     """
-    args, kwargs = arguments(example)
-    program = program_of(net, example, score=score, dynamic=dynamic)
-    inputs = input_names(net, len(args), tuple(kwargs))
+    program, inputs, lengths = free_program(net, example, score=score, dynamic=dynamic, free=free)
     check_writable(program.exported, inputs)
     names = [f"{kind}_{n}" for kind in program.kinds for n in range(1, program.num_exits + 1)]
     try:
@@ -78,7 +80,7 @@ def flatten(net: nn.Module, example: Any, *, score: Score | None = None, dynamic
                 verbose=False,
             )
             assert converted is not None
-            model = _tidy(converted.model, names)
+            model = _tidy(converted.model, names, {BATCH, *(length.name for length in lengths)})
     except Exception as error:  # torch and onnxscript pass on any error of their steps
         cause: BaseException = error
         while cause.__cause__ is not None:
@@ -88,22 +90,7 @@ def flatten(net: nn.Module, example: Any, *, score: Score | None = None, dynamic
         raise GraphError(
             f"the network draws random numbers in a forward pass ({', '.join(random)}); make eval mode deterministic"
         )
-    return FlatGraph(model, program.num_exits, dynamic)
-
-
-def input_names(net: nn.Module, count: int, keywords: Sequence[str] = ()) -> list[str]:
-    """Return the names of the first `count` positional arguments of the network's forward, then `keywords`.
-
-    Underscores are appended to names that the graph itself uses.
-    """
-    forward = (net.backbone if isinstance(net, BranchyNet) else net).forward
-    known = [p.name for p in inspect.signature(forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    names: list[str] = []
-    for name in (*(known[i] if i < len(known) else f"input_{i + 1}" for i in range(count)), *keywords):
-        while reserved(name) or re.fullmatch(r"(output|score)_\d+", name) or name in names:
-            name += "_"
-        names.append(name)
-    return names
+    return FlatGraph(model, program.num_exits, dynamic, lengths)
 
 
 def _promote(exported: torch.export.ExportedProgram) -> None:
@@ -117,7 +104,7 @@ def _promote(exported: torch.export.ExportedProgram) -> None:
             node.replace_input_with(whole, cast)
 
 
-def _tidy(model: ir.Model, names: Sequence[str]) -> ir.Model:
+def _tidy(model: ir.Model, names: Sequence[str], free: Set[str]) -> ir.Model:
     """Fold constants, fuse and merge nodes, so that shared values are computed once and cross the cut once."""
     passes.InlinePass()(model)
     rewriter.rewrite(model, pattern_rewrite_rules=[fuse_batchnorm_into_conv_rule, fuse_batchnorm_into_gemm_rule])
@@ -137,7 +124,7 @@ def _tidy(model: ir.Model, names: Sequence[str]) -> ir.Model:
     _own_outputs(model.graph)
     if not any(any(graphs_of(node)) for node in model.graph):  # the pass mistakes their sequences for tensors
         passes.ShapeInferencePass()(model)  # torch gives no shapes for values inside its operators
-    _forget_unknown_lengths(model.graph)
+    _forget_unknown_lengths(model.graph, free)
     for value, name in zip(model.graph.outputs, names, strict=True):  # some passes rename outputs
         value.name = name
     passes.NameFixPass()(model)  # an input may have the name of a value that the exporter added
@@ -145,11 +132,14 @@ def _tidy(model: ir.Model, names: Sequence[str]) -> ir.Model:
     return model
 
 
-def _forget_unknown_lengths(graph: ir.Graph) -> None:
-    """Remove symbolic dimensions except the batch: a symbol could have another size in each level of a nested graph."""
+def _forget_unknown_lengths(graph: ir.Graph, free: Set[str]) -> None:
+    """Remove symbolic dimensions that are not free: a symbol could have another size in each level of a nested graph.
+
+    A free length has the same size in every level.
+    """
     for value in (v for node in nodes_of(graph) for v in node.outputs):
         if value.shape is not None:
-            unknown = [set(re.findall(r"[A-Za-z_]\w*", str(d))) - {BATCH} for d in value.shape]
+            unknown = [set(re.findall(r"[A-Za-z_]\w*", str(d))) - free for d in value.shape]
             value.shape = ir.Shape([None if names else d for d, names in zip(value.shape, unknown, strict=True)])
 
 

@@ -5,6 +5,7 @@ answer of its exit and the values that later stages read. The batch is the first
 """
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -131,18 +132,25 @@ class _Stage:
         """Whether the node is written as the shape of an input, because this stage does not have the value itself."""
         (source,), result = reads(node), node.outputs[0]
         here = source in self.section.values or self.cut.stage.get(source) == self.i + 1
-        if here or (known := static_shape(node)) is None:
+        if here or (known := static_shape(node, self.cut.holders)) is None:
             return False
-        rest = self.section.constant(f"{result.name}/rest", np.array([d for d in known if d != BATCH], np.int64))
-        if BATCH not in known:
-            self.section.values[result] = rest
-        else:
-            anchor = self.inputs[0]
-            rows = self.section.op("Shape", [anchor], {"end": 1}, name=f"{result.name}/rows", type=INT64, shape=[1])
-            self.section.values[result] = self.section.op(
-                "Concat", [rows, rest], {"axis": 0}, name=str(result.name), type=INT64, shape=result.shape
-            )
+        parts: list[ir.Value] = []
+        for numbers, dims in groupby(known, lambda dim: isinstance(dim, int)):
+            own = list(dims)
+            if numbers:
+                parts.append(self.section.constant(f"{result.name}/rest_{len(parts)}", np.array(own, np.int64)))
+            else:
+                parts += [self._size(dim, f"{result.name}/{dim}_{len(parts)}") for dim in own]
+        if len(parts) > 1:
+            parts = [self.section.op("Concat", parts, {"axis": 0}, name=str(result.name), type=INT64)]
+        self.section.values[result] = parts[0]
         return True
+
+    def _size(self, dim: str, name: str) -> ir.Value:
+        """Return the batch size or a free length, as a vector of one number."""
+        source, axis = (None, 0) if dim == BATCH else self.cut.holders[dim]
+        value = self.inputs[0] if source is None else self.section.values[source]
+        return self.section.op("Shape", [value], {"start": axis, "end": axis + 1}, name=name, type=INT64, shape=[1])
 
 
 def _carried_name(value: ir.Value, axis: int) -> str:

@@ -16,12 +16,14 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import GraphError
 from ..policy.scores import Score
+from .free_lengths import Free
+from .free_program import free_program
+from .lengths import Length
 from .torch_program import (
     NOT_THE_NETWORKS,
     argument_of,
     export_failure,
     name_of,
-    program_of,
     quiet_export,
     readable_path,
 )
@@ -41,6 +43,8 @@ class TorchGraph:
         outputs, scores: one per exit.
         constants: the parameter, buffer, constant or submodule of each node that represents one.
         batch: the symbol of the batch size.
+        names: the names of the inputs in the network's forward.
+        lengths: other dimensions of the inputs that are free.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -49,11 +53,13 @@ class TorchGraph:
     scores: tuple[fx.Node, ...]
     constants: dict[fx.Node, Any]
     batch: Any
+    names: tuple[str, ...]
+    lengths: tuple[Length, ...]
 
 
-def torch_flatten(net: nn.Module, example: Any, score: Score) -> TorchGraph:
-    """Export a network to one graph. Arguments and errors are those of `program_of`."""
-    program = program_of(net, example, score=score)
+def torch_flatten(net: nn.Module, example: Any, score: Score, free: Free | None = None) -> TorchGraph:
+    """Export a network to one graph. Arguments and errors are those of `free_program`."""
+    program, names, lengths = free_program(net, example, score=score, free=free)
     with torch.no_grad(), quiet_export():
         try:  # decomposes no operator, but makes the graph functional
             exported = program.exported.run_decompositions({})
@@ -67,7 +73,7 @@ def torch_flatten(net: nn.Module, example: Any, score: Score) -> TorchGraph:
     results = returned[-len(signature.user_outputs) :]  # before them come inputs that the network overwrites
     batch = inputs[0].meta["val"].shape[0].node.expr
     outputs, scores = results[: program.num_exits], results[program.num_exits :]
-    return TorchGraph(tuple(graph.nodes), inputs, outputs, scores, constants, batch)
+    return TorchGraph(tuple(graph.nodes), inputs, outputs, scores, constants, batch, tuple(names), lengths)
 
 
 def check(node: fx.Node, graph: TorchGraph) -> None:

@@ -6,7 +6,7 @@ import io
 import logging
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ..nn.network import exit_outputs
 from ..nn.trace import Trace
 from ..nn.unsupported import check_weights
 from ..policy.scores import Score
+from .free_lengths import Watch
 from .onnx_builder import BATCH
 
 # Folders of code that does not belong to the network.
@@ -39,8 +40,9 @@ class Program:
         exported: a functional program; it returns every exit's output, then, with scores, every exit's score.
         num_exits: N.
         kinds: ``("output",)``, or ``("output", "score")``.
-        dynamic_shapes: the shapes of the inputs in the form of `torch.export`.
+        dynamic_shapes: the shapes of the inputs in the form of `torch.export`, with the names of free lengths.
         whole: the exported module.
+        watch: has watched the export.
     """
 
     exported: torch.export.ExportedProgram
@@ -48,6 +50,7 @@ class Program:
     kinds: tuple[str, ...]
     dynamic_shapes: Any
     whole: nn.Module
+    watch: Watch
 
 
 def tensors_of(example: Any) -> tuple[Tensor, ...]:
@@ -64,7 +67,14 @@ def tensors_of(example: Any) -> tuple[Tensor, ...]:
     return tuple(t.detach() for t in tensors)
 
 
-def program_of(net: nn.Module, example: Any, *, score: Score | None, dynamic: bool = True) -> Program:
+def program_of(
+    net: nn.Module,
+    example: Any,
+    *,
+    score: Score | None,
+    dynamic: bool = True,
+    axes: Sequence[Mapping[int, str]] = (),
+) -> Program:
     """Export a network in eval mode, after a normal forward pass, which reveals most mistakes early.
 
     Args:
@@ -72,6 +82,7 @@ def program_of(net: nn.Module, example: Any, *, score: Score | None, dynamic: bo
         example: one batch of inputs: a tensor, a tuple of tensors, or a dict of keyword arguments.
         score: the score to compute for every exit.
         dynamic: whether the batch size is free; otherwise it is fixed at 1.
+        axes: for every input, its other free dimensions with the names of their lengths.
 
     Raises:
         InputError: the example holds no tensors with a leading batch dimension, or `score` does not return one number
@@ -85,20 +96,25 @@ def program_of(net: nn.Module, example: Any, *, score: Score | None, dynamic: bo
     tensors = tuple(_rows(t, rows) for t in tensors_of(example))
     most = CUDA_ROWS if any(t.is_cuda for t in tensors) else None
     free = {0: torch.export.Dim(BATCH, max=most)} if dynamic else None
-    shapes = (tuple(free for _ in tensors),)
+    shapes = named = (tuple(free for _ in tensors),)
+    if axes and free:
+        shapes = (tuple({**free, **dict.fromkeys(lengths, torch.export.Dim.AUTO)} for lengths in axes),)
+        named = (tuple({**free, **{n: torch.export.Dim(name) for n, name in one.items()}} for one in axes),)
+    watch = Watch()
     kinds = ("output",) if score is None else ("output", "score")
     with evaluating(net), torch.no_grad(), quiet_export():
         whole = AllExits(net, score, tuple(arguments(example)[1])).eval()
         exits = _rehearse(whole, tensors, len(kinds), example)
         _check_unchanged(whole, tensors)
         try:
-            exported = torch.export.export(whole, tensors, dynamic_shapes=shapes if dynamic else None, strict=False)
+            with watch.on() if axes else contextlib.nullcontext():
+                exported = torch.export.export(whole, tensors, dynamic_shapes=shapes if dynamic else None, strict=False)
         except (GraphError, InputError):
             raise
         except Exception as error:  # torch passes on any error of the network's code
             raise GraphError(export_failure(error, whole, net)) from error
     _check_no_batch_statistics(exported)
-    return Program(exported, exits, kinds, shapes if dynamic else None, whole)
+    return Program(exported, exits, kinds, named if dynamic else None, whole, watch)
 
 
 def _check_no_target(net: nn.Module, example: Any) -> None:
@@ -183,7 +199,7 @@ def export_failure(error: Exception, whole: nn.Module, net: nn.Module) -> str:
     if cause.startswith("Constraints violated"):
         cause = (
             f"the batch size, dimension 0 of every input, cannot stay free ({lines[1]}); write the batch as x.shape[0] "
-            "or -1 in shapes and do not compare it, or export with batch=1"
+            "or -1 in shapes and do not compare it, or export with free='none'"
         )
         place = line = ""
     elif isinstance(module, torch.jit.ScriptModule):
@@ -197,6 +213,12 @@ def export_failure(error: Exception, whole: nn.Module, net: nn.Module) -> str:
 def readable_path(path: str) -> str:
     """Convert a path in the exported wrapper to a path in the user's network."""
     return path.removeprefix("net").removeprefix(".").removeprefix("backbone.")
+
+
+def place_of_module(whole: nn.Module, module: nn.Module | None) -> str:
+    """Name a module of the exported wrapper, such as ``'embeddings' (Embeddings)``."""
+    path = readable_path(next((name for name, one in whole.named_modules() if one is module), ""))
+    return f"{path!r} ({type(module).__name__})" if path else "the network's own forward"
 
 
 def _check_unchanged(whole: nn.Module, tensors: tuple[Tensor, ...]) -> None:

@@ -7,12 +7,12 @@ import torch
 from torch import SymInt, Tensor, fx, nn
 
 from ..errors import GraphError
-from ..nn.calls import arguments
 from ..nn.network import check_policy
 from ..policy.scores import resolve
 from ..policy.values import Policy
 from .cut import Dependence, cut, plan_stages
-from .onnx_flat import input_names
+from .free_lengths import Free
+from .lengths import Length
 from .torch_flat import TorchGraph, check, place_of, torch_flatten
 from .torch_program import name_of
 
@@ -58,37 +58,40 @@ class Stages:
         stages: one per enabled exit, in order.
         inputs: the names of the network's inputs in the stages.
         arguments: the names of the same inputs in the network's forward.
-        output_shape: the shape of an exit's output, without the batch.
+        output_shape: the shape of an exit's output, without the batch; 0 for a free length.
+        lengths: other dimensions of the inputs that are free.
     """
 
     stages: tuple[Stage, ...]
     inputs: tuple[str, ...]
     arguments: tuple[str, ...]
     output_shape: tuple[int, ...]
+    lengths: tuple[Length, ...]
 
 
-def cut_stages(net: nn.Module, example: Any, policy: Policy) -> Stages:
+def cut_stages(net: nn.Module, example: Any, policy: Policy, free: Free | None = None) -> Stages:
     """Cut a network at the exits that `policy` enables; the stages also compute the scores.
 
     Args:
         net: a network, as for `program_of`. The stages share its parameters and buffers.
         example: one batch of inputs: a tensor, a tuple of tensors, or a dict of keyword arguments.
         policy: N-1 thresholds; an exit with the threshold None is left out together with its branch.
+        free: lengths of the inputs that stay free, as for `export`.
 
     Raises:
-        InputError: the number of thresholds is not N-1, the score is unknown, or see `program_of`.
+        InputError: the number of thresholds is not N-1, the score is unknown, or see `free_program`.
         GraphError: the network branches on tensor values or draws random numbers; a value must cross a cut, but can
             neither be picked by rows nor cheaply recomputed; or see `program_of`. The message names the module and line
             if torch records them.
     """
     check_policy(policy, net, example)
-    args, kwargs = arguments(example)
-    graph = torch_flatten(net, example, resolve(policy.score))
+    graph = torch_flatten(net, example, resolve(policy.score), free)
     return Stages(
         stages=_Cut(graph, [n for n, enabled in enumerate(policy.enabled, 1) if enabled]).stages(),
         inputs=tuple(node.name for node in graph.inputs),
-        arguments=tuple(input_names(net, len(args), tuple(kwargs))),
-        output_shape=tuple(graph.outputs[-1].meta["val"].shape[1:]),
+        arguments=graph.names,
+        output_shape=tuple(d if isinstance(d, int) else 0 for d in graph.outputs[-1].meta["val"].shape[1:]),
+        lengths=graph.lengths,
     )
 
 

@@ -106,7 +106,7 @@ def evaluate_network(
                 choice, reached = nearest_to(on_val, cost, asked, score)
                 policy = choice.policy
                 say(f"{title}: timing thresholds {thresholds_text(policy.thresholds)}")
-                path = export(net, folder / "model.onnx", policy=policy, example=images[:8], batch=1)
+                path = export(net, folder / "model.onnx", policy=policy, example=images[:8], free="none")
                 (row,) = bench(
                     path, net, (images, data.test.labels), samples=samples, repeats=repeats,
                     about={"network": recipe.name, "plain_accuracy": plain_test},
@@ -150,7 +150,7 @@ def _side_by_side(nets: dict[str, nn.Module], images: torch.Tensor, repeats: int
     """Median microseconds per sample of each plain network, timed in turns."""
     engines: dict[str, Engine] = {}
     for n, (name, net) in enumerate(nets.items()):
-        path = export(net, folder / f"plain-{n}.onnx", policy=None, example=images[:8], batch=1)
+        path = export(net, folder / f"plain-{n}.onnx", policy=None, example=images[:8], free="none")
         engines[name] = load(path, threads=1)
     rows = [(image.numpy(),) for image in images.split(1)]
     return in_turns({name: engine.outputs for name, engine in engines.items()}, rows, repeats)

@@ -223,7 +223,7 @@ def _compared(
         "val_accuracy": choice.outcome.accuracy,
     }
     write_json(run.path / "prediction.json", predicted)
-    model = export_run(run, batch=1 if advice.batch_size == 1 else "dynamic", progress=progress)
+    model = export_run(run, free="none" if advice.batch_size == 1 else "batch", progress=progress)
     plain_accuracy = evaluate(ExitRecord.load(run.path / "record-plain.npz"), Policy()).accuracy
     (row,) = bench(
         model,
