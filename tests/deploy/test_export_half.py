@@ -18,7 +18,7 @@ RUNTIMES = {"fp16": ("onnxruntime", "openvino"), "bf16": ("openvino",)}
 PAIRS = [(precision, runtime) for precision, runtimes in RUNTIMES.items() for runtime in runtimes]
 LAYOUTS = {
     "nested": {},
-    "one": {"batch": 1},
+    "one": {"free": "none"},
     "required": {"thresholds": "input"},
     "stages": {"layout": "stages"},
     "flat": {"policy": None},
@@ -31,7 +31,7 @@ def net():
     net, known = network(), {}
     flatten = exporting.flatten
 
-    def flat(given, example, *, score=None, dynamic=True):
+    def flat(given, example, *, score=None, dynamic=True, free=None):
         if given is not net:
             return flatten(given, example, score=score, dynamic=dynamic)
         if (score, dynamic) not in known:

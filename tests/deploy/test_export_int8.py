@@ -68,7 +68,7 @@ def net():
     """`wide`, exported from PyTorch once per score."""
     net = wide()
 
-    def flat(given, example, *, score=None, dynamic=True):
+    def flat(given, example, *, score=None, dynamic=True, free=None):
         return flat_wide(score, dynamic) if given is net else flatten(given, example, score=score, dynamic=dynamic)
 
     with pytest.MonkeyPatch.context() as patch:

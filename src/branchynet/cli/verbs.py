@@ -178,9 +178,7 @@ def choose(
 @app.command()
 def export(
     run: RunArgument,
-    output: Annotated[
-        Path | None, typer.Option(help="What to write. Default: RUN/model.onnx, or RUN/stages.", parser=path)
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Default: RUN/model.onnx, or RUN/stages.", parser=path)] = None,
     layout: Annotated[str, named("One file, or a folder with one file per stage: {}.", *LAYOUTS)] = "nested",
     thresholds: Thresholds = "default",
     free: Annotated[str, typer.Option(help="What is free: batch, or none for one sample per call.")] = "batch",
