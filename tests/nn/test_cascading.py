@@ -256,6 +256,13 @@ def test_a_cascade_in_a_cascade_and_in_a_branch():
     assert tree.num_exits == len(tree(x)) == 3
 
 
+def test_a_reader_selects_one_exit_of_a_network_with_several():
+    inner, x = cascade(mlp(2), mlp(3)), torch.randn(8, WIDTH)
+    net = cascade(inner, mlp(9), output=[lambda exits: exits[1], None])
+    assert net.num_exits == len(net(x)) == 2
+    torch.testing.assert_close(net(x)[0], inner(x)[1])
+
+
 def test_a_cascade_can_be_trained_further():
     net, x = cascade(mlp(2), mlp(9)), torch.randn(32, WIDTH)
     before = net(x)

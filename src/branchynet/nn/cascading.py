@@ -22,7 +22,7 @@ def cascade(*networks: nn.Module, output: Reader | Sequence[Reader | None] | Non
 
     Args:
         networks: two or more networks in eval mode, which stay as they are. The exits of a `BranchyNet` among them take
-            its place.
+            its place, unless `output` selects one.
         output: ``output(network_output) -> Tensor``, if the rule for the backbone of a `BranchyNet` does not find a
             network's logits; or a list with one such function per network, None where the rule finds them.
 
@@ -80,7 +80,8 @@ class Cascade(BranchyNet):
     @property
     def num_exits(self) -> int:
         """N, the number of exits of all networks."""
-        return sum(network.num_exits if isinstance(network, BranchyNet) else 1 for network in self.networks)
+        read = zip(self.networks, self.outputs, strict=True)
+        return sum(net.num_exits if isinstance(net, BranchyNet) and reader is None else 1 for net, reader in read)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         """Return the output of every network: a tuple of N tensors."""
