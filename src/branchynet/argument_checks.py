@@ -74,7 +74,8 @@ def threshold_list(thresholds: Any) -> tuple[float | None, ...]:
             raise TypeError
         return tuple(None if t is None else float(t) for t in given)
     except (TypeError, ValueError, OverflowError):
-        raise InputError(f"thresholds must be numbers, or None for never; got {given!r}") from None
+        wrong = next((t for t in given if t is not None and type(t) not in (int, float)), given)
+        raise InputError(f"thresholds must be numbers, or None for never; got {described(wrong)}") from None
 
 
 def function(name: str, value: Any, signature: str) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import glob
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,22 +14,30 @@ from .files import _sync, _unwritable, check_path, fcntl, make_folder
 
 
 @contextlib.contextmanager
-def replacing_folder(path: str | os.PathLike[str], known_by: str) -> Iterator[Path]:
+def replacing_folder(path: str | os.PathLike[str], known_by: str, others: str) -> Iterator[Path]:
     """Yield a temporary folder beside `path`, and rename it to `path` if the block succeeds.
 
     An earlier folder of the same kind is replaced. Folders that killed processes left for `path` are removed.
 
     Args:
         path: the folder to write.
-        known_by: the name of a file that such a folder holds. A folder without it is not replaced, unless it is empty.
+        known_by: the name of a file that such a folder holds.
+        others: a regular expression for the names of its other files. A folder that lacks the file `known_by`, or holds
+            anything else, is not replaced, unless it is empty.
 
     Raises:
         FileError: the folder cannot be written, or `path` is something else.
     """
     check_path(path)
     final = Path(os.path.realpath(path))
-    if final.exists() and not (final.is_dir() and ((final / known_by).is_file() or not any(final.iterdir()))):
-        raise FileError(f"cannot write {path}: it exists and holds no {known_by}; give the path of a new folder")
+    if final.exists():
+        names = {entry.name for entry in final.iterdir()} if final.is_dir() else {""}
+        if names and known_by not in names:
+            raise FileError(f"cannot write {path}: it exists and holds no {known_by}; give the path of a new folder")
+        if foreign := sorted(name for name in names - {known_by} if not re.fullmatch(others, name)):
+            raise FileError(
+                f"cannot replace {path}: it also holds {foreign[0]!r}; remove that, or give the path of a new folder"
+            )
     make_folder(final.parent, path)
     temporary = handle = None
     try:

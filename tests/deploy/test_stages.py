@@ -14,6 +14,8 @@ from torch import nn
 
 from branchynet import BranchyNet, Policy, StagedEngine, TorchEngine, export, load, verify
 from branchynet.errors import FileError, InputError
+from branchynet.runs.run import create_run, open_run
+from branchynet.runs.settings import Settings
 from helpers.loop import BATCHES, QUANTILES, agree, agree_everywhere, every_exit, safe_thresholds
 from helpers.networks import FAMILIES, build, draw
 
@@ -71,7 +73,8 @@ def test_stages_one_by_one_give_what_the_engine_gives(case, staged):
             answers, scores, carried = staged.stage(number).run(values)
             assert set(carried) == set(stage.keeps)
             limit = np.inf if number == len(staged.stages) else policy.thresholds[stage.exit - 1]
-            leave = scores < np.float32(limit)
+            leave = stage.leave(scores)
+            assert leave.tolist() == (scores < np.float32(limit)).tolist()
             found |= {row: (stage.exit, answers.output[k]) for k, row in enumerate(rows) if leave[k]}
             later.append((rows[~leave], {name: value[~leave] for name, value in carried.items()}))
         rows = np.concatenate([rows for rows, _ in later])
@@ -240,8 +243,11 @@ def test_stages_refuse_wrong_values(folder):
     x = np.zeros((3, *engine.inputs[0].shape), np.float32)
     name = engine.inputs[0].name
     _, _, carried = engine.stage(1).run({name: x})
+    shorter = {n: v[: 2 + k] for k, (n, v) in enumerate(carried.items())}
     for wrong, match in (
         ({}, "needs '"),
+        ((x, x), "rows must be a Mapping"),
+        (shorter, "pick the same rows of all carried values"),
         ({n: v.astype(np.float64) for n, v in carried.items()}, "float64"),
         ({n: v[:, :1] for n, v in carried.items()}, "network reads"),
     ):
@@ -285,8 +291,24 @@ def test_other_folders_are_not_replaced(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "one.png").write_bytes(b"")
     (tmp_path / "file").write_bytes(b"")
+    policy = Policy(thresholds=(0.5, 0.5))
+    export(net, tmp_path / "net", policy=policy, example=draw(example, 4, 0), layout="stages")
+    (tmp_path / "net" / "config.json").write_bytes(b"")
+    with pytest.raises(FileError, match=r"also holds 'config\.json'"):
+        export(net, tmp_path / "net", policy=policy, example=draw(example, 4, 0), layout="stages")
     for path in (tmp_path / "photos", tmp_path / "file"):
         with pytest.raises(FileError, match=r"holds no stages\.json; give the path of a new folder"):
             export(net, path, policy=Policy(thresholds=(0.5, 0.5)), example=draw(example, 4, 0), layout="stages")
     with pytest.raises(InputError, match="needs a policy"):
         export(net, tmp_path / "new", policy=None, example=draw(example, 4, 0), layout="stages")
+
+
+def test_other_paths_of_an_export_are_named(folder, tmp_path):
+    with pytest.raises(FileError, match=r"describes the stages of a network; load its folder"):
+        load(folder / "stages.json")
+    with pytest.raises(FileError, match=r"the folder has no stages\.json"):
+        load(tmp_path)
+    with pytest.raises(FileError, match="holds the exported stages of a network, not a run"):
+        open_run(folder)
+    with pytest.raises(FileError, match="holds the exported stages of a network, not a run"):
+        create_run(folder, Settings(network="b_lenet", data="digits"))

@@ -103,7 +103,9 @@ def test_wrong_thresholds_are_refused(case, kind):
         ([*columns, columns[0]], "thresholds given for"),
         ([Policy(score="max_probability", thresholds=policy.thresholds)] * 64, "the exits and the score"),
         ([policy] * 63, "given for 63 samples"),
-        ([torch.zeros(2, 2), *columns[1:]], "thresholds must be numbers"),
+        ([torch.zeros(2, 2), *columns[1:]], r"or None for never; got float32 \(2, 2\)"),
+        ([columns[0].tolist(), *columns[1:]], r"numpy array \(B,\) for each exit; got a list"),
+        (policy, "give its .thresholds"),
     ):
         with pytest.raises(InputError, match=match):
             engines[kind](*inputs, thresholds=wrong)

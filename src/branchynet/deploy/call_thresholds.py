@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..argument_checks import ordered, threshold_list
 from ..errors import InputError
-from ..policy.values import Floats, Policy
+from ..policy.values import Choice, Floats, Policy
 
 Thresholds = Sequence[float | NDArray[Any] | None] | Sequence[Policy]
 
@@ -29,7 +29,14 @@ def call_thresholds(thresholds: Any, policy: Policy, *, where: str, remedy: str)
     Raises:
         InputError: as `check_thresholds`, or the policies have another score.
     """
-    given = list(ordered("thresholds", thresholds, "give a number for each exit but the last, or None for never"))
+    if isinstance(thresholds, (Policy, Choice)):
+        raise InputError("thresholds must be a list; got one policy for all samples: give its .thresholds")
+    given: list[Any] = list(
+        ordered("thresholds", thresholds, "give a number for each exit but the last, or None for never")
+    )
+    given = [one.policy if isinstance(one, Choice) else one for one in given]
+    if any(isinstance(one, (list, tuple)) for one in given):
+        raise InputError("thresholds per sample must be a numpy array (B,) for each exit; got a list")
     if given and all(isinstance(one, Policy) for one in given):
         given = _of_policies(given, policy)
     rows = {n: values for n, t in enumerate(given) if (values := _rows(t)) is not None}

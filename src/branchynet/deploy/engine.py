@@ -137,7 +137,7 @@ class Engine:
     def __repr__(self) -> str:
         policy = "flat" if self.policy is None else str(self.policy)
         inputs = ", ".join(map(str, self.inputs))
-        return f"Engine({self.runtime}, reads {inputs}, {self.num_exits} exits, {policy})"
+        return f"{type(self).__name__}({self.runtime}, reads {inputs}, {self.num_exits} exits, {policy})"
 
     def __reduce__(self) -> tuple[Callable[..., "Engine"], tuple[Any, ...]]:
         return self._reopen

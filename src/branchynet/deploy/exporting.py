@@ -36,7 +36,7 @@ from ..policy.values import Choice, Policy
 from .assembly import assemble, check_answers, in_precision, warn_of_low_agreement
 from .checksum import seal
 from .reference_outputs import answers_alone
-from .staged_files import MANIFEST
+from .staged_files import MANIFEST, STAGE_FILES
 from .staged_writing import save_stages
 from .stored_samples import MAX_SAMPLES, SAMPLES_KEY, Samples, pack
 from .tolerance import differences, tolerances
@@ -158,7 +158,7 @@ def export(
         warn_of_low_agreement(precision, report["agreement"])
     kept = [n for n in range(1, flat.num_exits + 1) if policy is None or policy.enabled[n - 1]]
     stored = pack(expected, kept, samples)
-    with replacing_folder(path, MANIFEST) if layout == "stages" else replacing(path) as temporary:
+    with replacing_folder(path, MANIFEST, STAGE_FILES) if layout == "stages" else replacing(path) as temporary:
         if layout == "stages":
             assert policy is not None
             save_stages(temporary, flat, policy, notes=notes, samples=stored)

@@ -98,6 +98,10 @@ def load(
         raise FileError(f"there is no file {path}; write one with export(...)")
     if (Path(path) / "model.onnx").is_file():
         raise FileError(f"cannot read {path}: it is a folder; load the file in it, {Path(path) / 'model.onnx'}")
+    if Path(path).name == MANIFEST:
+        raise FileError(f"{path} describes the stages of a network; load its folder, {Path(path).absolute().parent}")
+    if Path(path).is_dir() and not (Path(path) / MANIFEST).exists():
+        raise FileError(f"cannot read {path}: the folder has no {MANIFEST}; give a file or folder that export wrote")
     arguments = (str(Path(path).absolute()), threads, providers, runtime)
     if Path(path).is_dir() and (Path(path) / MANIFEST).exists():
         manifest, metadata = read_manifest(path)

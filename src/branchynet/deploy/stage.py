@@ -4,14 +4,15 @@ Shape letters: B samples in a batch, R samples that reach a stage.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..argument_checks import instance
 from ..errors import InputError
-from ..policy.exit_rule import stays
+from ..policy.exit_rule import as_deployed, stays
 from ..policy.prediction import Prediction
 from ..policy.values import Floats, Ints
 from .input_checks import Input, checked_inputs
@@ -26,31 +27,41 @@ class Stage:
     Attributes:
         exit: the number of its exit, from 1.
         inputs: inputs of the network and values from earlier stages, without their batch dimension.
+        threshold: samples with a lower score leave; None at the last exit, where all leave.
         keeps: names of the values that later stages read.
         macs: multiply-accumulates per sample; None if unknown.
     """
 
     exit: int
+    threshold: float | None
     inputs: tuple[Input, ...]
     keeps: tuple[str, ...]
     macs: float | None
-    _run: Any  # maps arrays by input name to label, score, output, then `_gives`
-    _gives: tuple[str, ...]
+    _run: Any = field(repr=False)  # maps arrays by input name to label, score, output, then `_gives`
+    _gives: tuple[str, ...] = field(repr=False)
+
+    def leave(self, scores: Floats) -> NDArray[np.bool_]:
+        """Return which samples leave at this exit, `(R,)` bool, by their scores `(R,)` and the exported threshold."""
+        if self.threshold is None:
+            return np.ones(len(scores), bool)
+        return ~stays(np.asarray(scores, np.float32), as_deployed([self.threshold]))
 
     def run(self, rows: Rows) -> tuple[Prediction, Floats, dict[str, NDArray[Any]]]:
         """Compute the answers of this exit for R samples, and what later stages need.
 
         Args:
-            rows: the arrays that `inputs` names, `(R, ...)` each, and those that only later stages read. For the first
-                stage these are the inputs of the network; for a later stage, the rows of ``carried`` that stay.
+            rows: for the first stage, a dict of the inputs of the network, `(R, ...)` each, by their names. For a later
+                stage, the ``carried`` of the stage before, with the rows of the samples that stay.
 
         Returns:
             ``(answers, scores, carried)``: the `Prediction` as if all samples left here, its scores `(R,)`, and the
             values that later stages read, `(R, ...)` each.
 
         Raises:
-            InputError: a value is missing, or has the wrong shape or dtype.
+            InputError: `rows` is no dict, a value is missing or has the wrong shape or dtype, or the values have
+                different numbers of rows.
         """
+        instance("rows", rows, Mapping, "give a dict of arrays by name, such as the carried values of the stage before")
         needed = dict.fromkeys((*(i.name for i in self.inputs), *self.keeps))
         if missing := [name for name in needed if name not in rows and name not in self._gives]:
             raise InputError(
@@ -58,6 +69,12 @@ class Stage:
                 "and the others the carried values of the previous stage"
             )
         feeds, samples = checked_inputs([rows[i.name] for i in self.inputs], {}, self.inputs)
+        lengths = {name: len(rows[name]) for name in needed if name in rows}
+        if other := [name for name, length in lengths.items() if length != samples]:
+            raise InputError(
+                f"{other[0]!r} has {lengths[other[0]]} rows, but {self.inputs[0].name!r} has {samples}: pick the same "
+                "rows of all carried values"
+            )
         return self.answer(rows, feeds, samples)
 
     def answer(

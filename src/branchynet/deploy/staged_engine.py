@@ -103,6 +103,7 @@ def _stage(manifest: Manifest, n: int, graph: Graph) -> Stage:
     keeps = dict.fromkeys(v.name for v in later if v.source == "network" or v.source <= n)
     return Stage(
         entry.exit,
+        entry.threshold,
         tuple(map(_input, entry.inputs)),
         tuple(keeps),
         entry.macs,

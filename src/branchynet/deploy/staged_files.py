@@ -14,6 +14,7 @@ from .checksum import check_seal
 from .engine import METADATA_KEY, read_metadata
 
 MANIFEST = "stages.json"
+STAGE_FILES = r"stage_\d+\.onnx.*"
 FORMAT = 1
 _REMEDY = "copy the whole folder again, or export it again"
 

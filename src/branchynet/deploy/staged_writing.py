@@ -40,7 +40,7 @@ def save_stages(
     Raises:
         GraphError: the graph cannot be cut.
     """
-    metadata = about(flat, policy, "input", notes)
+    metadata = {**about(flat, policy, "default", notes), "per_sample": True}
     with as_graph_errors():
         stages = write_stages(flat, policy)
         for stage in stages:

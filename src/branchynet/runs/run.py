@@ -8,6 +8,7 @@ from typing import Any
 
 from ..data import ImageData, loader
 from ..data.datasets import FOLDER, folder_path
+from ..deploy.staged_files import MANIFEST
 from ..environment import environment
 from ..errors import FileError, InputError
 from ..files import check_folder, write_json
@@ -54,10 +55,17 @@ def open_run(path: str | os.PathLike[str], *, trust: bool = False) -> Run:
 def settings_in(path: str | os.PathLike[str]) -> Settings:
     """The settings that a folder holds. Raises `FileError`."""
     check_folder(path)
+    check_no_stages(path)
     config = Path(path) / "config.json"
     if not config.is_file():
         raise FileError(f"{path} is not a run folder (it has no config.json); make one with `branchynet train {path}`")
     return read_entry(config, "settings", Settings, f"`branchynet train {path}` after you remove that folder")
+
+
+def check_no_stages(path: str | os.PathLike[str]) -> None:
+    """Raise `FileError` for a folder that ``export(..., layout="stages")`` wrote."""
+    if (Path(path) / MANIFEST).exists():
+        raise FileError(f"{path} holds the exported stages of a network, not a run; give the folder of the run")
 
 
 def create_run(path: str | os.PathLike[str], settings: Settings) -> Run:
@@ -69,6 +77,7 @@ def create_run(path: str | os.PathLike[str], settings: Settings) -> Run:
     """
     check_settings(settings)
     check_folder(path)
+    check_no_stages(path)
     if settings.data.startswith(FOLDER):
         settings = replace(settings, data=f"{FOLDER}{folder_path(settings.data)}")  # its absolute path
     if (Path(path) / "config.json").exists() and is_trained(Path(path)):
