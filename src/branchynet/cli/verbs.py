@@ -185,10 +185,7 @@ def export(
     trust: Trust = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write one ONNX file with the exits inside, or one per stage.
-
-    Its outputs are first compared with PyTorch's.
-    """
+    """Write one ONNX file with the exits inside, or one per stage. Its outputs are first compared with PyTorch's."""
     from ..runs.run import open_run
     from ..runs.steps import export_run
 
