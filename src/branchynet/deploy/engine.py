@@ -17,7 +17,7 @@ from ..graph.lengths import Length
 from ..policy.prediction import Prediction, concatenated
 from ..policy.values import Policy
 from ..stored_values import from_fields, from_stored
-from .call_thresholds import Thresholds, call_thresholds, check_lengths, thresholds_of_rows
+from .call_thresholds import Thresholds, check_lengths, check_thresholds, per_sample_apart, thresholds_of_rows
 from .input_checks import Input, check_sizes, checked_inputs
 
 FORMAT = 1
@@ -128,6 +128,7 @@ class Engine:
         self._outputs = graph.outputs
         self._reopen = reopen
         self._single = self.metadata["batch"] == 1
+        self._per_sample: bool = self.metadata.get("per_sample", False)
         self._settable = {i.name for i in graph.inputs} - {i.name for i in self.inputs}
         self._override = lru_cache(64)(partial(_override, self.policy, self._settable))  # callers repeat themselves
         own = _threshold_feeds(self.policy.thresholds if self.policy else ())
@@ -218,17 +219,19 @@ class Engine:
         return (self._defaults | feeds if self._defaults else feeds), rows
 
     def _given(self, thresholds: Any, rows: int) -> Feeds:
-        simple = isinstance(thresholds, (list, tuple)) and {*map(type, thresholds)} <= _NUMBERS
-        if simple:
+        if isinstance(thresholds, (list, tuple)) and {*map(type, thresholds)} <= _NUMBERS:
             return self._override(tuple(thresholds))
-        feeds = _override(self.policy, self._settable, thresholds)
-        if any(len(values) > 1 for values in feeds.values()) and not self.metadata.get("per_sample"):
+        numbers, each = per_sample_apart(thresholds, self.policy) if self.policy else ([], {})
+        known = {*map(type, numbers)} <= _NUMBERS  # else they may have no hash
+        feeds = (self._override if known else self._override.__wrapped__)(tuple(numbers))
+        sizes = {*map(len, each.values())}
+        if not self._per_sample and max(sizes, default=1) > 1:
             raise InputError(
                 "this file takes one threshold per exit, not one per sample; export it with thresholds='input' and "
                 "free='batch', or with layout='stages'"
             )
-        check_lengths(feeds.values(), rows)
-        return feeds
+        check_lengths(sizes, rows)
+        return {**feeds, **{f"threshold_{n}": values for n, values in each.items()}}
 
     def _empty(self) -> tuple[NDArray[Any], ...]:
         tail = tuple(self.metadata["output_shape"])
@@ -267,7 +270,7 @@ def _override(policy: Policy | None, settable: Set[str], thresholds: Any) -> Fee
     """Return the feeds of a call's thresholds. Raise `InputError` if the file does not take them."""
     if policy is None:
         raise InputError("this file was exported with policy=None and has no thresholds; export one")
-    feeds = _threshold_feeds(call_thresholds(thresholds, policy, where="this file", remedy="export again"))
+    feeds = _threshold_feeds(check_thresholds(thresholds, policy, where="this file", remedy="export again"))
     if fixed := sorted(feeds.keys() - settable):
         raise InputError(
             f"{fixed[0]} is a constant in this file, so a call cannot give thresholds: leave them out, or export again "
@@ -276,10 +279,10 @@ def _override(policy: Policy | None, settable: Set[str], thresholds: Any) -> Fee
     return feeds
 
 
-def _threshold_feeds(thresholds: Sequence[Any]) -> Feeds:
+def _threshold_feeds(thresholds: Sequence[float | None]) -> Feeds:
     with np.errstate(over="ignore"):  # values beyond float32 become infinite
         return {
-            f"threshold_{n}": np.atleast_1d(np.asarray(t, np.float64)).astype(np.float32)
+            f"threshold_{n}": np.array([t], np.float64).astype(np.float32)
             for n, t in enumerate(thresholds, 1)
             if t is not None
         }

@@ -3,7 +3,7 @@
 Shape letters: B samples in a batch, R samples that reach a stage.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..policy.values import Floats, Ints
 from .input_checks import Input, checked_inputs
 
 Rows = Mapping[str, NDArray[Any]]
+Reached = tuple[Ints, Prediction, NDArray[np.bool_]]
 
 
 @dataclass(frozen=True)
@@ -87,48 +88,53 @@ class Stage:
         return Prediction(label, np.full(samples, self.exit), score, output), score, carried
 
 
-def run_stages(
-    stages: Sequence[Stage], inputs: Rows, samples: int, thresholds: Sequence[Floats]
-) -> Iterator[tuple[Ints, Prediction]]:
-    """Yield the samples that leave at each exit as soon as its stage has run: their rows, and their answers.
+def reached(stages: Sequence[Stage], inputs: Rows, samples: int, thresholds: Sequence[Floats]) -> Iterator[Reached]:
+    """Run stage after stage until all samples have left.
 
     Args:
         stages: all stages, in order.
         inputs: the inputs of the network, `(B, ...)` each.
         samples: B, at least 1.
         thresholds: for each stage except the last, `(1,)` or `(B,)` float32.
+
+    Yields:
+        For each stage that runs, ``(rows, answers, stay)``: the positions `(R,)` in the batch of the samples that reach
+        it, their answers at its exit, and whether they continue.
     """
     rows, held = np.arange(samples), inputs
     for stage, threshold in zip(stages, (*thresholds, None), strict=True):
         feeds = {i.name: held[i.name] for i in stage.inputs}
         answers, score, held = stage.answer(held, feeds, len(rows))
         if threshold is None:
-            yield rows, answers
+            yield rows, answers, np.zeros(len(rows), bool)
             return
         stay = stays(score, threshold if len(threshold) == 1 else threshold[rows])
-        if stay.all():
-            continue
-        if not stay.any():
-            yield rows, answers
+        yield rows, answers, stay
+        kept = stay.nonzero()[0]
+        if not len(kept):
             return
-        leave = np.flatnonzero(~stay)
-        yield rows[leave], _picked(answers, leave)
-        kept = np.flatnonzero(stay)
-        rows, held = rows[kept], {name: value.take(kept, axis=0) for name, value in held.items()}
+        if len(kept) < len(rows):
+            rows, held = rows[kept], {name: value.take(kept, axis=0) for name, value in held.items()}
 
 
-def collected(parts: Iterator[tuple[Ints, Prediction]], samples: int) -> Prediction:
-    """Return the answers of all samples in the order of the batch."""
-    rows, first = next(parts)
-    if len(rows) == samples:
-        return first
-    empty: list[Any] = [np.empty((samples, *part.shape[1:]), part.dtype) for part in first]
-    for places, answers in ((rows, first), *parts):
-        for values, part in zip(empty, answers, strict=True):
-            values[places] = part
-    return Prediction(*empty)
+def leaving(parts: Iterable[Reached]) -> Iterator[tuple[Ints, Prediction]]:
+    """Yield the samples that leave at each stage as soon as it has run: their positions, and their answers."""
+    for rows, answers, stay in parts:
+        leave = (~stay).nonzero()[0]
+        if len(leave) == len(rows):
+            yield rows, answers
+        elif len(leave):
+            picked: list[Any] = [part.take(leave, axis=0) for part in answers]
+            yield rows[leave], Prediction(*picked)
 
 
-def _picked(answers: Prediction, rows: Ints) -> Prediction:
-    picked: list[Any] = [part.take(rows, axis=0) for part in answers]
-    return Prediction(*picked)
+def collected(parts: Iterator[Reached]) -> Prediction:
+    """Return the answers of all samples in the order of the batch. All samples reach the first stage."""
+    _, found, _ = next(parts)
+    for rows, answers, _ in parts:
+        if len(rows) == len(found.exit):
+            found = answers
+        else:
+            for values, part in zip(found, answers, strict=True):
+                values[rows] = part  # a sample keeps the answer of the last stage that it reaches
+    return found

@@ -11,7 +11,7 @@ from ..policy.prediction import Prediction
 from ..policy.values import Ints
 from .engine import Engine, Feeds, Graph
 from .input_checks import Input
-from .stage import Stage, collected, run_stages
+from .stage import Reached, Stage, collected, leaving, reached
 from .staged_files import Manifest, StageValue
 
 _OUTPUTS = 4  # label, exit, score, output
@@ -87,14 +87,14 @@ class StagedEngine(Engine):
             InputError: as in a call.
         """
         feeds, samples = self._feeds(inputs, named, thresholds)
-        return self._parts(feeds, samples) if samples else iter(())
+        return leaving(self._parts(feeds, samples)) if samples else iter(())
 
     def _run_all(self, feeds: Feeds) -> Prediction:
         samples = len(feeds[self.inputs[0].name])
-        return collected(self._parts(feeds, samples), samples)
+        return collected(self._parts(feeds, samples))
 
-    def _parts(self, feeds: Feeds, samples: int) -> Iterator[tuple[Ints, Prediction]]:
-        return run_stages(self.stages, feeds, samples, [feeds[name] for name in self._thresholds])
+    def _parts(self, feeds: Feeds, samples: int) -> Iterator[Reached]:
+        return reached(self.stages, feeds, samples, [feeds[name] for name in self._thresholds])
 
 
 def _stage(manifest: Manifest, n: int, graph: Graph) -> Stage:

@@ -148,13 +148,13 @@ class TorchEngine:
         if thresholds is not None:
             remedy = "make an engine with a threshold there"
             used = call_thresholds(thresholds, self.policy, where="this engine", remedy=remedy)
-            check_lengths([t for t in used if isinstance(t, np.ndarray)], rows)
+            check_lengths([len(t) for t in used if isinstance(t, np.ndarray)], rows)
         if not rows:
             tail = self._cut.output_shape
             output, label = np.empty((0, *tail), np.float32), np.empty((0, *tail[1:]), np.int64)
             return Prediction(label, np.empty(0, np.int64), np.empty(0, np.float32), output)
         limits = [
-            torch.from_numpy(t).to(self.device) if isinstance(t, np.ndarray) else as_deployed([t]).item()
+            torch.from_numpy(t.copy()).to(self.device) if isinstance(t, np.ndarray) else as_deployed([t]).item()
             for t in used
             if t is not None
         ]
