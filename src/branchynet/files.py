@@ -22,6 +22,7 @@ except ImportError:  # on Windows, temporary files of killed processes are not r
     fcntl = None
 
 AnyPath = str | os.PathLike[str]
+WEIGHTS = ".weights"  # ends the name of a file of weights beside a model
 MOST_JSON = 1 << 28  # bytes; the JSON files of this library are far smaller
 
 

@@ -6,11 +6,11 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from .errors import FileError
-from .files import _sync, _unwritable, check_path, fcntl, make_folder
+from .files import WEIGHTS, _sync, _unwritable, _writable, check_path, fcntl, make_folder
 
 
 @contextlib.contextmanager
@@ -39,20 +39,87 @@ def replacing_folder(path: str | os.PathLike[str], known_by: str, others: str) -
                 f"cannot replace {path}: it also holds {foreign[0]!r}; remove that, or give the path of a new folder"
             )
     make_folder(final.parent, path)
+    with _partial_folder(final, path) as temporary:
+        yield temporary
+        os.umask(mask := os.umask(0))
+        _finish_files(temporary, mask)
+        temporary.chmod(0o777 & ~mask)
+        _exchange(temporary, final)
+
+
+@contextlib.contextmanager
+def replacing_with_weights(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path for a model, and move it and the weights beside it to `path` if the block succeeds.
+
+    The weights, in files named after the model and their content, move first; the model moves last. An earlier model
+    and its weights are valid until then; its weights are removed afterwards.
+
+    Raises:
+        FileError: the files cannot be written, or `path` is a folder, pipe, socket or device.
+    """
+    final = _writable(path)
+    moved: list[Path] = []
+    with _partial_folder(final, path) as temporary:
+        model = temporary / final.name
+        yield model
+        os.umask(mask := os.umask(0))
+        _finish_files(temporary, mask)
+        weights = [file for file in temporary.iterdir() if file != model]
+        with contextlib.ExitStack() as held:
+            try:
+                for file in weights:
+                    _hold(file, held)
+                    place = final.with_name(file.name)
+                    if not place.exists():
+                        moved.append(place)
+                    file.replace(place)
+                model.replace(final)
+            except OSError:
+                for place in moved:
+                    place.unlink(missing_ok=True)
+                raise
+        remove_weights(final, {file.name for file in weights})
+
+
+def remove_weights(path: str | os.PathLike[str], keep: Collection[str] = ()) -> None:
+    """Remove the weights of earlier models at `path`, except files named in `keep` or held by a running export."""
+    final = Path(os.path.realpath(path))
+    pattern = re.compile(rf"{re.escape(final.name)}\.[0-9a-f]{{16}}{re.escape(WEIGHTS)}")
+    for file in final.parent.glob(f"{glob.escape(final.name)}.*{WEIGHTS}"):
+        if pattern.fullmatch(file.name) and file.name not in keep:
+            with contextlib.suppress(OSError), contextlib.ExitStack() as held:  # held, or removed meanwhile
+                _hold(file, held)
+                file.unlink()
+
+
+def _hold(file: Path, until: contextlib.ExitStack) -> None:
+    """Lock a file until the stack is closed. Raise `OSError` if another process holds it."""
+    if fcntl is not None:
+        handle = os.open(file, os.O_RDONLY)
+        until.callback(os.close, handle)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _finish_files(folder: Path, mask: int) -> None:
+    """Write the files to the disk, and give them the permissions of ordinary files."""
+    for file in folder.iterdir():
+        _sync(file, os.O_RDWR)
+        file.chmod(0o666 & ~mask)
+
+
+@contextlib.contextmanager
+def _partial_folder(final: Path, path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary folder beside `final`, which is removed afterwards if it is still there."""
     temporary = handle = None
     try:
         _remove_partial_folders(final)
         temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}-", suffix=".partial", dir=final.parent))
         handle = _locked_folder(temporary)
         yield temporary
-        os.umask(mask := os.umask(0))
-        for file in temporary.iterdir():
-            _sync(file, os.O_RDWR)
-            file.chmod(0o666 & ~mask)
-        temporary.chmod(0o777 & ~mask)
-        _exchange(temporary, final)
         with contextlib.suppress(OSError):  # not every system can sync a folder
             _sync(final.parent, os.O_RDONLY)
+    except FileError:
+        raise
     except OSError as error:
         raise _unwritable(path, error) from error
     finally:

@@ -130,25 +130,6 @@ def test_an_lstm_that_projects_its_state(options, tmp_path):
     flatten(attach(Recurrent(**options), ["first"], example=x), x)
 
 
-def test_weights_beyond_two_gigabytes():
-    class Words(nn.Module):
-        """A table of nominally 3 GB, with one row in memory."""
-
-        def __init__(self):
-            super().__init__()
-            self.table = nn.Parameter(torch.randn(1, 16).expand(48_000_000, 16))
-            self.last = nn.Linear(16, 4)
-
-        def forward(self, ids):
-            return self.last(nn.functional.embedding(ids, self.table).mean(1))
-
-    ids = torch.randint(100, (3, 5))
-    with pytest.raises(
-        GraphError, match=r"weights take 3\.07 GB, but one ONNX file can hold at most 2 GB.*TorchEngine"
-    ):
-        flatten(Words(), ids)
-
-
 class Scales(Tensor):
     """8-bit weights with a scale, as in quantization libraries: a tensor of tensors."""
 

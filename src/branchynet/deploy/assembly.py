@@ -25,6 +25,7 @@ from ..graph.quantize import Batch
 from ..policy.values import Policy
 from .engine import FORMAT, METADATA_KEY, Engine
 from .loading import Runtime, load
+from .model_file import save_model
 from .stored_samples import Samples
 from .tolerance import differences
 from .verification import check
@@ -119,14 +120,14 @@ def in_precision(
     sizes = [str(v.name) for v in computed.model.graph.outputs if str(v.name).startswith(MAGNITUDE)]
     with tempfile.TemporaryDirectory() as folder, as_graph_errors():
         path = Path(folder) / "flat.onnx"
-        ir.save(assemble(flat, None), path)
+        save_model(assemble(flat, None), path)
         check_answers(path, expected, "the network")
-        ir.save(assemble(flat, None, outputs=names), path)
+        save_model(assemble(flat, None, outputs=names), path)
         exact = load(path)
         if sizes:
-            ir.save(assemble(computed, None, outputs=[*names, *sizes]), path)
+            save_model(assemble(computed, None, outputs=[*names, *sizes]), path)
             _check_sizes(load(path), batches, sizes, precision)
-        ir.save(assemble(computed, None, outputs=names), path)
+        save_model(assemble(computed, None, outputs=names), path)
         coarse = load(path)
         report, slack = _disagreement(exact, coarse, batches)
         rows = [coarse.outputs(*(i[s : s + 1] for i in expected.inputs))[1:] for s in range(len(expected))]

@@ -49,6 +49,7 @@ class _Metadata:
     precision: dict[str, Any] | None = None
     per_sample: bool = False
     lengths: tuple[Length, ...] = ()
+    weights: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         sizes = (*self.output_shape, self.sample_bytes)

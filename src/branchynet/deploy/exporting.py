@@ -1,9 +1,10 @@
 """Write a network as one ONNX file, after a comparison with PyTorch."""
 
+import contextlib
 import copy
 import importlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from ..environment import require
 from ..errors import GraphError, InputError, as_graph_errors, first_line
 from ..extras import needed_by
 from ..files import check_path, replacing
-from ..folders import replacing_folder
+from ..folders import remove_weights, replacing_folder, replacing_with_weights
 from ..graph.free_lengths import Free
 from ..graph.half import HALF
 from ..graph.onnx_flat import FlatGraph, flatten
@@ -34,7 +35,7 @@ from ..policy.record_scores import is_named
 from ..policy.scores import Score, resolve
 from ..policy.values import Choice, Policy
 from .assembly import assemble, check_answers, in_precision, warn_of_low_agreement
-from .checksum import seal
+from .model_file import is_large, save_model
 from .reference_outputs import answers_alone
 from .staged_files import MANIFEST, STAGE_FILES
 from .staged_writing import save_stages
@@ -63,7 +64,7 @@ def export(
     The file's inputs are the network's inputs and one ``threshold_n`` (1,) float32 per enabled exit except the last.
     Its outputs are ``label``, ``exit`` (from 1), ``score`` and ``output``, as in `Prediction`. The file is compared
     with the PyTorch network on `example`, exit by exit, before it is renamed to `path`. It ends with a checksum that
-    `load` compares.
+    `load` compares. Weights beyond 2 GB go to a second file beside it, ``NAME.HASH.weights``, which belongs to it.
 
     Args:
         net: a `BranchyNet`, or a network that returns a tuple of its exits' outputs; with ``policy=None`` any network.
@@ -158,16 +159,15 @@ def export(
         warn_of_low_agreement(precision, report["agreement"])
     kept = [n for n in range(1, flat.num_exits + 1) if policy is None or policy.enabled[n - 1]]
     stored = pack(expected, kept, samples)
-    with replacing_folder(path, MANIFEST, STAGE_FILES) if layout == "stages" else replacing(path) as temporary:
-        if layout == "stages":
+    model = None if layout == "stages" else assemble(flat, policy, thresholds=thresholds, notes=notes)
+    with _placed(path, model) as temporary:
+        if model is None:
             assert policy is not None
             save_stages(temporary, flat, policy, notes=notes, samples=stored)
         else:
-            model = assemble(flat, policy, thresholds=thresholds, notes=notes)
             if stored:
                 model.metadata_props[SAMPLES_KEY] = stored
-            ir.save(model, temporary)
-            seal(temporary)
+            save_model(model, temporary)
         try:
             with as_graph_errors():
                 runtime = "openvino" if precision == "bf16" else "onnxruntime"
@@ -197,6 +197,19 @@ def _check_options(thresholds: Any, free: Any, layout: Any, policy: Any) -> None
             "layout='stages' needs a policy, and takes thresholds and batches of any size with each call; leave "
             f"thresholds='default' and free='batch'; got policy={policy!r}, {thresholds!r} and {free!r}"
         )
+
+
+@contextlib.contextmanager
+def _placed(path: str | os.PathLike[str], model: ir.Model | None) -> Iterator[Path]:
+    """Yield a temporary path for a model, or without one for a folder, and give it its name if the block succeeds."""
+    if model is not None and is_large(model):
+        with replacing_with_weights(path) as temporary:
+            yield temporary
+        return
+    with replacing_folder(path, MANIFEST, STAGE_FILES) if model is None else replacing(path) as temporary:
+        yield temporary
+    if model is not None:
+        remove_weights(path)
 
 
 def _promise_of(choice: Choice) -> str:

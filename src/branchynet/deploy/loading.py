@@ -14,7 +14,7 @@ from ..environment import require
 from ..errors import FileError, InputError
 from ..extras import needed_by
 from ..files import check_path, regular
-from .checksum import check_seal
+from .checksum import check_seal, check_weights
 from .engine import Engine, Graph, read_metadata
 from .input_checks import Input
 from .staged_engine import StagedEngine
@@ -126,7 +126,9 @@ def load(
 def _open_in(runtime: str, path: str | os.PathLike[str], threads: int | None, providers: Sequence[Provider]) -> Graph:
     """Open one ONNX file in a runtime. Raise `FileError`."""
     if runtime != "openvino":
-        return _open(path, threads, providers)
+        graph = _open(path, threads, providers)
+        check_weights(path, graph.metadata)
+        return graph
     with needed_by("runtime='openvino'", extra="openvino"):
         from .openvino_engine import open_in_openvino
     return open_in_openvino(path, threads)

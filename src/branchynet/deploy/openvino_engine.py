@@ -1,7 +1,11 @@
 """Open an exported file in OpenVINO, on the CPU."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,17 +13,21 @@ import onnx
 from numpy.typing import NDArray
 
 from ..errors import FileError
+from .checksum import check_weights
 from .engine import Feeds, Graph, read_metadata
 from .input_checks import Input
-from .onnx_file import entries, read_model
+from .onnx_file import entries, parse_model, read_model
 
 
 def open_in_openvino(path: str | os.PathLike[str], threads: int | None) -> Graph:
     """Open a file that `export` wrote, for `branchynet.load`. Raise `FileError`."""
     import openvino
 
-    model = read_model(path)
+    model = parse_model(path)
     metadata = read_metadata(entries(model, path), path)
+    check_weights(path, metadata)
+    if metadata.get("weights") is None:
+        model = read_model(path)
     # OpenVINO turns an input with a default value into a constant, so remove the default; the engine feeds it.
     weights = [t for t in model.graph.initializer if t.name not in {i.name for i in model.graph.input}]
     del model.graph.initializer[:]
@@ -32,9 +40,10 @@ def open_in_openvino(path: str | os.PathLike[str], threads: int | None) -> Graph
         options["INFERENCE_NUM_THREADS"] = int(threads)
     try:
         core = openvino.Core()
-        graph = core.read_model(model.SerializeToString())
-        _fix_shapes_of_biases(graph)
-        compiled = core.compile_model(graph, "CPU", options)
+        with _readable(model, path, metadata) as readable:
+            graph = core.read_model(readable)
+            _fix_shapes_of_biases(graph)
+            compiled = core.compile_model(graph, "CPU", options)
         inputs = tuple(_input(i) for i in model.graph.input)
     except Exception as error:  # a damaged file raises other errors too, such as UnicodeDecodeError
         version = openvino.__version__.split("-")[0]
@@ -44,6 +53,27 @@ def open_in_openvino(path: str | os.PathLike[str], threads: int | None) -> Graph
     return Graph(
         _Requests(compiled, inputs), inputs, frozenset(i.name for i in inputs), len(compiled.outputs), metadata
     )
+
+
+@contextlib.contextmanager
+def _readable(
+    model: onnx.ModelProto, path: str | os.PathLike[str], metadata: Mapping[str, Any]
+) -> Iterator[bytes | Path]:
+    """Yield what OpenVINO reads: a changed model with all its weights or, beyond 2 GB, one beside their file.
+
+    OpenVINO refuses symbolic links to other folders.
+    """
+    if (weights := metadata.get("weights")) is None:
+        yield model.SerializeToString()
+        return
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        source, place = Path(path).parent / weights["file"], Path(folder) / weights["file"]
+        try:
+            place.hardlink_to(source)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(source, place)
+        onnx.save(model, Path(folder) / "model.onnx")
+        yield Path(folder) / "model.onnx"
 
 
 def _fix_shapes_of_biases(model: Any) -> None:

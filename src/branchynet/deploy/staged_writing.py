@@ -19,8 +19,9 @@ from ..graph.onnx_padding import keep_zero_padding
 from ..graph.onnx_stages import StageGraph, write_stages
 from ..policy.values import Policy, score_name
 from .assembly import about
-from .checksum import check_seal, seal
+from .checksum import check_seal
 from .engine import METADATA_KEY
+from .model_file import save_model
 from .staged_files import FORMAT, MANIFEST, Manifest, StageEntry, StageValue
 from .stored_samples import SAMPLES_KEY
 
@@ -52,8 +53,7 @@ def save_stages(
         if samples and n == 1:
             stage.model.metadata_props[SAMPLES_KEY] = samples
         path = folder / f"stage_{n}.onnx"
-        ir.save(stage.model, path)
-        seal(path)
+        save_model(stage.model, path)
         entries.append(_entry(stage, n, path, policy))
     inputs = tuple(_value(value, "network") for value in flat.model.graph.inputs)
     write_sealed(

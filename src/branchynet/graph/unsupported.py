@@ -11,7 +11,6 @@ from ..errors import GraphError
 from .torch_flat import place_of
 from .torch_program import name_of, readable_path
 
-LIMIT = (1 << 31) - (1 << 24)  # bytes of weights: protobuf allows 2 GiB in total, and the graph needs space too
 _COMPUTED = {torch.float16, torch.float32, torch.float64, torch.bool, torch.uint8, torch.uint16, torch.uint32}
 _COMPUTED |= {torch.uint64, torch.int8, torch.int16, torch.int32, torch.int64}
 _ALTERNATIVE = "or run the network in PyTorch, with branchynet.deploy.torch_engine.TorchEngine"
@@ -25,28 +24,19 @@ def check_writable(exported: torch.export.ExportedProgram, inputs: Sequence[str]
         inputs: the names of its inputs.
 
     Raises:
-        GraphError: an input is complex; a dtype is one that ONNX Runtime cannot compute, such as bfloat16; an LSTM
-            projects its state; or the weights take more than 2 GB.
+        GraphError: an input is complex; a dtype is one that ONNX Runtime cannot compute, such as bfloat16; or an LSTM
+            projects its state.
     """
     signature = exported.graph_signature
     stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     names = {node: f"the weight {readable_path(path)!r}" for node, path in stored.items()}
     names |= {node: f"the input {name!r}" for node, name in zip(signature.user_inputs, inputs, strict=True)}
-    sizes: dict[int, int] = {}
     for node in exported.graph.nodes:
         if not node.users or node.op == "output":
             continue
         _check_types(node, names.get(node.name, f"{name_of(node)!r}{place_of(node)}"))
         if node.target is torch.ops.aten.lstm.input:
             _check_lstm(node)
-        if node.name in stored and isinstance(weight := exported.state_dict.get(stored[node.name]), Tensor):
-            sizes[weight.untyped_storage()._cdata] = weight.numel() * weight.element_size()
-    total = sum(sizes.values())
-    if total > LIMIT:
-        raise GraphError(
-            f"the network's weights take {total / 1e9:.2f} GB, but one ONNX file can hold at most 2 GB: make the "
-            f"network smaller, store its weights in half precision (net.half()), {_ALTERNATIVE}"
-        )
 
 
 def _check_types(node: fx.Node, what: str) -> None:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 from torch import nn
 
 from ..deploy.assembly import assemble
 from ..deploy.engine import Engine
 from ..deploy.loading import load
+from ..deploy.model_file import save_model
 from ..graph.macs import exit_macs
 from ..graph.onnx_flat import FlatGraph, flatten
 from ..graph.precision import converted
@@ -82,7 +82,7 @@ def opened(
     engines = {}
     for name, what in graphs.items():
         policy, outputs = (what, ()) if isinstance(what, Policy) else (None, what)
-        ir.save(assemble(flat, policy, outputs=outputs), folder / f"{name}.onnx")
+        save_model(assemble(flat, policy, outputs=outputs), folder / f"{name}.onnx")
         engines[name] = load(folder / f"{name}.onnx", threads=target.threads, runtime=target.runtime)
     return engines
 
