@@ -1,4 +1,4 @@
-"""Write folders of files, whole or not at all."""
+"""Write several files, in a folder or as a model with its weights, whole or not at all."""
 
 import contextlib
 import glob

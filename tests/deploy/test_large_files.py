@@ -147,7 +147,7 @@ def test_only_weights_of_this_model_are_removed(tmp_path):
 
 # 2.2 GB
 
-MEMORY, DISK = 12, 8  # GB that the test needs; a process that exports and runs the network reaches 7 GB
+MEMORY, DISK = 8, 6  # GB that the test needs
 
 LARGE = """
 import resource, sys
