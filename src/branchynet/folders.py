@@ -1,10 +1,12 @@
 """Write several files, in a folder or as a model with its weights, whole or not at all."""
 
 import contextlib
+import ctypes
 import glob
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -30,14 +32,8 @@ def replacing_folder(path: str | os.PathLike[str], known_by: str, others: str) -
     """
     check_path(path)
     final = Path(os.path.realpath(path))
-    if final.exists():
-        names = {entry.name for entry in final.iterdir()} if final.is_dir() else {""}
-        if names and known_by not in names:
-            raise FileError(f"cannot write {path}: it exists and holds no {known_by}; give the path of a new folder")
-        if foreign := sorted(name for name in names - {known_by} if not re.fullmatch(others, name)):
-            raise FileError(
-                f"cannot replace {path}: it also holds {foreign[0]!r}; remove that, or give the path of a new folder"
-            )
+    if final in (here := Path.cwd(), *here.parents):
+        raise FileError(f"cannot write {path}: it is the current folder, or holds it; give the path of a new folder")
     make_folder(final.parent, path)
     with _partial_folder(final, path) as temporary:
         yield temporary
@@ -112,6 +108,7 @@ def _partial_folder(final: Path, path: str | os.PathLike[str]) -> Iterator[Path]
     """Yield a temporary folder beside `final`, which is removed afterwards if it is still there."""
     temporary = handle = None
     try:
+        _check_replaceable(final, path, known_by, others)
         _remove_partial_folders(final)
         temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}-", suffix=".partial", dir=final.parent))
         handle = _locked_folder(temporary)
@@ -129,10 +126,24 @@ def _partial_folder(final: Path, path: str | os.PathLike[str]) -> Iterator[Path]
             os.close(handle)
 
 
+def _check_replaceable(final: Path, path: str | os.PathLike[str], known_by: str, others: str) -> None:
+    """Raise `FileError` if something that is not a folder of this kind is at `final`."""
+    if final.exists():
+        names = {entry.name for entry in final.iterdir()} if final.is_dir() else {""}
+        if names and known_by not in names:
+            raise FileError(f"cannot write {path}: it exists and holds no {known_by}; give the path of a new folder")
+        if foreign := sorted(name for name in names - {known_by} if not re.fullmatch(others, name)):
+            raise FileError(
+                f"cannot replace {path}: it also holds {foreign[0]!r}; remove that, or give the path of a new folder"
+            )
+
+
 def _exchange(new: Path, final: Path) -> None:
-    """Rename `new` to `final`; if that fails, an earlier `final` is back at its place."""
+    """Rename `new` to `final`. An earlier `final` gets the name of `new`, in one step where the system can do that."""
     if not final.exists():
         new.rename(final)
+        return
+    if _swapped(new, final):
         return
     old = Path(tempfile.mkdtemp(prefix=f".{final.name}-", suffix=".partial", dir=final.parent))
     final.replace(old)
@@ -142,6 +153,15 @@ def _exchange(new: Path, final: Path) -> None:
         old.rename(final)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _swapped(one: Path, other: Path) -> bool:
+    """Exchange the names of two folders in one step. Return whether this system can do that."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    if renameat2 is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def _locked_folder(folder: Path) -> int | None:

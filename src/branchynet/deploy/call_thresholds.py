@@ -3,6 +3,7 @@
 Shape letters: B samples in a batch, N exits.
 """
 
+import contextlib
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -60,9 +61,12 @@ def thresholds_of_rows(thresholds: Any, part: slice, samples: int) -> Any:
     if thresholds is None or not hasattr(thresholds, "__iter__"):
         return thresholds
     given = list(thresholds)
-    if given and all(isinstance(one, Policy) for one in given):
-        return given[part]
-    return [t[part] if (values := _rows(t)) is not None and len(values) == samples else t for t in given]
+    if given and all(isinstance(one, (Policy, Choice)) for one in given):
+        check_lengths([np.empty(len(given))], samples)
+        return given[part] if len(given) > 1 else given
+    each = {n: values for n, t in enumerate(given) if (values := _rows(t)) is not None}
+    check_lengths(each.values(), samples)
+    return [t[part] if len(each.get(n, ())) > 1 else t for n, t in enumerate(given)]
 
 
 def check_lengths(lengths: Iterable[int], samples: int) -> None:
@@ -88,7 +92,10 @@ def _rows(threshold: Any) -> Floats | None:
     """Return thresholds per sample as an array; None for a single number and for what is none."""
     if getattr(threshold, "ndim", 0) != 1:
         return None
-    values = threshold.detach().cpu().numpy() if hasattr(threshold, "detach") else threshold
+    values = threshold
+    if hasattr(threshold, "detach"):
+        with contextlib.suppress(TypeError, RuntimeError):  # numpy has no bfloat16 or sparse tensors
+            values = threshold.detach().cpu().numpy()
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiu":
         raise InputError(f"thresholds per sample must be numbers; got {values!r:.80}")
     if len(values) and math.isnan(np.minimum.reduce(values)):

@@ -109,12 +109,12 @@ def reached(stages: Sequence[Stage], inputs: Rows, samples: int, thresholds: Seq
             yield rows, answers, np.zeros(len(rows), bool)
             return
         stay = stays(score, threshold if len(threshold) == 1 else threshold[rows])
-        yield rows, answers, stay
-        kept = stay.nonzero()[0]
+        kept, found = stay.nonzero()[0], (rows, answers, stay)
+        if 0 < len(kept) < len(rows):  # before the answers go out: the caller may then change the inputs
+            rows, held = rows[kept], {name: value.take(kept, axis=0) for name, value in held.items()}
+        yield found
         if not len(kept):
             return
-        if len(kept) < len(rows):
-            rows, held = rows[kept], {name: value.take(kept, axis=0) for name, value in held.items()}
 
 
 def leaving(parts: Iterable[Reached]) -> Iterator[tuple[Ints, Prediction]]:

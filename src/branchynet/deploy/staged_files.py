@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import FileError
-from ..files import read_sealed
+from ..files import read_json, read_sealed
+from ..policy.values import Policy
 from ..stored_values import from_stored
 from .checksum import check_seal
 from .engine import METADATA_KEY, read_metadata
@@ -89,12 +90,16 @@ def read_manifest(folder: str | os.PathLike[str]) -> tuple[Manifest, dict[str, A
     """
     path = Path(folder) / MANIFEST
     stored = read_sealed(path, "stages", _REMEDY)
+    if isinstance(stored, Mapping) and "sha256" not in read_json(path):
+        raise FileError(f"{path} has no checksum; {_REMEDY}")
     found = stored.get("format") if isinstance(stored, Mapping) else None
     if isinstance(found, int) and found > FORMAT:
         raise FileError(f"{path} has format {found}, newer than {FORMAT}; upgrade branchynet")
     manifest = from_stored(Manifest, stored, path, "export(..., layout='stages')")
     metadata = read_metadata({METADATA_KEY: json.dumps(manifest.metadata)}, path)
     _check_order(manifest.stages, path)
+    _check_policy(manifest.stages, metadata["policy"], path)
+    _check_values(manifest, path)
     for n, stage in enumerate(manifest.stages, 1):
         _check_file(Path(folder) / stage.file, stage, n, folder)
     return manifest, metadata
@@ -103,6 +108,26 @@ def read_manifest(folder: str | os.PathLike[str]) -> tuple[Manifest, dict[str, A
 def _check_order(stages: Sequence[StageEntry], path: Path) -> None:
     if [stage.file for stage in stages] != [f"stage_{n}.onnx" for n in range(1, len(stages) + 1)] or not stages:
         raise FileError(f"{path} does not list stage_1.onnx, stage_2.onnx, ... in order; {_REMEDY}")
+
+
+def _check_policy(stages: Sequence[StageEntry], stored: Any, path: Path) -> None:
+    """Raise `FileError` unless the exits and thresholds of the stages are those of the policy."""
+    policy = None if stored is None else Policy.from_json(stored)
+    early = [] if policy is None else [(n, t) for n, t in enumerate(policy.thresholds, 1) if t is not None]
+    wanted = [*early, (None if policy is None else policy.num_exits, None)]
+    if [(stage.exit, stage.threshold) for stage in stages] != wanted:
+        raise FileError(f"the exits and thresholds of the stages in {path} are not those of its policy; {_REMEDY}")
+
+
+def _check_values(manifest: Manifest, path: Path) -> None:
+    """Raise `FileError` unless every input of a stage is an input of the network, or a value of an earlier stage."""
+    known: dict[str, tuple[Any, ...]] = {v.name: ("network", v.dtype, v.shape) for v in manifest.inputs}
+    for n, stage in enumerate(manifest.stages, 1):
+        answers = [v.name for v in stage.outputs[:3]]
+        unknown = [v.name for v in stage.inputs if known.get(v.name) != (v.source, v.dtype, v.shape)]
+        if unknown or not stage.inputs or answers != ["label", "score", "output"]:
+            raise FileError(f"the inputs and outputs of stage {n} in {path} do not fit the other stages; {_REMEDY}")
+        known |= {v.name: (n, v.dtype, v.shape) for v in stage.outputs[3:]}
 
 
 def _check_file(path: Path, stage: StageEntry, n: int, folder: str | os.PathLike[str]) -> None:

@@ -178,7 +178,7 @@ class TorchEngine:
             answer = _put_back(answer, output, score, stage.exit, left[0])
             if threshold is None:
                 break
-            if isinstance(threshold, Tensor) and left[0] is not None:
+            if isinstance(threshold, Tensor) and len(threshold) > 1 and left[0] is not None:
                 threshold = threshold.index_select(0, left[0])
             deeper = stays(score, threshold).nonzero().squeeze(1)
             if not len(deeper):

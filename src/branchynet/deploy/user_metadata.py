@@ -31,7 +31,7 @@ def plain_values(preprocessing: Mapping[str, Any] | None) -> Any:
         raise TypeError(f"it holds {value!r} of type {type(value).__name__}")
 
     try:
-        return json.loads(json.dumps(preprocessing, default=plain))
+        return json.loads(json.dumps(preprocessing, default=plain, allow_nan=False))
     except (TypeError, ValueError) as error:  # also for other types of keys, and circular references
         raise InputError(
             f"preprocessing= cannot be kept in a file: {error}; give numbers, strings, lists and dicts"

@@ -62,6 +62,8 @@ class _Stage:
         plan, section = self.cut.plans[self.i], self.section
         for value, axis in plan.takes.items():
             self._take(value, axis or 0)
+        if not plan.takes:  # the answer depends on the number of samples alone
+            self._take(self.flat.model.graph.inputs[0], 0)
         for node in self.flat.model.graph:
             if any(self.cut.stage.get(v) == self.i + 1 for v in node.outputs):
                 self._emit(node)
