@@ -36,6 +36,7 @@ def replacing_folder(path: str | os.PathLike[str], known_by: str, others: str) -
         raise FileError(f"cannot write {path}: it is the current folder, or holds it; give the path of a new folder")
     make_folder(final.parent, path)
     with _partial_folder(final, path) as temporary:
+        _check_replaceable(final, path, known_by, others)
         yield temporary
         os.umask(mask := os.umask(0))
         _finish_files(temporary, mask)
@@ -108,7 +109,6 @@ def _partial_folder(final: Path, path: str | os.PathLike[str]) -> Iterator[Path]
     """Yield a temporary folder beside `final`, which is removed afterwards if it is still there."""
     temporary = handle = None
     try:
-        _check_replaceable(final, path, known_by, others)
         _remove_partial_folders(final)
         temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}-", suffix=".partial", dir=final.parent))
         handle = _locked_folder(temporary)

@@ -62,10 +62,10 @@ def thresholds_of_rows(thresholds: Any, part: slice, samples: int) -> Any:
         return thresholds
     given = list(thresholds)
     if given and all(isinstance(one, (Policy, Choice)) for one in given):
-        check_lengths([np.empty(len(given))], samples)
+        check_lengths([len(given)], samples)
         return given[part] if len(given) > 1 else given
     each = {n: values for n, t in enumerate(given) if (values := _rows(t)) is not None}
-    check_lengths(each.values(), samples)
+    check_lengths(map(len, each.values()), samples)
     return [t[part] if len(each.get(n, ())) > 1 else t for n, t in enumerate(given)]
 
 
