@@ -28,7 +28,7 @@ STATED = {name: [Requirement(a or b) for a, b in found] for name, found in LISTS
 BASE = {
     "BranchyNetError", "BudgetController", "Choice", "Engine", "ExitCost", "ExitRecord", "History", "Monitor",
     "Outcome", "Policy", "Prediction", "Promise", "__version__", "data", "evaluate", "frontier", "load", "nn", "report",
-    "Target", "verify",
+    "StagedEngine", "Target", "verify",
 }  # fmt: skip
 
 

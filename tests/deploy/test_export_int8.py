@@ -90,7 +90,7 @@ def test_thresholds_chosen_on_the_int8_record_hold_in_the_file(net, recorded, tm
     _, seen = recorded
     policy = Policy(thresholds=safe_thresholds(seen.outputs, (0.5,)))
     engine = load(export(net, tmp_path / "m.onnx", policy=policy, example=images(4), **options, **INT8), threads=1)
-    size = options.get("batch", 64)
+    size = 1 if "free" in options else 64
     x, left = images(seed=1).numpy(), []
     for at in range(0, 64, size):
         answer = engine(x[at : at + size])

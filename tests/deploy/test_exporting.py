@@ -37,7 +37,7 @@ from helpers.chains import TWO, Chain, branchy, inputs
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     path = tmp_path_factory.mktemp("exported") / "model.onnx"
-    notes = {"labels": ["ant", "bee", "cat", "dog"], "preprocessing": {"size": [2, 3]}, "promise": "at most 1 point"}
+    notes = {"labels": ["ant", "bee", "cat", "dog"], "preprocessing": {"size": [2, 3]}}
     export(branchy(), path, policy=TWO, example=inputs().requires_grad_(), **notes)
     return path
 
@@ -58,7 +58,7 @@ def test_metadata_says_all_that_is_documented(exported):
         "output_shape": [4],
         "labels": ["ant", "bee", "cat", "dog"],
         "preprocessing": {"size": [2, 3]},
-        "promise": "at most 1 point",
+        "promise": None,
         "network": fingerprint(branchy()),
         "selected_on": [],
         "sample_bytes": engine.metadata["sample_bytes"],
@@ -112,7 +112,7 @@ STORED = Policy.from_json({"score": "entropi", "thresholds": [0.5, 0.5]})  # a n
         ({"policy": Policy(thresholds=(0.5,))}, "1 thresholds; 3 exits need 2"),
         ({"policy": Policy(thresholds=(0.5,) * 3)}, "3 thresholds; 3 exits need 2"),
         ({"thresholds": "constant"}, "'constant'"),
-        ({"batch": 2}, "2"),
+        ({"free": 2}, "2"),
         ({"example": [[1.0]]}, "tensor"),
         ({"example": ()}, "tensor"),
         ({"example": torch.tensor(1.0)}, "leading batch"),

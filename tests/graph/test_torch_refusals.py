@@ -79,7 +79,7 @@ def test_a_decision_for_a_whole_batch_is_refused():
         made.meta["val"] = example()
     assert name_of(node) == "cond"
     with pytest.raises(GraphError, match=r"'cond'.*whole batch"):
-        check(node, TorchGraph(tuple(graph.nodes), (), (), (), {}, None))
+        check(node, TorchGraph(tuple(graph.nodes), (), (), (), {}, None, (), ()))
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def test_the_plain_network_is_the_last_one():
 def test_the_timed_plain_network_is_the_last_one(tmp_path):
     net, x = two_inputs()
     for build in (lambda n: n, averaged):
-        flat, plain, macs = flat_graphs(build(net), x, agreement, None, None)
+        flat, plain, macs = flat_graphs(build(net), x, agreement, "float32", None)
         engines = part_engines(flat, tmp_path, Target(batch_size=4), plain=plain)
         arrays = [v.numpy() for v in x]
         np.testing.assert_allclose(engines["plain"].outputs(*arrays)[-1], net.backbone(*x).detach().numpy(), atol=1e-5)

@@ -131,7 +131,8 @@ def _open_in(runtime: str, path: str | os.PathLike[str], threads: int | None, pr
         return graph
     with needed_by("runtime='openvino'", extra="openvino"):
         from .openvino_engine import open_in_openvino
-    return open_in_openvino(path, threads)
+
+        return open_in_openvino(path, threads)
 
 
 def _reopened(path: str, threads: Any, providers: Any, runtime: Any, sealed: str | None) -> Engine:
