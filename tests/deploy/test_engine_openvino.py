@@ -307,3 +307,40 @@ def test_a_missing_package_is_named_with_the_command_to_install_it(engine, folde
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'branchynet\[openvino\]'"):
         load(folder / "model.onnx", runtime="openvino")
+
+
+class Casts(torch.nn.Module):
+    """Casts of the input, which later stages read."""
+
+    def __init__(self):
+        super().__init__()
+        self.classify = torch.nn.Linear(6, 3)
+
+    def forward(self, x):
+        small, half, double = (x * 10).clamp(0, 200).to(torch.uint8), x.half(), x.double() * 1e-3
+        return tuple(
+            self.classify(mixed.float())
+            for mixed in (small.float() * 0.1 + half.float() + double, small - half.float(), half.float() * 3 + double)
+        )
+
+
+@pytest.mark.parametrize("layout", ["nested", "stages", "flat"])
+def test_a_call_does_not_read_the_arrays_of_earlier_calls(layout, tmp_path):
+    torch.manual_seed(0)
+    net, x = Casts().eval(), torch.randn(16, 6)
+    with torch.no_grad():
+        outputs = np.stack([o.numpy() for o in net(x)], axis=1)
+    policy = None if layout == "flat" else Policy(thresholds=safe_thresholds(outputs, (0.4, 0.5)))
+    options = {"layout": "stages"} if layout == "stages" else {}
+    engine = load(export(net, tmp_path / "net", policy=policy, example=x, **options), threads=1, runtime="openvino")
+    for size in (1, 2, 16):
+        for start in range(0, 16, size):
+            rows = slice(start, start + size)
+            part = x.numpy()[rows].copy()  # freed after the call
+            if policy is None:
+                np.testing.assert_allclose(np.stack(engine.outputs(part)[1:], axis=1), outputs[rows], atol=0.02)
+            else:
+                found, expected = engine(part), [figure_2(z, policy.thresholds) for z in outputs[rows]]
+                assert found.exit.tolist() == [n for n, _ in expected]
+                # The casts to half precision round by up to 0.001 of values near 3.
+                np.testing.assert_allclose(found.output, [z for _, z in expected], atol=0.02)

@@ -108,8 +108,8 @@ class _Requests:
         except IndexError:
             request = self.compiled.create_infer_request()
         try:
-            # Copying the inputs takes several times as long as a small network; outputs are copied.
-            return request.infer({name: feeds[name] for name in self.names}, share_inputs=True).to_tuple()
+            # Not shared: with casts of an input, OpenVINO later reads the memory of an earlier call's array.
+            return request.infer({name: feeds[name] for name in self.names}, share_inputs=False).to_tuple()
         finally:
             self.free.append(request)
 
