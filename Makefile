@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 LOWEST := .venv-lowest
 
-.PHONY: demo test test-avx2 test-amd test-lowest test-minimal test-node lowest lint types imports unit wheel format clean
+.PHONY: demo test test-heavy test-avx2 test-amd test-lowest test-minimal test-node lowest lint types imports unit wheel format clean
 
 demo: $(VENV)/.ready
 	$(BIN)/branchynet demo
@@ -24,6 +24,10 @@ imports: $(VENV)/.ready
 
 unit: $(VENV)/.ready
 	$(BIN)/pytest -n auto --dist loadfile
+
+# The networks of transformers, and networks of more than 2 GB.
+test-heavy: $(VENV)/.ready
+	$(BIN)/pytest -n auto --dist worksteal -m heavy
 
 # Tests of what depends on the processor's kernels, as on a processor with AVX2 alone, and as on an AMD EPYC of Zen 2: on
 # Linux for x86-64, where the processor lets a process hide instructions. It says so where it cannot.

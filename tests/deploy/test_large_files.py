@@ -193,6 +193,7 @@ def short_of(folder):
     return "" if disk > DISK else f"{disk:.0f} GB of free disk, {DISK} needed"
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("layout", "runtime"), [("nested", "onnxruntime"), ("nested", "openvino"), ("stages", "onnxruntime")]
 )

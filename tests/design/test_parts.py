@@ -15,7 +15,6 @@ from branchynet.design.advising import _finalists
 from branchynet.design.candidates import Candidate, CandidateNetwork, attach_candidates
 from branchynet.design.exit_search import CandidateScores, ExitSet, break_even, least_us, search_exit_sets
 from branchynet.design.part_times import Batch, StageTimes, time_stages
-from branchynet.graph.macs import exit_macs
 from branchynet.graph.onnx_flat import flatten
 from branchynet.nn.attaching import attach_branches
 from branchynet.nn.branches import named_branches
@@ -91,8 +90,17 @@ def test_all_candidates_share_one_trunk():
 
 
 def macs(net, x):
-    """Multiply-accumulates of a plain network, counted on its exported graph."""
-    return sum(exit_macs(flatten(net.eval(), x, score=entropy))[0])
+    """Multiply-accumulates per sample of a network of convolutions and linear layers, counted in a forward pass."""
+    counts = []
+    layers = [m for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    hooks = [
+        m.register_forward_hook(lambda m, _, out: counts.append(out[0].numel() * m.weight[0].numel())) for m in layers
+    ]
+    net.eval()(x)
+    for hook in hooks:
+        hook.remove()
+    assert len(counts) == len(layers)
+    return sum(counts)
 
 
 @torch.no_grad()
