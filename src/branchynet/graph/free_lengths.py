@@ -24,7 +24,7 @@ Free = Mapping[str, Mapping[int, str]]
 
 _LEAST = 2  # torch.export treats a size of 1 as a constant
 _STEPS, _RUN = 64, 16  # the largest step, and how many lengths in a row must be allowed
-_NEAR, _FAR = 1024, 1 << 24  # every length is tried up to `_NEAR` steps from the example
+_NEAR, _FAR = 1024, 1 << 20  # every length is tried up to `_NEAR` steps from the example
 
 
 def free_axes(free: Free, names: Sequence[str], tensors: Sequence[Tensor]) -> list[dict[int, str]]:
