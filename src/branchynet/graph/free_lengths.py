@@ -5,15 +5,14 @@ far as all guards hold.
 """
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import SymInt, Tensor, nn
 from torch.nn.modules import module as hooks
-from torch.utils._sympy.printers import PythonPrinter
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from ..argument_checks import described
 from ..errors import GraphError, InputError
@@ -182,12 +181,12 @@ class _Guards:
     ) -> None:
         self.symbols, self.fixed, self.sizes = symbols, fixed, sizes
         self.known = {**fixed, **{symbol: sizes[length] for symbol, length in symbols.items()}}
-        self.codes = [compile(PythonPrinter().doprint(guard.expr), "guard", "eval") for guard in watch.guards()]
+        self.expressions = [guard.expr for guard in watch.guards()]
 
     def broken(self, changed: Mapping[str, int]) -> int | None:
         """Return the first guard that does not hold if lengths have other sizes; None if all hold."""
         sizes = {**self.known, **{s: changed[length] for s, length in self.symbols.items() if length in changed}}
-        return next((n for n, code in enumerate(self.codes) if not _holds(code, sizes)), None)
+        return next((n for n, guard in enumerate(self.expressions) if not _holds(guard, sizes)), None)
 
     def around(self, size: int, lengths: Sequence[str]) -> tuple[int, int | None, int] | None:
         """Return the least and the largest allowed size, and the step; None if only one size is allowed."""
@@ -208,7 +207,7 @@ class _Guards:
     def broken_near(self, size: int, length: str) -> int:
         """Return a guard that fixes a length."""
         near = (self.broken({length: n}) for n in (2 * size, max(_LEAST, size // 2), size + 1, size - 1))
-        return next((n for n in near if n is not None), len(self.codes))
+        return next((n for n in near if n is not None), len(self.expressions))
 
 
 def _most(allowed: Callable[[int], bool], size: int, step: int) -> int | None:
@@ -228,10 +227,11 @@ def _most(allowed: Callable[[int], bool], size: int, step: int) -> int | None:
     return size + good * step
 
 
-def _holds(code: Any, sizes: Mapping[str, int]) -> bool:
+def _holds(guard: Any, sizes: Mapping[str, int]) -> bool:
+    if any(str(symbol) not in sizes for symbol in guard.free_symbols):
+        return True  # it is about a size that depends on values
     try:
-        return bool(eval(code, {"math": math, "torch": torch}, dict(sizes)))
-    except NameError:  # it is about a size that depends on values
-        return True
+        known = {symbol: sizes[str(symbol)] for symbol in guard.free_symbols}
+        return bool(sympy_interp(PythonReferenceAnalysis, known, guard))
     except ZeroDivisionError:
         return False
