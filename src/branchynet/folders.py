@@ -110,8 +110,7 @@ def _partial_folder(final: Path, path: str | os.PathLike[str]) -> Iterator[Path]
     temporary = handle = None
     try:
         _remove_partial_folders(final)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}-", suffix=".partial", dir=final.parent))
-        handle = _locked_folder(temporary)
+        temporary, handle = _claimed_folder(final)
         yield temporary
         with contextlib.suppress(OSError):  # not every system can sync a folder
             _sync(final.parent, os.O_RDONLY)
@@ -140,7 +139,7 @@ def _check_replaceable(final: Path, path: str | os.PathLike[str], known_by: str,
 
 def _exchange(new: Path, final: Path) -> None:
     """Rename `new` to `final`. An earlier `final` gets the name of `new`, in one step where the system can do that."""
-    if not final.exists():
+    with contextlib.suppress(OSError):  # `final` is there, or another process has just written it
         new.rename(final)
         return
     if _swapped(new, final):
@@ -164,14 +163,19 @@ def _swapped(one: Path, other: Path) -> bool:
     return renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
-def _locked_folder(folder: Path) -> int | None:
-    """Open and lock a folder, until the handle is closed or the process ends."""
-    if fcntl is None:
-        return None
-    handle = os.open(folder, os.O_RDONLY)
-    with contextlib.suppress(OSError):  # a file system without locks
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return handle
+def _claimed_folder(final: Path) -> tuple[Path, int | None]:
+    """Create a temporary folder for `final`, locked until its handle is closed or the process ends."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{final.name}-", suffix=".partial", dir=final.parent))
+        if fcntl is None:
+            return folder, None
+        with contextlib.suppress(FileNotFoundError):  # another process removed it before it was locked
+            handle = os.open(folder, os.O_RDONLY)
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            if os.fstat(handle).st_nlink:
+                return folder, handle
+            os.close(handle)
 
 
 def _remove_partial_folders(final: Path) -> None:
