@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .argument_checks import instance
-from .errors import FileError, printable
+from .errors import FileError, InputError, printable
 
 try:
     import fcntl
@@ -38,16 +38,25 @@ def replacing(path: AnyPath) -> Iterator[Path]:
         FileError: the folder cannot be created, the file cannot be written (disk full, no permission), or `path` is a
             folder, pipe, socket or device.
     """
-    final = _writable(path)
+    final = writable(path)
+    with partial(final, path) as temporary:
+        yield temporary
+        finish(temporary)
+        temporary.replace(final)
+
+
+@contextlib.contextmanager
+def partial(final: Path, path: AnyPath, *, folder: bool = False) -> Iterator[Path]:
+    """Yield a temporary file or folder beside `final`, locked meanwhile, and remove it if it is still there afterwards.
+
+    Those that killed processes left for `final` are removed first. An error of the system becomes a `FileError` that
+    names `path`.
+    """
     temporary = handle = None
     try:
         remove_partial(final)
-        handle, temporary = _claimed(final)
+        temporary, handle = _claimed(final, folder)
         yield temporary
-        _sync(temporary, os.O_RDWR)
-        os.umask(mask := os.umask(0))
-        temporary.chmod(0o666 & ~mask)
-        temporary.replace(final)
         with contextlib.suppress(OSError):  # not every system can sync a folder
             _sync(final.parent, os.O_RDONLY)
     except FileError:
@@ -56,14 +65,25 @@ def replacing(path: AnyPath) -> Iterator[Path]:
         raise _unwritable(path, error) from error
     finally:
         if temporary is not None:
-            temporary.unlink(missing_ok=True)
+            _discard(temporary)
         if handle is not None:
             os.close(handle)
 
 
-def _writable(path: AnyPath) -> Path:
+def finish(temporary: Path) -> None:
+    """Write a file, or all files of a folder, to the disk, and give them the permissions of ordinary ones."""
+    os.umask(mask := os.umask(0))
+    folder = temporary.is_dir()
+    for file in temporary.iterdir() if folder else [temporary]:
+        _sync(file, os.O_RDWR)
+        file.chmod(0o666 & ~mask)
+    if folder:
+        temporary.chmod(0o777 & ~mask)
+
+
+def writable(path: AnyPath) -> Path:
     """Return the regular file that `path` names, which need not exist, and create its folder. Raises `FileError`."""
-    check_path(path)
+    check_path(path, "write")
     final = Path(path)
     try:
         if final.is_symlink():
@@ -74,16 +94,35 @@ def _writable(path: AnyPath) -> Path:
                 raise FileError(f"cannot write {path}: it is {what}; give the path of a regular file")
     except FileError:
         raise
-    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+    except OSError as error:
         raise _unwritable(path, error) from error
     return final
 
 
-def check_path(path: AnyPath) -> None:
-    """Raise `InputError` unless `path` is a path, and `FileError` if it is empty (Python's current folder)."""
+def check_path(path: AnyPath, use: str = "use") -> None:
+    """Raise `InputError` unless `path` is a path of text, and `FileError` if no file or folder can be there."""
     instance("path", path, (str, os.PathLike), "give the name of a file or folder")
-    if not os.fspath(path):
+    if not isinstance(text := os.fspath(path), str):
+        raise InputError(f"path must be text; got {text!r}: give os.fsdecode(path)")
+    if not text:  # Python's current folder
         raise FileError("an empty path names no file or folder; give its name, or . for the current folder")
+    try:
+        Path(path).lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # too long, no permission; with a null byte, or characters of no file
+        reason = getattr(error, "strerror", None) or error
+        raise FileError(f"cannot {use} {printable(text)}: {reason}; give another path") from error
+
+
+def check_utf8(path: AnyPath) -> None:
+    """Raise `FileError` unless `path` is valid UTF-8, which runtimes need to open a file."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError as error:
+        raise FileError(
+            f"the path {printable(os.fspath(path))} is not valid UTF-8, so no runtime can open it; rename it"
+        ) from error
 
 
 def check_folder(path: AnyPath) -> None:
@@ -102,7 +141,7 @@ def make_folder(folder: AnyPath, path: AnyPath | None = None) -> None:
         above = (Path(folder), *Path(folder).parents)
         file = next((p for p in above if os.path.lexists(p) and not p.is_dir()), folder)
         raise FileError(f"cannot write {path}: {file} is a file, not a folder; choose another folder") from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise _unwritable(path, error) from error
 
 
@@ -119,32 +158,50 @@ def _no_file(mode: int) -> str:
 
 
 def remove_partial(path: AnyPath) -> None:
-    """Remove the temporary files of `path` that no running process is writing."""
+    """Remove the temporary files and folders of `path` that no running process is writing."""
     if fcntl is None:
         return
     final = Path(path)
-    for partial in final.parent.glob(f".{glob.escape(final.stem)}-*.partial{glob.escape(final.suffix)}"):
+    for found in final.parent.glob(f".{glob.escape(final.stem)}-*.partial{glob.escape(final.suffix)}"):
         with contextlib.suppress(OSError):  # locked by its writer, removed meanwhile, or owned by another user
-            handle = os.open(partial, os.O_RDONLY | os.O_NONBLOCK)
+            handle = os.open(found, os.O_RDONLY | os.O_NONBLOCK)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                partial.unlink()
+                _discard(found)
             finally:
                 os.close(handle)
 
 
-def _claimed(final: Path) -> tuple[int | None, Path]:
-    """Create a temporary file for `final`, locked while its handle is open; if the process is killed, the lock ends."""
+def _discard(temporary: Path) -> None:
+    if temporary.is_dir():
+        shutil.rmtree(temporary, ignore_errors=True)
+    else:
+        temporary.unlink(missing_ok=True)
+
+
+def new_partial(final: Path, *, folder: bool) -> Path:
+    """Create a temporary file or folder for `final`, beside it."""
+    names: Any = {"prefix": f".{final.stem}-", "suffix": f".partial{final.suffix}", "dir": final.parent}
+    if folder:
+        return Path(tempfile.mkdtemp(**names))
+    handle, name = tempfile.mkstemp(**names)
+    os.close(handle)
+    return Path(name)
+
+
+def _claimed(final: Path, folder: bool) -> tuple[Path, int | None]:
+    """Create a temporary file or folder, locked until its handle is closed or the process ends."""
     while True:
-        handle, name = tempfile.mkstemp(prefix=f".{final.stem}-", suffix=f".partial{final.suffix}", dir=final.parent)
+        place = new_partial(final, folder=folder)
         if fcntl is None:
-            os.close(handle)  # Windows cannot rename an open file
-            return None, Path(name)
-        with contextlib.suppress(OSError):  # a file system without locks: `remove_partial` then removes nothing
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        if os.fstat(handle).st_nlink:
-            return handle, Path(name)
-        os.close(handle)  # another process removed the file before it was locked
+            return place, None  # Windows cannot rename an open file
+        with contextlib.suppress(FileNotFoundError):  # another process removed it before it was locked
+            handle = os.open(place, os.O_RDONLY if folder else os.O_RDWR)
+            with contextlib.suppress(OSError):  # a file system without locks: `remove_partial` then removes nothing
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            if os.fstat(handle).st_nlink:
+                return place, handle
+            os.close(handle)
 
 
 def _sync(path: Path, flags: int) -> None:
@@ -187,13 +244,11 @@ def locked(folder: AnyPath) -> Iterator[None]:
 
 def regular(path: AnyPath) -> Path:
     """Return `path` as a `Path`. Raises `FileError` unless it is a regular file: reading a pipe could block forever."""
-    check_path(path)
+    check_path(path, "read")
     try:
         mode = Path(path).stat().st_mode
     except OSError as error:
         raise FileError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:  # a path with a null byte
-        raise FileError(f"cannot read {os.fspath(path)!r}: {error}") from error
     if what := _no_file(mode):
         raise FileError(f"cannot read {path}: it is {what}; give the path of a regular file")
     return Path(path)

@@ -7,12 +7,11 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from .errors import FileError
-from .files import WEIGHTS, _sync, _unwritable, _writable, check_path, fcntl, make_folder
+from .files import WEIGHTS, check_path, fcntl, finish, make_folder, new_partial, partial, writable
 
 
 @contextlib.contextmanager
@@ -30,17 +29,15 @@ def replacing_folder(path: str | os.PathLike[str], known_by: str, others: str) -
     Raises:
         FileError: the folder cannot be written, or `path` is something else.
     """
-    check_path(path)
+    check_path(path, "write")
     final = Path(os.path.realpath(path))
     if final in (here := Path.cwd(), *here.parents):
         raise FileError(f"cannot write {path}: it is the current folder, or holds it; give the path of a new folder")
     make_folder(final.parent, path)
-    with _partial_folder(final, path) as temporary:
+    with partial(final, path, folder=True) as temporary:
         _check_replaceable(final, path, known_by, others)
         yield temporary
-        os.umask(mask := os.umask(0))
-        _finish_files(temporary, mask)
-        temporary.chmod(0o777 & ~mask)
+        finish(temporary)
         _exchange(temporary, final)
 
 
@@ -54,13 +51,12 @@ def replacing_with_weights(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         FileError: the files cannot be written, or `path` is a folder, pipe, socket or device.
     """
-    final = _writable(path)
+    final = writable(path)
     moved: list[Path] = []
-    with _partial_folder(final, path) as temporary:
+    with partial(final, path, folder=True) as temporary:
         model = temporary / final.name
         yield model
-        os.umask(mask := os.umask(0))
-        _finish_files(temporary, mask)
+        finish(temporary)
         weights = [file for file in temporary.iterdir() if file != model]
         with contextlib.ExitStack() as held:
             try:
@@ -97,34 +93,6 @@ def _hold(file: Path, until: contextlib.ExitStack) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def _finish_files(folder: Path, mask: int) -> None:
-    """Write the files to the disk, and give them the permissions of ordinary files."""
-    for file in folder.iterdir():
-        _sync(file, os.O_RDWR)
-        file.chmod(0o666 & ~mask)
-
-
-@contextlib.contextmanager
-def _partial_folder(final: Path, path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary folder beside `final`, which is removed afterwards if it is still there."""
-    temporary = handle = None
-    try:
-        _remove_partial_folders(final)
-        temporary, handle = _claimed_folder(final)
-        yield temporary
-        with contextlib.suppress(OSError):  # not every system can sync a folder
-            _sync(final.parent, os.O_RDONLY)
-    except FileError:
-        raise
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-        if handle is not None:
-            os.close(handle)
-
-
 def _check_replaceable(final: Path, path: str | os.PathLike[str], known_by: str, others: str) -> None:
     """Raise `FileError` if something that is not a folder of this kind is at `final`."""
     if final.exists():
@@ -144,7 +112,7 @@ def _exchange(new: Path, final: Path) -> None:
         return
     if _swapped(new, final):
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{final.name}-", suffix=".partial", dir=final.parent))
+    old = new_partial(final, folder=True)
     final.replace(old)
     try:
         new.rename(final)
@@ -161,32 +129,3 @@ def _swapped(one: Path, other: Path) -> bool:
         return False
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
-
-
-def _claimed_folder(final: Path) -> tuple[Path, int | None]:
-    """Create a temporary folder for `final`, locked until its handle is closed or the process ends."""
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=f".{final.name}-", suffix=".partial", dir=final.parent))
-        if fcntl is None:
-            return folder, None
-        with contextlib.suppress(FileNotFoundError):  # another process removed it before it was locked
-            handle = os.open(folder, os.O_RDONLY)
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(handle, fcntl.LOCK_EX)
-            if os.fstat(handle).st_nlink:
-                return folder, handle
-            os.close(handle)
-
-
-def _remove_partial_folders(final: Path) -> None:
-    """Remove the temporary folders of `final` that no running process is writing."""
-    if fcntl is None:
-        return
-    for partial in final.parent.glob(f".{glob.escape(final.name)}-*.partial"):
-        with contextlib.suppress(OSError):  # locked by its writer, removed meanwhile, or owned by another user
-            handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(partial)
-            finally:
-                os.close(handle)

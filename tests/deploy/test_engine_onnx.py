@@ -22,6 +22,7 @@ from branchynet.policy.values import Policy
 from helpers.loop import same
 from helpers.networks import draw, tokens, two_inputs
 from helpers.onnx_graphs import Sketch, flat_lenet, flat_of, hasty_threads
+from helpers.wrong_calls import IMAGE, VECTOR, WRONG_INPUTS, WRONG_THRESHOLDS
 
 OWN = (0.9, 1.0)
 
@@ -107,27 +108,7 @@ def test_an_exit_left_out_needs_none_as_its_threshold(folder):
 # Refused calls
 
 
-IMAGE, VECTOR = np.zeros((3, 2, 8, 8), np.float32), np.zeros((3, 5), np.float32)
-
-
-@pytest.mark.parametrize(
-    ("given_as", "message"),
-    [
-        ([], "0 inputs given.*reads 2: image: float32"),
-        ([IMAGE], "1 inputs given.*reads 2"),
-        ([IMAGE, VECTOR, VECTOR], "3 inputs given"),
-        ([IMAGE[:, :1], VECTOR], r"'image' is float32 \(3, 1, 8, 8\).*image: float32 \(B, 2, 8, 8\)"),
-        ([IMAGE, VECTOR[:, :4]], r"'vector' is float32 \(3, 4\)"),
-        ([IMAGE[0], VECTOR[0]], r"'image' is float32 \(2, 8, 8\)"),
-        ([IMAGE, np.float32(1)], "'vector' is float32"),
-        ([IMAGE.astype(np.float64), VECTOR], "'image' is float64"),
-        ([IMAGE, VECTOR.astype(np.int64)], "'vector' is int64"),
-        ([IMAGE, VECTOR.astype(">f4")], "'vector' is >f4|'vector' is float32"),
-        ([IMAGE, VECTOR.tolist()], "'vector' is list"),
-        ([IMAGE, VECTOR[:2]], r"batch sizes \[3, 2\]"),
-        ([IMAGE[:0], VECTOR], r"batch sizes \[0, 3\]"),
-    ],
-)
+@pytest.mark.parametrize(("given_as", "message"), WRONG_INPUTS)
 def test_wrong_inputs_are_named(engine, given_as, message):
     for call in (engine, engine.outputs):
         with pytest.raises(InputError, match=message):
@@ -142,18 +123,7 @@ def test_integer_types_are_distinguished(folder):
         engine(ids.astype(np.int32))
 
 
-@pytest.mark.parametrize(
-    ("given_as", "message"),
-    [
-        ((), "0 thresholds given for 3 exits; give 2"),
-        ((0.5,), "1 thresholds"),
-        ((0.5,) * 3, "3 thresholds"),
-        (0.5, "must be a list; got 0.5"),
-        (("low", "high"), "must be numbers.*'low'"),
-        ((float("nan"), 0.5), "nan"),
-    ],
-)
-@pytest.mark.parametrize("rows", [0, 3])
+@pytest.mark.parametrize(("given_as", "message", "rows"), WRONG_THRESHOLDS)
 def test_wrong_thresholds_are_named(engine, given_as, message, rows):
     with pytest.raises(InputError, match=message):
         engine(IMAGE[:rows], VECTOR[:rows], thresholds=given_as)

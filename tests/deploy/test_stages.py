@@ -247,7 +247,7 @@ def test_stages_refuse_wrong_values(folder):
     for wrong, match in (
         ({}, "needs '"),
         ((x, x), "rows must be a Mapping"),
-        (shorter, "must agree|pick the same rows of all carried values"),
+        (shorter, "must agree"),
         ({n: v.astype(np.float64) for n, v in carried.items()}, "float64"),
         ({n: v[:, :1] for n, v in carried.items()}, "network reads"),
     ):

@@ -1,12 +1,15 @@
 """The samples in a file: how many it holds, and damaged ones."""
 
+import base64
+import io
+
 import numpy as np
 import onnx
 import pytest
 
 from branchynet import export, load, verify
 from branchynet.deploy import stored_samples as stored_samples
-from branchynet.deploy.stored_samples import SAMPLES_KEY, read_samples
+from branchynet.deploy.stored_samples import SAMPLES_KEY, Samples, pack, read_samples
 from branchynet.errors import FileError, InputError
 from helpers.verified_files import TWO, changed, every_kind, images, network, with_arrays
 
@@ -116,3 +119,29 @@ def test_samples_of_another_file_are_damage(files, tmp_path, kind, other, messag
 
     with pytest.raises(FileError, match=message):
         verify(changed(files[kind], tmp_path, swap))
+
+
+def test_samples_that_unpack_to_far_more_than_export_writes_are_not_unpacked(files, tmp_path, monkeypatch):
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, slack=np.zeros(2**25), score_slack=np.zeros(1))
+
+    def change(model):
+        entry = next(p for p in model.metadata_props if p.key == SAMPLES_KEY)
+        entry.value = base64.b64encode(buffer.getvalue()).decode()
+
+    path = changed(files["nested"], tmp_path, change)
+    monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("it was unpacked"))
+    with pytest.raises(FileError, match=r"would unpack to 268435.* bytes, more than 67108864"):
+        read_samples(path)
+
+
+def test_the_largest_samples_that_are_stored_can_be_read(monkeypatch):
+    """One sample of the largest size, nearly all of it outputs, for each of which slack has a float64."""
+    monkeypatch.setattr(stored_samples, "_MOST_BYTES", 2**14)
+    monkeypatch.setattr(stored_samples, "_MOST_UNPACKED", 2**16)
+    columns = 2**12 - 2
+    outputs = (np.zeros((1, columns), np.float32),)
+    slack = np.zeros((1, columns))
+    text = pack(Samples((np.zeros((1, 1), np.float32),), outputs, (np.zeros(1, np.float32),), slack, (0.0,)), [1], 8)
+    assert text
+    assert stored_samples._unpack(base64.b64decode(text)).slack.shape == (1, columns)

@@ -124,3 +124,24 @@ def test_the_default_file_takes_one_threshold_per_exit(tmp_path):
         InputError, match=r"export it with thresholds='input' and free='batch', or with layout='stages'"
     ):
         load(path)(*x, thresholds=[np.zeros(4)] * (net.num_exits - 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_empty_batch_has_no_policies(case, kind):
+    engines, inputs, _, _, _ = case
+    assert len(engines[kind](*(i[:0] for i in inputs), thresholds=[]).label) == 0
+    with pytest.raises(InputError, match="0 thresholds given"):
+        engines[kind](*inputs, thresholds=[])
+
+
+@pytest.mark.parametrize("kind", ["nested", "openvino", "stages"])
+@pytest.mark.parametrize("rows", [7, 64])
+def test_every_part_gets_the_thresholds_of_an_iterator(case, kind, rows):
+    engines, inputs, _, own, policy = case
+    for given in (policy.thresholds, list(own.T), [policy], [policy] * 64):
+        whole = engines[kind](*inputs, thresholds=given)
+        parts = engines[kind].answer_all(*inputs, rows=rows, thresholds=iter(given))
+        np.testing.assert_array_equal(parts.exit, whole.exit)
+    for wrong in ({0.5, 0.6}, {"1": 0.5}, "none", policy, 0.5):
+        with pytest.raises(InputError, match="thresholds must be a list"):
+            engines[kind].answer_all(*inputs, rows=rows, thresholds=wrong)

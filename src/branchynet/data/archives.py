@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError
+from ..files import check_path
 
 Bytes = NDArray[np.uint8]
 
@@ -128,6 +129,7 @@ def _find(name: str, root: str | os.PathLike[str] | None) -> list[Path] | None:
     place, origin = (root, "root") if root is not None else (os.environ.get(VARIABLE), VARIABLE)
     if not place:
         return None
+    check_path(place)
     base = Path(place).expanduser()
     if not base.is_dir():
         raise DataError(f"{origin}={str(place)!r} is not a folder; give the folder of the data sets, or leave it out")

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import ExifTags, Image, ImageOps
 
 from ..errors import DataError, InputError
-from ..files import replacing
+from ..files import check_path, replacing
 
 MOST_PIXELS = 89_478_485  # Pillow's limit for decompression bombs: 256 MB in RGB
 
@@ -68,6 +68,7 @@ def save_image(image: ArrayLike, path: str | os.PathLike[str]) -> None:
     array = np.asarray(image)
     if array.ndim != 3 or array.shape[0] not in (1, 3) or 0 in array.shape:
         raise InputError(f"an image must have shape (1, H, W) or (3, H, W); got {array.shape}")
+    check_path(path)
     suffix = Path(path).suffix.lower()
     if Image.registered_extensions().get(suffix) not in Image.SAVE:
         raise InputError(f"cannot write {path}: no image format ends in {suffix!r}; use .png or .jpg")
@@ -109,9 +110,9 @@ def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     """Open an image file of at most `MOST_PIXELS` pixels; any error within the block becomes a `DataError`."""
-    if Path(path).exists() and not Path(path).is_file():
-        raise DataError(f"cannot read the image {path}: it is not a regular file; replace or remove it")
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError("it is not a regular file")
         with Image.open(path) as opened:
             if opened.width * opened.height > MOST_PIXELS:
                 raise ValueError(f"{opened.width} x {opened.height} pixels are more than {MOST_PIXELS:,}")

@@ -42,31 +42,44 @@ def per_sample_apart(thresholds: Any, policy: Policy) -> tuple[list[Any], dict[i
     Raises:
         InputError: thresholds per sample are not numbers, or the policies do not fit.
     """
-    given = thresholds  # runs in every call with thresholds per sample, so keep it short
-    if isinstance(given, (Policy, Choice)):
-        raise InputError("thresholds must be a list; got one policy for all samples: give its .thresholds")
-    if not isinstance(given, (list, tuple)):
-        given = ordered("thresholds", given, "give a number for each exit but the last, or None for never")
+    given = listed(thresholds)  # runs in every call with thresholds per sample, so keep it short
     if any(isinstance(one, (list, tuple)) for one in given):
         raise InputError("thresholds per sample must be a numpy array (B,) for each exit; got a list")
-    if given and all(isinstance(one, (Policy, Choice)) for one in given):
-        given = [one.policy if isinstance(one, Choice) else one for one in given]
-        given = _of_policies(given, policy)
+    if _are_policies(given):
+        given = _of_policies([one.policy if isinstance(one, Choice) else one for one in given], policy)
     each = {n: values for n, t in enumerate(given, 1) if (values := _rows(t)) is not None}
     return [0.0 if n in each else t for n, t in enumerate(given, 1)], each
 
 
-def thresholds_of_rows(thresholds: Any, part: slice, samples: int) -> Any:
-    """Return the thresholds of a part of a batch of `samples`."""
-    if thresholds is None or not hasattr(thresholds, "__iter__"):
+def none_given(thresholds: Any, samples: int) -> bool:
+    """Whether a call gives no thresholds; an empty list holds the policies of an empty batch."""
+    return thresholds is None or (not samples and isinstance(thresholds, (list, tuple)) and not thresholds)
+
+
+def listed(thresholds: Any) -> Sequence[Any]:
+    """Return the thresholds of a call as a list or tuple, also those of an iterator. Raises `InputError`."""
+    if isinstance(thresholds, (list, tuple)):
         return thresholds
-    given = list(thresholds)
-    if given and all(isinstance(one, (Policy, Choice)) for one in given):
+    if isinstance(thresholds, (Policy, Choice)):
+        raise InputError("thresholds must be a list; got one policy for all samples: give its .thresholds")
+    return ordered("thresholds", thresholds, "give a number for each exit but the last, or None for never")
+
+
+def thresholds_of_parts(thresholds: Any, parts: Sequence[slice], samples: int) -> list[Any]:
+    """Return the thresholds of each part of a batch of `samples`. Raises `InputError`."""
+    if thresholds is None:
+        return [None] * len(parts)
+    given = listed(thresholds)
+    if _are_policies(given):
         check_lengths([len(given)], samples)
-        return given[part] if len(given) > 1 else given
+        return [given[part] if len(given) > 1 else given for part in parts]
     each = {n: values for n, t in enumerate(given) if (values := _rows(t)) is not None}
     check_lengths(map(len, each.values()), samples)
-    return [t[part] if len(each.get(n, ())) > 1 else t for n, t in enumerate(given)]
+    return [[t[part] if len(each.get(n, ())) > 1 else t for n, t in enumerate(given)] for part in parts]
+
+
+def _are_policies(given: Sequence[Any]) -> bool:
+    return bool(given) and all(isinstance(one, (Policy, Choice)) for one in given)
 
 
 def check_lengths(lengths: Iterable[int], samples: int) -> None:

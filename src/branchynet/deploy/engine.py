@@ -17,7 +17,14 @@ from ..graph.lengths import Length
 from ..policy.prediction import Prediction, concatenated
 from ..policy.values import Policy
 from ..stored_values import from_fields, from_stored
-from .call_thresholds import Thresholds, check_lengths, check_thresholds, per_sample_apart, thresholds_of_rows
+from .call_thresholds import (
+    Thresholds,
+    check_lengths,
+    check_thresholds,
+    none_given,
+    per_sample_apart,
+    thresholds_of_parts,
+)
 from .input_checks import Input, check_sizes, checked_inputs
 
 FORMAT = 1
@@ -195,7 +202,7 @@ class Engine:
         fitting = int(np.clip(_CALL_BYTES // max(1, self.metadata.get("sample_bytes", 1)), 1, _CALL_ROWS))
         step = 1 if self._single else rows or fitting
         parts = [slice(start, start + step) for start in range(0, samples, step) or (0,)]
-        given = [thresholds_of_rows(thresholds, part, samples) for part in parts]
+        given = thresholds_of_parts(thresholds, parts, samples)
         return concatenated(
             [self(*(a[part] for a in arrays.values()), thresholds=own) for part, own in zip(parts, given, strict=True)]
         )
@@ -215,7 +222,7 @@ class Engine:
             check_sizes(feeds, self.lengths)
         if rows > 1 and self._single:
             raise InputError(f"this file takes one sample per call; got {rows}: export with free='batch'")
-        if thresholds is not None:
+        if not none_given(thresholds, rows):
             feeds |= self._given(thresholds, rows)
         return (self._defaults | feeds if self._defaults else feeds), rows
 

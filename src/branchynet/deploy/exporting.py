@@ -17,7 +17,7 @@ from ..argument_checks import instance, whole
 from ..environment import require
 from ..errors import GraphError, InputError, as_graph_errors, first_line
 from ..extras import needed_by
-from ..files import check_path, replacing
+from ..files import check_path, check_utf8, replacing
 from ..folders import remove_weights, replacing_folder, replacing_with_weights
 from ..graph.free_lengths import Free
 from ..graph.half import HALF
@@ -122,7 +122,8 @@ def export(
         >>> load(path)(torch.randn(5, 4)).output.shape
         (5, 3)
     """
-    check_path(path)
+    check_path(path, "write")
+    check_utf8(path)
     samples = whole("samples", samples, 0, MAX_SAMPLES)
     _check_options(thresholds, free, layout, policy)
     check_network(net)

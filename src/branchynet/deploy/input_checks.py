@@ -129,7 +129,8 @@ def _mended(inputs: Sequence[Any], named: Mapping[str, Any], wanted: Sequence[In
                 + (f": {remedy}" if remedy else "")
             )
     if len({len(array) for array in arrays}) > 1:
-        raise InputError(f"the inputs have batch sizes {[len(array) for array in arrays]}; they must agree")
+        names, sizes = ", ".join(repr(i.name) for i in wanted), [len(array) for array in arrays]
+        raise InputError(f"the inputs {names} have batch sizes {sizes}; they must agree")
     return arrays
 
 

@@ -13,7 +13,7 @@ from ..argument_checks import whole
 from ..environment import require
 from ..errors import FileError, InputError
 from ..extras import needed_by
-from ..files import check_path, regular
+from ..files import check_path, check_utf8, regular
 from .checksum import check_seal, check_weights
 from .engine import Engine, Graph, read_metadata
 from .input_checks import Input
@@ -93,7 +93,8 @@ def load(
     available = onnxruntime.get_available_providers()
     if missing := [name for name, _ in chosen if name not in available]:
         raise InputError(f"ONNX Runtime here has no {missing[0]!r}; it has {available}")
-    check_path(path)
+    check_path(path, "read")
+    check_utf8(path)
     if not Path(path).exists():
         raise FileError(f"there is no file {path}; write one with export(...)")
     if (Path(path) / "model.onnx").is_file():

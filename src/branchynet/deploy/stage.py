@@ -40,6 +40,11 @@ class Stage:
     macs: float | None
     _run: Any = field(repr=False)  # maps arrays by input name to label, score, output, then `_gives`
     _gives: tuple[str, ...] = field(repr=False)
+    _passes: tuple[Input, ...] = field(repr=False)  # what later stages read, and this one neither reads nor gives
+    _reopen: tuple[Any, ...] = field(repr=False)  # a function and its arguments, which open this stage again
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._reopen
 
     def leave(self, scores: Floats) -> NDArray[np.bool_]:
         """Return which samples leave at this exit, `(R,)` bool, by their scores `(R,)` and the exported threshold."""
@@ -63,26 +68,17 @@ class Stage:
                 different numbers of rows.
         """
         instance("rows", rows, Mapping, "give a dict of arrays by name, such as the carried values of the stage before")
-        needed = dict.fromkeys((*(i.name for i in self.inputs), *self.keeps))
-        if missing := [name for name in needed if name not in rows and name not in self._gives]:
+        needed = (*self.inputs, *self._passes)
+        if missing := [i.name for i in needed if i.name not in rows]:
             raise InputError(
                 f"the stage of exit {self.exit} needs {missing[0]!r}: give the first stage the inputs of the network, "
                 "and the others the carried values of the previous stage"
             )
-        feeds, samples = checked_inputs([rows[i.name] for i in self.inputs], {}, self.inputs)
-        lengths = {name: len(rows[name]) for name in needed if name in rows}
-        if other := [name for name, length in lengths.items() if length != samples]:
-            raise InputError(
-                f"{other[0]!r} has {lengths[other[0]]} rows, but {self.inputs[0].name!r} has {samples}: pick the same "
-                "rows of all carried values"
-            )
-        return self.answer(rows, feeds, samples)
+        return self.answer(*checked_inputs([rows[i.name] for i in needed], {}, needed))
 
-    def answer(
-        self, rows: Rows, feeds: dict[str, NDArray[Any]], samples: int
-    ) -> tuple[Prediction, Floats, dict[str, NDArray[Any]]]:
-        """As `run`, for inputs that are known to be right."""
-        label, score, output, *given = self._run(feeds)
+    def answer(self, rows: Rows, samples: int) -> tuple[Prediction, Floats, dict[str, NDArray[Any]]]:
+        """As `run`, for `(samples, ...)` rows that are known to be right."""
+        label, score, output, *given = self._run({i.name: rows[i.name] for i in self.inputs})
         computed = dict(zip(self._gives, given, strict=True))
         carried = {name: computed[name] if name in computed else rows[name] for name in self.keeps}
         return Prediction(label, np.full(samples, self.exit), score, output), score, carried
@@ -103,8 +99,7 @@ def reached(stages: Sequence[Stage], inputs: Rows, samples: int, thresholds: Seq
     """
     rows, held = np.arange(samples), inputs
     for stage, threshold in zip(stages, (*thresholds, None), strict=True):
-        feeds = {i.name: held[i.name] for i in stage.inputs}
-        answers, score, held = stage.answer(held, feeds, len(rows))
+        answers, score, held = stage.answer(held, len(rows))
         if threshold is None:
             yield rows, answers, np.zeros(len(rows), bool)
             return

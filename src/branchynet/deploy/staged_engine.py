@@ -47,7 +47,7 @@ class StagedEngine(Engine):
         graphs: Sequence[Graph],
         reopen: tuple[Callable[..., Engine], tuple[Any, ...]],
     ) -> None:
-        self.stages = tuple(_stage(manifest, n, graph) for n, graph in enumerate(graphs, 1))
+        self.stages = tuple(_stage(manifest, n, graph, reopen) for n, graph in enumerate(graphs, 1))
         early = [stage.exit for stage in self.stages[:-1]]
         self._thresholds = [f"threshold_{n}" for n in early]
         inputs = (*map(_input, manifest.inputs), *(Input(name, np.float32, ()) for name in self._thresholds))
@@ -97,10 +97,12 @@ class StagedEngine(Engine):
         return reached(self.stages, feeds, samples, [feeds[name] for name in self._thresholds])
 
 
-def _stage(manifest: Manifest, n: int, graph: Graph) -> Stage:
+def _stage(manifest: Manifest, n: int, graph: Graph, reopen: tuple[Callable[..., Engine], tuple[Any, ...]]) -> Stage:
     entry = manifest.stages[n - 1]
+    held = {v.name: v for v in (*manifest.inputs, *(v for s in manifest.stages[: n - 1] for v in s.outputs[3:]))}
     later = [value for stage in manifest.stages[n:] for value in stage.inputs]
     keeps = dict.fromkeys(v.name for v in later if v.source == "network" or v.source <= n)
+    read = {value.name for value in entry.inputs}
     return Stage(
         entry.exit,
         entry.threshold,
@@ -109,7 +111,13 @@ def _stage(manifest: Manifest, n: int, graph: Graph) -> Stage:
         entry.macs,
         graph.run,
         tuple(value.name for value in entry.outputs[3:]),
+        tuple(_input(held[name]) for name in keeps if name in held and name not in read),
+        (_reopened_stage, (*reopen, n)),
     )
+
+
+def _reopened_stage(load: Callable[..., Any], arguments: tuple[Any, ...], n: int) -> Stage:
+    return load(*arguments).stage(n)
 
 
 def _input(value: StageValue) -> Input:

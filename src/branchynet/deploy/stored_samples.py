@@ -21,6 +21,7 @@ from .onnx_file import entries, parse_model
 SAMPLES_KEY = "branchynet.samples"
 MAX_SAMPLES = 8
 _BYTES, _MOST_BYTES = 2**20, 2**24  # for all stored samples, and for a single one
+_MOST_UNPACKED = 2**26  # `pack` writes one sample, or several of 1 MiB in total, and slack of at most twice that size
 _FAR = 10  # limit of mean differences of scores, relative to the largest stored score
 
 
@@ -77,7 +78,16 @@ def samples_in(model: onnx.ModelProto, path: str | os.PathLike[str], engine: Eng
         found = _unpack(base64.b64decode(text, validate=True))
         if engine is not None:
             _check_fit(found, engine)
-    except (ValueError, KeyError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        ValueError,
+        KeyError,
+        OSError,
+        EOFError,
+        RuntimeError,
+        MemoryError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise FileError(f"the samples in {path} cannot be read ({error}); export it again") from error
     return found
 
@@ -85,6 +95,10 @@ def samples_in(model: onnx.ModelProto, path: str | os.PathLike[str], engine: Eng
 def _unpack(content: bytes) -> Samples:
     if not zipfile.is_zipfile(io.BytesIO(content)):
         raise ValueError("they are not an archive")
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+    if size > _MOST_UNPACKED:
+        raise ValueError(f"they would unpack to {size} bytes, more than {_MOST_UNPACKED}")
     with np.load(io.BytesIO(content), allow_pickle=False) as stored:
         arrays = dict(stored)
     slack, score_slack = arrays["slack"], arrays["score_slack"]

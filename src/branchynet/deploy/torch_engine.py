@@ -20,7 +20,7 @@ from ..nn.checks import check_network, device_of, resolve_device
 from ..policy.exit_rule import as_deployed, stays
 from ..policy.prediction import Prediction, concatenated
 from ..policy.values import Policy
-from .call_thresholds import Thresholds, call_thresholds, check_lengths, thresholds_of_rows
+from .call_thresholds import Thresholds, call_thresholds, check_lengths, none_given, thresholds_of_parts
 from .input_checks import Input, check_sizes, checked_inputs
 from .reference_outputs import answers_alone
 from .tolerance import differences, tolerances
@@ -137,7 +137,7 @@ class TorchEngine:
         check_sizes(taken, self.lengths)
         if rows > self._most:
             parts = [slice(start, start + self._most) for start in range(0, rows, self._most)]
-            given = [thresholds_of_rows(thresholds, part, rows) for part in parts]
+            given = thresholds_of_parts(thresholds, parts, rows)
             return concatenated(
                 [
                     self(*(x[part] for x in taken.values()), thresholds=own)
@@ -145,7 +145,7 @@ class TorchEngine:
                 ]
             )
         used = self.policy.thresholds
-        if thresholds is not None:
+        if not none_given(thresholds, rows):
             remedy = "make an engine with a threshold there"
             used = call_thresholds(thresholds, self.policy, where="this engine", remedy=remedy)
             check_lengths([len(t) for t in used if isinstance(t, np.ndarray)], rows)

@@ -180,8 +180,9 @@ class Advice:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Advice":
         """Read a file that `save` wrote. Raise `FileError`."""
+        stored = read_json(path)
         remedy = f"advise(...), after removing {Path(path).parent} if it is a run's design"
-        return from_stored(cls, read_json(path), path, remedy)
+        return from_stored(cls, stored, path, remedy)
 
 
 def _shares(shares: Sequence[float]) -> str:

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..argument_checks import check_fraction
 from ..errors import FileError, InputError
-from ..files import write_json
+from ..files import check_folder, write_json
 from ..graph.onnx_flat import FlatGraph, flatten
 from ..nn.checks import check_loader, check_train_loader
 from ..nn.fingerprint import fingerprint
@@ -109,7 +109,7 @@ def advise(
     """
     say: Callable[[str], None] = partial(print, flush=True, file=sys.stderr) if progress else lambda line: None
     check_target(target)
-    _check(train_loader, val_loader, num_exits, max_drop, min_accuracy)
+    _check(train_loader, val_loader, num_exits, max_drop, min_accuracy, run)
     validation = record(backbone, val_loader, device=options.device, progress=progress)
     alone = validation.take(halves(validation.samples)[0])
     accuracy = evaluate(alone, Policy()).accuracy
@@ -174,7 +174,12 @@ def advise(
 
 
 def _check(
-    train_loader: Any, val_loader: Any, num_exits: int, max_drop: float | None, min_accuracy: float | None
+    train_loader: Any,
+    val_loader: Any,
+    num_exits: int,
+    max_drop: float | None,
+    min_accuracy: float | None,
+    run: str | os.PathLike[str] | None,
 ) -> None:
     check_train_loader(train_loader)
     check_loader("val_loader", val_loader, again=True)
@@ -183,6 +188,8 @@ def _check(
     if max_drop is not None and min_accuracy is not None:
         raise InputError("give max_drop or min_accuracy, not both")
     check_fraction("max_drop", max_drop or 0.0)
+    if run is not None:
+        check_folder(run)
 
 
 def _finalists(path: Path | None, recorded: CandidateScores, least: Floats, places: int) -> list[int]:

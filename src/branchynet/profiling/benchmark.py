@@ -16,6 +16,7 @@ from ..deploy.engine import Engine
 from ..deploy.loading import load
 from ..deploy.onnx_file import model_metadata
 from ..errors import InputError, counted
+from ..files import check_path
 from ..graph.precision import needs_calibration
 from ..graph.torch_program import tensors_of
 from ..nn.calls import first_rows
@@ -100,6 +101,7 @@ def bench(
         >>> row["batch"], row["branchy_us"] > 0
         (64, True)
     """
+    check_path(path)
     targets, given = _targets(path, targets), {"network": None, "plain_accuracy": None}
     if unknown := set(about or ()) - given.keys():
         raise InputError(f"about= has unknown keys {sorted(unknown)}; only {' and '.join(given)} are allowed")

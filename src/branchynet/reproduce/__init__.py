@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from ..data import load_data
 from ..environment import environment
 from ..errors import InputError
-from ..files import read_json, replacing, write_json
+from ..files import check_path, read_json, replacing, write_json
 from ..reproduce import table1
 from ..stored_values import read_entry
 from .figures import figure_3, figure_4
@@ -62,6 +62,7 @@ def reproduce(
     chosen = [recipe for recipe in recipes(networks) if what != "fig4" or recipe.name == FIG_4]
     if not chosen:
         raise InputError(f"Figure 4 needs {FIG_4}, which is not among {networks!r}")
+    check_path(output)
     folder = Path(output)
     about = {"environment": environment(), "timed": {"samples": samples, "repeats": repeats, "threads": 1, "batch": 1}}
     lines = []
