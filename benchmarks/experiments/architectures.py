@@ -42,7 +42,8 @@ from branchynet.nn.calls import first_rows
 from branchynet.policy.record_scores import scores_of_record
 from branchynet.policy.scores import entropy
 from branchynet.profiling.clock import interleaved
-from branchynet.profiling.part_engines import part_engines
+from branchynet.profiling.onnx_parts import OnnxParts
+from branchynet.profiling.parts import part_outputs
 
 SAMPLES, REPEATS, CLASSES = 128, 8, 10
 SHARES = ((0.25, 0.25, 0.5), (0.75, 0.15, 0.1))
@@ -148,11 +149,10 @@ def timed(net, inputs, thresholds, batches, name):
 
 def first_share(net, inputs):
     """The cost of the first exit as a share of the whole, at batch 64."""
-    flat = flatten(net, first_rows(inputs), score=entropy)
+    parts = OnnxParts(flatten(net, first_rows(inputs), score=entropy))
     arrays = [t.numpy()[:64] for t in tensors_of(inputs)]
-    with tempfile.TemporaryDirectory() as folder:
-        engines = part_engines(flat, Path(folder), Target(), alone=False)
-        calls = [lambda e=engines[k]: e.outputs(*arrays) for k in ("upto_1", "plain")]
+    with parts.opened(part_outputs(parts, alone=False), Target()) as opened:
+        calls = [lambda call=opened[k]: call(*arrays) for k in ("upto_1", "plain")]
         first, whole = interleaved(calls, 10, rounds=20)
     return first / whole
 

@@ -24,7 +24,7 @@ from branchynet.files import write_json
 from branchynet.graph.onnx_flat import flatten
 from branchynet.policy.scores import entropy
 from branchynet.profiling.clock import interleaved
-from branchynet.profiling.part_engines import part_engines
+from branchynet.profiling.onnx_parts import OnnxParts
 
 RUNS = 500
 BATCHES = (1, 64)
@@ -70,10 +70,12 @@ def main():
         folder = Path(name)
         path = export(net, folder / "model.onnx", policy=Policy(thresholds=(1e30,)), example=images[:8])
         branchy = load(path, threads=1)
-        static = part_engines(flatten(net, images[:2], score=entropy), folder, Target())["upto_1"]
+        parts = OnnxParts(flatten(net, images[:2], score=entropy))
+        with parts.opened({"upto_1": ["output_1", "score_1"]}, Target()) as opened:
+            static = opened["upto_1"]
         for batch in BATCHES:
             inputs = np.ascontiguousarray(images[:batch].numpy())
-            us = interleaved([lambda x=inputs: branchy(x), lambda x=inputs: static.outputs(x)], 20, rounds=4000)
+            us = interleaved([lambda x=inputs: branchy(x), lambda x=inputs: static(x)], 20, rounds=4000)
             nodes = profile(path, inputs, folder)
             whole = sum(nodes.values())
             rows.append(

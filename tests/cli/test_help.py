@@ -12,13 +12,14 @@ from branchynet.cli import verbs
 from branchynet.data import archives
 from branchynet.deploy.loading import RUNTIMES
 from branchynet.policy.scores import SCORES
+from branchynet.profiling.target import TARGET_RUNTIMES
 from branchynet.runs.settings import AUGMENTS
 from branchynet.zoo import NETWORKS
 from helpers.command import call
 
 
 def test_the_names_of_options_equal_their_sources():
-    assert verbs.RUNTIMES == RUNTIMES
+    assert verbs.RUNTIMES == RUNTIMES and verbs.TARGET_RUNTIMES == TARGET_RUNTIMES
     assert verbs.NETWORKS == tuple(NETWORKS) and verbs.AUGMENTS == tuple(AUGMENTS)
     assert set(verbs.DATA) == {"digits", *archives.ARCHIVES}
     assert set(verbs.SCORES) == {*SCORES, "learned"}

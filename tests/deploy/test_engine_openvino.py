@@ -15,7 +15,7 @@ import torch
 from branchynet import Policy, Prediction, Target, bench, export, load, measure
 from branchynet.errors import FileError, InputError, MissingExtraError
 from branchynet.graph.quantize import calibration_batches, quantized
-from branchynet.profiling import benchmark, part_engines
+from branchynet.profiling import onnx_parts
 from helpers.loop import BATCHES, QUANTILES, agree, agree_everywhere, every_exit, figure_2, safe_thresholds
 from helpers.networks import FAMILIES, chain, draw, residual, tokens, tree, two_inputs
 from helpers.onnx_graphs import Sketch, flat_lenet, flat_of, grey_images
@@ -188,7 +188,7 @@ def test_a_file_for_one_sample_at_a_time(folder):
 def lenet(monkeypatch):
     """(B-LeNet, its flat graph), which need not be exported again."""
     net, flat = flat_lenet()
-    monkeypatch.setattr(part_engines, "flatten", lambda net, example, **options: flat)
+    monkeypatch.setattr(onnx_parts, "flatten", lambda net, example, **options: flat)
     return net, flat
 
 
@@ -200,8 +200,7 @@ def test_bench_and_measure_time_the_static_graphs_in_the_same_engine(lenet, fold
         opened.append(runtime)
         return load(*args, runtime=runtime, **options)
 
-    for module in (benchmark, part_engines):
-        monkeypatch.setattr(module, "load", spied)
+    monkeypatch.setattr(onnx_parts, "load", spied)
     ir.save(assemble(flat, Policy(thresholds=(0.5,))), folder / "lenet.onnx")
     images, labels = grey_images(16), torch.arange(16) % 10
     target = Target(4, runtime="openvino")

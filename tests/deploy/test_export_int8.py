@@ -15,7 +15,7 @@ from branchynet.errors import GraphError, InputError
 from branchynet.graph.onnx_flat import flatten
 from branchynet.graph.quantize import quantized
 from branchynet.policy.scores import entropy
-from branchynet.profiling import part_engines
+from branchynet.profiling import onnx_parts
 from helpers.loop import agree, safe_thresholds
 
 exporting = importlib.import_module(export.__module__)
@@ -72,7 +72,7 @@ def net():
         return flat_wide(score, dynamic) if given is net else flatten(given, example, score=score, dynamic=dynamic)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (exporting, part_engines):
+        for module in (exporting, onnx_parts):
             patch.setattr(module, "flatten", flat)
         yield net
 

@@ -142,7 +142,7 @@ def test_the_target_runtime_is_timed(trained, digits, monkeypatch):
         opened.append(options["runtime"])
         return load(path, **options)
 
-    monkeypatch.setattr("branchynet.profiling.part_engines.load", spied)
+    monkeypatch.setattr("branchynet.profiling.onnx_parts.load", spied)
     found = advised(trained, digits, taps=["conv1"], max_drop=0.05, epochs=1, runtime="openvino")
     assert set(opened) == {"openvino"} == {found.runtime} and "in openvino" in str(found)
     assert advised(trained, digits, taps=["conv1"], max_drop=0.05, epochs=1).runtime == "onnxruntime"

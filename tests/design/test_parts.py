@@ -21,6 +21,7 @@ from branchynet.nn.branches import named_branches
 from branchynet.policy.exit_cost import ExitCost
 from branchynet.policy.risk_tests import halves
 from branchynet.policy.scores import entropy
+from branchynet.profiling.onnx_parts import OnnxParts
 
 DEEP = "conv-64x2-128x2-128"
 MAPS = [(1, 28, 28), (3, 32, 32), (16, 32, 31), (64, 8, 8), (96, 4, 5), (32, 2, 2), (5, 1, 1), (2048, 7, 7)]
@@ -134,7 +135,7 @@ def random_times(generator, taps, candidates, rows):
 
 
 def seconds_of(part, true, taps):
-    """The time of a graph of `_part_calls` in a model in which parts add up; `taps` are the branches' positions."""
+    """The time of a graph of `_part_graphs` in a model in which parts add up; `taps` are the branches' positions."""
     name, _, n = part.partition(" ")
     n = int(n or 0)
     here = [i for i, tap in enumerate(taps) if tap == n]
@@ -158,23 +159,23 @@ def test_times_of_parts_follow_from_those_of_whole_graphs(single, monkeypatch):
         if single
         else attach_candidates(zoo.lenet().eval(), x)
     )
-    flat = flatten(pool.net, x, score=entropy)
+    parts = OnnxParts(flatten(pool.net, x, score=entropy))
     taps = [pool.net.taps.index(c.tap) for c in pool.candidates]
     generator, names = np.random.default_rng(0), []
     reach = np.cumsum(generator.uniform(5, 20, len(pool.net.taps) + 1))
     true = Batch(1, reach, reach[-1] - 1, generator.uniform(1, 9, len(taps)),
                  generator.uniform(0, 1, len(reach) - 1), generator.uniform(1, 3, len(reach) - 1))  # fmt: skip
-    made = part_times._part_calls
+    made = part_times._part_graphs
 
     def remembered(*args):
         names[:] = calls = made(*args)
         return calls
 
-    monkeypatch.setattr(part_times, "_part_calls", remembered)
+    monkeypatch.setattr(part_times, "_part_graphs", remembered)
     monkeypatch.setattr(
         part_times, "samples_of", lambda calls, _: np.array([[seconds_of(name, true, taps)] * 3 for name in names])
     )
-    found = time_stages(pool, flat, x, Target(), 0.1).whole
+    found = time_stages(pool, parts, x, Target(), 0.1).whole
     for field in ("reach", "branch", "leave", "stay", "plain"):
         np.testing.assert_allclose(getattr(found, field), getattr(true, field), err_msg=field)
 

@@ -33,7 +33,8 @@ from branchynet.graph.onnx_flat import flatten
 from branchynet.nn.fingerprint import fingerprint
 from branchynet.policy.record_scores import scores_of_record
 from branchynet.policy.scores import agreement
-from branchynet.profiling.part_engines import flat_graphs, part_engines
+from branchynet.profiling.onnx_parts import onnx_parts
+from branchynet.profiling.parts import part_outputs
 from helpers import score_oracles
 from helpers.loop import agree_in_batches, every_exit, figure_2, safe_thresholds
 
@@ -149,14 +150,14 @@ def test_the_plain_network_is_the_last_one():
     assert single[0] == (each[2],)
 
 
-def test_the_timed_plain_network_is_the_last_one(tmp_path):
+def test_the_timed_plain_network_is_the_last_one():
     net, x = two_inputs()
     for build in (lambda n: n, averaged):
-        flat, plain, macs = flat_graphs(build(net), x, agreement, "float32", None)
-        engines = part_engines(flat, tmp_path, Target(batch_size=4), plain=plain)
+        parts = onnx_parts(build(net), x, agreement, "float32", None)
         arrays = [v.numpy() for v in x]
-        np.testing.assert_allclose(engines["plain"].outputs(*arrays)[-1], net.backbone(*x).detach().numpy(), atol=1e-5)
-        assert sum(macs[0]) + sum(macs[1]) == sum(width * (WIDTH + 3 + CLASSES) for width in (2, 5, 9))
+        with parts.opened(part_outputs(parts), Target(batch_size=4)) as calls:
+            np.testing.assert_allclose(calls["plain"](*arrays)[-1], net.backbone(*x).detach().numpy(), atol=1e-5)
+        assert sum(parts.macs[0]) + sum(parts.macs[1]) == sum(width * (WIDTH + 3 + CLASSES) for width in (2, 5, 9))
 
 
 @pytest.mark.filterwarnings("ignore:.*hardly more than")

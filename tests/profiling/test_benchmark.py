@@ -19,13 +19,15 @@ from branchynet.policy.record_scores import scores_of_record
 from branchynet.policy.scores import entropy
 from branchynet.policy.values import Policy
 from branchynet.profiling import benchmark as module
-from branchynet.profiling import part_engines
+from branchynet.profiling import onnx_parts
 from branchynet.profiling.benchmark import _time, bench
+from branchynet.profiling.onnx_parts import OnnxParts
 from helpers.onnx_graphs import flat_lenet
 
 KEYS = {
-    "network", "runtime", "batch", "threads", "plain_us", "branchy_us", "limit_us", "limit_in_order_us", "speedup",
-    "spread", "overhead", "overhead_sorted", "plain_accuracy", "accuracy_branchy", "exit_share", "thresholds",
+    "network", "runtime", "device", "batch", "threads", "plain_us", "branchy_us", "limit_us", "limit_in_order_us",
+    "speedup", "spread", "overhead", "overhead_sorted", "plain_accuracy", "accuracy_branchy", "exit_share",
+    "thresholds",
 }  # fmt: skip
 SAMPLES = 70
 
@@ -59,7 +61,7 @@ def policy(record):
 def cached(monkeypatch):
     """The export of B-LeNet is at hand."""
     net, flat = flat_lenet()
-    real = part_engines.flatten
+    real = onnx_parts.flatten
 
     def flatten(given, example, *, score=None, dynamic):
         if given is not net or not dynamic:
@@ -67,7 +69,7 @@ def cached(monkeypatch):
         assert score is entropy and example[0].shape == (2, 1, 28, 28)
         return flat
 
-    monkeypatch.setattr(part_engines, "flatten", flatten)
+    monkeypatch.setattr(onnx_parts, "flatten", flatten)
 
 
 def write(folder, policy, name="model", flat=None, **options):
@@ -141,12 +143,12 @@ def test_the_order_is_random_and_depends_on_the_seed(file, data, monkeypatch):
 
 
 def test_a_file_with_batch_1_is_compared_with_graphs_of_batch_1(tmp_path, file, data, policy, monkeypatch):
-    def engines(flat, *rest, **options):
-        fixed.append(not flat.dynamic)
-        return real(flat, *rest, **options)
+    def opened(parts, *rest):
+        fixed.append(not parts.flat.dynamic)
+        return real(parts, *rest)
 
-    fixed, real = [], module.part_engines
-    monkeypatch.setattr(module, "part_engines", engines)
+    fixed, real = [], OnnxParts.opened
+    monkeypatch.setattr(OnnxParts, "opened", opened)
     net, _ = flat_lenet()
     one = export(net, tmp_path / "one.onnx", policy=policy, example=data[0][:4], free="none")
     (row,) = rows_of(one, data, samples=8, repeats=1)
@@ -318,19 +320,18 @@ def test_averaged_exits_are_compared_with_the_network_without_branches(tmp_path,
 
     def watched(calls, batches, repeats):
         seen["plain"] = calls["plain"](*batches[0])[-1]
-        seen["nodes"] = len(onnx.load(seen["path"]).graph.node)
         return dict.fromkeys(calls, np.ones(1))
 
-    real = module.part_engines
+    real = onnx_parts.save_model
 
-    def spying(flat, folder, *rest, **options):
-        engines = real(flat, folder, *rest, **options)
-        seen["path"] = folder / "plain.onnx"
-        return engines
+    def spying(model, path):
+        real(model, path)
+        if path.name == "plain.onnx":
+            seen["nodes"] = len(onnx.load(path).graph.node)
 
-    monkeypatch.setattr(module, "part_engines", spying)
+    monkeypatch.setattr(onnx_parts, "save_model", spying)
     monkeypatch.setattr(module, "passes_in_turns", watched)
-    monkeypatch.setattr(part_engines, "flatten", flatten)
+    monkeypatch.setattr(onnx_parts, "flatten", flatten)
     path = export(net, tmp_path / "m.onnx", policy=Policy(thresholds=(0.5,)), example=data[0][:8])
     bench(path, net, data, Target(64), seed=0)
     order = np.random.default_rng(0).permutation(SAMPLES)[:64]

@@ -1,5 +1,7 @@
 """Costs: the arithmetic on exact and on noisy times, and multiply-accumulates counted by hand."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -13,11 +15,14 @@ from branchynet.graph.macs import exit_macs
 from branchynet.graph.onnx_flat import flatten
 from branchynet.nn.averaging import averaged
 from branchynet.policy.exit_cost import ExitCost
+from branchynet.policy.scores import entropy
 from branchynet.profiling import cost as module
-from branchynet.profiling import part_engines
+from branchynet.profiling import onnx_parts
 from branchynet.profiling.cost import _apart, each_row, measure
-from branchynet.profiling.part_engines import leaving_engines
+from branchynet.profiling.onnx_parts import OnnxParts
+from branchynet.profiling.parts import leaving_policies, part_outputs
 from branchynet.profiling.target import Target
+from branchynet.profiling.torch_parts import torch_parts
 from helpers.networks import tokens
 from helpers.onnx_graphs import Sketch, flat_lenet, flat_of, grey_images
 
@@ -96,7 +101,7 @@ def lenet(monkeypatch):
         assert given_net is net and callable(score)
         return flat
 
-    monkeypatch.setattr(part_engines, "flatten", cached)
+    monkeypatch.setattr(onnx_parts, "flatten", cached)
     return net
 
 
@@ -133,28 +138,41 @@ def test_measure_turns_batch_times_into_costs_per_sample(lenet, monkeypatch):
 
 def test_the_plain_network_of_averaged_exits_is_the_backbone(monkeypatch):
     net, _ = flat_lenet()
-    made = {}
+    made, real = {}, OnnxParts.opened
 
-    def spied(flat, *args, plain, **options):
-        assert [node.op_type for node in plain.model.graph].count("Conv") == 3  # the fourth is in the branch
-        made.update(part_engines.part_engines(flat, *args, plain=plain, **options))
-        return made
+    @contextlib.contextmanager
+    def spied(parts, graphs, target):
+        assert [node.op_type for node in parts.plain.model.graph].count("Conv") == 3  # the fourth is in the branch
+        with real(parts, graphs, target) as calls:
+            made.update(calls)
+            yield calls
 
-    monkeypatch.setattr(module, "part_engines", spied)
+    monkeypatch.setattr(OnnxParts, "opened", spied)
     cost = measure(averaged(net), grey_images(2), seconds=0.1)
-    assert made.keys() == {"plain", "last", "upto_1", "upto_2", "alone_2"}
+    assert made.keys() == {"plain", "last", "upto_1", "upto_2", "alone_2", "leave_1", "leave_2"}
     assert 0 < cost.plain_us and cost.num_exits == 2
     x = grey_images(1)
     with torch.no_grad():
-        np.testing.assert_allclose(made["plain"].outputs(x.numpy())[1], net.backbone(x).numpy(), atol=1e-5)
-        np.testing.assert_allclose(made["last"].outputs(x.numpy())[1], averaged(net)(x)[-1].numpy(), atol=1e-5)
+        np.testing.assert_allclose(made["plain"](x.numpy())[1], net.backbone(x).numpy(), atol=1e-5)
+        np.testing.assert_allclose(made["last"](x.numpy())[1], averaged(net)(x)[-1].numpy(), atol=1e-5)
 
 
-def test_deployed_graphs_leave_at_the_exit_in_their_name(tmp_path):
-    _, flat = flat_lenet()
+def parts_of_lenet(runtime):
+    """B-LeNet, its parts for a runtime, and the target."""
+    net, flat = flat_lenet()
+    target = Target(runtime=runtime)
+    if target.reads_files:
+        return net, OnnxParts(flat), target
+    return net, torch_parts(net, grey_images(2), entropy, "float32", target), target
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])
+def test_deployed_graphs_leave_at_the_exit_in_their_name(runtime):
+    _, parts, target = parts_of_lenet(runtime)
     x = grey_images(3).numpy()
-    engines = leaving_engines(flat, tmp_path, Target())
-    assert {name: list(engine(x).exit) for name, engine in engines.items()} == {
+    with parts.opened(leaving_policies(2), target) as engines:
+        left = {name: list(engine(x).exit) for name, engine in engines.items()}
+    assert left == {
         "leave_1": [1, 1, 1],
         "leave_2": [2, 2, 2],
     }
@@ -197,21 +215,22 @@ def test_a_network_without_branches_has_one_exit():
     assert cost.trunk_us[0] > 0
 
 
-def test_part_engines_compute_the_exits_in_their_names(tmp_path):
-    net, flat = flat_lenet()
+@pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])
+def test_parts_compute_the_exits_in_their_names(runtime):
+    net, parts, target = parts_of_lenet(runtime)
     x = grey_images(2)
     with torch.no_grad():
         outputs = [o.numpy() for o in net(x)]
-    engines = part_engines.part_engines(flat, tmp_path, Target())
     last = {"plain": 2, "upto_1": 1, "upto_2": 2, "alone_2": 2}
     scores = {"plain": 0, "upto_1": 1, "upto_2": 2, "alone_2": 1}
-    assert engines.keys() == last.keys()
-    for name, engine in engines.items():
-        label, output, *rest = engine.outputs(x.numpy())
-        np.testing.assert_allclose(output, outputs[last[name] - 1], atol=1e-5)
-        np.testing.assert_array_equal(label, output.argmax(1))
-        assert [r.shape for r in rest] == [(2,)] * scores[name]
-    assert part_engines.part_engines(flat, tmp_path, Target(), enabled=[2], alone=False).keys() == {"plain", "upto_2"}
+    with parts.opened(part_outputs(parts), target) as calls:
+        assert calls.keys() == last.keys()
+        for name, call in calls.items():
+            label, output, *rest = call(x.numpy())
+            np.testing.assert_allclose(output, outputs[last[name] - 1], atol=1e-5)
+            np.testing.assert_array_equal(label, output.argmax(1))
+            assert [r.shape for r in rest] == [(2,)] * scores[name]
+    assert part_outputs(parts, enabled=[2], alone=False).keys() == {"plain", "upto_2"}
 
 
 # Multiply-accumulates

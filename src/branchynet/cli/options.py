@@ -15,6 +15,7 @@ from ..files import check_path
 # Repeated here so that --help and completion do not import torch; a test compares them with their sources.
 LAYOUTS = ("nested", "stages")
 RUNTIMES = ("onnxruntime", "openvino", "onnxruntime-cuda")
+TARGET_RUNTIMES = (*RUNTIMES, "torch", "torch-cuda")
 NETWORKS = (
     "b_lenet",
     "b_lenet-published",

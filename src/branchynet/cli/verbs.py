@@ -16,6 +16,7 @@ from .options import (
     NETWORKS,
     RUNTIMES,
     SCORES,
+    TARGET_RUNTIMES,
     Accuracy,
     Disagreement,
     Drop,
@@ -199,7 +200,7 @@ def bench(
     run: RunArgument,
     batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,64",
     threads: Annotated[str, typer.Option(help="Numbers of threads, separated by commas.")] = "1",
-    runtime: Annotated[str, named("Runtimes, separated by commas: {}.", *RUNTIMES)] = "onnxruntime",
+    runtime: Annotated[str, named("Runtimes, separated by commas: {}.", *TARGET_RUNTIMES)] = "onnxruntime",
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the rows to a file.", parser=path)
     ] = None,
@@ -208,7 +209,8 @@ def bench(
 ) -> None:
     """Time the exported file and the plain network.
 
-    All work is included: branches, scores, decisions and moving samples.
+    All work is included: branches, scores, decisions and moving samples. The runtimes torch and torch-cuda time a
+    TorchEngine with the thresholds of the file.
     """
     from ..files import write_json
     from ..report.console import print_bench
@@ -233,7 +235,7 @@ def design(
     run: RunArgument,
     batch: Annotated[int, typer.Option(help="Batch size to design for.")] = 1,
     threads: Annotated[int, typer.Option(help="Threads per operator.")] = 1,
-    runtime: Annotated[str, named("Runtime to design for: {}.", *RUNTIMES, metavar="NAME")] = "onnxruntime",
+    runtime: Annotated[str, named("Runtime to design for: {}.", *TARGET_RUNTIMES, metavar="NAME")] = "onnxruntime",
     max_drop: DropOfPlain = 0.0,
     num_exits: Annotated[int, typer.Option(help="Largest number of exits, including the last.")] = 4,
     epochs: Annotated[int, typer.Option(help="Epochs to train all candidate branches; the backbone is frozen.")] = 3,

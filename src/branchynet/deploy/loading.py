@@ -188,6 +188,12 @@ def verify(
 
 def check_runtime(runtime: Any) -> None:
     """Raise `InputError` for a runtime that is not one of `RUNTIMES`."""
+    if runtime in ("torch", "torch-cuda"):
+        device = ", device='cuda'" * (runtime == "torch-cuda")
+        raise InputError(
+            f"a file does not run in PyTorch, so runtime={runtime!r} opens none: use TorchEngine(net, policy, "
+            f"example{device})"
+        )
     if runtime not in RUNTIMES:
         raise InputError(f"unknown runtime {runtime!r}; it is one of {', '.join(RUNTIMES)}")
 

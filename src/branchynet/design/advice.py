@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from ..deploy.loading import Runtime
 from ..errors import InputError, counted
 from ..files import read_json, write_json
 from ..nn.network import BranchyNet
 from ..policy.exit_cost import ExitCost
-from ..profiling.target import Target
+from ..profiling.target import Target, TargetRuntime
 from ..stored_values import from_stored
 
 WORTH = 1.05  # lower bound of the speed-up from which exits are worth it
@@ -87,6 +86,7 @@ class Advice:
         fingerprint: fingerprint of the network.
         selected_on: the sketch (see `branchynet.policy.sample_digests`) of the validation samples used to choose the
             design; empty if the samples have no digests.
+        device: the processor or GPU on which the parts were timed.
         network: the best design, with branches trained on the frozen network; `save` leaves it out.
 
     Example:
@@ -109,7 +109,8 @@ class Advice:
     best: int
     fingerprint: str
     selected_on: str = field(default="", repr=False)
-    runtime: Runtime = "onnxruntime"
+    runtime: TargetRuntime = "onnxruntime"
+    device: str = ""
     network: BranchyNet | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -129,7 +130,14 @@ class Advice:
     @property
     def cost(self) -> ExitCost:
         """The predicted costs of the best design."""
-        return ExitCost(self.design.trunk_us, self.design.branch_us, batch_size=self.batch_size, threads=self.threads)
+        return ExitCost(
+            self.design.trunk_us,
+            self.design.branch_us,
+            batch_size=self.batch_size,
+            threads=self.threads,
+            runtime=self.runtime,
+            device=self.device or None,
+        )
 
     @property
     def speedup(self) -> float:

@@ -16,7 +16,6 @@ from torch import nn
 from ..argument_checks import check_fraction
 from ..errors import FileError, InputError
 from ..files import check_folder, write_json
-from ..graph.onnx_flat import FlatGraph, flatten
 from ..nn.checks import check_loader, check_train_loader
 from ..nn.fingerprint import fingerprint
 from ..nn.network import BranchyNet
@@ -30,6 +29,8 @@ from ..policy.sample_digests import sketch
 from ..policy.scores import resolve
 from ..policy.search import mean_cost
 from ..policy.values import Z95, Floats, Policy
+from ..profiling.network_parts import device_name, network_parts
+from ..profiling.parts import Parts
 from ..profiling.recording import record
 from ..profiling.target import Target, check_target
 from ..stored_values import read_entry
@@ -76,7 +77,7 @@ def advise(
         val_loader: yields validation samples in the same form, not shuffled; not the test set. One half is used to
             choose the design; the other is left for the promise of `choose` on a record of all samples in this order.
         example: one batch of inputs, real ones if possible.
-        target: the batch size, the threads and the runtime of the deployed file, on which the best design depends.
+        target: the batch size, the threads and the runtime, on which the best design depends.
         max_drop: largest loss of validation accuracy against the network without exits; by default 0.
         min_accuracy: smallest validation accuracy; give it instead of `max_drop`.
         num_exits: the largest number of exits of a design, including the network's own.
@@ -118,10 +119,10 @@ def advise(
     _check_data(alone, validation.samples, accuracy, limit, train_loader)
     say("looking for places for exits")
     torch.manual_seed(options.seed)
-    pool, flat = _candidate_pool(backbone, example, search.taps, resolve(search.score))
+    pool, parts = _candidate_pool(backbone, example, search.taps, resolve(search.score), target)
     places = f"{len(pool.candidates)} branches at {len(pool.net.taps)} places"
     say(f"timing {places} in {target.runtime}: {search.seconds:.0f} s, after the export")
-    times = time_stages(pool, flat, example, target, search.seconds)
+    times = time_stages(pool, parts, example, target, search.seconds)
 
     def learned(net: BranchyNet, epochs: int, name: str) -> tuple[Floats, Floats]:
         """Train the branches of a network, and return its scores and losses `(S, N)`."""
@@ -159,6 +160,7 @@ def advise(
     network.selected_on = (*network.selected_on, *filter(None, [selected_on]))
     return Advice(
         **asdict(target),
+        device=device_name(target),
         score=search.score,
         plain_us=times.plain_us,
         accuracy=accuracy,
@@ -251,17 +253,17 @@ def _check_data(alone: ExitRecord, samples: int, accuracy: float, limit: float, 
 
 
 def _candidate_pool(
-    backbone: nn.Module, example: Any, taps: Sequence[str] | None, score: Any
-) -> tuple[CandidateNetwork, FlatGraph]:
-    """Return all candidates on the trunk, and their graph, without places where it cannot be cut, unless given."""
+    backbone: nn.Module, example: Any, taps: Sequence[str] | None, score: Any, target: Target
+) -> tuple[CandidateNetwork, Parts]:
+    """Return all candidates on the trunk, and their parts, without places where it cannot be cut, unless given."""
     pool = attach_candidates(backbone, example, taps)
-    flat = flatten(pool.net, example, score=score)
-    faults = uncuttable(pool, flat)
+    parts = network_parts(pool.net, example, score, target, "float32", None)
+    faults = uncuttable(pool, parts)
     if faults and (taps is not None or len(faults) == len(pool.net.taps)):
         raise next(iter(faults.values()))
     if faults:
-        return _candidate_pool(backbone, example, [tap for tap in pool.net.taps if tap not in faults], score)
-    return pool, flat
+        return _candidate_pool(backbone, example, [tap for tap in pool.net.taps if tap not in faults], score, target)
+    return pool, parts
 
 
 def _design(

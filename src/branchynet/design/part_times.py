@@ -3,22 +3,18 @@
 Times are per call of a whole batch, with warm weights. Shape letters: K candidates, T taps.
 """
 
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..deploy.assembly import assemble
-from ..errors import GraphError, as_graph_errors
-from ..graph.onnx_flat import FlatGraph
+from ..errors import GraphError
 from ..policy.exit_cost import ExitCost
 from ..policy.values import Floats, Policy
 from ..profiling.clock import samples_of
 from ..profiling.cost import each_row, two_sizes
-from ..profiling.part_engines import ALWAYS, NEVER, calls_of_sizes, opened
+from ..profiling.parts import ALWAYS, NEVER, PLAIN, Parts, calls_of_sizes
 from ..profiling.target import Target
 from .candidates import CandidateNetwork
 
@@ -71,14 +67,13 @@ class StageTimes:
         return ExitCost(tuple(trunk), tuple(branch), batch_size=self.whole.rows, threads=self.threads)
 
 
-def time_stages(pool: CandidateNetwork, flat: FlatGraph, example: Any, target: Target, seconds: float) -> StageTimes:
-    """Time the parts of a network with candidates, trained or not, for about `seconds` in the target's runtime.
+def time_stages(pool: CandidateNetwork, parts: Parts, example: Any, target: Target, seconds: float) -> StageTimes:
+    """Time the `parts` of a network with candidates, trained or not, for about `seconds` in the target's runtime.
 
-    `flat` is its graph, with scores. The example's inputs are repeated or cut to the rows of a call.
+    The example's inputs are repeated or cut to the rows of a call.
     """
     sizes = two_sizes(target.batch_size)
-    with tempfile.TemporaryDirectory() as folder, as_graph_errors():
-        calls = _part_calls(pool, flat, Path(folder), target)
+    with parts.opened(_part_graphs(pool), target) as calls:
         taken = samples_of(calls_of_sizes(calls.values(), example, sizes), seconds)
     us = np.median(taken, axis=1)
     between = np.subtract(*np.quantile(taken, (0.75, 0.25), axis=1)) / us / np.sqrt(taken.shape[1])
@@ -90,12 +85,12 @@ def time_stages(pool: CandidateNetwork, flat: FlatGraph, example: Any, target: T
     return StageTimes(found[0], found[-1], taps, target.threads, float(np.median(between)))
 
 
-def uncuttable(pool: CandidateNetwork, flat: FlatGraph) -> dict[str, GraphError]:
+def uncuttable(pool: CandidateNetwork, parts: Parts) -> dict[str, GraphError]:
     """Return the taps at which the network cannot be cut, with the reasons."""
     faults = {}
     for tap in pool.net.taps:
         try:
-            assemble(flat, _policy(pool, pool.at(tap)[0], 0.0))
+            parts.check_cut(_policy(pool, pool.at(tap)[0], 0.0))
         except GraphError as error:
             faults[tap] = error
     return faults
@@ -105,10 +100,10 @@ def _policy(pool: CandidateNetwork, position: int, threshold: float) -> Policy:
     return Policy(thresholds=tuple(threshold if i == position else None for i in range(len(pool.candidates))))
 
 
-def _part_calls(pool: CandidateNetwork, flat: FlatGraph, folder: Path, target: Target) -> dict[str, Callable[..., Any]]:
-    """Return calls of graphs whose times give the times of the parts, by name."""
+def _part_graphs(pool: CandidateNetwork) -> dict[str, Policy | list[str]]:
+    """Return the graphs whose times give the times of the parts, by name."""
     last = len(pool.candidates) + 1
-    outputs = {"plain": [f"output_{last}"], "last": [f"output_{last}", f"score_{last}"]}
+    outputs = {"plain": [PLAIN], "last": [f"output_{last}", f"score_{last}"]}
     outputs |= {f"alone {i}": [f"output_{i + 1}", f"score_{i + 1}"] for i in range(len(pool.candidates))}
     policies = {}
     for t, tap in enumerate(pool.net.taps):
@@ -118,12 +113,11 @@ def _part_calls(pool: CandidateNetwork, flat: FlatGraph, folder: Path, target: T
         outputs[f"both {t}"] = [*outputs["last"], f"score_{positions[0] + 1}"]
         policies[f"leave {t}"] = _policy(pool, positions[0], ALWAYS)
         policies[f"stay {t}"] = _policy(pool, positions[0], NEVER)
-    parts = {name: engine.outputs for name, engine in opened(flat, folder, target, outputs).items()}
-    return {**parts, **opened(flat, folder, target, policies)}
+    return {**outputs, **policies}
 
 
 def _batch(pool: CandidateNetwork, rows: int, us: dict[str, float]) -> Batch:
-    """Return the times of the parts, from microseconds per call of each graph of `_part_calls`."""
+    """Return the times of the parts, from microseconds per call of each graph of `_part_graphs`."""
     branch, reach = np.zeros(len(pool.candidates)), np.zeros(len(pool.net.taps) + 1)
     leave, stay = np.zeros((2, len(pool.net.taps)))
     for t, tap in enumerate(pool.net.taps):

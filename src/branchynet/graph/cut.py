@@ -34,6 +34,33 @@ def cut(exits: Sequence[Iterable[Node]], parents: Callable[[Node], Iterable[Node
     return stage
 
 
+def divided(
+    exits: Sequence[Sequence[Node]],
+    parents: Callable[[Node], Iterable[Node]],
+    work: Iterable[tuple[Sequence[Node], float]],
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Divide work between trunk and branches: return `(trunk, branch)`, with one number per exit each.
+
+    The nodes that the last exit needs are the trunk; each counts in the segment up to the first exit that needs it. All
+    other nodes belong to branches and count with the first exit that needs them, even if several exits share them (a
+    branch that is itself a tree). The numbers of an exit therefore assume that all earlier exits are enabled; the
+    network without early exits costs its trunk. If the first exit of a shared branch is disabled, the shared nodes are
+    missing from the cost of the other exits.
+
+    Args:
+        exits: for each exit, in order, its output nodes.
+        parents: returns the nodes that a node reads.
+        work: groups of nodes that are computed together, with their work.
+    """
+    first, backbone = cut(exits, parents), cut(exits[-1:], parents)
+    trunk, branch = [0.0] * len(exits), [0.0] * len(exits)
+    for nodes, amount in work:
+        n = min((first[node] for node in nodes if node in first), default=None)
+        if n is not None:
+            (trunk if any(node in backbone for node in nodes) else branch)[n - 1] += amount
+    return tuple(trunk), tuple(branch)
+
+
 class Dependence(Generic[Node]):
     """How the values of a graph depend on the batch. Add values in topological order.
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
 
-from .cut import cut
+from .cut import divided
 from .onnx_builder import BATCH
 from .onnx_cut import parents
 from .onnx_flat import FlatGraph
@@ -15,26 +15,14 @@ from .subgraphs import graphs_of
 def exit_macs(flat: FlatGraph) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return multiply-accumulates per sample as `(trunk, branch)`, with one number per exit each.
 
-    Only the operators in `COUNTED` count. The nodes that the last exit needs are the trunk; each counts in the segment
-    up to the first exit that needs it. All other nodes belong to branches and count with the first exit that needs
-    them, even if several exits share them (a branch that is itself a tree). The numbers of an exit therefore assume
-    that all earlier exits are enabled; the network without early exits costs its trunk. If the first exit of a shared
-    branch is disabled, the shared nodes are missing from the cost of the other exits.
+    Only the operators in `COUNTED` count; see `divided` for the rule.
 
     Both are empty if the size of a product depends on tensor values, because the count is then unknown.
     """
     ends = zip(flat.names(), flat.names("score"), strict=True)
     exits = [[v for v in flat.model.graph.outputs if v.name in names] for names in ends]
-    first = cut(exits, parents)
-    backbone = cut([exits[-1]], parents)
-    trunk, branch = [0.0] * flat.num_exits, [0.0] * flat.num_exits
-    for node in flat.model.graph:
-        n = min((first[v] for v in node.outputs if v in first), default=None)
-        if n is not None:
-            (trunk if any(v in backbone for v in node.outputs) else branch)[n - 1] += _node_macs(node)
-    if math.isnan(sum(trunk) + sum(branch)):
-        return (), ()
-    return tuple(trunk), tuple(branch)
+    trunk, branch = divided(exits, parents, ((node.outputs, _node_macs(node)) for node in flat.model.graph))
+    return ((), ()) if math.isnan(sum(trunk) + sum(branch)) else (trunk, branch)
 
 
 def graph_macs(graph: ir.Graph) -> float:

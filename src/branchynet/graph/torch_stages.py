@@ -1,5 +1,6 @@
 """Cut a network exported by `torch.export` into one torch.fx graph per stage, by the same rule as ONNX graphs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +88,7 @@ def cut_stages(net: nn.Module, example: Any, policy: Policy, free: Free | None =
     check_policy(policy, net, example)
     graph = torch_flatten(net, example, resolve(policy.score), free)
     return Stages(
-        stages=_Cut(graph, [n for n, enabled in enumerate(policy.enabled, 1) if enabled]).stages(),
+        stages=cut_graph(graph, policy),
         inputs=tuple(node.name for node in graph.inputs),
         arguments=graph.names,
         output_shape=tuple(d if isinstance(d, int) else 0 for d in graph.outputs[-1].meta["val"].shape[1:]),
@@ -95,19 +96,35 @@ def cut_stages(net: nn.Module, example: Any, policy: Policy, free: Free | None =
     )
 
 
-class _Cut:
-    """The state of one cut. Level i, counted from 0, is the stage of the i-th enabled exit."""
+def cut_graph(graph: TorchGraph, policy: Policy) -> tuple[Stage, ...]:
+    """Return one stage per exit that `policy` enables. Errors are those of `cut_stages`."""
+    exits = [n for n, enabled in enumerate(policy.enabled, 1) if enabled]
+    return _Cut(graph, exits, [(graph.outputs[n - 1], graph.scores[n - 1]) for n in exits]).stages()
 
-    def __init__(self, flat: TorchGraph, exits: list[int]) -> None:
+
+def uncut(graph: TorchGraph, exit: int, scores: Sequence[int]) -> Stage:
+    """Return the computation of an exit's output, and of the scores of some exits, as one stage without decisions.
+
+    Its module returns a tuple of the output and the scores.
+    """
+    needs = (graph.outputs[exit - 1], *(graph.scores[n - 1] for n in scores))
+    (stage,) = _Cut(graph, [exit], [needs]).stages()
+    return stage
+
+
+class _Cut:
+    """The state of one cut. Level i, counted from 0, is the stage of the i-th of `exits`; `needs` are its outputs."""
+
+    def __init__(self, flat: TorchGraph, exits: list[int], needs: Sequence[tuple[fx.Node, ...]]) -> None:
         self.flat = flat
         self.exits = exits
-        self.needs = [(flat.outputs[n - 1], flat.scores[n - 1]) for n in exits]
+        self.needs = needs
         self.stage = cut(self.needs, lambda node: node.all_input_nodes)
         for node in (node for node in flat.nodes if node in self.stage):
             check(node, flat)
             if name_of(node) == "getitem":  # a tuple is unpacked in the stage that computes it
                 self.stage[node] = self.stage[node.all_input_nodes[0]]
-        for n, (output, _) in zip(exits, self.needs, strict=True):
+        for n, (output, *_) in zip(exits, self.needs, strict=True):
             if self._axis(output) != 0:
                 raise GraphError(
                     f"exit {n} gives {self._shape(output)}, whose first dimension must be the batch B alone"

@@ -30,6 +30,7 @@ class ExitCost:
         network: the `fingerprint` of the measured network; None if unknown.
         plain_us: microseconds per sample of the backbone alone, timed with the others; None if unknown.
         spread: relative 95% uncertainty of the times, from their variation during the measurement; None if unknown.
+        runtime, device: what ran the calls, and on which processor or GPU; None if unknown.
 
     Raises:
         InputError: tuples of different lengths, or a number that is negative or not finite.
@@ -49,6 +50,8 @@ class ExitCost:
     network: str | None = None
     plain_us: float | None = None
     spread: float | None = None
+    runtime: str | None = None
+    device: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("trunk_us", "branch_us", "trunk_macs", "branch_macs"):
@@ -83,7 +86,9 @@ class ExitCost:
         times = enumerate(zip(self.trunk_us, self.branch_us, strict=True), 1)
         lines = [f"exit {n}: trunk {trunk:.1f} us, branch {branch:.1f} us" for n, (trunk, branch) in times]
         spread = "" if self.spread is None else f", within {self.spread:.0%}"
-        return "\n".join([*lines, f"per sample, batch {self.batch_size}, threads {self.threads}{spread}"])
+        where = "" if self.runtime is None else f", {self.runtime}"
+        where += "" if self.device is None else f" on {self.device}"
+        return "\n".join([*lines, f"per sample, batch {self.batch_size}, threads {self.threads}{where}{spread}"])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a JSON file with a checksum. Raises `FileError`."""

@@ -1,7 +1,6 @@
-"""Compare the speed of an exported file with the plain network in the same runtime."""
+"""Compare the speed of a network with exits and of the plain network in the same runtime."""
 
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..argument_checks import check_seed, instance, whole
-from ..deploy.engine import Engine
-from ..deploy.loading import load
+from ..deploy.checksum import check_seal
 from ..deploy.onnx_file import model_metadata
-from ..errors import InputError, counted
-from ..files import check_path
+from ..deploy.staged_files import read_manifest
+from ..errors import FileError, InputError, counted
+from ..files import check_path, regular
 from ..graph.precision import needs_calibration
 from ..graph.torch_program import tensors_of
 from ..nn.calls import first_rows
@@ -24,10 +23,12 @@ from ..nn.fingerprint import fingerprint
 from ..nn.network import count_exits
 from ..policy.exit_record import check_same_network
 from ..policy.fitted_scores import FittedScore
+from ..policy.prediction import concatenated
 from ..policy.scores import SCORES, Score, resolve
-from ..policy.values import score_name
+from ..policy.values import Policy, score_name
 from .clock import passes_in_turns, ratio_spread
-from .part_engines import flat_graphs, part_engines
+from .network_parts import device_name, network_parts
+from .parts import Call, Parts, part_outputs
 from .recording import Loss
 from .target import Target, check_target
 
@@ -53,7 +54,8 @@ def bench(
     """Time one exported file for one or several targets.
 
     For each target, the same inputs in random order go through the exported file, the plain network, and one graph
-    without decisions per exit, which computes the trunk and all enabled branches up to that exit, with scores.
+    without decisions per exit, which computes the trunk and all enabled branches up to that exit, with scores. For the
+    runtimes ``"torch"`` and ``"torch-cuda"``, a `TorchEngine` with the file's policy takes the place of the file.
     Engines take turns every few calls; times are medians over repeats. ``speedup = plain / branchy``. ``limit_us`` is
     the mean time of the exits' graphs, weighted by the share of samples that leave there; ``overhead = branchy /
     limit``.
@@ -61,7 +63,7 @@ def bench(
     Each graph is timed with its weights warm in the caches. With one sample per call, ``limit_in_order_us`` runs each
     sample in the graph of its exit, in the samples' order, with colder weights. ``overhead_sorted`` runs the file on
     samples sorted by exit, with weights as warm as for ``limit_us``, so an excess above 1 is due to the file alone.
-    With larger batches both are None.
+    With larger batches both are None. Inputs and answers are on the host, and every call waits for its answers.
 
     Args:
         path: a file that `export` wrote from `net` with a policy. If its batch is fixed at 1, so are the graphs'.
@@ -81,9 +83,9 @@ def bench(
         progress: called with messages.
 
     Returns:
-        Rows with ``network, runtime, batch, threads, plain_us, branchy_us, limit_us, limit_in_order_us, speedup,
-        spread, overhead, overhead_sorted, plain_accuracy, accuracy_branchy, exit_share, thresholds``; times are
-        microseconds per sample, and ``spread`` is the relative uncertainty of the speed-up (95%).
+        Rows with ``network, runtime, device, batch, threads, plain_us, branchy_us, limit_us, limit_in_order_us,
+        speedup, spread, overhead, overhead_sorted, plain_accuracy, accuracy_branchy, exit_share, thresholds``; times
+        are microseconds per sample, and ``spread`` is the relative uncertainty of the speed-up (95%).
 
     Raises:
         InputError: a flat file, a file of another network, an int8 file without `calibration`, a score of your own
@@ -108,59 +110,76 @@ def bench(
     given |= about or {}
     instance("data", data, (tuple, list), "give (inputs, target)")
     inputs, wanted = data
-    engine = load(path, threads=targets[0].threads, runtime=targets[0].runtime)
-    policy = engine.policy
-    if policy is None:
+    metadata = _metadata(path)
+    if metadata["policy"] is None:
         raise InputError(
             f"{path} was exported with policy=None and has no early exits to time; export it with a policy"
         )
-    function = _score(engine, score, path)
+    policy = Policy.from_json(metadata["policy"])
+    function = _score(policy, score, path)
     arrays = tuple(t.numpy() for t in tensors_of(inputs))
-    _check(path, engine, targets, len(arrays[0]), len(wanted))
+    _check(path, metadata, targets, len(arrays[0]), len(wanted))
     repeats, samples = whole("repeats", repeats, 1), whole("samples", samples, 1)
-    precision = _check_network(path, engine, net, inputs, calibration)
+    precision = _check_network(path, metadata, net, inputs, calibration)
     order = np.random.default_rng(check_seed(seed)).permutation(len(arrays[0]))
     arrays = tuple(array[order] for array in arrays)
-    dynamic = engine.metadata["batch"] == "dynamic"
-    flat, plain, _ = flat_graphs(net, first_rows(inputs), function, precision, calibration, dynamic=dynamic)
+    dynamic = metadata["batch"] == "dynamic"
+    enabled = [n for n, on in enumerate(policy.enabled, 1) if on]
+    known: dict[Any, Parts] = {}
     rows = []
     for alike in dict.fromkeys((target.threads, target.runtime) for target in targets):
         group = [target for target in targets if (target.threads, target.runtime) == alike]
-        if rows:
-            engine = load(path, threads=group[0].threads, runtime=group[0].runtime)
-        left, accuracy = _predict(engine, arrays, wanted[torch.from_numpy(order)], loss)
-        results = {
-            "plain_accuracy": given["plain_accuracy"],
-            "accuracy_branchy": accuracy,
-            "exit_share": [float((left == n).mean()) for n in range(1, engine.num_exits + 1)],
-            "thresholds": list(policy.thresholds),
-        }
-        enabled = [n for n, on in enumerate(policy.enabled, 1) if on]
-        with tempfile.TemporaryDirectory() as folder:
-            parts = part_engines(flat, Path(folder), group[0], plain=plain, enabled=enabled, alone=False)
-            for target in group:
-                progress(f"batch {target.batch_size}, {counted(target.threads, 'thread')}")
-                count = max(1, min(samples, len(order)) // target.batch_size) * target.batch_size
-                times = _row(engine, parts, tuple(a[:count] for a in arrays), enabled, target.batch_size, repeats)
-                settings = {"runtime": target.runtime, "batch": target.batch_size, "threads": target.threads}
-                rows.append({"network": given["network"], **settings, **times, **results})
+        family = group[0].reads_files or group[0].runtime  # all runtimes of files open the same graphs
+        if family not in known:
+            known[family] = network_parts(
+                net, first_rows(inputs), function, group[0], precision, calibration, dynamic=dynamic
+            )
+        parts = known[family]
+        with parts.deployed(path, policy, group[0]) as engine:
+            left, accuracy = _predict(engine, arrays, wanted[torch.from_numpy(order)], loss, group)
+            results = {
+                "plain_accuracy": given["plain_accuracy"],
+                "accuracy_branchy": accuracy,
+                "exit_share": [float((left == n).mean()) for n in range(1, policy.num_exits + 1)],
+                "thresholds": list(policy.thresholds),
+            }
+            with parts.opened(part_outputs(parts, enabled, alone=False), group[0]) as calls:
+                for target in group:
+                    progress(f"batch {target.batch_size}, {counted(target.threads, 'thread')}")
+                    count = max(1, min(samples, len(order)) // target.batch_size) * target.batch_size
+                    times = _row(engine, calls, tuple(a[:count] for a in arrays), enabled, target.batch_size, repeats)
+                    settings = {"runtime": target.runtime, "device": device_name(target)}
+                    settings |= {"batch": target.batch_size, "threads": target.threads}
+                    rows.append({"network": given["network"], **settings, **times, **results})
     return rows
+
+
+def _metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the metadata of a file, or of a folder of stages. Raise `FileError`."""
+    if not Path(path).exists():
+        raise FileError(f"there is no file {path}; write one with export(...)")
+    if Path(path).is_dir():
+        return read_manifest(path)[1]
+    check_seal(regular(path))
+    return model_metadata(path)
 
 
 def _targets(path: str | os.PathLike[str], targets: Target | Sequence[Target] | None) -> list[Target]:
     """Return the targets as a list; by default those that fit the file."""
     if targets is None:
-        return [Target(size) for size in ((1, 64) if model_metadata(path)["batch"] == "dynamic" else (1,))]
+        return [Target(size) for size in ((1, 64) if _metadata(path)["batch"] == "dynamic" else (1,))]
     found = [targets] if isinstance(targets, Target) else list(targets)
     if not found:
         raise InputError("targets is empty; give at least one Target, such as Target(batch_size=64)")
     return [check_target(target) for target in found]
 
 
-def _check(path: str | os.PathLike[str], engine: Engine, targets: Sequence[Target], rows: int, wanted: int) -> None:
+def _check(
+    path: str | os.PathLike[str], metadata: dict[str, Any], targets: Sequence[Target], rows: int, wanted: int
+) -> None:
     """Raise `InputError` for batch sizes or numbers of samples that do not fit."""
     batches = [target.batch_size for target in targets]
-    if engine.metadata["batch"] != "dynamic" and set(batches) != {1}:
+    if metadata["batch"] != "dynamic" and set(batches) != {1}:
         raise InputError(f"{path} takes one sample per call; got batch sizes {batches}: give batch size 1 alone")
     if max(batches) > rows:
         raise InputError(f"batch sizes must be in 1..{rows} (the number of test inputs); got {batches}")
@@ -168,24 +187,26 @@ def _check(path: str | os.PathLike[str], engine: Engine, targets: Sequence[Targe
         raise InputError(f"{rows} inputs need as many targets; got {wanted}")
 
 
-def _check_network(path: str | os.PathLike[str], engine: Engine, net: nn.Module, inputs: Any, calibration: Any) -> str:
+def _check_network(
+    path: str | os.PathLike[str], metadata: dict[str, Any], net: nn.Module, inputs: Any, calibration: Any
+) -> str:
     """Return the precision of the file. Raise `InputError` for another network or calibration that does not fit."""
-    if (exits := count_exits(net, inputs)) != engine.num_exits:
+    if (exits := count_exits(net, inputs)) != metadata["exits"]:
         raise InputError(
-            f"{path} has {engine.num_exits} exits and the network has {exits}; give the network that was exported"
+            f"{path} has {metadata['exits']} exits and the network has {exits}; give the network that was exported"
         )
-    precision = engine.metadata.get("precision", {}).get("scheme", "float32")
+    precision = (metadata.get("precision") or {}).get("scheme", "float32")
     if needs_calibration(precision) != (calibration is not None):
         remedy = "int8: give calibration=, the samples it was quantized with"
         remedy = f"{precision}: leave calibration= out" if calibration is not None else remedy
         raise InputError(f"{path} is {remedy}, because the graphs that it is compared with are converted like it")
     expected = fingerprint(net) + ("" if precision == "float32" else f"-{precision}")
-    check_same_network(f"{path} and net", engine.metadata.get("network"), expected)
+    check_same_network(f"{path} and net", metadata.get("network"), expected)
     return precision
 
 
 def _row(
-    engine: Engine, parts: dict[str, Engine], arrays: Arrays, enabled: Sequence[int], batch: int, repeats: int
+    engine: Call, parts: Mapping[str, Call], arrays: Arrays, enabled: Sequence[int], batch: int, repeats: int
 ) -> dict[str, float | None]:
     """Return the times of one row, and their ratios."""
     # At another batch size, ties may leave at other exits.
@@ -205,12 +226,11 @@ def _row(
     }
 
 
-def _score(engine: Engine, score: Score | None, path: str | os.PathLike[str]) -> Score:
+def _score(policy: Policy, score: Score | None, path: str | os.PathLike[str]) -> Score:
     """Return the function of the file's score. Raise `InputError` if `score` is another one."""
-    assert engine.policy is not None
-    if isinstance(engine.policy.score, FittedScore):
-        return engine.policy.score
-    name = score_name(engine.policy.score)
+    if isinstance(policy.score, FittedScore):
+        return policy.score
+    name = score_name(policy.score)
     if score is None and name not in SCORES:
         raise InputError(
             f"{path} uses the score {name!r}, one of your own; give that callable as score=, because the graphs that "
@@ -221,9 +241,13 @@ def _score(engine: Engine, score: Score | None, path: str | os.PathLike[str]) ->
     return resolve(name if score is None else score)
 
 
-def _predict(engine: Engine, arrays: Arrays, target: Tensor, loss: Loss | None) -> tuple[NDArray[Any], float]:
-    """Return the exit `(S,)` of each sample, and 1 - mean loss of the predictions."""
-    answer = engine.answer_all(*arrays)
+def _predict(
+    engine: Call, arrays: Arrays, target: Tensor, loss: Loss | None, targets: Sequence[Target]
+) -> tuple[NDArray[Any], float]:
+    """Return the exit `(S,)` of each sample, and 1 - mean loss of the predictions, in calls of the largest batch."""
+    rows = max(target.batch_size for target in targets)
+    starts = range(0, len(arrays[0]), rows)
+    answer = concatenated([engine(*(a[start : start + rows] for a in arrays)) for start in starts])
     label = torch.from_numpy(answer.label)
     if loss is not None:
         return answer.exit, 1 - float(loss(torch.from_numpy(answer.output), target).mean())
@@ -236,7 +260,7 @@ def _predict(engine: Engine, arrays: Arrays, target: Tensor, loss: Loss | None) 
 
 
 def _time(
-    engine: Engine, parts: dict[str, Engine], arrays: Arrays, left: NDArray[Any], batch: int, repeats: int
+    engine: Call, parts: Mapping[str, Call], arrays: Arrays, left: NDArray[Any], batch: int, repeats: int
 ) -> tuple[dict[str, float], float | None]:
     """Return median microseconds per sample over `repeats` passes, and the spread of the speed-up.
 
@@ -244,9 +268,9 @@ def _time(
     """
     starts = range(0, len(arrays[0]), batch)
     batches = [tuple(np.ascontiguousarray(a[i : i + batch]) for a in arrays) for i in starts]
-    calls: dict[str, Any] = {"branchy": engine} | {name: graph.outputs for name, graph in parts.items()}
+    calls: dict[str, Any] = {"branchy": engine, **parts}
     if batch == 1:
-        calls["in_order"] = [parts[f"upto_{n}"].outputs for n in left]
+        calls["in_order"] = [parts[f"upto_{n}"] for n in left]
         by_exit = [batches[i] for i in np.argsort(left, kind="stable")]
         calls["sorted"] = [lambda *_, b=batch: engine(*b) for batch in by_exit]
     passes = passes_in_turns(calls, batches, repeats)

@@ -1,21 +1,20 @@
 """Measure the cost of each stage in the runtime that will run the network."""
 
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import nn
 
 from ..argument_checks import real
-from ..errors import InputError, as_graph_errors
+from ..errors import InputError
 from ..graph.precision import Precision, check_precision
 from ..nn.fingerprint import fingerprint
 from ..policy.exit_cost import ExitCost
 from ..policy.scores import Score, resolve
 from ..policy.values import Floats
 from .clock import until_steady
-from .part_engines import calls_of_sizes, flat_graphs, leaving_engines, part_engines
+from .network_parts import device_name, network_parts
+from .parts import calls_of_sizes, leaving_policies, part_outputs
 from .target import Target, check_target
 
 _FEWER = 16  # ratio of the two timed batch sizes, which give the fixed cost of a stage
@@ -41,13 +40,18 @@ def measure(
     A batch is also timed at a sixteenth of its rows, which gives the fixed cost of a stage. Fixed costs are counted
     with the first trunk segment and the first branch, because some samples of a batch nearly always continue.
 
+    Times are wall-clock times of calls with inputs and answers on the host. On a GPU they therefore include transfers,
+    launches and waiting for the device, as in use; every timed call waits for its answers. Times of the device alone,
+    between CUDA events, would leave out what an exit costs there: the host waits for the scores before it decides.
+
     Args:
         net: a `BranchyNet`, or any network.
         example: inputs, real ones if possible; repeated or cut to the target's batch size.
-        target: the batch size, the threads and the runtime of the deployed file.
+        target: the batch size, the threads and the runtime. For ``"torch"`` and ``"torch-cuda"`` the parts run in
+            PyTorch as in a `TorchEngine`, on a copy of `net` if it is on another device.
         score: the score, whose cost counts with each branch.
         seconds: approximate duration, or up to four times as long while the times are not steady.
-        precision: as for `export`, to time the converted network.
+        precision: as for `export`, to time the converted network; files only.
         calibration: as for `export`.
 
     Returns:
@@ -55,7 +59,8 @@ def measure(
         programs kept the machine busy; measure again.
 
     Raises:
-        InputError: a target that is not a `Target`, an unknown score, or calibration batches that do not fit.
+        InputError: a target that is not a `Target`, an unknown score, calibration batches that do not fit, a GPU that
+            this machine does not have, or a batch that does not fit into its memory.
         GraphError: the network cannot be exported, cut or converted.
         MissingExtraError: OpenVINO is not installed.
 
@@ -72,25 +77,24 @@ def measure(
     if real("seconds", seconds) < 0:
         raise InputError(f"seconds must not be negative; got {seconds:g}")
     check_precision(precision, calibration)
-    flat, plain, macs = flat_graphs(net, example, resolve(score), precision, calibration)
+    parts = network_parts(net, example, resolve(score), target, precision, calibration)
     sizes = two_sizes(batch_size)
-    with tempfile.TemporaryDirectory() as folder, as_graph_errors():
-        parts = part_engines(flat, Path(folder), target, plain=plain)
-        leaving = leaving_engines(flat, Path(folder), target)
-        calls = {name: engine.outputs for name, engine in parts.items()} | leaving
+    with parts.opened(part_outputs(parts) | leaving_policies(parts.num_exits), target) as calls:
         times, spread = until_steady(calls_of_sizes(calls.values(), example, sizes), seconds)
     us = [dict(zip(calls, part, strict=True)) for part in np.split(np.array(times), len(sizes))]
-    full, part = (_apart(us[k], flat.num_exits) for k in (0, -1))
+    full, part = (_apart(us[k], parts.num_exits) for k in (0, -1))
     trunk, branch = each_row(full, part, sizes[0], sizes[-1])
     return ExitCost(
         tuple(trunk),
         tuple(branch),
-        *macs,
+        *parts.macs,
         batch_size,
         target.threads,
         fingerprint(net),
         plain_us=float(us[0]["plain"]) / batch_size,
         spread=spread,
+        runtime=target.runtime,
+        device=device_name(target),
     )
 
 
