@@ -16,7 +16,12 @@ from branchynet.errors import MissingExtraError
 from helpers import device
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = {"PIL": "pillow", "onnx_ir": "onnx-ir"}  # packages with another name than their module
+PACKAGES = {  # packages with another name than their module
+    "PIL": "pillow",
+    "onnx_ir": "onnx-ir",
+    "prometheus_client": "prometheus-client",
+    "python_multipart": "python-multipart",
+}
 PROJECT = (ROOT / "pyproject.toml").read_text()
 LISTS = {
     name: re.findall(r'^ *"([^"]+)"|\["([^"]+)"\]', body, flags=re.MULTILINE)
@@ -135,6 +140,7 @@ from branchynet import ExitRecord, Monitor; Monitor(ExitRecord.load(sys.argv[1] 
         (["matplotlib"], ["report", "run"], "report"),
         (["PIL"], ["predict", "model.onnx", "image.png"], "data"),
         (["onnx"], ["verify", "model.onnx"], "verify"),
+        (["fastapi"], ["serve", "model.onnx"], "serve"),
     ],
 )
 def test_a_command_names_the_extra_that_it_needs(folder, forbidden, arguments, extra):

@@ -18,6 +18,9 @@ EXTRAS = {
     "typer": "cli",
     "onnx": "verify",
     "openvino": "openvino",
+    **dict.fromkeys(
+        ("fastapi", "httptools", "orjson", "prometheus_client", "python_multipart", "uvicorn", "uvloop"), "serve"
+    ),
 }
 
 

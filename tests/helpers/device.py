@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 OPTIONAL = """
-accelerate filelock matplotlib onnx onnx_ir onnxscript openvino PIL pooch rich safetensors scipy sklearn torch tqdm
-transformers typer
+accelerate fastapi filelock httptools matplotlib onnx onnx_ir onnxscript openvino orjson PIL pooch prometheus_client
+python_multipart rich safetensors scipy sklearn torch tqdm transformers typer uvicorn uvloop
 """.split()
 
 

@@ -1,6 +1,7 @@
 """Read, resize and write single image files."""
 
 import contextlib
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,22 +9,23 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ..errors import DataError, InputError
 from ..files import check_path, replacing
 
 MOST_PIXELS = 89_478_485  # Pillow's limit for decompression bombs: 256 MB in RGB
+SAFE_FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")  # of content from a network
 
 
-def read_image(path: str | os.PathLike[str], shape: tuple[int, int, int]) -> NDArray[np.float32]:
+def read_image(path: str | os.PathLike[str] | bytes, shape: tuple[int, int, int]) -> NDArray[np.float32]:
     """Read an image file as a batch of one: `(1, C, H, W)` float32 in [0, 1], as from `loader`.
 
     The image is rotated by its EXIF orientation, converted to gray (C = 1) or RGB (C = 3) without transparency, and
     resized to H x W with an antialiased bilinear filter; it is not cropped.
 
     Args:
-        path: any file that Pillow can read.
+        path: any file that Pillow can read; or the content of a file in one of `SAFE_FORMATS`.
         shape: `(C, H, W)`, as in `ImageData.shape`.
 
     Raises:
@@ -79,9 +81,11 @@ def save_image(image: ArrayLike, path: str | os.PathLike[str]) -> None:
 
 
 def decode(
-    path: str | os.PathLike[str], size: tuple[int, int] | None = None, channels: int | None = None
+    path: str | os.PathLike[str] | bytes, size: tuple[int, int] | None = None, channels: int | None = None
 ) -> NDArray[np.uint8]:
-    """Decode an image file as `(C, H, W)` uint8, upright; by default at its size, with C = 1 if it is gray, else 3.
+    """Decode an image file, or its content, as `(C, H, W)` uint8, upright.
+
+    By default, it keeps its size, and C = 1 if it is gray, else 3.
 
     Raises `DataError` if the file is missing, cannot be decoded, or has more than `MOST_PIXELS` pixels.
     """
@@ -108,18 +112,23 @@ def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+def _opened(path: str | os.PathLike[str] | bytes) -> Iterator[Image.Image]:
     """Open an image file of at most `MOST_PIXELS` pixels; any error within the block becomes a `DataError`."""
+    source, formats = (io.BytesIO(path), SAFE_FORMATS) if isinstance(path, bytes) else (path, None)
     try:
-        if Path(path).exists() and not Path(path).is_file():
+        if not isinstance(path, bytes) and Path(path).exists() and not Path(path).is_file():
             raise ValueError("it is not a regular file")
-        with Image.open(path) as opened:
+        with Image.open(source, formats=formats) as opened:
             if opened.width * opened.height > MOST_PIXELS:
                 raise ValueError(f"{opened.width} x {opened.height} pixels are more than {MOST_PIXELS:,}")
             yield opened
     except FileNotFoundError as error:
         raise DataError(f"there is no image {path}; give the path of an image file") from error
     except Exception as error:  # Pillow's readers raise nearly anything on a malformed file
+        if isinstance(path, bytes):
+            readable = "it is none of " + ", ".join(SAFE_FORMATS)
+            reason = readable if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
+            raise DataError(f"cannot read the image ({reason}); send another") from error
         raise DataError(
             f"cannot read the image {path} ({type(error).__name__}: {error}); replace or remove it"
         ) from error

@@ -28,7 +28,7 @@ RUNTIMES = get_args(Runtime)
 Provider = tuple[str, dict[str, Any]]
 _MOST_THREADS = 1024
 _PROVIDERS = {"onnxruntime-cuda": ("CUDAExecutionProvider", "CPUExecutionProvider")}
-_DTYPES = {
+DTYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
     "tensor(double)": np.float64,
@@ -262,7 +262,7 @@ def _open(path: str | os.PathLike[str], threads: int | None, providers: Sequence
 
 def _input(value: Any) -> Input:
     shape = tuple(d if isinstance(d, int) else None for d in value.shape[1:])
-    return Input(value.name, _DTYPES.get(value.type, value.type), shape)
+    return Input(value.name, DTYPES.get(value.type, value.type), shape)
 
 
 def _brief(error: Exception) -> str:

@@ -1,0 +1,1 @@
+"""Serving over HTTP: a scheduler of stages, model repositories, and the Open Inference Protocol."""

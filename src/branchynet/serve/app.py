@@ -1,0 +1,211 @@
+"""The HTTP interface of a server, as an ASGI application."""
+
+import asyncio
+import contextlib
+import logging
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request, Response
+
+from ..environment import __version__
+from ..errors import BranchyNetError
+from . import api_docs
+from .faults import KeyMissing, NotReady, headers_of, status_of
+from .images import image_answer, image_input, upload
+from .limits import ClientGone, check_key, read_body, watched
+from .metrics import CONTENT_TYPE, Metrics
+from .models import Loaded, Repository, in_thread
+from .oip import infer_answer, read_infer, read_options
+from .settings import ServeSettings
+
+log = logging.getLogger("branchynet.serve")
+_INFER = re.compile(r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?/infer")
+_GONE = 499  # nobody reads it
+_DECODERS = 2  # images are decoded by so many threads, because a small file may have many pixels
+
+
+def make_app(repository: Repository, settings: ServeSettings, metrics: Metrics, key: str | None = None) -> FastAPI:
+    """Return the application.
+
+    Args:
+        repository: its models; the application closes it when it ends.
+        settings: limits.
+        metrics: where requests count.
+        key: the API key that requests must send; None for none.
+    """
+    routes = _Routes(repository, settings, metrics, key)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await in_thread(repository.close)
+
+    app = FastAPI(
+        title="BranchyNet",
+        version=__version__,
+        description="Networks with early exits, over the Open Inference Protocol, version 2.",
+        lifespan=lifespan,
+        redoc_url=None,
+    )
+    app.state.routes = routes
+    app.add_middleware(_Shortcut, routes.guarded(routes.infer))
+    for path, method, handler, docs in (
+        ("/v2", "GET", routes.server, api_docs.SERVER),
+        ("/v2/health/live", "GET", routes.live, api_docs.LIVE),
+        ("/v2/health/ready", "GET", routes.all_ready, api_docs.READY),
+        ("/v2/models/{model}", "GET", routes.metadata, api_docs.METADATA),
+        ("/v2/models/{model}/versions/{version}", "GET", routes.metadata, api_docs.METADATA),
+        ("/v2/models/{model}/ready", "GET", routes.ready, api_docs.MODEL_READY),
+        ("/v2/models/{model}/versions/{version}/ready", "GET", routes.ready, api_docs.MODEL_READY),
+        ("/v2/models/{model}/infer", "POST", routes.infer, api_docs.INFER),
+        ("/v2/models/{model}/versions/{version}/infer", "POST", routes.infer, api_docs.INFER),
+        ("/v2/repository/index", "POST", routes.index, api_docs.INDEX),
+        ("/v2/repository/models/{model}/load", "POST", routes.load, api_docs.LOAD),
+        ("/v2/repository/models/{model}/unload", "POST", routes.unload, api_docs.UNLOAD),
+        ("/models/{model}", "GET", routes.about, api_docs.ABOUT),
+        ("/predict", "POST", routes.predict, api_docs.PREDICT),
+        ("/metrics", "GET", routes.metrics_page, api_docs.METRICS),
+    ):
+        app.add_api_route(path, routes.guarded(handler), methods=[method], response_model=None, **docs)
+    return app
+
+
+class _Shortcut:
+    """Calls the route of inference before the others are compared with the path, because it is called most."""
+
+    def __init__(self, app: Any, infer: Callable[[Request], Awaitable[Response]]) -> None:
+        self._app, self._infer = app, infer
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST" and (found := _INFER.fullmatch(scope["path"])):
+            scope["path_params"] = {name: value for name, value in found.groupdict().items() if value is not None}
+            response = await self._infer(Request(scope, receive, send))
+            await response(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+
+class _Routes:
+    """One method per route."""
+
+    def __init__(self, repository: Repository, settings: ServeSettings, metrics: Metrics, key: str | None) -> None:
+        self.repository, self.settings, self.metrics, self.key = repository, settings, metrics, key
+        self.stopping = False
+        self._decoding = asyncio.Semaphore(_DECODERS)
+
+    def guarded(self, handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+        """Wrap a handler: check the key, turn errors into answers, and count."""
+        open_to_all = handler in (self.live, self.all_ready)  # probes of orchestrators send no key
+
+        async def handled(request: Request) -> Response:
+            try:
+                if not open_to_all:
+                    check_key(request.headers, self.key)
+                response = await handler(request)
+            except BranchyNetError as error:
+                response = _json({"error": str(error)}, status_of(error), headers_of(error))
+                if isinstance(error, KeyMissing):
+                    response.headers["www-authenticate"] = "Bearer"
+                if response.status_code == 500:
+                    log.error("%s", error)
+            except ClientGone:
+                response = Response(status_code=_GONE)
+            model = request.path_params.get("model", "")
+            self.metrics.request(model if model in self.repository.names else "", "http", response.status_code)
+            return response
+
+        return handled
+
+    async def server(self, request: Request) -> Response:
+        extensions = ["binary_tensor_data", "model_repository"]
+        return _json({"name": "branchynet", "version": __version__, "extensions": extensions})
+
+    async def live(self, request: Request) -> Response:
+        return _json({"live": True})
+
+    async def all_ready(self, request: Request) -> Response:
+        ready = not self.stopping and self.repository.any_ready()
+        return _json({"ready": ready}, 200 if ready else 503)
+
+    async def metadata(self, request: Request) -> Response:
+        return _json(self._model(request).metadata)
+
+    async def ready(self, request: Request) -> Response:
+        name = self._model(request).name
+        if self.stopping:
+            raise NotReady("the server stops")
+        return _json({"name": name, "ready": True})
+
+    async def infer(self, request: Request) -> Response:
+        model = self._model(request)
+        body = await self._body(request)
+        call = read_infer(body, request.headers.get("inference-header-content-length"))
+        async with watched(request.receive):
+            answer = await model.infer(call.inputs, call.options)
+        outputs = model.named(answer.outputs) if call.outputs else answer.outputs
+        found, length = infer_answer(model.name, "1", call, outputs, answer.unfinished)
+        if length is None:
+            return Response(found, media_type="application/json")
+        return Response(found, 200, {"inference-header-content-length": str(length)}, "application/octet-stream")
+
+    async def index(self, request: Request) -> Response:
+        wanted = await self._body(request)
+        ready = b'"ready"' in wanted and _wants_ready(wanted)
+        return _json([one for one in self.repository.index() if not ready or one["state"] == "READY"])
+
+    async def load(self, request: Request) -> Response:
+        await self._manage(request, self.repository.load)
+        return _json({})
+
+    async def unload(self, request: Request) -> Response:
+        await self._manage(request, self.repository.unload)
+        return _json({})
+
+    async def about(self, request: Request) -> Response:
+        return _json(api_docs.described(self._model(request)))
+
+    async def predict(self, request: Request) -> Response:
+        query = request.query_params
+        model = self._named(query.get("model"))
+        options = read_options(api_docs.query_options(query))
+        image = await upload(await self._body(request), request.headers)
+        async with self._decoding:
+            batch = await in_thread(image_input, model, image)
+        async with watched(request.receive):
+            answer = await model.infer({model.backend.inputs[0].name: batch}, options)
+        return _json(image_answer(model, options, answer))
+
+    async def metrics_page(self, request: Request) -> Response:
+        return Response(self.metrics.page(), media_type=CONTENT_TYPE)
+
+    async def _body(self, request: Request) -> bytes:
+        return await read_body(request.receive, request.headers, self.settings.max_body, self.settings.client_s)
+
+    def _model(self, request: Request) -> Loaded:
+        return self.repository.ready(request.path_params["model"], request.path_params.get("version"))
+
+    def _named(self, name: str | None) -> Loaded:
+        names = self.repository.names
+        if name is None and len(names) > 1:
+            raise api_docs.several(names)
+        return self.repository.ready(names[0] if name is None else name)
+
+    async def _manage(self, request: Request, change: Callable[[str], None]) -> None:
+        await self._body(request)
+        if not self.settings.manage:
+            raise KeyMissing("clients may not load or unload models here; start the server with --manage")
+        await in_thread(change, request.path_params["model"])
+
+
+def _wants_ready(body: bytes) -> bool:
+    with contextlib.suppress(orjson.JSONDecodeError):
+        found = orjson.loads(body)
+        return isinstance(found, dict) and found.get("ready") is True
+    return False
+
+
+def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(value), status, headers, "application/json")

@@ -1,0 +1,93 @@
+"""The errors that a server answers with, and the status of each.
+
+BranchyNetError
+├── InputError        400
+├── DataError         400
+├── KeyMissing        401
+├── UnknownModel      404
+├── SlowClient        408
+├── TooLarge          413
+├── WrongEncoding     415
+├── QueueFull         429, with Retry-After
+├── RunError          500
+├── NotReady          503
+├── StoppedError      503
+└── DeadlineError     504
+"""
+
+import math
+
+from ..errors import BranchyNetError, DataError, InputError
+
+
+class KeyMissing(BranchyNetError, PermissionError):
+    """The request has no API key, or a wrong one."""
+
+
+class UnknownModel(BranchyNetError, LookupError):
+    """There is no model of this name and version."""
+
+
+class SlowClient(BranchyNetError, TimeoutError):
+    """The body of a request did not arrive in time."""
+
+
+class TooLarge(BranchyNetError, ValueError):
+    """A body has more bytes than the server takes."""
+
+
+class WrongEncoding(BranchyNetError, ValueError):
+    """A body is compressed, or of a type that the server does not read."""
+
+
+class QueueFull(BranchyNetError, RuntimeError):
+    """The queue has no room for a request.
+
+    Attributes:
+        retry_after: seconds until the queue is probably empty.
+    """
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class RunError(BranchyNetError, RuntimeError):
+    """The runtime failed on a request."""
+
+
+class NotReady(BranchyNetError, RuntimeError):
+    """The model is not loaded; the message says why."""
+
+
+class StoppedError(BranchyNetError, RuntimeError):
+    """The model is being unloaded, or the server stops."""
+
+
+class DeadlineError(BranchyNetError, TimeoutError):
+    """The deadline of a request passed before every sample had an answer."""
+
+
+_STATUS: dict[type[BranchyNetError], int] = {
+    InputError: 400,
+    DataError: 400,
+    KeyMissing: 401,
+    UnknownModel: 404,
+    SlowClient: 408,
+    TooLarge: 413,
+    WrongEncoding: 415,
+    QueueFull: 429,
+    NotReady: 503,
+    StoppedError: 503,
+    DeadlineError: 504,
+}
+
+
+def status_of(error: BranchyNetError) -> int:
+    """Return the HTTP status of an error; 500 for those that no request causes."""
+    return next((status for kind, status in _STATUS.items() if isinstance(error, kind)), 500)
+
+
+def headers_of(error: BranchyNetError) -> dict[str, str]:
+    """Return the headers of an error: ``Retry-After`` in whole seconds if the queue is full."""
+    return {"retry-after": str(max(1, math.ceil(error.retry_after)))} if isinstance(error, QueueFull) else {}
