@@ -43,7 +43,7 @@ def serve(
     private_key: Annotated[str | None, _option("Its private key.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with any of these options.", parser=path)] = None,
 ) -> None:
-    """Serve models over HTTP until Ctrl-C: the Open Inference Protocol, POST /predict and GET /metrics."""
+    """Serve models over HTTP, by the Open Inference Protocol."""
     given = {name: value for name, value in locals().items() if name not in ("model", "config")}
     from ..extras import needed_by
 
