@@ -1,29 +1,33 @@
 """Run a network stage by stage in PyTorch, on any device, without an exported file."""
 
+import contextlib
 import math
 import sys
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..errors import GraphError
+from ..argument_checks import ordered, whole
+from ..errors import GraphError, InputError, first_line
 from ..graph.free_lengths import Free
 from ..graph.torch_program import CUDA_ROWS, tensors_of
 from ..graph.torch_stages import cut_stages
 from ..nn.calls import arguments
 from ..nn.checks import check_network, device_of, resolve_device
-from ..policy.exit_rule import as_deployed, stays
+from ..policy.exit_rule import as_deployed
 from ..policy.prediction import Prediction, concatenated
 from ..policy.values import Policy
 from .call_thresholds import Thresholds, call_thresholds, check_lengths, none_given, thresholds_of_parts
+from .eager_stages import EagerStages
 from .input_checks import Input, check_sizes, checked_inputs
+from .recorded_stages import RecordedStages
 from .reference_outputs import answers_alone
 from .tolerance import differences, tolerances
+from .torch_precision import Precision, check_precision, in_precision
 
 _EPS = float(torch.finfo(torch.float32).eps)
 
@@ -53,18 +57,32 @@ class TensorInput(Input):
 class TorchEngine:
     """A network with early exits that runs in PyTorch. It predicts like an exported file.
 
-    Each exit costs one `nonzero`, for which a GPU waits for the host, and one `index_select` per tensor that the next
-    stage reads. Stages share the network's parameters and buffers: after a change in place (``optimizer.step()``,
+    The stages between two exits run in one of two ways. With *batch sizes*, by default on a CUDA device, each stage is
+    recorded once per size as a CUDA graph. A call replays the stages at the smallest sizes that hold the samples; the
+    host waits once per exit for the number of samples that stay, and once for the answers. The first use of a stage at
+    a size takes a fraction of a second, or far longer with `compile`; `prepare` takes this time in advance. Without
+    batch sizes, the operators of each stage run one by one.
+
+    Stages share the network's parameters and buffers: after a change in place (``optimizer.step()``,
     ``load_state_dict``) the next call uses the new values. Make a new engine after replacing or moving them. Calls are
-    thread-safe.
+    thread-safe; with batch sizes, one call runs at a time.
 
     Args:
         net: a `BranchyNet`, or any network (see `branchynet.nn.network.exit_outputs`). It runs in eval mode.
         policy: score and default thresholds; an exit with threshold None is left out with its branch.
         example: one batch of inputs: a tensor, a tuple of tensors, or a dict of keyword arguments. Give at least two
-            rows, so that a network that mixes the samples of a batch is refused.
+            rows, so that a network that mixes the samples of a batch is refused. Batch sizes keep the memory layout of
+            the example, such as channels_last.
         device: where to run; by default where `net` is. `net` is moved there.
-        free: lengths of the inputs that may differ from the example, as for `export`.
+        free: lengths of the inputs that may differ from the example, as for `export`. Such an engine has no batch
+            sizes.
+        precision: ``"fp16"`` or ``"bf16"`` computes in half precision, with a copy of `net`, which does not follow
+            later changes of `net`. Inputs and outputs stay float32, and scores are computed in float32.
+        compile: whether to compile the stages with `torch.compile`: each once for all batch sizes from 2, and once
+            more for 1.
+        batch_sizes: the sizes at which stages run; a larger batch is answered in parts of the largest. By default, on a
+            CUDA device, 28 sizes from 1 to 256, as far as memory allows, and elsewhere none. Empty for none. On other
+            devices than CUDA, stages run at these sizes without a recording.
 
     Attributes:
         inputs: the inputs of the network.
@@ -72,19 +90,23 @@ class TorchEngine:
         policy: as given.
         num_exits: N.
         device: where it runs.
+        precision: as given.
+        batch_sizes: the sizes at which stages run, ascending; empty if at any size.
 
     Raises:
         InputError: the policy has a number of thresholds other than N-1, or an unknown score; the example holds no
-            tensors with a leading batch dimension.
+            tensors with a leading batch dimension; `device`, `precision` or `batch_sizes` is wrong or does not fit the
+            other arguments; there is not enough memory, and the message names the size that fits.
         GraphError: the network cannot be exported with a free batch size or cut into stages (see `cut_stages`), or its
-            outputs stage by stage differ from those for each row alone.
+            outputs stage by stage differ from those for each row alone; it cannot be compiled, recorded, or computed in
+            half precision.
 
     Example:
         >>> import torch
         >>> from branchynet import BranchyNet, Policy, TorchEngine
         >>> from torch import nn
         >>> net = BranchyNet(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), {"1": nn.Linear(8, 3)})
-        >>> engine = TorchEngine(net, Policy(thresholds=(2.0,)), torch.randn(2, 4))
+        >>> engine = TorchEngine(net, Policy(thresholds=(2.0,)), torch.randn(2, 4), batch_sizes=(1, 4))
         >>> engine(torch.randn(5, 4)).exit.tolist()
         [1, 1, 1, 1, 1]
     """
@@ -97,25 +119,42 @@ class TorchEngine:
         *,
         device: str | torch.device | None = None,
         free: Free | None = None,
+        precision: Precision = "float32",
+        compile: bool = False,
+        batch_sizes: Sequence[int] | None = None,
     ) -> None:
         check_network(net)
+        check_precision(precision)
         tensors = tensors_of(example)
-        if device is not None:
-            net.to(resolve_device(device))
-        self.device = device_of(net, device or "cpu")
-        tensors = tuple(t.to(self.device) for t in tensors)
-        kwargs = arguments(example)[1]
-        moved = dict(zip(kwargs, tensors, strict=True)) if kwargs else tensors
-        self._cut = cut = cut_stages(net, moved, policy, free)
+        sizes = _checked_sizes(batch_sizes, free)
+        with _enough_memory("the network and its example", len(tensors[0])):
+            if device is not None:
+                net.to(resolve_device(device))
+            self.device = device_of(net, device or "cpu")
+            tensors = tuple(t.to(self.device) for t in tensors)
+            kwargs = arguments(example)[1]
+            moved = dict(zip(kwargs, tensors, strict=True)) if kwargs else tensors
+            run, given = in_precision(net, moved, precision)
+            self._cut = cut = cut_stages(run, given, policy, free)
         self.lengths = cut.lengths
         self.policy = policy
+        self.precision = precision
         self.num_exits = policy.num_exits
         unfixed = {place for length in cut.lengths for place in length.at}
         self.inputs = tuple(_input(name, tensor, unfixed) for name, tensor in zip(cut.arguments, tensors, strict=True))
-        self._most = CUDA_ROWS if self.device.type == "cuda" else sys.maxsize
         self._exits = tuple(stage.exit for stage in cut.stages)
-        self._later = tuple({t.name for s in cut.stages[i + 1 :] for t in s.takes} for i in range(len(cut.stages)))
-        self._check(net, moved)
+        taken = tensors_of(given)
+        if sizes or (sizes is None and self.device.type == "cuda" and free is None):
+            rows = [t if len(t) > 1 else torch.cat([t, t]) for t in taken]
+            self._stages = RecordedStages(cut, rows, sizes, compile=compile)
+            self.batch_sizes = self._stages.sizes
+            self._most = self.batch_sizes[-1]
+        else:
+            self._stages = EagerStages(cut, self.device, [t.dtype for t in taken], compile=compile)
+            self.batch_sizes = ()
+            self._most = CUDA_ROWS if self.device.type == "cuda" else sys.maxsize
+        self._sample = tuple(t[:1].clone() for t in tensors)
+        self._check(run, given, moved)
 
     def __call__(self, /, *inputs: Any, thresholds: Thresholds | None = None, **named: Any) -> Prediction:
         """Predict a batch of any size, including zero. Each sample leaves at the first exit with a low enough score.
@@ -131,7 +170,9 @@ class TorchEngine:
             A `Prediction` of numpy arrays.
 
         Raises:
-            InputError: inputs of the wrong number, names, shape or dtype, or the wrong number of thresholds.
+            InputError: inputs of the wrong number, names, shape or dtype, or the wrong number of thresholds; there is
+                not enough memory for a batch of this size.
+            GraphError: a stage cannot be compiled or recorded at a size; see `prepare`.
         """
         taken, rows = checked_inputs(inputs, named, self.inputs)
         check_sizes(taken, self.lengths)
@@ -154,46 +195,35 @@ class TorchEngine:
             output, label = np.empty((0, *tail), np.float32), np.empty((0, *tail[1:]), np.int64)
             return Prediction(label, np.empty(0, np.int64), np.empty(0, np.float32), output)
         limits = [
-            torch.from_numpy(t.copy()).to(self.device) if isinstance(t, np.ndarray) else as_deployed([t]).item()
+            t if isinstance(t, np.ndarray) and len(t) == rows > 1 else as_deployed([float(np.squeeze(t))]).item()
             for t in used
             if t is not None
         ]
-        with torch.inference_mode():
-            output, score, exit = self._answer([_tensor(given).to(self.device) for given in taken.values()], limits)
-            return Prediction(*(t.cpu().numpy() for t in (output.argmax(dim=1), exit, score, output)))
+        with _enough_memory("a call", rows):
+            return self._stages(list(taken.values()), limits)
 
-    def _answer(self, inputs: Sequence[Tensor], thresholds: Sequence[float | Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return every sample's (output, score, exit), given the thresholds of the enabled exits except the last."""
-        held = {name: (tensor, 0) for name, tensor in zip(self._cut.inputs, inputs, strict=True)}
-        left: list[Tensor | None] = [None]  # the remaining rows after each narrowing of the batch; None for all
-        rows = len(inputs[0])
-        answer: tuple[Tensor, Tensor, Tensor] | None = None
-        for stage, later, threshold in zip(self._cut.stages, self._later, (*thresholds, None), strict=True):
-            for taken in stage.takes:
-                held[taken.name] = _pick(*held[taken.name], taken.axis, left)
-            output, score, *given = stage.module(rows, *(held[taken.name][0] for taken in stage.takes))
-            held.update((name, (value, len(left) - 1)) for name, value in zip(stage.gives, given, strict=True))
-            held = {name: value for name, value in held.items() if name in later}
-            del given  # free the larger batch before later stages run
-            answer = _put_back(answer, output, score, stage.exit, left[0])
-            if threshold is None:
-                break
-            if isinstance(threshold, Tensor) and len(threshold) > 1 and left[0] is not None:
-                threshold = threshold.index_select(0, left[0])
-            deeper = stays(score, threshold).nonzero().squeeze(1)
-            if not len(deeper):
-                break
-            if len(deeper) < rows:
-                rows = len(deeper)
-                left = [deeper if picked is None else picked.index_select(0, deeper) for picked in left] + [None]
-        assert answer is not None
-        return answer
+    def prepare(self, batch_sizes: Sequence[int] | None = None) -> None:
+        """Compile and record the stages at these sizes now, so that later calls do not take the time.
 
-    def _check(self, net: nn.Module, example: Any) -> None:
+        Args:
+            batch_sizes: some of the engine's batch sizes; by default all.
+
+        Raises:
+            InputError: the engine does not have one of the sizes; there is not enough memory.
+            GraphError: a stage cannot be compiled or recorded.
+        """
+        sizes = self.batch_sizes if batch_sizes is None else _checked_sizes(batch_sizes, None) or ()
+        if unknown := sorted(set(sizes) - set(self.batch_sizes)):
+            raise InputError(f"the engine has no batch size {unknown[0]}; it has {self.batch_sizes or 'none'}")
+        for size in reversed(sizes):  # the largest first: it makes the memory that the others use
+            rows = [t.expand(size, *t.shape[1:]) for t in self._sample]
+            self(*rows, thresholds=[None] * (self.num_exits - 1))
+
+    def _check(self, net: nn.Module, example: Any, given: Any) -> None:
         """Compare each exit, then a mix of exits, with the network on each row alone. Raise `GraphError`."""
         alone = [exit.numpy() for exit in answers_alone(net, example, 4)]
         expected = np.stack(alone, axis=1)
-        inputs = [t[: len(expected)] for t in tensors_of(example)]
+        inputs = [t[: len(expected)] for t in tensors_of(given)]
         coarsest = max((torch.finfo(p.dtype).eps for p in net.parameters() if p.is_floating_point()), default=0.0)
         # In TF32 and half precision, a batch and its rows alone differ a little.
         coarse = self.device.type != "cpu" or coarsest > _EPS or torch.get_float32_matmul_precision() != "highest"
@@ -225,29 +255,25 @@ def _input(name: str, tensor: Tensor, free: Container[tuple[str, int]]) -> Tenso
     return TensorInput(name, dtype, shape, tensor.dtype)
 
 
-def _tensor(given: NDArray[Any] | Tensor) -> Tensor:
-    if isinstance(given, Tensor):
-        return given
-    if not given.flags.writeable or min(given.strides) < 0:  # torch accepts neither
-        given = given.copy()
-    return torch.from_numpy(given)
+def _checked_sizes(sizes: Any, free: Free | None) -> tuple[int, ...] | None:
+    """Return the batch sizes in ascending order. Raise `InputError` if they are not whole numbers of at least 1."""
+    if sizes is None:
+        return None
+    remedy = "give a list such as (1, 8, 64), or () to run at any size without recording"
+    sizes = ordered("batch_sizes", sizes, remedy)
+    sizes = tuple(sorted({whole("batch_sizes", size, 1, CUDA_ROWS) for size in sizes}))
+    if sizes and free is not None:
+        raise InputError(f"batch_sizes={sizes} needs inputs of fixed lengths; leave out free={free!r}, or batch_sizes")
+    return sizes
 
 
-def _pick(value: Tensor, narrowing: int, axis: int | None, left: Sequence[Tensor | None]) -> tuple[Tensor, int]:
-    """Return the remaining rows of a value that has the rows of a narrowing, and its new narrowing."""
-    rows = left[narrowing]
-    if axis is None or rows is None:
-        return value, narrowing
-    return value.index_select(axis, rows), len(left) - 1
-
-
-def _put_back(
-    answer: tuple[Tensor, Tensor, Tensor] | None, output: Tensor, score: Tensor, exit: int, rows: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Write one exit's outputs into the batch's (output, score, exit) at `rows`; None for all rows."""
-    if answer is None or rows is None:
-        exits = torch.full_like(score, exit, dtype=torch.int64)
-        # An output may be a view of an input or a parameter; later exits write to it.
-        return output.clone(memory_format=torch.contiguous_format), score.clone(), exits
-    outputs, scores, exits = answer
-    return outputs.index_copy_(0, rows, output), scores.index_copy_(0, rows, score), exits.index_fill_(0, rows, exit)
+@contextlib.contextmanager
+def _enough_memory(what: str, rows: int) -> Iterator[None]:
+    """Convert errors of memory to `InputError`."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"there is not enough memory for {what} with a batch of {rows} ({first_line(error)}); give a smaller "
+            "batch, or free memory of the device"
+        ) from error
