@@ -43,7 +43,6 @@ def main():
                 [Target(batch) for batch in BATCHES],
                 about={"network": "b_lenet", "plain_accuracy": lenet.accuracy},
                 seed=seed,
-                progress=print,
             )
     times = ("plain_us", "branchy_us", "limit_us", "limit_in_order_us", "speedup", "overhead")
     rows = []

@@ -104,6 +104,15 @@ def test_an_error_is_one_line(mistake, run, monkeypatch, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("wrong", ["none", "None", "high", "95%"])
+def test_a_confidence_that_is_no_number_names_the_option_without_one(wrong, run, monkeypatch, capsys):
+    before = (run / "choice.json").read_bytes()
+    assert call(monkeypatch, "choose", run, "--confidence", wrong) != 0
+    told = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert f"'{wrong}' is not a number; give one such as 0.95, or --no-promise" in told and "Traceback" not in told
+    assert (run / "choice.json").read_bytes() == before
+
+
 def test_a_score_without_a_name_is_refused(run, monkeypatch, capsys):
     assert call(monkeypatch, "choose", run, "--score", "", "--no-promise") == 1
     assert (

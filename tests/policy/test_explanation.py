@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from branchynet import ExitCost, ExitRecord, Policy, choose, evaluate
@@ -81,8 +81,25 @@ def test_too_few_samples_for_a_promise_are_a_reason():
     assert any(free.policy.enabled[:-1])
     promise = Promise("max_drop", 0.0, 0.95, "betting", 30, 30)
     held = replace(free, policy=Policy(free.policy.score, (None,)), promise=promise)
-    assert "too few for a promise" in why_never(record, cost, held)
-    assert "too few for a promise" in why_never(record, None, held)
+    for known in (cost, None):
+        text = why_never(record, known, held)
+        assert "no early exit passes the test of the promise" in text and "too few for a promise" in text
+        assert "pays at this limit" not in text and "sure enough" not in text
+
+
+@settings(max_examples=200)
+@given(st.integers(2, 5), st.sampled_from([{"max_drop": 0.0}, {"max_drop": 0.2}, {"min_accuracy": 0.5}]), st.data())
+def test_without_a_promise_no_exit_that_would_pay_is_said_not_to(exits, limit, data):
+    """Also with three and four thresholds, for which the search need not be exhaustive."""
+    record, cost = data.draw(scored(exits)), a_cost(data.draw, exits)
+    assume(limit != {"min_accuracy": 0.5} or 1 - record.losses[:, -1].mean() >= 0.5)
+    for known in (cost, None):
+        choice = choose(record, known, **limit, confidence=None)
+        assert "promise" not in choice.reason
+        if choice.reason and known is not None:
+            for one in lone_exits(record, known, choice):
+                gain = one.possible * (one.saved_us + one.added_us) - one.added_us
+                assert one.saved_us <= 0 or gain <= 1e-6, "a rounding error, or the exit would pay"
 
 
 COSTS = [None, ExitCost((10, 30), (25, 0)), ExitCost((10, 30), (35, 0)), ExitCost((9, 9), (9, 0))]

@@ -252,10 +252,12 @@ def test_one_sample_per_call_runs_in_the_graph_of_its_exit():
         assert ran == {"branchy": 4, "plain": 2, "upto_1": 2, "upto_3": 2, f"upto_{left[i]}": 4}
 
 
-def test_progress_is_reported(file, data):
-    messages = []
-    rows_of(file, data, batches=(1, 64), repeats=1, samples=8, progress=messages.append)
-    assert [message.split(",")[0] for message in messages] == ["batch 1", "batch 64"]
+def test_progress_is_reported(file, data, capfd):
+    for progress in (True, False):
+        rows_of(file, data, batches=(1, 64), repeats=1, samples=8, progress=progress)
+        out, told = capfd.readouterr()
+        lines = [f"timing in onnxruntime: batch {n}" for n in (1, 64) if progress]
+        assert [line.split(",")[0] for line in told.splitlines()] == lines and out == ""
 
 
 @pytest.mark.parametrize(

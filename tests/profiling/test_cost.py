@@ -186,6 +186,15 @@ def test_a_real_measurement_has_its_shape(lenet, batch):
     assert cost.macs([False, True])[-1] == pytest.approx(1_140_070)
 
 
+def test_progress_names_the_steps_on_standard_error(capfd):
+    net = nn.Linear(3, 2)
+    for progress in (True, False):
+        measure(net, torch.zeros(1, 3), Target(threads=1), seconds=0.0, progress=progress)
+        out, told = capfd.readouterr()
+        assert out == ""
+        assert [line.split()[0] for line in told.splitlines()] == (["exporting", "timing"] if progress else [])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

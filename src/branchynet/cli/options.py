@@ -53,6 +53,14 @@ def fraction(text: str | float) -> float:
         raise typer.BadParameter(f"{text!r} is not a number; give a fraction, such as 0.005, or 0.5%") from None
 
 
+def confidence(text: str | float) -> float:
+    """Parse the confidence of a promise; for none there is ``--no-promise``."""
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a number; give one such as 0.95, or --no-promise") from None
+
+
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.", parser=path)]
 ModelArgument = Annotated[
     Path, typer.Argument(metavar="MODEL", help="A file or folder that export wrote, or a run folder.", parser=path)
@@ -69,6 +77,12 @@ def _limit(help: str) -> Any:
 
 Accuracy = Annotated[float | None, _limit("Lowest accuracy.")]
 Disagreement = Annotated[float | None, _limit("Largest share of samples whose class differs from the last exit's.")]
+Confidence = Annotated[
+    float,
+    typer.Option(
+        help="Confidence that an accuracy limit holds for unseen data.", parser=confidence, metavar="FRACTION"
+    ),
+]
 Drop = Annotated[float | None, _limit("Largest drop of accuracy below the last exit's.")]
 DropOfPlain = Annotated[float, _limit("Largest drop of accuracy below the plain network's.")]
 Plain = Annotated[

@@ -151,6 +151,11 @@ class Engine:
     def __reduce__(self) -> tuple[Callable[..., "Engine"], tuple[Any, ...]]:
         return self._reopen
 
+    def __getattr__(self, name: str) -> Any:  # runs only for names that are not there
+        staged = "; only the engine of a folder of stages has it: export with layout='stages'"
+        hint = staged if name in ("stages", "stage", "stream") else ""
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}")
+
     def __call__(self, /, *inputs: Any, thresholds: Thresholds | None = None, **named: Any) -> Prediction:
         """Predict a batch of any size, including zero. Each sample leaves at the first exit with a low enough score.
 

@@ -11,16 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..argument_checks import ordered, whole
+from ..argument_checks import instance, ordered, whole
 from ..errors import GraphError, InputError, first_line
 from ..graph.free_lengths import Free
 from ..graph.torch_program import CUDA_ROWS, tensors_of
 from ..graph.torch_stages import cut_stages
 from ..nn.calls import arguments
 from ..nn.checks import check_network, device_of, resolve_device
+from ..nn.fingerprint import fingerprint
+from ..policy.exit_record import check_same_network
 from ..policy.exit_rule import as_deployed
 from ..policy.prediction import Prediction, concatenated
-from ..policy.values import Policy
+from ..policy.values import Choice, Policy
 from .call_thresholds import Thresholds, call_thresholds, check_lengths, none_given, thresholds_of_parts
 from .eager_stages import EagerStages
 from .input_checks import Input, check_sizes, checked_inputs
@@ -30,6 +32,19 @@ from .tolerance import differences, tolerances
 from .torch_precision import Precision, check_precision, in_precision
 
 _EPS = float(torch.finfo(torch.float32).eps)
+
+
+_FILES_ONLY = "; only engines of files have it: load(export(net, path, ...))"
+_STAGES_ONLY = "; only the engine of a folder of stages has it: load(export(..., layout='stages'))"
+_INSTEAD = {
+    "answer_all": "; call the engine itself, once per batch",
+    "outputs": _FILES_ONLY,
+    "labels": _FILES_ONLY,
+    "metadata": _FILES_ONLY,
+    "stages": _STAGES_ONLY,
+    "stage": _STAGES_ONLY,
+    "stream": _STAGES_ONLY,
+}
 
 
 @dataclass(frozen=True)
@@ -69,7 +84,8 @@ class TorchEngine:
 
     Args:
         net: a `BranchyNet`, or any network (see `branchynet.nn.network.exit_outputs`). It runs in eval mode.
-        policy: score and default thresholds; an exit with threshold None is left out with its branch.
+        policy: score and default thresholds, or a `Choice` of them; an exit with threshold None is left out with its
+            branch.
         example: one batch of inputs: a tensor, a tuple of tensors, or a dict of keyword arguments. Give at least two
             rows, so that a network that mixes the samples of a batch is refused. Batch sizes keep the memory layout of
             the example, such as channels_last.
@@ -87,16 +103,17 @@ class TorchEngine:
     Attributes:
         inputs: the inputs of the network.
         lengths: the free lengths besides the batch size, and their sizes.
-        policy: as given.
+        policy: score and default thresholds.
         num_exits: N.
         device: where it runs.
         precision: as given.
         batch_sizes: the sizes at which stages run, ascending; empty if at any size.
 
     Raises:
-        InputError: the policy has a number of thresholds other than N-1, or an unknown score; the example holds no
-            tensors with a leading batch dimension; `device`, `precision` or `batch_sizes` is wrong or does not fit the
-            other arguments; there is not enough memory, and the message names the size that fits.
+        InputError: the policy has a number of thresholds other than N-1, or an unknown score; the choice is for other
+            weights; there is no example, or it holds no tensors with a leading batch dimension; `device`, `precision`
+            or `batch_sizes` is wrong or does not fit the other arguments; there is not enough memory, and the message
+            names the size that fits.
         GraphError: the network cannot be exported with a free batch size or cut into stages (see `cut_stages`), or its
             outputs stage by stage differ from those for each row alone; it cannot be compiled, recorded, or computed in
             half precision.
@@ -114,8 +131,8 @@ class TorchEngine:
     def __init__(
         self,
         net: nn.Module,
-        policy: Policy,
-        example: Any,
+        policy: Policy | Choice,
+        example: Any = None,
         *,
         device: str | torch.device | None = None,
         free: Free | None = None,
@@ -125,6 +142,12 @@ class TorchEngine:
     ) -> None:
         check_network(net)
         check_precision(precision)
+        if isinstance(policy, Choice):
+            check_same_network("the network and the choice", fingerprint(net), policy.network)
+            policy = policy.policy
+        instance("policy", policy, Policy, "give Policy(thresholds=(...)), or what choose(...) returns")
+        if example is None:
+            raise InputError("TorchEngine needs an example: give one batch of inputs, such as next(iter(loader))[0]")
         tensors = tensors_of(example)
         sizes = _checked_sizes(batch_sizes, free)
         with _enough_memory("the network and its example", len(tensors[0])):
@@ -155,6 +178,10 @@ class TorchEngine:
             self._most = CUDA_ROWS if self.device.type == "cuda" else sys.maxsize
         self._sample = tuple(t[:1].clone() for t in tensors)
         self._check(run, given, moved)
+
+    def __getattr__(self, name: str) -> Any:  # runs only for names that are not there
+        hint = _INSTEAD.get(name, "")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}")
 
     def __call__(self, /, *inputs: Any, thresholds: Thresholds | None = None, **named: Any) -> Prediction:
         """Predict a batch of any size, including zero. Each sample leaves at the first exit with a low enough score.

@@ -117,12 +117,12 @@ def why_never(record: ExitRecord, cost: ExitCost | None, choice: Choice) -> str:
         return "the last exit meets this limit and no early exit is more accurate: lower the limit to save time."
     free = ExitCost((1.0,) * choice.policy.num_exits, (0.0,) * choice.policy.num_exits)
     exits = lone_exits(record, cost or free, choice)
-    reason = "no early exit is sure enough for this limit."
-    if cost is not None:
-        reason = f"no early exit pays at this limit: {'. '.join(map(str, exits))}."
-    if choice.promise is not None and any(e.possible is not None and e.possible > e.needed for e in exits):
-        reason += (
-            f" One would pay on these {record.samples:,} samples, but they are too few for a promise about "
-            "others: choose with a looser limit, with more validation samples, or without a promise."
+    balance = "" if cost is None else f": {'. '.join(map(str, exits))}"
+    if any(e.possible is not None and e.possible > e.needed for e in exits):
+        # On the record, an exit would pay. A promise holds for other samples too, so it allows fewer to leave.
+        return (
+            f"no early exit passes the test of the promise{balance}. One would pay on these {record.samples:,} "
+            "samples, but they are too few for a promise about others: choose with a looser limit, with more "
+            "validation samples, or without a promise."
         )
-    return reason
+    return f"no early exit {'is sure enough for' if cost is None else 'pays at'} this limit{balance}."

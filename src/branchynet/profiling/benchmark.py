@@ -1,7 +1,7 @@
 """Compare the speed of a network with exits and of the plain network in the same runtime."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,13 @@ from ..policy.fitted_scores import FittedScore
 from ..policy.prediction import concatenated
 from ..policy.scores import SCORES, Score, resolve
 from ..policy.values import Policy, score_name
+from ..progress import report_progress
 from .clock import passes_in_turns, ratio_spread
 from .network_parts import device_name, network_parts
 from .parts import Call, Parts, part_outputs
 from .recording import Loss
 from .target import Target, check_target
 
-Progress = Callable[[str], None]
 Arrays = tuple[NDArray[Any], ...]
 
 
@@ -49,7 +49,7 @@ def bench(
     repeats: int = 15,
     seed: int = 0,
     calibration: Any = None,
-    progress: Progress = lambda message: None,
+    progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Time one exported file for one or several targets.
 
@@ -80,7 +80,7 @@ def bench(
         repeats: passes over those samples.
         seed: seed of the random order.
         calibration: for an int8 file, the samples that it was quantized with.
-        progress: called with messages.
+        progress: print what is timed, on standard error.
 
     Returns:
         Rows with ``network, runtime, device, batch, threads, plain_us, branchy_us, limit_us, limit_in_order_us,
@@ -99,7 +99,7 @@ def bench(
         >>> net = BranchyNet(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), {"1": nn.Linear(8, 3)})
         >>> x, target = torch.randn(64, 4), torch.zeros(64, dtype=torch.int64)
         >>> path = export(net, "net.onnx", policy=Policy(thresholds=(0.5,)), example=x)
-        >>> row = bench(path, net, (x, target), Target(batch_size=64), repeats=2)[0]
+        >>> row = bench(path, net, (x, target), Target(batch_size=64), repeats=2, progress=False)[0]
         >>> row["batch"], row["branchy_us"] > 0
         (64, True)
     """
@@ -145,7 +145,8 @@ def bench(
             }
             with parts.opened(part_outputs(parts, enabled, alone=False), group[0]) as calls:
                 for target in group:
-                    progress(f"batch {target.batch_size}, {counted(target.threads, 'thread')}")
+                    what = f"batch {target.batch_size}, {counted(target.threads, 'thread')}"
+                    report_progress(progress, f"timing in {target.runtime}: {what}")
                     count = max(1, min(samples, len(order)) // target.batch_size) * target.batch_size
                     times = _row(engine, calls, tuple(a[:count] for a in arrays), enabled, target.batch_size, repeats)
                     settings = {"runtime": target.runtime, "device": device_name(target)}

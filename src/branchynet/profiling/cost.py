@@ -12,6 +12,7 @@ from ..nn.fingerprint import fingerprint
 from ..policy.exit_cost import ExitCost
 from ..policy.scores import Score, resolve
 from ..policy.values import Floats
+from ..progress import report_progress
 from .clock import until_steady
 from .network_parts import device_name, network_parts
 from .parts import calls_of_sizes, leaving_policies, part_outputs
@@ -29,6 +30,7 @@ def measure(
     seconds: float = 3.0,
     precision: Precision = "float32",
     calibration: Any = None,
+    progress: bool = True,
 ) -> ExitCost:
     """Time every stage of a network in the runtime that will run it, and count its multiply-accumulates.
 
@@ -53,6 +55,7 @@ def measure(
         seconds: approximate duration, or up to four times as long while the times are not steady.
         precision: as for `export`, to time the converted network; files only.
         calibration: as for `export`.
+        progress: print the steps on standard error.
 
     Returns:
         An `ExitCost` with microseconds and multiply-accumulates per sample. If its ``spread`` is above 0.03, other
@@ -69,7 +72,7 @@ def measure(
         >>> from branchynet import BranchyNet, Target, measure
         >>> from torch import nn
         >>> net = BranchyNet(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), {"1": nn.Linear(8, 3)})
-        >>> cost = measure(net, torch.randn(2, 4), Target(batch_size=1), seconds=0.1)
+        >>> cost = measure(net, torch.randn(2, 4), Target(batch_size=1), seconds=0.1, progress=False)
         >>> cost.num_exits, cost.plain_us > 0
         (2, True)
     """
@@ -77,9 +80,11 @@ def measure(
     if real("seconds", seconds) < 0:
         raise InputError(f"seconds must not be negative; got {seconds:g}")
     check_precision(precision, calibration)
+    report_progress(progress, "exporting the stages")
     parts = network_parts(net, example, resolve(score), target, precision, calibration)
     sizes = two_sizes(batch_size)
     with parts.opened(part_outputs(parts) | leaving_policies(parts.num_exits), target) as calls:
+        report_progress(progress, f"timing the stages in {target.runtime}: {seconds:g} s, longer if unsteady")
         times, spread = until_steady(calls_of_sizes(calls.values(), example, sizes), seconds)
     us = [dict(zip(calls, part, strict=True)) for part in np.split(np.array(times), len(sizes))]
     full, part = (_apart(us[k], parts.num_exits) for k in (0, -1))

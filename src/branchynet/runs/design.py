@@ -35,9 +35,10 @@ from ..profiling.benchmark import bench
 from ..profiling.cost import measure
 from ..profiling.recording import record
 from ..profiling.target import Target
+from ..progress import report_progress
 from ..training.history import History
 from .provenance import check_data, keep_bench, keep_data
-from .run import Run, configure, create_run, loaders, report_progress
+from .run import Run, configure, create_run, loaders
 from .settings import build_network, data_of, example_of
 from .steps import export_run, fit_options, train_exits
 
@@ -211,7 +212,7 @@ def _compared(
     plain = _plain_network(base, data, "plain" if base.settings.plain else "warm-start")
     report_progress(progress, "recording the plain network, and measuring the cost of the trained design")
     wanted = evaluate(record(plain, val, progress=False), Policy()).accuracy - max_drop
-    cost = measure(net, example_of(data), advice.target, seconds=TIMING_S)
+    cost = measure(net, example_of(data), advice.target, seconds=TIMING_S, progress=False)
     choice, reached = nearest_to(ExitRecord.load(run.path / "record-val.npz"), cost, wanted)
     choice.save(run.path / "choice.json")
     cost.save(run.path / "cost.json")
@@ -231,7 +232,7 @@ def _compared(
         (data.test.inputs(), data.test.labels),
         advice.target,
         about={"network": run.settings.network, "plain_accuracy": plain_accuracy},
-        progress=lambda line: report_progress(progress, f"timing the file in {advice.runtime}: {line}"),
+        progress=progress,
     )
     keep_bench(run.path, [row])
     found = Comparison(

@@ -14,10 +14,11 @@ from ..policy.prediction import Prediction
 from ..policy.promise import tightest_limit
 from ..policy.record_scores import scores_of_record
 from ..policy.values import Choice
+from ..progress import report_progress
 from ..report import Gallery, RunReport, write_report
 from ..stored_values import read_entry
 from .provenance import bench_rows, check_data, check_report, outdated
-from .run import Run, report_progress
+from .run import Run
 from .settings import data_of
 from .steps import measure_run
 

@@ -1,7 +1,6 @@
 """Open, create, configure and load run folders."""
 
 import os
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -109,12 +108,6 @@ def configure(run: Run) -> None:
         remember(run.path, run.settings.network)
     if not is_trained(run.path) or settings_in(run.path) != run.settings:
         write_json(run.path / "config.json", {"settings": asdict(run.settings), "environment": environment()})
-
-
-def report_progress(progress: bool, line: str) -> None:
-    """Print a line on standard error and flush it, so that log files show it at once."""
-    if progress:
-        print(line, file=sys.stderr, flush=True)
 
 
 def loaders(settings: Settings, data: ImageData) -> tuple[Any, Any]:

@@ -41,11 +41,12 @@ from ..profiling.benchmark import bench
 from ..profiling.cost import measure
 from ..profiling.recording import record
 from ..profiling.target import Target
+from ..progress import report_progress
 from ..training.loop import fit
 from ..training.options import FitOptions
 from ..zoo import NETWORKS
 from .provenance import check_choice, check_data, check_design, check_model, keep_bench, keep_data
-from .run import EVAL_BATCH, Run, configure, load_run, loaders, report_progress
+from .run import EVAL_BATCH, Run, configure, load_run, loaders
 from .settings import Settings, build_network, data_of, example_of
 
 
@@ -126,7 +127,7 @@ def measure_run(run: Run, score: Any = "entropy", *, again: bool = False, progre
         return ExitCost.load(path)
     net, data = load_run(run)
     report_progress(progress, "measuring the cost of every stage until the times are steady (up to a minute)")
-    cost = measure(net, example_of(data), score=score)
+    cost = measure(net, example_of(data), score=score, progress=False)
     cost.save(path)
     return cost
 
@@ -208,7 +209,7 @@ def bench_run(
                     test,
                     group,
                     about=about,
-                    progress=lambda line, name=runtime: report_progress(progress, f"timing in {name}: {line}"),
+                    progress=progress,
                 )
         except BranchyNetError as error:
             faults[runtime] = error
