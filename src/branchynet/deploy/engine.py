@@ -26,6 +26,7 @@ from .call_thresholds import (
     thresholds_of_parts,
 )
 from .input_checks import Input, check_sizes, checked_inputs
+from .on_device import DeviceGraph
 
 FORMAT = 1
 METADATA_KEY = "branchynet"
@@ -81,6 +82,7 @@ class Graph:
         outputs: number of outputs.
         metadata: see `read_metadata`.
         float32: whether products are computed in float32, rather than in TF32 or half precision.
+        device: binds inputs and outputs to a device; None if the graph runs on the host.
     """
 
     run: Callable[[Feeds], Sequence[Any]]
@@ -89,6 +91,7 @@ class Graph:
     outputs: int
     metadata: dict[str, Any]
     float32: bool = True
+    device: DeviceGraph | None = None
 
 
 class Engine:

@@ -17,6 +17,8 @@ from ..files import check_path, check_utf8, regular
 from .checksum import check_seal, check_weights
 from .engine import Engine, Graph, read_metadata
 from .input_checks import Input
+from .on_device import DeviceGraph, DeviceInput, Provider, RowPicker, picker_of
+from .placement import check_placement, missing_provider, record_placement
 from .staged_engine import StagedEngine
 from .staged_files import MANIFEST, read_manifest
 
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 
 Runtime = Literal["onnxruntime", "openvino", "onnxruntime-cuda"]
 RUNTIMES = get_args(Runtime)
-Provider = tuple[str, dict[str, Any]]
 _MOST_THREADS = 1024
 _PROVIDERS = {"onnxruntime-cuda": ("CUDAExecutionProvider", "CPUExecutionProvider")}
 DTYPES = {
@@ -57,7 +58,9 @@ def load(
         path: the ``.onnx`` file, or the folder that ``export(..., layout="stages")`` wrote.
         threads: threads within an operator; by default the runtime chooses.
         providers: ONNX Runtime execution providers, in order of preference, each a name or a pair of a name and its
-            options; by default the CPU.
+            options; by default the CPU. With the CUDA or TensorRT provider first, inputs may be torch tensors on the
+            GPU, and values stay there between stages. With the option ``"enable_cuda_graph": "1"``, each stage of a
+            folder is recorded once per batch size; a nested file cannot be, because of its ``If``.
         runtime: what runs the graph. ``"openvino"`` runs on the CPU and needs ``pip install 'branchynet[openvino]'``;
             ``"onnxruntime-cuda"`` runs on an NVIDIA GPU and needs ``onnxruntime-gpu`` instead of ``onnxruntime``.
         verify: first compare the outputs for the samples stored in the file, as `verify` does.
@@ -92,7 +95,7 @@ def load(
     chosen = _pairs(providers or _PROVIDERS.get(runtime, "CPUExecutionProvider"))
     available = onnxruntime.get_available_providers()
     if missing := [name for name, _ in chosen if name not in available]:
-        raise InputError(f"ONNX Runtime here has no {missing[0]!r}; it has {available}")
+        raise missing_provider(missing[0], available)
     check_path(path, "read")
     check_utf8(path)
     if not Path(path).exists():
@@ -104,15 +107,16 @@ def load(
     if Path(path).is_dir() and not (Path(path) / MANIFEST).exists():
         raise FileError(f"cannot read {path}: the folder has no {MANIFEST}; give a file or folder that export wrote")
     arguments = (str(Path(path).absolute()), threads, providers, runtime)
+    picker = picker_of(chosen)
     if Path(path).is_dir() and (Path(path) / MANIFEST).exists():
         manifest, metadata = read_manifest(path)
         files = [Path(path) / stage.file for stage in manifest.stages]
-        graphs = [_open_in(runtime, file, threads, chosen) for file in files]
+        graphs = [_open_in(runtime, file, threads, chosen, picker) for file in files]
         sealed = "".join(stage.sha256 for stage in manifest.stages)
         engine = StagedEngine(runtime, manifest, metadata, graphs, (_reopened, (*arguments, sealed)))
     else:
         sealed = check_seal(regular(path))
-        graph = _open_in(runtime, path, threads, chosen)
+        graph = _open_in(runtime, path, threads, chosen, picker)
         if stage := graph.metadata.get("stage"):
             folder = Path(path).absolute().parent
             raise FileError(f"{path} is stage {stage} of a staged network; load its folder, {folder}")
@@ -124,10 +128,16 @@ def load(
     return engine
 
 
-def _open_in(runtime: str, path: str | os.PathLike[str], threads: int | None, providers: Sequence[Provider]) -> Graph:
+def _open_in(
+    runtime: str,
+    path: str | os.PathLike[str],
+    threads: int | None,
+    providers: Sequence[Provider],
+    picker: RowPicker | None,
+) -> Graph:
     """Open one ONNX file in a runtime. Raise `FileError`."""
     if runtime != "openvino":
-        graph = _open(path, threads, providers)
+        graph = _open(path, threads, providers, picker)
         check_weights(path, graph.metadata)
         return graph
     with needed_by("runtime='openvino'", extra="openvino"):
@@ -219,10 +229,13 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and len(value) == 2 and isinstance(value[1], Mapping)
 
 
-def _open(path: str | os.PathLike[str], threads: int | None, providers: Sequence[Provider]) -> Graph:
+def _open(
+    path: str | os.PathLike[str], threads: int | None, providers: Sequence[Provider], picker: RowPicker | None
+) -> Graph:
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.load_model_format", "ONNX")  # for any file name
     options.log_severity_level = 3  # the runtime warns of each input with a default, such as a threshold
+    record_placement(options, providers[0][0])
     if threads is not None:
         options.intra_op_num_threads = int(threads)
     try:
@@ -239,30 +252,33 @@ def _open(path: str | os.PathLike[str], threads: int | None, providers: Sequence
                     f"{providers[0][0]} ({_brief(error)}): load it with runtime='openvino', or export it with "
                     "precision='fp16'"
                 ) from error
+        if picker is not None and picker.device.recorded and "control flow" in str(error):
+            raise InputError(
+                f"enable_cuda_graph cannot record {path}, because of its exits (If): leave the option out, or export "
+                "with layout='stages', whose stages can be recorded"
+            ) from error
         version = onnxruntime.__version__
         raise FileError(f"ONNX Runtime {version} cannot run {path} ({_brief(error)}); export it again") from error
-    first = providers[0][0]
-    if first not in session.get_providers():  # it continues without, with a line in its log
-        raise InputError(
-            f"ONNX Runtime cannot use {first!r} on this machine, only {session.get_providers()}; its log names the "
-            "missing part"
-        )
+    check_placement(session, providers[0][0], path)
     names = [output.name for output in session.get_outputs()]
     run: Any = getattr(session, "_sess", session).run  # skips checks that the engine has made
     required = session.get_inputs()
+    device = None if picker is None else DeviceGraph(session, picker)
     return Graph(
-        lambda feeds: run(names, feeds, None),
-        tuple(_input(i) for i in (*required, *session.get_overridable_initializers())),
+        (lambda feeds: run(names, feeds, None)) if device is None else device.run,
+        tuple(_input(i, device) for i in (*required, *session.get_overridable_initializers())),
         frozenset(i.name for i in required),
         len(names),
         read_metadata(properties, path),
         float32=session.get_providers() == ["CPUExecutionProvider"],
+        device=device,
     )
 
 
-def _input(value: Any) -> Input:
+def _input(value: Any, device: DeviceGraph | None) -> Input:
     shape = tuple(d if isinstance(d, int) else None for d in value.shape[1:])
-    return Input(value.name, DTYPES.get(value.type, value.type), shape)
+    described = value.name, DTYPES.get(value.type, value.type), shape
+    return Input(*described) if device is None else DeviceInput(*described, device.device.kind)
 
 
 def _brief(error: Exception) -> str:

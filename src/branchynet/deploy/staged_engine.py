@@ -1,6 +1,9 @@
 """StagedEngine: run an exported folder of stages."""
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,10 +14,12 @@ from ..policy.prediction import Prediction
 from ..policy.values import Ints
 from .engine import Engine, Feeds, Graph
 from .input_checks import Input
+from .on_device import DeviceGraph, DeviceInput
 from .stage import Reached, Stage, collected, leaving, reached
-from .staged_files import Manifest, StageValue
+from .staged_files import Manifest, StageEntry, StageValue
 
 _OUTPUTS = 4  # label, exit, score, output
+_ANSWERS = 3  # of a stage: label, score, output
 
 
 class StagedEngine(Engine):
@@ -48,9 +53,18 @@ class StagedEngine(Engine):
         reopen: tuple[Callable[..., Engine], tuple[Any, ...]],
     ) -> None:
         self.stages = tuple(_stage(manifest, n, graph, reopen) for n, graph in enumerate(graphs, 1))
+        # What `stream` and calls run: on a device, carried values stay there.
+        self._streamed = self._called = tuple(map(_on_device, self.stages, graphs))
+        self._device = graphs[0].device
+        if self._device is not None and self._device.device.recorded:
+            self._called = tuple(map(_recorded, self.stages, graphs, manifest.stages))
+        self._one_call = threading.Lock()  # recorded stages work on fixed memory
         early = [stage.exit for stage in self.stages[:-1]]
         self._thresholds = [f"threshold_{n}" for n in early]
-        inputs = (*map(_input, manifest.inputs), *(Input(name, np.float32, ()) for name in self._thresholds))
+        inputs = (
+            *(_input(value, self._device) for value in manifest.inputs),
+            *(Input(name, np.float32, ()) for name in self._thresholds),
+        )
         whole_graph = Graph(
             self._run_all,
             inputs,
@@ -87,14 +101,25 @@ class StagedEngine(Engine):
             InputError: as in a call.
         """
         feeds, samples = self._feeds(inputs, named, thresholds)
-        return leaving(self._parts(feeds, samples)) if samples else iter(())
+        return leaving(self._parts(self._streamed, feeds, samples)) if samples else iter(())
 
     def _run_all(self, feeds: Feeds) -> Prediction:
         samples = len(feeds[self.inputs[0].name])
-        return collected(self._parts(feeds, samples))
+        if self._called is self._streamed:
+            return collected(self._parts(self._called, feeds, samples))
+        with self._one_call:
+            return collected(self._parts(self._called, feeds, samples))
 
-    def _parts(self, feeds: Feeds, samples: int) -> Iterator[Reached]:
-        return reached(self.stages, feeds, samples, [feeds[name] for name in self._thresholds])
+    def _parts(self, stages: Sequence[Stage], feeds: Feeds, samples: int) -> Iterator[Reached]:
+        thresholds = [feeds[name] for name in self._thresholds]
+        return reached(stages, feeds if self._device is None else self._placed(feeds), samples, thresholds)
+
+    def _placed(self, feeds: Feeds) -> dict[str, Any]:
+        """Return the inputs of the network; those that later stages read are on the device."""
+        assert self._device is not None
+        kept = self.stages[0].keeps
+        given = {i.name: feeds[i.name] for i in self.inputs}
+        return {name: self._device.placed(value, keep=name in kept) for name, value in given.items()}
 
 
 def _stage(manifest: Manifest, n: int, graph: Graph, reopen: tuple[Callable[..., Engine], tuple[Any, ...]]) -> Stage:
@@ -116,9 +141,22 @@ def _stage(manifest: Manifest, n: int, graph: Graph, reopen: tuple[Callable[...,
     )
 
 
+def _on_device(stage: Stage, graph: Graph) -> Stage:
+    """Return a stage that leaves on the device what later stages read; on the host, the stage itself."""
+    return stage if graph.device is None else replace(stage, _run=partial(graph.device.bound, host=_ANSWERS))
+
+
+def _recorded(stage: Stage, graph: Graph, entry: StageEntry) -> Stage:
+    """Return a stage that the provider records once per batch size."""
+    assert graph.device is not None
+    inputs, outputs = (tuple(map(_input, values)) for values in (entry.inputs, entry.outputs))
+    return replace(stage, _run=graph.device.recording(inputs, outputs, _ANSWERS))
+
+
 def _reopened_stage(load: Callable[..., Any], arguments: tuple[Any, ...], n: int) -> Stage:
     return load(*arguments).stage(n)
 
 
-def _input(value: StageValue) -> Input:
-    return Input(value.name, np.dtype(value.dtype), value.shape)
+def _input(value: StageValue, device: DeviceGraph | None = None) -> Input:
+    described = value.name, np.dtype(value.dtype), value.shape
+    return Input(*described) if device is None else DeviceInput(*described, device.device.kind)
