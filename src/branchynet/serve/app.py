@@ -17,8 +17,9 @@ from .faults import KeyMissing, NotReady, headers_of, status_of
 from .images import image_answer, image_input, upload
 from .limits import ClientGone, check_key, read_body, watched
 from .metrics import CONTENT_TYPE, Metrics
-from .models import Loaded, Repository, in_thread
+from .models import VERSION, Loaded
 from .oip import infer_answer, read_infer, read_options
+from .repository import Repository, in_thread
 from .settings import ServeSettings
 
 log = logging.getLogger("branchynet.serve")
@@ -146,7 +147,7 @@ class _Routes:
         async with watched(request.receive):
             answer = await model.infer(call.inputs, call.options)
         outputs = model.named(answer.outputs) if call.outputs else answer.outputs
-        found, length = infer_answer(model.name, "1", call, outputs, answer.unfinished)
+        found, length = infer_answer(model.name, VERSION, call, outputs, answer.unfinished)
         if length is None:
             return Response(found, media_type="application/json")
         return Response(found, 200, {"inference-header-content-length": str(length)}, "application/octet-stream")

@@ -47,7 +47,7 @@ class Call:
         rows: number of samples that the scheduler counts.
         held: what the first stage reads.
         kind: calls of different kinds never share a batch.
-        default: whether it has the thresholds of the file.
+        default: whether it gave no thresholds of its own.
     """
 
     rows: int
@@ -148,15 +148,14 @@ class StagedBackend:
         """Check the inputs of a request. Raises `InputError`."""
         assert self.engine is not None
         held, rows, sizes = _checked(self.engine, inputs)
-        default = thresholds is None
-        if default:
+        if thresholds is None:
             given = self._early if rows == 1 else self._early.repeat(rows, axis=0)
         else:
             used = [t for t in _thresholds(self.engine, thresholds, rows) if t is not None]
             with np.errstate(over="ignore"):
                 columns = [np.broadcast_to(np.asarray(t, np.float64), rows) for t in used]
                 given = np.array(columns).astype(np.float32).reshape(len(used), rows).T
-        return Call(rows, {**held, THRESHOLDS: given}, sizes, default)
+        return Call(rows, {**held, THRESHOLDS: given}, sizes)
 
     def run(self, stage: int, held: Block, kind: Hashable) -> Stepped:
         """Run a stage, counted from 0, on samples of one kind."""
@@ -208,9 +207,9 @@ class FileBackend:
             )
         if not self._per_sample:
             plain = tuple(None if t is None else float(np.asarray(t).reshape(-1)[0]) for t in given)
-            return Call(rows, held, (sizes, plain), False)
+            return Call(rows, held, (sizes, plain))
         columns = [np.broadcast_to(np.asarray(-np.inf if t is None else t, np.float32), rows) for t in given]
-        return Call(rows, {**held, THRESHOLDS: np.stack(columns, axis=1)}, (sizes, True), False)
+        return Call(rows, {**held, THRESHOLDS: np.stack(columns, axis=1)}, (sizes, True))
 
     def run(self, stage: int, held: Block, kind: Hashable) -> Stepped:
         """Run the file on samples of one kind."""

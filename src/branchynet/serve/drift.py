@@ -68,15 +68,19 @@ class DriftWatch:
             self.update()
 
 
-def watch_beside(name: str, folder: Path | None, engine: Engine | None) -> DriftWatch | None:
-    """Return a watch if a record lies in the folder of a model and its policy has an early exit, else None."""
+def record_in(folder: Path | None) -> Path | None:
+    """Return the record in the folder of a model, if there is one."""
     if folder is None:
         return None
-    path = next((folder / record for record in RECORDS if (folder / record).is_file()), None)
-    if path is None or engine is None or engine.policy is None or not any(engine.policy.enabled[:-1]):
+    return next((folder / record for record in RECORDS if (folder / record).is_file()), None)
+
+
+def watch_beside(name: str, record: Path | None, engine: Engine | None) -> DriftWatch | None:
+    """Return a watch if there is a record and the policy of the model has an early exit, else None."""
+    if record is None or engine is None or engine.policy is None or not any(engine.policy.enabled[:-1]):
         return None
     try:
-        monitor = Monitor(ExitRecord.load(path), engine.policy)
+        monitor = Monitor(ExitRecord.load(record), engine.policy)
     except BranchyNetError as error:
         log.warning("%s is served without a monitor: %s", name, error)
         return None

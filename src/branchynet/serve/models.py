@@ -1,11 +1,8 @@
-"""Models and where they come from: one run, file or folder of stages, or a folder that holds several of these."""
+"""A model that serves, and what lies in its folder."""
 
-import asyncio
-import logging
 import re
-import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..deploy.staged_files import MANIFEST
-from ..errors import BranchyNetError, FileError, InputError, nearest
-from ..files import check_path
+from ..errors import FileError, InputError, nearest
 from ..policy.exit_cost import ExitCost
 from ..policy.values import Choice
 from .backends import Backend, open_backend, warmed
-from .drift import DriftWatch, watch_beside
-from .faults import NotReady, UnknownModel
-from .metrics import Metrics
+from .budget import MovingThresholds, moving_thresholds
+from .drift import DriftWatch, record_in, watch_beside
+from .metrics import ModelMetrics
 from .oip import CLASS_NAME, Options, metadata_of
 from .presets import Preset, presets_beside, read_presets
 from .runner import Answer, Runner
@@ -28,10 +24,8 @@ from .settings import ServeSettings
 from .tickets import stage_limits
 
 VERSION = "1"
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
-_THRESHOLD = re.compile(r"threshold_([1-9]\d{0,3})")
 
-log = logging.getLogger("branchynet.serve")
+_THRESHOLD = re.compile(r"threshold_([1-9]\d{0,3})")
 
 
 @dataclass(frozen=True)
@@ -43,7 +37,9 @@ class Loaded:
         runner: its worker.
         presets: its named policies.
         watch: for drift; None without a record.
+        moving: the thresholds of requests that give none; None for those of the file.
         labels: class names, or empty.
+        timeout: seconds; the latest deadline.
     """
 
     name: str
@@ -51,6 +47,7 @@ class Loaded:
     runner: Runner
     presets: dict[str, Preset]
     watch: DriftWatch | None
+    moving: MovingThresholds | None
     labels: tuple[str, ...]
     timeout: float
 
@@ -71,7 +68,10 @@ class Loaded:
             QueueFull, DeadlineError, StoppedError, RunError: as `Runner.answer`.
         """
         inputs, thresholds = self._thresholds(inputs, options)
-        call = self.backend.call(inputs, thresholds)
+        default = thresholds is None
+        if default and self.moving is not None:
+            thresholds = self.moving.thresholds
+        call = replace(self.backend.call(inputs, thresholds), default=default)
         timeout = self.timeout if options.timeout is None else min(options.timeout, self.timeout)
         return await self.runner.answer(call, timeout)
 
@@ -110,198 +110,54 @@ class Loaded:
         return inputs, self.presets[options.policy].policy.thresholds
 
 
-@dataclass(eq=False)
-class _Entry:
-    """A name of the repository."""
-
-    path: Path
-    loaded: Loaded | None = None
-    reason: str = ""
-
-
-class Repository:
-    """The models of a server.
+def open_model(name: str, path: Path, settings: ServeSettings, counts: ModelMetrics) -> Loaded:
+    """Open a model and start its worker.
 
     Args:
-        path: a run folder, an exported file, a folder of stages, or a folder that holds several of these.
+        name: of the model.
+        path: a run folder, an exported file, or a folder of stages.
         settings: of the server.
-        metrics: where models count.
+        counts: where it counts.
 
     Raises:
-        FileError: there is nothing to serve.
-
-    Attributes:
-        path: absolute.
+        BranchyNetError: its files cannot be served.
     """
-
-    def __init__(self, path: Path, settings: ServeSettings, metrics: Metrics) -> None:
-        check_path(path)
-        if not path.exists():
-            raise FileError(f"there is no model {path}; give a run folder, an exported file, or a folder of them")
-        self.path = path.resolve()
-        self._settings, self._metrics = settings, metrics
-        self._lock = threading.Lock()  # of loading; reading an entry needs none
-        self._single = not self.path.is_dir() or _holds_model(self.path)
-        self._entries = {name: _Entry(found) for name, found in self._scan()}
-        if not self._entries:
-            raise FileError(
-                f"{path} holds no models; give a run folder, an exported file, or a folder of them: NAME.onnx, or a "
-                "folder NAME with stages.json or model.onnx"
-            )
-        metrics.gauges = self._gauges
-
-    @property
-    def names(self) -> list[str]:
-        """All names, sorted."""
-        return sorted(self._entries)
-
-    def load_all(self) -> None:
-        """Load every model. One that cannot be loaded is not ready, and its reason is logged."""
-        for name in self.names:
-            try:
-                self.load(name)
-            except BranchyNetError as error:
-                log.error("%s is not ready: %s", name, error)
-
-    def load(self, name: str) -> None:
-        """Load a model, or load it again from its files; the earlier one serves until then.
-
-        Raises:
-            UnknownModel: the repository has no such name.
-            BranchyNetError: its files cannot be served; the model is then not ready.
-        """
-        with self._lock:
-            for found, path in self._scan():
-                self._entries.setdefault(found, _Entry(path))
-            entry = self._entry(name)
-            earlier = entry.loaded
-            try:
-                entry.loaded, entry.reason = self._open(name, entry.path), ""
-            except BranchyNetError as error:
-                entry.reason = str(error)
-                if earlier is None:
-                    raise
-                raise FileError(f"{error}; the earlier files are still served") from error
-        if earlier is not None:
-            earlier.stop()
-
-    def unload(self, name: str) -> None:
-        """Stop a model after its accepted requests are answered. Raises `UnknownModel`."""
-        with self._lock:
-            entry = self._entry(name)
-            earlier, entry.loaded, entry.reason = entry.loaded, None, "it was unloaded"
-        if earlier is not None:
-            earlier.stop()
-
-    def ready(self, name: str, version: str | None = None) -> Loaded:
-        """Return a model that serves. Raises `UnknownModel` or `NotReady`."""
-        entry = self._entry(name)
-        if version not in (None, "", VERSION):
-            raise UnknownModel(f"the model {name!r} has no version {version!r:.40}, only {VERSION}")
-        if entry.loaded is None:
-            raise NotReady(f"the model {name!r} is not ready: {entry.reason or 'it is loading'}")
-        return entry.loaded
-
-    def index(self) -> list[dict[str, str]]:
-        """Return name, version, state and reason of every model."""
-        return [
-            {
-                "name": name,
-                "version": VERSION,
-                "state": "UNAVAILABLE" if (entry := self._entries[name]).loaded is None else "READY",
-                "reason": entry.reason,
-            }
-            for name in self.names
-        ]
-
-    def any_ready(self) -> bool:
-        """Whether a model serves."""
-        return any(entry.loaded is not None for entry in self._entries.values())
-
-    def close(self) -> None:
-        """Stop all models after their accepted requests are answered."""
-        for entry in self._entries.values():
-            if entry.loaded is not None:
-                entry.loaded.stop()
-
-    def _entry(self, name: str) -> _Entry:
-        if name not in self._entries:
-            raise UnknownModel(f"there is no model {name!r:.140}{nearest(name[:128], self._entries)}")
-        return self._entries[name]
-
-    def _scan(self) -> Iterator[tuple[str, Path]]:
-        """Yield the names and paths of all models."""
-        if self._single:
-            folder = self.path.parent if self.path.name in ("model.onnx", "stages") else self.path
-            yield _plain(folder.stem if folder.suffix == ".onnx" else folder.name), self.path
-            return
-        for path in sorted(self.path.iterdir()):
-            name = path.stem if path.suffix == ".onnx" else path.name
-            if _NAME.fullmatch(name) and (path.suffix == ".onnx" or (path.is_dir() and _holds_model(path))):
-                yield name, path
-
-    def _open(self, name: str, path: Path) -> Loaded:
-        settings = self._settings
-        self._check_inside(path)
-        folder, model = _files_of(path)
-        backend = open_backend(model, settings.threads, settings.runtime)
-        engine = backend.engine
-        if folder is not None:
-            _check_choice(folder, engine)
-        presets = read_presets(presets_beside(path), engine)
-        watch = watch_beside(name, folder, engine) if settings.monitor else None
-        most = 1 if backend.whole or getattr(backend, "single", False) else settings.max_batch
-        limits = stage_limits(warmed(backend), most, _sample_us(folder, backend), settings.batch_us)
-        counts = self._metrics.model(name)
-        runner = Runner(
-            backend,
-            limits,
-            max_wait=settings.max_wait_ms / 1e3,
-            bound=settings.queue,
-            observer=counts if watch is None else _Both(counts, watch),
-        )
-        labels = () if engine is None else engine.labels
-        return Loaded(name, backend, runner, presets, watch, labels, settings.timeout_s)
-
-    def _check_inside(self, path: Path) -> None:
-        """Raise `FileError` if a file of a model lies outside the repository, through a link."""
-        inside = self.path if self.path.is_dir() else self.path.parent
-        for file in (path, *((p for p in path.rglob("*") if p.is_symlink()) if path.is_dir() else ())):
-            if not file.resolve().is_relative_to(inside):
-                raise FileError(f"{file} leads out of {inside}, and is not served; copy it there instead")
-
-    def _gauges(self) -> Iterator[tuple[str, str, str, float]]:
-        for name, entry in self._entries.items():
-            yield "branchynet_ready", "Whether a model serves.", name, float(entry.loaded is not None)
-            if entry.loaded is None:
-                continue
-            yield "branchynet_waiting_samples", "Unanswered samples.", name, float(entry.loaded.runner.waiting)
-            if entry.loaded.watch is not None:
-                state = entry.loaded.watch.monitor.state
-                yield "branchynet_drift_alarm", "1 after a drift alarm.", name, float(state.alarmed)
-                yield "branchynet_drift_capital", "Evidence for drift; 1 raises the alarm.", name, state.capital
+    folder, model = _files_of(path)
+    backend = open_backend(model, settings.threads, settings.runtime)
+    engine = backend.engine
+    if folder is not None:
+        _check_choice(folder, engine)
+    presets = read_presets(presets_beside(path), engine)
+    record, moving, watch = record_in(folder), None, None
+    if settings.budget_us is not None and settings.budget_limit is not None:
+        moving = moving_thresholds(folder, record, engine, presets, settings.budget_limit, settings.budget_us)
+    elif settings.monitor:  # it needs thresholds that do not move
+        watch = watch_beside(name, record, engine)
+    most = 1 if backend.whole or getattr(backend, "single", False) else settings.max_batch
+    limits = stage_limits(warmed(backend), most, _sample_us(folder, backend), settings.batch_us)
+    runner = Runner(
+        backend,
+        limits,
+        max_wait=settings.max_wait_ms / 1e3,
+        bound=settings.queue,
+        observer=_Listeners(counts, [one for one in (watch, moving) if one is not None]),
+    )
+    labels = () if engine is None else engine.labels
+    return Loaded(name, backend, runner, presets, watch, moving, labels, settings.timeout_s)
 
 
-class _Both:
-    """An observer that counts, and watches the answers with the thresholds of the file."""
+class _Listeners:
+    """An observer that counts, and passes on the answers of requests that gave no thresholds."""
 
-    def __init__(self, counts: Any, watch: DriftWatch) -> None:
-        self.ran, self._counts, self._watch = counts.ran, counts, watch
+    def __init__(self, counts: ModelMetrics, others: Sequence[DriftWatch | MovingThresholds]) -> None:
+        self.ran, self._counts, self._others = counts.ran, counts, others
 
     def answered(self, outputs: dict[str, NDArray[Any]], seconds: float, default: bool) -> None:
-        """Count and watch the answer to a request."""
+        """Count the answer to a request."""
         self._counts.answered(outputs, seconds, default)
         if default:
-            self._watch.add(outputs)
-
-
-async def in_thread(function: Any, *arguments: Any) -> Any:
-    """Call a function that blocks, in a thread."""
-    return await asyncio.get_running_loop().run_in_executor(None, function, *arguments)
-
-
-def _holds_model(path: Path) -> bool:
-    return any((path / name).exists() for name in (MANIFEST, "model.onnx", "stages"))
+            for one in self._others:
+                one.add(outputs)
 
 
 def _files_of(path: Path) -> tuple[Path | None, Path]:
@@ -336,7 +192,3 @@ def _sample_us(folder: Path | None, backend: Backend) -> list[float] | None:
         raise FileError(f"{path} has {cost.num_exits} exits, but the model {engine.num_exits}: measure it again")
     at = cost.latency_us(engine.policy.enabled)[[n - 1 for n in backend.exits]]
     return np.diff(at, prepend=0.0).tolist()
-
-
-def _plain(name: str) -> str:
-    return name if _NAME.fullmatch(name) else re.sub(r"[^A-Za-z0-9_]+", "_", name)[:128] or "model"

@@ -35,32 +35,52 @@ _DECAY = 0.98  # weight of the past in the mean time per sample, per batch
 
 
 @dataclass(eq=False)
-class _Queue:
-    """The parts that wait for one stage, oldest first."""
+class _Parts:
+    """Parts of tickets by number, oldest first, and a heap of their deadlines."""
 
-    limit: StageLimit
     parts: OrderedDict[int, Part] = field(default_factory=OrderedDict)
-    kinds: dict[Hashable, OrderedDict[int, Part]] = field(default_factory=dict)
-    deadlines: list[tuple[float, int]] = field(default_factory=list)  # a heap; numbers of parts that left it remain
-    rows: int = 0
-    took: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
-    p95: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.p95 = self.limit.expected
+    deadlines: list[tuple[float, int]] = field(default_factory=list)  # numbers of parts that left remain in it
 
     def add(self, number: int, part: Part) -> None:
         self.parts[number] = part
-        self.kinds.setdefault(part.ticket.kind, OrderedDict())[number] = part
-        self.rows += len(part.rows)
         if part.ticket.deadline < math.inf:
             heapq.heappush(self.deadlines, (part.ticket.deadline, number))
+
+    def oldest(self) -> int:
+        return next(iter(self.parts))
+
+    def urgent(self) -> tuple[float, int] | None:
+        """Return the earliest deadline, and the number of its part."""
+        while self.deadlines and self.deadlines[0][1] not in self.parts:
+            heapq.heappop(self.deadlines)
+        return self.deadlines[0] if self.deadlines else None
+
+    def first(self, soon: float) -> int:
+        """Return the number of the part with the earliest deadline until `soon`, or else of the oldest."""
+        urgent = self.urgent()
+        return urgent[1] if urgent and urgent[0] <= soon else self.oldest()
+
+
+class _Queue(_Parts):
+    """The parts that wait for one stage."""
+
+    def __init__(self, limit: StageLimit) -> None:
+        super().__init__()
+        self.limit, self.p95 = limit, limit.expected
+        self.kinds: dict[Hashable, _Parts] = {}
+        self.rows = 0
+        self._took: deque[float] = deque(maxlen=_REMEMBERED)
+
+    def add(self, number: int, part: Part) -> None:
+        super().add(number, part)
+        self.kinds.setdefault(part.ticket.kind, _Parts()).add(number, part)
+        self.rows += len(part.rows)
 
     def remove(self, number: int) -> Part:
         part = self.parts.pop(number)
         kind = part.ticket.kind
-        del self.kinds[kind][number]
-        if not self.kinds[kind]:
+        del self.kinds[kind].parts[number]
+        if not self.kinds[kind].parts:
             del self.kinds[kind]
         self.rows -= len(part.rows)
         return part
@@ -73,15 +93,9 @@ class _Queue:
         self.rows -= count
         return taken
 
-    def urgent(self) -> tuple[float, int] | None:
-        """Return the earliest deadline, and the number of its part."""
-        while self.deadlines and self.deadlines[0][1] not in self.parts:
-            heapq.heappop(self.deadlines)
-        return self.deadlines[0] if self.deadlines else None
-
     def timed(self, seconds: float) -> None:
-        self.took.append(seconds)
-        self.p95 = sorted(self.took)[math.ceil(0.95 * len(self.took)) - 1]
+        self._took.append(seconds)
+        self.p95 = sorted(self._took)[math.ceil(0.95 * len(self._took)) - 1]
 
 
 class Scheduler:
@@ -227,8 +241,7 @@ class Scheduler:
             return math.inf
         if queue.rows >= queue.limit.rows:
             return -math.inf
-        oldest = next(iter(queue.parts.values()))
-        at = oldest.since + (queue.p95 if stage else self._max_wait)
+        at = queue.parts[queue.oldest()].since + (queue.p95 if stage else self._max_wait)
         if urgent := queue.urgent():
             at = min(at, urgent[0] - self._ahead(stage))
         return at
@@ -237,24 +250,17 @@ class Scheduler:
         return sum(queue.p95 for queue in self._queues[stage:])
 
     def _take(self, stage: int, now: float) -> Batch:
-        queue = self._queues[stage]
-        urgent, soon = queue.urgent(), now + self._ahead(stage)
-        oldest = next(iter(queue.parts))
-        first = urgent[1] if urgent and urgent[0] <= soon else oldest
-        kind = queue.parts[first].ticket.kind
+        queue, soon = self._queues[stage], now + self._ahead(stage)
+        kind = queue.parts[queue.first(soon)].ticket.kind
         parts, room = [], queue.limit.rows
         while room and kind in queue.kinds:
-            urgent = queue.urgent()
-            number = next(iter(queue.kinds[kind]))
-            if urgent and urgent[0] <= soon and queue.parts[urgent[1]].ticket.kind == kind:
-                number = urgent[1]
+            number = queue.kinds[kind].first(soon)
             part = queue.parts[number]
             if len(part.rows) > room:
-                parts.append(queue.split(number, room))
-                room = 0
+                part = queue.split(number, room)
             else:
                 queue.remove(number)
                 del part.ticket.parts[number]
-                parts.append(part)
-                room -= len(part.rows)
+            parts.append(part)
+            room -= len(part.rows)
         return Batch(stage, tuple(parts), queue.limit.rows - room, now)

@@ -12,7 +12,7 @@ from ..files import regular
 from .app import make_app
 from .limits import guarded
 from .metrics import Metrics
-from .models import Repository
+from .repository import Repository
 from .settings import ServeSettings, read_key
 
 log = logging.getLogger("branchynet.serve")
