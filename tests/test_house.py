@@ -39,7 +39,8 @@ def named(path, function):
 
 
 def test_no_file_is_long():
-    assert {str(path.relative_to(SOURCE)) for path in FILES if len(path.read_text().splitlines()) > MOST_LINES} == set()
+    files = [*FILES, *Path(__file__).parent.rglob("*.py")]
+    assert {str(path) for path in files if len(path.read_text().splitlines()) > MOST_LINES} == set()
 
 
 def test_no_function_is_long():

@@ -1,16 +1,12 @@
-"""Typical wrong calls of new users: each raises an error that says what to give, or returns the right result."""
-
-import copy
-import functools
+"""Typical wrong calls of new users: each raises an error that says what to give."""
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader
 
 from branchynet import (
-    BranchyNet,
     BranchyNetError,
     BudgetController,
     Choice,
@@ -19,7 +15,6 @@ from branchynet import (
     Monitor,
     Policy,
     Target,
-    advise,
     attach,
     averaged,
     choose,
@@ -32,82 +27,30 @@ from branchynet import (
     joint_loss,
     load,
     measure,
-    record,
 )
 from branchynet.data import load_data
 from branchynet.deploy.torch_engine import TorchEngine
 from branchynet.training.options import FitOptions
-
-
-class Small(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())
-        self.last = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
-
-    def forward(self, x):
-        return self.last(self.first(x))
-
-
-class FixedBatch(Small):
-    def forward(self, x):
-        return super().forward(self.first[0].weight[:1, :, :1, :1] + x).view(16, -1)
-
-
-class WithLoss(nn.Module):
-    """A network as in transformers: it reads labels only for the loss."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.last = nn.Linear(3, 5), nn.Linear(5, 4)
-
-    def forward(self, x, labels=None):
-        return self.last(self.first(x).relu())
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter([(torch.rand(3, 8, 8), 0)] * 4)
-
-
-@functools.cache
-def world():
-    """A network with exits, images, labels, their loader, a record, a cost, a policy."""
-    torch.manual_seed(0)
-    x, y = torch.rand(16, 3, 8, 8), torch.arange(16) % 4
-    net = attach(Small(), at=["first"], example=x)
-    loader = DataLoader(TensorDataset(x, y), batch_size=8)
-    found = record(net, loader, progress=False)
-    return net, x, y, loader, found, ExitCost((10.0, 10.0), (1.0, 0.0)), Policy(thresholds=(0.5,))
-
-
-def batches(x, y):
-    return DataLoader(TensorDataset(x, y), batch_size=8)
-
-
-quick = functools.partial(fit, epochs=1, progress=False)
-silent = functools.partial(record, progress=False)
-net, x, y, loader, found, cost, policy = world()
-
-dense = torch.rand(2, 4, 3, 3)
-single = nn.Sequential(nn.Flatten(), nn.Linear(192, 1))
-
-
-def misfitting(branch):
-    return BranchyNet(Small(), {"first": branch})
-
-
-def retrained():
-    other = copy.deepcopy(net)
-    with torch.no_grad():
-        next(other.parameters()).add_(1)
-    return other
-
-
-@functools.cache
-def engine():
-    return TorchEngine(net, policy, x)
-
+from helpers.newcomer import (
+    FixedBatch,
+    Small,
+    Stream,
+    batches,
+    cost,
+    dense,
+    engine,
+    found,
+    loader,
+    misfitting,
+    net,
+    policy,
+    quick,
+    retrained,
+    silent,
+    single,
+    x,
+    y,
+)
 
 WRONG = {
     "choose(cost, record)": (
@@ -340,121 +283,3 @@ def test_it_says_what_to_give(call, tmp_path, monkeypatch):
     with pytest.raises(BranchyNetError, match=f"(?s){message}"):
         function()
     assert not list(tmp_path.iterdir()), "a refused call writes nothing"
-
-
-def test_numbers_of_every_kind_are_numbers(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for kind in (float, np.float32, np.float64, torch.tensor):
-        given = BudgetController(found, policy, ExitCost((10.0, 10.0), (1.0, 0.0)), goal_us=kind(15))
-        assert given.goal_us == 15 and type(given.goal_us) is float
-    assert export(net, "a.onnx", policy=policy, example=x, labels=None).exists()
-    assert frontier(found, cost).policy(-1) == frontier(found, cost).policy(len(frontier(found, cost)) - 1)
-
-
-def test_a_gpu_that_is_not_there():
-    if torch.cuda.is_available():
-        assert silent(net, loader, device="cuda").digest
-        net.cpu()
-        return
-    for call in (silent, lambda *_, device: FitOptions(device=device)):
-        with pytest.raises(BranchyNetError, match=r"device='cuda' is not available.*give 'cpu'"):
-            call(net, loader, device="cuda")
-    with pytest.raises(BranchyNetError, match="device='cuda' is not available"):
-        TorchEngine(net, policy, x, device="cuda")
-
-
-def test_numpy_batches_are_read_as_tensors():
-    arrays = [(x.numpy(), y.numpy())]
-    np.testing.assert_array_equal(silent(net, arrays).outputs, silent(net, [(x, y)]).outputs)
-    assert quick(attach(Small(), at=["first"], example=x), arrays).rows[0].train_loss > 0
-
-
-def test_an_optimizer_class_is_a_function_of_the_parameters():
-    assert quick(attach(Small(), at=["first"], example=x), loader, optimizer=torch.optim.SGD).rows[0].lr > 0
-
-
-def test_labels_that_only_a_loss_reads_are_no_input(tmp_path):
-    features = torch.rand(8, 3)
-    attached = attach(WithLoss(), at=["first"], example={"x": features})
-    with pytest.raises(BranchyNetError, match=r"'labels'.*only to compute its loss: leave it out"):
-        export(attached, tmp_path / "a.onnx", policy=policy, example={"x": features, "labels": y[:8]})
-    assert load(export(attached, tmp_path / "a.onnx", policy=policy, example={"x": features})).inputs[0].name == "x"
-
-
-def test_what_the_network_itself_raises_stays_in_the_chain():
-    class Broken(Small):
-        def forward(self, x):
-            raise RuntimeError("out of paper")
-
-    with pytest.raises(BranchyNetError, match="out of paper") as raised:
-        attach(Broken(), at=["first"], example=x)
-    assert isinstance(raised.value.__cause__, RuntimeError)
-
-    class Interrupted(Small):
-        def forward(self, x):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        attach(Interrupted(), at=["first"], example=x)
-
-
-def test_a_record_is_printed_in_one_short_line():
-    assert repr(found).startswith("ExitRecord(16 samples, 2 exits, 4 classes, network ") and len(repr(found)) < 120
-    scored = ExitRecord.from_scores(np.zeros((5, 3)), np.zeros((5, 3)), "margin")
-    assert repr(scored) == "ExitRecord(5 samples, 3 exits, scores of 'margin')"
-
-
-class Spent:
-    """A loader with a length whose every pass continues the same generator."""
-
-    def __init__(self):
-        self.batches = iter(loader)
-
-    def __iter__(self):
-        return self.batches
-
-    def __len__(self):
-        return len(loader)
-
-
-def once():
-    return (batch for batch in loader)
-
-
-def spent():
-    batches = once()
-    silent(net, batches)
-    return batches
-
-
-two = functools.partial(fit, net, epochs=2, progress=False)
-GENERATORS = {
-    "fit": (lambda: two(once()), "train_loader is a generator, which has no length"),
-    "fit on an iterator": (
-        lambda: two(iter(loader)),
-        "train_loader is a _.*Iter, which",
-    ),
-    "fit on zip": (lambda: two(zip(x.split(8), y.split(8), strict=True)), "train_loader is a zip, which has"),
-    "fit with validation": (
-        lambda: two(loader, once()),
-        "val_loader is a generator, which has no length",
-    ),
-    "fit on a wrapper": (lambda: two(Spent()), "yielded no batch in epoch 2"),
-    "fit with validation in a wrapper": (lambda: two(loader, Spent()), "on the validation data after epoch 2"),
-    "record again": (lambda: silent(net, spent()), "the loader gave no batch"),
-    "advise": (lambda: advise(Small(), once(), loader, x), "train_loader is a generator"),
-    "advise with validation": (lambda: advise(Small(), loader, map(tuple, loader), x), "val_loader is a map"),
-    "calibration": (
-        lambda: export(net, "a.onnx", policy=policy, example=x, precision="int8", calibration=spent()),
-        "calibration= gave no samples",
-    ),
-}
-
-
-@pytest.mark.parametrize("call", GENERATORS)
-def test_a_generator_as_a_loader(call, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    function, message = GENERATORS[call]
-    with pytest.raises(BranchyNetError, match=f"{message}.*empty after one pass: give a list of batches or a DataLoad"):
-        function()
-    assert silent(net, once()).samples == len(x), "one pass is enough for a record"

@@ -1,12 +1,10 @@
 """Cascades: independent networks as the exits of one."""
 
 import copy
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from branchynet import (
     BranchyNet,
@@ -27,7 +25,7 @@ from branchynet import (
     record,
     verify,
 )
-from branchynet.errors import GraphError, InputError
+from branchynet.errors import InputError
 from branchynet.graph.macs import exit_macs
 from branchynet.graph.onnx_flat import flatten
 from branchynet.nn.fingerprint import fingerprint
@@ -36,66 +34,8 @@ from branchynet.policy.scores import agreement
 from branchynet.profiling.onnx_parts import onnx_parts
 from branchynet.profiling.parts import part_outputs
 from helpers import score_oracles
+from helpers.cascades import CASES, CLASSES, WIDTH, mlp, two_inputs
 from helpers.loop import agree_in_batches, every_exit, figure_2, safe_thresholds
-
-CLASSES, WIDTH = 4, 6
-
-
-class Answer(dict):
-    """A `ModelOutput` of Hugging Face: a dict whose entries are attributes too."""
-
-    __getattr__ = dict.__getitem__
-
-
-class Two(nn.Module):
-    """A network of two inputs."""
-
-    def __init__(self, width, classes=CLASSES):
-        super().__init__()
-        self.first, self.second = nn.Linear(WIDTH, width), nn.Linear(3, width)
-        self.classify = nn.Linear(width, classes)
-
-    def forward(self, x, extra):
-        return self.classify(torch.tanh(self.first(x) + self.second(extra)))
-
-
-class Named(Two):
-    def forward(self, x, extra):
-        return Answer(hidden=x, logits=super().forward(x, extra))
-
-
-def mlp(width, classes=CLASSES, spread=3.0):
-    net = nn.Sequential(nn.Linear(WIDTH, width), nn.Tanh(), nn.Linear(width, classes))
-    nn.init.normal_(net[2].weight, std=spread)
-    return net.eval()
-
-
-def spread(net):
-    for module in net.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=1.0)
-    return net.eval()
-
-
-def two_inputs():
-    x = torch.randn(64, WIDTH), torch.randn(64, 3)
-    return cascade(*(spread(Two(width)) for width in (2, 5, 9))), x
-
-
-def by_keyword():
-    x = {"extra": torch.randn(64, 3), "x": torch.randn(64, WIDTH)}
-    networks = [spread(Named(2)), spread(Two(5))]
-    return cascade(*networks, output=[lambda found: found["logits"], None]), x
-
-
-def with_branches():
-    """A cascade whose first network has exits of its own, and whose last one does too."""
-    first = attach(mlp(5), ["0"], example=torch.randn(2, WIDTH)).eval()
-    last = attach(mlp(16), ["0"], example=torch.randn(2, WIDTH)).eval()
-    return cascade(first, mlp(3), last), (torch.randn(64, WIDTH),)
-
-
-CASES = [two_inputs, by_keyword, with_branches]
 
 
 @pytest.mark.parametrize("build", CASES)
@@ -276,81 +216,3 @@ def test_samples_that_selected_a_network_are_remembered():
     first.selected_on = ("a", "b")
     last.selected_on = ("b", "c")
     assert cascade(first, last).selected_on == ("a", "b", "c")
-
-
-@pytest.mark.parametrize(
-    ("networks", "message"),
-    [
-        (lambda: (), "needs two networks or more; got 0"),
-        (lambda: (mlp(2),), "needs two networks or more; got 1"),
-        (lambda: ([mlp(2), mlp(3)],), r"network 1 of the cascade must be a Module; got a list.*one by one"),
-        (lambda: (mlp(2), nn.Linear), "network 2 of the cascade must be a Module; got the class Linear"),
-        (lambda: (mlp(2), "resnet"), "network 2 of the cascade must be a Module; got 'resnet'"),
-        (lambda: (mlp(2), mlp(3).train()), r"network 2 of the cascade \(Sequential\) is in training mode.*\.eval\(\)"),
-        (lambda: (nn.Sequential(nn.Dropout()).eval().append(nn.Dropout()), mlp(3)), "network 1 .* is in training mode"),
-        (lambda: [mlp(2)] * 2, "network 2 of the cascade is the same Sequential as an earlier one"),
-    ],
-)
-def test_unsuitable_networks_are_refused(networks, message):
-    with pytest.raises(InputError, match=message):
-        cascade(*networks())
-
-
-@pytest.mark.parametrize(
-    ("output", "message"),
-    [
-        ([None], "output= has 1 functions for 2 networks"),
-        (nn.Linear(4, 4), r"output= is a Linear, a module: give nn.Sequential"),
-        ("logits", "output must be a function"),
-    ],
-)
-def test_unsuitable_readers_are_refused(output, message):
-    with pytest.raises(InputError, match=message):
-        cascade(mlp(2), mlp(3), output=output)
-
-
-class Scales(nn.Module):
-    def forward(self, x):
-        return x.mul_(2)[:, :CLASSES]
-
-
-class Pair(nn.Module):
-    def forward(self, x):
-        return x[:, :CLASSES], x[:, -CLASSES:]
-
-
-@pytest.mark.parametrize(
-    ("build", "error", "message"),
-    [
-        (lambda: cascade(mlp(2), mlp(3, classes=7)), InputError, r"network 2 .* gives outputs \(B, 7\) and .*\(B, 4\)"),
-        (lambda: cascade(mlp(2), nn.Sequential(mlp(3), nn.Flatten(0)).eval()), InputError, "must give .B, C, ...."),
-        (lambda: cascade(mlp(2), spread(Two(3))), InputError, r"network 2 .*\(Two\) cannot process float32 \(., 6\)"),
-        (lambda: cascade(Scales().eval(), mlp(3)), GraphError, "network 1 .* changes the input '1' in place"),
-        (lambda: cascade(Pair().eval(), mlp(3)), GraphError, "network 1 .* exits of its own"),
-        (lambda: cascade(mlp(2), mlp(3), output=lambda found: None), GraphError, "must return a tensor"),
-    ],
-)
-def test_what_shows_in_forward_is_one_clear_error(build, error, message, tmp_path):
-    net, x = build(), torch.randn(8, WIDTH)
-    calls = (
-        lambda: net(x),
-        lambda: record(net, [(x, torch.zeros(8, dtype=torch.int64))], progress=False),
-        lambda: export(net, tmp_path / "net.onnx", policy=Policy(thresholds=(0.5,)), example=x),
-        lambda: TorchEngine(net, Policy(thresholds=(0.5,)), x),
-    )
-    for call in calls:
-        with pytest.raises(error, match=message):
-            call()
-    with torch.inference_mode(), pytest.raises(error, match=message):
-        net(x)
-
-
-def test_labels_among_the_inputs_are_refused(tmp_path):
-    class WithLoss(Two):
-        def forward(self, x, extra, labels=None):
-            return SimpleNamespace(logits=super().forward(x, extra))
-
-    net = cascade(spread(WithLoss(2)), spread(WithLoss(3)))
-    batch = {"x": torch.randn(4, WIDTH), "extra": torch.randn(4, 3), "labels": torch.zeros(4, dtype=torch.int64)}
-    with pytest.raises(InputError, match="the example holds 'labels'"):
-        export(net, tmp_path / "net.onnx", policy=Policy(thresholds=(0.5,)), example=batch)
