@@ -9,6 +9,7 @@ from .extras import first_used, needed_by
 _MODULES = {
     "nn.network": ("BranchyNet",),
     "nn.attaching": ("attach", "detach"),
+    "onnx_import.loading": ("from_onnx",),
     "nn.averaging": ("averaged",),
     "nn.cascading": ("cascade",),
     "training.loop": ("fit",),

@@ -22,6 +22,7 @@ from .nn.attaching import detach as detach
 from .nn.averaging import averaged as averaged
 from .nn.cascading import cascade as cascade
 from .nn.network import BranchyNet as BranchyNet
+from .onnx_import.loading import from_onnx as from_onnx
 from .policy.averaging import averaged_record as averaged_record
 from .policy.averaging import fit_averaging as fit_averaging
 from .policy.choosing import choose as choose

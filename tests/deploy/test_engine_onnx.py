@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from branchynet.deploy.assembly import assemble
 from branchynet.deploy.engine import FORMAT, METADATA_KEY
 from branchynet.deploy.loading import load, verify
-from branchynet.deploy.onnx_file import read_model
 from branchynet.deploy.stored_samples import read_samples
 from branchynet.errors import BranchyNetError, FileError, InputError
+from branchynet.onnx_files import read_model
 from branchynet.policy.prediction import Prediction
 from branchynet.policy.values import Policy
 from helpers.loop import same

@@ -154,11 +154,17 @@ def spread_out(net, inputs):
     """Make every exit's outputs differ between the samples of `inputs`, a tuple or a dict."""
     outputs = net(**inputs) if isinstance(inputs, dict) else net(*inputs)
     for head, output in zip(heads(net), outputs, strict=True):
-        gain = 1.5 / output.std(0).mean().clamp_min(1e-6)
-        head.weight *= gain
-        if head.bias is not None:
-            mean = output.transpose(0, 1).flatten(1).mean(1)
-            head.bias.copy_((head.bias - mean) * gain)
+        spread_head(head, output)
+
+
+@torch.no_grad()
+def spread_head(head, output):
+    """Scale and shift a last layer, whose `output` is given, so that outputs differ between samples."""
+    gain = 1.5 / output.std(0).mean().clamp_min(1e-6)
+    head.weight *= gain
+    if head.bias is not None:
+        mean = output.transpose(0, 1).flatten(1).mean(1)
+        head.bias.copy_((head.bias - mean) * gain)
 
 
 def heads(net):

@@ -243,7 +243,7 @@ def _open(
         properties = session.get_modelmeta().custom_metadata_map  # raises if it is not UTF-8
     except Exception as error:  # ONNX Runtime's errors share no base class
         with contextlib.suppress(ModuleNotFoundError):  # onnx, if installed, gives a better message
-            from .onnx_file import entries, read_model
+            from ..onnx_files import entries, read_model
 
             about = read_metadata(entries(read_model(path), path), path)
             if (about.get("precision") or {}).get("scheme") == "bf16":

@@ -13,10 +13,10 @@ import onnx
 from numpy.typing import NDArray
 
 from ..errors import FileError
+from ..onnx_files import entries, parse_model, read_model
 from .checksum import check_weights
 from .engine import Feeds, Graph, read_metadata
 from .input_checks import Input
-from .onnx_file import entries, parse_model, read_model
 
 
 def open_in_openvino(path: str | os.PathLike[str], threads: int | None) -> Graph:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from ..argument_checks import has_sizes
 from ..errors import FileError
+from ..onnx_files import entries, parse_model
 from .engine import Engine
-from .onnx_file import entries, parse_model
 
 SAMPLES_KEY = "branchynet.samples"
 MAX_SAMPLES = 8

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from ..environment import processor
 from ..errors import VerificationError
+from ..onnx_files import parse_model
 from ..policy.prediction import Prediction, concatenated
 from ..policy.values import Policy, thresholds_text
 from .engine import Engine
 from .moved_thresholds import moved_thresholds
-from .onnx_file import parse_model
 from .staged_engine import StagedEngine
 from .stored_samples import Samples, samples_in
 from .tolerance import FLOAT, difference, differences, tolerances

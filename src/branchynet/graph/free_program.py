@@ -10,6 +10,7 @@ from torch import nn
 
 from ..nn.calls import arguments
 from ..nn.network import BranchyNet
+from ..onnx_import.network import OnnxNetwork
 from ..policy.scores import Score
 from .free_lengths import Free, allowed_lengths, free_axes
 from .lengths import Length
@@ -42,8 +43,10 @@ def input_names(net: nn.Module, count: int, keywords: Sequence[str] = ()) -> lis
 
     Underscores are appended to names that the graph itself uses.
     """
-    forward = (net.backbone if isinstance(net, BranchyNet) else net).forward
-    known = [p.name for p in inspect.signature(forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    network = net.backbone if isinstance(net, BranchyNet) else net
+    parameters = inspect.signature(network.forward).parameters.values()
+    known = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    known = network.input_names if isinstance(network, OnnxNetwork) else known
     names: list[str] = []
     for name in (*(known[i] if i < len(known) else f"input_{i + 1}" for i in range(count)), *keywords):
         while reserved(name) or re.fullmatch(r"(output|score)_\d+", name) or name in names:

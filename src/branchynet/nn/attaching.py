@@ -1,5 +1,6 @@
 """Attach branches to a network and detach them."""
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -9,6 +10,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import GraphError, InputError
+from ..onnx_import.fixed_batch import check_batch
+from ..onnx_import.loading import from_onnx
+from ..onnx_import.network import OnnxNetwork
 from .branches import DenseBranch, default_branch, named_branches
 from .calls import (
     INPUT,
@@ -29,7 +33,7 @@ from .unsupported import check_weights
 
 
 def attach(
-    backbone: nn.Module,
+    backbone: nn.Module | str | os.PathLike[str],
     at: Sequence[str] | Literal["auto"],
     *,
     example: Any,
@@ -42,9 +46,10 @@ def attach(
     """Attach a branch at each named tap. Branches get their sizes from an example.
 
     Args:
-        backbone: the network; it is not changed.
+        backbone: the network; it is not changed. Or an ONNX file, which `from_onnx` reads.
         at: names of submodules (as in ``named_modules()``) or ``"input"``, in any order: exits are numbered in running
-            order. ``"auto"`` spreads `num_exits` exits evenly by multiply-accumulates, at ends of blocks.
+            order. For an ONNX file, names of its values. ``"auto"`` spreads `num_exits` exits evenly by
+            multiply-accumulates, at ends of blocks.
         example: one batch of inputs: a tensor, a tuple of arguments, or a dict of keyword arguments; only the first two
             rows are used.
         num_exits: the number of exits for ``at="auto"``, including the backbone's own; 3 by default.
@@ -60,8 +65,9 @@ def attach(
     Raises:
         InputError: no taps, a repeated name, an unknown submodule (the nearest is suggested), fewer than 2 exits, or an
             unknown number of classes.
-        GraphError: a tap never runs, runs twice, or runs after the output is computed; or ``"auto"`` finds fewer places
-            for exits than requested.
+        GraphError: a tap never runs, runs twice, or runs after the output is computed; ``"auto"`` finds fewer places
+            for exits than requested; or an ONNX file cannot be imported, or fixes the batch size.
+        FileError: see `from_onnx`.
 
     Example:
         >>> import torch, branchynet
@@ -71,6 +77,8 @@ def attach(
         >>> [tuple(output.shape) for output in net(torch.randn(5, 3, 8, 8))]
         [(5, 10), (5, 10)]
     """
+    if isinstance(backbone, (str, os.PathLike)):
+        backbone = from_onnx(backbone)
     check_network(backbone)
     if at == "auto":
         num_exits = 3 if num_exits is None else num_exits
@@ -81,9 +89,15 @@ def attach(
     elif num_exits is not None:
         raise InputError(f"num_exits={num_exits} is for at='auto'; named taps give one exit per tap and the last")
     names = () if at == "auto" else tuple(at)
+    if isinstance(backbone, OnnxNetwork):
+        names = tuple(backbone.submodule_name(name) for name in names)
+        tap = {backbone.submodule_name(name): read for name, read in (tap or {}).items()}
     BranchyNet(backbone, dict.fromkeys(names, nn.Identity()), output=output, tap=tap)  # refuses unknown names
     check_weights(backbone)
     args, kwargs = arguments(first_rows(example))
+    if isinstance(backbone, OnnxNetwork):
+        with evaluating(backbone):
+            check_batch(backbone, args, kwargs)
 
     def tensor(name: str, value: Any) -> Tensor | None:
         if name in names:

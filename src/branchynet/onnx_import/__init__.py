@@ -1,0 +1,1 @@
+"""PyTorch networks from ONNX files, with trainable weights."""

@@ -1,0 +1,224 @@
+"""A PyTorch network that computes the graph of an ONNX file."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError, nearest
+from .constants import is_few, is_size
+from .names import module_names
+from .numbers import Numbers, known
+from .steps import Step
+
+_ROWS_ONLY = ("Shape", "Size")  # their results depend on sizes, not on data
+
+
+@dataclass(frozen=True)
+class OnnxGraph:
+    """What is read from a file.
+
+    Attributes:
+        inputs: the names of the inputs, with their shapes; None for a free dimension, or for a shape that is not given.
+        outputs: the names of the outputs.
+        steps: the nodes that the outputs need, in order.
+        constants: the constants that these read, by name.
+        trained: the constants that become parameters.
+        fixed_batch: the batch size in the shapes of the inputs; None if it is free.
+    """
+
+    inputs: Mapping[str, tuple[int | None, ...] | None]
+    outputs: tuple[str, ...]
+    steps: tuple[Step, ...]
+    constants: Mapping[str, Tensor]
+    trained: Set[str]
+    fixed_batch: int | None
+
+
+class OnnxNetwork(nn.Module):
+    """The network of an ONNX file, from `from_onnx`.
+
+    Every value of the file that is computed from the inputs is a submodule, under a valid name that is made from the
+    value's; ``print(net)`` lists them. Parameters and buffers are in the submodule ``weights``.
+
+    Attributes:
+        input_names: the names of the inputs, in order.
+        output_names: the names of the outputs.
+        value_names: for each submodule, the name of its value in the file.
+        fixed_batch: the batch size that the file fixes; None if it is free.
+    """
+
+    def __init__(self, graph: OnnxGraph) -> None:
+        super().__init__()
+        self.input_names = tuple(graph.inputs)
+        self.output_names = graph.outputs
+        self.fixed_batch = graph.fixed_batch
+        self.weights = _Weights(graph.constants, graph.trained)
+        self._steps, self._shapes = graph.steps, dict(graph.inputs)
+        data, uses = set(graph.inputs), Counter(name for step in graph.steps for name in step.inputs)
+        uses.update(graph.outputs)
+        computed: list[str] = []
+        for step in graph.steps:
+            if step.operator not in _ROWS_ONLY and data & set(step.inputs):
+                data.update(step.outputs)
+                computed += [name for n, name in enumerate(step.outputs) if name and (uses[name] or not n)]
+        # "input" is the tap at the network's input
+        self._names = module_names(computed, ("input", "weights", *vars(self)))
+        self.value_names = {name: value for value, name in self._names.items()}
+        self._sizes = {name for step in graph.steps for name in step.outputs} - data
+        self._uses = uses
+        for step in graph.steps:
+            for value in step.outputs:
+                if value in self._names:
+                    alone = len(step.outputs) == 1
+                    self.add_module(self._names[value], OnnxNode(step) if alone else OnnxOutput(step, value))
+
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Any:
+        """Return the output, or several as a dict by name.
+
+        Args:
+            inputs: the inputs in the order of the file, each with the batch first.
+            named: or the inputs by name.
+
+        Raises:
+            InputError: an input is missing, unknown or does not fit.
+            GraphError: an operator cannot be imported in this use.
+        """
+        values: dict[str, Any] = {**self.weights.values(), **self._bound(inputs, named)}
+        left = self._uses.copy()
+        for step in self._steps:
+            given = [values[name] if name else None for name in step.inputs]
+            if len(step.outputs) == 1 and step.outputs[0] in self._names:
+                found = (self.get_submodule(self._names[step.outputs[0]])(*given),)
+            else:
+                found = step.run(given, self.training)
+            for value, tensor in zip(step.outputs, found, strict=False):
+                several = len(step.outputs) > 1 and value in self._names
+                values[value] = self.get_submodule(self._names[value])(tensor) if several else tensor
+            for name in step.inputs:  # values that nothing reads any more free their memory
+                left[name] -= 1
+                if name and not left[name]:
+                    values.pop(name, None)
+        found = {name: _as_tensor(values[name]) for name in self.output_names}
+        return found if len(found) > 1 else next(iter(found.values()))
+
+    def submodule_name(self, value: str) -> str:
+        """Return the name of the submodule that computes a value of the file; ``"input"`` for the first input.
+
+        Args:
+            value: the name of the value in the file, or of the submodule itself.
+
+        Raises:
+            InputError: there is no such value (the nearest is suggested), or it is a constant, a size, or a further
+                input.
+        """
+        if value in self._names:
+            return self._names[value]
+        if value in self.value_names or value in ("input", self.input_names[0]):
+            return value if value in self.value_names else "input"
+        if value in self.input_names:
+            raise InputError(
+                f"{value!r} is an input; of the inputs, only the first, {self.input_names[0]!r}, has a tap"
+            )
+        if value in self.weights.names:
+            raise InputError(
+                f"{value!r} is a constant of the file, such as a weight; name a value that a node computes"
+            )
+        if value in self._sizes:
+            raise InputError(
+                f"{value!r} is computed from sizes or weights alone and is the same for all samples; name a value that "
+                "depends on the inputs"
+            )
+        hint = nearest(value, dict.fromkeys([*self._names, *self.value_names]))
+        raise InputError(f"the file computes no value {value!r}{hint} (print(from_onnx(path)) lists all values)")
+
+    def _bound(self, inputs: Sequence[Tensor], named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        names = ", ".join(self.input_names)
+        if len(inputs) > len(self.input_names):
+            raise InputError(f"the file has the inputs {names}; got {len(inputs)} values")
+        bound = dict(zip(self.input_names, inputs, strict=False))
+        for name, value in named.items():
+            if name not in self.input_names or name in bound:
+                what = "twice" if name in bound else f"which is no input{nearest(name, self.input_names)}"
+                raise InputError(f"the network was called with {name!r}, {what}; the file has the inputs {names}")
+            bound[name] = value
+        if missing := [name for name in self.input_names if name not in bound]:
+            raise InputError(f"the network was called without {missing[0]!r}; the file has the inputs {names}")
+        for name, value in bound.items():
+            shape = self._shapes[name]
+            if not isinstance(value, Tensor):
+                raise InputError(f"the input {name!r} must be a tensor; got {type(value).__name__}")
+            if shape is not None and value.dim() != len(shape):
+                wanted = ", ".join("?" if size is None else str(size) for size in shape)
+                raise InputError(f"the input {name!r} has shape {tuple(value.shape)}; the file needs ({wanted})")
+        return bound
+
+
+class OnnxNode(nn.Module):
+    """A node of the graph with one output."""
+
+    def __init__(self, step: Step) -> None:
+        super().__init__()
+        self.step = step
+
+    def forward(self, *values: Any) -> Tensor:
+        """Return the output for the values that the node reads; None for one that is left out."""
+        return _as_tensor(self.step.run(values, self.training)[0])
+
+    def extra_repr(self) -> str:
+        """Return the operator, what it reads, and the value's name in the file."""
+        return f"{self.step.operator}({', '.join(self.step.inputs)}) -> {self.step.outputs[0]}"
+
+
+class OnnxOutput(nn.Module):
+    """One output of a node with several. It changes nothing, and is there to be tapped."""
+
+    def __init__(self, step: Step, value: str) -> None:
+        super().__init__()
+        self.step, self.value = step, value
+
+    def forward(self, value: Tensor) -> Tensor:
+        """Return the value."""
+        return value
+
+    def extra_repr(self) -> str:
+        """Return the operator, what it reads, and the value's name in the file."""
+        return f"{self.step.operator}({', '.join(self.step.inputs)}) -> {self.value}"
+
+
+class _Weights(nn.Module):
+    """The constants of a file: parameters, and buffers for those that are not trained."""
+
+    def __init__(self, constants: Mapping[str, Tensor], trained: Set[str]) -> None:
+        super().__init__()
+        self.names = module_names(constants, ("names", "numbers"))
+        self.numbers: dict[str, Numbers] = {}
+        for value, name in self.names.items():
+            tensor = constants[value]
+            if value in trained:
+                self.register_parameter(name, nn.Parameter(tensor))
+                continue
+            if is_few(tensor):
+                self.numbers[value] = replace(known(tensor), tensor=None)
+            if tensor.is_floating_point() or not is_size(tensor):
+                self.register_buffer(name, tensor)
+
+    def values(self) -> dict[str, Any]:
+        """Return all constants by their names in the file."""
+        found: dict[str, Any] = {}
+        device = next((t.device for t in (*self.parameters(), *self.buffers())), torch.device("cpu"))
+        for value, name in self.names.items():
+            tensor, numbers = getattr(self, name, None), self.numbers.get(value)
+            if numbers is not None:
+                dtype = numbers.dtype if tensor is None else tensor.dtype
+                found[value] = replace(numbers, tensor=tensor, device=device, dtype=dtype)
+            else:
+                found[value] = tensor
+        return found
+
+
+def _as_tensor(value: Any) -> Tensor:
+    return value.as_tensor() if isinstance(value, Numbers) else value
