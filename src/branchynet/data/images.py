@@ -15,7 +15,7 @@ from ..errors import DataError, InputError
 from ..files import check_path, replacing
 
 MOST_PIXELS = 89_478_485  # Pillow's limit for decompression bombs: 256 MB in RGB
-SAFE_FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")  # of content from a network
+SAFE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # of content from a network
 
 
 def read_image(path: str | os.PathLike[str] | bytes, shape: tuple[int, int, int]) -> NDArray[np.float32]:

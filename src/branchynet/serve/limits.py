@@ -48,7 +48,7 @@ async def read_body(receive: Any, headers: Mapping[str, str], most: int, seconds
                 message = await receive()
         except TimeoutError:
             raise SlowClient(
-                f"the body did not arrive in {seconds:g} s; {received} bytes came: send it faster"
+                f"only {received} bytes of the body arrived in time ({seconds:g} s and 10 s per MB); send it faster"
             ) from None
         if message["type"] == "http.disconnect":
             raise ClientGone

@@ -1,11 +1,17 @@
 """Run a server until it is told to stop."""
 
+import contextlib
 import logging
+import signal
 import socket
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import uvicorn
+from fastapi import FastAPI
+from uvicorn.server import HANDLED_SIGNALS
 
 from ..errors import FileError, InputError
 from ..files import regular
@@ -28,35 +34,67 @@ def serve(path: Path, settings: ServeSettings) -> None:
         FileError: there is nothing to serve, or the API key or the certificate cannot be read.
         InputError: the address is in use or cannot be bound.
     """
+    server, listener = prepared(path, settings)
+    host, port = listener.getsockname()[:2]
+    scheme = "http" if settings.certificate is None else "https"
+    shown = f"[{host}]" if ":" in host else host
+    names = ", ".join(server.repository.names)
+    print(f"serving {names} at {scheme}://{shown}:{port}", file=sys.stderr, flush=True)
+    sys.setswitchinterval(_SWITCH)
+    try:
+        server.run([listener])
+    finally:
+        server.repository.close()
+        listener.close()
+
+
+def prepared(path: Path, settings: ServeSettings) -> tuple["Server", socket.socket]:
+    """Load the models, and return a server that has not started, and its socket, which listens.
+
+    Raises:
+        FileError, InputError: as `serve`.
+    """
     key = None if settings.api_key_file is None else read_key(settings.api_key_file)
     for file in filter(None, (settings.certificate, settings.private_key)):
         regular(file)
     metrics = Metrics()
     repository = Repository(path, settings, metrics)
     listener = listen(settings)
-    try:
-        repository.load_all()
-        if not repository.any_ready():
-            reasons = "; ".join(f"{one['name']}: {one['reason']}" for one in repository.index())
-            raise FileError(f"no model of {path} can be served: {reasons}")
-        app = make_app(repository, settings, metrics, key)
-        server = _Server(_config(app, settings))
-        host, port = listener.getsockname()[:2]
-        scheme = "http" if settings.certificate is None else "https"
-        shown = f"[{host}]" if ":" in host else host
-        print(f"serving {', '.join(repository.names)} at {scheme}://{shown}:{port}", file=sys.stderr, flush=True)
-        sys.setswitchinterval(_SWITCH)
-        server.run([listener])
-    finally:
-        repository.close()
+    repository.load_all()
+    if not repository.any_ready():
         listener.close()
+        reasons = "; ".join(f"{one['name']}: {one['reason']}" for one in repository.index())
+        raise FileError(f"no model of {path} can be served: {reasons}")
+    return Server(make_app(repository, settings, metrics, key), repository, settings), listener
 
 
-class _Server(uvicorn.Server):
-    """A server whose readiness ends when it is told to stop."""
+class Server(uvicorn.Server):
+    """A server whose readiness ends when it is told to stop.
+
+    Attributes:
+        repository: its models.
+    """
+
+    def __init__(self, app: FastAPI, repository: Repository, settings: ServeSettings) -> None:
+        super().__init__(_config(app, settings))
+        self.repository, self._routes = repository, app.state.routes
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop on a signal, and then end as usual instead of by the signal."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {one: signal.signal(one, self.handle_exit) for one in HANDLED_SIGNALS}
+        try:
+            yield
+        finally:
+            for one, handler in before.items():
+                signal.signal(one, handler)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.config.app.state.routes.stopping = True  # type: ignore[union-attr]
+        """Answer accepted requests, and end."""
+        self._routes.stopping = True
         await super().shutdown(sockets)
 
 
@@ -80,9 +118,9 @@ def listen(settings: ServeSettings) -> socket.socket:
     return found
 
 
-def _config(app: object, settings: ServeSettings) -> uvicorn.Config:
+def _config(app: FastAPI, settings: ServeSettings) -> uvicorn.Config:
     return uvicorn.Config(
-        app,  # type: ignore[arg-type]
+        app,
         http=guarded(settings.client_s),
         ws="none",
         lifespan="on",
