@@ -2,6 +2,7 @@
 
 BranchyNetError
 ├── InputError        an argument, shape, dtype or count is wrong           (also ValueError)
+│   └── RunError      a runtime fails with the inputs of a call
 ├── GraphError        a network cannot be tapped, exported or cut           (also ValueError)
 ├── FileError         a file is missing, truncated, foreign or unwritable   (also OSError)
 ├── DataError         a data set is missing or its files are malformed      (also ValueError)
@@ -24,6 +25,10 @@ class BranchyNetError(Exception):
 
 class InputError(BranchyNetError, ValueError):
     """An argument has the wrong value, shape, dtype or count."""
+
+
+class RunError(InputError):
+    """A runtime fails with the inputs of a call, such as an index beyond an embedding table."""
 
 
 class GraphError(BranchyNetError, ValueError):
@@ -98,7 +103,7 @@ def as_graph_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, (BranchyNetError, OSError, MemoryError)) and not isinstance(error, FileError):
+        if isinstance(error, (BranchyNetError, OSError, MemoryError)) and not isinstance(error, (FileError, RunError)):
             raise
         cause = first_line(error.__cause__ or error)  # the runtime's message
         raise GraphError(

@@ -100,6 +100,30 @@ def test_a_fully_convolutional_network_takes_maps_of_any_size(tmp_path, seed, mo
             agrees(engine, net, (maps(43, height, width),))
 
 
+def test_a_stage_takes_the_lengths_of_its_network(tmp_path):
+    net = fully_convolutional(0)
+    path = export(
+        net, tmp_path / "net", policy=Policy(thresholds=(0.5, 0.5)), example=maps(8, 24, 31), layout="stages",
+        free={"x": {2: "height", 3: "width"}},
+    )  # fmt: skip
+    stage = load(path, threads=1).stage(1)
+    height, _ = stage.lengths
+    with pytest.raises(InputError, match=f"the height of 'x' is {height.least - 1}; the network takes {height}"):
+        stage.run({"x": maps(3, height.least - 1, 31).numpy()})
+
+
+def test_later_stages_check_the_lengths_of_carried_values(tmp_path):
+    net, x = sequence(nn.Linear(8, 8)), torch.randn(4, 9, 4)
+    how = {"policy": Policy(thresholds=(0.5,)), "example": x, "free": {"x": {1: "n"}}}
+    stage = load(export(net, tmp_path / "net", layout="stages", **how), threads=1).stage(2)
+    (length,) = stage.lengths
+    (name, _axis), *_ = length.at
+    assert name == stage.inputs[0].name
+    carried = {i.name: np.zeros((3, *(d or length.least - 1 for d in i.shape)), np.float32) for i in stage.inputs}
+    with pytest.raises(InputError, match=f"the n of '{name}' is {length.least - 1}; the network takes"):
+        stage.run(carried)
+
+
 def words(rows, length):
     """Token ids with padding at the end of every third row, and the attention mask."""
     mask = torch.ones(rows, length, dtype=torch.int64)

@@ -5,7 +5,7 @@ Shape letters: B samples in a batch, N exits.
 
 import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,36 +19,43 @@ Thresholds = Sequence[float | NDArray[Any] | None] | Sequence[Policy]
 _FLOAT32 = np.dtype(np.float32)
 
 
-def call_thresholds(thresholds: Any, policy: Policy, *, where: str, remedy: str) -> tuple[float | Floats | None, ...]:
+def call_thresholds(
+    thresholds: Any, policy: Policy, samples: int, *, where: str, remedy: str
+) -> tuple[float | Floats | None, ...]:
     """Return the thresholds of a call, one per early exit: a number, or `(B,)` numbers.
 
     Args:
         thresholds: for each exit but the last a number, `(B,)` numbers as an array or tensor, or None; or B policies.
         policy: names the exits in use.
+        samples: B.
         where: for the message, such as ``"this file"``.
         remedy: for the message: how to include a left-out exit, such as ``"export again"``.
 
     Raises:
-        InputError: as `check_thresholds`, or the policies have another score.
+        InputError: as `per_sample_apart` and `check_thresholds`.
     """
-    numbers, each = per_sample_apart(thresholds, policy)
+    numbers, each = per_sample_apart(thresholds, policy, samples)
     checked = check_thresholds(numbers, policy, where=where, remedy=remedy)
     return tuple(each.get(n, number) for n, number in enumerate(checked, 1))
 
 
-def per_sample_apart(thresholds: Any, policy: Policy) -> tuple[list[Any], dict[int, Floats]]:
+def per_sample_apart(thresholds: Any, policy: Policy, samples: int) -> tuple[list[Any], dict[int, Floats]]:
     """Return the thresholds of a call with 0 for those per sample, and those per sample by the number of their exit.
 
     Raises:
-        InputError: thresholds per sample are not numbers, or the policies do not fit.
+        InputError: thresholds per sample are not numbers, or not as many as samples; or the policies do not fit.
     """
     given = listed(thresholds)  # runs in every call with thresholds per sample, so keep it short
-    if any(isinstance(one, (list, tuple)) for one in given):
-        raise InputError("thresholds per sample must be a numpy array (B,) for each exit; got a list")
-    if _are_policies(given):
-        given = _of_policies([one.policy if isinstance(one, Choice) else one for one in given], policy)
-    each = {n: values for n, t in enumerate(given, 1) if (values := _rows(t)) is not None}
-    return [0.0 if n in each else t for n, t in enumerate(given, 1)], each
+    if given and isinstance(given[0], (Policy, Choice)):
+        _check_count(len(given), samples)
+        given = _of_policies(given, policy)
+    numbers, each = list(given), {}
+    for n, one in enumerate(given, 1):
+        if (values := _rows(one)) is not None:
+            if len(values) != samples:
+                _check_count(len(values), samples)
+            numbers[n - 1], each[n] = 0.0, values
+    return numbers, each
 
 
 def none_given(thresholds: Any, samples: int) -> bool:
@@ -65,34 +72,16 @@ def listed(thresholds: Any) -> Sequence[Any]:
     return ordered("thresholds", thresholds, "give a number for each exit but the last, or None for never")
 
 
-def thresholds_of_parts(thresholds: Any, parts: Sequence[slice], samples: int) -> list[Any]:
-    """Return the thresholds of each part of a batch of `samples`. Raises `InputError`."""
-    if thresholds is None:
-        return [None] * len(parts)
-    given = listed(thresholds)
-    if _are_policies(given):
-        check_lengths([len(given)], samples)
-        return [given[part] if len(given) > 1 else given for part in parts]
-    each = {n: values for n, t in enumerate(given) if (values := _rows(t)) is not None}
-    check_lengths(map(len, each.values()), samples)
-    return [[t[part] if len(each.get(n, ())) > 1 else t for n, t in enumerate(given)] for part in parts]
+def _check_count(thresholds: int, samples: int) -> None:
+    if thresholds not in (1, samples):
+        raise InputError(f"thresholds are given for {thresholds} samples, but the batch has {samples}")
 
 
-def _are_policies(given: Sequence[Any]) -> bool:
-    return bool(given) and all(isinstance(one, (Policy, Choice)) for one in given)
-
-
-def check_lengths(lengths: Iterable[int], samples: int) -> None:
-    """Raise `InputError` unless each is 1, or the number of samples."""
-    for length in lengths:
-        if length not in (1, samples):
-            raise InputError(f"thresholds are given for {length} samples, but the batch has {samples}")
-
-
-def _of_policies(policies: Sequence[Policy], policy: Policy) -> list[Any]:
+def _of_policies(given: Sequence[Any], policy: Policy) -> list[Any]:
     """Return the thresholds per exit of B policies; minus infinity where one has none."""
+    policies = [one.policy if isinstance(one, Choice) else one for one in given]
     for one in policies:
-        if one.num_exits != policy.num_exits or one.score != policy.score:
+        if not isinstance(one, Policy) or one.num_exits != policy.num_exits or one.score != policy.score:
             raise InputError(f"a policy per sample must have the exits and the score of {policy}; got {one}")
     columns = zip(*(one.thresholds for one in policies), strict=True)
     return [
@@ -104,6 +93,8 @@ def _of_policies(policies: Sequence[Policy], policy: Policy) -> list[Any]:
 def _rows(threshold: Any) -> Floats | None:
     """Return thresholds per sample as an array; None for a single number and for what is none."""
     if getattr(threshold, "ndim", 0) != 1:
+        if isinstance(threshold, (list, tuple)):
+            raise InputError("thresholds per sample must be a numpy array (B,) for each exit; got a list")
         return None
     values = threshold
     if hasattr(threshold, "detach"):
@@ -111,7 +102,7 @@ def _rows(threshold: Any) -> Floats | None:
             values = threshold.detach().cpu().numpy()
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiu":
         raise InputError(f"thresholds per sample must be numbers; got {values!r:.80}")
-    if len(values) and math.isnan(np.minimum.reduce(values)):
+    if len(values) and math.isnan(values[values.argmax()]):  # argmax finds the first NaN, if there is one
         raise InputError("thresholds per sample must be numbers, or minus infinity for never; got NaN")
     if values.dtype is _FLOAT32:
         return values

@@ -17,14 +17,7 @@ from ..graph.lengths import Length
 from ..policy.prediction import Prediction, concatenated
 from ..policy.values import Policy
 from ..stored_values import from_fields, from_stored
-from .call_thresholds import (
-    Thresholds,
-    check_lengths,
-    check_thresholds,
-    none_given,
-    per_sample_apart,
-    thresholds_of_parts,
-)
+from .call_thresholds import Thresholds, check_thresholds, none_given, per_sample_apart
 from .input_checks import Input, check_sizes, checked_inputs
 from .on_device import DeviceGraph
 
@@ -177,12 +170,7 @@ class Engine:
             InputError: inputs of the wrong number, names, shape or dtype; or thresholds of the wrong number, or for a
                 file that fixes them.
         """
-        feeds, rows = self._feeds(inputs, named, thresholds)
-        results = self._run(feeds) if rows else self._empty()
-        if self.policy is None:
-            exit, score = np.full(rows, self.num_exits), np.full(rows, np.nan, np.float32)
-            return Prediction(results[0], exit, score, results[-1])
-        return Prediction(*results)
+        return self._answer(*self._feeds(inputs, named, thresholds))
 
     def answer_all(
         self,
@@ -206,30 +194,24 @@ class Engine:
         """
         if rows is not None:
             rows = whole("rows", rows, 1)
-        arrays, samples = checked_inputs(inputs, named, self.inputs)
+        feeds, samples = self._feeds(inputs, named, thresholds)
         fitting = int(np.clip(_CALL_BYTES // max(1, self.metadata.get("sample_bytes", 1)), 1, _CALL_ROWS))
         step = 1 if self._single else rows or fitting
-        parts = [slice(start, start + step) for start in range(0, samples, step) or (0,)]
-        given = thresholds_of_parts(thresholds, parts, samples)
-        return concatenated(
-            [self(*(a[part] for a in arrays.values()), thresholds=own) for part, own in zip(parts, given, strict=True)]
-        )
+        parts = [slice(start, min(start + step, samples)) for start in range(0, samples, step) or (0,)]
+        return concatenated([self._answer(_part(feeds, part), part.stop - part.start) for part in parts])
 
     def outputs(self, /, *inputs: Any, **named: Any) -> tuple[NDArray[Any], ...]:
         """Return the graph's outputs in the order of the file: for a flat file ``(label, output_1, ..., output_N)``.
 
         Inputs and errors are those of a call.
         """
-        feeds, rows = self._feeds(inputs, named, None)
-        return tuple(self._run(feeds) if rows else self._empty())
+        return tuple(self._results(*self._feeds(inputs, named, None)))
 
     def _feeds(self, inputs: Sequence[Any], named: dict[str, Any], thresholds: Any) -> tuple[Feeds, int]:
         """Return what the graph reads, from the arguments of a call, and the number of samples."""
         feeds, rows = checked_inputs(inputs, named, self.inputs)
         if self.lengths:
             check_sizes(feeds, self.lengths)
-        if rows > 1 and self._single:
-            raise InputError(f"this file takes one sample per call; got {rows}: export with free='batch'")
         if not none_given(thresholds, rows):
             feeds |= self._given(thresholds, rows)
         return (self._defaults | feeds if self._defaults else feeds), rows
@@ -237,17 +219,30 @@ class Engine:
     def _given(self, thresholds: Any, rows: int) -> Feeds:
         if isinstance(thresholds, (list, tuple)) and {*map(type, thresholds)} <= _NUMBERS:
             return self._override(tuple(thresholds))
-        numbers, each = per_sample_apart(thresholds, self.policy) if self.policy else ([], {})
-        known = {*map(type, numbers)} <= _NUMBERS  # else they may have no hash
-        feeds = (self._override if known else self._override.__wrapped__)(tuple(numbers))
-        sizes = {*map(len, each.values())}
-        if not self._per_sample and max(sizes, default=1) > 1:
-            raise InputError(
-                "this file takes one threshold per exit, not one per sample; export it with thresholds='input' and "
-                "free='batch', or with layout='stages'"
-            )
-        check_lengths(sizes, rows)
-        return {**feeds, **{f"threshold_{n}": values for n, values in each.items()}}
+        numbers, each = per_sample_apart(thresholds, self.policy, rows) if self.policy else ([], {})
+        known = len(each) == len(numbers) or {*map(type, numbers)} <= _NUMBERS  # else they may have no hash
+        feeds = dict((self._override if known else self._override.__wrapped__)(tuple(numbers)))
+        for n, values in each.items():
+            if len(values) > 1 and not self._per_sample:
+                raise InputError(
+                    "this file takes one threshold per exit, not one per sample; export it with thresholds='input' and "
+                    "free='batch', or with layout='stages'"
+                )
+            feeds[f"threshold_{n}"] = values
+        return feeds
+
+    def _answer(self, feeds: Feeds, rows: int) -> Prediction:
+        results = self._results(feeds, rows)
+        if self.policy is None:
+            exit, score = np.full(rows, self.num_exits), np.full(rows, np.nan, np.float32)
+            return Prediction(results[0], exit, score, results[-1])
+        return Prediction(*results)
+
+    def _results(self, feeds: Feeds, rows: int) -> Sequence[Any]:
+        """Return the outputs of the graph for the feeds of a call."""
+        if rows > 1 and self._single:
+            raise InputError(f"this file takes one sample per call; got {rows}: export with free='batch'")
+        return self._run(feeds) if rows else self._empty()
 
     def _empty(self) -> tuple[NDArray[Any], ...]:
         tail = tuple(self.metadata["output_shape"])
@@ -255,6 +250,11 @@ class Engine:
         if self.policy is None:
             return (label, *(np.empty((0, *tail), np.float32) for _ in range(self._outputs - 1)))
         return label, np.empty(0, np.int64), np.empty(0, np.float32), np.empty((0, *tail), np.float32)
+
+
+def _part(feeds: Feeds, rows: slice) -> Feeds:
+    """Return what the graph reads for some rows of a batch; thresholds may be for all samples."""
+    return {name: array if len(array) == 1 else array[rows] for name, array in feeds.items()}
 
 
 def read_metadata(properties: dict[str, str], path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..argument_checks import dtype_name, has_sizes, in_order
-from ..errors import InputError
+from ..errors import InputError, RunError, first_line
 from ..graph.lengths import Length
 
 
@@ -104,6 +104,19 @@ def check_sizes(arrays: Mapping[str, Any], lengths: Sequence[Length]) -> None:
             raise InputError(f"{places} must be equal, the {length.name}; got {sizes}")
         if sizes and not length.fits(sizes[0]):
             raise InputError(f"the {length.name} of {length.at[0][0]!r} is {sizes[0]}; the network takes {length}")
+
+
+def run_error(runtime: str, feeds: Mapping[str, Any], metadata: Mapping[str, Any], error: Exception) -> RunError:
+    """Return the error for inputs with which a runtime fails, although their shapes and dtypes are right."""
+    arrays = {name: array for name, array in feeds.items() if not name.startswith("threshold_")}
+    given = "; ".join(f"{name} {dtype_name(array.dtype)} {tuple(array.shape)}" for name, array in arrays.items())
+    lengths = ", ".join(f"{one['name']} {one['example']}" for one in metadata.get("lengths", ()))
+    return RunError(
+        f"{runtime} fails with {given} ({first_line(error)}): look for values outside of their range, such as an index "
+        "beyond an embedding table, "
+        + (f"for lengths far from those of the example ({lengths}), " if lengths else "")
+        + "or give fewer samples per call"
+    )
 
 
 def _mended(inputs: Sequence[Any], named: Mapping[str, Any], wanted: Sequence[Input]) -> Sequence[Any]:

@@ -15,8 +15,8 @@ from ..errors import FileError, InputError
 from ..extras import needed_by
 from ..files import check_path, check_utf8, regular
 from .checksum import check_seal, check_weights
-from .engine import Engine, Graph, read_metadata
-from .input_checks import Input
+from .engine import Engine, Feeds, Graph, read_metadata
+from .input_checks import Input, run_error
 from .on_device import DeviceGraph, DeviceInput, Provider, RowPicker, picker_of
 from .placement import check_placement, missing_provider, record_placement
 from .staged_engine import StagedEngine
@@ -262,14 +262,21 @@ def _open(
     check_placement(session, providers[0][0], path)
     names = [output.name for output in session.get_outputs()]
     run: Any = getattr(session, "_sess", session).run  # skips checks that the engine has made
-    required = session.get_inputs()
+    required, metadata = session.get_inputs(), read_metadata(properties, path)
     device = None if picker is None else DeviceGraph(session, picker)
+
+    def compute(feeds: Feeds) -> Sequence[Any]:
+        try:
+            return run(names, feeds, None) if device is None else device.run(feeds)
+        except Exception as error:
+            raise run_error("ONNX Runtime", feeds, metadata, error) from error
+
     return Graph(
-        (lambda feeds: run(names, feeds, None)) if device is None else device.run,
+        compute,
         tuple(_input(i, device) for i in (*required, *session.get_overridable_initializers())),
         frozenset(i.name for i in required),
         len(names),
-        read_metadata(properties, path),
+        metadata,
         float32=session.get_providers() == ["CPUExecutionProvider"],
         device=device,
     )

@@ -16,7 +16,7 @@ from ..errors import FileError
 from ..onnx_files import entries, parse_model, read_model
 from .checksum import check_weights
 from .engine import Feeds, Graph, read_metadata
-from .input_checks import Input
+from .input_checks import Input, run_error
 
 
 def open_in_openvino(path: str | os.PathLike[str], threads: int | None) -> Graph:
@@ -51,7 +51,11 @@ def open_in_openvino(path: str | os.PathLike[str], threads: int | None) -> Graph
             f"OpenVINO {version} cannot run {path} ({_brief(error)}); load it with runtime='onnxruntime'"
         ) from error
     return Graph(
-        _Requests(compiled, inputs), inputs, frozenset(i.name for i in inputs), len(compiled.outputs), metadata
+        _Requests(compiled, inputs, metadata),
+        inputs,
+        frozenset(i.name for i in inputs),
+        len(compiled.outputs),
+        metadata,
     )
 
 
@@ -96,8 +100,8 @@ def _fix_shapes_of_biases(model: Any) -> None:
 class _Requests:
     """Run a compiled model, with one request per concurrent call."""
 
-    def __init__(self, compiled: Any, inputs: Sequence[Input]) -> None:
-        self.compiled = compiled
+    def __init__(self, compiled: Any, inputs: Sequence[Input], metadata: Mapping[str, Any]) -> None:
+        self.compiled, self.metadata = compiled, metadata
         kept = {name for port in compiled.inputs for name in port.get_names()}
         self.names = [i.name for i in inputs if i.name in kept]  # OpenVINO drops unused inputs
         self.free: list[Any] = []
@@ -110,6 +114,8 @@ class _Requests:
         try:
             # Not shared: with casts of an input, OpenVINO later reads the memory of an earlier call's array.
             return request.infer({name: feeds[name] for name in self.names}, share_inputs=False).to_tuple()
+        except Exception as error:
+            raise run_error("OpenVINO", feeds, self.metadata, error) from error
         finally:
             self.free.append(request)
 

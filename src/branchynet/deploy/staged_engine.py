@@ -101,18 +101,17 @@ class StagedEngine(Engine):
             InputError: as in a call.
         """
         feeds, samples = self._feeds(inputs, named, thresholds)
-        return leaving(self._parts(self._streamed, feeds, samples)) if samples else iter(())
+        return leaving(self._parts(self._streamed, feeds)) if samples else iter(())
 
     def _run_all(self, feeds: Feeds) -> Prediction:
-        samples = len(feeds[self.inputs[0].name])
         if self._called is self._streamed:
-            return collected(self._parts(self._called, feeds, samples))
+            return collected(self._parts(self._called, feeds))
         with self._one_call:
-            return collected(self._parts(self._called, feeds, samples))
+            return collected(self._parts(self._called, feeds))
 
-    def _parts(self, stages: Sequence[Stage], feeds: Feeds, samples: int) -> Iterator[Reached]:
+    def _parts(self, stages: Sequence[Stage], feeds: Feeds) -> Iterator[Reached]:
         thresholds = [feeds[name] for name in self._thresholds]
-        return reached(stages, feeds if self._device is None else self._placed(feeds), samples, thresholds)
+        return reached(stages, feeds if self._device is None else self._placed(feeds), thresholds)
 
     def _placed(self, feeds: Feeds) -> dict[str, Any]:
         """Return the inputs of the network; those that later stages read are on the device."""
@@ -134,7 +133,9 @@ def _stage(manifest: Manifest, n: int, graph: Graph, reopen: tuple[Callable[...,
         tuple(map(_input, entry.inputs)),
         tuple(keeps),
         entry.macs,
+        entry.lengths,
         graph.run,
+        tuple(value.name for value in entry.inputs),
         tuple(value.name for value in entry.outputs[3:]),
         tuple(_input(held[name]) for name in keeps if name in held and name not in read),
         (_reopened_stage, (*reopen, n)),
@@ -154,6 +155,7 @@ def _recorded(stage: Stage, graph: Graph, entry: StageEntry) -> Stage:
 
 
 def _reopened_stage(load: Callable[..., Any], arguments: tuple[Any, ...], n: int) -> Stage:
+    """Open the stage of a pickled or copied stage."""
     return load(*arguments).stage(n)
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from ..errors import FileError
 from ..files import read_json, read_sealed
+from ..graph.lengths import Length
 from ..policy.values import Policy
 from ..stored_values import from_stored
 from .checksum import check_seal
@@ -52,6 +53,7 @@ class StageEntry:
         macs: multiply-accumulates per sample; None if unknown.
         inputs: what it reads.
         outputs: ``label``, ``score``, ``output``, then what later stages read.
+        lengths: the free lengths of its inputs, at the dimensions that have just this size.
     """
 
     file: str
@@ -62,6 +64,7 @@ class StageEntry:
     macs: float | None
     inputs: tuple[StageValue, ...]
     outputs: tuple[StageValue, ...]
+    lengths: tuple[Length, ...] = ()
 
 
 @dataclass(frozen=True)

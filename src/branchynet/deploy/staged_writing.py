@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from ..errors import as_graph_errors
 from ..files import write_sealed
+from ..graph.lengths import Length
 from ..graph.macs import graph_macs
 from ..graph.onnx_builder import BATCH
 from ..graph.onnx_flat import FlatGraph
@@ -54,14 +55,14 @@ def save_stages(
             stage.model.metadata_props[SAMPLES_KEY] = samples
         path = folder / f"stage_{n}.onnx"
         save_model(stage.model, path)
-        entries.append(_entry(stage, n, path, policy))
+        entries.append(_entry(stage, n, path, policy, flat.lengths))
     inputs = tuple(_value(value, "network") for value in flat.model.graph.inputs)
     write_sealed(
         folder / MANIFEST, "stages", json.loads(json.dumps(asdict(Manifest(FORMAT, metadata, inputs, tuple(entries)))))
     )
 
 
-def _entry(stage: StageGraph, n: int, path: Path, policy: Policy) -> StageEntry:
+def _entry(stage: StageGraph, n: int, path: Path, policy: Policy, lengths: Sequence[Length]) -> StageEntry:
     graph, macs = stage.model.graph, graph_macs(stage.model.graph)
     last = stage.exit == policy.num_exits
     return StageEntry(
@@ -73,7 +74,14 @@ def _entry(stage: StageGraph, n: int, path: Path, policy: Policy) -> StageEntry:
         None if math.isnan(macs) else macs,
         tuple(_value(value, stage.sources[str(value.name)] or "network") for value in graph.inputs),
         tuple(_value(value, n) for value in graph.outputs),
+        tuple(replace(one, at=at) for one in lengths if (at := _places(graph.inputs, one.name))),
     )
+
+
+def _places(values: Sequence[ir.Value], length: str) -> tuple[tuple[str, int], ...]:
+    """Return the dimensions that have just this length."""
+    dims = [(str(value.name), axis, dim) for value in values for axis, dim in enumerate(value.shape or ())]
+    return tuple((name, axis) for name, axis, dim in dims if not isinstance(dim, int) and dim.value == length)
 
 
 def _value(value: ir.Value, source: Any) -> StageValue:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..argument_checks import instance, ordered, whole
@@ -23,7 +24,7 @@ from ..policy.exit_record import check_same_network
 from ..policy.exit_rule import as_deployed
 from ..policy.prediction import Prediction, concatenated
 from ..policy.values import Choice, Policy
-from .call_thresholds import Thresholds, call_thresholds, check_lengths, none_given, thresholds_of_parts
+from .call_thresholds import Thresholds, call_thresholds, none_given
 from .eager_stages import EagerStages
 from .input_checks import Input, check_sizes, checked_inputs
 from .recorded_stages import RecordedStages
@@ -203,31 +204,23 @@ class TorchEngine:
         """
         taken, rows = checked_inputs(inputs, named, self.inputs)
         check_sizes(taken, self.lengths)
-        if rows > self._most:
-            parts = [slice(start, start + self._most) for start in range(0, rows, self._most)]
-            given = thresholds_of_parts(thresholds, parts, rows)
-            return concatenated(
-                [
-                    self(*(x[part] for x in taken.values()), thresholds=own)
-                    for part, own in zip(parts, given, strict=True)
-                ]
-            )
-        used = self.policy.thresholds
+        used: Sequence[float | NDArray[Any] | None] = self.policy.thresholds
         if not none_given(thresholds, rows):
             remedy = "make an engine with a threshold there"
-            used = call_thresholds(thresholds, self.policy, where="this engine", remedy=remedy)
-            check_lengths([len(t) for t in used if isinstance(t, np.ndarray)], rows)
+            used = call_thresholds(thresholds, self.policy, rows, where="this engine", remedy=remedy)
         if not rows:
             tail = self._cut.output_shape
             output, label = np.empty((0, *tail), np.float32), np.empty((0, *tail[1:]), np.int64)
             return Prediction(label, np.empty(0, np.int64), np.empty(0, np.float32), output)
-        limits = [
-            t if isinstance(t, np.ndarray) and len(t) == rows > 1 else as_deployed([float(np.squeeze(t))]).item()
+        limits: list[float | NDArray[Any]] = [
+            t if isinstance(t, np.ndarray) and len(t) > 1 else as_deployed([float(np.squeeze(t))]).item()
             for t in used
             if t is not None
         ]
-        with _enough_memory("a call", rows):
-            return self._stages(list(taken.values()), limits)
+        arrays = list(taken.values())
+        with _enough_memory("a call", min(rows, self._most)):
+            parts = [slice(start, start + self._most) for start in range(0, rows, self._most)]
+            return concatenated([self._stages([x[p] for x in arrays], [_part(t, p) for t in limits]) for p in parts])
 
     def prepare(self, batch_sizes: Sequence[int] | None = None) -> None:
         """Compile and record the stages at these sizes now, so that later calls do not take the time.
@@ -292,6 +285,12 @@ def _checked_sizes(sizes: Any, free: Free | None) -> tuple[int, ...] | None:
     if sizes and free is not None:
         raise InputError(f"batch_sizes={sizes} needs inputs of fixed lengths; leave out free={free!r}, or batch_sizes")
     return sizes
+
+
+def _part(threshold: float | NDArray[Any], rows: slice) -> float | NDArray[Any]:
+    """Return the thresholds of some rows of a batch; a number is for all samples."""
+    own = threshold[rows] if isinstance(threshold, np.ndarray) else threshold
+    return own.item() if isinstance(own, np.ndarray) and len(own) == 1 else own
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from ..policy.scores import Score
 from .free_lengths import Free, allowed_lengths, free_axes
 from .lengths import Length
 from .onnx_builder import reserved
+from .table_lengths import within_tables
 from .torch_program import Program, place_of_module, program_of, tensors_of
 
 
@@ -35,7 +36,8 @@ def free_program(
     axes = free_axes(free, inputs, tensors)
     program = program_of(net, example, score=score, axes=axes)
     place = partial(place_of_module, program.whole)
-    return program, inputs, allowed_lengths(program.watch, inputs, axes, tensors, place)
+    lengths = allowed_lengths(program.watch, inputs, axes, tensors, place)
+    return program, inputs, within_tables(net, example, inputs, lengths)
 
 
 def input_names(net: nn.Module, count: int, keywords: Sequence[str] = ()) -> list[str]:

@@ -37,4 +37,6 @@ class Prediction(NamedTuple):
 
 def concatenated(parts: Sequence[Prediction]) -> Prediction:
     """Return the predictions of consecutive batches as one."""
+    if len(parts) == 1:
+        return parts[0]
     return Prediction(*(np.concatenate(each) for each in zip(*parts, strict=True)))

@@ -14,7 +14,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from ..argument_checks import has_sizes
-from ..deploy.call_thresholds import call_thresholds, check_lengths
+from ..deploy.call_thresholds import call_thresholds
 from ..deploy.engine import METADATA_KEY, Engine
 from ..deploy.input_checks import Input, check_sizes, checked_inputs
 from ..deploy.loading import DTYPES, Runtime, load
@@ -305,9 +305,7 @@ def _check_some(rows: int) -> None:
 def _thresholds(engine: Engine, thresholds: Any, rows: int) -> tuple[float | Floats | None, ...]:
     if engine.policy is None:
         raise InputError("this file was exported with policy=None and has no thresholds; leave them out")
-    given = call_thresholds(thresholds, engine.policy, where="this file", remedy="export again")
-    check_lengths([len(t) for t in given if isinstance(t, np.ndarray)], rows)
-    return given
+    return call_thresholds(thresholds, engine.policy, rows, where="this file", remedy="export again")
 
 
 def _shapes(inputs: Sequence[Input], outputs: Sequence[Output], batch: int | None) -> dict[str, Shape]:
