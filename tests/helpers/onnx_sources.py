@@ -15,7 +15,6 @@ def write(net, example, path, exporter="dynamo", free=True, opset=None):
         if exporter == "dynamo":
             shapes = tuple({0: torch.export.Dim("batch")} for _ in example) if free else None
             options |= {"dynamo": True, "verbose": False, "external_data": False}
-            # a network that takes *inputs has one argument, a tuple
             torch.onnx.export(net.eval(), example, path, dynamic_shapes=shapes, **options)
         else:
             axes = {name: {0: "batch"} for name in names} if free else None

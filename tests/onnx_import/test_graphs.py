@@ -6,9 +6,9 @@ import torch
 from onnx import helper, numpy_helper
 from torch import nn
 
-from branchynet import Policy, attach, export, from_onnx, load
+from branchynet import Policy, attach, detach, export, from_onnx, load
 from branchynet.errors import GraphError, InputError
-from helpers.networks import Tokens
+from helpers.networks import Tokens, build, chain, draw, residual, two_inputs
 from helpers.onnx_nodes import runtime_answers, save_graph
 from helpers.onnx_sources import write
 
@@ -127,6 +127,15 @@ def test_masks_exponents_and_statistics_are_not_trained(tmp_path):
     assert net.get_buffer("weights.mean").equal(statistics)
 
 
+def test_statistics_that_the_file_shares_with_weights_are_not_trained(tmp_path):
+    nodes = [node("BatchNormalization", "x ones zeros zeros ones", "out")]
+    values = constants(ones=np.ones(3, np.float32), zeros=np.zeros(3, np.float32))
+    net = check(save_graph(nodes, {"x": floats(2, 3)}, values, ["out"], tmp_path / "nodes.onnx"), 3)
+    assert len(list(net.parameters())) == len(list(net.buffers())) == 2
+    net(torch.randn(4, 3)).square().sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
 def test_equal_constants_of_new_norms_get_a_parameter_each_and_shared_weights_stay_shared(tmp_path):
     nodes = [
         node("LayerNormalization", "x ones", "a"),
@@ -180,12 +189,19 @@ def test_other_names_are_refused(named, tap, message):
         attach(named, [tap], example=torch.randn(2, 6))
 
 
+def test_one_value_by_two_names_is_refused(named):
+    with pytest.raises(InputError, match="at must name different values"):
+        attach(named, ["12", "value_12"], example=torch.randn(2, 6))
+
+
 def test_the_value_before_a_softmax_can_be_the_output(named):
     x = torch.randn(3, 6)
     logits = from_onnx(named, outputs=["logits"])(x)
     torch.testing.assert_close(logits.softmax(-1), from_onnx(named)(x))
     both = from_onnx(named, outputs=["logits", "12"])(x)
     assert both["logits"].equal(logits) and both["12"].equal(x.relu())
+    with pytest.raises(InputError, match="outputs must be a list of names of values; got 'logits'"):
+        from_onnx(named, outputs="logits")
     with pytest.raises(InputError, match="outputs= names 'logit', which no node computes; did you mean 'logits'"):
         from_onnx(named, outputs=["logit"])
 
@@ -217,6 +233,17 @@ def test_a_batch_of_one_in_the_file_is_freed(exporter, tmp_path):
         torch.testing.assert_close(net(ids)[-1], source(ids), atol=1e-4, rtol=0)  # float32 sums
     answer = load(export(net, tmp_path / "model.onnx", policy=Policy(thresholds=(-1.0,)), example=ids))(ids.numpy())
     np.testing.assert_allclose(answer.output, source(ids).detach(), atol=1e-4)
+
+
+@pytest.mark.parametrize("family", [chain, residual, two_inputs], ids=lambda f: f.__name__)
+def test_a_batch_of_one_is_freed_in_other_networks(family, tmp_path):
+    net, example = build(family, seed=3)
+    one = tuple(values[:1] for values in example)
+    path = write(detach(net), one, tmp_path / "one.onnx", "script", free=False)
+    inputs = draw(example, 5, seed=3)
+    with torch.no_grad():
+        freed = attach(path, "auto", example=inputs, num_exits=2).eval()(*inputs)[-1]
+        torch.testing.assert_close(freed, detach(net)(*inputs), atol=1e-4, rtol=0)  # float32 sums
 
 
 class Merged(nn.Module):

@@ -91,6 +91,8 @@ def attach(
     names = () if at == "auto" else tuple(at)
     if isinstance(backbone, OnnxNetwork):
         names = tuple(backbone.submodule_name(name) for name in names)
+        if len(set(names)) != len(names):
+            raise InputError(f"at must name different values; got {at!r}, of which two are one")
         tap = {backbone.submodule_name(name): read for name, read in (tap or {}).items()}
     BranchyNet(backbone, dict.fromkeys(names, nn.Identity()), output=output, tap=tap)  # refuses unknown names
     check_weights(backbone)

@@ -132,7 +132,7 @@ class OnnxNetwork(nn.Module):
                 f"{value!r} is computed from sizes or weights alone and is the same for all samples; name a value that "
                 "depends on the inputs"
             )
-        hint = nearest(value, dict.fromkeys([*self._names, *self.value_names]))
+        hint = nearest(str(value), dict.fromkeys([*self._names, *self.value_names]))
         raise InputError(f"the file computes no value {value!r}{hint} (print(from_onnx(path)) lists all values)")
 
     def _bound(self, inputs: Sequence[Tensor], named: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -30,6 +30,8 @@ _FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLO
 def read_graph(path: str | os.PathLike[str], outputs: Sequence[str] | None = None) -> OnnxGraph:
     """Read the nodes and constants that the outputs need. Arguments and errors are those of `from_onnx`."""
     check_path(path)
+    if isinstance(outputs, str):
+        raise InputError(f"outputs must be a list of names of values; got {outputs!r}: give [{outputs!r}]")
     if not Path(path).exists():
         raise FileError(f"there is no file {path}; give the path of an ONNX file")
     if Path(path).is_dir():
