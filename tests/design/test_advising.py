@@ -11,6 +11,7 @@ from torch import nn
 from branchynet import Target, load, record, zoo
 from branchynet.data import ImageData, Split, load_data, loader
 from branchynet.design import Advice, SearchOptions, advise
+from branchynet.design.advice import CandidateResult, Design
 from branchynet.design.candidates import attach_candidates
 from branchynet.errors import FileError, GraphError, InputError
 from branchynet.policy.risk_tests import halves
@@ -156,6 +157,27 @@ def test_advice_against_exits_that_cannot_help(digits):
     learn(net, digits, 14)
     found = advised(net, digits, taps=["input", "0"], epochs=1)
     assert not found.worth and str(found).startswith("Do not bother")
+
+
+def test_exits_that_cannot_help_are_named_with_the_times_on_the_device():
+    """Where every call costs much, as for a small network on a large GPU."""
+    plain = Design((), (), (), 90.0, (85.0, 95.0), 0.9, (1.0,), (90.0,), (0.0,), (), 90.0)
+    times = (("hidden", 130.0), ("linear", 115.0))
+    tried = tuple(CandidateResult("conv1", name, 0.1, 0.8, us, 60.0, None) for name, us in times)
+    where = {"runtime": "torch-cuda", "device": "NVIDIA Abacus"}
+    found = Advice(1, 1, "entropy", 90.0, 0.9, 0.9, 500, (plain,), tried, 0, "", **where)
+    assert str(found) == (
+        "Do not bother: no early exit helps at batch 1, 1 thread in torch-cuda on NVIDIA Abacus at 90.00% accuracy. No "
+        "candidate would save time, even if all samples left there: the network takes 90.0 us per sample, and the "
+        "fastest candidate, linear at 'conv1', takes 115.0 us."
+    )
+
+
+def test_pytorch_is_a_target(trained, digits):
+    found = advised(trained, digits, taps=["conv1"], max_drop=0.05, epochs=1, runtime="torch")
+    assert found.runtime == "torch" == found.cost.runtime and "in torch" in str(found) and found.device
+    assert found.plain_us > 0 and all(one.us > 0 for one in found.tried)
+    assert found.target == Target(runtime="torch")
 
 
 def split(data, part, rows):

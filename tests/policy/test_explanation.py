@@ -68,8 +68,10 @@ def test_there_is_a_reason_only_if_no_sample_leaves_early():
     text = why_never(record, dear, choose(record, dear, max_drop=0.0, confidence=None))
     assert "adds 25.0 us to a sample that continues and saves 5.0 us on one that leaves" in text
     assert "pays if 83.3% leave; this limit allows 50.0%" in text
-    slow = ExitCost((10, 30), (35, 0))
-    assert "saves nothing" in why_never(record, slow, choose(record, slow, max_drop=0.0, confidence=None))
+    slow = ExitCost((10, 30), (35, 0), batch_size=8, runtime="torch-cuda", device="NVIDIA Abacus")
+    text = why_never(record, slow, choose(record, slow, max_drop=0.0, confidence=None))
+    assert text.startswith("do not bother with exits at batch 8, threads 1, torch-cuda on NVIDIA Abacus: ")
+    assert "takes 40.0 us per sample, and leaving at the fastest exit takes 45.0 us" in text and "saves nothing" in text
 
 
 def test_too_few_samples_for_a_promise_are_a_reason():

@@ -1,15 +1,19 @@
 """Costs and benchmarks in PyTorch: parts against the network itself, and what Python and ONNX files have in common."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from branchynet import BranchyNet, ExitCost, Policy, Target, averaged, bench, export, load, measure
+from branchynet.deploy.recorded_part import RecordedPart
 from branchynet.errors import FileError, GraphError, InputError
 from branchynet.graph.macs import exit_macs
 from branchynet.graph.torch_flat import torch_flatten
 from branchynet.graph.torch_macs import torch_exit_macs
+from branchynet.graph.torch_stages import uncut
 from branchynet.policy.scores import entropy
 from branchynet.profiling import network_parts as module
 from branchynet.profiling.network_parts import device_name
@@ -120,8 +124,55 @@ def test_files_and_precisions_of_files_are_refused_in_pytorch(lenet):
         load(path, runtime="torch")
     with pytest.raises(InputError, match=r"TorchEngine\(net, policy, example, device='cuda'\)"):
         load(path, runtime="torch-cuda")
-    with pytest.raises(InputError, match="precision='fp16' is for files; in PyTorch"):
-        measure(net, images, TORCH, precision="fp16", calibration=[images])
+    with pytest.raises(InputError, match="precision='int8' is for files; with runtime='torch', give one of 'float32'"):
+        measure(net, images, TORCH, precision="int8", calibration=[images])
+
+
+def test_half_precision_is_timed_in_half_precision(lenet):
+    net, images, outputs, *_ = lenet
+    parts = torch_parts(net, images[:4], entropy, "bf16", TORCH)
+    with parts.opened(part_outputs(parts) | leaving_policies(2), TORCH) as calls:
+        found = {name: call(images.numpy()) for name, call in calls.items()}
+    exact = outputs[:, 1]
+    for output in (found["plain"][1], found["upto_2"][1], found["leave_2"].output):
+        assert output.dtype == np.float32
+        off = np.abs(output - exact).max() / np.abs(exact).max()
+        assert 1e-5 < off < 0.1  # bf16 has 8 bits
+
+
+@pytest.mark.parametrize("family", [two_inputs, tokens], ids=lambda f: f.__name__)
+def test_recorded_parts_compute_what_others_compute(family):
+    """On the CPU, a recording is a call."""
+    net, example = build(family, 0)
+    parts = torch_parts(net, example, entropy, "float32", TORCH)
+    names, n = [node.name for node in parts.graph.inputs], net.num_exits
+    recorded = RecordedPart(uncut(parts.graph, n, range(1, n + 1)), names, example)
+    with parts.opened({"all": [f"output_{n}", *(f"score_{k}" for k in range(1, n + 1))]}, TORCH) as calls:
+        for rows in (1, 5, 5, 3):
+            arrays = [i.numpy() for i in draw(example, rows, rows)]
+            one, other = recorded(*arrays), calls["all"](*arrays)
+            assert len(one) == len(other) == n + 2
+            for a, b in zip(one, other, strict=True):
+                np.testing.assert_array_equal(a, b)
+    first, second = (recorded(*(i.numpy() for i in draw(example, 5, seed)))[1] for seed in (1, 2))
+    assert not np.array_equal(first, second)  # answers are no views of the memory that the next call uses
+
+
+@pytest.mark.parametrize(("fits", "message"), [(10, "batch_size=8 fits"), (0, "nor for 1")])
+def test_a_batch_that_does_not_fit_is_named_with_one_that_does(fits, message):
+    net, example = build(chain, 0)
+    parts = torch_parts(net, example, entropy, "float32", TORCH)
+    stage = uncut(parts.graph, 1, [])
+
+    def module(rows, *values, real=stage.module):
+        if rows > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(rows, *values)
+
+    part = RecordedPart(replace(stage, module=module), [node.name for node in parts.graph.inputs], example)
+    with pytest.raises(InputError, match=rf"memory on cpu for batch_size=32 \(CUDA out of memory.*{message}"):
+        part(*(i.numpy() for i in draw(example, 32, 0)))
+    assert not fits or len(part(*(i.numpy() for i in draw(example, 8, 0)))[0]) == 8
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

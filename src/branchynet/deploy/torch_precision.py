@@ -100,6 +100,6 @@ def _check_modules(net: nn.Module, example: Any, precision: str) -> None:
 def _check_size(what: str, value: Tensor, precision: str) -> None:
     if not value.is_floating_point() or not value.numel():
         return
-    largest = float(torch.where(value.isfinite(), value, 0).abs().max())
+    largest = float(torch.where(value.isfinite(), value, 0).abs().max().detach())
     if largest > LARGEST[precision]:
         raise GraphError(too_large(what, largest, precision))

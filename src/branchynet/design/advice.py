@@ -159,6 +159,7 @@ class Advice:
         """Return the advice in words."""
         each = f"at batch {self.batch_size}, {counted(self.threads, 'thread')}"
         each += f" in {self.runtime}" * (self.runtime != "onnxruntime")
+        each += f" on {self.device}" * self.runtime.endswith("cuda")
         if not self.design.taps:
             return f"Do not bother: no early exit helps {each} at {self.min_accuracy:.2%} accuracy. {self._least()}"
         low, high = self.speedup_interval
@@ -177,7 +178,14 @@ class Advice:
     def _least(self) -> str:
         pays = [(t.break_even, t) for t in self.tried if t.break_even is not None]
         if not pays:
-            return "No candidate would save time, even if all samples left there."
+            if not self.tried:
+                return "There is no candidate."
+            first = min(self.tried, key=lambda one: one.us)
+            return (
+                "No candidate would save time, even if all samples left there: the network takes "
+                f"{self.plain_us:.1f} us per sample, and the fastest candidate, {first.branch} at {first.tap!r}, takes "
+                f"{first.us:.1f} us."
+            )
         share, first = min(pays, key=lambda pair: pair[0])
         return f"{first.branch} at {first.tap!r} would save time if {share:.0%} of the samples left there."
 

@@ -86,9 +86,14 @@ class ExitCost:
         times = enumerate(zip(self.trunk_us, self.branch_us, strict=True), 1)
         lines = [f"exit {n}: trunk {trunk:.1f} us, branch {branch:.1f} us" for n, (trunk, branch) in times]
         spread = "" if self.spread is None else f", within {self.spread:.0%}"
-        where = "" if self.runtime is None else f", {self.runtime}"
-        where += "" if self.device is None else f" on {self.device}"
-        return "\n".join([*lines, f"per sample, batch {self.batch_size}, threads {self.threads}{where}{spread}"])
+        return "\n".join([*lines, f"per sample, {self.where}{spread}"])
+
+    @property
+    def where(self) -> str:
+        """The calls that were timed, in words."""
+        runtime = "" if self.runtime is None else f", {self.runtime}"
+        device = "" if self.device is None else f" on {self.device}"
+        return f"batch {self.batch_size}, threads {self.threads}{runtime}{device}"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a JSON file with a checksum. Raises `FileError`."""

@@ -125,4 +125,11 @@ def why_never(record: ExitRecord, cost: ExitCost | None, choice: Choice) -> str:
             "samples, but they are too few for a promise about others: choose with a looser limit, with more "
             "validation samples, or without a promise."
         )
+    if cost is not None and all(e.saved_us <= 0 for e in exits):
+        plain = float(cost.latency_us([False] * (cost.num_exits - 1) + [True])[-1])
+        return (
+            f"do not bother with exits at {cost.where}: the network takes {plain:.1f} us per sample, and leaving at "
+            f"the fastest exit takes {plain - max(e.saved_us for e in exits):.1f} us{balance}. Measure with another "
+            "batch size or runtime, or attach smaller branches."
+        )
     return f"no early exit {'is sure enough for' if cost is None else 'pays at'} this limit{balance}."

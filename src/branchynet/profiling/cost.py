@@ -53,7 +53,7 @@ def measure(
             PyTorch as in a `TorchEngine`, on a copy of `net` if it is on another device.
         score: the score, whose cost counts with each branch.
         seconds: approximate duration, or up to four times as long while the times are not steady.
-        precision: as for `export`, to time the converted network; files only.
+        precision: as for `export`, to time the converted network; in PyTorch, as for `TorchEngine`.
         calibration: as for `export`.
         progress: print the steps on standard error.
 

@@ -5,12 +5,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..deploy.recorded_part import RecordedPart
 from ..deploy.torch_engine import TorchEngine
+from ..deploy.torch_precision import Precision, in_precision
 from ..errors import InputError
 from ..graph.torch_flat import TorchGraph, torch_flatten
 from ..graph.torch_macs import torch_exit_macs
@@ -31,20 +33,27 @@ DEVICES = {"torch": "cpu", "torch-cuda": "cuda"}
 class TorchParts:
     """A network as flat torch graphs; see `Parts`. What is timed is what `TorchEngine` runs.
 
+    As in a `TorchEngine` with its defaults, parts are recorded as CUDA graphs on a GPU, and run operator by operator on
+    the CPU.
+
     Attributes:
         net: the network, on the device.
         example: inputs on the device.
         score: the score of every exit.
-        graph: the network's graph, with scores.
+        precision: as for `TorchEngine`.
+        graph: the network's graph in that precision, with scores.
         plain: the plain network's graph if the last exit reads branches (averaged exits).
+        given: the example's tensors as the graph reads them.
         macs: see `Parts`.
     """
 
     net: nn.Module
     example: Any
     score: Score
+    precision: Precision
     graph: TorchGraph
     plain: TorchGraph | None
+    given: tuple[Tensor, ...]
     macs: Macs
 
     @property
@@ -64,12 +73,12 @@ class TorchParts:
         calls: dict[str, Call] = {}
         with _threads(target.threads):
             for name, what in graphs.items():
-                if isinstance(what, Policy):
-                    if what.enabled not in engines:
-                        engines[what.enabled] = self._engine(what)
-                    calls[name] = partial(engines[what.enabled], thresholds=what.thresholds)
-                else:
-                    calls[name] = partial(_answer, self._part(what), self.device)
+                if not isinstance(what, Policy):
+                    calls[name] = self._part(what)
+                    continue
+                if what.enabled not in engines:
+                    engines[what.enabled] = self._engine(what)
+                calls[name] = partial(engines[what.enabled], thresholds=what.thresholds)
             yield calls
 
     @contextmanager
@@ -82,48 +91,48 @@ class TorchParts:
         """See `Parts`."""
         cut_graph(self.graph, policy)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the parts run."""
-        return tensors_of(self.example)[0].device
-
     def _engine(self, policy: Policy) -> TorchEngine:
-        return TorchEngine(self.net, replace(policy, score=self.score), self.example, device=self.device)
+        return TorchEngine(self.net, replace(policy, score=self.score), self.example, precision=self.precision)
 
-    def _part(self, outputs: Sequence[str]) -> tuple[Stage, tuple[str, ...]]:
+    def _part(self, outputs: Sequence[str]) -> Call:
         graph = (self.plain or self.graph) if PLAIN in outputs else self.graph
         exits = [len(graph.outputs) if name == PLAIN else int(name.rpartition("_")[2]) for name in outputs]
-        return uncut(graph, exits[0], exits[1:]), tuple(node.name for node in graph.inputs)
+        stage, names = uncut(graph, exits[0], exits[1:]), [node.name for node in graph.inputs]
+        if self.given[0].is_cuda:
+            return RecordedPart(stage, names, self.given)
+        return partial(_answer, stage, names, [t.dtype for t in self.given])
 
 
 def torch_parts(net: nn.Module, example: Any, score: Score, precision: str, target: Target) -> TorchParts:
     """Return a network as flat graphs on the device of a target. The network itself stays where it is.
 
     Raises:
-        InputError: the machine does not have the device, or the precision is not float32.
-        GraphError: the network cannot be exported.
+        InputError: the machine does not have the device, or PyTorch does not have the precision.
+        GraphError: the network cannot be exported, or computed in the precision.
     """
-    if precision != "float32":
-        raise InputError(f"precision={precision!r} is for files; in PyTorch, give the network in that type, net.half()")
+    if precision not in get_args(Precision):
+        known = ", ".join(map(repr, get_args(Precision)))
+        raise InputError(f"precision={precision!r} is for files; with runtime={target.runtime!r}, give one of {known}")
+    precision = cast(Precision, precision)
     device = resolve_device(DEVICES[target.runtime])
     if device_of(net).type != device.type:
         net = copy.deepcopy(net).to(device)
     tensors, kwargs = tuple(t.to(device) for t in tensors_of(example)), arguments(example)[1]
     moved = dict(zip(kwargs, tensors, strict=True)) if kwargs else tensors
-    graph = torch_flatten(net, moved, score)
-    alone = plain_network(net)
-    plain = None if alone is net else torch_flatten(alone, moved, score)
-    macs = torch_exit_macs(graph, [t[:2] for t in tensors])
-    return TorchParts(net, moved, score, graph, plain, macs)
+    run, converted = in_precision(net, moved, precision)
+    graph, given = torch_flatten(run, converted, score), tensors_of(converted)
+    alone = plain_network(run)
+    plain = None if alone is run else torch_flatten(alone, converted, score)
+    macs = torch_exit_macs(graph, [t[:2] for t in given])
+    return TorchParts(net, moved, score, precision, graph, plain, given, macs)
 
 
 @torch.inference_mode()
-def _answer(part: tuple[Stage, tuple[str, ...]], device: torch.device, *arrays: Any) -> tuple[Any, ...]:
-    """Compute a part: return label and output as arrays, and the scores where they are."""
-    stage, names = part
-    given = {name: torch.from_numpy(array).to(device) for name, array in zip(names, arrays, strict=True)}
+def _answer(stage: Stage, names: Sequence[str], dtypes: Sequence[torch.dtype], *arrays: Any) -> tuple[Any, ...]:
+    """Compute a part on the CPU: return label and output as arrays, and the scores."""
+    given = {n: torch.from_numpy(array).to(dtype) for n, dtype, array in zip(names, dtypes, arrays, strict=True)}
     output, *scores = stage.module(len(arrays[0]), *(given[taken.name] for taken in stage.takes))
-    return output.argmax(dim=1).cpu().numpy(), output.cpu().numpy(), *scores
+    return output.argmax(dim=1).numpy(), output.numpy(), *scores
 
 
 @contextmanager
