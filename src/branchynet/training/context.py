@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..errors import InputError
+from ..nn.calls import INPUT
 from ..nn.checks import resolve_device
 from ..nn.network import BranchyNet
 
@@ -84,6 +85,38 @@ def prepared(net: nn.Module, train: str, channels_last: bool) -> Iterator[None]:
             parameter.requires_grad_(flag).grad = None
         if channels_last:
             net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+
+
+@contextlib.contextmanager
+def compiled(net: nn.Module) -> Iterator[None]:
+    """Run the parts of a network between exits as compiled functions within the block.
+
+    The outputs of taps leave through hooks, which a compiled function would fix, so no part holds a tap inside.
+    """
+    parts = {id(part): part for part in _parts(net, ())}.values()
+    before = [part.__dict__.get("forward") for part in parts]
+    try:
+        for part in parts:
+            part.forward = torch.compile(part.forward)
+        yield
+    finally:
+        for part, own in zip(parts, before, strict=True):
+            del part.forward
+            if own is not None:
+                part.forward = own
+
+
+def _parts(module: nn.Module, taps: Sequence[str]) -> Iterator[nn.Module]:
+    """Yield the largest submodules that hold none of the `taps`, which are names within the module."""
+    if isinstance(module, BranchyNet):
+        yield from _parts(module.backbone, [tap for tap in module.taps if tap != INPUT])
+        for branch in module.branches:
+            yield from _parts(branch, ())
+    elif taps or type(module).forward is nn.Module.forward or any(isinstance(m, BranchyNet) for m in module.modules()):
+        for name, child in module.named_children():
+            yield from _parts(child, [tap.removeprefix(f"{name}.") for tap in taps if tap.startswith(f"{name}.")])
+    else:
+        yield module
 
 
 def sharded_loader(loader: Any, accelerator: Accelerator, name: str) -> Any:

@@ -18,7 +18,7 @@ from ..losses import Loss, check_loss_weights, joint_loss
 from ..nn.checks import check_loader, check_network, check_train_loader
 from ..nn.network import BranchyNet
 from .checkpoint import RunFolder
-from .context import accelerating, own_generators, prepared, seed_all, sharded_loader
+from .context import accelerating, compiled, own_generators, prepared, seed_all, sharded_loader
 from .history import History
 from .options import FitOptions
 from .schedules import adam
@@ -65,7 +65,7 @@ def fit(
         optimizer: ``optimizer(parameters) -> Optimizer``.
         run: a folder for ``checkpoint.safetensors``, ``training.safetensors`` and ``train.csv``, locked meanwhile.
         progress: show a progress bar.
-        options: seed, precision, device, memory order, schedule, and whether to resume; see `FitOptions`.
+        options: seed, precision, device, memory order, compilation, schedule, and whether to resume; see `FitOptions`.
 
     Returns:
         The history of all epochs, including those before a resume.
@@ -95,6 +95,7 @@ def fit(
         accelerating(options.mixed_precision, options.device) as accelerator,
         own_generators(accelerator.device),
         prepared(net.to(accelerator.device), train, options.channels_last),
+        compiled(net) if options.compile else contextlib.nullcontext(),
         locked(run) if run is not None and accelerator.is_main_process else contextlib.nullcontext(),
     ):
         parameters = [p for p in net.parameters() if p.requires_grad]
@@ -123,6 +124,7 @@ def fit(
             "seed": options.seed,
             "mixed_precision": options.mixed_precision,
             "channels_last": options.channels_last,
+            **({"compile": True} if options.compile else {}),
         }
         objective = partial(joint_loss, loss_weights=loss_weights, loss=loss, distill=distill)
         schedule = options.schedule(opt, epochs * batches)
