@@ -97,6 +97,8 @@ INDEX = _docs("All models and their states", 401, 408, 413, 415, requestBody=_OB
 LOAD = _docs("Load a model, or load it again", 401, 404, 408, 413, 415, 503, requestBody=_OBJECT)
 UNLOAD = _docs("Unload a model", 401, 404, 408, 413, 415, 503, requestBody=_OBJECT)
 ABOUT = _docs("Exits, thresholds, classes and policies of a model", 401, 404, 503, tag="BranchyNet")
+FRONTIER = _docs("Accuracy and speed that the record predicts for other thresholds", 401, 404, 503, tag="BranchyNet")
+TRAFFIC = _docs("Answers of the last minute by exit, and percentiles of the latency", 401, 404, 503, tag="BranchyNet")
 METRICS = _docs("Metrics for Prometheus", 401, tag="BranchyNet")
 PREDICT = _docs(
     "Answer an image file",

@@ -19,6 +19,7 @@ from .limits import ClientGone, check_key, read_body, watched
 from .metrics import CONTENT_TYPE, Metrics
 from .models import VERSION, Loaded
 from .oip import infer_answer, read_infer, read_options
+from .page import Page
 from .repository import Repository, in_thread
 from .settings import ServeSettings
 
@@ -52,6 +53,7 @@ def make_app(repository: Repository, settings: ServeSettings, metrics: Metrics, 
         redoc_url=None,
     )
     app.state.routes = routes
+    page = Page(routes.model, metrics)
     app.add_middleware(_Shortcut, routes.guarded(routes.infer))
     for path, method, handler, docs in (
         ("/v2", "GET", routes.server, api_docs.SERVER),
@@ -67,10 +69,15 @@ def make_app(repository: Repository, settings: ServeSettings, metrics: Metrics, 
         ("/v2/repository/models/{model}/load", "POST", routes.load, api_docs.LOAD),
         ("/v2/repository/models/{model}/unload", "POST", routes.unload, api_docs.UNLOAD),
         ("/models/{model}", "GET", routes.about, api_docs.ABOUT),
+        ("/models/{model}/frontier", "GET", page.frontier, api_docs.FRONTIER),
+        ("/models/{model}/traffic", "GET", page.traffic, api_docs.TRAFFIC),
         ("/predict", "POST", routes.predict, api_docs.PREDICT),
         ("/metrics", "GET", routes.metrics_page, api_docs.METRICS),
     ):
         app.add_api_route(path, routes.guarded(handler), methods=[method], response_model=None, **docs)
+    for path, handler in (("/", page.index), ("/page/{name}", page.asset)):
+        public = routes.guarded(handler, public=True)  # it asks for the key
+        app.add_api_route(path, public, response_model=None, include_in_schema=False)
     return app
 
 
@@ -97,9 +104,11 @@ class _Routes:
         self.stopping = False
         self._decoding = asyncio.Semaphore(_DECODERS)
 
-    def guarded(self, handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-        """Wrap a handler: check the key, turn errors into answers, and count."""
-        open_to_all = handler in (self.live, self.all_ready)  # probes of orchestrators send no key
+    def guarded(
+        self, handler: Callable[[Request], Awaitable[Response]], public: bool = False
+    ) -> Callable[[Request], Awaitable[Response]]:
+        """Wrap a handler: check the key unless it is public, turn errors into answers, and count."""
+        open_to_all = public or handler in (self.live, self.all_ready)  # probes of orchestrators send no key
 
         async def handled(request: Request) -> Response:
             try:
@@ -132,16 +141,16 @@ class _Routes:
         return _json({"ready": ready}, 200 if ready else 503)
 
     async def metadata(self, request: Request) -> Response:
-        return _json(self._model(request).metadata)
+        return _json(self.model(request).metadata)
 
     async def ready(self, request: Request) -> Response:
-        name = self._model(request).name
+        name = self.model(request).name
         if self.stopping:
             raise NotReady("the server stops")
         return _json({"name": name, "ready": True})
 
     async def infer(self, request: Request) -> Response:
-        model = self._model(request)
+        model = self.model(request)
         body = await self._body(request)
         call = read_infer(body, request.headers.get("inference-header-content-length"))
         async with watched(request.receive):
@@ -166,7 +175,7 @@ class _Routes:
         return _json({})
 
     async def about(self, request: Request) -> Response:
-        return _json(api_docs.described(self._model(request)))
+        return _json(api_docs.described(self.model(request)))
 
     async def predict(self, request: Request) -> Response:
         query = request.query_params
@@ -185,7 +194,8 @@ class _Routes:
     async def _body(self, request: Request) -> bytes:
         return await read_body(request.receive, request.headers, self.settings.max_body, self.settings.client_s)
 
-    def _model(self, request: Request) -> Loaded:
+    def model(self, request: Request) -> Loaded:
+        """Return the model that a request names. Raises `UnknownModel` or `NotReady`."""
         return self.repository.ready(request.path_params["model"], request.path_params.get("version"))
 
     def _named(self, name: str | None) -> Loaded:

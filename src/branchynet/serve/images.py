@@ -16,6 +16,8 @@ from .models import Loaded
 from .oip import Options
 from .runner import Answer
 
+_MOST = 10  # classes in an answer
+
 
 async def upload(body: bytes, headers: Headers) -> bytes:
     """Return the image file in a body: the body itself, or the first file of a form. Raises `InputError`."""
@@ -82,8 +84,10 @@ def image_answer(model: Loaded, options: Options, answer: Answer) -> dict[str, A
         with np.errstate(all="ignore"):
             p = np.exp(z - z.max())
             p = p / p.sum()
-        found |= {"label": n, "class": model.labels[n] if n < len(model.labels) else str(n)}
-        found |= {"probability": _number(p[n]) if p.ndim == 1 else None}
+        found |= {"label": n, "class": _class(model, n), "probability": _number(p[n]) if p.ndim == 1 else None}
+        if p.ndim == 1:
+            most = np.argsort(-p, kind="stable")[:_MOST].tolist()
+            found["top"] = [{"label": n, "class": _class(model, n), "probability": _number(p[n])} for n in most]
     thresholds = thresholds_in_use(model, options)
     steps = []
     for step in answer.steps:
@@ -94,6 +98,10 @@ def image_answer(model: Loaded, options: Options, answer: Answer) -> dict[str, A
     if answer.unfinished:
         found["unfinished"] = True
     return found
+
+
+def _class(model: Loaded, n: int) -> str:
+    return model.labels[n] if n < len(model.labels) else str(n)
 
 
 def _number(value: Any) -> float | None:

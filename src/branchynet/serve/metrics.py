@@ -10,6 +10,8 @@ from numpy.typing import ArrayLike, NDArray
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from .traffic import Traffic
+
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 SCORES = (0.0001, 0.001, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)
@@ -59,6 +61,7 @@ class ModelMetrics:
         self.histograms: dict[str, dict[int, _Histogram]] = {name: {} for name in _HISTOGRAMS}
         self.answers: dict[int, int] = {}
         self.unfinished = 0
+        self.traffic = Traffic()
 
     def ran(self, exit: int, rows: int, waits: Sequence[float], seconds: float) -> None:
         """Count a batch."""
@@ -73,18 +76,20 @@ class ModelMetrics:
         with self._lock:
             if exits is None or scores is None:  # a file of another tool
                 self._add("branchynet_request_seconds", 1, seconds)
+                self.traffic.add({1: 1}, seconds)
                 return
             if len(exits) == 1:
-                found = [int(exits[0])]
-                self.answers[found[0]] = self.answers.get(found[0], 0) + 1
-                self._add("branchynet_score", found[0], float(scores[0]))
+                found = {int(exits[0]): 1}
+                self._add("branchynet_score", int(exits[0]), float(scores[0]))
             else:
-                found = np.unique(exits).tolist()
+                numbers, counts = np.unique(exits, return_counts=True)
+                found = dict(zip(numbers.tolist(), counts.tolist(), strict=True))
                 for n in found:
-                    here = exits == n
-                    self.answers[n] = self.answers.get(n, 0) + int(here.sum())
-                    self._add("branchynet_score", n, scores[here])
-            self._add("branchynet_request_seconds", found[-1], seconds)
+                    self._add("branchynet_score", n, scores[exits == n])
+            for n, count in found.items():
+                self.answers[n] = self.answers.get(n, 0) + count
+            self._add("branchynet_request_seconds", max(found), seconds)
+            self.traffic.add(found, seconds)
 
     def _add(self, name: str, exit: int, values: ArrayLike) -> None:
         one = self.histograms[name].get(exit)

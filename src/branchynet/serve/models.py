@@ -40,6 +40,7 @@ class Loaded:
         moving: the thresholds of requests that give none; None for those of the file.
         labels: class names, or empty.
         timeout: seconds; the latest deadline.
+        folder: with its record and cost; None if it has none of its own.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Loaded:
     moving: MovingThresholds | None
     labels: tuple[str, ...]
     timeout: float
+    folder: Path | None = None
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -143,7 +145,7 @@ def open_model(name: str, path: Path, settings: ServeSettings, counts: ModelMetr
         observer=_Listeners(counts, [one for one in (watch, moving) if one is not None]),
     )
     labels = () if engine is None else engine.labels
-    return Loaded(name, backend, runner, presets, watch, moving, labels, settings.timeout_s)
+    return Loaded(name, backend, runner, presets, watch, moving, labels, settings.timeout_s, folder)
 
 
 class _Listeners:

@@ -1,0 +1,76 @@
+"""The page of a server, and what only the page reads: what thresholds may give, and the answers of the last minute."""
+
+import asyncio
+from collections.abc import Callable
+from importlib.resources import files
+from typing import Any
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+
+from .curve import predicted
+from .metrics import Metrics
+from .models import Loaded
+from .repository import in_thread
+
+_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+_HEADERS = {
+    "content-security-policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
+    ),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
+}
+
+
+def assets() -> dict[str, bytes]:
+    """Return the files of the page by name, from the package."""
+    folder = files("branchynet.serve") / "static"
+    return {one.name: one.read_bytes() for one in folder.iterdir() if one.name.rpartition(".")[2] in _TYPES}
+
+
+class Page:
+    """The routes of the page.
+
+    Args:
+        model: finds the model that a request names.
+        metrics: of the server.
+    """
+
+    def __init__(self, model: Callable[[Request], Loaded], metrics: Metrics) -> None:
+        self._model, self._metrics = model, metrics
+        self._assets = assets()
+        self._curves: dict[str, tuple[Loaded, bytes]] = {}
+        self._computing = asyncio.Lock()
+
+    async def index(self, request: Request) -> Response:
+        """Answer with the page."""
+        return self._asset("index.html")
+
+    async def asset(self, request: Request) -> Response:
+        """Answer with a file of the page; a path in a request reaches no file system."""
+        return self._asset(request.path_params["name"])
+
+    async def frontier(self, request: Request) -> Response:
+        """Answer with what thresholds of a model may give; it is computed once."""
+        model = self._model(request)
+        async with self._computing:
+            loaded, body = self._curves.get(model.name, (None, b""))
+            if loaded is not model:
+                policies = {name: preset.policy for name, preset in model.presets.items()}
+                body = orjson.dumps(await in_thread(predicted, model.folder, model.backend.engine, policies))
+                self._curves[model.name] = model, body
+        return Response(body, media_type="application/json")
+
+    async def traffic(self, request: Request) -> Response:
+        """Answer with the traffic of the last minute."""
+        found: dict[str, Any] = self._metrics.model(self._model(request).name).traffic.last_minute()
+        return Response(orjson.dumps(found), media_type="application/json")
+
+    def _asset(self, name: str) -> Response:
+        if name not in self._assets:
+            return Response(b'{"error":"the page has no such file"}', 404, media_type="application/json")
+        return Response(self._assets[name], 200, _HEADERS, _TYPES[name.rpartition(".")[2]])
