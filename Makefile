@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 LOWEST := .venv-lowest
 
-.PHONY: demo test test-heavy test-avx2 test-amd test-lowest test-minimal test-node lowest lint types imports unit wheel format clean
+.PHONY: demo test test-browser test-heavy test-avx2 test-amd test-lowest test-minimal test-node lowest lint types imports unit wheel format clean
 
 demo: $(VENV)/.ready
 	$(BIN)/branchynet demo
@@ -24,6 +24,12 @@ imports: $(VENV)/.ready
 
 unit: $(VENV)/.ready
 	$(BIN)/pytest -n auto --dist loadfile
+
+# The page of the server in Chromium, which `make test` also runs where Chromium is installed.
+test-browser: $(VENV)/.ready
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+	{ echo "NOT TESTED in a browser: Chromium is not installed"; exit 0; }; \
+	$(BIN)/pytest tests/serve/test_page_browser.py
 
 # The networks of transformers, and networks of more than 2 GB.
 test-heavy: $(VENV)/.ready
@@ -66,7 +72,7 @@ wheel: $(VENV)/.ready
 	$(BIN)/pip install --quiet --no-deps --target build/elsewhere dist/*.whl
 	cd build && PYTHONPATH=elsewhere ../$(BIN)/python -P -c "import branchynet, pathlib; \
 	assert pathlib.Path(branchynet.__file__).is_relative_to(pathlib.Path('elsewhere').resolve()), branchynet.__file__; \
-	branchynet.zoo.b_lenet(pretrained=True); print('the wheel of', branchynet.__version__, 'imports')"
+	branchynet.zoo.b_lenet(pretrained=True); from branchynet.serve import page; assert 'index.html' in page.assets(); print('the wheel of', branchynet.__version__, 'imports')"
 
 # The wheel without extras, in an environment of its own, runs a file that was exported here.
 MINIMAL := build/minimal

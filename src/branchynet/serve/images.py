@@ -63,14 +63,14 @@ def image_input(model: Loaded, image: bytes) -> NDArray[Any]:
 
 
 def thresholds_in_use(model: Loaded, options: Options) -> tuple[float | None, ...]:
-    """Return the thresholds of a request, with those of the file unless it gives others."""
+    """Return the thresholds of a request, with those in use now if it gives none; None for never."""
     policy = None if model.backend.engine is None else model.backend.engine.policy
     if policy is None:
         return ()
     if options.policy is not None:
         return model.presets[options.policy].policy.thresholds
     if options.thresholds is None:
-        return policy.thresholds
+        return policy.thresholds if model.moving is None else model.moving.thresholds
     return check_thresholds(options.thresholds, policy, where="this file", remedy="export again")
 
 
@@ -88,13 +88,12 @@ def image_answer(model: Loaded, options: Options, answer: Answer) -> dict[str, A
         if p.ndim == 1:
             most = np.argsort(-p, kind="stable")[:_MOST].tolist()
             found["top"] = [{"label": n, "class": _class(model, n), "probability": _number(p[n])} for n in most]
-    thresholds = thresholds_in_use(model, options)
+    thresholds = [_number(threshold) for threshold in thresholds_in_use(model, options)]
     steps = []
     for step in answer.steps:
         limit = thresholds[step.exit - 1] if step.exit <= len(thresholds) else None
-        limit = None if limit is None or not np.isfinite(limit) else limit
         steps.append({"exit": step.exit, "us": round(step.us, 1), "score": _number(step.score), "threshold": limit})
-    found |= {"stages": steps, "us": round(answer.waited_us, 1)}
+    found |= {"thresholds": thresholds, "stages": steps, "us": round(answer.waited_us, 1)}
     if answer.unfinished:
         found["unfinished"] = True
     return found

@@ -50,10 +50,9 @@ const send = () => guarded(async () => {
   const image = upload ?? (await drawing.image(byId("seen"), height, width));
   byId("seen-box").hidden = upload !== null || image === null;
   if (image === null || mine.signal.aborted) return;
-  const policy = panel.current;
-  const answer = await server.predict(model.name, image, policy, mine.signal);
+  const answer = await server.predict(model.name, image, panel.current, mine.signal);
   const score = typeof model.about.policy?.score === "string" ? model.about.policy.score.replaceAll("_", " ") : "score";
-  await pass(model.stages, policy.thresholds, answer, score);
+  await pass(model.stages, answer, score);
 });
 
 async function take(file) {

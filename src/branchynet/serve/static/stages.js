@@ -41,7 +41,8 @@ export function rest(stages, thresholds) {
 }
 
 // Light up the stages that a sample passed, in their order, then show the answer.
-export async function pass(stages, thresholds, answer, score) {
+export async function pass(stages, answer, score) {
+  const { thresholds } = answer;
   rest(stages, thresholds);
   const mine = running;
   const steps = new Map(answer.stages.map((step) => [step.exit, step]));
@@ -58,7 +59,7 @@ export async function pass(stages, thresholds, answer, score) {
     one.found.dataset.state = one.exit === answer.exit ? "answered" : "passed";
     one.took.textContent = step && !one.whole ? time(step.us) : "";
     const value = one.exit === answer.exit ? answer.score : (step?.score ?? null);
-    show(one, value, step?.threshold ?? thresholds[one.exit - 1] ?? null, one.exit === answer.exit, score);
+    show(one, value, thresholds[one.exit - 1] ?? null, one.exit === answer.exit, score);
   }
   told(answer, stages);
 }
