@@ -199,10 +199,12 @@ class _Routes:
         return self.repository.ready(request.path_params["model"], request.path_params.get("version"))
 
     def _named(self, name: str | None) -> Loaded:
-        names = self.repository.names
-        if name is None and len(names) > 1:
+        if name is not None:
+            return self.repository.ready(name)
+        names = [one["name"] for one in self.repository.index() if one["state"] == "READY"]
+        if len(names) > 1:
             raise api_docs.several(names)
-        return self.repository.ready(names[0] if name is None else name)
+        return self.repository.ready((names or self.repository.names)[0])
 
     async def _manage(self, request: Request, change: Callable[[str], None]) -> None:
         await self._body(request)

@@ -83,8 +83,9 @@ class Repository:
             BranchyNetError: its files cannot be served; the model is then not ready.
         """
         with self._lock:
-            for found, path in self._scan():
-                self._entries.setdefault(found, _Entry(path))
+            here = dict(self._scan())
+            known = {n: entry for n, entry in self._entries.items() if n in here or entry.loaded is not None}
+            self._entries = {n: _Entry(path) for n, path in here.items()} | known
             entry = self._entry(name)
             earlier = entry.loaded
             try:
@@ -120,10 +121,10 @@ class Repository:
             {
                 "name": name,
                 "version": VERSION,
-                "state": "UNAVAILABLE" if (entry := self._entries[name]).loaded is None else "READY",
+                "state": "UNAVAILABLE" if entry.loaded is None else "READY",
                 "reason": entry.reason,
             }
-            for name in self.names
+            for name, entry in sorted(self._entries.items())
         ]
 
     def any_ready(self) -> bool:
@@ -137,9 +138,10 @@ class Repository:
                 entry.loaded.stop()
 
     def _entry(self, name: str) -> _Entry:
-        if name not in self._entries:
-            raise UnknownModel(f"there is no model {name!r:.140}{nearest(name[:128], self._entries)}")
-        return self._entries[name]
+        entries = self._entries  # loading replaces it
+        if name not in entries:
+            raise UnknownModel(f"there is no model {name!r:.140}{nearest(name[:128], entries)}")
+        return entries[name]
 
     def _scan(self) -> Iterator[tuple[str, Path]]:
         """Yield the names and paths of all models."""

@@ -60,6 +60,8 @@ def from_json(entry: Mapping[str, Any], name: str) -> NDArray[Any]:
         raise InputError(f"input {name!r} needs data, a list of numbers, or binary_data_size; got {shown(data)}")
     try:
         found = np.array(data) if data else np.empty(0)
+        if found.dtype.kind == "f" and dtype == np.uint64:  # numpy's choice if some are above int64
+            found = _whole(data, found)
     except (ValueError, OverflowError):
         raise InputError(f"the data of input {name!r} are ragged: the lists in them have different lengths") from None
     allowed = {"b": "b", "f": "fiu"}.get(dtype.kind, "iu")
@@ -76,6 +78,13 @@ def from_json(entry: Mapping[str, Any], name: str) -> NDArray[Any]:
     if dtype.kind == "f" and not np.isfinite(array).all():
         raise InputError(f"the data of input {name!r} hold numbers outside the range of {entry['datatype']}")
     return array
+
+
+def _whole(data: list[Any], found: NDArray[Any]) -> NDArray[Any]:
+    """Return numbers as UINT64 if they are whole and fit, else as they were found."""
+    values = np.array(data, object)
+    fits = all(type(v) is int and 0 <= v < 1 << 64 for v in values.ravel())
+    return values.astype(np.uint64) if fits else found
 
 
 def _dtype(name: str, datatype: Any) -> np.dtype[Any]:
