@@ -3,7 +3,7 @@
 B-LeNet and B-AlexNet with the shipped weights of their designs for batches answer test images in batches of 64, on one
 thread. Thresholds are quantiles of the scores of these images. All calls take turns on the same batch. Times are
 processor time, which does not include waiting for other programs; on an idle machine a caller waits this long. Each is
-divided by the pace of its turn.
+divided by the pace of its turn. Ratios are medians over the turns.
 
     BRANCHYNET_DATA=... python benchmarks/experiments/stages.py
 
@@ -82,10 +82,13 @@ def row(network, net, images, scores, share):
         "first_answer": lambda x: first_answer(staged, x),
         "shared": lambda x: whole(lambda x: given(x, thresholds=shared), x),
         "per_sample": lambda x: whole(lambda x: given(x, thresholds=each), x),
+        "staged_shared": lambda x: whole(lambda x: staged(x, thresholds=shared), x),
         "staged_per_sample": lambda x: whole(lambda x: staged(x, thresholds=each), x),
     }
     taken = times(list(calls.values()), images)
     us = dict(zip(calls, np.median(taken, axis=1).tolist(), strict=True))
+    of = dict(zip(calls, np.asarray(taken), strict=True))
+    ratio = {(a, b): float(np.median(of[a] / of[b])) for a in calls for b in calls}  # of calls of the same turn
     exits = staged.answer_all(images).exit
     assert (exits == nested.answer_all(images).exit).all()
     found = {
@@ -94,11 +97,11 @@ def row(network, net, images, scores, share):
         "exit_share": [float((exits == n).mean()) for n in range(1, net.num_exits + 1)],
         "us_a_call": us,
         "spread": spread_of(taken),
-        "staged_to_nested": us["staged"] / us["nested"],
-        "first_answer_to_stage_1": us["first_answer"] / us["stage_1"],
-        "per_sample_to_shared": us["per_sample"] / us["shared"],
-        "per_sample_to_default": us["per_sample"] / us["nested"],
-        "staged_per_sample_to_shared": us["staged_per_sample"] / us["staged"],
+        "staged_to_nested": ratio["staged", "nested"],
+        "first_answer_to_stage_1": ratio["first_answer", "stage_1"],
+        "per_sample_to_shared": ratio["per_sample", "shared"],
+        "per_sample_to_default": ratio["per_sample", "nested"],
+        "staged_per_sample_to_shared": ratio["staged_per_sample", "staged_shared"],
     }
     print(found)
     return found

@@ -130,6 +130,14 @@ def test_wrong_arguments_are_named(changes, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_policy_for_a_network_without_branches_is_refused(tmp_path):
+    backbone = branchy().backbone
+    for net in (backbone, BranchyNet(backbone, {})):
+        with pytest.raises(InputError, match=r"no branches, but the policy is for 3 exits: .* not its backbone"):
+            export(net, tmp_path / "a.onnx", policy=TWO, example=inputs())
+    assert not list(tmp_path.iterdir())
+
+
 def test_exits_of_different_classes_or_rank_are_refused(tmp_path):
     uneven = BranchyNet(Chain(), {"a": nn.Linear(8, 3)})
     with pytest.raises(GraphError, match=r"exit 1 gives shape \(2, 3\) and the last exit \(2, 4\).*of one shape"):

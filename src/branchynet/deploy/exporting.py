@@ -24,6 +24,7 @@ from ..graph.half import HALF
 from ..graph.onnx_flat import FlatGraph, flatten
 from ..graph.precision import Precision, check_precision
 from ..graph.quantize import calibration_batches
+from ..graph.table_lengths import resized
 from ..graph.torch_program import tensors_of
 from ..nn.calls import arguments
 from ..nn.checks import check_network
@@ -35,6 +36,7 @@ from ..policy.record_scores import is_named
 from ..policy.scores import Score, resolve
 from ..policy.values import Choice, Policy
 from .assembly import assemble, check_answers, in_precision, warn_of_low_agreement
+from .loading import Runtime
 from .model_file import is_large, save_model
 from .reference_outputs import answers_alone
 from .staged_files import MANIFEST, STAGE_FILES
@@ -128,31 +130,19 @@ def export(
     _check_options(thresholds, free, layout, policy)
     check_network(net)
     check_precision(precision, calibration)
-    if precision == "bf16":  # ONNX Runtime cannot compute it on the CPU, so the file is compared in OpenVINO
-        with needed_by("precision='bf16'", extra="openvino"):
-            require("openvino")
-            importlib.import_module("openvino")
+    runtime = _checking_runtime(precision)
     kinds = (Policy, Choice, type(None))
     instance("policy", policy, kinds, "give Policy(thresholds=(...)), what choose(...) returns, or None")
-    notes: dict[str, Any] = {"network": fingerprint(net) + ("" if precision == "float32" else f"-{precision}")}
-    notes |= {"labels": class_names(labels), "preprocessing": plain_values(preprocessing), "promise": None}
-    notes |= {"selected_on": list(getattr(net, "selected_on", ()))}
-    if isinstance(policy, Choice):
-        check_same_network("the network and the choice", notes["network"], policy.network)
-        notes["chosen_on"] = policy.record_digest
-        notes["promise"] = _promise_of(policy)
-        policy = policy.policy
+    choice = policy if isinstance(policy, Choice) else None
+    policy = policy.policy if isinstance(policy, Choice) else policy
     if policy is not None:
         check_policy(policy, net, example)
+    notes = _notes(net, choice, precision, labels, preprocessing)
     score = None if policy is None else resolve(policy.score)
     lengths = free if isinstance(free, Mapping) else None
     flat = flatten(net, example, score=score, dynamic=free != "none", free=lengths)
     expected, source = _from_network(net, example, score), "the network"
-    names, classes = notes["labels"], expected.outputs[-1].shape[1]
-    if names and len(names) != classes:
-        raise InputError(f"labels= names {len(names)} classes, but every exit has {classes} outputs; give {classes}")
-    if len(expected.outputs) > 1 and (policy is None or is_named(policy.score)):
-        warn_of_probabilities(tuple(torch.from_numpy(o) for o in expected.outputs))
+    _check_outputs(expected, notes["labels"], policy)
     if precision != "float32":
         given = [tuple(tensors_of(example))] if calibration is None else calibration
         flat, expected, report = in_precision(flat, calibration_batches(given, flat), precision, expected)
@@ -169,17 +159,48 @@ def export(
             if stored:
                 model.metadata_props[SAMPLES_KEY] = stored
             save_model(model, temporary)
-        try:
-            with as_graph_errors():
-                runtime = "openvino" if precision == "bf16" else "onnxruntime"
-                check_answers(temporary, expected, source, runtime=runtime, strict=precision not in HALF)
-                if flat.lengths and precision == "float32":
-                    check_answers(temporary, _at_other_lengths(net, example, score, flat), source)
-        except GraphError as error:
-            if precision != "float32" or not (reason := _magnified(net, example, expected)):
-                raise
-            raise GraphError(f"{error}{reason}") from error
+        with _magnification_named(net, example, expected, precision), as_graph_errors():
+            check_answers(temporary, expected, source, runtime=runtime, strict=precision not in HALF)
+            if flat.lengths and precision == "float32":
+                check_answers(temporary, _at_other_lengths(net, example, score, flat), source)
     return Path(path)
+
+
+def _checking_runtime(precision: str) -> Runtime:
+    """Return the runtime that the file is compared in: ONNX Runtime cannot compute bf16 on the CPU."""
+    if precision != "bf16":
+        return "onnxruntime"
+    with needed_by("precision='bf16'", extra="openvino"):
+        require("openvino")
+        importlib.import_module("openvino")
+    return "openvino"
+
+
+def _notes(
+    net: nn.Module, choice: Choice | None, precision: str, labels: Sequence[str] | None, preprocessing: Any
+) -> dict[str, Any]:
+    """Return what the metadata say of the network, its thresholds and its inputs."""
+    network = fingerprint(net) + ("" if precision == "float32" else f"-{precision}")
+    notes = {
+        "network": network,
+        "labels": class_names(labels),
+        "preprocessing": plain_values(preprocessing),
+        "promise": None,
+        "selected_on": list(getattr(net, "selected_on", ())),
+    }
+    if choice is not None:
+        check_same_network("the network and the choice", network, choice.network)
+        notes |= {"chosen_on": choice.record_digest, "promise": _promise_of(choice)}
+    return notes
+
+
+def _check_outputs(expected: Samples, labels: Sequence[str], policy: Policy | None) -> None:
+    """Raise `InputError` for labels of another number of classes, and warn of outputs that look like probabilities."""
+    classes = expected.outputs[-1].shape[1]
+    if labels and len(labels) != classes:
+        raise InputError(f"labels= names {len(labels)} classes, but every exit has {classes} outputs; give {classes}")
+    if len(expected.outputs) > 1 and (policy is None or is_named(policy.score)):
+        warn_of_probabilities(tuple(torch.from_numpy(o) for o in expected.outputs))
 
 
 def _check_options(thresholds: Any, free: Any, layout: Any, policy: Any) -> None:
@@ -240,14 +261,8 @@ def _from_network(net: nn.Module, example: Any, score: Score | None) -> Samples:
 
 def _at_other_lengths(net: nn.Module, example: Any, score: Score | None, flat: FlatGraph) -> Samples:
     """Return the network's outputs for the example with other lengths."""
-    tensors = list(tensors_of(example))
     names = [str(value.name) for value in flat.model.graph.inputs]
-    for length in flat.lengths:
-        places = torch.arange(length.other()) % length.example
-        for name, axis in length.at:
-            tensors[names.index(name)] = tensors[names.index(name)].index_select(axis, places)
-    kwargs = arguments(example)[1]
-    other = dict(zip(kwargs, tensors, strict=True)) if kwargs else tuple(tensors)
+    other = resized(example, names, {length: length.other() for length in flat.lengths})
     sizes = ", ".join(f"{length.name} {length.other()}" for length in flat.lengths)
     try:
         return _from_network(net, other, score)
@@ -256,6 +271,17 @@ def _at_other_lengths(net: nn.Module, example: Any, score: Score | None, flat: F
             f"the network fails with {sizes}: {first_line(error)}; leave that length out of free, or give an example "
             "that can be cut or repeated to it"
         ) from error
+
+
+@contextlib.contextmanager
+def _magnification_named(net: nn.Module, example: Any, expected: Samples, precision: str) -> Iterator[None]:
+    """Add to a `GraphError` that the network itself magnifies rounding, if it does."""
+    try:
+        yield
+    except GraphError as error:
+        if precision != "float32" or not (reason := _magnified(net, example, expected)):
+            raise
+        raise GraphError(f"{error}{reason}") from error
 
 
 def _magnified(net: nn.Module, example: Any, expected: Samples) -> str:

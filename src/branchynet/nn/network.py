@@ -190,6 +190,11 @@ def count_exits(net: nn.Module, example: Any) -> int:
 def check_policy(policy: Policy, net: nn.Module, example: Any) -> None:
     """Raise `InputError` if a policy has thresholds for another number of exits than the network has."""
     exits = count_exits(net, example)
+    if exits == 1 and policy.num_exits > 1:
+        raise InputError(
+            f"the network has no branches, but the policy is for {policy.num_exits} exits: give the network with its "
+            "branches, as from attach(net, at=[...]), not its backbone; or policy=None for a file without early exits"
+        )
     if policy.num_exits != exits:
         raise InputError(f"the policy has {len(policy.thresholds)} thresholds; {exits} exits need {exits - 1}")
 
