@@ -15,7 +15,7 @@ from branchynet.deploy import on_device, placement
 from branchynet.deploy.on_device import OnDevice, picker_of
 from branchynet.deploy.placement import check_placement
 from branchynet.deploy.staged_writing import save_stages
-from branchynet.errors import FileError, InputError, MissingExtraError
+from branchynet.errors import FileError, InputError, MissingExtraError, RunError
 from helpers.loop import QUANTILES, agree, agree_everywhere, every_exit, safe_thresholds, same
 from helpers.networks import FAMILIES, chain, draw, two_inputs
 from helpers.onnx_graphs import flat_of, hasty_threads, save
@@ -109,6 +109,22 @@ def test_only_answers_travel_to_the_host(case, layout, monkeypatch):
     assert len({*engine(*inputs).exit}) > 1
     reached = len(fetched) // 3
     assert fetched == [[], [], [outputs.shape[2]]] * reached and reached > 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_failure_on_the_device_is_named(case, layout, monkeypatch):
+    engine, inputs, *_ = case(two_inputs, layout)
+
+    def failing(self, binding, options=None):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run_with_iobinding", failing)
+    message = "CUDA failure 700: an illegal memory access was encountered"
+    with pytest.raises(RunError, match="CUDA failure 700"):
+        engine(*inputs)
+    message = "CUDA failure 2: out of memory"
+    with pytest.raises(InputError, match=r"not enough memory for a batch of 64 .*, nor for one sample"):
+        engine(*inputs)
 
 
 def test_an_input_may_change_once_an_exit_has_answered(case):

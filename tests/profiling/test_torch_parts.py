@@ -1,5 +1,6 @@
 """Costs and benchmarks in PyTorch: parts against the network itself, and what Python and ONNX files have in common."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -175,13 +176,26 @@ def test_a_batch_that_does_not_fit_is_named_with_one_that_does(fits, message):
     assert not fits or len(part(*(i.numpy() for i in draw(example, 8, 0)))[0]) == 8
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_missing_gpu_is_named(lenet):
+TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver"
+
+
+@pytest.mark.parametrize("cause", ["Found no NVIDIA driver on your system", TOO_OLD])
+def test_a_gpu_that_is_missing_or_too_old_is_named(lenet, monkeypatch, cause):
     net, images, *_, path = lenet
-    labels = torch.zeros(40, dtype=torch.int64)
-    with pytest.raises(InputError, match="'cuda' is not available on this machine"):
+    labels, real = torch.zeros(40, dtype=torch.int64), torch.empty
+
+    def empty(*size, device=None, **options):
+        if device is not None and torch.device(device).type == "cuda":
+            raise RuntimeError(cause)
+        return real(*size, device=device, **options)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    message = re.escape(
+        f"runtime='torch-cuda' needs an NVIDIA GPU that PyTorch can use ({cause}); give runtime='torch'"
+    )
+    with pytest.raises(InputError, match=message):
         measure(net, images, Target(runtime="torch-cuda"))
-    with pytest.raises(InputError, match="'cuda' is not available on this machine"):
+    with pytest.raises(InputError, match=message):
         bench(path, net, (images, labels), Target(runtime="torch-cuda"))
 
 

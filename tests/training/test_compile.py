@@ -75,6 +75,8 @@ def test_a_forward_of_the_callers_own_is_restored(monkeypatch):
 
 
 @pytest.mark.heavy
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # both come from torch's compiler
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 def test_compiled_training_reaches_the_same_weights():
     """Compiled kernels add in another order; SGD, because Adam makes full steps of rounding errors.
 

@@ -19,6 +19,7 @@ from ..policy.values import Policy
 from ..stored_values import from_fields, from_stored
 from .call_thresholds import Thresholds, check_thresholds, none_given, per_sample_apart
 from .input_checks import Input, check_sizes, checked_inputs
+from .memory import is_memory_error, memory_error
 from .on_device import DeviceGraph
 
 FORMAT = 1
@@ -168,7 +169,7 @@ class Engine:
 
         Raises:
             InputError: inputs of the wrong number, names, shape or dtype; or thresholds of the wrong number, or for a
-                file that fixes them.
+                file that fixes them; or not enough memory for the batch (the message names one that fits).
         """
         return self._answer(*self._feeds(inputs, named, thresholds))
 
@@ -242,7 +243,12 @@ class Engine:
         """Return the outputs of the graph for the feeds of a call."""
         if rows > 1 and self._single:
             raise InputError(f"this file takes one sample per call; got {rows}: export with free='batch'")
-        return self._run(feeds) if rows else self._empty()
+        try:
+            return self._run(feeds) if rows else self._empty()
+        except Exception as error:
+            if not is_memory_error(error):
+                raise
+            raise memory_error(lambda size: self._run(_part(feeds, slice(0, size))), rows, error) from error
 
     def _empty(self) -> tuple[NDArray[Any], ...]:
         tail = tuple(self.metadata["output_shape"])

@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from ..errors import InputError
+from ..errors import InputError, RunError, first_line
 from ..extras import needed_by
 from .input_checks import Input
 
@@ -116,7 +116,7 @@ class RowPicker:
             binding.bind_output("picked", self.device.kind, self.device.index)
         else:
             binding.bind_ortvalue_output("picked", into)
-        session.run_with_iobinding(binding)
+        _run(session, binding, None)
         return binding.get_outputs()[0]
 
     def _session(self, kind: int) -> Any:
@@ -184,7 +184,7 @@ class DeviceGraph:
                 binding.bind_output(name, "cpu")
             else:
                 binding.bind_output(name, self.device.kind, self.device.index)
-        self._session.run_with_iobinding(binding, _unrecorded() if self.device.recorded else None)
+        _run(self._session, binding, _unrecorded() if self.device.recorded else None)
         found = binding.get_outputs()
         return [v.numpy() if k < host else OnDevice(v, None, v.shape()[0]) for k, v in enumerate(found)]
 
@@ -234,7 +234,7 @@ class RecordedGraph:
                 buffer.update_inplace(np.concatenate([given, repeated]))
             else:
                 self._picker(given if isinstance(given, OnDevice) else OnDevice(shared(given), None, rows), into[name])
-        self._session.run_with_iobinding(binding, options)
+        _run(self._session, binding, options)
         return [
             np.array(value.numpy()[:rows]) if k < self._host else OnDevice(value, None, rows)
             for k, value in enumerate(out)
@@ -260,6 +260,16 @@ def shared(tensor: Any) -> Any:
     if tensor.is_cuda:
         sys.modules["torch"].cuda.current_stream(tensor.device).synchronize()
     return onnxruntime.OrtValue.from_dlpack(tensor.detach().contiguous())
+
+
+def _run(session: Any, binding: Any, options: Any) -> None:
+    try:
+        session.run_with_iobinding(binding, options)
+    except Exception as error:  # ONNX Runtime's errors share no base class
+        raise RunError(
+            f"ONNX Runtime fails on its device ({first_line(error)}): give fewer samples per call, look for values "
+            "outside of their range, or load the file without providers"
+        ) from error
 
 
 def _unrecorded() -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..deploy.recorded_part import RecordedPart
 from ..deploy.torch_engine import TorchEngine
 from ..deploy.torch_precision import Precision, in_precision
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..graph.torch_flat import TorchGraph, torch_flatten
 from ..graph.torch_macs import torch_exit_macs
 from ..graph.torch_program import tensors_of
@@ -114,7 +114,14 @@ def torch_parts(net: nn.Module, example: Any, score: Score, precision: str, targ
         known = ", ".join(map(repr, get_args(Precision)))
         raise InputError(f"precision={precision!r} is for files; with runtime={target.runtime!r}, give one of {known}")
     precision = cast(Precision, precision)
-    device = resolve_device(DEVICES[target.runtime])
+    try:
+        device = resolve_device(DEVICES[target.runtime])
+    except InputError as error:
+        raise InputError(
+            f"runtime={target.runtime!r} needs an NVIDIA GPU that PyTorch can use "
+            f"({first_line(error.__cause__ or error)}); "
+            "give runtime='torch' for the CPU"
+        ) from error
     if device_of(net).type != device.type:
         net = copy.deepcopy(net).to(device)
     tensors, kwargs = tuple(t.to(device) for t in tensors_of(example)), arguments(example)[1]

@@ -101,7 +101,7 @@ def compiled(net: nn.Module) -> Iterator[None]:
         yield
     finally:
         for part, own in zip(parts, before, strict=True):
-            del part.forward
+            part.__dict__.pop("forward", None)  # absent if torch.compile has failed
             if own is not None:
                 part.forward = own
 

@@ -1,0 +1,44 @@
+"""Name a batch that fits where a runtime runs out of memory."""
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ..errors import InputError, first_line
+
+# What ONNX Runtime, CUDA, cuBLAS and OpenVINO say.
+_SHORT = re.compile(r"failed to allocate|out of memory|bad_alloc|ALLOC_FAILED|not enough memory", re.IGNORECASE)
+
+
+def is_memory_error(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, says that memory was short."""
+    return any(isinstance(one, MemoryError) or _SHORT.search(str(one)) for one in _chain(error))
+
+
+def memory_error(run: Callable[[int], Any], rows: int, error: Exception) -> InputError:
+    """Return the error for a batch that does not fit. Halves of it are tried until one does.
+
+    Args:
+        run: computes the first rows of the batch.
+        rows: the number of rows of the batch.
+        error: what the runtime raised.
+    """
+    cause = next(first_line(one) for one in reversed([*_chain(error)]))
+    text = f"there is not enough memory for a batch of {rows} ({cause})"
+    for size in (rows >> k for k in range(1, rows.bit_length())):
+        try:
+            run(size)
+        except Exception as again:
+            if not is_memory_error(again):
+                raise
+        else:
+            return InputError(
+                f"{text}; a batch of {size} fits: give fewer samples, or call answer_all(..., rows={size})"
+            )
+    return InputError(f"{text}, nor for one sample: free memory of the device, or export a smaller network")
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
