@@ -27,6 +27,7 @@ def serve(
     batch_us: Annotated[float | None, _option("Most microseconds that a batch is expected to take.")] = None,
     max_wait_ms: Annotated[float | None, _option("How long samples wait for others. Default: 0.")] = None,
     queue: Annotated[int | None, _option("Most unanswered samples of a model. Default: 1024.")] = None,
+    queue_ms: Annotated[float | None, _option("Most expected milliseconds in the queue. Default: 1000.")] = None,
     threads: Annotated[int | None, _option("Threads per operator. Default: 1.")] = None,
     runtime: Annotated[str | None, named("Runtime: {}.", *RUNTIMES, metavar="NAME")] = None,
     timeout_s: Annotated[float | None, _option("Deadline of a request in seconds. Default: 30.")] = None,

@@ -142,6 +142,7 @@ def open_model(name: str, path: Path, settings: ServeSettings, counts: ModelMetr
         limits,
         max_wait=settings.max_wait_ms / 1e3,
         bound=settings.queue,
+        most_wait=settings.queue_ms / 1e3,
         observer=_Listeners(counts, [one for one in (watch, moving) if one is not None]),
     )
     labels = () if engine is None else engine.labels

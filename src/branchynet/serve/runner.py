@@ -86,6 +86,7 @@ class Runner:
         limits: of the batches of each stage.
         max_wait: as in `Scheduler`.
         bound: as in `Scheduler`.
+        most_wait: as in `Scheduler`.
         observer: is told of batches and answers.
         clock: seconds; a test may give its own.
 
@@ -112,11 +113,12 @@ class Runner:
         *,
         max_wait: float = 0.0,
         bound: int = 1024,
+        most_wait: float = math.inf,
         observer: Observer | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._backend, self._observer, self._clock = backend, observer, clock
-        self._scheduler = Scheduler(limits, max_wait=max_wait, bound=bound)
+        self._scheduler = Scheduler(limits, max_wait=max_wait, bound=bound, most_wait=most_wait)
         self._changed = threading.Condition()
         self._stopping = self._stepping = False
         self._thread = threading.Thread(target=self._work, name="branchynet-runner", daemon=True)

@@ -105,6 +105,8 @@ class Scheduler:
         limits: one per stage.
         max_wait: seconds that a sample may wait at the first stage for others to share its batch.
         bound: the most unanswered samples of all requests together.
+        most_wait: the most seconds that the samples before a request are expected to take; a request always finds room
+            in empty queues.
 
     Attributes:
         waiting: unanswered samples.
@@ -124,12 +126,14 @@ class Scheduler:
         1
     """
 
-    def __init__(self, limits: Sequence[StageLimit], *, max_wait: float = 0.0, bound: int = 1024) -> None:
+    def __init__(
+        self, limits: Sequence[StageLimit], *, max_wait: float = 0.0, bound: int = 1024, most_wait: float = math.inf
+    ) -> None:
         self._queues = [_Queue(limit) for limit in limits]
-        self._max_wait, self._bound = max_wait, bound
+        self._max_wait, self._bound, self._most_wait = max_wait, bound, most_wait
         self._numbers = 0
         self._busy = sum(q.limit.expected for q in self._queues)  # decayed seconds of batches, and samples that left
-        self._left = float(self._queues[0].limit.rows)
+        self._left = 1.0
         self.waiting = 0
 
     @property
@@ -149,11 +153,11 @@ class Scheduler:
                 f"a request must have 1 to {self._bound} samples, because the queue has room for {self._bound}; got "
                 f"{ticket.rows}: send several requests, or start the server with a larger queue"
             )
-        if self.waiting + ticket.rows > self._bound:
-            after = self.waiting * self._busy / max(self._left, 1e-9)
+        after = self.waiting * self._busy / max(self._left, 1e-9)
+        if self.waiting + ticket.rows > self._bound or (self.waiting and after > self._most_wait):
             raise QueueFull(
-                f"the queue is full: {self.waiting} of at most {self._bound} samples wait, and this request has "
-                f"{ticket.rows} more; try again in {after:.2g} s",
+                f"the queue is full: {self.waiting} of at most {self._bound} samples wait for about {after:.2g} s, and "
+                f"this request has {ticket.rows} more; try again later",
                 after,
             )
         self.waiting += ticket.rows

@@ -25,6 +25,7 @@ class ServeSettings:
         batch_us: the most microseconds that a batch is expected to take, if ``cost.json`` lies beside the model.
         max_wait_ms: how long a sample may wait at the first stage for others, while the worker is idle.
         queue: the most unanswered samples of a model.
+        queue_ms: the most milliseconds that the samples before a request are expected to take.
         threads: per operator of the runtime.
         runtime: as in `branchynet.load`.
         timeout_s: the deadline of requests that give none, and the latest that they can give.
@@ -50,6 +51,7 @@ class ServeSettings:
     batch_us: float | None = None
     max_wait_ms: float = 0.0
     queue: int = 1024
+    queue_ms: float = 1000.0
     threads: int = 1
     runtime: Runtime = "onnxruntime"
     timeout_s: float = 30.0
@@ -78,7 +80,7 @@ class ServeSettings:
             raise InputError(
                 f"max_wait_ms must be 0 to {1e3 * self.timeout_s:g}, the timeout; got {self.max_wait_ms:g}"
             )
-        for name in ("batch_us", "budget_us"):
+        for name in ("queue_ms", "batch_us", "budget_us"):
             if getattr(self, name) is not None:
                 above_zero(name, getattr(self, name))
         if (self.budget_us is None) != (self.budget_limit is None):
