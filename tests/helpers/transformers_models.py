@@ -168,9 +168,15 @@ SEQUENCES = [
 ]  # fmt: skip
 
 
-@torch.no_grad()
 def enliven(net, inputs):
     """Set weights and batch norms so that outputs differ between inputs, unlike in untrained networks."""
+    calibrate(net, inputs)
+    spread_out(net, inputs)
+
+
+@torch.no_grad()
+def calibrate(net, inputs):
+    """Set weights and batch norms so that features neither vanish nor grow from layer to layer."""
     norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for module in net.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -181,7 +187,6 @@ def enliven(net, inputs):
         norm.train()
     net(**inputs)
     net.eval()
-    spread_out(net, inputs)
 
 
 def check(case, folder):

@@ -10,11 +10,11 @@ from helpers.loop import agree_in_batches, every_exit, safe_thresholds
 from helpers.networks import last_linear, spread_head
 from helpers.onnx_nodes import runtime_answers
 from helpers.onnx_sources import write
-from helpers.transformers_models import SAMPLES, SEQUENCES, VISION
+from helpers.transformers_models import SAMPLES, SEQUENCES, VISION, calibrate
 
 CASES = {str(case).partition("For")[0]: case for case in [*VISION, *SEQUENCES]}
 FILES = [
-    *((name, "dynamo") for name in ("ResNet", "ConvNext", "Levit", "Swin", "Bert", "GPT2", "Llama", "PatchTST")),
+    *((name, "dynamo") for name in ("ResNet", "ConvNext", "Levit", "Swin", "Bert", "GPT2", "Llama", "AST")),
     *((name, "script") for name in ("MobileNetV2", "ViT", "Segformer", "DistilBert", "DebertaV2", "Wav2Vec2")),
 ]
 
@@ -36,7 +36,9 @@ def test_a_file_of_transformers_gets_exits(name, exporter, tmp_path):
     case = CASES[name]
     named = case.inputs(SAMPLES)
     inputs = tuple(named.values())
-    source = Positional(case.backbone(), list(named))
+    model = case.backbone()
+    calibrate(model, named)
+    source = Positional(model, list(named))
     with torch.no_grad():
         spread_head(last_linear(source), source(*inputs))
     path = write(source, tuple(one[:2] for one in inputs), tmp_path / "plain.onnx", exporter)
