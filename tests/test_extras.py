@@ -17,6 +17,8 @@ from helpers import device
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {  # packages with another name than their module
+    "google": "protobuf",
+    "grpc": "grpcio",
     "PIL": "pillow",
     "onnx_ir": "onnx-ir",
     "prometheus_client": "prometheus-client",
@@ -141,6 +143,8 @@ from branchynet import ExitRecord, Monitor; Monitor(ExitRecord.load(sys.argv[1] 
         (["PIL"], ["predict", "model.onnx", "image.png"], "data"),
         (["onnx"], ["verify", "model.onnx"], "verify"),
         (["fastapi"], ["serve", "model.onnx"], "serve"),
+        (["grpc"], ["serve", "model.onnx", "--grpc-port", "0"], "grpc"),
+        (["tritonclient"], ["serve", "model.onnx", "--grpc-port", "0"], "grpc"),
     ],
 )
 def test_a_command_names_the_extra_that_it_needs(folder, forbidden, arguments, extra):

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 OPTIONAL = """
-accelerate fastapi filelock httptools matplotlib onnx onnx_ir onnxscript openvino orjson PIL pooch prometheus_client
-python_multipart rich safetensors scipy sklearn torch tqdm transformers typer uvicorn uvloop
+accelerate fastapi filelock grpc httptools matplotlib onnx onnx_ir onnxscript openvino orjson PIL pooch
+prometheus_client python_multipart rich safetensors scipy sklearn torch tqdm transformers tritonclient
+typer uvicorn uvloop
 """.split()
 
 

@@ -23,6 +23,7 @@ def serve(
     ],
     host: Annotated[str | None, _option("Address to listen at. Default: 127.0.0.1, this machine alone.")] = None,
     port: Annotated[int | None, _option("Port; 0 takes a free one. Default: 8000.")] = None,
+    grpc_port: Annotated[int | None, _option("Port of gRPC; 0 takes a free one. Default: no gRPC.")] = None,
     max_batch: Annotated[int | None, _option("Most samples in a batch. Default: 64.")] = None,
     batch_us: Annotated[float | None, _option("Most microseconds that a batch is expected to take.")] = None,
     max_wait_ms: Annotated[float | None, _option("How long samples wait for others. Default: 0.")] = None,
@@ -44,7 +45,7 @@ def serve(
     private_key: Annotated[str | None, _option("Its private key.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with any of these options.", parser=path)] = None,
 ) -> None:
-    """Serve models over HTTP, by the Open Inference Protocol."""
+    """Serve models over HTTP and gRPC, by the Open Inference Protocol."""
     given = {name: value for name, value in locals().items() if name not in ("model", "config")}
     from ..extras import needed_by
 

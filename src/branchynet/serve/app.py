@@ -41,8 +41,10 @@ def make_app(repository: Repository, settings: ServeSettings, metrics: Metrics, 
     routes = _Routes(repository, settings, metrics, key)
 
     @contextlib.asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
+        if app.state.drained is not None:
+            await app.state.drained  # gRPC, which stops at the same time
         await in_thread(repository.close)
 
     app = FastAPI(
@@ -52,7 +54,7 @@ def make_app(repository: Repository, settings: ServeSettings, metrics: Metrics, 
         lifespan=lifespan,
         redoc_url=None,
     )
-    app.state.routes = routes
+    app.state.routes, app.state.drained = routes, None
     page = Page(routes.model, metrics)
     app.add_middleware(_Shortcut, routes.guarded(routes.infer))
     for path, method, handler, docs in (

@@ -80,7 +80,7 @@ def read_infer(body: bytes, header_length: str | None = None) -> InferRequest:
     view = memoryview(body)
     length = len(body) if header_length is None else _header_length(header_length, len(body))
     head, rest = read_object(view[:length]), view[length:]
-    _known(head, ("id", "parameters", "inputs", "outputs"), "the request")
+    check_known(head, ("id", "parameters", "inputs", "outputs"), "the request")
     id = head.get("id")
     if id is not None and not isinstance(id, str):
         raise InputError(f"the id of a request must be text; got {shown(id)}")
@@ -107,7 +107,6 @@ def read_infer(body: bytes, header_length: str | None = None) -> InferRequest:
     if len(rest):
         raise InputError(f"{len(rest)} bytes follow the JSON and the inputs; binary_data_size must count all of them")
     parameters = _parameters(head, "the request")
-    _known(parameters, _PARAMETERS, "the parameters of the request")
     binary = _flag(parameters, "binary_data_output")
     outputs = []
     for entry in _entries(head, "outputs"):
@@ -130,6 +129,7 @@ def read_object(body: bytes | memoryview) -> dict[str, Any]:
 
 def read_options(parameters: Mapping[str, Any]) -> Options:
     """Read policy, thresholds and deadline from the parameters of a request, of any protocol. Raises `InputError`."""
+    check_known(parameters, _PARAMETERS, "the parameters object of the request")
     policy, given = parameters.get("policy"), parameters.get("thresholds")
     if policy is not None and not isinstance(policy, str):
         raise InputError(f"policy must be the name of one; got {shown(policy)}")
@@ -147,6 +147,14 @@ def read_options(parameters: Mapping[str, Any]) -> Options:
     return Options(policy, None if given is None else _thresholds(given), timeout)
 
 
+def wanted_outputs(request: InferRequest, outputs: Mapping[str, NDArray[Any]]) -> Sequence[Wanted]:
+    """Return the outputs of an answer, all if the request names none. Raises `InputError` if one is unknown."""
+    for one in request.outputs:
+        if one.name not in outputs:
+            raise InputError(f"the model has no output {one.name!r}{nearest(one.name, outputs)}")
+    return request.outputs or [Wanted(name, request.binary) for name in outputs if name != CLASS_NAME]
+
+
 def infer_answer(
     model: str, version: str, request: InferRequest, outputs: Mapping[str, NDArray[Any]], unfinished: int
 ) -> tuple[bytes, int | None]:
@@ -162,11 +170,8 @@ def infer_answer(
     Raises:
         InputError: the request asks for an output that the model does not have.
     """
-    wanted = request.outputs or [Wanted(name, request.binary) for name in outputs if name != CLASS_NAME]
     tensors, tail = [], []
-    for one in wanted:
-        if one.name not in outputs:
-            raise InputError(f"the model has no output {one.name!r}{nearest(one.name, outputs)}")
+    for one in wanted_outputs(request, outputs):
         array = outputs[one.name]
         text = array.dtype.kind == "O"
         entry: dict[str, Any] = {
@@ -270,6 +275,8 @@ def _flag(parameters: Mapping[str, Any], name: str, default: bool = False) -> bo
     return value
 
 
-def _known(found: Mapping[str, Any], names: Sequence[str], where: str) -> None:
+def check_known(found: Mapping[str, Any], names: Sequence[str], where: str) -> None:
+    """Raise `InputError` if `found` has another name than those in `names`."""
     if unknown := [name for name in found if name not in names]:
-        raise InputError(f"{where} has {unknown[0]!r:.60}, which is unknown; it may have {', '.join(names)}")
+        allowed = f"it may have {', '.join(names)}" if names else "leave it out"
+        raise InputError(f"{where} has {unknown[0]!r:.60}, which is unknown; {allowed}")

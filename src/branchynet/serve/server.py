@@ -1,19 +1,23 @@
 """Run a server until it is told to stop."""
 
+import asyncio
 import contextlib
 import logging
 import signal
 import socket
+import ssl
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.server import HANDLED_SIGNALS
 
 from ..errors import FileError, InputError
+from ..extras import needed_by
 from ..files import regular
 from .app import make_app
 from .limits import guarded
@@ -55,8 +59,10 @@ def prepared(path: Path, settings: ServeSettings) -> tuple["Server", socket.sock
         FileError, InputError: as `serve`.
     """
     key = None if settings.api_key_file is None else read_key(settings.api_key_file)
-    for file in filter(None, (settings.certificate, settings.private_key)):
-        regular(file)
+    _check_pair(settings)
+    if settings.grpc_port is not None:
+        with needed_by("--grpc-port", extra="grpc"):
+            from .grpc_server import GrpcServer
     metrics = Metrics()
     repository = Repository(path, settings, metrics)
     listener = listen(settings)
@@ -65,7 +71,8 @@ def prepared(path: Path, settings: ServeSettings) -> tuple["Server", socket.sock
         listener.close()
         reasons = "; ".join(f"{one['name']}: {one['reason']}" for one in repository.index())
         raise FileError(f"no model of {path} can be served: {reasons}")
-    return Server(make_app(repository, settings, metrics, key), repository, settings), listener
+    grpc = None if settings.grpc_port is None else GrpcServer(repository, settings, metrics, key)
+    return Server(make_app(repository, settings, metrics, key), repository, settings, grpc), listener
 
 
 class Server(uvicorn.Server):
@@ -73,11 +80,18 @@ class Server(uvicorn.Server):
 
     Attributes:
         repository: its models.
+        grpc: the interface that starts and stops with it; None for none.
     """
 
-    def __init__(self, app: FastAPI, repository: Repository, settings: ServeSettings) -> None:
+    def __init__(self, app: FastAPI, repository: Repository, settings: ServeSettings, grpc: Any = None) -> None:
         super().__init__(_config(app, settings))
-        self.repository, self._routes = repository, app.state.routes
+        self.repository, self.grpc, self._state = repository, grpc, app.state
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen."""
+        if self.grpc is not None:
+            print(f"serving gRPC at port {await self.grpc.start()}", file=sys.stderr, flush=True)
+        await super().startup(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -94,7 +108,9 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Answer accepted requests, and end."""
-        self._routes.stopping = True
+        self._state.routes.stopping = True
+        if self.grpc is not None:
+            self._state.drained = asyncio.create_task(self.grpc.stop())
         await super().shutdown(sockets)
 
 
@@ -116,6 +132,19 @@ def listen(settings: ServeSettings) -> socket.socket:
         raise InputError(f"cannot serve at {where} ({reason}); give another --port, or 0 for a free one") from error
     found.set_inheritable(True)
     return found
+
+
+def _check_pair(settings: ServeSettings) -> None:
+    """Raise `FileError` unless certificate and private key, if there are any, can be read and belong together."""
+    if settings.certificate is None or settings.private_key is None:
+        return
+    pair = regular(settings.certificate), regular(settings.private_key)
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*pair, password=lambda: b"")  # which asks nobody
+    except (ssl.SSLError, ValueError) as error:
+        raise FileError(
+            f"{pair[0]} and {pair[1]} are no certificate and its private key, in PEM and without a password ({error})"
+        ) from error
 
 
 def _config(app: FastAPI, settings: ServeSettings) -> uvicorn.Config:

@@ -21,6 +21,7 @@ class ServeSettings:
 
     Attributes:
         host, port: where it listens; port 0 takes a free one.
+        grpc_port: the port of gRPC, at the same host; 0 takes a free one, None serves no gRPC.
         max_batch: the most samples in a batch.
         batch_us: the most microseconds that a batch is expected to take, if ``cost.json`` lies beside the model.
         max_wait_ms: how long a sample may wait at the first stage for others, while the worker is idle.
@@ -33,7 +34,8 @@ class ServeSettings:
         client_s: how long a client may take to send the headers of a request, and then its body.
         connections: the most open connections.
         drain_s: how long to wait for accepted requests when the server stops.
-        api_key_file: a file whose first line every request must send as ``Authorization: Bearer KEY``.
+        api_key_file: a file whose first line every request must send as ``Authorization: Bearer KEY``, over gRPC as
+            metadata.
         manage: whether clients may load and unload models.
         monitor: whether to watch for drift where a record of scores lies beside a model.
         budget_us: hold the mean cost per sample at so many microseconds by moving the thresholds of requests that give
@@ -47,6 +49,7 @@ class ServeSettings:
 
     host: str = "127.0.0.1"
     port: int = 8000
+    grpc_port: int | None = None
     max_batch: int = 64
     batch_us: float | None = None
     max_wait_ms: float = 0.0
@@ -69,6 +72,10 @@ class ServeSettings:
 
     def __post_init__(self) -> None:
         whole("port", self.port, 0, 65535)
+        if self.grpc_port is not None:
+            whole("grpc_port", self.grpc_port, 0, 65535)
+            if 0 != self.grpc_port == self.port:
+                raise InputError(f"port and grpc_port must differ; both are {self.port}")
         for name, most in (("max_batch", 1 << 20), ("queue", 1 << 24), ("max_body", 1 << 40), ("connections", 1 << 20)):
             whole(name, getattr(self, name), 1, most)
         check_threads(self.threads)

@@ -75,7 +75,7 @@ def from_json(entry: Mapping[str, Any], name: str) -> NDArray[Any]:
         array = found.astype(dtype).reshape(sizes)
     if dtype.kind in "iu" and not (array == found.reshape(sizes)).all():
         raise InputError(f"the data of input {name!r} hold numbers outside the range of {entry['datatype']}")
-    if dtype.kind == "f" and not np.isfinite(array).all():
+    if dtype.kind == "f" and not np.isfinite(check_numbers(name, array)).all():
         raise InputError(f"the data of input {name!r} hold numbers outside the range of {entry['datatype']}")
     return array
 
