@@ -10,6 +10,7 @@ from pathlib import Path
 from blocks import BLOCKS, processor, results
 from design_blocks import DESIGN
 from paper_blocks import PAPER
+from runtime_blocks import RUNTIMES
 
 ROOT = Path(__file__).parents[2]
 PAGES = (
@@ -20,6 +21,7 @@ PAGES = (
     "docs/int8.md",
     "docs/networks.md",
     "docs/reproducing.md",
+    "docs/runtimes.md",
     "docs/scores.md",
     "docs/speed.md",
 )
@@ -326,6 +328,7 @@ TABLES = {
     **BLOCKS,
     **DESIGN,
     **PAPER,
+    **RUNTIMES,
     "calls": calls,
     "cascade": cascade,
     "drift_budget": drift_budget,

@@ -164,3 +164,16 @@ def test_the_digest_is_that_of_the_bytes():
     assert one.digest == hashlib.sha256(plain).hexdigest()
     assert ExitRecord(np.asfortranarray(outputs), labels).digest == one.digest
     assert Policy().thresholds == ()
+
+
+def test_the_orders_of_a_record_take_half_the_memory_of_64_bit_positions():
+    samples, exits = 100_000, 8
+    problem = a_problem(samples, exits, 0, ties=True)
+    tracemalloc.start()
+    orders = problem.order
+    held, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 1.1 * 4 * samples * (exits - 1)
+    assert most - held < 4 * 8 * samples, "what one column needs, not all of them"
+    for column, order in zip(problem.scores[:, :-1].T, orders, strict=True):
+        assert (np.diff(column[order]) >= 0).all() and len(order) == (column < np.inf).sum()

@@ -63,12 +63,13 @@ class Stage:
         """Compute the answers of this exit for R samples, and what later stages need.
 
         Args:
-            rows: for the first stage, a dict of the inputs of the network, `(R, ...)` each, by their names. For a later
-                stage, the ``carried`` of the stage before, with the rows of the samples that stay.
+            rows: a dict of arrays `(R, ...)` by name. The first stage takes the inputs of the network. A later stage
+                takes ``carried`` of the previous stage, without the rows of the samples that have left.
 
         Returns:
-            ``(answers, scores, carried)``: the `Prediction` as if all samples left here, its scores `(R,)`, and the
-            values that later stages read, `(R, ...)` each.
+            A tuple ``(answers, scores, carried)``. ``answers`` is a `Prediction` with the answers of this exit for all
+            R samples, whether they leave here or not. ``scores`` `(R,)` are their scores, for `leave`. ``carried`` is a
+            dict of the arrays `(R, ...)` that later stages read.
 
         Raises:
             InputError: `rows` is no dict, a value is missing or has the wrong shape or dtype, a free length has a size

@@ -36,9 +36,9 @@ class Verification:
         samples: number of samples compared.
         same_labels, same_exits: number of samples with the stored label and exit. The others are ties, unless
             `problems` lists them.
-        difference: difference of outputs by exit: of the value with the largest ratio to its tolerance (float), or the
-            mean over all samples and columns of one scale (int8).
-        allowed: tolerance of that difference, by exit.
+        difference: one difference of outputs per exit. For float, it is that of the output that comes closest to its
+            tolerance, or exceeds it most; for int8, the mean over all samples and the columns of one scale.
+        allowed: the tolerance of each of these differences.
         problems: what is wrong; () if the file passes.
     """
 

@@ -58,9 +58,10 @@ def attach_candidates(
 ) -> CandidateNetwork:
     """Attach branches of several sizes at the input and at up to `most` places, evenly spread by multiply-accumulates.
 
-    Except for the first at a place, branches have less work than the rest of the trunk, because larger ones cannot save
-    time. Deep branches have less than a quarter of it, because they take most of the training time. `taps` are places
-    to use instead, in any order.
+    A place gets its smallest branch in any case. Each further branch needs fewer multiply-accumulates than the rest of
+    the trunk after the place, because a larger one cannot save time. A deep branch needs less than a quarter of them,
+    because deep branches take most of the training time. If `taps` are given, branches are attached there instead, in
+    any order.
 
     Raises:
         InputError: an unknown tap, or outputs that are not `(B, C)`.

@@ -66,8 +66,7 @@ def evaluate(record: ExitRecord, policy: Policy | Choice, cost: ExitCost | None 
     check_cost(record, cost)
     policy = policy_for(record, policy, "so its results are optimistic: report those of another record")
     position = route(scores_of_record(record, policy.score), policy.thresholds) - 1
-    losses = record.losses.astype(np.float64)
-    loss = losses[np.arange(record.samples), position]
+    loss = record.losses[np.arange(record.samples), position].astype(np.float64)
     counts = np.bincount(position, minlength=record.num_exits).astype(np.float64)
     wrong = np.bincount(position, loss, minlength=record.num_exits)
     accuracy = float(1 - loss.sum() / record.samples)
@@ -84,7 +83,7 @@ def evaluate(record: ExitRecord, policy: Policy | Choice, cost: ExitCost | None 
         samples=record.samples,
         accuracy=accuracy,
         accuracy_interval=wilson(accuracy, record.samples),
-        last_accuracy=float(1 - losses[:, -1].sum() / record.samples),
+        last_accuracy=float(1 - record.losses[:, -1].sum(dtype=np.float64) / record.samples),
         exit_share=tuple(float(c) / record.samples for c in counts),
         exit_accuracy=tuple(float(1 - w / c) if c else None for w, c in zip(wrong, counts, strict=True)),
         **costs,

@@ -63,8 +63,8 @@ def fit_score(record: ExitRecord, *, earlier: bool = True, strength: float = 10.
         record: must hold outputs.
         earlier: let each exit also use how far earlier exits agree with it. Their branches then stay in the graph, even
             with the threshold *never*; pass the score to `measure`, which includes their cost.
-        strength: of the squared penalty on the weights of standardized features. The log-odds of the softmax have no
-            penalty: with few wrong answers, the score relies on them.
+        strength: factor of the squared penalty on the weights of the standardized features. The weight of the log-odds
+            of the softmax has no penalty, so with few wrong answers the score depends mostly on these log-odds.
 
     Returns:
         The score: the log-odds that the exit is wrong. If the last exit has too few right or wrong answers for a fit,

@@ -192,11 +192,11 @@ class Choice:
     Attributes:
         policy: score and thresholds.
         constraint: the given limit, such as ``{"max_drop": 0.005}``.
-        outcome: on the record used to choose. It is optimistic; report that of another record.
-        record_digest: of that record, to notice an evaluation on the same data.
+        outcome: the outcome on the record used to choose. It is optimistic; report that of another record.
+        record_digest: the digest of that record, so that `evaluate` can warn of an evaluation on the same data.
         promise: the guarantee for other samples, or None without one.
-        network: the `fingerprint` of the network of the record; None if unknown.
-        samples: the sketch (see `branchynet.policy.sample_digests`) of its samples; empty if unknown.
+        network: the `fingerprint` of the recorded network; None if unknown.
+        samples: the sketch of the recorded samples (see `branchynet.policy.sample_digests`); empty if unknown.
         reason: why no sample leaves early; empty if some do.
 
     Example:
