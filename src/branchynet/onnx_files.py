@@ -47,7 +47,9 @@ def parse_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
     try:  # as protobuf, like ONNX Runtime: onnx chooses the format by the file name
         return onnx.load(path, format="protobuf", load_external_data=False)
     except (DecodeError, ValueError, OSError, RecursionError) as error:
-        raise FileError(f"{path} is not an ONNX file ({error}); give an ONNX file") from error
+        raise FileError(
+            f"{path} is not an ONNX file ({error}); give one that export(...) or another exporter wrote"
+        ) from error
 
 
 def entries(model: onnx.ModelProto, path: str | os.PathLike[str]) -> dict[str, str]:
