@@ -52,6 +52,7 @@ def case(tmp_path_factory):
         here, nested, *rest = written(family)
         return load(nested if layout == "nested" else here / "stages", threads=1, providers=LAYOUTS[layout]), *rest
 
+    opened.folder = folder
     return opened
 
 
@@ -214,6 +215,25 @@ def test_the_runtime_tells_where_nodes_run(case, monkeypatch):
     case(chain, "staged")
     operators = {n.op_type for s in seen for part in s.get_provider_graph_assignment_info() for n in part.get_nodes()}
     assert len(seen) > 1 and any("Conv" in name or "Gemm" in name for name in operators)
+
+
+def test_libraries_of_cuda_are_loaded_before_a_session_needs_them(case, monkeypatch):
+    loaded, real = [], onnxruntime.InferenceSession
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: loaded.append("libraries"))
+    monkeypatch.setattr(
+        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+
+    def opened(path, options, providers):
+        loaded.append(providers[0][0])
+        return real(path, options, providers=["CPUExecutionProvider"])  # as where the driver is too old
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", opened)
+    net, _, flat = flat_of(chain)
+    path = save(flat, Policy(thresholds=(1.0,) * (net.num_exits - 1)), case.folder / "cuda.onnx")
+    with pytest.raises(InputError, match="cannot use 'CUDAExecutionProvider' on this machine"):
+        load(path, runtime="onnxruntime-cuda")
+    assert loaded == ["libraries", "CUDAExecutionProvider"]
 
 
 def test_a_missing_provider_is_named_with_the_package():

@@ -3,4 +3,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}"
-exec "${PYTHON:-python3}" -m pytest tests/test_cuda.py -o filterwarnings= "$@"
+exec "${PYTHON:-python3}" -m pytest tests/test_cuda*.py -o filterwarnings= "$@"

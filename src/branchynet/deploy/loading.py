@@ -108,6 +108,8 @@ def load(
         raise FileError(f"cannot read {path}: the folder has no {MANIFEST}; give a file or folder that export wrote")
     arguments = (str(Path(path).absolute()), threads, providers, runtime)
     picker = picker_of(chosen)
+    if picker is not None and picker.device.kind == "cuda":
+        onnxruntime.preload_dlls()  # CUDA and cuDNN as pip installs them, which ONNX Runtime does not find by itself
     if Path(path).is_dir() and (Path(path) / MANIFEST).exists():
         manifest, metadata = read_manifest(path)
         files = [Path(path) / stage.file for stage in manifest.stages]
