@@ -10,6 +10,7 @@ from torch import nn
 
 from branchynet import BranchyNet, ExitCost, Policy, Target, averaged, bench, export, load, measure
 from branchynet.deploy.recorded_part import RecordedPart
+from branchynet.deploy.recorder import Recorder
 from branchynet.errors import FileError, GraphError, InputError
 from branchynet.graph.macs import exit_macs
 from branchynet.graph.torch_flat import torch_flatten
@@ -26,6 +27,7 @@ from helpers.networks import FAMILIES, build, chain, draw, tokens, tree, two_inp
 from helpers.onnx_graphs import flat_lenet, flat_of, grey_images
 
 TORCH = Target(4, runtime="torch")
+CPU = Recorder(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.__name__)
@@ -147,7 +149,7 @@ def test_recorded_parts_compute_what_others_compute(family):
     net, example = build(family, 0)
     parts = torch_parts(net, example, entropy, "float32", TORCH)
     names, n = [node.name for node in parts.graph.inputs], net.num_exits
-    recorded = RecordedPart(uncut(parts.graph, n, range(1, n + 1)), names, example)
+    recorded = RecordedPart(uncut(parts.graph, n, range(1, n + 1)), names, example, CPU)
     with parts.opened({"all": [f"output_{n}", *(f"score_{k}" for k in range(1, n + 1))]}, TORCH) as calls:
         for rows in (1, 5, 5, 3):
             arrays = [i.numpy() for i in draw(example, rows, rows)]
@@ -167,11 +169,13 @@ def test_a_batch_that_does_not_fit_is_named_with_one_that_does(fits, message):
 
     def module(rows, *values, real=stage.module):
         if rows > fits:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            error = RuntimeError("the capture ended")  # which replaces the error that broke it
+            error.__context__ = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            raise error
         return real(rows, *values)
 
-    part = RecordedPart(replace(stage, module=module), [node.name for node in parts.graph.inputs], example)
-    with pytest.raises(InputError, match=rf"memory on cpu for batch_size=32 \(CUDA out of memory.*{message}"):
+    part = RecordedPart(replace(stage, module=module), [node.name for node in parts.graph.inputs], example, CPU)
+    with pytest.raises(InputError, match=rf"memory on cpu for batch_size=32 \(the capture ended.*{message}"):
         part(*(i.numpy() for i in draw(example, 32, 0)))
     assert not fits or len(part(*(i.numpy() for i in draw(example, 8, 0)))[0]) == 8
 

@@ -248,7 +248,8 @@ class Engine:
         except Exception as error:
             if not is_memory_error(error):
                 raise
-            raise memory_error(lambda size: self._run(_part(feeds, slice(0, size))), rows, error) from error
+            failed = error
+        raise memory_error(lambda size: self._run(_part(feeds, slice(0, size))), rows, failed) from failed
 
     def _empty(self) -> tuple[NDArray[Any], ...]:
         tail = tuple(self.metadata["output_shape"])

@@ -39,6 +39,7 @@ def memory_error(run: Callable[[int], Any], rows: int, error: Exception) -> Inpu
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those that led to it: an error that ends a CUDA capture replaces the one that broke it."""
     while error is not None:
         yield error
-        error = error.__cause__
+        error = error.__cause__ or error.__context__

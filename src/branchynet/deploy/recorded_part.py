@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import InputError, first_line
 from ..graph.torch_stages import Stage
 from .eager_stages import as_tensor
+from .memory import is_memory_error
 from .recorder import Recorder, Replay
 
 
@@ -38,13 +39,14 @@ class RecordedPart:
         stage: the part, as a stage that gives nothing to others.
         names: the names of the network's inputs.
         example: inputs of the network, on the device, in their type and memory layout.
+        recorder: records on that device. Parts that share one also share the memory of what they compute in between.
     """
 
-    def __init__(self, stage: Stage, names: Sequence[str], example: Sequence[Tensor]) -> None:
+    def __init__(self, stage: Stage, names: Sequence[str], example: Sequence[Tensor], recorder: Recorder) -> None:
         self._stage = stage
         self._example = dict(zip(names, example, strict=True))
         self._device = example[0].device
-        self._recorder = Recorder(self._device)
+        self._recorder = recorder
         self._sizes: dict[int, _Size] = {}
 
     def __call__(self, *arrays: NDArray[Any]) -> tuple[Any, ...]:
@@ -73,7 +75,9 @@ class RecordedPart:
         for size in (rows >> k for k in range(rows.bit_length())):
             try:
                 made = self._record(size)
-            except torch.OutOfMemoryError as error:
+            except Exception as error:
+                if not is_memory_error(error):
+                    raise
                 cause = cause or first_line(error)
                 continue  # the error goes, and with it the memory that its frames hold
             if not cause:

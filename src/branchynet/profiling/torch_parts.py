@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..deploy.recorded_part import RecordedPart
+from ..deploy.recorder import Recorder
 from ..deploy.torch_engine import TorchEngine
 from ..deploy.torch_precision import Precision, in_precision
 from ..errors import InputError, first_line
@@ -71,10 +72,11 @@ class TorchParts:
         """See `Parts`. Networks with the same exits are one engine, which each call gives its thresholds."""
         engines: dict[tuple[bool, ...], TorchEngine] = {}
         calls: dict[str, Call] = {}
+        recorder = Recorder(self.given[0].device)
         with _threads(target.threads):
             for name, what in graphs.items():
                 if not isinstance(what, Policy):
-                    calls[name] = self._part(what)
+                    calls[name] = self._part(what, recorder)
                     continue
                 if what.enabled not in engines:
                     engines[what.enabled] = self._engine(what)
@@ -94,12 +96,12 @@ class TorchParts:
     def _engine(self, policy: Policy) -> TorchEngine:
         return TorchEngine(self.net, replace(policy, score=self.score), self.example, precision=self.precision)
 
-    def _part(self, outputs: Sequence[str]) -> Call:
+    def _part(self, outputs: Sequence[str], recorder: Recorder) -> Call:
         graph = (self.plain or self.graph) if PLAIN in outputs else self.graph
         exits = [len(graph.outputs) if name == PLAIN else int(name.rpartition("_")[2]) for name in outputs]
         stage, names = uncut(graph, exits[0], exits[1:]), [node.name for node in graph.inputs]
         if self.given[0].is_cuda:
-            return RecordedPart(stage, names, self.given)
+            return RecordedPart(stage, names, self.given, recorder)
         return partial(_answer, stage, names, [t.dtype for t in self.given])
 
 
