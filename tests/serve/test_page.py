@@ -59,6 +59,25 @@ def test_no_file_of_the_page_is_long_or_reads_from_elsewhere():
         assert not outside, path.name
 
 
+def luminance(color):
+    """By WCAG 2.2."""
+    parts = [int(color[n : n + 2], 16) / 255 for n in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_colors_have_the_contrast_of_wcag_aa(scheme):
+    block = re.findall(r":root \{(.*?)\}", (STATIC / "style.css").read_text(), flags=re.DOTALL)[scheme]
+    colors = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", block))
+    pairs = [(text, ground, 4.5) for text in ("ink", "muted", "accent", "bad") for ground in ("panel", "paper")]
+    pairs += [("on-accent", "accent", 4.5), ("ink", "soft", 4.5), ("muted", "soft", 4.5)]
+    pairs += [("edge", "panel", 3.0), ("edge", "paper", 3.0), ("accent", "panel", 3.0)]  # borders and marks
+    for one, other, least in pairs:
+        low, high = sorted((luminance(colors[one]), luminance(colors[other])))
+        assert (high + 0.05) / (low + 0.05) >= least, (one, other)
+
+
 def test_every_control_of_the_page_has_a_label():
     found = Page((STATIC / "index.html").read_text().replace("<!doctype html>", ""))
     named = {one["for"] for one in found.all("label") if "for" in one}

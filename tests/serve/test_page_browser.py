@@ -3,8 +3,13 @@
 import re
 import shutil
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
+from branchynet import BranchyNet, Policy, export
+from branchynet.data import load_data, save_image
 from helpers.served import PRESETS, digits_folder, serving
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
@@ -25,10 +30,21 @@ def browser():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Stages with a record, and a whole file without one; a preset has an evil name."""
+    """Models of all kinds; a preset and the classes of one have evil names."""
     path = tmp_path_factory.mktemp("served")
     digits_folder(path / "models" / "digits", presets={**PRESETS, EVIL: PRESETS["fast"]})
     digits_folder(path / "models" / "whole", layout="nested", records=False)
+    vectors = BranchyNet(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), {"1": nn.Linear(8, 3)})
+    export(vectors, path / "models" / "vectors.onnx", policy=Policy(thresholds=(0.5,)), example=torch.randn(2, 4))
+    photos = BranchyNet(nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.Linear(8, 2)), {"1": nn.Linear(8, 2)})
+    example = torch.rand(2, 3, 4, 4)
+    export(
+        photos,
+        path / "models" / "photos.onnx",
+        policy=Policy(thresholds=(0.5,)),
+        example=example,
+        labels=[EVIL, f"{EVIL}!"],
+    )
     (path / "key.txt").write_text(KEY)
     return path
 
@@ -129,6 +145,23 @@ def test_all_samples_are_read_as_their_digits(page):
         expect(page, "#class").to_have_text(str(digit))
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_drawings_are_prepared_as_the_digits_of_mnist(page, seed):
+    generator = np.random.default_rng(seed)
+    gray = np.zeros((280, 280))
+    x, y, w, h = generator.integers([5, 5, 60, 60], [90, 90, 180, 180])
+    gray[y : y + h, x : x + w] = generator.integers(100, 255, (h, w))
+    code = "async ([gray, h, w]) => [...(await import('/page/drawing.js')).centered(new Float32Array(gray), 280, h, w)]"
+    found = np.array(page.evaluate(code, [gray.ravel().tolist(), 28, 28]), float).reshape(28, 28)
+    rows, columns = np.nonzero(found.any(1))[0], np.nonzero(found.any(0))[0]
+    sides = np.array([np.ptp(rows) + 1, np.ptp(columns) + 1])
+    assert max(sides) == 20
+    assert np.abs(sides - 20 * np.array([h, w]) / max(h, w)).max() <= 0.5  # whole pixels
+    center = [(found.sum(axis) * (np.arange(28) + 0.5)).sum() / found.sum() for axis in (1, 0)]
+    assert np.abs(np.array(center) - 14).max() <= 0.5 + 1e-6  # moved by whole pixels
+    assert abs(found.sum() / 20**2 * max(h, w) ** 2 / gray.sum() - 1) < 0.1  # means of boxes that round to whole pixels
+
+
 @pytest.mark.parametrize("name, kind", [("broken.png", "image/png"), ("notes.txt", "text/plain")])
 def test_a_broken_file_ends_in_the_error_of_the_server_and_the_next_image_works(page, name, kind):
     page.expected = "status of 400"  # Chromium writes that of every answer to its console
@@ -141,10 +174,7 @@ def test_a_broken_file_ends_in_the_error_of_the_server_and_the_next_image_works(
 
 
 def test_an_image_file_is_answered(page, tmp_path):
-    from branchynet.data import load_data, save_image
-
-    split = load_data("digits").test
-    save_image(split.images[0].numpy(), tmp_path / "digit.png")
+    save_image(load_data("digits").test.images[0].numpy(), tmp_path / "digit.png")
     page.locator("#file").set_input_files(tmp_path / "digit.png")
     expect(page, "#sentence").to_contain_text("Answered by exit")
     drop(page, "digit.png", "image/png", (tmp_path / "digit.png").read_bytes())
@@ -208,9 +238,26 @@ def test_the_keyboard_draws_and_moves_the_slider(page):
 
 
 def test_names_from_the_server_are_text(page):
-    title = page.title()
     expect(page, "#presets").to_contain_text(EVIL)
-    assert page.locator("#presets img").count() == 0 and page.title() == title
+    assert page.locator("#presets img").count() == 0 and page.title() == "BranchyNet"
+
+
+def test_models_that_read_no_image_say_so(page):
+    page.select_option("#model", "vectors")
+    expect(page, "#input-text").to_contain_text("does not read one image; send requests to /v2/models/vectors/infer")
+    expect(page, "#file").to_be_disabled()
+    expect(page, "#samples").to_be_hidden()
+    expect(page, ".stage").to_have_count(2)
+
+
+def test_color_models_take_image_files_and_evil_names_of_classes_are_text(page, tmp_path):
+    save_image(np.zeros((3, 9, 12)), tmp_path / "photo.png")
+    page.select_option("#model", "photos")
+    expect(page, "#input-text").to_contain_text("Drop an image here")
+    expect(page, "#samples").to_be_hidden()
+    drop(page, "photo.png", "image/png", (tmp_path / "photo.png").read_bytes())
+    expect(page, "#class").to_contain_text(EVIL)
+    assert page.locator("main img").count() == 0 and page.title() == "BranchyNet"
 
 
 def test_with_a_key_the_page_asks_for_it(browser, folder):

@@ -101,20 +101,23 @@ export class PolicyPanel {
     this.mark(point);
   }
 
+  // Accuracy against time, on a logarithmic axis. The last point, without early exits, lies at or beyond its right end.
   draw(points) {
-    const us = points.map((p) => p.mean_us);
-    const accuracy = points.map((p) => p.accuracy);
+    const all = [...points.slice(0, -1), this.curve.own, ...Object.values(this.curve.presets)];
+    const [us, accuracy] = [all.map((p) => p.mean_us), all.map((p) => p.accuracy)];
     const scale = (values, from, to) => {
       const [low, high] = [Math.min(...values), Math.max(...values)];
-      return (v) => from + ((to - from) * (v - low)) / (high - low || 1);
+      return (v) => from + (to - from) * Math.max(0, Math.min(1, (v - low) / (high - low || 1)));
     };
-    const [x, y] = [scale(us, 10, 310), scale(accuracy, 92, 12)];
-    const line = points.map((p, n) => `${n ? "L" : "M"}${x(p.mean_us).toFixed(1)} ${y(p.accuracy).toFixed(1)}`).join("");
+    const [x, y] = [scale(us.map(Math.log), 56, 310), scale(accuracy, 86, 10)];
+    this.spot = (point) => [x(Math.log(point.mean_us)), y(point.accuracy)];
+    const line = points.slice(0, -1).map((p, n) => (n ? "L" : "M") + this.spot(p).map((v) => v.toFixed(1)).join(" ")).join("");
     this.dot = shape("circle", { r: 6 });
-    this.spot = (point) => [x(point.mean_us), y(point.accuracy)];
     byId("curve").replaceChildren(
       shape("path", { d: line }), this.dot,
-      shape("text", { x: 10, y: 114 }, time(Math.min(...us))),
+      shape("text", { x: 0, y: 14 }, percent(Math.max(...accuracy))),
+      shape("text", { x: 0, y: 90 }, percent(Math.min(...accuracy))),
+      shape("text", { x: 56, y: 114 }, time(Math.min(...us))),
       shape("text", { x: 310, y: 114, "text-anchor": "end" }, `${time(Math.max(...us))} per sample`),
     );
     byId("curve").toggleAttribute("hidden", false);
@@ -125,8 +128,8 @@ export class PolicyPanel {
     this.dot.setAttribute("visibility", point?.mean_us == null ? "hidden" : "visible");
     if (point?.mean_us == null) return;
     const [x, y] = this.spot(point);
-    this.dot.setAttribute("cx", Math.max(0, Math.min(320, x)));
-    this.dot.setAttribute("cy", Math.max(0, Math.min(100, y)));
+    this.dot.setAttribute("cx", x);
+    this.dot.setAttribute("cy", y);
   }
 }
 
