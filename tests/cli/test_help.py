@@ -68,6 +68,7 @@ def test_version_and_python_m():
         ("branchynet train run --augment fl", ["flip-crop"]),
         ("branchynet choose run --score m", ["max_probability", "margin"]),
         ("branchynet bench run --runtime open", ["openvino"]),
+        ("branchynet design run --runtime torch", ["torch", "torch-cuda"]),
     ],
 )
 def test_the_shell_completes(typed, completed, monkeypatch, capsys):
