@@ -161,6 +161,25 @@ def test_the_command_line_inspects_without_torch(folder):
         assert done.returncode == 0 and not done.stderr, done.stderr
 
 
+def test_a_server_answers_without_torch(folder):
+    forbidden = {"torch", "scipy", "matplotlib", "accelerate", "onnxscript", "onnx_ir", "safetensors", "filelock"}
+    code = """
+import asyncio, pathlib, sys
+import numpy as np
+from branchynet.serve.oip import Options
+from branchynet.serve.server import prepared
+from branchynet.serve.settings import ServeSettings
+server, listener = prepared(pathlib.Path(sys.argv[1]), ServeSettings(port=0))
+model = server.repository.ready(server.repository.names[0])
+answer = asyncio.run(model.infer({"input": np.zeros((2, 4), np.float32)}, Options()))
+server.repository.close()
+listener.close()
+print(answer.outputs["exit"].shape)
+"""
+    done = python(code, folder / "model.onnx", forbidden=sorted(forbidden))
+    assert done.stdout == "(2,)\n", done.stderr
+
+
 def test_the_import_alone_loads_nothing_large():
     code = "import sys; before = set(sys.modules); import branchynet; print(*(set(sys.modules) - before))"
     loaded = {name.partition(".")[0] for name in python(code, forbidden=()).stdout.split()}

@@ -59,9 +59,9 @@ def served(folder, *options):
             process.kill()
 
 
-def exported(network, data, folder):
+def exported(net, data, folder):
     """A folder of stages, and test images."""
-    net = getattr(zoo, network)(pretrained=True, **({"target": "batch"} if network == "b_lenet" else {})).eval()
+    net = net.eval()
     images = load_data(data).test.inputs()
     images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:2000]].numpy()
     policy = Policy("entropy", (THRESHOLD,) * len(net.branches))
@@ -188,7 +188,9 @@ def main():
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         if {*parts} & {"overhead", "requests"}:
-            path, images = exported("b_lenet", "mnist", Path(folder) / "lenet" / "net")
+            path, images = exported(
+                zoo.b_lenet(pretrained=True, target="batch"), "mnist", Path(folder) / "lenet" / "net"
+            )
             engine = load(path, threads=1)
             name = engine.inputs[0].name
             with served(path) as (port, pid):
@@ -197,7 +199,7 @@ def main():
                 if "requests" in parts:
                     found["requests"] = asyncio.run(compare(port, pid, engine, images, name, given.requests))
         if "overload" in parts:
-            path, images = exported("b_resnet110", "cifar10", Path(folder) / "resnet" / "net")
+            path, images = exported(zoo.b_resnet(110, pretrained=True), "cifar10", Path(folder) / "resnet" / "net")
             name = load(path, threads=1).inputs[0].name
             with served(path, "--queue-ms", "20", "--max-batch", "8") as (port, _):
                 found["overload"] = asyncio.run(overload(port, images, name, given.seconds))

@@ -1,6 +1,7 @@
 """A server on the loopback interface: its answers are those of the engine, through Triton's client and plain HTTP."""
 
 import json
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -296,4 +297,8 @@ def test_metrics_count_what_was_answered(folder):
 def test_the_description_of_the_interface_names_every_route(port):
     paths = call_json(port, "GET", "/openapi.json")[1]["paths"]
     assert {"/v2/models/{model}/infer", "/v2/repository/index", "/predict", "/metrics"} <= {*paths}
+    for path, routes in paths.items():
+        for route in routes.values():
+            named = {one["name"] for one in route.get("parameters", ()) if one["in"] == "path"}
+            assert named == {*re.findall(r"{(\w+)}", path)}
     assert call(port, "GET", "/docs")[0] == 200

@@ -25,11 +25,19 @@ def _fails(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def _docs(summary: str, *statuses: int, tag: str = "Open Inference Protocol", **extra: Any) -> dict[str, Any]:
-    parameters = [
-        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in extra.pop("path", ())
-    ]
-    extra = {**extra, **({"parameters": parameters} if parameters else {})}
     return {"summary": summary, "tags": [tag], "responses": _fails(*statuses), "openapi_extra": extra}
+
+
+def docs_of(path: str, docs: dict[str, Any], models: Sequence[str]) -> dict[str, Any]:
+    """Return the description of a route with the parameters of its path; `models` are examples."""
+    examples = {"model": list(models), "version": ["1"]}
+    parameters = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "examples": values}}
+        for name, values in examples.items()
+        if f"{{{name}}}" in path
+    ]
+    extra = docs["openapi_extra"]
+    return {**docs, "openapi_extra": {**extra, "parameters": [*parameters, *extra.get("parameters", ())]}}
 
 
 def _content(kind: str, schema: dict[str, Any]) -> dict[str, Any]:

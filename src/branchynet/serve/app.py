@@ -76,6 +76,7 @@ def make_app(repository: Repository, settings: ServeSettings, metrics: Metrics, 
         ("/predict", "POST", routes.predict, api_docs.PREDICT),
         ("/metrics", "GET", routes.metrics_page, api_docs.METRICS),
     ):
+        docs = api_docs.docs_of(path, docs, repository.names)
         app.add_api_route(path, routes.guarded(handler), methods=[method], response_model=None, **docs)
     for path, handler in (("/", page.index), ("/page/{name}", page.asset)):
         public = routes.guarded(handler, public=True)  # it asks for the key
