@@ -167,14 +167,18 @@ def test_slow_clients_are_cut_off_and_others_are_served(folder):
             client.close()
 
 
-def test_a_client_that_sends_no_more_still_gets_its_answer(folder):
+def test_half_closed_connections_leave_nothing_behind(folder):
+    """Like a closed one, a half-closed connection may get no answer, because a server cannot tell them apart."""
     body = json.dumps({"inputs": [tensor(pictures(1))]}).encode()
-    with running(folder / "staged") as port, connect(port) as client:
-        head = b"POST /v2/models/staged/infer HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
-        client.sendall(head % len(body) + body)
-        client.shutdown(socket.SHUT_WR)
-        found = b"".join(iter(lambda: client.recv(4096), b""))
-    assert found.startswith(b"HTTP/1.1 200 ") or found == b""  # the runtime may take a half-closed one for a closed one
+    head = b"POST /v2/models/staged/infer HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+    with running(folder / "staged", connections=20) as port:
+        for sent in 30 * [head % len(body) + body, head % len(body) + body[:9], head[:30]]:
+            with connect(port) as client:
+                client.sendall(sent)
+                client.shutdown(socket.SHUT_WR)
+                found = b"".join(iter(lambda client=client: client.recv(4096), b""))
+            assert found == b"" or (found.startswith(b"HTTP/1.1 200 ") and found.endswith(b"}"))
+        assert waiting(port) == 0 and infer(port, "staged", pictures(1)).keys() >= {"exit"}
 
 
 @pytest.mark.parametrize("sent", [b"\x16\x03\x01\x02\x00", b"GET\r\n\r\n", b"POST / HTTP/9.9\r\n\r\n", b"\x00" * 100])
@@ -204,6 +208,30 @@ def test_clients_may_not_manage_models_unless_it_is_allowed(folder):
         status, answer = call_json(port, "POST", "/v2/repository/models/staged/unload")
         assert status == 401 and "--manage" in answer["error"]
         assert infer(port, "staged", pictures(1)).keys() >= {"exit"}
+
+
+def test_models_are_loaded_again_under_load_without_a_gap(folder):
+    x, wanted = pictures(40), load(folder / "staged")(pictures(40)).exit
+    with running(folder / "staged", manage=True) as port, ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(infer, port, "staged", x[n % 40 : n % 40 + 1]) for n in range(240)]
+        for _ in range(4):
+            assert call(port, "POST", "/v2/repository/models/staged/load")[0] == 200
+        assert [one.result()["exit"] for one in asked] == [wanted[n % 40] for n in range(240)]
+
+
+def test_routes_that_are_not_there_are_said(folder):
+    with running(folder / "staged") as port:
+        for method, path, wanted in (("GET", "/v3", 404), ("GET", "/v2/models", 404), ("GET", "/predict", 405)):
+            status, answer = call_json(port, method, path)
+            assert status == wanted and "GET /openapi.json lists all routes" in answer["error"]
+
+
+def test_a_fault_of_the_server_is_logged_and_answered(folder, monkeypatch, caplog):
+    monkeypatch.setattr("branchynet.serve.app.read_infer", lambda *_: 1 / 0)
+    with running(folder / "staged") as port:
+        status, error = infer(port, "staged", pictures(1))
+        assert status == 500 and error == "the server failed on this request; its log says why"
+    assert "ZeroDivisionError" in caplog.text and "POST /v2/models/staged/infer failed" in caplog.text
 
 
 def test_a_request_that_the_runtime_refuses_fails_alone(folder, gate, monkeypatch):

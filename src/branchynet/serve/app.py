@@ -9,18 +9,20 @@ from typing import Any
 
 import orjson
 from fastapi import FastAPI, Request, Response
+from numpy.typing import NDArray
 
 from ..environment import __version__
 from ..errors import BranchyNetError
 from . import api_docs
-from .faults import KeyMissing, NotReady, headers_of, status_of
+from .faults import KeyMissing, NotReady, StoppedError, headers_of, status_of
 from .images import image_answer, image_input, upload
 from .limits import ClientGone, check_key, read_body, watched
 from .metrics import CONTENT_TYPE, Metrics
 from .models import VERSION, Loaded
-from .oip import infer_answer, read_infer, read_options
+from .oip import Options, infer_answer, read_infer, read_options
 from .page import Page
 from .repository import Repository, in_thread
+from .runner import Answer
 from .settings import ServeSettings
 
 log = logging.getLogger("branchynet.serve")
@@ -53,6 +55,8 @@ def make_app(repository: Repository, settings: ServeSettings, metrics: Metrics, 
         description="Networks with early exits, over the Open Inference Protocol, version 2.",
         lifespan=lifespan,
         redoc_url=None,
+        openapi_url="/openapi.json" if key is None else None,  # the page that shows it sends no key
+        exception_handlers={404: _no_route, 405: _no_route},
     )
     app.state.routes, app.state.drained = routes, None
     page = Page(routes.model, metrics)
@@ -126,6 +130,9 @@ class _Routes:
                     log.error("%s", error)
             except ClientGone:
                 response = Response(status_code=_GONE)
+            except Exception:
+                log.exception("%s %s failed", request.method, request.url.path)
+                response = _json({"error": "the server failed on this request; its log says why"}, 500)
             model = request.path_params.get("model", "")
             self.metrics.request(model if model in self.repository.names else "", "http", response.status_code)
             return response
@@ -156,8 +163,7 @@ class _Routes:
         model = self.model(request)
         body = await self._body(request)
         call = read_infer(body, request.headers.get("inference-header-content-length"))
-        async with watched(request.receive):
-            answer = await model.infer(call.inputs, call.options)
+        model, answer = await self._answer(request, model, call.inputs, call.options)
         outputs = model.named(answer.outputs) if call.outputs else answer.outputs
         found, length = infer_answer(model.name, VERSION, call, outputs, answer.unfinished)
         if length is None:
@@ -187,12 +193,24 @@ class _Routes:
         image = await upload(await self._body(request), request.headers)
         async with self._decoding:
             batch = await in_thread(image_input, model, image)
-        async with watched(request.receive):
-            answer = await model.infer({model.backend.inputs[0].name: batch}, options)
+        model, answer = await self._answer(request, model, {model.backend.inputs[0].name: batch}, options)
         return _json(image_answer(model, options, answer))
 
     async def metrics_page(self, request: Request) -> Response:
         return Response(self.metrics.page(), media_type=CONTENT_TYPE)
+
+    async def _answer(
+        self, request: Request, model: Loaded, inputs: dict[str, NDArray[Any]], options: Options
+    ) -> tuple[Loaded, Answer]:
+        """Answer a request; if the model is loaded again meanwhile, by the new one."""
+        async with watched(request.receive):
+            try:
+                return model, await model.infer(inputs, options)
+            except StoppedError:
+                again = self.repository.ready(model.name)
+                if again is model:
+                    raise
+                return again, await again.infer(inputs, options)
 
     async def _body(self, request: Request) -> bytes:
         return await read_body(request.receive, request.headers, self.settings.max_body, self.settings.client_s)
@@ -214,6 +232,14 @@ class _Routes:
         if not self.settings.manage:
             raise KeyMissing("clients may not load or unload models here; start the server with --manage")
         await in_thread(change, request.path_params["model"])
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    status = getattr(error, "status_code", 404)
+    what = (
+        f"there is no route {request.method} {request.url.path:.200}" if status == 404 else "the method is not allowed"
+    )
+    return _json({"error": f"{what}; GET /openapi.json lists all routes"}, status, getattr(error, "headers", None))
 
 
 def _wants_ready(body: bytes) -> bool:

@@ -173,7 +173,7 @@ class Runner:
         with self._changed:
             at = self._scheduler.wake_at(now := self._clock())
             here = at is not None and at <= now and self._scheduler.ahead <= _INLINE
-            if at is not None and not here:
+            if self._stopping or (at is not None and not here):
                 self._changed.notify()
         if here and not self._stepping:
             self._stepping = True
@@ -206,7 +206,7 @@ class Runner:
             if batch is not None or late:
                 return batch, late
             at = self._scheduler.wake_at(now)
-            if at is None and self._stopping:
+            if self._stopping and not self._scheduler.waiting:
                 return None, []
             self._changed.wait(None if at is None else max(at - now, 0.0))
 
@@ -215,11 +215,11 @@ class Runner:
         try:
             block = batch.parts[0].held if self._backend.whole else _gathered(batch.parts)
             outputs, leaves, held = self._backend.run(batch.stage, block, kind)
+            now = self._clock()
+            self._scatter(batch, outputs, now)
         except Exception as error:  # of any runtime
             self._failed(batch, error, loop)
             return
-        now = self._clock()
-        self._scatter(batch, outputs, now)
         with self._changed:
             done = self._scheduler.finished(batch, leaves, held, now)
         self._deliver(((ticket, self._found(ticket, 0, now)) for ticket in done), loop)
