@@ -14,7 +14,7 @@ SOURCE = Path(branchynet.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 MOST_LINES, MOST_BODY, MOST_PARAMETERS, MOST_OF_A_VERB = 350, 80, 8, 12
 VERBS = {name for name in branchynet.__all__ if inspect.isfunction(getattr(branchynet, name))}
-COMMANDS = [SOURCE / "cli" / name for name in ("verbs.py", "serving.py")]
+COMMANDS = [SOURCE / "cli" / name for name in ("verbs.py", "exporting.py", "serving.py")]
 
 
 def functions(path):

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from ..errors import BranchyNetError, printable
 from ..extras import needed_by
+from . import exporting as exporting  # adds its verb
 from . import serving as serving  # adds its verb
 from .verbs import app
 

@@ -12,7 +12,6 @@ from ..errors import BranchyNetError
 from .options import (
     AUGMENTS,
     DATA,
-    LAYOUTS,
     NETWORKS,
     RUNTIMES,
     SCORES,
@@ -28,10 +27,8 @@ from .options import (
     RunArgument,
     Size,
     Split,
-    Thresholds,
     Trust,
     Version,
-    file_options,
     image_size,
     named,
     numbers,
@@ -175,25 +172,6 @@ def choose(
     print_choice(out, choice, measure_run(found, choice.policy.score))
     if reason := reason_run(found, choice):
         out.print(reason, soft_wrap=True)
-
-
-@app.command()
-def export(
-    run: RunArgument,
-    output: Annotated[Path | None, typer.Option(help="Default: RUN/model.onnx, or RUN/stages.", parser=path)] = None,
-    layout: Annotated[str, named("One file, or a folder with one file per stage: {}.", *LAYOUTS)] = "nested",
-    thresholds: Thresholds = "default",
-    free: Annotated[str, typer.Option(help="What is free: batch, or none for one sample per call.")] = "batch",
-    trust: Trust = False,
-    quiet: Quiet = False,
-) -> None:
-    """Write one ONNX file with the exits inside, or one per stage. Its outputs are first compared with PyTorch's."""
-    from ..runs.run import open_run
-    from ..runs.steps import export_run
-
-    options = file_options(layout, thresholds, free)
-    written = export_run(open_run(run, trust=trust), output, progress=not quiet, **options)
-    out.print(f"wrote {written}", soft_wrap=True)
 
 
 @app.command()
