@@ -18,6 +18,9 @@ EVIL = '<img src=x onerror="document.title=1">'
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="NOT TESTED in a browser: Chromium is not installed")
 playwright = pytest.importorskip("playwright.sync_api", reason="NOT TESTED in a browser: playwright is not installed")
+axe = pytest.importorskip(
+    "axe_playwright_python.sync_playwright", reason="NOT TESTED in a browser: axe is not installed"
+)
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +238,47 @@ def test_the_keyboard_draws_and_moves_the_slider(page):
     page.keyboard.press("End")
     expect(page, "#sentence").to_contain_text("Answered by exit 4 of 4")
     assert "times as fast" in page.locator("#sure").get_attribute("aria-valuetext")
+
+
+def test_a_finger_draws(browser, address):
+    context = browser.new_context(reduced_motion="reduce", viewport={"width": 375, "height": 700}, has_touch=True)
+    page = context.new_page()
+    page.goto(address)
+    expect(page, "#presets button").to_have_count(4)
+    page.locator("#canvas").scroll_into_view_if_needed()
+    box, session = page.locator("#canvas").bounding_box(), context.new_cdp_session(page)
+    places = [(28 + t, 20) for t in range(0, 47, 4)] + [(74 - t, 20 + 2.4 * t) for t in range(0, 29, 4)]
+    for n, (x, y) in enumerate(places):
+        point = {"x": box["x"] + x * box["width"] / 100, "y": box["y"] + y * box["height"] / 100}
+        kind = "touchStart" if n == 0 else "touchMove"
+        session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [point]})
+    session.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+    expect(page, "#class").to_have_text("7")
+    assert page.locator("#canvas").bounding_box() == box  # the page has not scrolled
+    context.close()
+
+
+def test_a_server_that_does_not_answer_is_named_until_it_answers_again(page):
+    page.expected = "ERR_FAILED"
+    page.route("**/traffic", lambda route: route.abort())
+    expect(page, "#error").to_contain_text("The server does not answer")
+    page.unroute("**/traffic")
+    expect(page, "#error").to_be_empty()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("model", ["digits", "whole", "vectors"])
+def test_axe_finds_nothing(browser, address, scheme, model):
+    context = browser.new_context(reduced_motion="reduce", color_scheme=scheme, bypass_csp=True)  # axe is a script
+    page = context.new_page()
+    page.goto(f"{address}/?model={model}")
+    expect(page, "#presets button").not_to_have_count(0)
+    if model != "vectors":
+        page.get_by_role("button", name="Draw a 7").click()
+        expect(page, "#class").to_have_text("7")
+    found = axe.Axe().run(page).response["violations"]
+    assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in found] == []
+    context.close()
 
 
 def test_names_from_the_server_are_text(page):

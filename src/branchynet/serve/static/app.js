@@ -30,7 +30,8 @@ function failed(error) {
     byId("key-form").hidden = false;
     byId("key").focus();
   }
-  byId("error").textContent = asked ? "" : error.message;
+  const text = asked ? "" : error.message;
+  if (byId("error").textContent !== text) byId("error").textContent = text; // the same text is not read again
 }
 
 async function guarded(work) {
@@ -79,6 +80,7 @@ function imageShape(metadata) {
 const choose = (name) => guarded(async () => {
   byId("error").textContent = "";
   const [about, metadata, curve] = await Promise.all([server.about(name), server.metadata(name), server.frontier(name)]);
+  if (byId("model").value !== name) return; // another one was chosen meanwhile
   model = { name, about, shape: about.policy ? imageShape(metadata) : null, stages: stagesOf(about) };
   panel = new PolicyPanel(about, curve, () => {
     clearTimeout(waiting);
@@ -159,5 +161,9 @@ for (const name of ["dragenter", "dragover", "dragleave", "drop"]) {
     if (name === "drop" && file && model?.shape) take(file);
   });
 }
-setInterval(look, EVERY);
-start();
+async function follow() {
+  await look();
+  setTimeout(follow, EVERY);
+}
+
+start().then(follow);
