@@ -120,7 +120,8 @@ class Runner:
         self._backend, self._observer, self._clock = backend, observer, clock
         self._scheduler = Scheduler(limits, max_wait=max_wait, bound=bound, most_wait=most_wait)
         self._changed = threading.Condition()
-        self._stopping = self._stepping = False
+        self._stopping = False
+        self._stepping: asyncio.AbstractEventLoop | None = None  # the loop that will run a batch soon
         self._thread = threading.Thread(target=self._work, name="branchynet-runner", daemon=True)
         self._thread.start()
 
@@ -150,12 +151,11 @@ class Runner:
             if self._stopping:
                 raise StoppedError("the model is being unloaded or the server stops; send the request again later")
             self._scheduler.submit(ticket, now)
-            here = self._scheduler.ahead <= _INLINE
+            here = self._scheduler.ahead <= _INLINE and self._stepping in (None, pending.loop)
             if not here:
                 self._changed.notify()
-        if here and not self._stepping:
-            self._stepping = True
-            pending.loop.call_soon(self._step, pending.loop)
+        if here and self._stepping is None:
+            self._step_soon(pending.loop)
         try:
             return await pending.future
         except asyncio.CancelledError:
@@ -163,9 +163,13 @@ class Runner:
                 self._scheduler.cancel(ticket)
             raise
 
+    def _step_soon(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._stepping = loop
+        loop.call_soon(self._step, loop)
+
     def _step(self, loop: asyncio.AbstractEventLoop) -> None:
         """Run a batch in the event loop, after the requests that arrived in this turn of it."""
-        self._stepping = False
+        self._stepping = None
         with self._changed:
             batch = self._scheduler.next_batch(self._clock())
         if batch is not None:
@@ -175,9 +179,8 @@ class Runner:
             here = at is not None and at <= now and self._scheduler.ahead <= _INLINE
             if self._stopping or (at is not None and not here):
                 self._changed.notify()
-        if here and not self._stepping:
-            self._stepping = True
-            loop.call_soon(self._step, loop)
+        if here and self._stepping is None:
+            self._step_soon(loop)
 
     def stop(self, timeout: float | None = None) -> None:
         """Refuse new requests, and wait until all accepted ones are answered."""
