@@ -45,7 +45,7 @@ def serve(
     private_key: Annotated[str | None, _option("Its private key.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with any of these options.", parser=path)] = None,
 ) -> None:
-    """Serve models over HTTP and gRPC."""
+    """Serve models over HTTP and gRPC until Ctrl-C."""
     given = {name: value for name, value in locals().items() if name not in ("model", "config")}
     from ..extras import needed_by
 
