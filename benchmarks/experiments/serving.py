@@ -6,11 +6,13 @@ requests: every answer of many requests from several connections is compared wit
 the server in the second half with that at its start.
 overload: requests arrive at five times the rate that the server reaches, whatever it answers. The 99th percentile of
 the accepted ones is compared with that of a server without load.
+fuzz: schemathesis, if it is installed, sends what the description of the interface allows and what it does not, and
+looks for statuses of 500 and more.
 
 The network is B-LeNet, designed for batches, in stages; the overload has B-ResNet-110, so that the network and not the
 client is the bottleneck. Images are test images.
 
-    python benchmarks/experiments/serving.py [--requests 100000] [--seconds 60] [--only overhead,requests,overload]
+    python benchmarks/experiments/serving.py [--requests 100000] [--seconds 60] [--only overhead,requests,overload,fuzz]
 
 Writes benchmarks/results/serving.json.
 """
@@ -20,6 +22,7 @@ import asyncio
 import contextlib
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,6 +44,7 @@ CONNECTIONS = 16
 THRESHOLD = 0.3  # nats, at every exit
 OVERLOAD = 5.0
 TURNS = 2000
+EXAMPLES = 150  # per route
 
 
 @contextlib.contextmanager
@@ -178,16 +182,27 @@ async def overload(port, images, name, seconds):
     return {"seconds": seconds, "offered_per_second": rate, "statuses": statuses, "not_sent": skipped, **p99}
 
 
+def fuzz(port):
+    """The requests that schemathesis generated, and how many had a status below 500; None where it is not installed."""
+    if (tool := shutil.which("schemathesis")) is None:
+        return None
+    where = f"http://127.0.0.1:{port}/openapi.json"
+    options = ["--max-examples", str(EXAMPLES), "--checks", "not_a_server_error", "--workers", "1"]
+    done = subprocess.run([tool, "run", where, *options], capture_output=True, text=True, timeout=3600)
+    generated, passed = re.search(r"(\d+) generated, (\d+) passed", done.stdout).groups()
+    return {"requests": int(generated), "without_server_error": int(passed)}
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--requests", type=int, default=100_000)
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--only", default="overhead,requests,overload")
+    parser.add_argument("--only", default="overhead,requests,overload,fuzz")
     given = parser.parse_args()
     parts = given.only.split(",")
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        if {*parts} & {"overhead", "requests"}:
+        if {*parts} & {"overhead", "requests", "fuzz"}:
             path, images = exported(
                 zoo.b_lenet(pretrained=True, target="batch"), "mnist", Path(folder) / "lenet" / "net"
             )
@@ -198,6 +213,8 @@ def main():
                     found["overhead"] = asyncio.run(overhead(port, engine, images, name))
                 if "requests" in parts:
                     found["requests"] = asyncio.run(compare(port, pid, engine, images, name, given.requests))
+                if "fuzz" in parts:
+                    found["fuzz"] = fuzz(port)
         if "overload" in parts:
             path, images = exported(zoo.b_resnet(110, pretrained=True), "cifar10", Path(folder) / "resnet" / "net")
             name = load(path, threads=1).inputs[0].name

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from branchynet import Choice, ExitCost, ExitRecord, Policy, choose, load
+from branchynet import Choice, ExitCost, ExitRecord, Policy, choose, export, load
 from branchynet.errors import FileError, InputError
 from branchynet.serve.faults import NotReady, StoppedError, UnknownModel
 from branchynet.serve.metrics import Metrics
@@ -16,7 +17,7 @@ from branchynet.serve.oip import Options
 from branchynet.serve.presets import read_presets, write_presets
 from branchynet.serve.repository import Repository
 from branchynet.serve.settings import ServeSettings, read_key, read_settings
-from helpers.serving import POLICY, pictures, write_models
+from helpers.serving import POLICY, network, pictures, write_models
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,22 @@ def test_only_names_of_the_folder_are_models(folder, opened, name):
         with pytest.raises(UnknownModel, match="there is no model") as error:
             use(name)
         assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("layout", ["nested", "stages"])
+def test_a_threshold_for_an_exit_that_was_left_out_is_refused(tmp_path, opened, layout):
+    example = torch.from_numpy(pictures(2))
+    path = tmp_path / ("net.onnx" if layout == "nested" else "net")
+    export(network(), path, policy=Policy("entropy", (None, 0.9)), example=example, layout=layout)
+    repository, x = opened(path), pictures(20)
+    for given in ((0.5, 0.9), (0.5, None)):
+        with pytest.raises(InputError, match="exit 1 was left out of this file"):
+            answer(repository, "net", x, Options(thresholds=given))
+    wanted = load(path)(x, thresholds=[None, 0.5])
+    np.testing.assert_array_equal(answer(repository, "net", x, Options(thresholds=(None, 0.5)))["exit"], wanted.exit)
+    write_presets(tmp_path / ("net.policies.json" if layout == "nested" else "net/policies.json"), {"a": POLICY})
+    with pytest.raises(FileError, match=r"'a' in .*exit 1 was left out of the model"):
+        repository.load("net")
 
 
 def test_hidden_files_and_others_are_no_models(folder, opened):
