@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 LOWEST := .venv-lowest
 
-.PHONY: demo test test-browser test-heavy test-avx2 test-amd test-lowest test-minimal test-node lowest lint types imports unit wheel format clean
+.PHONY: demo test test-browser test-heavy test-gpu-rehearsal test-avx2 test-amd test-lowest test-minimal test-node lowest lint types imports unit wheel format clean
 
 demo: $(VENV)/.ready
 	$(BIN)/branchynet demo
@@ -34,6 +34,12 @@ test-browser: $(VENV)/.ready
 # The networks of transformers, and networks of more than 2 GB.
 test-heavy: $(VENV)/.ready
 	$(BIN)/pytest -n auto --dist worksteal -m heavy
+
+# What needs a GPU, rehearsed on the CPU: the tests, and the benchmark with tiny networks.
+test-gpu-rehearsal: export PYTHON := $(CURDIR)/$(BIN)/python
+test-gpu-rehearsal: $(VENV)/.ready
+	benchmarks/gpu/tests.sh --rehearse -n auto --dist loadfile
+	OUT=build/gpu benchmarks/gpu/run.sh --rehearse --budget 900
 
 # Tests of what depends on the processor's kernels, as on a processor with AVX2 alone, and as on an AMD EPYC of Zen 2: on
 # Linux for x86-64, where the processor lets a process hide instructions. It says so where it cannot.

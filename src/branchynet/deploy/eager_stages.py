@@ -1,6 +1,7 @@
 """Run the stages of a network one operator at a time, for batches of any size."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,9 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..errors import GraphError, first_line
 from ..graph.torch_stages import Stages
 from ..policy.exit_rule import stays
 from ..policy.prediction import Prediction
+from .memory import is_memory_error
 
 Limits = Sequence[float | NDArray[Any]]
 
@@ -30,6 +33,7 @@ class EagerStages:
 
     def __init__(self, cut: Stages, device: torch.device, dtypes: Sequence[torch.dtype], *, compile: bool) -> None:
         self._cut, self._device, self._dtypes = cut, device, dtypes
+        self._compile = compile
         self._modules = [torch.compile(s.module, dynamic=True) if compile else s.module for s in cut.stages]
         self._later = tuple({t.name for s in cut.stages[i + 1 :] for t in s.takes} for i in range(len(cut.stages)))
 
@@ -51,7 +55,8 @@ class EagerStages:
         for stage, module, later, threshold in steps:
             for taken in stage.takes:
                 held[taken.name] = _pick(*held[taken.name], taken.axis, left)
-            output, score, *given = module(rows, *(held[taken.name][0] for taken in stage.takes))
+            with as_compile_errors(stage.exit) if self._compile else contextlib.nullcontext():
+                output, score, *given = module(rows, *(held[taken.name][0] for taken in stage.takes))
             held.update((name, (value, len(left) - 1)) for name, value in zip(stage.gives, given, strict=True))
             held = {name: value for name, value in held.items() if name in later}
             del given  # free the larger batch before later stages run
@@ -68,6 +73,19 @@ class EagerStages:
                 left = [deeper if picked is None else picked.index_select(0, deeper) for picked in left] + [None]
         assert answer is not None
         return answer
+
+
+@contextlib.contextmanager
+def as_compile_errors(exit: int) -> Iterator[None]:
+    """Convert errors in the first call of a compiled stage to `GraphError`, except for errors of memory."""
+    try:
+        yield
+    except Exception as error:
+        if is_memory_error(error):
+            raise
+        raise GraphError(
+            f"the stage of exit {exit} cannot be compiled ({first_line(error)}); leave out compile=True"
+        ) from error
 
 
 def as_tensor(given: NDArray[Any] | Tensor) -> Tensor:

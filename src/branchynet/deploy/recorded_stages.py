@@ -3,12 +3,13 @@
 Shape letters: M rows that the buffers hold.
 """
 
+import contextlib
 import math
 import re
 import threading
 import traceback
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,7 +20,8 @@ from torch import Tensor
 from ..errors import GraphError, InputError, first_line
 from ..graph.torch_stages import Stages
 from ..policy.prediction import Prediction
-from .eager_stages import Limits, as_tensor
+from .eager_stages import Limits, as_compile_errors, as_tensor
+from .memory import chain, is_memory_error
 from .recorder import Recorder, Replay
 from .stage_buffers import allocate, axes_of, bytes_per_row, carried, narrowed, sources_of
 from .stage_step import Read, Results, Rows, step_of
@@ -182,18 +184,12 @@ class RecordedStages:
 
     def _record(self, i: int, size: int) -> Replay:
         step, exit = self._bound(i, size), self._cut.stages[i].exit
-        try:
+        with as_compile_errors(exit) if self._compile else contextlib.nullcontext():
             step()
-        except Exception as error:
-            if not self._compile or _memory_error(error):
-                raise
-            raise GraphError(
-                f"the stage of exit {exit} cannot be compiled ({first_line(error)}); leave out compile=True"
-            ) from error
         try:
             return self._recorder.record(step)
         except Exception as error:
-            if _memory_error(error):
+            if is_memory_error(error):
                 raise
             raise GraphError(
                 f"the stage of exit {exit} cannot be recorded as a CUDA graph{_operator(error)} ({first_line(error)}); "
@@ -207,7 +203,7 @@ class RecordedStages:
             try:
                 made = make(size)
             except Exception as error:
-                if not _memory_error(error):
+                if not is_memory_error(error):
                     raise
                 cause = cause or first_line(error)
                 continue  # the error goes, and with it the memory that its frames hold
@@ -231,20 +227,9 @@ def _default_sizes(row_bytes: float, device: torch.device) -> tuple[int, ...]:
     return tuple(size for size in BATCH_SIZES if size * row_bytes <= _SHARE * free) or BATCH_SIZES[:1]
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and those that led to it: an error that ends a capture replaces the one that broke it."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _memory_error(error: BaseException) -> bool:
-    return any(isinstance(one, torch.OutOfMemoryError) for one in _chain(error))
-
-
 def _operator(error: BaseException) -> str:
     """Return `` at 'aten.nonzero'``, as far as the code of a stage shows which operator failed."""
-    for one in _chain(error):
+    for one in chain(error):
         for frame in reversed(traceback.extract_tb(one.__traceback__)):
             if found := re.search(r"torch\.ops\.(\w+\.\w+)", frame.line or ""):
                 return f" at {found[1]!r}"

@@ -33,7 +33,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
         raise InputError(f"device={device!r} is no device of PyTorch; give {names}, or leave it out") from error
     try:
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, torch.cuda.DeferredCudaCallError) as error:
         raise InputError(
             f"device={str(device)!r} is not available on this machine ({first_line(error)}); leave device out, or give "
             "'cpu'"

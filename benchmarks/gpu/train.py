@@ -10,9 +10,9 @@ set from the time of the first steps, before training begins, to fit into the gi
 
 A step is one CUDA graph: select the batch, forward, backward, update. Each network has its own stream; they take turns.
 
-    python benchmarks/experiments/gpu/train.py --out FOLDER --seconds 400       # weights and train.json
-    python benchmarks/experiments/gpu/train.py --trial                          # times of a step, without data
-    python benchmarks/experiments/gpu/train.py --out FOLDER --rehearse          # a few steps of ResNet-8 on the CPU
+    python benchmarks/gpu/train.py --out FOLDER --seconds 400       # weights and train.json
+    python benchmarks/gpu/train.py --trial                          # times of a step, without data
+    python benchmarks/gpu/train.py --out FOLDER --rehearse          # a few steps of ResNet-8 on the CPU
 
 Validation accuracies are from the 5,000 held-out images, test accuracies from the 10,000 test images. No decision
 depends on either.
@@ -255,7 +255,7 @@ def main():
         images, labels, depths, timed = images[:BATCH], labels[:BATCH], (8, 14), 1
     options.out.mkdir(parents=True, exist_ok=True)
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
-    report = {"command": "python benchmarks/experiments/gpu/train.py", "device": gpu, "torch": torch.__version__}
+    report = {"command": "python benchmarks/gpu/train.py", "device": gpu, "torch": torch.__version__}
     report |= {"seed": options.seed, "precision": "bfloat16 autocast", "batch": BATCH, "networks": {}}
     print(f"data after {time.perf_counter() - began:.0f} s", flush=True)
 

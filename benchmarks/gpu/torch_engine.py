@@ -1,7 +1,7 @@
-"""Time TorchEngine on a GPU: the plain network, no sample leaving early, and every sample leaving at exit 1.
+"""Time TorchEngine without batch sizes on a GPU: the plain network, no sample leaving early, and all leaving at exit 1.
 
-    python benchmarks/experiments/gpu/torch_engine.py --out FOLDER              # writes torch_engine.json
-    python benchmarks/experiments/gpu/torch_engine.py --out FOLDER --rehearse   # on the CPU, batch 1 only
+    python benchmarks/gpu/torch_engine.py --out FOLDER              # writes torch_engine.json
+    python benchmarks/gpu/torch_engine.py --out FOLDER --rehearse   # on the CPU, batch 1 only
 
 Inputs are on the device, outputs are copied to the host; medians over calls.
 """
@@ -47,8 +47,8 @@ def main():
     for name, (plain, branchy) in NETWORKS.items():
         net = branchy(pretrained=True)
         never, first = (0.0,) * (net.num_exits - 1), (float("inf"),) * (net.num_exits - 1)
-        engine = TorchEngine(net, Policy(thresholds=never), images[:8], device=device)
-        alone = TorchEngine(plain(pretrained=True), Policy(), images[:8], device=device)
+        engine = TorchEngine(net, Policy(thresholds=never), images[:8], device=device, batch_sizes=())
+        alone = TorchEngine(plain(pretrained=True), Policy(), images[:8], device=device, batch_sizes=())
         for batch in (1,) if options.rehearse else (1, 8, 64, 256):
             x = images[:batch].to(device)
             row = {
@@ -62,7 +62,7 @@ def main():
             print(json.dumps(row), flush=True)
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     result = {
-        "command": "python benchmarks/experiments/gpu/torch_engine.py",
+        "command": "python benchmarks/gpu/torch_engine.py",
         "device": name,
         "torch": torch.__version__,
     }
