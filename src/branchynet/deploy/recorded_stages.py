@@ -21,7 +21,7 @@ from ..errors import GraphError, InputError, first_line
 from ..graph.torch_stages import Stages
 from ..policy.prediction import Prediction
 from .eager_stages import Limits, as_compile_errors, as_tensor
-from .memory import chain, is_memory_error
+from .memory import is_memory_error
 from .recorder import Recorder, Replay
 from .stage_buffers import allocate, axes_of, bytes_per_row, carried, narrowed, sources_of
 from .stage_step import Read, Results, Rows, step_of
@@ -229,8 +229,7 @@ def _default_sizes(row_bytes: float, device: torch.device) -> tuple[int, ...]:
 
 def _operator(error: BaseException) -> str:
     """Return `` at 'aten.nonzero'``, as far as the code of a stage shows which operator failed."""
-    for one in chain(error):
-        for frame in reversed(traceback.extract_tb(one.__traceback__)):
-            if found := re.search(r"torch\.ops\.(\w+\.\w+)", frame.line or ""):
-                return f" at {found[1]!r}"
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if found := re.search(r"torch\.ops\.(\w+\.\w+)", frame.line or ""):
+            return f" at {found[1]!r}"
     return ""

@@ -54,8 +54,16 @@ class Recorder:
             return step
         for _ in range(_WARM_UP - 1):
             step()
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may use the device meanwhile.
-        with _capturing, torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-            step()
+        graph, failure = torch.cuda.CUDAGraph(), None
+        try:  # other threads may use the device meanwhile
+            with _capturing, torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                try:
+                    step()
+                except Exception as error:
+                    failure = error
+                    raise
+        except Exception as error:
+            raise failure or error from None  # the end of a broken capture hides what broke it
+        finally:
+            failure = None  # its traceback holds this frame, and so the memory of the step
         return graph.replay
