@@ -130,7 +130,7 @@ def main():
         else:
             skipped.append(f"{worker.name}: building failed or took too long, see its log")
             worker.process.kill()
-        print(f"{time.time() - start:.0f} s: {worker.name} is built", flush=True)
+        print(f"{time.time() - start:.0f} s: {worker.name}: {'ready' if worker in ready else 'not ready'}", flush=True)
     try:
         parity = json.loads((options.out / "parity.json").read_text()) if checking.wait(60) in (0, 1) else "failed"
     except (OSError, ValueError, subprocess.TimeoutExpired):
