@@ -108,7 +108,7 @@ class Subject:
             ordered, leave = np.sort(scores[left]), end - (len(x) - left.sum())
             if leave <= 0:
                 continue
-            edge = float(ordered[leave - 1 : leave + 1].astype(np.float64).mean())
+            edge = math.inf if leave == len(ordered) else float(ordered[leave - 1 : leave + 1].astype(float).mean())
             thresholds[k] = edge
             left = engine(x, thresholds=[*thresholds[: k + 1], *[None] * (self.exits - 2 - k)]).exit > k + 1
         exits = engine(x, thresholds=thresholds).exit
