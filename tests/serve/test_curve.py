@@ -1,8 +1,15 @@
 """What the page says of other thresholds, against the exit rule applied to the record of the whole network."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+import branchynet
 from branchynet import ExitCost, ExitRecord, Policy, load
 from branchynet.policy.exit_rule import route
 from branchynet.policy.record_scores import scores_of_record
@@ -75,6 +82,33 @@ def test_no_thresholds_of_the_file_are_better_than_the_points(served):
         accuracy, mean_us, _ = outcome(record, drawn, engine.policy.enabled)
         worse = [p for p in points if p["accuracy"] < accuracy - 1e-9 and p["mean_us"] > mean_us + 1e-9]
         assert not [p for p in worse if p is not points[-1]]  # the last sends all to the last exit
+
+
+def test_a_record_of_scores_needs_no_pytorch_and_one_of_logits_says_that_it_does(served, tmp_path):
+    folder, engine = served
+    code = """
+import json, sys
+from helpers import device
+device.forbid("torch")
+from branchynet import load
+from branchynet.serve.curve import predicted
+from pathlib import Path
+print(json.dumps(predicted(Path(sys.argv[1]), load(sys.argv[2]), {})))
+"""
+    record = ExitRecord.load(folder / "record-test.npz")
+    scores = ExitRecord.from_scores(scores_of_record(record, "entropy"), record.losses, "entropy", record.network)
+    COST.save(tmp_path / "cost.json")
+    for kept in (scores, record):
+        kept.save(tmp_path / "record.npz")
+        paths = os.pathsep.join(map(str, (Path(__file__).parents[1], Path(branchynet.__file__).parents[1])))
+        command = [sys.executable, "-c", code, tmp_path, folder / "stages"]
+        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        if kept is scores:
+            assert found == predicted(tmp_path, engine, {})
+        else:
+            assert found["points"] == [] and "torch" in found["reason"]
 
 
 def test_without_what_it_needs_it_says_why(served, tmp_path):

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from branchynet import BranchyNet, Policy, export
+from branchynet import BranchyNet, ExitRecord, Policy, choose, export
 from branchynet.data import load_data, save_image
-from helpers.served import PRESETS, digits_folder, serving
+from branchynet.serve.presets import write_presets
+from helpers.served import COST, PRESETS, digits_folder, serving
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
 KEY = "a-key-of-at-least-16-characters"
@@ -35,7 +36,9 @@ def browser():
 def folder(tmp_path_factory):
     """Models of all kinds; a preset and the classes of one have evil names."""
     path = tmp_path_factory.mktemp("served")
-    digits_folder(path / "models" / "digits", presets={**PRESETS, EVIL: PRESETS["fast"]})
+    digits = digits_folder(path / "models" / "digits")
+    choice = choose(ExitRecord.load(digits / "record-val.npz"), COST, max_drop=0.5)
+    write_presets(digits / "policies.json", {**PRESETS, EVIL: PRESETS["fast"], "chosen": choice})
     digits_folder(path / "models" / "whole", layout="nested", records=False)
     vectors = BranchyNet(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), {"1": nn.Linear(8, 3)})
     export(vectors, path / "models" / "vectors.onnx", policy=Policy(thresholds=(0.5,)), example=torch.randn(2, 4))
@@ -67,7 +70,7 @@ def page(browser, address):
     found.on("console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None)
     found.on("pageerror", lambda error: errors.append(str(error)))
     found.goto(address)
-    expect(found, "#presets button").to_have_count(4)
+    expect(found, "#presets button").to_have_count(5)
     yield found
     context.close()
     assert [one for one in errors if not re.search(found.expected, one)] == []
@@ -140,6 +143,11 @@ def test_a_preset_is_sent_and_shown(page):
         playwright.expect(pressed).to_have_count(1)
         playwright.expect(pressed).to_contain_text(name)
         expect(page, "#speed").to_have_text(re.compile("×"))
+        expect(page, "#promise").to_be_empty()
+    page.get_by_role("button", name="chosen").click()
+    expect(page, "#promise").to_contain_text("With 95% confidence, accuracy is at most 50.00 points below")
+    move(page, "#sure", 3)
+    expect(page, "#promise").to_be_empty()  # it holds for the thresholds of the policy alone
 
 
 def test_all_samples_are_read_as_their_digits(page):
@@ -244,7 +252,7 @@ def test_a_finger_draws(browser, address):
     context = browser.new_context(reduced_motion="reduce", viewport={"width": 375, "height": 700}, has_touch=True)
     page = context.new_page()
     page.goto(address)
-    expect(page, "#presets button").to_have_count(4)
+    expect(page, "#presets button").to_have_count(5)
     page.locator("#canvas").scroll_into_view_if_needed()
     box, session = page.locator("#canvas").bounding_box(), context.new_cdp_session(page)
     places = [(28 + t, 20) for t in range(0, 47, 4)] + [(74 - t, 20 + 2.4 * t) for t in range(0, 29, 4)]

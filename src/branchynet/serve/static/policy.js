@@ -97,7 +97,7 @@ export class PolicyPanel {
     if (place) this.place(point);
     byId("accuracy").textContent = point ? percent(point.accuracy, 2) : "unknown";
     byId("speed").textContent = point?.speedup ? `${point.speedup.toFixed(2)}×` : point?.mean_us ? time(point.mean_us) : "unknown";
-    byId("promise").textContent = this.about.policies[name]?.promise ?? "";
+    byId("promise").textContent = promise(name === null ? this.about : this.about.policies[name]);
     this.mark(point);
   }
 
@@ -132,6 +132,9 @@ export class PolicyPanel {
     this.dot.setAttribute("cy", y);
   }
 }
+
+// The sentence of a promise; a file without one says "none" and why.
+const promise = (one) => (one?.promise && !one.promise.startsWith("none") ? one.promise : "");
 
 const outcome = (point) =>
   `${percent(point.accuracy, 2)}${point.speedup ? `, ${point.speedup.toFixed(2)} times as fast` : ""}`;
