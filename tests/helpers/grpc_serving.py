@@ -30,9 +30,9 @@ def running(path, **settings):
 
 
 @contextlib.contextmanager
-def stub(port):
-    """The published stub, without the checks of a client."""
-    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+def stub(port, *options):
+    """The published stub, without the checks of a client. Channels with other options share no connection."""
+    with grpc.insecure_channel(f"127.0.0.1:{port}", options) as channel:
         yield service_pb2_grpc.GRPCInferenceServiceStub(channel)
 
 

@@ -20,7 +20,7 @@ from branchynet.errors import FileError, InputError
 from branchynet.serve import runner, server
 from branchynet.serve.settings import ServeSettings
 from helpers.grpc_serving import refused, request, running, stub, tensor
-from helpers.serving import call, pictures, until, write_models
+from helpers.serving import call, connect, pictures, until, write_models
 
 KEY = "0123456789abcdef"
 LONG = 20_000.0  # milliseconds that samples wait for a full batch, unless a test fills it
@@ -169,6 +169,23 @@ def test_large_and_compressed_messages_are_refused(folder):
         with refused(StatusCode.UNIMPLEMENTED, "gzip"):
             raw.ModelInfer(request("staged", np.zeros((5, 1, 6, 6), np.float32)), compression=grpc.Compression.Gzip)
         assert raw.ModelInfer(request("staged", pictures(1))).model_name == "staged"
+
+
+def test_connections_that_send_nothing_are_closed_and_others_are_served(folder):
+    with running(folder / "staged", client_s=0.5) as serving, connect(serving.grpc.port) as silent:
+        with stub(serving.grpc.port) as raw:
+            assert raw.ModelInfer(request("staged", pictures(1))).model_name == "staged"
+        with contextlib.suppress(ConnectionResetError):
+            while silent.recv(1000):  # the server's own greeting, and then the end
+                pass
+
+
+def test_connections_beyond_the_limit_are_refused(folder):
+    with running(folder / "staged", connections=1) as serving, stub(serving.grpc.port) as raw:
+        raw.ModelInfer(request("staged", pictures(1)))
+        with stub(serving.grpc.port, ("other", 1)) as more, refused(StatusCode.UNAVAILABLE, ""):
+            more.ModelInfer(request("staged", pictures(1)))
+        raw.ModelInfer(request("staged", pictures(1)))
 
 
 def test_a_port_in_use_is_told(folder):
