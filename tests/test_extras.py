@@ -17,7 +17,6 @@ from helpers import device
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {  # packages with another name than their module
-    "google": "protobuf",
     "grpc": "grpcio",
     "PIL": "pillow",
     "onnx_ir": "onnx-ir",

@@ -21,7 +21,7 @@ EXTRAS = {
     **dict.fromkeys(
         ("fastapi", "httptools", "orjson", "prometheus_client", "python_multipart", "uvicorn", "uvloop"), "serve"
     ),
-    **dict.fromkeys(("google", "grpc", "tritonclient"), "grpc"),
+    **dict.fromkeys(("grpc", "tritonclient"), "grpc"),
 }
 
 

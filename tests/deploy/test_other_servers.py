@@ -1,6 +1,7 @@
 """Files for other servers: read by the published schemas, and run by the rules in the servers' documentation."""
 
 import asyncio
+import doctest
 import itertools
 import json
 import re
@@ -156,6 +157,14 @@ def test_a_service_of_kserve_runs_the_image_without_rights(tmp_path):
     assert container["args"] == ["--port", str(port)]
     assert container["readinessProbe"]["httpGet"] == {"path": "/v2/health/ready", "port": port}
     assert container["securityContext"]["runAsNonRoot"] is True
+
+
+@pytest.mark.parametrize("function", [triton_repository, kserve])
+def test_docstring_examples(function, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (test,) = doctest.DocTestFinder().find(function, globs={})
+    report = []
+    assert doctest.DocTestRunner().run(test, out=report.append).attempted and not report, "".join(report)
 
 
 TARGETS = (triton_repository, openvino_server, docker_context)
