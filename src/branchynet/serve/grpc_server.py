@@ -75,7 +75,7 @@ class GrpcServer:
                 ("grpc.max_allowed_incoming_connections", settings.connections),
                 ("grpc.keepalive_time_ms", 60_000),  # connections of clients that are gone are closed
             ],
-            maximum_concurrent_rpcs=settings.connections,
+            maximum_concurrent_rpcs=max(settings.connections, settings.queue),  # a connection may carry many
         )
         server.add_generic_rpc_handlers((self._handlers(),))
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
