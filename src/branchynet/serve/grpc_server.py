@@ -237,7 +237,7 @@ class GrpcServer:
             answer = pb.ModelStreamInferResponse(infer_response=await self._infer(request, context))
             status = 200
         except BranchyNetError as error:
-            status = status_of(error)
+            status = _noted(error)
             answer = pb.ModelStreamInferResponse(error_message=str(error))
             if request is not None:
                 answer.infer_response.id = request.id
@@ -251,13 +251,19 @@ class GrpcServer:
             check_key(sent, self._key)
 
     async def _abort(self, context: Any, error: BranchyNetError) -> None:
-        code = _CODES.get(status_of(error), grpc.StatusCode.INTERNAL)
-        if code is grpc.StatusCode.INTERNAL:
-            log.error("%s", error)
+        code = _CODES.get(_noted(error), grpc.StatusCode.INTERNAL)
         await context.abort(code, str(error), tuple(headers_of(error).items()))
 
     def _count(self, model: str, status: int) -> None:
         self._metrics.request(model if model in self._repository.names else "", "grpc", status)
+
+
+def _noted(error: BranchyNetError) -> int:
+    """Return the HTTP status of an error, and log those that no request causes."""
+    status = status_of(error)
+    if status == 500:
+        log.error("%s", error)
+    return status
 
 
 def _until(options: Options, remaining: float | None) -> Options:
