@@ -39,7 +39,7 @@ test-heavy: $(VENV)/.ready
 test-gpu-rehearsal: export PYTHON := $(CURDIR)/$(BIN)/python
 test-gpu-rehearsal: $(VENV)/.ready
 	benchmarks/gpu/tests.sh --rehearse -n auto --dist loadfile
-	OUT=build/gpu benchmarks/gpu/run.sh --rehearse --budget 900
+	OUT=build/gpu benchmarks/gpu/run.sh --rehearse --budget 240
 
 # Tests of what depends on the processor's kernels, as on a processor with AVX2 alone, and as on an AMD EPYC of Zen 2: on
 # Linux for x86-64, where the processor lets a process hide instructions. It says so where it cannot.
