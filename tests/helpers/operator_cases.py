@@ -121,6 +121,29 @@ CONVOLUTIONS = [
     pool("AveragePool", "same", kernel_shape=[3, 3], strides=[2, 2], auto_pad="SAME_LOWER"),
     pool("AveragePool", "ceil", kernel_shape=[3, 3], strides=[2, 2], ceil_mode=1),
     pool("LpPool", kernel_shape=[3, 2], strides=[2, 1], p=2),
+    pool("LpPool", "ceil", kernel_shape=[3, 3], strides=[2, 2], p=3, ceil_mode=1, pads=[1, 1, 1, 1]),
+    *(
+        pool(
+            operator,
+            f"ceil {stride} {pads}",
+            opset=opset,
+            kernel_shape=[3, 3],
+            strides=[stride] * 2,
+            **{
+                "ceil_mode": 1,
+                "pads": [int(digit) for digit in pads],
+                **more,
+            },
+        )
+        for operator, opset, more in (
+            ("MaxPool", 12, {}),
+            ("AveragePool", 12, {}),
+            ("AveragePool", 19, {"count_include_pad": 1}),
+            ("LpPool", 18, {}),
+        )
+        for stride in (2, 3, 4)  # some windows start in the padding at the end
+        for pads in ("0011", "0110", "2001")
+    ),
 ]
 
 SCALE, BIAS = floats(6), floats(6)
@@ -260,6 +283,17 @@ RESIZING = [
     ),
     *(resize(f"nearest {how}", scales=[1, 1, 1.4, 0.7], nearest_mode=how) for how in ("floor", "ceil")),
     resize("round", scales=[1, 1, 2, 2], coordinate_transformation_mode="asymmetric", nearest_mode="round_prefer_ceil"),
+    *(
+        resize(
+            f"symmetric {factor}",
+            scales=[1, 1, factor, 3],
+            coordinate_transformation_mode="half_pixel_symmetric",
+            **{
+                "nearest_mode": how,
+            },
+        )
+        for factor, how in ((1.7, "round_prefer_floor"), (1.7, "round_prefer_ceil"), (2, "floor"), (2, "ceil"))
+    ),
     resize("cubic", scales=[1, 1, 2, 3], mode="cubic"),
     resize("one dimension", floats(2, 3, 8), scales=[1, 1, 2], mode="linear"),
     resize("three dimensions", floats(2, 3, 4, 5, 3), scales=[1, 1, 2, 2, 2], mode="linear"),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import GraphError, InputError
+from ..onnx_import.comparing import check_answers
 from ..onnx_import.fixed_batch import check_batch
 from ..onnx_import.loading import from_onnx
 from ..onnx_import.network import OnnxNetwork
@@ -47,6 +48,7 @@ def attach(
 
     Args:
         backbone: the network; it is not changed. Or an ONNX file, which `from_onnx` reads.
+            `attach` compares it with ONNX Runtime on the first rows of the example, and warns if that cannot run it.
         at: names of submodules (as in ``named_modules()``) or ``"input"``, in any order: exits are numbered in running
             order. For an ONNX file, names of its values. ``"auto"`` spreads `num_exits` exits evenly by
             multiply-accumulates, at ends of blocks.
@@ -66,7 +68,8 @@ def attach(
         InputError: no taps, a repeated name, an unknown submodule (the nearest is suggested), fewer than 2 exits, or an
             unknown number of classes.
         GraphError: a tap never runs, runs twice, or runs after the output is computed; ``"auto"`` finds fewer places
-            for exits than requested; or an ONNX file cannot be imported, or fixes the batch size.
+            for exits than requested; or an ONNX file cannot be imported, fixes the batch size or a length that the
+            example does not have, or the imported network differs from ONNX Runtime on the example.
         FileError: see `from_onnx`.
 
     Example:
@@ -113,6 +116,9 @@ def attach(
         with calling(backbone, example):
             returned = backbone(*args, **kwargs)
         last = read_tensor(output or single_output, returned, "the backbone's output")
+    if isinstance(backbone, OnnxNetwork):
+        with evaluating(backbone):
+            check_answers(backbone, args, kwargs)
     if at == "auto":
         assert num_exits is not None
         names = spread_exits(survey, last, num_exits)

@@ -1,5 +1,6 @@
 """A network whose exits are independent networks: each sample is answered by the first one that is sure."""
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,7 +45,10 @@ def cascade(*networks: nn.Module, output: Reader | Sequence[Reader | None] | Non
     Cascading", arXiv 2407.02348. For their rules, see the score ``"agreement"`` and `averaged`.
     """
     for n, network in enumerate(networks, 1):
-        instance(f"network {n} of the cascade", network, nn.Module, "give the networks one by one, cascade(small, big)")
+        remedy = "give the networks one by one, cascade(small, big)"
+        if isinstance(network, (str, os.PathLike)):
+            remedy = "for an ONNX file, give from_onnx(path).eval()"
+        instance(f"network {n} of the cascade", network, nn.Module, remedy)
         if any(network is earlier for earlier in networks[: n - 1]):
             raise InputError(
                 f"network {n} of the cascade is the same {type(network).__name__} as an earlier one, so its exit adds "

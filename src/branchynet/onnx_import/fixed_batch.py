@@ -1,5 +1,6 @@
 """Free the batch size of a file that fixes it."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,13 @@ REMEDY = (
     "export it again with a free batch dimension (PyTorch: torch.onnx.export(..., dynamic_shapes={'input': {0: "
     "torch.export.Dim('batch')}})), or give the PyTorch network itself"
 )
+
+LENGTHS = (
+    "export it again with free dimensions (PyTorch: torch.onnx.export(..., dynamo=True, dynamic_shapes={'input': {0: "
+    "torch.export.Dim('batch'), 1: torch.export.Dim('length')}})), give an example of the lengths that it was exported "
+    "with, or give the PyTorch network itself"
+)
+_SIZES = "invalid for input of size|must match"  # what torch says of sizes that do not fit
 
 
 def free_batch(
@@ -54,7 +62,7 @@ def _first(shape: list[int], batch: int) -> int | None:
 
 @torch.no_grad()
 def check_batch(network: OnnxNetwork, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Check that a network from a file with a fixed batch size computes every sample alone.
+    """Check that a network computes any batch size, and, if its file fixes the batch size, every sample alone.
 
     Args:
         network: in eval mode.
@@ -62,28 +70,55 @@ def check_batch(network: OnnxNetwork, args: Sequence[Any], kwargs: Mapping[str, 
         kwargs: further inputs by name.
 
     Raises:
-        GraphError: it does not, or cannot compute another batch size.
+        GraphError: it does not, or its nodes hold a batch size or length that these inputs do not have.
     """
-    if network.fixed_batch is None:
-        return
-    rows = max((len(t) for t in (*args, *kwargs.values())), default=0)
+    given = (*args, *kwargs.values())
+    if not all(isinstance(one, Tensor) and one.dim() for one in given):
+        return  # `attach` refuses these
 
     def outputs(*chosen: int) -> list[Tensor]:
         take = list(chosen)
         returned = network(*(t[take] for t in args), **{name: t[take] for name, t in kwargs.items()})
         return list(returned.values()) if isinstance(returned, dict) else [returned]
 
-    first, last = 0, rows - 1  # a single row twice still shows sizes that do not fit
+    first, last = 0, max((len(one) for one in given), default=1) - 1  # a row twice still shows sizes that do not fit
     fixed = f"the file fixes the batch size at {network.fixed_batch}"
     try:
         both, alone = outputs(first, last), [outputs(first), outputs(last)]
     except InputError as error:
-        raise GraphError(f"{fixed}, and not only in the shape of its input ({first_line(error)}): {REMEDY}") from error
+        if others := _other_sizes(network, args, kwargs):
+            raise GraphError(
+                f"the file fixes the sizes of its inputs ({others}; {first_line(error)}): {LENGTHS}"
+            ) from error
+        if network.fixed_batch is not None:
+            raise GraphError(
+                f"{fixed}, and not only in the shape of its input ({first_line(error)}): {REMEDY}"
+            ) from error
+        if not re.search(_SIZES, str(error)):
+            return  # `attach` raises it with a hint
+        cause = first_line(error)
+        raise GraphError(f"a node of the file fixes a batch size or length ({cause}): {LENGTHS}") from error
+    if network.fixed_batch is None:
+        return
     for n, together in enumerate(both):
         apart = [one[n] for one in alone]
         # float32 sums in another order for another batch size; mixed samples differ by far more than a thousandth
         if together.shape[0] != 2 or not all(
-            torch.allclose(together[row].double(), one[0].double(), 1e-3, 1e-3 * float(one.double().abs().max()))
+            torch.allclose(together[row].double(), one[0].double(), 1e-3, 1e-3 * _largest(one), equal_nan=True)
             for row, one in enumerate(apart)
         ):
             raise GraphError(f"{fixed}, and mixes samples at any other: {REMEDY}")
+
+
+def _largest(value: Tensor) -> float:
+    return float(value.double().abs().nan_to_num(0, 0, 0).max())
+
+
+def _other_sizes(network: OnnxNetwork, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """Say which sizes but the batch differ from those that the file gives its inputs; empty if none does."""
+    for name, value in {**dict(zip(network.input_names, args, strict=False)), **kwargs}.items():
+        shape = network.input_shapes.get(name) or ()
+        for dim, (size, wanted) in enumerate(zip(value.shape, shape, strict=False)):
+            if dim and wanted is not None and size != wanted:
+                return f"dimension {dim} of {name!r} is {wanted} there and {size} in the example"
+    return ""

@@ -2,8 +2,10 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
-from ..errors import BranchyNetError
+from ..argument_checks import instance
+from ..errors import BranchyNetError, FileError, first_line
 from .network import OnnxNetwork
 from .reading import read_graph
 
@@ -44,7 +46,15 @@ def from_onnx(path: str | os.PathLike[str], *, outputs: Sequence[str] | None = N
         >>> net(x).shape, sum(p.numel() for p in net.parameters())
         (torch.Size([5, 3]), 67)
     """
+    instance("path", path, (str, os.PathLike), "give the path of the ONNX file")
     try:
-        return OnnxNetwork(read_graph(path, outputs))
+        return OnnxNetwork(read_graph(path, outputs), source=Path(path))
     except BranchyNetError as error:
         raise type(error)(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise FileError(
+            f"{path} is not a valid ONNX file ({type(error).__name__}: {first_line(error)}); it may be damaged: "
+            "write it again"
+        ) from error

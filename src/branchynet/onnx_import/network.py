@@ -3,12 +3,13 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError, nearest
+from ..errors import GraphError, InputError, nearest
 from .constants import is_few, is_size
 from .names import module_names
 from .numbers import Numbers, known
@@ -48,16 +49,19 @@ class OnnxNetwork(nn.Module):
         input_names: the names of the inputs, in order.
         output_names: the names of the outputs.
         value_names: for each submodule, the name of its value in the file.
+        input_shapes: the shapes that the file gives them, as in `OnnxGraph`.
         fixed_batch: the batch size that the file fixes; None if it is free.
+        source: the path of the file.
     """
 
-    def __init__(self, graph: OnnxGraph) -> None:
+    def __init__(self, graph: OnnxGraph, source: Path) -> None:
         super().__init__()
+        self.source = source
         self.input_names = tuple(graph.inputs)
         self.output_names = graph.outputs
         self.fixed_batch = graph.fixed_batch
         self.weights = _Weights(graph.constants, graph.trained)
-        self._steps, self._shapes = graph.steps, dict(graph.inputs)
+        self._steps, self.input_shapes = graph.steps, dict(graph.inputs)
         data, uses = set(graph.inputs), Counter(name for step in graph.steps for name in step.inputs)
         uses.update(graph.outputs)
         computed: list[str] = []
@@ -66,7 +70,7 @@ class OnnxNetwork(nn.Module):
                 data.update(step.outputs)
                 computed += [name for n, name in enumerate(step.outputs) if name and (uses[name] or not n)]
         # "input" is the tap at the network's input
-        self._names = module_names(computed, ("input", "weights", *vars(self)))
+        self._names = module_names(computed, ("input", "weights", "value_names", *vars(OnnxNetwork), *vars(self)))
         self.value_names = {name: value for value, name in self._names.items()}
         self._sizes = {name for step in graph.steps for name in step.outputs} - data
         self._uses = uses
@@ -75,6 +79,15 @@ class OnnxNetwork(nn.Module):
                 if value in self._names:
                     alone = len(step.outputs) == 1
                     self.add_module(self._names[value], OnnxNode(step) if alone else OnnxOutput(step, value))
+
+        self._read = self._marks()
+
+    def _marks(self) -> list[tuple[int, int]]:
+        return [(t.data_ptr(), t._version) for t in (*self.parameters(), *self.buffers())]
+
+    def as_read(self) -> bool:
+        """Whether the weights are still those of the file: not trained, moved or copied."""
+        return self._marks() == self._read
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Any:
         """Return the output, or several as a dict by name.
@@ -87,7 +100,15 @@ class OnnxNetwork(nn.Module):
             InputError: an input is missing, unknown or does not fit.
             GraphError: an operator cannot be imported in this use.
         """
-        values: dict[str, Any] = {**self.weights.values(), **self._bound(inputs, named)}
+        bound = self.bound(inputs, named)
+        try:
+            found = self._outputs(bound)
+        except (InputError, GraphError) as error:
+            raise type(error)(f"{self.source}: {error}") from error
+        return found if len(found) > 1 else next(iter(found.values()))
+
+    def _outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        values: dict[str, Any] = {**self.weights.values(), **inputs}
         left = self._uses.copy()
         for step in self._steps:
             given = [values[name] if name else None for name in step.inputs]
@@ -102,8 +123,7 @@ class OnnxNetwork(nn.Module):
                 left[name] -= 1
                 if name and not left[name]:
                     values.pop(name, None)
-        found = {name: _as_tensor(values[name]) for name in self.output_names}
-        return found if len(found) > 1 else next(iter(found.values()))
+        return {name: _as_tensor(values[name]) for name in self.output_names}
 
     def submodule_name(self, value: str) -> str:
         """Return the name of the submodule that computes a value of the file; ``"input"`` for the first input.
@@ -135,7 +155,8 @@ class OnnxNetwork(nn.Module):
         hint = nearest(str(value), dict.fromkeys([*self._names, *self.value_names]))
         raise InputError(f"the file computes no value {value!r}{hint} (print(from_onnx(path)) lists all values)")
 
-    def _bound(self, inputs: Sequence[Tensor], named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def bound(self, inputs: Sequence[Tensor], named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the inputs of a call of `forward` by name. Raises `InputError` as `forward` does."""
         names = ", ".join(self.input_names)
         if len(inputs) > len(self.input_names):
             raise InputError(f"the file has the inputs {names}; got {len(inputs)} values")
@@ -148,7 +169,7 @@ class OnnxNetwork(nn.Module):
         if missing := [name for name in self.input_names if name not in bound]:
             raise InputError(f"the network was called without {missing[0]!r}; the file has the inputs {names}")
         for name, value in bound.items():
-            shape = self._shapes[name]
+            shape = self.input_shapes[name]
             if not isinstance(value, Tensor):
                 raise InputError(f"the input {name!r} must be a tensor; got {type(value).__name__}")
             if shape is not None and value.dim() != len(shape):

@@ -22,7 +22,9 @@ from .numbers import Numbers, known
 from .operators import OPERATORS
 from .steps import Step
 from .unsupported import check_operator
+from .validity import check_names, check_node, check_version
 
+DENSE = "which cannot be imported; write the file with dense weights"
 _OLDEST = 7  # before, operators broadcast by an attribute
 _FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
 
@@ -58,16 +60,18 @@ def _check_origin(model: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
 def _graph(model: onnx.ModelProto, wanted: Sequence[str] | None) -> OnnxGraph:
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
+    check_version(model)
     opset = next((one.version for one in model.opset_import if one.domain in ("", "ai.onnx")), _OLDEST)
     if opset < _OLDEST:
         raise GraphError(
             f"it has operator set {opset}; {_OLDEST} and later can be read: convert it with "
             "onnx.version_converter.convert_version(model, 17)"
         )
-    constants = {one.name: tensor_of(one) for one in model.graph.initializer}
     if model.graph.sparse_initializer:
-        raise GraphError("it has sparse weights, which cannot be imported; write it with dense weights")
+        raise GraphError(f"it has sparse weights, {DENSE}")
+    constants = {one.name: tensor_of(one) for one in model.graph.initializer}
     inputs = {one.name: _shape(one) for one in model.graph.input if one.name not in constants}
+    check_names(model.graph)
     if not inputs:
         raise GraphError("it has no inputs, so there is nothing to learn from; give the file of a network")
     outputs = tuple(wanted) if wanted else _answers(model.graph)
@@ -78,6 +82,7 @@ def _graph(model: onnx.ModelProto, wanted: Sequence[str] | None) -> OnnxGraph:
             constants[node.output[0]] = _constant(node)
         else:
             check_operator(node)
+            check_node(node, opset)
             steps.append(_step(node, opset))
     batch = _fixed_batch(inputs.values())
     if batch is not None:
@@ -146,7 +151,13 @@ def _attribute(attribute: onnx.AttributeProto) -> Any:
 
 
 def _constant(node: onnx.NodeProto) -> Tensor:
+    if len(node.attribute) != 1:
+        raise FileError(
+            f"the constant {node.output[0]!r} has {len(node.attribute)} values, not one; write the file again"
+        )
     attribute = node.attribute[0]
+    if attribute.name == "sparse_value":
+        raise GraphError(f"the constant {node.output[0]!r} is sparse, {DENSE}")
     value = _attribute(attribute)
     if isinstance(value, Tensor):
         return value

@@ -12,9 +12,6 @@ from ..errors import GraphError, InputError, first_line
 from .numbers import Numbers
 from .operators import OPERATORS
 
-# What torch raises for values that do not fit; under torch.export, errors are the exporter's own.
-_MISFITS = (RuntimeError, TypeError, ValueError, IndexError)
-
 
 @dataclass(frozen=True)
 class Step:
@@ -43,13 +40,18 @@ class Step:
         """
         try:
             returned = self._run(values, training)
-        except _MISFITS as error:
-            if torch.compiler.is_compiling():
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a damaged file may hold anything
+            if torch.compiler.is_compiling():  # the exporter's own errors
                 raise
             if isinstance(error, GraphError):
                 raise GraphError(f"{self.described()}: {error}") from error
             shapes = ", ".join(_shape(value) for value in values if value is not None)
-            raise InputError(f"{self.described()} cannot read {shapes} ({first_line(error)})") from error
+            cause = first_line(error)
+            if not isinstance(error, (RuntimeError, TypeError, ValueError, IndexError)):
+                cause = f"{type(error).__name__}: {cause}"  # such as an unknown mode, or a stride of zero
+            raise InputError(f"{self.described()} cannot read {shapes} ({cause})") from error
         return returned if isinstance(returned, tuple) else (returned,)
 
     def _run(self, values: Sequence[Any], training: bool) -> Any:

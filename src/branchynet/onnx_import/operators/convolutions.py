@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import GraphError
-from .operator import Operator
+from .operator import DAMAGED, Operator
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -35,6 +35,10 @@ class Window:
     storage_order: int = 0
     strides: Sequence[int] = ()
 
+    def __post_init__(self) -> None:
+        if self.auto_pad not in ("NOTSET", "SAME_UPPER", "SAME_LOWER", "VALID"):
+            raise GraphError(f"there is no auto_pad {self.auto_pad!r}; {DAMAGED}")
+
     def steps(self, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return strides and dilations of `count` dimensions."""
         return tuple(self.strides) or (1,) * count, tuple(self.dilations) or (1,) * count
@@ -48,11 +52,30 @@ class Window:
         count = len(kernel)
         if self.auto_pad in ("SAME_UPPER", "SAME_LOWER"):
             totals = [
-                max(0, ((n + s - 1) // s - 1) * s + (k - 1) * d + 1 - n)
+                ((n + s - 1) // s - 1) * s + (k - 1) * d + 1 - n
                 for n, k, s, d in zip(x.shape[2:], kernel, *self.steps(count), strict=True)
             ]
-            return self.halves(totals)
+            if any(total < -1 for total in totals):  # ONNX Runtime crops there, or fails; the specification pads by 0
+                raise GraphError(
+                    f"auto_pad {self.auto_pad!r} with strides {self.strides} larger than the window cannot be "
+                    "imported; write the file with pads"
+                )
+            return self.halves([max(0, total) for total in totals])
         return ([0] * count, [0] * count) if self.auto_pad == "VALID" else self.fixed_pads(count)
+
+    def reach(self, x: Tensor, kernel: Sequence[int], begins: Sequence[int], ends: Sequence[int]) -> list[int]:
+        """Return the padding after every dimension that holds all windows of a pooling, and no more.
+
+        As in ONNX Runtime, `ceil_mode` adds a window that passes the end, unless it starts in the padding there.
+        """
+        found = []
+        for n, k, b, e, s, d in zip(x.shape[2:], kernel, begins, ends, *self.steps(len(kernel)), strict=True):
+            room, extent = n + b + e, (k - 1) * d + 1
+            last = (room - extent + (s - 1 if self.ceil_mode else 0)) // s * s  # where the last window starts
+            if self.ceil_mode and last >= n + b:
+                last -= s
+            found.append(last + extent - n - b)
+        return found
 
     def halves(self, totals: Sequence[int]) -> tuple[list[int], list[int]]:
         """Divide paddings into those before and after; SAME_UPPER has the odd one after."""
@@ -91,9 +114,10 @@ def _max_pool(x: Tensor, *, outputs: int, **attributes: Any) -> Tensor:
     window, count = Window(**attributes), _spatial("MaxPool", x, _MAX_POOL)
     kernel, (strides, dilations) = tuple(window.kernel_shape), window.steps(count)
     begins, ends = window.padding(x, kernel)
-    if begins != ends or any(b > k // 2 for b, k in zip(begins, kernel, strict=True)):
-        x, begins = _padded(x, begins, ends, -torch.inf), [0] * count
-    return _MAX_POOL[count](x, kernel, strides, begins, dilations, bool(window.ceil_mode))
+    if _even(begins, ends, kernel):
+        return _MAX_POOL[count](x, kernel, strides, begins, dilations, bool(window.ceil_mode))
+    x = _padded(x, begins, window.reach(x, kernel, begins, ends), -torch.inf)
+    return _MAX_POOL[count](x, kernel, strides, 0, dilations)
 
 
 def _average_pool(x: Tensor, **attributes: Any) -> Tensor:
@@ -102,20 +126,34 @@ def _average_pool(x: Tensor, **attributes: Any) -> Tensor:
     if any(d != 1 for d in dilations):
         raise GraphError(f"AveragePool with dilations {dilations} cannot be imported, only with 1")
     begins, ends = window.padding(x, kernel)
-    pool, ceil, include = _AVG_POOL[count], bool(window.ceil_mode), bool(window.count_include_pad)
-    if begins == ends and all(b <= k // 2 for b, k in zip(begins, kernel, strict=True)):
-        return pool(x, kernel, strides, begins, ceil, include)
-    padded = _padded(x, begins, ends)
+    pool, include = _AVG_POOL[count], bool(window.count_include_pad)
+    if _even(begins, ends, kernel):
+        return pool(x, kernel, strides, begins, bool(window.ceil_mode), include)
+    reach = window.reach(x, kernel, begins, ends)
+    ones = torch.ones_like(x[:1, :1])
     if include:
-        return pool(padded, kernel, strides, 0, ceil)
-    ones = _padded(torch.ones_like(x[:1, :1]), begins, ends)  # the share of each window that is not padding
-    return pool(padded, kernel, strides, 0, ceil) / pool(ones, kernel, strides, 0, ceil)
+        ones = _padded(ones, begins, ends, 1.0)
+        rest = [r - e for r, e in zip(reach, ends, strict=True)]
+        ones = _padded(ones, [0] * count, rest)
+    else:
+        ones = _padded(ones, begins, reach)
+    # the share of each window that counts
+    return pool(_padded(x, begins, reach), kernel, strides) / pool(ones, kernel, strides)
 
 
 def _lp_pool(x: Tensor, **attributes: Any) -> Tensor:
-    window = Window(**attributes)
-    mean = _average_pool(x.abs() ** window.p, **{**attributes, "count_include_pad": 1})
-    return (mean * math.prod(window.kernel_shape)) ** (1 / window.p)
+    window, count = Window(**attributes), _spatial("LpPool", x, _AVG_POOL)
+    kernel, (strides, dilations) = tuple(window.kernel_shape), window.steps(count)
+    if any(d != 1 for d in dilations):
+        raise GraphError(f"LpPool with dilations {dilations} cannot be imported, only with 1")
+    begins, ends = window.padding(x, kernel)
+    powers = _padded(x.abs() ** window.p, begins, window.reach(x, kernel, begins, ends))
+    return (_AVG_POOL[count](powers, kernel, strides) * math.prod(kernel)) ** (1 / window.p)
+
+
+def _even(begins: Sequence[int], ends: Sequence[int], kernel: Sequence[int]) -> bool:
+    """Whether torch's own padding is enough."""
+    return begins == ends and all(b <= k // 2 for b, k in zip(begins, kernel, strict=True))
 
 
 def _spatial(name: str, x: Tensor, known: dict[int, Any]) -> int:

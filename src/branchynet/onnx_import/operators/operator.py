@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+DAMAGED = "the file is damaged: write it again"
+
 
 @dataclass(frozen=True)
 class Operator:

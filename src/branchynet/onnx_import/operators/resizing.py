@@ -1,7 +1,7 @@
 """Operators that resize or rearrange images `(B, C, H, W)`, and volumes or signals."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import GraphError
-from .operator import Operator
+from .operator import DAMAGED, Operator
 
 _MODES = {"linear": {1: "linear", 2: "bilinear", 3: "trilinear"}, "cubic": {2: "bicubic"}}
+_RESIZE_MODES = ("nearest", *_MODES)
+_ROUND: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "floor": np.floor,
+    "ceil": np.ceil,
+    "round_prefer_floor": lambda places: np.ceil(places - 0.5),
+    "round_prefer_ceil": lambda places: np.floor(places + 0.5),
+}
 _HALF = ("half_pixel", "pytorch_half_pixel")
 
 
@@ -36,6 +43,8 @@ class Resizing:
         if not plain or self.cubic_coeff_a != -0.75:
             options = "antialias, exclude_outside, keep_aspect_ratio_policy or another cubic_coeff_a"
             raise GraphError(f"Resize with {options} cannot be imported")
+        if self.mode not in _RESIZE_MODES or self.nearest_mode not in _ROUND:
+            raise GraphError(f"Resize has no mode {self.mode!r} with nearest_mode {self.nearest_mode!r}; {DAMAGED}")
 
 
 def _resize(
@@ -45,6 +54,8 @@ def _resize(
     sizes: Sequence[Any] | None = None,
     **attributes: Any,
 ) -> Tensor:
+    if not sizes and not scales:
+        raise GraphError("Resize has neither scales nor sizes; " + DAMAGED)
     options = Resizing(**attributes)
     mode, how = options.mode, options.coordinate_transformation_mode
     axes = [a % x.dim() for a in (range(x.dim()) if options.axes is None else options.axes)]
@@ -55,7 +66,7 @@ def _resize(
                 continue  # the batch
             new, scale = sizes[place], sizes[place] / x.shape[axis]
         else:
-            assert scales is not None
+            assert scales
             if scales[place] == 1:
                 continue
             new, scale = math.floor(x.shape[axis] * scales[place]), scales[place]
@@ -69,7 +80,13 @@ def _resize(
         return fast
     if mode == "cubic":
         raise GraphError(f"cubic Resize in mode {how!r} of dimensions {sorted(wanted)} cannot be imported")
+    rounds = mode == "nearest" and options.nearest_mode in ("floor", "ceil")
     for axis, (new, scale) in wanted.items():
+        if how == "half_pixel_symmetric" and rounds and scale != int(scale):
+            raise GraphError(
+                f"Resize in mode {how!r} with nearest_mode {options.nearest_mode!r} and the scale {scale:g} cannot be "
+                "imported, because ONNX Runtime differs from the specification there; use 'half_pixel'"
+            )
         places = _places(how, x.shape[axis], new, scale)
         x = _nearest(x, axis, places, options.nearest_mode) if mode == "nearest" else _linear(x, axis, places)
     return x
@@ -110,13 +127,7 @@ def _places(how: str, old: int, new: int, scale: float) -> np.ndarray:
 
 
 def _nearest(x: Tensor, axis: int, places: np.ndarray, how: str) -> Tensor:
-    near = {
-        "floor": np.floor(places),
-        "ceil": np.ceil(places),
-        "round_prefer_floor": np.ceil(places - 0.5),
-        "round_prefer_ceil": np.floor(places + 0.5),
-    }[how]
-    chosen = np.clip(near, 0, x.shape[axis] - 1).astype(int).tolist()
+    chosen = np.clip(_ROUND[how](places), 0, x.shape[axis] - 1).astype(int).tolist()
     return x.index_select(axis, torch.tensor(chosen, device=x.device))
 
 
@@ -135,6 +146,8 @@ def _upsample(x: Tensor, scales: Sequence[float], *, mode: str = "nearest") -> T
 
 
 def _depth_to_space(x: Tensor, *, blocksize: int, mode: str = "DCR") -> Tensor:
+    if mode not in ("CRD", "DCR"):
+        raise GraphError(f"DepthToSpace has no mode {mode!r}; {DAMAGED}")
     if mode == "CRD":
         return F.pixel_shuffle(x, blocksize)
     b, c, h, w = x.shape
