@@ -312,3 +312,14 @@ def test_only_a_flat_file_can_be_recorded(net, recorded, tmp_path):
         record(nested, loader(), progress=False)
     with pytest.raises(InputError, match=r"an engine runs where it was loaded.*'cpu'"):
         record(recorded[0], loader(), progress=False, device="cpu")
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_a_calibration_batch_that_is_not_finite_is_named(tmp_path, wrong):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    good, bad = torch.randn(8, 4), torch.randn(8, 4)
+    bad[3, 2] = wrong
+    how = {"policy": None, "example": good, "precision": "int8", "calibration": [good, bad]}
+    with pytest.raises(InputError, match=r"calibration batch 2 holds NaN or infinity in 'input'.*leave such samples"):
+        export(net, tmp_path / "m.onnx", **how)

@@ -137,7 +137,8 @@ def test_networks_may_use_the_names_that_the_file_uses(keywords, tmp_path):
     names = ["threshold_1", "output", "linear", "exit", "threshold_map", "output_1"]
     given = dict(zip(names, example, strict=True)) if keywords else example
     policy = Policy(thresholds=(1.2,))
-    path = export(net, tmp_path / "model.onnx", policy=policy, example=given)
+    with pytest.warns(UserWarning, match=r"'threshold_1' as 'threshold_1_', .*'output_1' as 'output_1_'.*by that name"):
+        path = export(net, tmp_path / "model.onnx", policy=policy, example=given)
     onnx.checker.check_model(path, full_check=True)
     engine = load(path, threads=1)
     renamed = ["threshold_1_", "output_", "linear", "exit_", "threshold_map", "output_1_"]

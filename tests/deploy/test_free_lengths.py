@@ -108,7 +108,7 @@ def test_a_stage_takes_the_lengths_of_its_network(tmp_path):
     )  # fmt: skip
     stage = load(path, threads=1).stage(1)
     height, _ = stage.lengths
-    with pytest.raises(InputError, match=f"the height of 'x' is {height.least - 1}; the network takes {height}"):
+    with pytest.raises(InputError, match=f"the height of 'x' is {height.least - 1}; this file takes {height}"):
         stage.run({"x": maps(3, height.least - 1, 31).numpy()})
 
 
@@ -120,7 +120,7 @@ def test_later_stages_check_the_lengths_of_carried_values(tmp_path):
     (name, _axis), *_ = length.at
     assert name == stage.inputs[0].name
     carried = {i.name: np.zeros((3, *(d or length.least - 1 for d in i.shape)), np.float32) for i in stage.inputs}
-    with pytest.raises(InputError, match=f"the n of '{name}' is {length.least - 1}; the network takes"):
+    with pytest.raises(InputError, match=f"the n of '{name}' is {length.least - 1}; this file takes"):
         stage.run(carried)
 
 
@@ -158,7 +158,7 @@ def test_transformers_take_several_lengths(tmp_path, model, draw, free, example,
         for size in lengths:
             agrees(engine, net, draw(41, size))
         if length.most:
-            with pytest.raises(InputError, match=f"the length of 'input_ids' is 513; the network takes {allowed}"):
+            with pytest.raises(InputError, match=f"the length of 'input_ids' is 513; this file takes {allowed}"):
                 engine(**draw(2, 513))
             with pytest.raises(InputError, match="'input_ids', dimension 1 of 'attention_mask' must be equal, the len"):
                 engine(draw(2, 7)["input_ids"], draw(2, 8)["attention_mask"])
@@ -175,7 +175,7 @@ def test_flat_files_and_samples_stored_with_free_lengths(tmp_path):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
     assert len(engine.answer_all(maps(9, 20, 20), rows=4).label) == 9
     assert engine(maps(0, 20, 20)).output.shape == (0, 5)
-    with pytest.raises(InputError, match="the height of 'x' is 1; the network takes"):
+    with pytest.raises(InputError, match="the height of 'x' is 1; this file takes"):
         engine(maps(3, 1, 40))
 
 
@@ -225,7 +225,7 @@ def test_a_network_that_needs_multiples_takes_every_second_length(tmp_path):
     agree(engine(torch.randn(0, 6, 4)), np.empty((0, 2, 3)), (1.0,))
     y = torch.randn(7, 30, 4)
     agree(engine(y), every_exit(net, (y,)), (1.0,))
-    with pytest.raises(InputError, match=r"the frames of 'x' is 13; the network takes \d+, \d+, ... or more"):
+    with pytest.raises(InputError, match=r"the frames of 'x' is 13; this file takes \d+, \d+, ... or more"):
         engine(torch.randn(7, 13, 4))
 
 
@@ -304,3 +304,18 @@ def test_a_length_that_equals_the_batch_of_the_example_stays_apart(tmp_path):
     engine = load(export(net, tmp_path / "a.onnx", policy=Policy(thresholds=(1.0,)), example=x, free={"x": {1: "n"}}))
     y = torch.randn(7, 5, 4)
     agree(engine(y), every_exit(net, (y,)), (1.0,))
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
+def test_a_recurrent_layer_has_a_fixed_length(tmp_path, kind):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = kind(4, 8, batch_first=True), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.c(self.b(self.a(x)[0]).relu().mean(1))
+
+    net, x = attach(Recurrent().eval(), at=["b"], example=torch.randn(4, 6, 4)), torch.randn(4, 6, 4)
+    with pytest.raises(GraphError, match=rf"PyTorch exports 'a' \({kind.__name__}\) for a fixed length, here 6"):
+        export(net, tmp_path / "m.onnx", policy=Policy(thresholds=(0.5,)), example=x, free={"x": {1: "length"}})

@@ -83,3 +83,18 @@ def test_a_stage_pickles_and_copies(engine, again):
 def _all(results):
     answers, scores, carried = results
     return (*answers, scores, *carried.values())
+
+
+@pytest.mark.parametrize("wrong", [None, 0.5, [None], np.ones((2, 1)), ["a"]])
+def test_scores_to_leave_by_are_checked(engine, wrong):
+    for stage in engine.stages:
+        with pytest.raises(InputError, match=r"scores must be one number per sample, \(R,\)"):
+            stage.leave(wrong)
+
+
+def test_masked_arrays_are_refused(engine):
+    masked = np.ma.masked_array(X, mask=X > 0.5)
+    for call in (engine, lambda x, y: engine.stages[0].run({"x": x, "y": y})):
+        with pytest.raises(InputError, match=r"'x' is a masked array.*array\.filled\(value\)"):
+            call(masked, Y)
+        call(masked.filled(0), Y)

@@ -84,6 +84,23 @@ def test_values_are_rounded_to_the_bits_of_the_type(tmp_path, precision, bits):
     assert got.ravel().tolist() == [1 + 2.0 ** (1 - bits), 1 + 2.0 ** (1 - bits), 3.0]
 
 
+@pytest.mark.parametrize(("precision", "bits"), [("fp16", 11), ("bf16", 8)])
+def test_values_are_rounded_toward_zero(tmp_path, precision, bits):
+    """The oracle clears the bits of float32 that the type does not have."""
+    flat = flatten(nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 1)), torch.rand(2, 1))
+    for value in flat.model.graph.initializers.values():
+        size = value.const_value.numpy()
+        if size.dtype == np.float32:
+            value.const_value = ir.tensor(np.full_like(size, size.ndim > 1), name=value.name)
+    coarse = rounded(in_half(flat, precision), precision, toward_zero=True)
+    powers = np.exp2(np.arange(-4, 8))
+    x = np.concatenate([np.random.default_rng(0).uniform(1e-3, 200, 500), powers, np.nextafter(powers, 0), [0]])
+    x = x.astype(np.float32)[:, None]
+    got = opened(tmp_path, coarse, outputs=coarse.names()).outputs(x)[1]
+    kept = np.uint32(0xFFFFFFFF << (24 - bits) & 0xFFFFFFFF)
+    np.testing.assert_array_equal(got, (x.view(np.uint32) & kept).view(np.float32))
+
+
 def test_a_weight_that_is_too_large_is_named():
     net = two(nn.ReLU())
     with torch.no_grad():

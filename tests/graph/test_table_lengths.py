@@ -91,7 +91,7 @@ def test_a_file_of_roberta_refuses_what_its_table_does_not_hold(tmp_path):
     engine = load(path, threads=1)
     most = backbone.config.max_position_embeddings - backbone.config.pad_token_id - 1
     engine(**{name: torch.ones(2, most, dtype=torch.int64) for name in inputs})
-    with pytest.raises(InputError, match=rf"the length of 'input_ids' is {most + 1}; the network takes 2 to {most}"):
+    with pytest.raises(InputError, match=rf"the length of 'input_ids' is {most + 1}; this file takes 2 to {most}"):
         engine(**{name: torch.ones(2, most + 1, dtype=torch.int64) for name in inputs})
 
 

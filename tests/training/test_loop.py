@@ -316,3 +316,15 @@ def test_a_log_file_gets_lines_within_an_epoch(capsys, monkeypatch):
     fit(make(), loader(), epochs=1, options=FitOptions(device="cpu"))
     text = capsys.readouterr().err
     assert [f"epoch 1/1: {n} of 6 batches, loss" in text for n in range(8)] == [n in range(1, 6) for n in range(8)]
+
+
+def test_batches_without_samples_are_left_out():
+    x, y = torch.randn(12, 2, 8, 8), torch.randint(CLASSES, (12,))
+    some = [(x[:6], y[:6]), (x[6:], y[6:])]
+    nets = make(), make()
+    nets[1].load_state_dict(nets[0].state_dict())
+    for net, given in zip(nets, (some, [(x[:0], y[:0]), some[0], (x[:0], y[:0]), some[1]]), strict=True):
+        quiet(net, given, epochs=1, schedule=Constant())
+    assert equal(state(nets[0]), state(nets[1]))
+    with pytest.raises(InputError, match="yielded no batch"):
+        quiet(make(), [(x[:0], y[:0])], epochs=1)

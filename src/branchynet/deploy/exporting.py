@@ -4,6 +4,7 @@ import contextlib
 import copy
 import importlib
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from ..extras import needed_by
 from ..files import check_path, check_utf8, replacing
 from ..folders import remove_weights, replacing_folder, replacing_with_weights
 from ..graph.free_lengths import Free
+from ..graph.free_program import own_names
 from ..graph.half import HALF
 from ..graph.onnx_flat import FlatGraph, flatten
 from ..graph.precision import Precision, check_precision
@@ -80,7 +82,7 @@ def export(
         free: which dimensions of the inputs may differ from the example. ``"batch"``: the batch size. ``"none"``: none;
             the file takes one sample per call, with the smallest overhead. A mapping from names of inputs to dimensions
             also frees these lengths, such as ``{"input_ids": {1: "length"}, "attention_mask": {1: "length"}}``;
-            dimensions of one name have one size. The sizes that the network takes are in `Engine.lengths`.
+            dimensions of one name have one size. The sizes that the file takes are in `Engine.lengths`.
         precision: ``"fp16"`` and ``"bf16"`` halve the weights; a file in bf16 needs OpenVINO, here too, or a GPU.
             ``"int8"`` computes convolutions and matrix products in 8 bits. Inputs, outputs and scores stay float32. The
             file is compared with PyTorch before conversion and with the flat converted graph after it. The converted
@@ -113,7 +115,8 @@ def export(
         FileError: the file cannot be written; no partial file remains at `path`.
 
     Warns:
-        UserWarning: the converted network and float agree in less than 95% of the samples.
+        UserWarning: the converted network and float agree in less than 95% of the samples; or an input has the name of
+            an output or threshold of the file, such as ``label``, and is called ``label_`` there.
 
     Example:
         >>> import torch
@@ -141,6 +144,7 @@ def export(
     score = None if policy is None else resolve(policy.score)
     lengths = free if isinstance(free, Mapping) else None
     flat = flatten(net, example, score=score, dynamic=free != "none", free=lengths)
+    _warn_of_other_names(net, example, flat)
     expected, source = _from_network(net, example, score), "the network"
     _check_outputs(expected, notes["labels"], policy)
     if precision != "float32":
@@ -201,6 +205,18 @@ def _check_outputs(expected: Samples, labels: Sequence[str], policy: Policy | No
         raise InputError(f"labels= names {len(labels)} classes, but every exit has {classes} outputs; give {classes}")
     if len(expected.outputs) > 1 and (policy is None or is_named(policy.score)):
         warn_of_probabilities(tuple(torch.from_numpy(o) for o in expected.outputs))
+
+
+def _warn_of_other_names(net: nn.Module, example: Any, flat: FlatGraph) -> None:
+    """Warn of inputs that have another name in the file, because it uses theirs."""
+    args, kwargs = arguments(example)
+    pairs = zip(own_names(net, len(args), tuple(kwargs)), flat.model.graph.inputs, strict=True)
+    if other := [f"{own!r} as {value.name!r}" for own, value in pairs if own != value.name]:
+        warnings.warn(
+            f"the file has the input {', '.join(other)}, because it uses the network's name itself: call the engine "
+            "by that name, or rename the parameter of forward",
+            stacklevel=3,
+        )
 
 
 def _check_options(thresholds: Any, free: Any, layout: Any, policy: Any) -> None:

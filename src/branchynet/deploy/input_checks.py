@@ -10,6 +10,8 @@ from ..argument_checks import dtype_name, has_sizes, in_order
 from ..errors import InputError, RunError, first_line
 from ..graph.lengths import Length
 
+_MASKED = np.ma.MaskedArray  # a runtime would read the values under the mask
+
 
 @dataclass(frozen=True)
 class Input:
@@ -25,7 +27,7 @@ class Input:
 
     def accepts(self, array: Any) -> bool:
         """Whether `array` has this dtype and, after the batch dimension, this shape."""
-        if not isinstance(array, np.ndarray) or array.dtype != self.dtype:
+        if not isinstance(array, np.ndarray) or array.dtype != self.dtype or isinstance(array, _MASKED):
             return False
         shape = array.shape
         return (shape != () and shape[1:] == self.shape) or self.fits(shape)
@@ -46,12 +48,15 @@ class Input:
     def describe(self, given: Any) -> str:
         """Describe a given value, such as ``float64 (3, 28)``."""
         known = hasattr(given, "dtype") and hasattr(given, "shape")
-        return f"{dtype_name(given.dtype)} {tuple(given.shape)}" if known else type(given).__name__
+        masked = "a masked array, " if isinstance(given, _MASKED) else ""
+        return f"{masked}{dtype_name(given.dtype)} {tuple(given.shape)}" if known else type(given).__name__
 
     def remedy(self, given: Any) -> str:
         """Say how to convert a given value to this input; empty if unknown."""
         if not hasattr(given, "dtype"):
             return f"give numpy.asarray(..., numpy.{self.dtype_name})"
+        if isinstance(given, _MASKED):
+            return "replace the masked values: array.filled(value)"
         shape = tuple(given.shape)
         if not self.fits(shape):
             return "add the batch dimension: array[None]" if self.fits((1, *shape)) else ""
@@ -95,15 +100,15 @@ def checked_inputs(
     return checked_inputs(_mended(inputs, named, wanted), {}, wanted)
 
 
-def check_sizes(arrays: Mapping[str, Any], lengths: Sequence[Length]) -> None:
-    """Raise `InputError` unless the free lengths of the inputs have sizes that the network takes."""
+def check_sizes(arrays: Mapping[str, Any], lengths: Sequence[Length], taker: str = "this file") -> None:
+    """Raise `InputError` unless the free lengths of the inputs have sizes that `taker` takes."""
     for length in lengths:
         sizes = [arrays[name].shape[axis] for name, axis in length.at if name in arrays]
         if len(set(sizes)) > 1:
             places = ", ".join(f"dimension {axis} of {name!r}" for name, axis in length.at)
             raise InputError(f"{places} must be equal, the {length.name}; got {sizes}")
         if sizes and not length.fits(sizes[0]):
-            raise InputError(f"the {length.name} of {length.at[0][0]!r} is {sizes[0]}; the network takes {length}")
+            raise InputError(f"the {length.name} of {length.at[0][0]!r} is {sizes[0]}; {taker} takes {length}")
 
 
 def run_error(runtime: str, feeds: Mapping[str, Any], metadata: Mapping[str, Any], error: Exception) -> RunError:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..argument_checks import instance
+from ..argument_checks import described, instance
 from ..errors import InputError
 from ..graph.lengths import Length
 from ..policy.exit_rule import as_deployed, stays
@@ -54,10 +54,17 @@ class Stage:
         return self._reopen
 
     def leave(self, scores: Floats) -> NDArray[np.bool_]:
-        """Return which samples leave at this exit, `(R,)` bool, by their scores `(R,)` and the exported threshold."""
+        """Return which samples leave at this exit, `(R,)` bool, by their scores `(R,)` and the exported threshold.
+
+        Raises:
+            InputError: `scores` is not one number per sample.
+        """
+        given = np.asarray(scores)
+        if given.ndim != 1 or given.dtype.kind not in "fiu":
+            raise InputError(f"scores must be one number per sample, (R,), as run gives them; got {described(scores)}")
         if self.threshold is None:
-            return np.ones(len(scores), bool)
-        return ~stays(np.asarray(scores, np.float32), as_deployed([self.threshold]))
+            return np.ones(len(given), bool)
+        return ~stays(given.astype(np.float32), as_deployed([self.threshold]))
 
     def run(self, rows: Rows) -> tuple[Prediction, Floats, dict[str, NDArray[Any]]]:
         """Compute the answers of this exit for R samples, and what later stages need.

@@ -203,7 +203,7 @@ class TorchEngine:
             GraphError: a stage cannot be compiled or recorded at a size; see `prepare`.
         """
         taken, rows = checked_inputs(inputs, named, self.inputs)
-        check_sizes(taken, self.lengths)
+        check_sizes(taken, self.lengths, "this engine")
         used: Sequence[float | NDArray[Any] | None] = self.policy.thresholds
         if not none_given(thresholds, rows):
             remedy = "make an engine with a threshold there"

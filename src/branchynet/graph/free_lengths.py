@@ -163,6 +163,11 @@ def allowed_lengths(
                 )
             where, axis = at[length][0]
             module = watch.module_of(guards.broken_near(size, length))
+            if isinstance(module, nn.RNNBase):
+                raise GraphError(
+                    f"{length!r}, dimension {axis} of {where!r}, cannot stay free: PyTorch exports {place(module)} for "
+                    f"a fixed length, here {size}; leave it out of free, and pad or cut the inputs to that length"
+                )
             raise GraphError(
                 f"{length!r}, dimension {axis} of {where!r}, cannot stay free: {place(module)} needs it to be {size}; "
                 "leave it out of free, or change that module"

@@ -45,13 +45,18 @@ def input_names(net: nn.Module, count: int, keywords: Sequence[str] = ()) -> lis
 
     Underscores are appended to names that the graph itself uses.
     """
-    network = net.backbone if isinstance(net, BranchyNet) else net
-    parameters = inspect.signature(network.forward).parameters.values()
-    known = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    known = network.input_names if isinstance(network, OnnxNetwork) else known
     names: list[str] = []
-    for name in (*(known[i] if i < len(known) else f"input_{i + 1}" for i in range(count)), *keywords):
+    for name in own_names(net, count, keywords):
         while reserved(name) or re.fullmatch(r"(output|score)_\d+", name) or name in names:
             name += "_"
         names.append(name)
     return names
+
+
+def own_names(net: nn.Module, count: int, keywords: Sequence[str] = ()) -> list[str]:
+    """As `input_names`, without underscores."""
+    network = net.backbone if isinstance(net, BranchyNet) else net
+    parameters = inspect.signature(network.forward).parameters.values()
+    known = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    known = network.input_names if isinstance(network, OnnxNetwork) else known
+    return [*(known[i] if i < len(known) else f"input_{i + 1}" for i in range(count)), *keywords]

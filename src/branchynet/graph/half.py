@@ -5,7 +5,7 @@ nodes with subgraphs, and operators that ONNX does not define for the type (in o
 Their weights are stored in half precision all the same, and cast to float32 where they are read.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -22,6 +22,7 @@ from .subgraphs import graphs_of
 HALF = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 LARGEST = {"fp16": 65504.0, "bf16": (2 - 2**-7) * 2.0**127}  # largest finite values
 MAGNITUDE = "magnitude/"  # before the name of a value: its largest finite magnitude
+_SHRINK = "shrink"  # the name of a constant
 _FLOAT_LIMIT = float(np.finfo(np.float32).max)
 _LIMITING = {"Clip", "Min", "Max"}
 Reader = tuple[ir.Node, int]  # a node, and which of its inputs
@@ -126,10 +127,15 @@ class _Conversion:
         return use[0] not in self.after and use[0].graph is self.nodes and not _is_fixed(*use)
 
 
-def rounded(flat: FlatGraph, precision: str) -> FlatGraph:
+def rounded(flat: FlatGraph, precision: str, *, toward_zero: bool = False) -> FlatGraph:
     """Return a float32 graph that rounds every half value of a graph from `in_half`, for runtimes without the type.
 
     For every rounding there is a further output, `MAGNITUDE` and the name of the value.
+
+    Args:
+        flat: the graph from `in_half`.
+        precision: a key of `HALF`.
+        toward_zero: drop the bits that do not fit, instead of rounding to the nearest value.
     """
     kind = HALF[precision]
     copy = replace(flat, model=flat.model.clone())
@@ -143,7 +149,9 @@ def rounded(flat: FlatGraph, precision: str) -> FlatGraph:
         for value in [v for v in node.outputs if v.dtype == kind]:
             value.type, uses = FLOAT, list(value.uses())
             half = _insert_cast(graph, value, kind, uses)
-            _insert_cast(graph, half, ir.DataType.FLOAT, uses)
+            single = _insert_cast(graph, half, ir.DataType.FLOAT, uses)
+            if toward_zero and uses:
+                _decrease(graph, value, single, kind, uses)
             source = node.inputs[0] if node.op_type == "Cast" else None
             _add_magnitude(graph, value, value if source is None or source.dtype != ir.DataType.FLOAT else source)
     passes.TopologicalSortPass()(copy.model)
@@ -206,6 +214,33 @@ def _insert_cast(graph: ir.Graph, value: ir.Value, kind: ir.DataType, uses: Iter
     for use in uses:
         use[0].replace_input_with(use[1], output)
     return output
+
+
+def _decrease(graph: ir.Graph, value: ir.Value, nearest: ir.Value, kind: ir.DataType, uses: Sequence[Reader]) -> None:
+    """Give the readers the next smaller number of the type, in magnitude, where `nearest` is larger than the value.
+
+    That number is `nearest` times 1 - 2^-B, rounded to the B bits of the type: the product is at least half a step and
+    less than a step away, or exactly a step if `nearest` is a power of 2.
+    """
+    name, bits = f"{value.name}/{kind.name.lower()}", {"FLOAT16": 11, "BFLOAT16": 8}[kind.name]
+    factor = graph.initializers.get(_SHRINK)
+    if factor is None:
+        factor = ir.val(_SHRINK, const_value=ir.tensor(np.array(1 - 2.0**-bits, np.float32), name=_SHRINK))
+        graph.initializers.add(factor)
+
+    def add(operator: str, what: str, *read: ir.Value, bool_: bool = False) -> ir.Value:
+        node = ir.node(operator, list(read), name=f"{name}/{what}")
+        made = node.outputs[0]
+        made.name, made.shape, made.type = node.name, value.shape, ir.TensorType(ir.DataType.BOOL) if bool_ else FLOAT
+        graph.append(node)
+        return made
+
+    sizes = add("Abs", "nearest_size", nearest), add("Abs", "size", value)
+    less = _cast(graph, add("Mul", "times", nearest, factor), kind, f"{name}/less")
+    smaller = _cast(graph, less, ir.DataType.FLOAT, f"{name}/smaller")
+    kept = add("Where", "kept", add("Greater", "beyond", *sizes, bool_=True), smaller, nearest)
+    for use in uses:
+        use[0].replace_input_with(use[1], kept)
 
 
 def _cast(graph: ir.Graph, value: ir.Value, kind: ir.DataType, name: str) -> ir.Value:

@@ -64,8 +64,16 @@ def quantized(flat: FlatGraph, batches: Sequence[Batch], precision: str = "int8"
     [-127, 127], for processors with VNNI and ARM processors.
 
     Raises:
+        InputError: a calibration batch holds NaN or infinity.
         GraphError: there is nothing to quantize, or ONNX Runtime cannot quantize it.
     """
+    for n, batch in enumerate(batches, 1):
+        for value, array in zip(flat.model.graph.inputs, batch, strict=True):
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise InputError(
+                    f"calibration batch {n} holds NaN or infinity in {value.name!r}, which gives int8 no range: leave "
+                    "such samples out"
+                )
     tail = [node.name or "" for node in last_products(flat)[1]]
     proto = ir.to_proto(flat.model)
     onnx.helper.set_model_props(proto, {"onnx.quant.pre_process": "onnxruntime.quant"})  # avoids a needless warning

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import io
 import logging
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,8 @@ from .onnx_builder import BATCH
 
 # Folders of code that does not belong to the network.
 NOT_THE_NETWORKS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+
+_TURNS = threading.RLock()
 
 # The largest batch that convolutions and pooling export with on a GPU: the second side of a CUDA grid.
 CUDA_ROWS = 65_535
@@ -102,7 +105,7 @@ def program_of(
         named = (tuple({**free, **{n: torch.export.Dim(name) for n, name in one.items()}} for one in axes),)
     watch = Watch()
     kinds = ("output",) if score is None else ("output", "score")
-    with evaluating(net), torch.no_grad(), quiet_export():
+    with quiet_export(), evaluating(net), torch.no_grad():
         whole = AllExits(net, score, tuple(arguments(example)[1])).eval()
         exits = _rehearse(whole, tensors, len(kinds), example)
         _check_unchanged(whole, tensors)
@@ -277,7 +280,16 @@ def argument_of(node: fx.Node, name: str) -> Any:
 
 @contextlib.contextmanager
 def quiet_export() -> Iterator[None]:
-    """Silence torch's notices about missing packages, deprecations and retries. Errors still propagate."""
+    """Silence torch's notices about missing packages, deprecations and retries. Errors still propagate.
+
+    Threads take turns, because torch.export and the redirection of the streams change the state of the whole process.
+    """
+    with _TURNS, _silenced():
+        yield
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx.experimental.symbolic_shapes", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

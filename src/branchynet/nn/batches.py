@@ -15,6 +15,8 @@ from .network import exit_outputs
 def batches(loader: Any, device: torch.device, channels_last: bool = False) -> Iterator[tuple[Any, Tensor]]:
     """Yield the `(inputs, target)` pairs of a loader on `device`; with `channels_last`, 4-d inputs in that layout.
 
+    Batches without samples are left out.
+
     Raises:
         InputError: a batch is not an `(inputs, target)` pair, or a target is not a tensor.
     """
@@ -46,7 +48,8 @@ def batches(loader: Any, device: torch.device, channels_last: bool = False) -> I
                 "the loader gives single samples, not batches: wrap it, such as torch.utils.data.DataLoader(data, "
                 "batch_size=64, shuffle=True)"
             )
-        yield place(batch[0]), target
+        if len(target):
+            yield place(batch[0]), target
 
 
 def tensors_in(inputs: Any) -> Iterator[Tensor]:
