@@ -9,6 +9,7 @@ import contextlib
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -122,6 +123,7 @@ class Runner:
         self._changed = threading.Condition()
         self._stopping = False
         self._stepping: asyncio.AbstractEventLoop | None = None  # the loop that will run a batch soon
+        self._unanswered: Counter[asyncio.AbstractEventLoop] = Counter()
         self._thread = threading.Thread(target=self._work, name="branchynet-runner", daemon=True)
         self._thread.start()
 
@@ -151,6 +153,7 @@ class Runner:
             if self._stopping:
                 raise StoppedError("the model is being unloaded or the server stops; send the request again later")
             self._scheduler.submit(ticket, now)
+            self._unanswered[pending.loop] += 1
             here = self._scheduler.ahead <= _INLINE and self._stepping in (None, pending.loop)
             if not here:
                 self._changed.notify()
@@ -160,6 +163,8 @@ class Runner:
             return await pending.future
         except asyncio.CancelledError:
             with self._changed:
+                if not ticket.closed:
+                    self._unanswered[pending.loop] -= 1
                 self._scheduler.cancel(ticket)
             raise
 
@@ -177,6 +182,7 @@ class Runner:
         with self._changed:
             at = self._scheduler.wake_at(now := self._clock())
             here = at is not None and at <= now and self._scheduler.ahead <= _INLINE
+            here = here and self._unanswered[loop] > 0  # else the loop may end before the next step
             if self._stopping or (at is not None and not here):
                 self._changed.notify()
         if here and self._stepping is None:
@@ -293,6 +299,12 @@ class Runner:
         loops: dict[asyncio.AbstractEventLoop, list[tuple[_Pending, Answer | BranchyNetError]]] = {}
         for ticket, result in results:
             loops.setdefault(ticket.content.loop, []).append((ticket.content, result))
+        if not loops:
+            return
+        with self._changed:
+            for loop, found in loops.items():
+                self._unanswered[loop] -= len(found)
+            self._unanswered = +self._unanswered  # without the loops that wait for nothing
         for loop, found in loops.items():
             if loop is here:
                 _set(found)
