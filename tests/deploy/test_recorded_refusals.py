@@ -254,6 +254,7 @@ def test_drivers_that_do_not_work_are_named(monkeypatch, error):
 
 
 @pytest.mark.heavy
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own code
 @pytest.mark.parametrize("sizes", [(), (2, 4)])
 def test_compiled_stages_give_the_same_answers(sizes):
     net, x = network(nn.ReLU()), torch.randn(9, 4)
