@@ -45,7 +45,7 @@ def test_bench_rows_are_complete_and_consistent(run):
     ]
     for row in rows:
         assert list(row) == [
-            "network", "runtime", "batch", "threads", "plain_us", "branchy_us", "limit_us", "limit_in_order_us",
+            "network", "runtime", "device", "batch", "threads", "plain_us", "branchy_us", "limit_us", "limit_in_order_us",
             "speedup", "spread", "overhead", "overhead_sorted", "plain_accuracy", "accuracy_branchy",
             "exit_share", "thresholds",
         ]  # fmt: skip

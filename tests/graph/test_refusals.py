@@ -261,7 +261,7 @@ def test_errors_that_say_what_they_are_stay_so(error, cached, monkeypatch, tmp_p
 
 
 def test_no_line_of_the_library_is_about_one_architecture():
-    names = {case.model.partition("For")[0] for case in (*hugging.VISION, *hugging.SEQUENCES)}
+    names = {case.model.rpartition("For")[0] for case in (*hugging.VISION, *hugging.SEQUENCES)}
     words = names | {name.lower() for name in names if len(name) > 4}
     found = {
         (path.name, word)

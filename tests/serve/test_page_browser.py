@@ -116,7 +116,7 @@ def test_a_drawn_seven_is_a_seven_and_the_slider_moves_its_exit(page):
     expect(page, "#sentence").to_contain_text("Answered by exit 1 of 4")
     assert exits(page) == ["answered", "unused", "unused", "unused"]
     expect(page, ".stage >> nth=0").to_contain_text(
-        re.compile(r"µs.*entropy [\d.e-]+ is below 0.05: it leaves", re.DOTALL)
+        re.compile(r"[\d.]+ (µs|ms|s)\s*entropy [\d.e-]+ is below 0.05: it leaves", re.DOTALL)
     )
     expect(page, "#bars .first").to_contain_text("7")
     expect(page, "#bars li").to_have_count(10)

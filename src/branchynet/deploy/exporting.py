@@ -204,7 +204,7 @@ def _check_outputs(expected: Samples, labels: Sequence[str], policy: Policy | No
     if labels and len(labels) != classes:
         raise InputError(f"labels= names {len(labels)} classes, but every exit has {classes} outputs; give {classes}")
     if len(expected.outputs) > 1 and (policy is None or is_named(policy.score)):
-        warn_of_probabilities(tuple(torch.from_numpy(o) for o in expected.outputs))
+        warn_of_probabilities(tuple(torch.from_numpy(o) for o in expected.outputs), level=4)
 
 
 def _warn_of_other_names(net: nn.Module, example: Any, flat: FlatGraph) -> None:
