@@ -46,8 +46,8 @@ def test_bench_rows_are_complete_and_consistent(run):
     for row in rows:
         assert list(row) == [
             "network", "runtime", "device", "batch", "threads", "plain_us", "branchy_us", "limit_us",
-            "limit_in_order_us", "speedup", "spread", "overhead", "overhead_sorted", "plain_accuracy", "accuracy_branchy",
-            "exit_share", "thresholds",
+            "limit_in_order_us", "speedup", "spread", "overhead", "overhead_sorted", "plain_accuracy",
+            "accuracy_branchy", "exit_share", "thresholds",
         ]  # fmt: skip
         assert row["speedup"] == pytest.approx(row["plain_us"] / row["branchy_us"])
         assert row["overhead"] == pytest.approx(row["branchy_us"] / row["limit_us"])
