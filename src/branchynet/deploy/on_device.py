@@ -111,7 +111,8 @@ class RowPicker:
         session = self._session(given.value.element_type())
         binding = session.io_binding()
         binding.bind_ortvalue_input("values", given.value)
-        binding.bind_ortvalue_input("rows", self.device.holding(rows.astype(np.int64)))
+        chosen = self.device.holding(rows.astype(np.int64))  # a binding does not keep the memory of arrays alive
+        binding.bind_ortvalue_input("rows", chosen)
         if into is None:
             binding.bind_output("picked", self.device.kind, self.device.index)
         else:
@@ -177,8 +178,9 @@ class DeviceGraph:
         Inputs are arrays, torch tensors on the device, or `OnDevice`.
         """
         binding = self._session.io_binding()
-        for name, given in feeds.items():
-            binding.bind_ortvalue_input(name, self._value(given))
+        held = {name: self._value(given) for name, given in feeds.items()}  # alive until the graph has run
+        for name, value in held.items():
+            binding.bind_ortvalue_input(name, value)
         for place, name in enumerate(self._outputs):
             if place < host:
                 binding.bind_output(name, "cpu")
@@ -231,7 +233,7 @@ class RecordedGraph:
             if isinstance(given, np.ndarray):
                 buffer = into[name]
                 repeated = np.broadcast_to(given[:1], (buffer.shape()[0] - rows, *given.shape[1:]))
-                buffer.update_inplace(np.concatenate([given, repeated]))
+                buffer.update_inplace(np.ascontiguousarray(np.concatenate([given, repeated])))
             else:
                 self._picker(given if isinstance(given, OnDevice) else OnDevice(shared(given), None, rows), into[name])
         _run(self._session, binding, options)
