@@ -40,3 +40,15 @@ def own_cache(tmp_path_factory, monkeypatch):
 def family(request):
     """Each function that builds a random network, in turn."""
     return request.param
+
+
+@pytest.fixture
+def full_precision():
+    """TF32 rounds to 10 bits, which is more than the oracle allows."""
+    modules = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [module.allow_tf32 for module in modules]
+    for module in modules:
+        module.allow_tf32 = False
+    yield
+    for module, allowed in zip(modules, before, strict=True):
+        module.allow_tf32 = allowed

@@ -19,7 +19,10 @@ DEVICE = "cpu" if REHEARSED else "cuda"
 SIZES = (1, 2, 5, 16, 40)
 HALF = {"fp16": 2e-2, "bf16": 1.5e-1}  # outputs of about 3, after some layers that round to 11 and 8 bits
 
-pytestmark = pytest.mark.skipif(not (REHEARSED or torch.cuda.is_available()), reason="needs an NVIDIA GPU")
+pytestmark = [
+    pytest.mark.skipif(not (REHEARSED or torch.cuda.is_available()), reason="needs an NVIDIA GPU"),
+    pytest.mark.usefixtures("full_precision"),
+]
 needs_cuda = pytest.mark.skipif(REHEARSED, reason="needs an NVIDIA GPU")
 
 
@@ -28,18 +31,6 @@ def gpu(monkeypatch):
     """accelerate may take the GPU."""
     if not REHEARSED:
         monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
-
-
-@pytest.fixture(autouse=True)
-def full_precision():
-    """TF32 rounds to 10 bits, which is more than the oracle allows."""
-    modules = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [module.allow_tf32 for module in modules]
-    for module in modules:
-        module.allow_tf32 = False
-    yield
-    for module, allowed in zip(modules, before, strict=True):
-        module.allow_tf32 = allowed
 
 
 def case(family, quantiles=QUANTILES[1]):

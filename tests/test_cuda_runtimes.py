@@ -13,23 +13,14 @@ from branchynet.profiling.torch_parts import torch_parts
 from helpers.loop import QUANTILES, agree, agree_everywhere, every_exit, safe_thresholds
 from helpers.networks import build, draw
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    pytest.mark.usefixtures("full_precision"),
+]
 RUNTIME, DEVICE, PROVIDER = "torch-cuda", "cuda", "CUDAExecutionProvider"
 needs_onnxruntime_gpu = pytest.mark.skipif(
     PROVIDER not in onnxruntime.get_available_providers(), reason="needs onnxruntime-gpu"
 )
-
-
-@pytest.fixture(autouse=True)
-def full_precision():
-    """TF32 rounds to 10 bits, which is more than the oracle allows."""
-    modules = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [module.allow_tf32 for module in modules]
-    for module in modules:
-        module.allow_tf32 = False
-    yield
-    for module, allowed in zip(modules, before, strict=True):
-        module.allow_tf32 = allowed
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import InputError, first_line
+from ..errors import InputError
 from ..graph.torch_stages import Stage
 from .eager_stages import as_tensor
-from .memory import is_memory_error
+from .memory import largest_fitting
 from .recorder import Recorder, Replay
 
 
@@ -71,21 +71,11 @@ class RecordedPart:
         return label, output, *size.results[2:]
 
     def _made(self, rows: int) -> _Size:
-        cause = ""
-        for size in (rows >> k for k in range(rows.bit_length())):
-            try:
-                made = self._record(size)
-            except Exception as error:
-                if not is_memory_error(error):
-                    raise
-                cause = cause or first_line(error)
-                continue  # the error goes, and with it the memory that its frames hold
-            if not cause:
-                return made
-            raise InputError(
-                f"there is not enough memory on {self._device} for batch_size={rows} ({cause}); batch_size={size} fits"
-            )
-        raise InputError(f"there is not enough memory on {self._device} for batch_size={rows} ({cause}), nor for 1")
+        made, size, cause = largest_fitting(self._record, [rows >> k for k in range(rows.bit_length())])
+        if made is not None and not cause:
+            return made
+        short = f"there is not enough memory on {self._device} for batch_size={rows} ({cause})"
+        raise InputError(f"{short}, nor for 1" if made is None else f"{short}; batch_size={size} fits")
 
     def _record(self, rows: int) -> _Size:
         stage, pins = self._stage, self._recorder.pins

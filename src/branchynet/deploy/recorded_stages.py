@@ -21,7 +21,7 @@ from ..errors import GraphError, InputError, first_line
 from ..graph.torch_stages import Stages
 from ..policy.prediction import Prediction
 from .eager_stages import Limits, as_compile_errors, as_tensor
-from .memory import is_memory_error
+from .memory import is_memory_error, largest_fitting
 from .recorder import Recorder, Replay
 from .stage_buffers import allocate, axes_of, bytes_per_row, carried, narrowed, sources_of
 from .stage_step import Read, Results, Rows, step_of
@@ -198,26 +198,14 @@ class RecordedStages:
 
     def _fitting(self, make: Callable[[int], T], sizes: Sequence[int], what: str) -> T:
         """Return ``make`` of the largest size. Raise `InputError` with the largest that fits if there is no memory."""
-        cause = ""
-        for size in reversed(sizes):
-            try:
-                made = make(size)
-            except Exception as error:
-                if not is_memory_error(error):
-                    raise
-                cause = cause or first_line(error)
-                continue  # the error goes, and with it the memory that its frames hold
-            if not cause:
-                return made
-            fitting = self.sizes[: self.sizes.index(size) + 1]
-            raise InputError(
-                f"there is not enough memory on {self._device} for {what} with a batch of {sizes[-1]} ({cause}); a "
-                f"batch of {size} fits: give batch_sizes={fitting}"
-            )
-        raise InputError(
-            f"there is not enough memory on {self._device} for {what} with a batch of {sizes[-1]} ({cause}), nor of "
-            f"{sizes[0]}: free memory of the device, or give batch_sizes=()"
-        )
+        made, size, cause = largest_fitting(make, sizes[::-1])
+        if made is not None and not cause:
+            return made
+        short = f"there is not enough memory on {self._device} for {what} with a batch of {sizes[-1]} ({cause})"
+        if made is None:
+            raise InputError(f"{short}, nor of {size}: free memory of the device, or give batch_sizes=()")
+        fitting = self.sizes[: self.sizes.index(size) + 1]
+        raise InputError(f"{short}; a batch of {size} fits: give batch_sizes={fitting}")
 
 
 def _default_sizes(row_bytes: float, device: torch.device) -> tuple[int, ...]:

@@ -58,7 +58,7 @@ class Answer:
 
 
 class Observer(Protocol):
-    """What a runner tells of its work, from its own thread."""
+    """Receives what a runner does, in the thread of the runner."""
 
     def ran(self, exit: int, rows: int, waits: Sequence[float], seconds: float) -> None:
         """A batch of `rows` samples ran; `waits` has the seconds that each part of it waited."""
@@ -88,7 +88,7 @@ class Runner:
         max_wait: as in `Scheduler`.
         bound: as in `Scheduler`.
         most_wait: as in `Scheduler`.
-        observer: is told of batches and answers.
+        observer: receives each batch and each answer; None for nobody.
         clock: seconds; a test may give its own.
 
     Example:

@@ -1,4 +1,4 @@
-"""Run a server until it is told to stop."""
+"""Run a server until a signal stops it."""
 
 import asyncio
 import contextlib
@@ -76,7 +76,7 @@ def prepared(path: Path, settings: ServeSettings) -> tuple["Server", socket.sock
 
 
 class Server(uvicorn.Server):
-    """A server whose readiness ends when it is told to stop.
+    """A server that reports that it is not ready as soon as it begins to stop.
 
     Attributes:
         repository: its models.
