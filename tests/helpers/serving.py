@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import re
 import socket
 import threading
 import time
@@ -102,9 +103,20 @@ def call_json(port, method, path, value=None, headers=None):
     return status, json.loads(body)
 
 
+def tensor(x, name="input"):
+    """A tensor in JSON."""
+    return {"name": name, "shape": list(x.shape), "datatype": "FP32", "data": x.ravel().tolist()}
+
+
+def waiting(port):
+    """How many samples of the only model are unanswered."""
+    page = call(port, "GET", "/metrics")[2].decode()
+    return float(re.search(r"^branchynet_waiting_samples\S* (\S+)", page, re.MULTILINE)[1])
+
+
 def infer(port, model, x, parameters=None, name="input"):
     """The outputs of a request in JSON, as arrays by name; or the status and the error."""
-    request = {"inputs": [{"name": name, "shape": list(x.shape), "datatype": "FP32", "data": x.ravel().tolist()}]}
+    request = {"inputs": [tensor(x, name)]}
     if parameters:
         request["parameters"] = parameters
     status, answer = call_json(port, "POST", f"/v2/models/{model}/infer", request)

@@ -17,9 +17,10 @@ def _fails(*statuses: int) -> dict[int | str, dict[str, Any]]:
         408: "The body arrived too slowly.",
         413: "The body is too large.",
         415: "The body is compressed.",
+        422: "The deadline of the request passed.",
         429: "The queue is full; Retry-After has seconds.",
         503: "The model is not ready.",
-        504: "The deadline passed.",
+        504: "The deadline of the server passed.",
     }
     return {n: {"description": what[n], "content": {"application/json": {"schema": _ERROR}}} for n in statuses}
 
@@ -98,7 +99,7 @@ METADATA = _docs("Inputs and outputs of a model", 401, 404, 503)
 MODEL_READY = _docs("Whether a model is ready", 401, 404, 503)
 INFER = _docs(
     "Answer a batch",
-    *(400, 401, 404, 408, 413, 415, 429, 503, 504),
+    *(400, 401, 404, 408, 413, 415, 422, 429, 503, 504),
     requestBody={"required": True, **_content("application/json", _INFER)},
 )
 INDEX = _docs("All models and their states", 401, 408, 413, 415, requestBody=_OBJECT)
@@ -110,7 +111,7 @@ TRAFFIC = _docs("Answers of the last minute by exit, and percentiles of the late
 METRICS = _docs("Metrics for Prometheus", 401, tag="BranchyNet")
 PREDICT = _docs(
     "Answer an image file",
-    *(400, 401, 404, 408, 413, 415, 429, 503, 504),
+    *(400, 401, 404, 408, 413, 415, 422, 429, 503, 504),
     tag="BranchyNet",
     parameters=_QUERY,
     requestBody={

@@ -8,11 +8,15 @@ BranchyNetError
 ├── SlowClient        408
 ├── TooLarge          413
 ├── WrongEncoding     415
+├── DeadlineError     422
+│   └── TooSlow       504
 ├── QueueFull         429, with Retry-After
 ├── RunError          500
 ├── NotReady          503
-├── StoppedError      503
-└── DeadlineError     504
+└── StoppedError      503
+
+A deadline that a request sets is part of the request, so its status is no fault of the server. It is not 408, which
+asks clients to repeat the request on a new connection; browsers and others do so at once.
 """
 
 import math
@@ -68,6 +72,10 @@ class DeadlineError(BranchyNetError, TimeoutError):
     """The deadline of a request passed before every sample had an answer."""
 
 
+class TooSlow(DeadlineError):
+    """The deadline that passed was that of the server, because the request gave none or a later one."""
+
+
 _STATUS: dict[type[BranchyNetError], int] = {
     InputError: 400,
     DataError: 400,
@@ -76,10 +84,11 @@ _STATUS: dict[type[BranchyNetError], int] = {
     SlowClient: 408,
     TooLarge: 413,
     WrongEncoding: 415,
+    TooSlow: 504,
+    DeadlineError: 422,
     QueueFull: 429,
     NotReady: 503,
     StoppedError: 503,
-    DeadlineError: 504,
 }
 
 

@@ -1,5 +1,6 @@
 """A model that serves, and what lies in its folder."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from ..policy.values import Choice
 from .backends import Backend, open_backend, warmed
 from .budget import MovingThresholds, moving_thresholds
 from .drift import DriftWatch, record_in, watch_beside
+from .faults import DeadlineError, TooSlow
 from .metrics import ModelMetrics
 from .oip import CLASS_NAME, Options, metadata_of
 from .presets import Preset, presets_beside, read_presets
@@ -67,15 +69,20 @@ class Loaded:
 
         Raises:
             InputError: inputs or thresholds do not fit the model, or it has no such policy.
-            QueueFull, DeadlineError, StoppedError, RunError: as `Runner.answer`.
+            DeadlineError: the deadline of the request passed, and a sample has reached no exit.
+            TooSlow: that of the server passed.
+            QueueFull, StoppedError, RunError: as `Runner.answer`.
         """
         inputs, thresholds = self._thresholds(inputs, options)
         default = thresholds is None
         if default and self.moving is not None:
             thresholds = self.moving.thresholds
         call = replace(self.backend.call(inputs, thresholds), default=default)
-        timeout = self.timeout if options.timeout is None else min(options.timeout, self.timeout)
-        return await self.runner.answer(call, timeout)
+        own = math.inf if options.timeout is None else options.timeout
+        try:
+            return await self.runner.answer(call, min(own, self.timeout))
+        except DeadlineError as error:
+            raise error if own < self.timeout else TooSlow(str(error)) from None
 
     def named(self, outputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Return outputs with the names of the classes, if the model has any."""
