@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from branchynet import Policy, load
 from branchynet.runs.predict import predict_files
 from branchynet.serve.presets import write_presets
-from helpers.serving import LABELS, POLICY, call, call_json, infer, pictures, running, write_models
+from helpers.serving import LABELS, POLICY, call, call_json, infer, pictures, running
 
 OURS = {"staged": "staged", "nested": "nested.onnx", "adaptive": "adaptive.onnx"}
 FAST, SLOW = Policy("entropy", (1.1, 1.2)), Policy("entropy", (0.2, None))
@@ -22,11 +22,10 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # the runtime sums in another order for ot
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = write_models(tmp_path_factory.mktemp("repository"))
-    write_presets(path / "staged" / "policies.json", {"fast": FAST, "slow": SLOW})
-    write_presets(path / "nested.policies.json", {"fast": FAST})
-    return path
+def folder(folder):
+    write_presets(folder / "staged" / "policies.json", {"fast": FAST, "slow": SLOW})
+    write_presets(folder / "nested.policies.json", {"fast": FAST})
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -301,4 +300,14 @@ def test_the_description_of_the_interface_names_every_route(port):
         for route in routes.values():
             named = {one["name"] for one in route.get("parameters", ()) if one["in"] == "path"}
             assert named == {*re.findall(r"{(\w+)}", path)}
-    assert call(port, "GET", "/docs")[0] == 200
+
+
+def test_the_page_of_the_interface_reads_nothing_from_elsewhere(port):
+    status, headers, body = call(port, "GET", "/docs")
+    assert status == 200 and "default-src 'none'" in headers["content-security-policy"]
+    links = re.findall(r'(?:src|href)="([^"]+)"', body.decode())
+    assert len(links) == 3 and b"//" not in re.sub(rb"^\s*//.*$", b"", body, flags=re.MULTILINE)
+    for link in links:
+        status, headers, found = call(port, "GET", link)
+        kind = {"js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}[link.rpartition(".")[2]]
+        assert status == 200 and headers.get_content_type() == kind and found

@@ -5,12 +5,7 @@ import socket
 
 import pytest
 
-from helpers.serving import call, connect, infer, pictures, running, tensor, until, waiting, write_models
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_models(tmp_path_factory.mktemp("repository"))
+from helpers.serving import call, connect, infer, pictures, running, tensor, until, waiting
 
 
 def test_slow_clients_are_cut_off_and_others_are_served(folder):

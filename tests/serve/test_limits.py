@@ -27,15 +27,9 @@ from helpers.serving import (
     tensor,
     until,
     waiting,
-    write_models,
 )
 
 KEY = "0123456789abcdef"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_models(tmp_path_factory.mktemp("repository"))
 
 
 @pytest.fixture

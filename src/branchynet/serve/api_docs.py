@@ -96,6 +96,8 @@ SERVER = _docs("Name and version of the server", 401)
 LIVE = _docs("Whether the server runs")
 READY = _docs("Whether a model is ready", 503)
 METADATA = _docs("Inputs and outputs of a model", 401, 404, 503)
+CONFIG = _docs("Configuration of a model, as Triton describes it", 401, 404, 503)
+STATISTICS = _docs("Requests, samples and batches of models, as Triton counts them", 401, 404, 503)
 MODEL_READY = _docs("Whether a model is ready", 401, 404, 503)
 INFER = _docs(
     "Answer a batch",

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ..environment import __version__
 from ..errors import BranchyNetError
 from . import api_docs
+from .extensions import EXTENSIONS, config_of
 from .faults import KeyMissing, NotReady, StoppedError, headers_of, status_of
 from .images import image_answer, image_input, upload
 from .limits import ClientGone, check_key, read_body, watched
@@ -54,6 +55,7 @@ def make_app(repository: Repository, settings: ServeSettings, metrics: Metrics, 
         version=__version__,
         description="Networks with early exits, over the Open Inference Protocol, version 2.",
         lifespan=lifespan,
+        docs_url=None,
         redoc_url=None,
         openapi_url="/openapi.json" if key is None else None,  # the page that shows it sends no key
         exception_handlers={404: _no_route, 405: _no_route},
@@ -65,10 +67,15 @@ def make_app(repository: Repository, settings: ServeSettings, metrics: Metrics, 
         ("/v2", "GET", routes.server, api_docs.SERVER),
         ("/v2/health/live", "GET", routes.live, api_docs.LIVE),
         ("/v2/health/ready", "GET", routes.all_ready, api_docs.READY),
+        ("/v2/models/stats", "GET", routes.statistics, api_docs.STATISTICS),
         ("/v2/models/{model}", "GET", routes.metadata, api_docs.METADATA),
         ("/v2/models/{model}/versions/{version}", "GET", routes.metadata, api_docs.METADATA),
         ("/v2/models/{model}/ready", "GET", routes.ready, api_docs.MODEL_READY),
         ("/v2/models/{model}/versions/{version}/ready", "GET", routes.ready, api_docs.MODEL_READY),
+        ("/v2/models/{model}/config", "GET", routes.config, api_docs.CONFIG),
+        ("/v2/models/{model}/versions/{version}/config", "GET", routes.config, api_docs.CONFIG),
+        ("/v2/models/{model}/stats", "GET", routes.statistics, api_docs.STATISTICS),
+        ("/v2/models/{model}/versions/{version}/stats", "GET", routes.statistics, api_docs.STATISTICS),
         ("/v2/models/{model}/infer", "POST", routes.infer, api_docs.INFER),
         ("/v2/models/{model}/versions/{version}/infer", "POST", routes.infer, api_docs.INFER),
         ("/v2/repository/index", "POST", routes.index, api_docs.INDEX),
@@ -82,7 +89,8 @@ def make_app(repository: Repository, settings: ServeSettings, metrics: Metrics, 
     ):
         docs = api_docs.docs_of(path, docs, repository.names)
         app.add_api_route(path, routes.guarded(handler), methods=[method], response_model=None, **docs)
-    for path, handler in (("/", page.index), ("/page/{name}", page.asset)):
+    pages = [("/", page.index), ("/page/{name}", page.asset), *([("/docs", page.docs)] if key is None else [])]
+    for path, handler in pages:
         public = routes.guarded(handler, public=True)  # it asks for the key
         app.add_api_route(path, public, response_model=None, include_in_schema=False)
     return app
@@ -140,7 +148,7 @@ class _Routes:
         return handled
 
     async def server(self, request: Request) -> Response:
-        extensions = ["binary_tensor_data", "model_repository"]
+        extensions = ["binary_tensor_data", *EXTENSIONS]
         return _json({"name": "branchynet", "version": __version__, "extensions": extensions})
 
     async def live(self, request: Request) -> Response:
@@ -152,6 +160,13 @@ class _Routes:
 
     async def metadata(self, request: Request) -> Response:
         return _json(self.model(request).metadata)
+
+    async def config(self, request: Request) -> Response:
+        return _json(config_of(self.model(request)))
+
+    async def statistics(self, request: Request) -> Response:
+        which = request.path_params
+        return _json({"model_stats": self.repository.statistics(which.get("model", ""), which.get("version"))})
 
     async def ready(self, request: Request) -> Response:
         name = self.model(request).name

@@ -41,7 +41,7 @@ class Loaded:
         watch: for drift; None without a record.
         moving: the thresholds of requests that give none; None for those of the file.
         labels: class names, or empty.
-        timeout: seconds; the latest deadline.
+        settings: of the server.
         folder: with its record and cost; None if it has none of its own.
     """
 
@@ -52,7 +52,7 @@ class Loaded:
     watch: DriftWatch | None
     moving: MovingThresholds | None
     labels: tuple[str, ...]
-    timeout: float
+    settings: ServeSettings
     folder: Path | None = None
 
     @property
@@ -78,11 +78,11 @@ class Loaded:
         if default and self.moving is not None:
             thresholds = self.moving.thresholds
         call = replace(self.backend.call(inputs, thresholds), default=default)
-        own = math.inf if options.timeout is None else options.timeout
+        own, most = math.inf if options.timeout is None else options.timeout, self.settings.timeout_s
         try:
-            return await self.runner.answer(call, min(own, self.timeout))
+            return await self.runner.answer(call, min(own, most))
         except DeadlineError as error:
-            raise error if own < self.timeout else TooSlow(str(error)) from None
+            raise error if own < most else TooSlow(str(error)) from None
 
     def named(self, outputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Return outputs with the names of the classes, if the model has any."""
@@ -153,7 +153,7 @@ def open_model(name: str, path: Path, settings: ServeSettings, counts: ModelMetr
         observer=_Listeners(counts, [one for one in (watch, moving) if one is not None]),
     )
     labels = () if engine is None else engine.labels
-    return Loaded(name, backend, runner, presets, watch, moving, labels, settings.timeout_s, folder)
+    return Loaded(name, backend, runner, presets, watch, moving, labels, settings, folder)
 
 
 class _Listeners:

@@ -39,11 +39,6 @@ def serve(path: Path, settings: ServeSettings) -> None:
         InputError: the address is in use or cannot be bound.
     """
     server, listener = prepared(path, settings)
-    host, port = listener.getsockname()[:2]
-    scheme = "http" if settings.certificate is None else "https"
-    shown = f"[{host}]" if ":" in host else host
-    names = ", ".join(server.repository.names)
-    print(f"serving {names} at {scheme}://{shown}:{port}", file=sys.stderr, flush=True)
     sys.setswitchinterval(_SWITCH)
     try:
         server.run([listener])
@@ -86,16 +81,21 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, repository: Repository, settings: ServeSettings, grpc: Any = None) -> None:
         super().__init__(_config(app, settings))
         self.repository, self.grpc, self._state = repository, grpc, app.state
+        self._scheme = "http" if settings.certificate is None else "https"
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen."""
-        if self.grpc is not None:
-            print(f"serving gRPC at port {await self.grpc.start()}", file=sys.stderr, flush=True)
+        """Listen, and then say where. Raises `InputError` if gRPC cannot."""
+        port = None if self.grpc is None else await self.grpc.start()
         await super().startup(sockets)
+        names = ", ".join(self.repository.names)
+        for one in sockets or ():
+            print(f"serving {names} at {self._scheme}://{_shown(one)}", file=sys.stderr, flush=True)
+        if port is not None:
+            print(f"serving gRPC at port {port}", file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Stop on a signal, and then end as usual instead of by the signal."""
+        """Stop on a signal, and then end as usual instead of by the signal, for which uvicorn has no option."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -132,6 +132,12 @@ def listen(settings: ServeSettings) -> socket.socket:
         raise InputError(f"cannot serve at {where} ({reason}); give another --port, or 0 for a free one") from error
     found.set_inheritable(True)
     return found
+
+
+def _shown(listener: socket.socket) -> str:
+    """Return host and port as in a URL."""
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _check_pair(settings: ServeSettings) -> None:
