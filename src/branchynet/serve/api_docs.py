@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastapi.responses import PlainTextResponse
+
 from ..errors import InputError
 from .models import Loaded
 
@@ -45,10 +47,11 @@ def _content(kind: str, schema: dict[str, Any]) -> dict[str, Any]:
     return {"content": {kind: {"schema": schema}}}
 
 
+_NAME = {"type": "string", "minLength": 1}
 _TENSOR = {
     "type": "object",
     "properties": {
-        "name": {"type": "string"},
+        "name": _NAME,
         "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}},
         "datatype": {"type": "string", "examples": ["FP32"]},
         "data": {"type": "array", "items": {}},
@@ -65,7 +68,7 @@ _INFER = {
             "type": "array",
             "items": {
                 "type": "object",
-                "properties": {"name": {"type": "string"}, "parameters": {"type": "object"}},
+                "properties": {"name": _NAME, "parameters": {"type": "object"}},
                 "required": ["name"],
             },
         },
@@ -90,7 +93,11 @@ _QUERY = [
     {"name": "deadline_ms", "in": "query", "schema": {"type": "number", "exclusiveMinimum": 0}},
 ]
 _FILE = {"type": "string", "format": "binary"}
-_OBJECT = _content("application/json", {"type": "object"})
+
+
+def _body(**properties: Any) -> dict[str, Any]:
+    return _content("application/json", {"type": "object", "properties": properties, "additionalProperties": False})
+
 
 SERVER = _docs("Name and version of the server", 401)
 LIVE = _docs("Whether the server runs")
@@ -104,13 +111,16 @@ INFER = _docs(
     *(400, 401, 404, 408, 413, 415, 422, 429, 503, 504),
     requestBody={"required": True, **_content("application/json", _INFER)},
 )
-INDEX = _docs("All models and their states", 401, 408, 413, 415, requestBody=_OBJECT)
-LOAD = _docs("Load a model, or load it again", 401, 404, 408, 413, 415, 503, requestBody=_OBJECT)
-UNLOAD = _docs("Unload a model", 401, 404, 408, 413, 415, 503, requestBody=_OBJECT)
+INDEX = _docs("All models and their states", 400, 401, 408, 413, 415, requestBody=_body(ready={"type": "boolean"}))
+_MANAGED = (400, 401, 404, 408, 413, 415, 503)
+_PARAMETERS = _body(parameters={"type": ["object", "null"], "additionalProperties": False})
+LOAD = _docs("Load a model, or load it again", *_MANAGED, requestBody=_PARAMETERS)
+UNLOAD = _docs("Unload a model", *_MANAGED, requestBody=_PARAMETERS)
 ABOUT = _docs("Exits, thresholds, classes and policies of a model", 401, 404, 503, tag="BranchyNet")
 FRONTIER = _docs("Accuracy and speed that the record predicts for other thresholds", 401, 404, 503, tag="BranchyNet")
 TRAFFIC = _docs("Answers of the last minute by exit, and percentiles of the latency", 401, 404, 503, tag="BranchyNet")
-METRICS = _docs("Metrics for Prometheus", 401, tag="BranchyNet")
+METRICS = {**_docs("Metrics for Prometheus", 401, tag="BranchyNet"), "response_class": PlainTextResponse}
+INFER["responses"][200] = {"description": "Successful Response", **_content("application/octet-stream", _FILE)}
 PREDICT = _docs(
     "Answer an image file",
     *(400, 401, 404, 408, 413, 415, 422, 429, 503, 504),

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import orjson
@@ -20,7 +20,7 @@ from .images import image_answer, image_input, upload
 from .limits import ClientGone, check_key, read_body, watched
 from .metrics import CONTENT_TYPE, Metrics
 from .models import VERSION, Loaded
-from .oip import Options, infer_answer, read_infer, read_options
+from .oip import Options, check_known, flag, infer_answer, parameters_of, read_infer, read_object, read_options
 from .page import Page
 from .repository import Repository, in_thread
 from .runner import Answer
@@ -186,16 +186,17 @@ class _Routes:
         return Response(found, 200, {"inference-header-content-length": str(length)}, "application/octet-stream")
 
     async def index(self, request: Request) -> Response:
-        wanted = await self._body(request)
-        ready = b'"ready"' in wanted and _wants_ready(wanted)
+        wanted = await self._object(request)
+        check_known(wanted, ("ready",), "the request")
+        ready = flag(wanted, "ready")
         return _json([one for one in self.repository.index() if not ready or one["state"] == "READY"])
 
     async def load(self, request: Request) -> Response:
-        await self._manage(request, self.repository.load)
+        await self._manage(request, self.repository.load, ())  # no file or setting of a model comes from a client
         return _json({})
 
     async def unload(self, request: Request) -> Response:
-        await self._manage(request, self.repository.unload)
+        await self._manage(request, self.repository.unload, ("unload_dependents",))
         return _json({})
 
     async def about(self, request: Request) -> Response:
@@ -230,6 +231,11 @@ class _Routes:
     async def _body(self, request: Request) -> bytes:
         return await read_body(request.receive, request.headers, self.settings.max_body, self.settings.client_s)
 
+    async def _object(self, request: Request) -> dict[str, Any]:
+        """Return the JSON object in a body; an empty one if there is none."""
+        body = await self._body(request)
+        return read_object(body) if body.strip() else {}
+
     def model(self, request: Request) -> Loaded:
         """Return the model that a request names. Raises `UnknownModel` or `NotReady`."""
         return self.repository.ready(request.path_params["model"], request.path_params.get("version"))
@@ -242,10 +248,12 @@ class _Routes:
             raise api_docs.several(names)
         return self.repository.ready((names or self.repository.names)[0])
 
-    async def _manage(self, request: Request, change: Callable[[str], None]) -> None:
-        await self._body(request)
+    async def _manage(self, request: Request, change: Callable[[str], None], known: Sequence[str]) -> None:
+        given = await self._object(request)
         if not self.settings.manage:
             raise KeyMissing("clients may not load or unload models here; start the server with --manage")
+        check_known(given, ("parameters",), "the request")
+        check_known(parameters_of(given, "the request"), known, "the parameters object of the request")
         await in_thread(change, request.path_params["model"])
 
 
@@ -255,13 +263,6 @@ async def _no_route(request: Request, error: Exception) -> Response:
         f"there is no route {request.method} {request.url.path:.200}" if status == 404 else "the method is not allowed"
     )
     return _json({"error": f"{what}; GET /openapi.json lists all routes"}, status, getattr(error, "headers", None))
-
-
-def _wants_ready(body: bytes) -> bool:
-    with contextlib.suppress(orjson.JSONDecodeError):
-        found = orjson.loads(body)
-        return isinstance(found, dict) and found.get("ready") is True
-    return False
 
 
 def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
