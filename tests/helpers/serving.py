@@ -5,6 +5,8 @@ import http.client
 import json
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -78,6 +80,24 @@ def running(path, **settings):
         thread.join(20)
         listener.close()
         assert not thread.is_alive()
+
+
+def started(*arguments, files=None):
+    """A server in a process of its own, with the lines that it printed, and its port.
+
+    `files` is the limit of open files, soft and hard.
+    """
+    command = [sys.executable, "-m", "branchynet", "serve", *map(str, arguments)]
+    if files is not None:
+        limits = f"ulimit -S -n {files[0]} && ulimit -H -n {files[1]}"
+        command = ["sh", "-c", f'{limits} && exec "$@"', "sh", *command]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process.lines = []
+    for line in process.stderr:
+        process.lines.append(line)
+        if found := re.search(r"http://.*:(\d+)$", line.strip()):
+            return process, int(found[1])
+    raise AssertionError("".join(process.lines))
 
 
 def until(condition, seconds=20):

@@ -1,11 +1,13 @@
 """Clients that are slow, silent or gone, and more open connections than there is room for."""
 
+import contextlib
 import json
+import resource
 import socket
 
 import pytest
 
-from helpers.serving import call, connect, infer, pictures, running, tensor, until, waiting
+from helpers.serving import call, connect, infer, pictures, running, started, tensor, until, waiting
 
 
 def test_slow_clients_are_cut_off_and_others_are_served(folder):
@@ -53,3 +55,58 @@ def test_many_open_connections_do_not_stop_the_others(folder):
         for one in idle:
             one.close()
         until(lambda: call(port, "GET", "/v2/health/live")[0] == 200)
+
+
+@contextlib.contextmanager
+def open_connections(port, count):
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(connect(port)) for _ in range(count)]
+
+
+def alive(connection):
+    """Whether a connection that was idle so far is answered."""
+    connection.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: a\r\n\r\n")
+    return connection.recv(4096).startswith(b"HTTP/1.1 200 ")
+
+
+def served(port):
+    """Whether a new connection is answered."""
+    with contextlib.suppress(OSError), connect(port) as new:
+        return alive(new)
+    return False
+
+
+def test_ten_thousand_connections_are_served(folder):
+    """As many as the limit of open files lets this process and the server have, if that is fewer."""
+    count = min(9_990, resource.getrlimit(resource.RLIMIT_NOFILE)[1] - 400)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    process, port = started(folder / "staged", "--port", 0, "--client-s", 120, files=(100, hard))
+    try:
+        with open_connections(port, count) as idle:
+            assert infer(port, "staged", pictures(1)).keys() >= {"exit"}
+            assert all(alive(one) for one in idle[:: len(idle) // 20])
+        assert infer(port, "staged", pictures(1)).keys() >= {"exit"}
+        process.terminate()
+        assert process.wait(30) == 0 and process.stderr.read() == ""
+    finally:
+        process.kill()
+        process.stderr.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_without_files_for_more_connections_the_open_ones_are_served(folder):
+    process, port = started(folder / "staged", "--port", 0, files=(150, 150))
+    try:
+        assert any("the system allows 150 open files" in line for line in process.lines)
+        with connect(port) as first:
+            assert alive(first)
+            with open_connections(port, 200):
+                assert alive(first)
+            until(lambda: served(port))  # when the server has closed the others too
+            assert alive(first)
+        process.terminate()
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.stderr.close()

@@ -24,6 +24,7 @@ from helpers.serving import (
     infer,
     pictures,
     running,
+    started,
     tensor,
     until,
     waiting,
@@ -229,21 +230,11 @@ def test_a_request_that_the_runtime_refuses_fails_alone(folder, gate, monkeypatc
     assert all(found[n]["exit"] in (1, 2, 3) for n in (0, 1, 3))
 
 
-def served(*arguments):
-    """A server in a process of its own, and its port."""
-    command = [sys.executable, "-m", "branchynet", "serve", *map(str, arguments)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    line = process.stderr.readline()
-    found = re.search(r":(\d+)$", line.strip())
-    assert found, line + process.stderr.read()
-    return process, int(found[1])
-
-
 def test_a_signal_under_load_loses_nothing_that_was_accepted(folder):
     """Clients send on connections that they keep. After the signal, each gets its answer, or a closed connection."""
     x = pictures(64)
     wanted = load(folder / "staged")(x)
-    process, port = served(folder / "staged", "--port", 0)
+    process, port = started(folder / "staged", "--port", 0)
     answered, lost, stop = [], [], threading.Event()
 
     def client(start):

@@ -28,6 +28,8 @@ from .settings import ServeSettings, read_key
 log = logging.getLogger("branchynet.serve")
 _SWITCH = 0.0005  # seconds; Python's default of 5 ms delays the worker behind the event loop
 
+_FILES = 100  # besides connections
+
 
 def serve(path: Path, settings: ServeSettings) -> None:
     """Serve a run folder, an exported file, a folder of stages, or a folder of these, until SIGINT or SIGTERM.
@@ -40,6 +42,7 @@ def serve(path: Path, settings: ServeSettings) -> None:
     """
     server, listener = prepared(path, settings)
     sys.setswitchinterval(_SWITCH)
+    _allow_files(settings.connections)
     try:
         server.run([listener])
     finally:
@@ -132,6 +135,21 @@ def listen(settings: ServeSettings) -> socket.socket:
         raise InputError(f"cannot serve at {where} ({reason}); give another --port, or 0 for a free one") from error
     found.set_inheritable(True)
     return found
+
+
+def _allow_files(connections: int) -> None:
+    """Let the process open a file per connection, as far as the system allows it; a warning says if that is fewer."""
+    if sys.platform == "win32":  # which has no such limit
+        return
+    import resource
+
+    wanted = connections + _FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if most < wanted:
+        log.warning("the system allows %d open files, so there may be fewer than %d connections", hard, connections)
 
 
 def _shown(listener: socket.socket) -> str:
