@@ -77,7 +77,9 @@ class Loaded:
         default = thresholds is None
         if default and self.moving is not None:
             thresholds = self.moving.thresholds
-        call = replace(self.backend.call(inputs, thresholds), default=default)
+        call = self.backend.call(inputs, thresholds)
+        if not default:
+            call = replace(call, default=False)
         own, most = math.inf if options.timeout is None else options.timeout, self.settings.timeout_s
         try:
             return await self.runner.answer(call, min(own, most))
