@@ -31,7 +31,7 @@ test-browser: $(VENV)/.ready
 	{ echo "NOT TESTED in a browser: Chromium is not installed"; exit 0; }; \
 	$(BIN)/pytest tests/serve/test_page_browser.py
 
-# The networks of transformers, networks of more than 2 GB, and random requests to the server.
+# The networks of transformers, networks of more than 2 GB, and a cluster of Ray.
 test-heavy: $(VENV)/.ready
 	$(BIN)/pytest -n auto --dist worksteal -m heavy
 
@@ -109,7 +109,7 @@ format: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev,fuzz]"
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev,ray]"
 	touch $@
 
 $(LOWEST)/.ready: pyproject.toml constraints-lowest.txt

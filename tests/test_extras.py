@@ -17,7 +17,6 @@ from helpers import device
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {  # packages with another name than their module
-    "fastapi_offline": "fastapi-offline",
     "grpc": "grpcio",
     "PIL": "pillow",
     "onnx_ir": "onnx-ir",
@@ -146,6 +145,7 @@ from branchynet import ExitRecord, Monitor; Monitor(ExitRecord.load(sys.argv[1] 
         (["fastapi"], ["serve", "model.onnx"], "serve"),
         (["grpc"], ["serve", "model.onnx", "--grpc-port", "0"], "grpc"),
         (["tritonclient"], ["serve", "model.onnx", "--grpc-port", "0"], "grpc"),
+        (["ray"], ["serve", "model.onnx", "--ray"], "ray"),
     ],
 )
 def test_a_command_names_the_extra_that_it_needs(folder, forbidden, arguments, extra):
@@ -199,7 +199,7 @@ def test_extras_are_those_of_the_project():
     stated = [(r.name, e) for e, all in STATED.items() for r in all if r.name != "branchynet" and e != "dependencies"]
     assert sorted(stated) == sorted(found)
     assert [r.name for r in STATED["dependencies"]] == ["numpy", "onnxruntime", "packaging"]
-    assert STATED["all"][0].extras == set(extras.EXTRAS.values()) - {"verify"}
+    assert STATED["all"][0].extras == set(extras.EXTRAS.values()) - {"verify", "ray"}
 
 
 def test_types_are_of_the_names_that_packages_have():

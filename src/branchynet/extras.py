@@ -19,19 +19,10 @@ EXTRAS = {
     "onnx": "verify",
     "openvino": "openvino",
     **dict.fromkeys(
-        (
-            "fastapi",
-            "fastapi_offline",
-            "httptools",
-            "orjson",
-            "prometheus_client",
-            "python_multipart",
-            "uvicorn",
-            "uvloop",
-        ),
-        "serve",
+        ("fastapi", "httptools", "orjson", "prometheus_client", "python_multipart", "uvicorn", "uvloop"), "serve"
     ),
     **dict.fromkeys(("grpc", "tritonclient"), "grpc"),
+    "ray": "ray",
 }
 
 
@@ -50,9 +41,9 @@ def needed_by(what: str, extra: str | None = None) -> Iterator[None]:
         if module not in EXTRAS:
             raise
         wanted = extra or EXTRAS[module]
+        also = "" if wanted == "ray" else ", or 'branchynet[all]' on a machine that trains"
         raise MissingExtraError(
-            f"{what} needs {module}, which is not installed: pip install 'branchynet[{wanted}]', or "
-            "'branchynet[all]' on a machine that trains"
+            f"{what} needs {module}, which is not installed: pip install 'branchynet[{wanted}]'{also}"
         ) from error
 
 

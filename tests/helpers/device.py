@@ -11,7 +11,7 @@ import numpy as np
 
 OPTIONAL = """
 accelerate fastapi filelock grpc httptools matplotlib onnx onnx_ir onnxscript openvino orjson PIL pooch
-prometheus_client python_multipart rich safetensors scipy sklearn torch tqdm transformers tritonclient
+prometheus_client python_multipart ray rich safetensors scipy sklearn torch tqdm transformers tritonclient
 typer uvicorn uvloop
 """.split()
 

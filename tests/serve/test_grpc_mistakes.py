@@ -7,11 +7,12 @@ from grpc import StatusCode
 from tritonclient.grpc import service_pb2
 
 from helpers.grpc_serving import refused, request, running, stub
-from helpers.serving import pictures
+from helpers.serving import pictures, write_models
 
 
 @pytest.fixture(scope="module")
-def server(folder):
+def server(tmp_path_factory):
+    folder = write_models(tmp_path_factory.mktemp("models"))
     (folder / "broken.onnx").write_bytes(b"no model")
     with running(folder) as found:
         yield found
@@ -117,7 +118,7 @@ def test_unknown_models_and_versions_are_not_found_and_damaged_ones_unavailable(
     ("method", "code", "text"),
     [
         ("ModelInfer", StatusCode.INVALID_ARGUMENT, "the message is no inference.ModelInferRequest"),
-        ("TraceSetting", StatusCode.UNIMPLEMENTED, ""),
+        ("ModelConfig", StatusCode.UNIMPLEMENTED, ""),
     ],
 )
 def test_bytes_that_are_no_message_and_unknown_methods_are_refused(server, method, code, text):

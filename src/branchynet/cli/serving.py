@@ -43,6 +43,10 @@ def serve(
     budget_limit: Annotated[str | None, _option("Policy with a promise that bounds the move.")] = None,
     certificate: Annotated[str | None, _option("Certificate for TLS.")] = None,
     private_key: Annotated[str | None, _option("Its private key.")] = None,
+    ray: Annotated[bool | None, typer.Option("--ray", help="Run the stages on a Ray cluster.")] = None,
+    min_replicas: Annotated[int | None, _option("On a cluster: least processes per stage. Default: 1.")] = None,
+    max_replicas: Annotated[int | None, _option("On a cluster: most processes per stage. Default: 4.")] = None,
+    cpus: Annotated[float | None, _option("On a cluster: CPUs of each process. Default: as many as threads.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with any of these options.", parser=path)] = None,
 ) -> None:
     """Serve models over HTTP and gRPC until Ctrl-C."""

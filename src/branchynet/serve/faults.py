@@ -8,15 +8,11 @@ BranchyNetError
 ├── SlowClient        408
 ├── TooLarge          413
 ├── WrongEncoding     415
-├── DeadlineError     422
-│   └── TooSlow       504
 ├── QueueFull         429, with Retry-After
 ├── RunError          500
 ├── NotReady          503
-└── StoppedError      503
-
-A deadline that a request sets is part of the request, so its status is no fault of the server. It is not 408, which
-asks clients to repeat the request on a new connection; browsers and others do so at once.
+├── StoppedError      503
+└── DeadlineError     504
 """
 
 import math
@@ -55,6 +51,9 @@ class QueueFull(BranchyNetError, RuntimeError):
         super().__init__(message)
         self.retry_after = retry_after
 
+    def __reduce__(self) -> tuple[type["QueueFull"], tuple[str, float]]:
+        return QueueFull, (str(self), self.retry_after)  # it travels between the processes of a cluster
+
 
 class RunError(BranchyNetError, RuntimeError):
     """The runtime failed on a request."""
@@ -72,8 +71,12 @@ class DeadlineError(BranchyNetError, TimeoutError):
     """The deadline of a request passed before every sample had an answer."""
 
 
-class TooSlow(DeadlineError):
-    """The deadline that passed was that of the server, because the request gave none or a later one."""
+def too_late(seconds: float, missing: int, rows: int) -> DeadlineError:
+    """Return the error of a request of `rows` samples, `missing` of which have no answer after `seconds`."""
+    return DeadlineError(
+        f"the deadline passed after {1e3 * seconds:.0f} ms, and {missing} of {rows} samples had reached no exit; allow "
+        "more time, or send fewer requests"
+    )
 
 
 _STATUS: dict[type[BranchyNetError], int] = {
@@ -84,11 +87,10 @@ _STATUS: dict[type[BranchyNetError], int] = {
     SlowClient: 408,
     TooLarge: 413,
     WrongEncoding: 415,
-    TooSlow: 504,
-    DeadlineError: 422,
     QueueFull: 429,
     NotReady: 503,
     StoppedError: 503,
+    DeadlineError: 504,
 }
 
 

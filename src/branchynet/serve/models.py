@@ -1,11 +1,10 @@
 """A model that serves, and what lies in its folder."""
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,20 +13,58 @@ from ..deploy.staged_files import MANIFEST
 from ..errors import FileError, InputError, nearest
 from ..policy.exit_cost import ExitCost
 from ..policy.values import Choice
-from .backends import Backend, open_backend, warmed
+from .backends import Backend, Call, open_backend, warmed
 from .budget import MovingThresholds, moving_thresholds
 from .drift import DriftWatch, record_in, watch_beside
-from .faults import DeadlineError, TooSlow
 from .metrics import ModelMetrics
 from .oip import CLASS_NAME, Options, metadata_of
 from .presets import Preset, presets_beside, read_presets
-from .runner import Answer, Runner
+from .runner import Answer, Observer, Runner
 from .settings import ServeSettings
-from .tickets import stage_limits
+from .tickets import StageLimit, stage_limits
 
 VERSION = "1"
 
 _THRESHOLD = re.compile(r"threshold_([1-9]\d{0,3})")
+
+
+class Answerer(Protocol):
+    """Answers the requests to one model.
+
+    Attributes:
+        waiting: unanswered samples.
+    """
+
+    @property
+    def waiting(self) -> int:
+        """Unanswered samples."""
+        ...
+
+    async def answer(self, call: Call, timeout: float) -> Answer:
+        """Answer a request within `timeout` seconds. Raises as `Runner.answer`."""
+        ...
+
+    def stop(self) -> None:
+        """Refuse new requests, and wait until all accepted ones are answered."""
+        ...
+
+
+class Start(Protocol):
+    """Starts what answers the requests to a model."""
+
+    def __call__(
+        self, name: str, path: Path, backend: Backend, sample_us: Sequence[float] | None, observer: Observer
+    ) -> Answerer:
+        """Start a model.
+
+        Args:
+            name: of the model.
+            path: the file or folder that `backend` opened.
+            backend: what runs.
+            sample_us: expected microseconds per sample of each stage; None if unknown.
+            observer: receives each answer.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -36,23 +73,23 @@ class Loaded:
 
     Attributes:
         backend: what runs.
-        runner: its worker.
+        runner: what answers.
         presets: its named policies.
         watch: for drift; None without a record.
         moving: the thresholds of requests that give none; None for those of the file.
         labels: class names, or empty.
-        settings: of the server.
+        timeout: seconds; the latest deadline.
         folder: with its record and cost; None if it has none of its own.
     """
 
     name: str
     backend: Backend
-    runner: Runner
+    runner: Answerer
     presets: dict[str, Preset]
     watch: DriftWatch | None
     moving: MovingThresholds | None
     labels: tuple[str, ...]
-    settings: ServeSettings
+    timeout: float
     folder: Path | None = None
 
     @property
@@ -69,22 +106,15 @@ class Loaded:
 
         Raises:
             InputError: inputs or thresholds do not fit the model, or it has no such policy.
-            DeadlineError: the deadline of the request passed, and a sample has reached no exit.
-            TooSlow: that of the server passed.
-            QueueFull, StoppedError, RunError: as `Runner.answer`.
+            QueueFull, DeadlineError, StoppedError, RunError: as `Runner.answer`.
         """
         inputs, thresholds = self._thresholds(inputs, options)
         default = thresholds is None
         if default and self.moving is not None:
             thresholds = self.moving.thresholds
-        call = self.backend.call(inputs, thresholds)
-        if not default:
-            call = replace(call, default=False)
-        own, most = math.inf if options.timeout is None else options.timeout, self.settings.timeout_s
-        try:
-            return await self.runner.answer(call, min(own, most))
-        except DeadlineError as error:
-            raise error if own < most else TooSlow(str(error)) from None
+        call = replace(self.backend.call(inputs, thresholds), default=default)
+        timeout = self.timeout if options.timeout is None else min(options.timeout, self.timeout)
+        return await self.runner.answer(call, timeout)
 
     def named(self, outputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Return outputs with the names of the classes, if the model has any."""
@@ -121,14 +151,17 @@ class Loaded:
         return inputs, self.presets[options.policy].policy.thresholds
 
 
-def open_model(name: str, path: Path, settings: ServeSettings, counts: ModelMetrics) -> Loaded:
-    """Open a model and start its worker.
+def open_model(
+    name: str, path: Path, settings: ServeSettings, counts: ModelMetrics, start: Start | None = None
+) -> Loaded:
+    """Open a model and start what answers its requests.
 
     Args:
         name: of the model.
         path: a run folder, an exported file, or a folder of stages.
         settings: of the server.
         counts: where it counts.
+        start: starts it; None for a `Runner` in this process.
 
     Raises:
         BranchyNetError: its files cannot be served.
@@ -144,18 +177,27 @@ def open_model(name: str, path: Path, settings: ServeSettings, counts: ModelMetr
         moving = moving_thresholds(folder, record, engine, presets, settings.budget_limit, settings.budget_us)
     elif settings.monitor:  # it needs thresholds that do not move
         watch = watch_beside(name, record, engine)
-    most = 1 if backend.whole or getattr(backend, "single", False) else settings.max_batch
-    limits = stage_limits(warmed(backend), most, _sample_us(folder, backend), settings.batch_us)
-    runner = Runner(
-        backend,
-        limits,
-        max_wait=settings.max_wait_ms / 1e3,
-        bound=settings.queue,
-        most_wait=settings.queue_ms / 1e3,
-        observer=_Listeners(counts, [one for one in (watch, moving) if one is not None]),
-    )
+    sample_us = _sample_us(folder, backend)
+    observer = _Listeners(counts, [one for one in (watch, moving) if one is not None])
+    if start is not None:
+        runner = start(name, model, backend, sample_us, observer)
+    else:
+        runner = Runner(
+            backend,
+            limits_of(backend, settings, sample_us),
+            max_wait=settings.max_wait_ms / 1e3,
+            bound=settings.queue,
+            most_wait=settings.queue_ms / 1e3,
+            observer=observer,
+        )
     labels = () if engine is None else engine.labels
-    return Loaded(name, backend, runner, presets, watch, moving, labels, settings, folder)
+    return Loaded(name, backend, runner, presets, watch, moving, labels, settings.timeout_s, folder)
+
+
+def limits_of(backend: Backend, settings: ServeSettings, sample_us: Sequence[float] | None) -> tuple[StageLimit, ...]:
+    """Return the bounds of the batches of each stage, from its time on a sample of zeros. Raises `FileError`."""
+    most = 1 if backend.whole or getattr(backend, "single", False) else settings.max_batch
+    return stage_limits(warmed(backend), most, sample_us, settings.batch_us)
 
 
 class _Listeners:

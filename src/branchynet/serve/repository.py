@@ -12,10 +12,9 @@ from typing import Any
 from ..deploy.staged_files import MANIFEST
 from ..errors import BranchyNetError, FileError, nearest
 from ..files import check_path
-from .extensions import statistics_of
 from .faults import NotReady, UnknownModel
 from .metrics import Metrics
-from .models import VERSION, Loaded, open_model
+from .models import VERSION, Loaded, Start, open_model
 from .settings import ServeSettings
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
@@ -39,6 +38,7 @@ class Repository:
         path: a run folder, an exported file, a folder of stages, or a folder that holds several of these.
         settings: of the server.
         metrics: where models count.
+        start: as in `open_model`.
 
     Raises:
         FileError: there is nothing to serve.
@@ -47,12 +47,12 @@ class Repository:
         path: absolute.
     """
 
-    def __init__(self, path: Path, settings: ServeSettings, metrics: Metrics) -> None:
+    def __init__(self, path: Path, settings: ServeSettings, metrics: Metrics, start: Start | None = None) -> None:
         check_path(path)
         if not path.exists():
             raise FileError(f"there is no model {path}; give a run folder, an exported file, or a folder of them")
         self.path = path.resolve()
-        self._settings, self._metrics = settings, metrics
+        self._settings, self._metrics, self._start = settings, metrics, start
         self._lock = threading.Lock()  # of loading; reading an entry needs none
         self._single = not self.path.is_dir() or _holds_model(self.path)
         self._entries = {name: _Entry(found) for name, found in self._scan()}
@@ -75,6 +75,12 @@ class Repository:
                 self.load(name)
             except BranchyNetError as error:
                 log.error("%s is not ready: %s", name, error)
+
+    def check_any_ready(self) -> None:
+        """Raise `FileError`, which says why, unless a model serves."""
+        if not self.any_ready():
+            reasons = "; ".join(f"{one['name']}: {one['reason']}" for one in self.index())
+            raise FileError(f"no model of {self.path} can be served: {reasons}")
 
     def load(self, name: str) -> None:
         """Load a model, or load it again from its files; the earlier one serves until then.
@@ -128,12 +134,6 @@ class Repository:
             for name, entry in sorted(self._entries.items())
         ]
 
-    def statistics(self, name: str = "", version: str | None = None) -> list[dict[str, Any]]:
-        """Return the statistics of a model that serves, or of all of them. Raises `UnknownModel` or `NotReady`."""
-        found = [one.loaded for one in self._entries.values()] if not name else [self.ready(name, version)]
-        models, counts = [one for one in found if one is not None], self._metrics
-        return [statistics_of(one, counts.model(one.name), counts.failed(one.name)) for one in models]
-
     def any_ready(self) -> bool:
         """Whether a model serves."""
         return any(entry.loaded is not None for entry in self._entries.values())
@@ -163,7 +163,7 @@ class Repository:
 
     def _open(self, name: str, path: Path) -> Loaded:
         self._check_inside(path)
-        return open_model(name, path, self._settings, self._metrics.model(name))
+        return open_model(name, path, self._settings, self._metrics.model(name), self._start)
 
     def _check_inside(self, path: Path) -> None:
         """Raise `FileError` if a file of a model lies outside the repository, through a link."""

@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 from ..errors import BranchyNetError, InputError, first_line
 from .backends import Backend, Block, Call
-from .faults import DeadlineError, RunError, StoppedError
+from .faults import DeadlineError, RunError, StoppedError, too_late
 from .scheduler import Scheduler
 from .tickets import Batch, Part, StageLimit, Ticket
 
+SWITCH = 0.0005  # seconds; Python's default of 5 ms delays the worker behind the event loop
 _INLINE = 0.0005  # seconds; waking a thread for less takes longer than the work
 
 
@@ -154,7 +155,7 @@ class Runner:
                 raise StoppedError("the model is being unloaded or the server stops; send the request again later")
             self._scheduler.submit(ticket, now)
             self._unanswered[pending.loop] += 1
-            here = self._scheduler.typical <= _INLINE and self._stepping in (None, pending.loop)
+            here = self._scheduler.ahead <= _INLINE and self._stepping in (None, pending.loop)
             if not here:
                 self._changed.notify()
         if here and self._stepping is None:
@@ -181,7 +182,7 @@ class Runner:
             self._run(batch, loop)
         with self._changed:
             at = self._scheduler.wake_at(now := self._clock())
-            here = at is not None and at <= now and self._scheduler.typical <= _INLINE
+            here = at is not None and at <= now and self._scheduler.ahead <= _INLINE
             here = here and self._unanswered[loop] > 0  # else the loop may end before the next step
             if self._stopping or (at is not None and not here):
                 self._changed.notify()
@@ -262,7 +263,7 @@ class Runner:
             count, rows = len(part.rows), part.ticket.rows
             score = float(outputs["score"][at]) if rows == 1 and "score" in outputs else None
             pending.steps.append(Step(exit, us, score))
-            if len(batch.parts) == 1 and count == rows:
+            if self._backend.whole:
                 pending.outputs = outputs
             elif count == rows:
                 pending.outputs = {name: values[at : at + count] for name, values in outputs.items()}
@@ -284,10 +285,7 @@ class Runner:
         now = self._clock()
         missing = int((pending.outputs["exit"] == 0).sum()) if "exit" in pending.outputs else ticket.rows
         if missing:
-            return DeadlineError(
-                f"the deadline passed after {1e3 * (now - pending.arrived):.0f} ms, and {missing} of {ticket.rows} "
-                "samples had reached no exit; allow more time, or send fewer requests"
-            )
+            return too_late(now - pending.arrived, missing, ticket.rows)
         return self._found(ticket, ticket.left, now)
 
     def _deliver(
@@ -304,8 +302,7 @@ class Runner:
         with self._changed:
             for loop, found in loops.items():
                 self._unanswered[loop] -= len(found)
-                if self._unanswered[loop] <= 0:
-                    del self._unanswered[loop]  # so that no loop is kept
+            self._unanswered = +self._unanswered  # without the loops that wait for nothing
         for loop, found in loops.items():
             if loop is here:
                 _set(found)

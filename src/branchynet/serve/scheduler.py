@@ -18,7 +18,6 @@ tickets of the same `kind` share a batch.
 
 import heapq
 import math
-from bisect import bisect_left, insort
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
@@ -67,11 +66,10 @@ class _Queue(_Parts):
 
     def __init__(self, limit: StageLimit) -> None:
         super().__init__()
-        self.limit, self.p95, self.median = limit, limit.expected, limit.expected
+        self.limit, self.p95 = limit, limit.expected
         self.kinds: dict[Hashable, _Parts] = {}
         self.rows = 0
-        self._took: deque[float] = deque()
-        self._sorted: list[float] = []
+        self._took: deque[float] = deque(maxlen=_REMEMBERED)
 
     def add(self, number: int, part: Part) -> None:
         super().add(number, part)
@@ -96,12 +94,35 @@ class _Queue(_Parts):
         return taken
 
     def timed(self, seconds: float) -> None:
-        if len(self._took) == _REMEMBERED:
-            del self._sorted[bisect_left(self._sorted, self._took.popleft())]
         self._took.append(seconds)
-        insort(self._sorted, seconds)
-        count = len(self._sorted)
-        self.p95, self.median = self._sorted[math.ceil(0.95 * count) - 1], self._sorted[count // 2]
+        self.p95 = sorted(self._took)[math.ceil(0.95 * len(self._took)) - 1]
+
+
+def check_room(rows: int, waiting: int, bound: int, after: float, most_wait: float = math.inf) -> None:
+    """Raise an error unless a request may wait.
+
+    Args:
+        rows: its samples.
+        waiting: unanswered samples before it.
+        bound: the most unanswered samples.
+        after: seconds that the samples before it are expected to take.
+        most_wait: the most such seconds, if any sample waits.
+
+    Raises:
+        QueueFull: there is no room now.
+        InputError: there never will be, or the request has no samples.
+    """
+    if not 1 <= rows <= bound:
+        raise InputError(
+            f"a request must have 1 to {bound} samples, because the queue has room for {bound}; got {rows}: send "
+            "several requests, or start the server with a larger queue"
+        )
+    if waiting + rows > bound or (waiting and after > most_wait):
+        raise QueueFull(
+            f"the queue is full: {waiting} of at most {bound} samples wait for about {after:.2g} s, and this request "
+            f"has {rows} more; try again later",
+            after,
+        )
 
 
 class Scheduler:
@@ -143,9 +164,9 @@ class Scheduler:
         self.waiting = 0
 
     @property
-    def typical(self) -> float:
-        """The seconds that one batch after the other takes through all stages; medians, which rare pauses leave."""
-        return sum(queue.median for queue in self._queues)
+    def ahead(self) -> float:
+        """The seconds that one batch after the other takes through all stages; 95th percentiles."""
+        return self._ahead(0)
 
     def submit(self, ticket: Ticket, now: float) -> None:
         """Add a request.
@@ -154,18 +175,8 @@ class Scheduler:
             QueueFull: there is no room now.
             InputError: there never will be, or the request has no samples.
         """
-        if not 1 <= ticket.rows <= self._bound:
-            raise InputError(
-                f"a request must have 1 to {self._bound} samples, because the queue has room for {self._bound}; got "
-                f"{ticket.rows}: send several requests, or start the server with a larger queue"
-            )
         after = self.waiting * self._busy / max(self._left, 1e-9)
-        if self.waiting + ticket.rows > self._bound or (self.waiting and after > self._most_wait):
-            raise QueueFull(
-                f"the queue is full: {self.waiting} of at most {self._bound} samples wait for about {after:.2g} s, and "
-                f"this request has {ticket.rows} more; try again later",
-                after,
-            )
+        check_room(ticket.rows, self.waiting, self._bound, after, self._most_wait)
         self.waiting += ticket.rows
         self._add(0, Part(ticket, np.arange(ticket.rows), ticket.held, 0, now))
 

@@ -22,13 +22,12 @@ from ..files import regular
 from .app import make_app
 from .limits import guarded
 from .metrics import Metrics
+from .models import Start
 from .repository import Repository
+from .runner import SWITCH
 from .settings import ServeSettings, read_key
 
 log = logging.getLogger("branchynet.serve")
-_SWITCH = 0.0005  # seconds; Python's default of 5 ms delays the worker behind the event loop
-
-_FILES = 100  # besides connections
 
 
 def serve(path: Path, settings: ServeSettings) -> None:
@@ -38,11 +37,24 @@ def serve(path: Path, settings: ServeSettings) -> None:
 
     Raises:
         FileError: there is nothing to serve, or the API key or the certificate cannot be read.
-        InputError: the address is in use or cannot be bound.
+        InputError: the address is in use or cannot be bound, or there is no Ray cluster.
     """
-    server, listener = prepared(path, settings)
-    sys.setswitchinterval(_SWITCH)
-    _allow_files(settings.connections)
+    if not settings.ray:
+        _run(*prepared(path, settings), settings)
+        return
+    with needed_by("--ray", extra="ray"):
+        from .cluster import connected
+    with connected(settings) as start:
+        _run(*prepared(path, settings, start), settings)
+
+
+def _run(server: "Server", listener: socket.socket, settings: ServeSettings) -> None:
+    host, port = listener.getsockname()[:2]
+    scheme = "http" if settings.certificate is None else "https"
+    shown = f"[{host}]" if ":" in host else host
+    names = ", ".join(server.repository.names)
+    print(f"serving {names} at {scheme}://{shown}:{port}", file=sys.stderr, flush=True)
+    sys.setswitchinterval(SWITCH)
     try:
         server.run([listener])
     finally:
@@ -50,8 +62,13 @@ def serve(path: Path, settings: ServeSettings) -> None:
         listener.close()
 
 
-def prepared(path: Path, settings: ServeSettings) -> tuple["Server", socket.socket]:
+def prepared(path: Path, settings: ServeSettings, start: Start | None = None) -> tuple["Server", socket.socket]:
     """Load the models, and return a server that has not started, and its socket, which listens.
+
+    Args:
+        path: as in `serve`.
+        settings: of the server.
+        start: as in `open_model`.
 
     Raises:
         FileError, InputError: as `serve`.
@@ -62,13 +79,14 @@ def prepared(path: Path, settings: ServeSettings) -> tuple["Server", socket.sock
         with needed_by("--grpc-port", extra="grpc"):
             from .grpc_server import GrpcServer
     metrics = Metrics()
-    repository = Repository(path, settings, metrics)
+    repository = Repository(path, settings, metrics, start)
     listener = listen(settings)
     repository.load_all()
-    if not repository.any_ready():
+    try:
+        repository.check_any_ready()
+    except FileError:
         listener.close()
-        reasons = "; ".join(f"{one['name']}: {one['reason']}" for one in repository.index())
-        raise FileError(f"no model of {path} can be served: {reasons}")
+        raise
     grpc = None if settings.grpc_port is None else GrpcServer(repository, settings, metrics, key)
     return Server(make_app(repository, settings, metrics, key), repository, settings, grpc), listener
 
@@ -84,21 +102,16 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, repository: Repository, settings: ServeSettings, grpc: Any = None) -> None:
         super().__init__(_config(app, settings))
         self.repository, self.grpc, self._state = repository, grpc, app.state
-        self._scheme = "http" if settings.certificate is None else "https"
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and then say where. Raises `InputError` if gRPC cannot."""
-        port = None if self.grpc is None else await self.grpc.start()
+        """Listen."""
+        if self.grpc is not None:
+            print(f"serving gRPC at port {await self.grpc.start()}", file=sys.stderr, flush=True)
         await super().startup(sockets)
-        names = ", ".join(self.repository.names)
-        for one in sockets or ():
-            print(f"serving {names} at {self._scheme}://{_shown(one)}", file=sys.stderr, flush=True)
-        if port is not None:
-            print(f"serving gRPC at port {port}", file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Stop on a signal, and then end as usual instead of by the signal, for which uvicorn has no option."""
+        """Stop on a signal, and then end as usual instead of by the signal."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -135,27 +148,6 @@ def listen(settings: ServeSettings) -> socket.socket:
         raise InputError(f"cannot serve at {where} ({reason}); give another --port, or 0 for a free one") from error
     found.set_inheritable(True)
     return found
-
-
-def _allow_files(connections: int) -> None:
-    """Let the process open a file per connection, as far as the system allows it; a warning says if that is fewer."""
-    if sys.platform == "win32":  # which has no such limit
-        return
-    import resource
-
-    wanted = connections + _FILES
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    if most < wanted:
-        log.warning("the system allows %d open files, so there may be fewer than %d connections", hard, connections)
-
-
-def _shown(listener: socket.socket) -> str:
-    """Return host and port as in a URL."""
-    host, port = listener.getsockname()[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _check_pair(settings: ServeSettings) -> None:

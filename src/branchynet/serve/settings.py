@@ -42,6 +42,9 @@ class ServeSettings:
             none.
         budget_limit: the name of a policy with a promise; thresholds do not move past its own.
         certificate, private_key: files for TLS.
+        ray: whether the stages run on a Ray cluster.
+        min_replicas, max_replicas: on a cluster, how many processes run each stage.
+        cpus: on a cluster, how many CPUs each of them reserves; by default as many as `threads`.
 
     Raises:
         InputError: a value is out of range.
@@ -69,6 +72,10 @@ class ServeSettings:
     budget_limit: str | None = None
     certificate: str | None = None
     private_key: str | None = None
+    ray: bool = False
+    min_replicas: int = 1
+    max_replicas: int = 4
+    cpus: float | None = None
 
     def __post_init__(self) -> None:
         whole("port", self.port, 0, 65535)
@@ -90,6 +97,13 @@ class ServeSettings:
         for name in ("queue_ms", "batch_us", "budget_us"):
             if getattr(self, name) is not None:
                 above_zero(name, getattr(self, name))
+        whole("min_replicas", self.min_replicas, 1, 1 << 16)
+        if whole("max_replicas", self.max_replicas, 1, 1 << 16) < self.min_replicas:
+            raise InputError(
+                f"max_replicas={self.max_replicas} is less than min_replicas={self.min_replicas}; raise it"
+            )
+        if self.cpus is not None and max(1.0, above_zero("cpus", self.cpus)) < self.threads:
+            raise InputError(f"threads={self.threads} is more than cpus={self.cpus:g}, the CPUs of a replica; lower it")
         if (self.budget_us is None) != (self.budget_limit is None):
             raise InputError("give budget_us and budget_limit together: the goal, and the policy that bounds the move")
         if (self.certificate is None) != (self.private_key is None):
