@@ -224,14 +224,13 @@ def centered(problem: SearchProblem, thresholds: Floats) -> Floats:
     position = exit_positions(problem.scores, thresholds)
     moved = thresholds.copy()
     for n in np.nonzero(~np.isnan(thresholds))[0]:
-        leaves, stays = problem.scores[position == n, n], problem.scores[position > n, n]
-        stays = stays[stays < np.inf]
-        if len(leaves) and len(stays):
-            moved[n] = between(leaves.max(keepdims=True), stays.min(keepdims=True))[0]
-        elif len(leaves):
-            moved[n] = beyond(leaves.max(keepdims=True))[0]
-        else:
+        scores, leave = problem.scores[:, n], position == n
+        if not leave.any():
             moved[n] = np.nan
+            continue
+        below = np.where(leave, scores, np.float32(-np.inf)).max(keepdims=True)
+        above = np.fmin.reduce(np.where(position > n, scores, np.float32(np.inf)), keepdims=True)  # NaN never leaves
+        moved[n] = (between(below, above) if above < np.inf else beyond(below))[0]
     return moved
 
 

@@ -265,37 +265,32 @@ def sweep(problem: SearchProblem, thresholds: Floats, n: int) -> SearchPoints:
     answered = problem.losses[np.arange(samples), answering]
     first = np.bincount(answering, minlength=exits).astype(np.float64)
     base = answered.sum()
-    enabled = [*~np.isnan(never), True]
 
     order = problem.order[n]
-    order = order[answering[order] > n]  # samples that reach exit n
-    scores, later = problem.scores[order, n], answering[order]
+    later = answering.take(order)
+    reach = later > n
+    order, later = order[reach], later[reach]  # samples that reach exit n
+    scores = problem.scores[:, n].take(order)
     edge = np.nonzero(np.append(scores[:-1] < scores[1:], True))[0] if len(order) else np.empty(0, np.int64)
-    loss = base + np.cumsum(problem.losses[order, n] - answered[order])[edge]
-    counts = [np.broadcast_to(first[m], edge.shape) for m in range(exits)]
-    counts[n] = first[n] + edge + 1
+    loss = base + np.cumsum((problem.losses[:, n] - answered).take(order))[edge]
+    kept = np.nonzero(loss <= np.append(np.minimum.accumulate(loss[::-1])[::-1][1:], np.inf))[0]
+    edge, loss = edge[kept], loss[kept]
+
+    table = np.tile(first, (len(edge) + 1, 1))
+    table[1:, n] += edge + 1
     for m in range(n + 1, exits):
         if first[m]:
-            counts[m] = first[m] - np.cumsum(later == m)[edge]
-    us = mean_cost(counts, problem.cost.latency_us([e or i == n for i, e in enumerate(enabled)]), samples)
-
-    kept = np.nonzero(loss <= np.append(np.minimum.accumulate(loss[::-1])[::-1][1:], np.inf))[0]
-    edge, top = edge[kept], scores[-1:]
-    above = np.append(scores[1:], top)[edge]
+            table[1:, m] -= np.cumsum(later == m, dtype=order.dtype).take(edge)
+    enabled = [*~np.isnan(never), True]
+    alone = mean_cost(first, problem.cost.latency_us(enabled), samples)
+    enabled[n] = True
+    us = np.append(alone, mean_cost(table[1:].T, problem.cost.latency_us(enabled), samples))
     rows = np.tile(never, (len(edge) + 1, 1))
-    rows[1:, n] = between(scores[edge], above)
     if len(edge):
-        rows[-1, n] = beyond(top)[0]  # no threshold is looser
-    table = np.empty((len(edge) + 1, exits))
-    table[0] = first
-    for m in range(exits):
-        table[1:, m] = counts[m][kept]
-    return SearchPoints(
-        thresholds=rows,
-        loss=np.append(base, loss[kept]),
-        us=np.append(mean_cost(first, problem.cost.latency_us(enabled), samples), us[kept]),
-        counts=table,
-    )
+        above = scores.take(np.minimum(edge + 1, len(scores) - 1))
+        rows[1:, n] = between(scores.take(edge), above)
+        rows[-1, n] = beyond(scores[-1:])[0]  # no threshold is looser
+    return SearchPoints(thresholds=rows, loss=np.append(base, loss), us=us, counts=table)
 
 
 def around(problem: SearchProblem, point: Floats) -> SearchPoints:
