@@ -14,6 +14,7 @@ import onnx
 from numpy.typing import NDArray
 
 from ..argument_checks import has_sizes
+from ..array_files import read_arrays
 from ..errors import FileError
 from ..onnx_files import entries, parse_model
 from .engine import Engine
@@ -93,14 +94,7 @@ def samples_in(model: onnx.ModelProto, path: str | os.PathLike[str], engine: Eng
 
 
 def _unpack(content: bytes) -> Samples:
-    if not zipfile.is_zipfile(io.BytesIO(content)):
-        raise ValueError("they are not an archive")
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        size = sum(entry.file_size for entry in archive.infolist())
-    if size > _MOST_UNPACKED:
-        raise ValueError(f"they would unpack to {size} bytes, more than {_MOST_UNPACKED}")
-    with np.load(io.BytesIO(content), allow_pickle=False) as stored:
-        arrays = dict(stored)
+    arrays = read_arrays(io.BytesIO(content), _MOST_UNPACKED)
     slack, score_slack = arrays["slack"], arrays["score_slack"]
     for name, array, most in (("slack", slack, 2), ("score_slack", score_slack, 1)):
         if not 1 <= array.ndim <= most or array.dtype.kind != "f" or not (np.isfinite(array) & (array >= 0)).all():

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..argument_checks import described, instance
+from ..array_files import most_unpacked, read_arrays, write_arrays
 from ..errors import FileError, InputError
 from ..files import check_checksum, checksum, regular, replacing
 from .exit_cost import ExitCost
@@ -193,15 +194,18 @@ class ExitRecord:
             arrays["selected_on"] = np.array(known)
         arrays["sha256"] = np.array(checksum(_parts(arrays)))
         with replacing(path) as temporary, temporary.open("wb") as stream:
-            np.savez_compressed(stream, **arrays)
+            write_arrays(stream, arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "ExitRecord":
-        """Read a file that `save` wrote, without pickle. Raises `FileError`."""
+        """Read a file that `save` wrote, without pickle.
+
+        Raises:
+            FileError: it is damaged, holds no record, or would unpack to more than 256 MiB and 100 times its size.
+        """
         try:
-            # numpy does not close a damaged file that it opened itself
-            with regular(path).open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
-                arrays = {name: stored[name] for name in stored.files}
+            with regular(path).open("rb") as stream:
+                arrays = read_arrays(stream, most_unpacked(os.fstat(stream.fileno()).st_size))
             if "sha256" in arrays:  # records of earlier versions have none
                 check_checksum(path, str(arrays.pop("sha256")), _parts(arrays))
             names = sorted(arrays)
@@ -215,9 +219,7 @@ class ExitRecord:
         except FileError:
             raise
         except Exception as error:  # numpy and zipfile raise many kinds of errors for a damaged file
-            reason = f"{type(error).__name__}: {error}".removesuffix(": ")
-            if "containing pickled" in reason:  # numpy's message for any file that is not an archive
-                reason = "it is not an .npz file"
+            reason = f"{type(error).__name__}: {error}".removesuffix(": ").removeprefix("ValueError: ")
             raise FileError(f"cannot read the record {path} ({reason}); make it again with record(...)") from error
         raise FileError(f"{path} holds {names}, which is no ExitRecord; make it with record(...)")
 
