@@ -5,12 +5,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import onnx
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import GraphError, InputError
 from ..onnx_import.comparing import check_answers
+from ..onnx_import.example import drawn_example
 from ..onnx_import.fixed_batch import check_batch
 from ..onnx_import.loading import from_onnx
 from ..onnx_import.network import OnnxNetwork
@@ -37,7 +39,7 @@ def attach(
     backbone: nn.Module | str | os.PathLike[str],
     at: Sequence[str] | Literal["auto"],
     *,
-    example: Any,
+    example: Any = None,
     num_exits: int | None = None,
     num_classes: int | None = None,
     branch: "Callable[[Tensor, int], nn.Module] | BranchFactory | None" = None,
@@ -53,7 +55,8 @@ def attach(
             order. For an ONNX file, names of its values. ``"auto"`` spreads `num_exits` exits evenly by
             multiply-accumulates, at ends of blocks.
         example: one batch of inputs: a tensor, a tuple of arguments, or a dict of keyword arguments; only the first two
-            rows are used.
+            rows are used. For an ONNX file whose inputs are floats of fixed sizes, it may be left out: `attach` then
+            draws random numbers, which also serve for the comparison with ONNX Runtime.
         num_exits: the number of exits for ``at="auto"``, including the backbone's own; 3 by default.
         num_classes: outputs of every exit; by default as many as the backbone has. If the backbone's output is not
             `(B, num_classes, ...)`, as without a head, the last exit gets a branch too.
@@ -65,8 +68,8 @@ def attach(
         tap: see `BranchyNet`.
 
     Raises:
-        InputError: no taps, a repeated name, an unknown submodule (the nearest is suggested), fewer than 2 exits, or an
-            unknown number of classes.
+        InputError: no taps, a repeated name, an unknown submodule (the nearest is suggested), fewer than 2 exits, an
+            unknown number of classes, or no example.
         GraphError: a tap never runs, runs twice, or runs after the output is computed; ``"auto"`` finds fewer places
             for exits than requested; or an ONNX file cannot be imported, fixes the batch size or a length that the
             example does not have, or the imported network differs from ONNX Runtime on the example.
@@ -80,8 +83,8 @@ def attach(
         >>> [tuple(output.shape) for output in net(torch.randn(5, 3, 8, 8))]
         [(5, 10), (5, 10)]
     """
-    if isinstance(backbone, (str, os.PathLike)):
-        backbone = from_onnx(backbone)
+    if isinstance(backbone, (str, os.PathLike, onnx.ModelProto, bytes)):
+        backbone = from_onnx(backbone)  # type: ignore[arg-type]  # which refuses the last two
     check_network(backbone)
     if at == "auto":
         num_exits = 3 if num_exits is None else num_exits
@@ -99,6 +102,7 @@ def attach(
         tap = {backbone.submodule_name(name): read for name, read in (tap or {}).items()}
     BranchyNet(backbone, dict.fromkeys(names, nn.Identity()), output=output, tap=tap)  # refuses unknown names
     check_weights(backbone)
+    example = _example(backbone) if example is None else example
     args, kwargs = arguments(first_rows(example))
     if isinstance(backbone, OnnxNetwork):
         with evaluating(backbone):
@@ -177,6 +181,15 @@ def detach(net: BranchyNet) -> nn.Module:
     if not isinstance(net, BranchyNet):
         raise InputError(f"only a BranchyNet has a backbone to give back; got {type(net).__name__}")
     return net.backbone
+
+
+def _example(backbone: nn.Module) -> dict[str, Tensor]:
+    """Draw inputs for an ONNX file. Raises `InputError` for other networks, or if the file does not describe them."""
+    if isinstance(backbone, OnnxNetwork):
+        return drawn_example(backbone)
+    raise InputError(
+        "attach needs example=, one batch of inputs from which branches get their sizes, such as images[:2]"
+    )
 
 
 class LastExit(nn.Module):

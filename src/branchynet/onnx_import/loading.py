@@ -14,10 +14,10 @@ def from_onnx(path: str | os.PathLike[str], *, outputs: Sequence[str] | None = N
     """Read an ONNX file as a PyTorch network with trainable weights.
 
     Every value that the file computes from its inputs becomes a submodule, so it can be a tap of `attach`.
-    ``print(net)`` lists them. Floats that operators read as weights become parameters, and so do other constants of
-    more than one float, except masks (tables with infinities or numbers beyond 1e4), exponents, and running statistics.
-    A file does not say which constants were trained: freeze others with
-    ``net.get_parameter(name).requires_grad_(False)``.
+    ``print(net)`` lists them, and ``net.places`` holds those at the ends of blocks. Floats that operators read as
+    weights become parameters, and so do other constants of more than one float, except masks (tables with infinities or
+    numbers beyond 1e4), exponents, and running statistics. A file does not say which constants were trained: freeze
+    others with ``net.get_parameter(name).requires_grad_(False)``.
 
     Batch norms use the running statistics of the file, in training too. Dropout nodes drop in training only; most
     exporters remove them. Operator sets from 7 on can be read.
@@ -46,7 +46,7 @@ def from_onnx(path: str | os.PathLike[str], *, outputs: Sequence[str] | None = N
         >>> net(x).shape, sum(p.numel() for p in net.parameters())
         (torch.Size([5, 3]), 67)
     """
-    instance("path", path, (str, os.PathLike), "give the path of the ONNX file")
+    instance("path", path, (str, os.PathLike), "give the path of the ONNX file, as of onnx.save(model, path)")
     try:
         return OnnxNetwork(read_graph(path, outputs), source=Path(path))
     except BranchyNetError as error:

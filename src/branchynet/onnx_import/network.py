@@ -13,9 +13,10 @@ from ..errors import GraphError, InputError, nearest
 from .constants import is_few, is_size
 from .names import module_names
 from .numbers import Numbers, known
+from .places import SIZES_ONLY, block_ends
 from .steps import Step
 
-_ROWS_ONLY = ("Shape", "Size")  # their results depend on sizes, not on data
+_SHOWN = 12  # places for exits
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class OnnxGraph:
 
     Attributes:
         inputs: the names of the inputs, with their shapes; None for a free dimension, or for a shape that is not given.
+        dtypes: the types of the inputs.
         outputs: the names of the outputs.
         steps: the nodes that the outputs need, in order.
         constants: the constants that these read, by name.
@@ -32,6 +34,7 @@ class OnnxGraph:
     """
 
     inputs: Mapping[str, tuple[int | None, ...] | None]
+    dtypes: Mapping[str, torch.dtype]
     outputs: tuple[str, ...]
     steps: tuple[Step, ...]
     constants: Mapping[str, Tensor]
@@ -48,8 +51,10 @@ class OnnxNetwork(nn.Module):
     Attributes:
         input_names: the names of the inputs, in order.
         output_names: the names of the outputs.
+        places: the values at the ends of blocks, where exits make sense; `attach` takes other values too.
         value_names: for each submodule, the name of its value in the file.
         input_shapes: the shapes that the file gives them, as in `OnnxGraph`.
+        input_dtypes: their types.
         fixed_batch: the batch size that the file fixes; None if it is free.
         source: the path of the file.
     """
@@ -61,12 +66,12 @@ class OnnxNetwork(nn.Module):
         self.output_names = graph.outputs
         self.fixed_batch = graph.fixed_batch
         self.weights = _Weights(graph.constants, graph.trained)
-        self._steps, self.input_shapes = graph.steps, dict(graph.inputs)
+        self._steps, self.input_shapes, self.input_dtypes = graph.steps, dict(graph.inputs), dict(graph.dtypes)
         data, uses = set(graph.inputs), Counter(name for step in graph.steps for name in step.inputs)
         uses.update(graph.outputs)
         computed: list[str] = []
         for step in graph.steps:
-            if step.operator not in _ROWS_ONLY and data & set(step.inputs):
+            if step.operator not in SIZES_ONLY and data & set(step.inputs):
                 data.update(step.outputs)
                 computed += [name for n, name in enumerate(step.outputs) if name and (uses[name] or not n)]
         # "input" is the tap at the network's input
@@ -74,6 +79,8 @@ class OnnxNetwork(nn.Module):
         self.value_names = {name: value for value, name in self._names.items()}
         self._sizes = {name for step in graph.steps for name in step.outputs} - data
         self._uses = uses
+        ends = block_ends(graph.steps, graph.inputs, graph.outputs, graph.trained)
+        self.places = tuple(name for name in ends if name in self._names)
         for step in graph.steps:
             for value in step.outputs:
                 if value in self._names:
@@ -125,6 +132,16 @@ class OnnxNetwork(nn.Module):
                     values.pop(name, None)
         return {name: _as_tensor(values[name]) for name in self.output_names}
 
+    def extra_repr(self) -> str:
+        """Return inputs, outputs, and some places for exits."""
+        chosen = self.places[:: 1 + len(self.places) // _SHOWN]
+        more = (
+            f", and {len(self.places) - len(chosen)} between them (.places)" if len(chosen) < len(self.places) else ""
+        )
+        places = ", ".join(map(repr, chosen)) + more or "none found"
+        inputs = ", ".join(self.input_names)
+        return f"inputs: {inputs}\noutputs: {', '.join(self.output_names)}\nplaces for exits: {places}"
+
     def submodule_name(self, value: str) -> str:
         """Return the name of the submodule that computes a value of the file; ``"input"`` for the first input.
 
@@ -153,7 +170,9 @@ class OnnxNetwork(nn.Module):
                 "depends on the inputs"
             )
         hint = nearest(str(value), dict.fromkeys([*self._names, *self.value_names]))
-        raise InputError(f"the file computes no value {value!r}{hint} (print(from_onnx(path)) lists all values)")
+        raise InputError(
+            f"the file computes no value {value!r}{hint} (print(from_onnx(path)) lists all values and places)"
+        )
 
     def bound(self, inputs: Sequence[Tensor], named: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the inputs of a call of `forward` by name. Raises `InputError` as `forward` does."""

@@ -16,6 +16,7 @@ from ..errors import FileError, GraphError, InputError, nearest
 from ..files import check_path
 from ..onnx_files import entries, read_model
 from .constants import is_few, tensor_of, trained, untied
+from .dtypes import dtype_of
 from .fixed_batch import free_batch
 from .network import OnnxGraph
 from .numbers import Numbers, known
@@ -70,7 +71,8 @@ def _graph(model: onnx.ModelProto, wanted: Sequence[str] | None) -> OnnxGraph:
     if model.graph.sparse_initializer:
         raise GraphError(f"it has sparse weights, {DENSE}")
     constants = {one.name: tensor_of(one) for one in model.graph.initializer}
-    inputs = {one.name: _shape(one) for one in model.graph.input if one.name not in constants}
+    given = [one for one in model.graph.input if one.name not in constants]
+    inputs = {one.name: _shape(one) for one in given}
     check_names(model.graph)
     if not inputs:
         raise GraphError("it has no inputs, so there is nothing to learn from; give the file of a network")
@@ -92,6 +94,7 @@ def _graph(model: onnx.ModelProto, wanted: Sequence[str] | None) -> OnnxGraph:
     read = {name for step in left for name in step.inputs} | set(outputs)
     return OnnxGraph(
         inputs,
+        {one.name: dtype_of(one.type.tensor_type.elem_type) for one in given},
         outputs,
         left,
         {name: value for name, value in constants.items() if name in read},
