@@ -176,6 +176,12 @@ class TestChoose:
             choose(record, a_cost(2), max_latency_us=24)
         with pytest.raises(InfeasibleError, match=r"max_drop=-0.6"):
             choose(record, a_cost(2), max_drop=-0.6)
+        for confidence in (None, 0.95):
+            record = ExitRecord.from_scores([[0, 0], [1, 0]] * 100, [[0, 1], [1, 0]] * 100)
+            with pytest.raises(
+                InfeasibleError, match=r"max_drop=-0.6 .*, and the last exit has 0\.\d+: .*raise the lim"
+            ):
+                choose(record, a_cost(2), max_drop=-0.6, confidence=confidence)
 
     @pytest.mark.parametrize(
         ("limits", "message"),
@@ -183,6 +189,10 @@ class TestChoose:
             ({}, r"exactly one of max_drop, min_accuracy, max_disagreement, max_latency_us, max_macs; got none"),
             ({"max_drop": 0.1, "max_latency_us": 3}, r"got max_drop=0.1 and max_latency_us=3"),
             ({"min_accuracy": 99}, r"min_accuracy=99 is out of range.*fraction"),
+            ({"min_accuracy": -0.5}, r"min_accuracy=-0.5 is out of range: give a fraction from 0 to 1, such as 0.99 "),
+            ({"max_drop": -1}, r"max_drop=-1 is out of range: .* between -1 and 1, such as 0.01 for one point less"),
+            ({"max_disagreement": -0.1}, r"max_disagreement=-0.1 is out of range: give a fraction from 0 to below 1"),
+            ({"max_disagreement": 1}, r"max_disagreement=1 limits nothing.*give 0.01 for 1%"),
             ({"max_drop": 2}, r"max_drop=2 limits nothing.*give 0.02 for 2%"),
             ({"max_latency_us": math.nan}, r"max_latency_us must be a finite number; got nan"),
         ],

@@ -191,6 +191,7 @@ def _within(problem: SearchProblem, limit: Limit, vectors: int) -> Floats:
         raise InfeasibleError(
             f"no thresholds meet {limit} on this record of {samples} samples; {what} are {thresholds}, with accuracy "
             f"{1 - points.loss[i] / samples:.4f} at a mean cost of {points.us[i]:.4g} {unit} per sample"
+            f"{limit.last_accuracy(problem.losses)}: {limit.remedy}"
         )
     return centered(problem, _refine(problem, best, most_loss, most_us).thresholds[0])
 

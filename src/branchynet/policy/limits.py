@@ -1,6 +1,7 @@
 """The limit that the thresholds of `choose` must keep."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,18 @@ from .values import BOUNDS, PROMISED
 
 SLACK = 1e-9
 """Limits are met within this tolerance, because decimals are rounded."""
+
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "max_drop": (
+        lambda value: -1 < value < 1,
+        "between -1 and 1, such as 0.01 for one point less accuracy than the last exit, or -0.01 for one point more",
+    ),
+    "max_disagreement": (
+        lambda value: 0 <= value < 1,
+        "from 0 to below 1, such as 0.01 for one sample in a hundred with another class than the last exit",
+    ),
+    "min_accuracy": (lambda value: 0 <= value <= 1, "from 0 to 1, such as 0.99 for 99%"),
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,15 @@ class Limit:
             return math.inf
         return float(0.0 if self.absolute else losses[:, -1].sum()) + (self.risk + SLACK) * len(losses)
 
+    def last_accuracy(self, losses: np.ndarray[Any, Any]) -> str:
+        """Say which accuracy the last exit has on samples with losses `(S, N)`, if the limit is relative to it."""
+        return f", and the last exit has {1 - losses[:, -1].mean():.4f}" if self.signed else ""
+
+    @property
+    def remedy(self) -> str:
+        """What to do if nothing meets it."""
+        return f"{'lower' if self.absolute else 'raise'} the limit"
+
     @property
     def allowed_cost(self) -> float:
         """The mean cost that it allows; infinite for a limit on accuracy."""
@@ -76,8 +98,10 @@ def check_limit(
         raise InputError(f"give exactly one of {', '.join(limits)}; got {shown}")
     ((name, value),) = given.items()
     limit = Limit(name, value)
-    if not limit.on_cost and not limit.absolute:
-        check_fraction(name, value)
-    if not limit.on_cost and not -1 <= value <= 1:
-        raise InputError(f"{limit} is out of range: it is a fraction, such as 0.01 for one point")
+    if name in _RANGES:
+        if not limit.absolute:
+            check_fraction(name, value)
+        fits, lies = _RANGES[name]
+        if not fits(value):
+            raise InputError(f"{limit} is out of range: give a fraction {lies}")
     return limit, confidence

@@ -153,8 +153,8 @@ def promised(
         reached = 1 - points.loss.min() / sizes[0]
         raise InfeasibleError(
             f"no thresholds keep {limit} at {1 - delta:.0%} confidence on {sizes[1]} calibration "
-            f"samples; the most accurate reached {reached:.4f} on the {sizes[0]} others: record more samples, or "
-            f"{'lower' if limit.absolute else 'raise'} the limit"
+            f"samples; the most accurate reached {reached:.4f} on the {sizes[0]} others"
+            f"{limit.last_accuracy(tuning.losses)}: record more samples, or {limit.remedy}"
         )
     early = [not np.isnan(candidate).all() for candidate in candidates]
     if any(early) and not any(early[: len(passed)]):
