@@ -43,6 +43,12 @@ def engine(folder):
     return open_engine(folder, Policy(thresholds=OWN))
 
 
+@pytest.fixture(scope="module")
+def model_file(engine, folder):
+    """The file of `engine`."""
+    return folder / "model.onnx"
+
+
 def arrays(rows, seed=0):
     return [t.numpy() for t in draw(flat_of(two_inputs)[1], rows, seed)]
 
@@ -162,8 +168,8 @@ def test_answer_all_takes_any_number_of_samples(engine):
 # Files
 
 
-def test_wrong_options_are_named(engine, folder):
-    path = folder / "model.onnx"
+def test_wrong_options_are_named(engine, model_file):
+    path = model_file
     for threads in (0, -1, True, False, 2.0, "1"):
         with pytest.raises(InputError, match=rf"threads must be (at least 1|a whole number); got {threads!r}"):
             load(path, threads=threads)
@@ -177,8 +183,8 @@ def test_wrong_options_are_named(engine, folder):
         same(load(path, threads=2, providers=providers)(IMAGE, VECTOR), engine(IMAGE, VECTOR))
 
 
-def test_a_missing_gpu_is_reported_and_not_replaced_by_the_cpu(folder, monkeypatch):
-    path = folder / "model.onnx"
+def test_a_missing_gpu_is_reported_and_not_replaced_by_the_cpu(model_file, monkeypatch):
+    path = model_file
     with pytest.raises(InputError, match=r"has no 'CUDAExecutionProvider'.*CPUExecutionProvider"):
         load(path, runtime="onnxruntime-cuda")
     # A GPU build on a machine without a GPU silently continues with the other providers.
@@ -194,7 +200,7 @@ def test_a_missing_gpu_is_reported_and_not_replaced_by_the_cpu(folder, monkeypat
 
 
 @pytest.mark.parametrize("ending", ["json", "txt", "textproto", "txtpb", "onnxtxt", "onnxjson", "ort", "pb", "x"])
-def test_a_file_is_read_by_its_content_under_any_name(folder, tmp_path, ending):
+def test_a_file_is_read_by_its_content_under_any_name(model_file, tmp_path, ending):
     for name, content in {"text": b"<ir_version: 8>", "json": b'{"irVersion": "8"}', "empty": b""}.items():
         path = tmp_path / f"{name}.{ending}"
         path.write_bytes(content)
@@ -203,9 +209,9 @@ def test_a_file_is_read_by_its_content_under_any_name(folder, tmp_path, ending):
                 with pytest.raises(FileError, match=path.name):
                     read(path)
     path = tmp_path / f"sound.{ending}"
-    path.write_bytes((folder / "model.onnx").read_bytes())
-    assert read_model(path) == onnx.load(folder / "model.onnx")
-    same(load(path)(IMAGE, VECTOR), load(folder / "model.onnx")(IMAGE, VECTOR))
+    path.write_bytes(model_file.read_bytes())
+    assert read_model(path) == onnx.load(model_file)
+    same(load(path)(IMAGE, VECTOR), load(model_file)(IMAGE, VECTOR))
     with pytest.raises(FileError, match="holds no samples"):
         verify(path)
 
@@ -216,11 +222,13 @@ def test_an_empty_path_is_no_file():
             read("")
 
 
-def test_missing_and_foreign_files_are_refused(folder):
+def test_missing_and_foreign_files_are_refused(folder, model_file, tmp_path):
     with pytest.raises(FileError, match=r"no file .*none\.onnx.*export"):
         load(folder / "none.onnx")
-    with pytest.raises(FileError, match="it is a folder"):
+    with pytest.raises(FileError, match=r"it is a folder; load the file in it, .*model.onnx"):
         load(folder)
+    with pytest.raises(FileError, match=r"the folder has no stages\.json"):
+        load(tmp_path)
     text = folder / "text.onnx"
     for content in ("", "This is no model.\n", "\x00" * 100, json.dumps({"format": 1})):
         text.write_text(content)
@@ -244,8 +252,8 @@ def test_missing_and_foreign_files_are_refused(folder):
         ({"format": "one"}, "cannot be read"),
     ],
 )
-def test_unreadable_and_newer_metadata_are_refused(folder, engine, metadata, message):
-    model = onnx.load(folder / "model.onnx")
+def test_unreadable_and_newer_metadata_are_refused(folder, model_file, metadata, message):
+    model = onnx.load(model_file)
     value = metadata if isinstance(metadata, str) else json.dumps(metadata)
     onnx.helper.set_model_props(model, {METADATA_KEY: value})
     onnx.save(model, folder / "later.onnx")
@@ -256,8 +264,8 @@ def test_unreadable_and_newer_metadata_are_refused(folder, engine, metadata, mes
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_a_truncated_file_is_never_opened(folder, engine, data):
-    content = (folder / "model.onnx").read_bytes()
+def test_a_truncated_file_is_never_opened(folder, model_file, data):
+    content = model_file.read_bytes()
     # Weights fill the middle. At the ends a cut may fall between two fields of the model, so try these as often.
     near = st.integers(1, 800).map(lambda n: len(content) - n)
     length = data.draw(st.one_of(st.integers(0, len(content) - 1), near, st.integers(0, 100)))
@@ -267,8 +275,8 @@ def test_a_truncated_file_is_never_opened(folder, engine, data):
         load(path)
 
 
-def test_every_error_is_a_branchynet_error(engine, folder):
-    for wrong in (lambda: engine(), lambda: load(folder / "none"), lambda: load(folder / "model.onnx", threads=0)):
+def test_every_error_is_a_branchynet_error(engine, model_file):
+    for wrong in (lambda: engine(), lambda: load(model_file.parent / "none"), lambda: load(model_file, threads=0)):
         with pytest.raises(BranchyNetError):
             wrong()
 
