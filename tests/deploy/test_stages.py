@@ -38,14 +38,21 @@ def staged(case):
     return load(case[1] / "staged", threads=1)
 
 
+@pytest.fixture(scope="module")
+def others(case):
+    """The engines of the nested file and of PyTorch."""
+    net, folder, inputs, _, policy = case
+    nested = load(folder / "nested.onnx", threads=1)
+    return nested, TorchEngine(net, policy, tuple(map(torch.from_numpy, inputs)))
+
+
 @pytest.mark.parametrize("batch", BATCHES)
-def test_the_folder_agrees_with_the_loop_and_with_the_nested_file(case, staged, batch):
-    net, folder, inputs, outputs, policy = case
+def test_the_folder_agrees_with_the_loop_and_with_the_nested_file(case, staged, others, batch):
+    _, _, inputs, outputs, policy = case
     rows = [i[:batch] for i in inputs]
     answer = staged(*rows)
     agree(answer, outputs[:batch], policy.thresholds)
-    nested = load(folder / "nested.onnx", threads=1)(*rows)
-    in_torch = TorchEngine(net, policy, tuple(map(torch.from_numpy, inputs)))(*rows)
+    nested, in_torch = (engine(*rows) for engine in others)
     largest = np.abs(outputs).max()
     # Kernels may add up in another order in a smaller graph, and in PyTorch.
     for other, allowed in ((nested, 1e-5 * largest), (in_torch, 1e-4)):
