@@ -31,7 +31,7 @@ test-browser: $(VENV)/.ready
 	{ echo "NOT TESTED in a browser: Chromium is not installed"; exit 0; }; \
 	$(BIN)/pytest tests/serve/test_page_browser.py
 
-# The networks of transformers, networks of more than 2 GB, and a cluster of Ray.
+# Tests that take minutes: networks of transformers and of more than 2 GB, whole designs and reproductions, a Ray cluster.
 test-heavy: $(VENV)/.ready
 	$(BIN)/pytest -n auto --dist worksteal -m heavy
 

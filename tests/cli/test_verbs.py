@@ -234,6 +234,7 @@ def test_a_plain_network_with_fewer_epochs_is_noted(run, tmp_path, monkeypatch, 
     assert json.loads((copy / "bench.json").read_text())["rows"][0]["plain_accuracy"] is None
 
 
+@pytest.mark.heavy
 def test_long_steps_print_progress_unless_quiet(run, tmp_path, monkeypatch, capsys):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)

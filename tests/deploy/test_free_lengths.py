@@ -89,7 +89,7 @@ def every_engine(net, folder, example, free, monkeypatch):
     yield TorchEngine(net, policy, example, free=free)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(other, marks=pytest.mark.heavy) for other in (1, 2, 3))])
 def test_a_fully_convolutional_network_takes_maps_of_any_size(tmp_path, seed, monkeypatch):
     net = fully_convolutional(seed)
     for engine in every_engine(net, tmp_path, maps(8, 24, 31), {"x": {2: "height", 3: "width"}}, monkeypatch):
@@ -146,6 +146,7 @@ TEXT = {"input_ids": {1: "length"}, "attention_mask": {1: "length"}}
         ("Wav2Vec2ForSequenceClassification", sound, {"input_values": {1: "samples"}}, 400, (400, 333), "30 or more"),
     ],
 )
+@pytest.mark.heavy
 def test_transformers_take_several_lengths(tmp_path, model, draw, free, example, lengths, allowed, monkeypatch):
     torch.manual_seed(0)
     case = MODELS[model]

@@ -104,6 +104,7 @@ def test_every_candidate_is_reported_with_its_break_even_share(advice, trained, 
     assert max(one.accuracy for one in advice.tried) > 0.9
 
 
+@pytest.mark.heavy
 def test_the_best_branches_are_trained_further_and_the_others_do_not_change(trained, digits, tmp_path):
     """And stopped after that, the search goes on with the same ones, though the clock would now prefer others."""
     first = advised(trained, digits, max_drop=0.01, run=tmp_path)
@@ -128,6 +129,7 @@ def test_advice_is_kept_on_disk(advice, tmp_path):
         Advice.load(tmp_path / "other.json")
 
 
+@pytest.mark.heavy
 def test_advice_for_another_batch_size_trains_nothing_again(trained, digits, tmp_path, monkeypatch):
     few = {"taps": ["conv1"], "max_drop": 0.05, "epochs": 1}
     advised(trained, digits, run=tmp_path, **few)

@@ -122,7 +122,7 @@ class Stack(torch.nn.Module):
         return self.classifier(self.stage2(self.stage1(self.stem(x))))
 
 
-@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("dynamic", [pytest.param(True, marks=pytest.mark.heavy), False])
 def test_behind_a_cut_no_more_additions_run_by_themselves_than_in_the_static_graph(dynamic, tmp_path):
     torch.manual_seed(0)
     x = torch.rand(3, 3, 32, 32)

@@ -79,6 +79,7 @@ def test_a_network_at_its_limit_is_not_made_shorter():
     assert length.most == ROWS
 
 
+@pytest.mark.heavy
 def test_a_file_of_roberta_refuses_what_its_table_does_not_hold(tmp_path):
     case = next(case for case in SEQUENCES if case.model == "RobertaForSequenceClassification")
     inputs = {"input_ids": torch.randint(5, 50, (4, 9)), "attention_mask": torch.ones(4, 9, dtype=torch.int64)}

@@ -136,7 +136,7 @@ def test_averaged_cascades_have_the_last_network_as_their_plain_one(last):
     assert cost.num_exits == net.num_exits and cost.plain_us > 0
 
 
-@pytest.mark.parametrize("never", [(), (1,), (1, 2)])
+@pytest.mark.parametrize("never", [(1,), *(pytest.param(other, marks=pytest.mark.heavy) for other in ((), (1, 2)))])
 def test_an_exit_answers_where_its_ensemble_agrees(never, tmp_path):
     """As in agreement-based cascades: with `never`, exit 1 or 2 only votes."""
     x = torch.randn(64, WIDTH)

@@ -51,7 +51,11 @@ def test_older_operator_sets_equal_onnx_runtime(opset, tmp_path):
     check_equals_runtime(from_onnx(path), path, inputs)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "family",
+    [chain, tokens, *(pytest.param(other, marks=pytest.mark.heavy) for other in (residual, two_inputs))],
+    ids=lambda f: f.__name__,
+)
 def test_engines_of_a_file_with_exits_agree_with_the_naive_loop(family, tmp_path):
     path, inputs = plain_file(family, tmp_path / "plain.onnx")
     net = attach(path, "auto", example=inputs, num_exits=3).eval()
@@ -66,7 +70,7 @@ def test_engines_of_a_file_with_exits_agree_with_the_naive_loop(family, tmp_path
         agree_in_batches(engine, net, inputs, thresholds)
 
 
-@pytest.mark.parametrize("name", ["lenet", "resnet"])
+@pytest.mark.parametrize("name", ["lenet", pytest.param("resnet", marks=pytest.mark.heavy)])
 def test_a_flat_file_of_export_is_read(name, tmp_path):
     net = zoo.lenet(pretrained=True) if name == "lenet" else zoo.resnet(20)
     images = torch.rand(7, *((1, 28, 28) if name == "lenet" else (3, 32, 32)))

@@ -205,6 +205,7 @@ def test_times_on_another_device(training, digits):
     assert row["gain"] == pytest.approx(row["plain_ms"] / row["branchy_ms"]) and row["plain_ms"] > 0
 
 
+@pytest.mark.heavy
 def test_all_files_are_written_with_their_command(tmp_path, monkeypatch):
     monkeypatch.setitem(RECIPES, "b_lenet", RECIPE)
     monkeypatch.setattr(room, "FIG_4", "b_lenet")

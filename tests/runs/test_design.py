@@ -69,6 +69,7 @@ def test_the_comparison_equals_the_files(base, designed):
     assert comparison.error == pytest.approx(row["branchy_us"] / choice.outcome.mean_us - 1)
 
 
+@pytest.mark.heavy
 def test_a_second_call_trains_nothing(base, designed):
     def states():
         return {p: p.stat().st_mtime_ns for p in base.path.rglob("training.safetensors")}
@@ -78,6 +79,7 @@ def test_a_second_call_trains_nothing(base, designed):
     assert states() == before and advice == designed[0]
 
 
+@pytest.mark.heavy
 def test_the_verbs_of_a_run_work_on_it_and_the_report_shows_candidates(base, designed, monkeypatch, capsys):
     folder = base.path / "design-1"
     assert call(monkeypatch, "choose", folder, "--max-drop", "0.05", "--no-promise") == 0
@@ -92,6 +94,7 @@ def test_the_verbs_of_a_run_work_on_it_and_the_report_shows_candidates(base, des
         assert f"{one.branch} at {one.tap}" in page
 
 
+@pytest.mark.heavy
 def test_the_command_line_prints_the_advice(base, designed, monkeypatch, capsys):
     options = ("--max-drop", "0.02", "--epochs", "2", "--anyway", "--quiet")
     assert call(monkeypatch, "design", base.path, *options) == 0

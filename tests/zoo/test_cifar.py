@@ -162,6 +162,7 @@ def test_a_shortcut_takes_every_second_position_and_adds_empty_channels():
     assert y.shape == (2, 32, 3, 3) and not y[:, 16:].any()
 
 
+@pytest.mark.heavy
 def test_multiply_accumulates_of_resnet_110_are_those_of_the_paper():
     trunk, branch = macs(published_resnet, 110)
     stem, stage = 32 * 32 * 16 * 3 * 9, 36 * 32 * 32 * 16 * 16 * 9
