@@ -1,5 +1,7 @@
 """Write and read archives of arrays (``.npz``), without pickle and with a limit on what they unpack to."""
 
+import os
+import struct
 import zipfile
 from collections.abc import Mapping
 from typing import IO, Any
@@ -9,6 +11,7 @@ from numpy.typing import NDArray
 
 _ANY = 1 << 28  # bytes that any archive may unpack to
 _RATIO = 100  # or so many times its own size; deflate reaches 1,032 for zeros, and about 1 for logits
+_END = struct.Struct("<4s6xH10x")  # the end of a ZIP archive: its mark and its number of files
 
 
 def most_unpacked(size: int) -> int:
@@ -36,6 +39,9 @@ def read_arrays(stream: IO[bytes], most: int) -> dict[str, NDArray[Any]]:
         raise ValueError("it is not an .npz file")
     with zipfile.ZipFile(stream) as archive:
         entries = archive.infolist()
+    stream.seek(-_END.size, os.SEEK_END)
+    if _END.unpack(stream.read(_END.size)) != (b"PK\5\6", len(entries)):  # zipfile does not compare the number
+        raise ValueError("its table of contents is damaged")
     size = sum(entry.file_size for entry in entries)  # zipfile reads no more than that, if it unpacks in pieces
     if size > most:
         raise ValueError(f"it would unpack to {size} bytes, more than {most}")
