@@ -14,12 +14,15 @@ from hypothesis import HealthCheck, settings
 
 from branchynet.data import archives
 from helpers.networks import FAMILIES
+from helpers.quick_exports import keep_tables
 
 # Without deadlines, slow machines pass too; in CI, all runs draw the same examples.
 settings.register_profile(
     "suite", deadline=None, derandomize="CI" in os.environ, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("suite")
+
+keep_tables()
 
 
 @pytest.hookimpl(tryfirst=True)  # also before fixtures of modules
