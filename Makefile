@@ -31,7 +31,8 @@ test-browser: $(VENV)/.ready
 	{ echo "NOT TESTED in a browser: Chromium is not installed"; exit 0; }; \
 	$(BIN)/pytest tests/serve/test_page_browser.py
 
-# Tests that take minutes: networks of transformers and of more than 2 GB, whole designs and reproductions, a Ray cluster.
+# Tests that take minutes: networks of transformers and of more than 2 GB, whole designs and reproductions, random requests
+# to the server, a Ray cluster.
 test-heavy: $(VENV)/.ready
 	$(BIN)/pytest -n auto --dist worksteal -m heavy
 
@@ -109,7 +110,7 @@ format: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev,ray]"
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev,fuzz,ray]"
 	touch $@
 
 $(LOWEST)/.ready: pyproject.toml constraints-lowest.txt

@@ -17,6 +17,7 @@ from helpers import device
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {  # packages with another name than their module
+    "fastapi_offline": "fastapi-offline",
     "grpc": "grpcio",
     "PIL": "pillow",
     "onnx_ir": "onnx-ir",

@@ -19,7 +19,17 @@ EXTRAS = {
     "onnx": "verify",
     "openvino": "openvino",
     **dict.fromkeys(
-        ("fastapi", "httptools", "orjson", "prometheus_client", "python_multipart", "uvicorn", "uvloop"), "serve"
+        (
+            "fastapi",
+            "fastapi_offline",
+            "httptools",
+            "orjson",
+            "prometheus_client",
+            "python_multipart",
+            "uvicorn",
+            "uvloop",
+        ),
+        "serve",
     ),
     **dict.fromkeys(("grpc", "tritonclient"), "grpc"),
     "ray": "ray",

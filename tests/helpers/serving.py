@@ -3,7 +3,10 @@
 import contextlib
 import http.client
 import json
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -88,6 +91,24 @@ def same(found, wanted):
         np.testing.assert_allclose(found[name], getattr(wanted, name), rtol=1e-5, atol=1e-5)
 
 
+def started(*arguments, files=None):
+    """A server in a process of its own, with the lines that it printed, and its port.
+
+    `files` is the limit of open files, soft and hard.
+    """
+    command = [sys.executable, "-m", "branchynet", "serve", *map(str, arguments)]
+    if files is not None:
+        limits = f"ulimit -S -n {files[0]} && ulimit -H -n {files[1]}"
+        command = ["sh", "-c", f'{limits} && exec "$@"', "sh", *command]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process.lines = []
+    for line in process.stderr:
+        process.lines.append(line)
+        if found := re.search(r"http://.*:(\d+)$", line.strip()):
+            return process, int(found[1])
+    raise AssertionError("".join(process.lines))
+
+
 def until(condition, seconds=20):
     end = time.monotonic() + seconds
     while not condition():
@@ -111,9 +132,20 @@ def call_json(port, method, path, value=None, headers=None, timeout=20):
     return status, json.loads(body)
 
 
+def tensor(x, name="input"):
+    """A tensor in JSON."""
+    return {"name": name, "shape": list(x.shape), "datatype": "FP32", "data": x.ravel().tolist()}
+
+
+def waiting(port):
+    """How many samples of the only model are unanswered."""
+    page = call(port, "GET", "/metrics")[2].decode()
+    return float(re.search(r"^branchynet_waiting_samples\S* (\S+)", page, re.MULTILINE)[1])
+
+
 def infer(port, model, x, parameters=None, name="input"):
     """The outputs of a request in JSON, as arrays by name; or the status and the error."""
-    request = {"inputs": [{"name": name, "shape": list(x.shape), "datatype": "FP32", "data": x.ravel().tolist()}]}
+    request = {"inputs": [tensor(x, name)]}
     if parameters:
         request["parameters"] = parameters
     status, answer = call_json(port, "POST", f"/v2/models/{model}/infer", request)

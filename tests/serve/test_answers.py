@@ -14,18 +14,17 @@ from prometheus_client.parser import text_string_to_metric_families
 from branchynet import Policy, load
 from branchynet.runs.predict import predict_files
 from branchynet.serve.presets import write_presets
-from helpers.serving import LABELS, POLICY, call, call_json, infer, pictures, running, same, write_models
+from helpers.serving import LABELS, POLICY, call, call_json, infer, pictures, running, same
 
 OURS = {"staged": "staged", "nested": "nested.onnx", "adaptive": "adaptive.onnx"}
 FAST, SLOW = Policy("entropy", (1.1, 1.2)), Policy("entropy", (0.2, None))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = write_models(tmp_path_factory.mktemp("repository"))
-    write_presets(path / "staged" / "policies.json", {"fast": FAST, "slow": SLOW})
-    write_presets(path / "nested.policies.json", {"fast": FAST})
-    return path
+def folder(folder):
+    write_presets(folder / "staged" / "policies.json", {"fast": FAST, "slow": SLOW})
+    write_presets(folder / "nested.policies.json", {"fast": FAST})
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +74,7 @@ def test_a_client_of_triton_gets_the_answers_of_the_engine(folder, port, model, 
         same({name: client.infer(model, [given]).as_numpy(name) for name in answer}, engine(folder, model)(x))
 
 
-@pytest.mark.parametrize("thresholds", [[0.1, 1.3], [None, 1.0], "never,1.0", "1.1, 0.3"])
+@pytest.mark.parametrize("thresholds", [[0.1, 1.3], [None, 1.0], "never,1.0", "1.1, 0.3", [-1e300, 1e300]])
 def test_a_request_may_give_thresholds(folder, port, model, thresholds):
     x = pictures(20)
     texts = thresholds.split(",") if isinstance(thresholds, str) else thresholds
@@ -292,4 +291,14 @@ def test_the_description_of_the_interface_names_every_route(port):
         for route in routes.values():
             named = {one["name"] for one in route.get("parameters", ()) if one["in"] == "path"}
             assert named == {*re.findall(r"{(\w+)}", path)}
-    assert call(port, "GET", "/docs")[0] == 200
+
+
+def test_the_page_of_the_interface_reads_nothing_from_elsewhere(port):
+    status, headers, body = call(port, "GET", "/docs")
+    assert status == 200 and "default-src 'none'" in headers["content-security-policy"]
+    links = re.findall(r'(?:src|href)="([^"]+)"', body.decode())
+    assert len(links) == 3 and b"//" not in re.sub(rb"^\s*//.*$", b"", body, flags=re.MULTILINE)
+    for link in links:
+        status, headers, found = call(port, "GET", link)
+        kind = {"js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}[link.rpartition(".")[2]]
+        assert status == 200 and headers.get_content_type() == kind and found

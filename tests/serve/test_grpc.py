@@ -14,18 +14,17 @@ from tritonclient.utils import InferenceServerException
 from branchynet import Policy, load
 from branchynet.serve.presets import write_presets
 from helpers.grpc_serving import refused, request, running, stub, tensor
-from helpers.serving import LABELS, call, pictures, write_models
+from helpers.serving import LABELS, call, pictures
 
 MODELS = ("staged", "nested", "adaptive")
 NAMES = ("label", "exit", "score", "output")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = write_models(tmp_path_factory.mktemp("models"))
-    (path / "broken.onnx").write_bytes(b"no model")
-    write_presets(path / "adaptive.policies.json", {"careful": Policy("entropy", (0.1, 0.2))})
-    return path
+def folder(folder):
+    (folder / "broken.onnx").write_bytes(b"no model")
+    write_presets(folder / "adaptive.policies.json", {"careful": Policy("entropy", (0.1, 0.2))})
+    return folder
 
 
 @pytest.fixture(scope="module")

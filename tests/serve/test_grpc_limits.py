@@ -20,15 +20,10 @@ from branchynet.errors import FileError, InputError
 from branchynet.serve import runner, server
 from branchynet.serve.settings import ServeSettings
 from helpers.grpc_serving import refused, request, running, stub, tensor
-from helpers.serving import call, connect, pictures, until, write_models
+from helpers.serving import call, connect, pictures, until
 
 KEY = "0123456789abcdef"
 LONG = 20_000.0  # milliseconds that samples wait for a full batch, unless a test fills it
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_models(tmp_path_factory.mktemp("repository"))
 
 
 def waiting(serving):
@@ -188,11 +183,12 @@ def test_connections_beyond_the_limit_are_refused(folder):
         raw.ModelInfer(request("staged", pictures(1)))
 
 
-def test_a_port_in_use_is_told(folder):
+def test_a_port_in_use_is_told_before_anything_is_served(folder, capsys):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(InputError, match=f"cannot serve gRPC at 127.0.0.1:{port} .*give another --grpc-port"):
             server.serve(folder / "staged", ServeSettings(port=0, grpc_port=port))
+    assert capsys.readouterr() == ("", "")
     with pytest.raises(InputError, match="port and grpc_port must differ; both are 7000"):
         ServeSettings(port=7000, grpc_port=7000)
     with pytest.raises(InputError, match="grpc_port must not be negative; got -1"):

@@ -7,12 +7,11 @@ from grpc import StatusCode
 from tritonclient.grpc import service_pb2
 
 from helpers.grpc_serving import refused, request, running, stub
-from helpers.serving import pictures, write_models
+from helpers.serving import pictures
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    folder = write_models(tmp_path_factory.mktemp("models"))
+def server(folder):
     (folder / "broken.onnx").write_bytes(b"no model")
     with running(folder) as found:
         yield found
@@ -118,7 +117,7 @@ def test_unknown_models_and_versions_are_not_found_and_damaged_ones_unavailable(
     ("method", "code", "text"),
     [
         ("ModelInfer", StatusCode.INVALID_ARGUMENT, "the message is no inference.ModelInferRequest"),
-        ("ModelConfig", StatusCode.UNIMPLEMENTED, ""),
+        ("TraceSetting", StatusCode.UNIMPLEMENTED, ""),
     ],
 )
 def test_bytes_that_are_no_message_and_unknown_methods_are_refused(server, method, code, text):

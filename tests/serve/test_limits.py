@@ -17,14 +17,20 @@ import pytest
 
 from branchynet import load
 from branchynet.serve import backends, runner
-from helpers.serving import call, call_json, connect, infer, pictures, running, until, write_models
+from helpers.serving import (
+    call,
+    call_json,
+    connect,
+    infer,
+    pictures,
+    running,
+    started,
+    tensor,
+    until,
+    waiting,
+)
 
 KEY = "0123456789abcdef"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_models(tmp_path_factory.mktemp("repository"))
 
 
 @pytest.fixture
@@ -45,11 +51,6 @@ def gate(monkeypatch):
     gate.set()
 
 
-def waiting(port):
-    page = call(port, "GET", "/metrics")[2].decode()
-    return float(re.search(r"^branchynet_waiting_samples\S* (\S+)", page, re.MULTILINE)[1])
-
-
 def test_a_full_queue_answers_429_and_keeps_what_it_accepted(folder, gate):
     x, wanted = pictures(30), load(folder / "staged")(pictures(30))
     with running(folder / "staged", queue=10) as port, ThreadPoolExecutor(30) as pool:
@@ -67,10 +68,6 @@ def test_a_full_queue_answers_429_and_keeps_what_it_accepted(folder, gate):
             found = one.result()
             assert found["label"] == wanted.label[n] and found["exit"] == wanted.exit[n]
         assert waiting(port) == 0 and infer(port, "staged", x[:1])["exit"] == wanted.exit[0]
-
-
-def tensor(x):
-    return {"name": "input", "shape": list(x.shape), "datatype": "FP32", "data": x.ravel().tolist()}
 
 
 def test_samples_of_several_requests_share_batches(folder, gate):
@@ -119,6 +116,21 @@ def test_a_deadline_without_any_answer_is_an_error(folder, gate):
         gate.set()
         assert first.result()["exit"] in (1, 2, 3)
         status, error = second.result()
+        assert status == 422 and "and 1 of 1 samples had reached no exit" in error
+
+
+@pytest.mark.parametrize("own", [{}, {"deadline_ms": 60_000}])
+def test_only_a_deadline_of_the_server_is_its_fault(folder, gate, own):
+    with running(folder / "staged", timeout_s=0.2) as port, ThreadPoolExecutor(2) as pool:
+        gate.clear()
+        first = pool.submit(infer, port, "staged", pictures(1))
+        until(lambda: waiting(port) == 1)
+        second = pool.submit(infer, port, "staged", pictures(1), own)
+        until(lambda: waiting(port) == 2)
+        time.sleep(0.3)
+        gate.set()
+        assert first.result()["exit"] in (1, 2, 3)
+        status, error = second.result()
         assert status == 504 and "and 1 of 1 samples had reached no exit" in error
 
 
@@ -152,42 +164,6 @@ def test_bodies_are_limited_before_they_are_read(folder):
         status, _, body = call(port, "POST", "/v2/models/staged/infer", b"x", {"Content-Encoding": "gzip"})
         assert status == 415 and "send it without compression" in json.loads(body)["error"]
         assert infer(port, "staged", pictures(1)).keys() >= {"exit"}
-
-
-def test_slow_clients_are_cut_off_and_others_are_served(folder):
-    with running(folder / "staged", client_s=0.5) as port:
-        idle, head, body = connect(port), connect(port), connect(port)
-        head.sendall(b"POST /v2/models/staged/infer HTTP/1.1\r\nHost: a\r\n")
-        body.sendall(b"POST /v2/models/staged/infer HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
-        assert infer(port, "staged", pictures(1)).keys() >= {"exit"}
-        answer = body.recv(4096)
-        assert answer.startswith(b"HTTP/1.1 408 ") and b"only 1 bytes of the body arrived in time" in answer
-        for client in (idle, head, body):
-            assert client.recv(4096) == b""
-            client.close()
-
-
-def test_half_closed_connections_leave_nothing_behind(folder):
-    """Like a closed one, a half-closed connection may get no answer, because a server cannot tell them apart."""
-    body = json.dumps({"inputs": [tensor(pictures(1))]}).encode()
-    head = b"POST /v2/models/staged/infer HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
-    with running(folder / "staged", connections=20) as port:
-        for sent in 30 * [head % len(body) + body, head % len(body) + body[:9], head[:30]]:
-            with connect(port) as client:
-                client.sendall(sent)
-                client.shutdown(socket.SHUT_WR)
-                found = b"".join(iter(lambda client=client: client.recv(4096), b""))
-            assert found == b"" or (found.startswith(b"HTTP/1.1 200 ") and found.endswith(b"}"))
-        assert waiting(port) == 0 and infer(port, "staged", pictures(1)).keys() >= {"exit"}
-
-
-@pytest.mark.parametrize("sent", [b"\x16\x03\x01\x02\x00", b"GET\r\n\r\n", b"POST / HTTP/9.9\r\n\r\n", b"\x00" * 100])
-def test_what_is_no_http_is_refused(folder, sent):
-    with running(folder / "staged") as port:
-        with connect(port) as client:
-            client.sendall(sent)
-            assert client.recv(4096).startswith(b"HTTP/1.1 400 ")
-        assert call(port, "GET", "/v2/health/live")[0] == 200
 
 
 def test_the_key_is_needed_everywhere_but_by_probes(folder, tmp_path):
@@ -254,32 +230,11 @@ def test_a_request_that_the_runtime_refuses_fails_alone(folder, gate, monkeypatc
     assert all(found[n]["exit"] in (1, 2, 3) for n in (0, 1, 3))
 
 
-def test_many_open_connections_do_not_stop_the_others(folder):
-    with running(folder / "staged", connections=200) as port:
-        idle = [connect(port) for _ in range(150)]
-        assert infer(port, "staged", pictures(1)).keys() >= {"exit"}
-        idle += [connect(port) for _ in range(100)]
-        until(lambda: call(port, "GET", "/v2/health/live")[0] == 503)
-        for one in idle:
-            one.close()
-        until(lambda: call(port, "GET", "/v2/health/live")[0] == 200)
-
-
-def served(*arguments):
-    """A server in a process of its own, and its port."""
-    command = [sys.executable, "-m", "branchynet", "serve", *map(str, arguments)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    line = process.stderr.readline()
-    found = re.search(r":(\d+)$", line.strip())
-    assert found, line + process.stderr.read()
-    return process, int(found[1])
-
-
 def test_a_signal_under_load_loses_nothing_that_was_accepted(folder):
     """Clients send on connections that they keep. After the signal, each gets its answer, or a closed connection."""
     x = pictures(64)
     wanted = load(folder / "staged")(x)
-    process, port = served(folder / "staged", "--port", 0)
+    process, port = started(folder / "staged", "--port", 0)
     answered, lost, stop = [], [], threading.Event()
 
     def client(start):

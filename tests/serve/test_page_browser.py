@@ -312,6 +312,17 @@ def test_color_models_take_image_files_and_evil_names_of_classes_are_text(page, 
     assert page.locator("main img").count() == 0 and page.title() == "BranchyNet"
 
 
+def test_the_page_of_the_interface_needs_no_other_machine(browser, address):
+    context = browser.new_context()
+    page, asked, errors = context.new_page(), [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.goto(f"{address}/docs")
+    expect(page, ".opblock").to_have_count(22)
+    assert errors == [] and all(url.startswith((address, "data:")) for url in asked)
+    context.close()
+
+
 def test_with_a_key_the_page_asks_for_it(browser, folder):
     with serving(folder / "models", "--api-key-file", str(folder / "key.txt")) as address:
         context = browser.new_context(reduced_motion="reduce")

@@ -17,18 +17,12 @@ from branchynet.serve.oip import Options
 from branchynet.serve.presets import read_presets, write_presets
 from branchynet.serve.repository import Repository
 from branchynet.serve.settings import ServeSettings, read_key, read_settings
-from helpers.serving import POLICY, network, pictures, write_models
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return write_models(tmp_path_factory.mktemp("made"))
+from helpers.serving import POLICY, network, pictures
 
 
 @pytest.fixture
-def folder(made, tmp_path):
-    shutil.copytree(made, tmp_path / "repository")
-    return tmp_path / "repository"
+def folder(models, tmp_path):
+    return shutil.copytree(models, tmp_path / "repository")
 
 
 @pytest.fixture
@@ -70,12 +64,12 @@ def test_a_damaged_model_says_why_and_the_others_serve(folder, opened):
     assert answer(repository, "adaptive", pictures(2))["exit"].shape == (2,)
 
 
-def test_files_outside_of_the_folder_are_refused(folder, made, opened):
+def test_files_outside_of_the_folder_are_refused(folder, models, opened):
     (folder / "nested.onnx").unlink()
-    (folder / "nested.onnx").symlink_to(made / "nested.onnx")
+    (folder / "nested.onnx").symlink_to(models / "nested.onnx")
     (folder / "staged" / "stage_1.onnx").unlink()
-    (folder / "staged" / "stage_1.onnx").symlink_to(made / "staged" / "stage_1.onnx")
-    (folder / "away").symlink_to(made / "staged", target_is_directory=True)
+    (folder / "staged" / "stage_1.onnx").symlink_to(models / "staged" / "stage_1.onnx")
+    (folder / "away").symlink_to(models / "staged", target_is_directory=True)
     (folder / "again.onnx").symlink_to(folder / "adaptive.onnx")
     found = states(opened(folder))
     for name in ("nested", "staged", "away"):
@@ -169,8 +163,8 @@ def test_thresholds_that_changed_after_the_export_are_noticed(folder, opened):
 
 
 @pytest.fixture
-def engine(made):
-    return load(made / "staged")
+def engine(models):
+    return load(models / "staged")
 
 
 def test_policies_are_read_as_they_were_written(tmp_path, engine):

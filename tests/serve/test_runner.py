@@ -12,12 +12,7 @@ from branchynet.serve.backends import open_backend, warmed
 from branchynet.serve.faults import StoppedError
 from branchynet.serve.runner import Runner
 from branchynet.serve.tickets import stage_limits
-from helpers.serving import pictures, write_models
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_models(tmp_path_factory.mktemp("models"))
+from helpers.serving import pictures
 
 
 @pytest.fixture(params=["in the loop", "in the thread"])

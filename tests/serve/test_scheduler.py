@@ -292,3 +292,14 @@ def test_the_delay_that_a_full_queue_names_is_that_of_its_samples():
 def test_a_request_that_never_fits_is_an_error(rows):
     with pytest.raises(InputError, match=f"1 to 20 samples.*got {rows}"):
         Scheduler([StageLimit(8)], bound=20).submit(Ticket(rows), 0.0)
+
+
+@given(st.lists(st.integers(0, 20).map(lambda n: n * STEP), min_size=1, max_size=150))
+def test_the_typical_time_is_the_median_of_the_last_64_batches(durations):
+    scheduler, now = Scheduler([StageLimit(1)]), 0.0
+    for n, seconds in enumerate(durations, 1):
+        scheduler.submit(Ticket(1), now)
+        batch = scheduler.next_batch(now)
+        now += seconds
+        scheduler.finished(batch, np.array([True]), None, now)
+        assert scheduler.typical == np.percentile(durations[max(0, n - 64) : n], 50, method="higher")

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastapi.responses import PlainTextResponse
+
 from ..errors import InputError
 from .models import Loaded
 
@@ -17,9 +19,10 @@ def _fails(*statuses: int) -> dict[int | str, dict[str, Any]]:
         408: "The body arrived too slowly.",
         413: "The body is too large.",
         415: "The body is compressed.",
+        422: "The deadline of the request passed.",
         429: "The queue is full; Retry-After has seconds.",
         503: "The model is not ready.",
-        504: "The deadline passed.",
+        504: "The deadline of the server passed.",
     }
     return {n: {"description": what[n], "content": {"application/json": {"schema": _ERROR}}} for n in statuses}
 
@@ -44,10 +47,11 @@ def _content(kind: str, schema: dict[str, Any]) -> dict[str, Any]:
     return {"content": {kind: {"schema": schema}}}
 
 
+_NAME = {"type": "string", "minLength": 1}
 _TENSOR = {
     "type": "object",
     "properties": {
-        "name": {"type": "string"},
+        "name": _NAME,
         "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}},
         "datatype": {"type": "string", "examples": ["FP32"]},
         "data": {"type": "array", "items": {}},
@@ -64,7 +68,7 @@ _INFER = {
             "type": "array",
             "items": {
                 "type": "object",
-                "properties": {"name": {"type": "string"}, "parameters": {"type": "object"}},
+                "properties": {"name": _NAME, "parameters": {"type": "object"}},
                 "required": ["name"],
             },
         },
@@ -89,28 +93,37 @@ _QUERY = [
     {"name": "deadline_ms", "in": "query", "schema": {"type": "number", "exclusiveMinimum": 0}},
 ]
 _FILE = {"type": "string", "format": "binary"}
-_OBJECT = _content("application/json", {"type": "object"})
+
+
+def _body(**properties: Any) -> dict[str, Any]:
+    return _content("application/json", {"type": "object", "properties": properties, "additionalProperties": False})
+
 
 SERVER = _docs("Name and version of the server", 401)
 LIVE = _docs("Whether the server runs")
 READY = _docs("Whether a model is ready", 503)
 METADATA = _docs("Inputs and outputs of a model", 401, 404, 503)
+CONFIG = _docs("Configuration of a model, as Triton describes it", 401, 404, 503)
+STATISTICS = _docs("Requests, samples and batches of models, as Triton counts them", 401, 404, 503)
 MODEL_READY = _docs("Whether a model is ready", 401, 404, 503)
 INFER = _docs(
     "Answer a batch",
-    *(400, 401, 404, 408, 413, 415, 429, 503, 504),
+    *(400, 401, 404, 408, 413, 415, 422, 429, 503, 504),
     requestBody={"required": True, **_content("application/json", _INFER)},
 )
-INDEX = _docs("All models and their states", 401, 408, 413, 415, requestBody=_OBJECT)
-LOAD = _docs("Load a model, or load it again", 401, 404, 408, 413, 415, 503, requestBody=_OBJECT)
-UNLOAD = _docs("Unload a model", 401, 404, 408, 413, 415, 503, requestBody=_OBJECT)
+INDEX = _docs("All models and their states", 400, 401, 408, 413, 415, requestBody=_body(ready={"type": "boolean"}))
+_MANAGED = (400, 401, 404, 408, 413, 415, 503)
+_PARAMETERS = _body(parameters={"type": ["object", "null"], "additionalProperties": False})
+LOAD = _docs("Load a model, or load it again", *_MANAGED, requestBody=_PARAMETERS)
+UNLOAD = _docs("Unload a model", *_MANAGED, requestBody=_PARAMETERS)
 ABOUT = _docs("Exits, thresholds, classes and policies of a model", 401, 404, 503, tag="BranchyNet")
 FRONTIER = _docs("Accuracy and speed that the record predicts for other thresholds", 401, 404, 503, tag="BranchyNet")
 TRAFFIC = _docs("Answers of the last minute by exit, and percentiles of the latency", 401, 404, 503, tag="BranchyNet")
-METRICS = _docs("Metrics for Prometheus", 401, tag="BranchyNet")
+METRICS = {**_docs("Metrics for Prometheus", 401, tag="BranchyNet"), "response_class": PlainTextResponse}
+INFER["responses"][200] = {"description": "Successful Response", **_content("application/octet-stream", _FILE)}
 PREDICT = _docs(
     "Answer an image file",
-    *(400, 401, 404, 408, 413, 415, 429, 503, 504),
+    *(400, 401, 404, 408, 413, 415, 422, 429, 503, 504),
     tag="BranchyNet",
     parameters=_QUERY,
     requestBody={

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import orjson
@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from ..environment import __version__
 from ..errors import BranchyNetError
 from . import api_docs
+from .extensions import EXTENSIONS, config_of
 from .faults import KeyMissing, NotReady, StoppedError, headers_of, status_of
 from .images import image_answer, image_input, upload
 from .limits import ClientGone, check_key, read_body, watched
 from .metrics import CONTENT_TYPE, Metrics
 from .models import VERSION, Loaded
-from .oip import Options, infer_answer, read_infer, read_options
+from .oip import Options, check_known, flag, infer_answer, parameters_of, read_infer, read_object, read_options
 from .page import Page
 from .repository import Repository, in_thread
 from .runner import Answer
@@ -54,6 +55,7 @@ def make_app(repository: Repository, settings: ServeSettings, metrics: Metrics, 
         version=__version__,
         description="Networks with early exits, over the Open Inference Protocol, version 2.",
         lifespan=lifespan,
+        docs_url=None,
         redoc_url=None,
         openapi_url="/openapi.json" if key is None else None,  # the page that shows it sends no key
         exception_handlers={404: _no_route, 405: _no_route},
@@ -65,10 +67,15 @@ def make_app(repository: Repository, settings: ServeSettings, metrics: Metrics, 
         ("/v2", "GET", routes.server, api_docs.SERVER),
         ("/v2/health/live", "GET", routes.live, api_docs.LIVE),
         ("/v2/health/ready", "GET", routes.all_ready, api_docs.READY),
+        ("/v2/models/stats", "GET", routes.statistics, api_docs.STATISTICS),
         ("/v2/models/{model}", "GET", routes.metadata, api_docs.METADATA),
         ("/v2/models/{model}/versions/{version}", "GET", routes.metadata, api_docs.METADATA),
         ("/v2/models/{model}/ready", "GET", routes.ready, api_docs.MODEL_READY),
         ("/v2/models/{model}/versions/{version}/ready", "GET", routes.ready, api_docs.MODEL_READY),
+        ("/v2/models/{model}/config", "GET", routes.config, api_docs.CONFIG),
+        ("/v2/models/{model}/versions/{version}/config", "GET", routes.config, api_docs.CONFIG),
+        ("/v2/models/{model}/stats", "GET", routes.statistics, api_docs.STATISTICS),
+        ("/v2/models/{model}/versions/{version}/stats", "GET", routes.statistics, api_docs.STATISTICS),
         ("/v2/models/{model}/infer", "POST", routes.infer, api_docs.INFER),
         ("/v2/models/{model}/versions/{version}/infer", "POST", routes.infer, api_docs.INFER),
         ("/v2/repository/index", "POST", routes.index, api_docs.INDEX),
@@ -82,7 +89,8 @@ def make_app(repository: Repository, settings: ServeSettings, metrics: Metrics, 
     ):
         docs = api_docs.docs_of(path, docs, repository.names)
         app.add_api_route(path, routes.guarded(handler), methods=[method], response_model=None, **docs)
-    for path, handler in (("/", page.index), ("/page/{name}", page.asset)):
+    pages = [("/", page.index), ("/page/{name}", page.asset), *([("/docs", page.docs)] if key is None else [])]
+    for path, handler in pages:
         public = routes.guarded(handler, public=True)  # it asks for the key
         app.add_api_route(path, public, response_model=None, include_in_schema=False)
     return app
@@ -140,7 +148,7 @@ class _Routes:
         return handled
 
     async def server(self, request: Request) -> Response:
-        extensions = ["binary_tensor_data", "model_repository"]
+        extensions = ["binary_tensor_data", *EXTENSIONS]
         return _json({"name": "branchynet", "version": __version__, "extensions": extensions})
 
     async def live(self, request: Request) -> Response:
@@ -152,6 +160,13 @@ class _Routes:
 
     async def metadata(self, request: Request) -> Response:
         return _json(self.model(request).metadata)
+
+    async def config(self, request: Request) -> Response:
+        return _json(config_of(self.model(request)))
+
+    async def statistics(self, request: Request) -> Response:
+        which = request.path_params
+        return _json({"model_stats": self.repository.statistics(which.get("model", ""), which.get("version"))})
 
     async def ready(self, request: Request) -> Response:
         name = self.model(request).name
@@ -171,16 +186,17 @@ class _Routes:
         return Response(found, 200, {"inference-header-content-length": str(length)}, "application/octet-stream")
 
     async def index(self, request: Request) -> Response:
-        wanted = await self._body(request)
-        ready = b'"ready"' in wanted and _wants_ready(wanted)
+        wanted = await self._object(request)
+        check_known(wanted, ("ready",), "the request")
+        ready = flag(wanted, "ready")
         return _json([one for one in self.repository.index() if not ready or one["state"] == "READY"])
 
     async def load(self, request: Request) -> Response:
-        await self._manage(request, self.repository.load)
+        await self._manage(request, self.repository.load, ())  # no file or setting of a model comes from a client
         return _json({})
 
     async def unload(self, request: Request) -> Response:
-        await self._manage(request, self.repository.unload)
+        await self._manage(request, self.repository.unload, ("unload_dependents",))
         return _json({})
 
     async def about(self, request: Request) -> Response:
@@ -215,6 +231,11 @@ class _Routes:
     async def _body(self, request: Request) -> bytes:
         return await read_body(request.receive, request.headers, self.settings.max_body, self.settings.client_s)
 
+    async def _object(self, request: Request) -> dict[str, Any]:
+        """Return the JSON object in a body; an empty one if there is none."""
+        body = await self._body(request)
+        return read_object(body) if body.strip() else {}
+
     def model(self, request: Request) -> Loaded:
         """Return the model that a request names. Raises `UnknownModel` or `NotReady`."""
         return self.repository.ready(request.path_params["model"], request.path_params.get("version"))
@@ -227,10 +248,12 @@ class _Routes:
             raise api_docs.several(names)
         return self.repository.ready((names or self.repository.names)[0])
 
-    async def _manage(self, request: Request, change: Callable[[str], None]) -> None:
-        await self._body(request)
+    async def _manage(self, request: Request, change: Callable[[str], None], known: Sequence[str]) -> None:
+        given = await self._object(request)
         if not self.settings.manage:
             raise KeyMissing("clients may not load or unload models here; start the server with --manage")
+        check_known(given, ("parameters",), "the request")
+        check_known(parameters_of(given, "the request"), known, "the parameters object of the request")
         await in_thread(change, request.path_params["model"])
 
 
@@ -240,13 +263,6 @@ async def _no_route(request: Request, error: Exception) -> Response:
         f"there is no route {request.method} {request.url.path:.200}" if status == 404 else "the method is not allowed"
     )
     return _json({"error": f"{what}; GET /openapi.json lists all routes"}, status, getattr(error, "headers", None))
-
-
-def _wants_ready(body: bytes) -> bool:
-    with contextlib.suppress(orjson.JSONDecodeError):
-        found = orjson.loads(body)
-        return isinstance(found, dict) and found.get("ready") is True
-    return False
 
 
 def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

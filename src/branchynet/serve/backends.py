@@ -208,7 +208,8 @@ class FileBackend:
         if not self._per_sample:
             plain = tuple(None if t is None else float(np.asarray(t).reshape(-1)[0]) for t in given)
             return Call(rows, held, (sizes, plain))
-        columns = [np.broadcast_to(np.asarray(-np.inf if t is None else t, np.float32), rows) for t in given]
+        with np.errstate(over="ignore"):
+            columns = [np.broadcast_to(np.asarray(-np.inf if t is None else t, np.float32), rows) for t in given]
         return Call(rows, {**held, THRESHOLDS: np.stack(columns, axis=1)}, (sizes, True))
 
     def run(self, stage: int, held: Block, kind: Hashable) -> Stepped:

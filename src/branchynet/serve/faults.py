@@ -8,11 +8,15 @@ BranchyNetError
 ├── SlowClient        408
 ├── TooLarge          413
 ├── WrongEncoding     415
+├── DeadlineError     422
+│   └── TooSlow       504
 ├── QueueFull         429, with Retry-After
 ├── RunError          500
 ├── NotReady          503
-├── StoppedError      503
-└── DeadlineError     504
+└── StoppedError      503
+
+A deadline that a request sets is part of the request, so its status is no fault of the server. It is not 408, which
+asks clients to repeat the request on a new connection; browsers and others do so at once.
 """
 
 import math
@@ -71,6 +75,10 @@ class DeadlineError(BranchyNetError, TimeoutError):
     """The deadline of a request passed before every sample had an answer."""
 
 
+class TooSlow(DeadlineError):
+    """The deadline that passed was that of the server, because the request gave none or a later one."""
+
+
 def too_late(seconds: float, missing: int, rows: int) -> DeadlineError:
     """Return the error of a request of `rows` samples, `missing` of which have no answer after `seconds`."""
     return DeadlineError(
@@ -87,10 +95,11 @@ _STATUS: dict[type[BranchyNetError], int] = {
     SlowClient: 408,
     TooLarge: 413,
     WrongEncoding: 415,
+    TooSlow: 504,
+    DeadlineError: 422,
     QueueFull: 429,
     NotReady: 503,
     StoppedError: 503,
-    DeadlineError: 504,
 }
 
 

@@ -16,6 +16,7 @@ import grpc.aio
 from ..environment import __version__
 from ..errors import BranchyNetError, InputError, first_line
 from ..files import regular
+from .extensions import EXTENSIONS, config_of
 from .faults import KeyMissing, NotReady, UnknownModel, headers_of, status_of
 from .grpc_messages import infer_answer, parsed, pb, read_infer
 from .limits import check_key
@@ -31,6 +32,7 @@ _CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     401: grpc.StatusCode.UNAUTHENTICATED,
     404: grpc.StatusCode.NOT_FOUND,
+    422: grpc.StatusCode.DEADLINE_EXCEEDED,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -108,6 +110,8 @@ class GrpcServer:
             "ServerMetadata": self._about,
             "ModelReady": self._model_ready,
             "ModelMetadata": self._metadata,
+            "ModelConfig": self._config,
+            "ModelStatistics": self._statistics,
             "ModelInfer": self._infer,
             "RepositoryIndex": self._index,
             "RepositoryModelLoad": self._load,
@@ -149,7 +153,7 @@ class GrpcServer:
         return pb.ServerReadyResponse(ready=not self._stopping and self._repository.any_ready())
 
     async def _about(self, request: Any, context: Any) -> Any:
-        return pb.ServerMetadataResponse(name="branchynet", version=__version__, extensions=["model_repository"])
+        return pb.ServerMetadataResponse(name="branchynet", version=__version__, extensions=EXTENSIONS)
 
     async def _model_ready(self, request: Any, context: Any) -> Any:
         try:
@@ -160,6 +164,12 @@ class GrpcServer:
 
     async def _metadata(self, request: Any, context: Any) -> Any:
         return pb.ModelMetadataResponse(**self._repository.ready(request.name, request.version).metadata)
+
+    async def _config(self, request: Any, context: Any) -> Any:
+        return pb.ModelConfigResponse(config=config_of(self._repository.ready(request.name, request.version)))
+
+    async def _statistics(self, request: Any, context: Any) -> Any:
+        return pb.ModelStatisticsResponse(model_stats=self._repository.statistics(request.name, request.version))
 
     async def _infer(self, request: Any, context: Any) -> Any:
         model: Loaded = self._repository.ready(request.model_name, request.model_version)

@@ -70,7 +70,7 @@ def check_key(headers: Mapping[str, str], key: str | None) -> None:
 
 
 def guarded(seconds: float) -> type[HttpToolsProtocol]:
-    """Return uvicorn's protocol with two additions.
+    """Return uvicorn's protocol with two additions, for which it has no option: its keep-alive ends idle connections.
 
     A connection is closed if the headers of a request, or the rest of a body that was refused, take longer than
     `seconds`. When the server stops, a request that is already on its way over an idle connection is answered.

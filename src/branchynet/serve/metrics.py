@@ -1,6 +1,7 @@
 """Metrics for Prometheus: requests, latency and scores by exit, and batches and queues by stage."""
 
 import threading
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -60,7 +61,7 @@ class ModelMetrics:
         self._lock = threading.Lock()
         self.histograms: dict[str, dict[int, _Histogram]] = {name: {} for name in _HISTOGRAMS}
         self.answers: dict[int, int] = {}
-        self.unfinished = 0
+        self.last_ms = 0  # since 1970, of the last answer
         self.traffic = Traffic()
 
     def ran(self, exit: int, rows: int, waits: Sequence[float], seconds: float) -> None:
@@ -74,6 +75,7 @@ class ModelMetrics:
         """Count the answer to a request."""
         exits, scores = outputs.get("exit"), outputs.get("score")
         with self._lock:
+            self.last_ms = time.time_ns() // 1_000_000
             if exits is None or scores is None:  # a file of another tool
                 self._add("branchynet_request_seconds", 1, seconds)
                 self.traffic.add({1: 1}, seconds)
@@ -135,6 +137,11 @@ class Metrics:
     def model(self, name: str) -> ModelMetrics:
         """Return the metrics of a model; they last while the server runs."""
         return self.models.setdefault(name, ModelMetrics())
+
+    def failed(self, model: str) -> int:
+        """Return how many requests to a model had a status of 400 or more."""
+        with self._lock:
+            return sum(n for (name, _, status), n in self._requests.items() if name == model and status >= 400)
 
     def page(self) -> bytes:
         """Return all metrics as text."""

@@ -1,5 +1,6 @@
 """A model that serves, and what lies in its folder."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from ..policy.values import Choice
 from .backends import Backend, Call, open_backend, warmed
 from .budget import MovingThresholds, moving_thresholds
 from .drift import DriftWatch, record_in, watch_beside
+from .faults import DeadlineError, TooSlow
 from .metrics import ModelMetrics
 from .oip import CLASS_NAME, Options, metadata_of
 from .presets import Preset, presets_beside, read_presets
@@ -78,7 +80,7 @@ class Loaded:
         watch: for drift; None without a record.
         moving: the thresholds of requests that give none; None for those of the file.
         labels: class names, or empty.
-        timeout: seconds; the latest deadline.
+        settings: of the server.
         folder: with its record and cost; None if it has none of its own.
     """
 
@@ -89,7 +91,7 @@ class Loaded:
     watch: DriftWatch | None
     moving: MovingThresholds | None
     labels: tuple[str, ...]
-    timeout: float
+    settings: ServeSettings
     folder: Path | None = None
 
     @property
@@ -106,15 +108,22 @@ class Loaded:
 
         Raises:
             InputError: inputs or thresholds do not fit the model, or it has no such policy.
-            QueueFull, DeadlineError, StoppedError, RunError: as `Runner.answer`.
+            DeadlineError: the deadline of the request passed, and a sample has reached no exit.
+            TooSlow: that of the server passed.
+            QueueFull, StoppedError, RunError: as `Runner.answer`.
         """
         inputs, thresholds = self._thresholds(inputs, options)
         default = thresholds is None
         if default and self.moving is not None:
             thresholds = self.moving.thresholds
-        call = replace(self.backend.call(inputs, thresholds), default=default)
-        timeout = self.timeout if options.timeout is None else min(options.timeout, self.timeout)
-        return await self.runner.answer(call, timeout)
+        call = self.backend.call(inputs, thresholds)
+        if not default:
+            call = replace(call, default=False)
+        own, most = math.inf if options.timeout is None else options.timeout, self.settings.timeout_s
+        try:
+            return await self.runner.answer(call, min(own, most))
+        except DeadlineError as error:
+            raise error if own < most else TooSlow(str(error)) from None
 
     def named(self, outputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Return outputs with the names of the classes, if the model has any."""
@@ -191,7 +200,7 @@ def open_model(
             observer=observer,
         )
     labels = () if engine is None else engine.labels
-    return Loaded(name, backend, runner, presets, watch, moving, labels, settings.timeout_s, folder)
+    return Loaded(name, backend, runner, presets, watch, moving, labels, settings, folder)
 
 
 def limits_of(backend: Backend, settings: ServeSettings, sample_us: Sequence[float] | None) -> tuple[StageLimit, ...]:

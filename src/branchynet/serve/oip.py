@@ -89,7 +89,7 @@ def read_infer(body: bytes, header_length: str | None = None) -> InferRequest:
         name = _name(entry, "inputs")
         if name in inputs:
             raise InputError(f"input {name!r} is given twice")
-        size = _parameters(entry, f"input {name!r}").get("binary_data_size")
+        size = parameters_of(entry, f"input {name!r}").get("binary_data_size")
         if size is None:
             inputs[name] = from_json(entry, name)
             continue
@@ -106,13 +106,13 @@ def read_infer(body: bytes, header_length: str | None = None) -> InferRequest:
         raise InputError("the request has no inputs; give a list of tensors as 'inputs'")
     if len(rest):
         raise InputError(f"{len(rest)} bytes follow the JSON and the inputs; binary_data_size must count all of them")
-    parameters = _parameters(head, "the request")
-    binary = _flag(parameters, "binary_data_output")
+    parameters = parameters_of(head, "the request")
+    binary = flag(parameters, "binary_data_output")
     outputs = []
     for entry in _entries(head, "outputs"):
         name = _name(entry, "outputs")
-        own = _parameters(entry, f"output {name!r}")
-        outputs.append(Wanted(name, _flag(own, "binary_data", binary)))
+        own = parameters_of(entry, f"output {name!r}")
+        outputs.append(Wanted(name, flag(own, "binary_data", binary)))
     return InferRequest(id, inputs, read_options(parameters), tuple(outputs), binary)
 
 
@@ -259,7 +259,8 @@ def _name(entry: Mapping[str, Any], key: str) -> str:
     return name
 
 
-def _parameters(entry: Mapping[str, Any], what: str) -> Mapping[str, Any]:
+def parameters_of(entry: Mapping[str, Any], what: str) -> Mapping[str, Any]:
+    """Return the object ``parameters`` in an entry of a request, empty if it has none. Raises `InputError`."""
     found = entry.get("parameters")
     if found is None:
         return {}
@@ -268,7 +269,8 @@ def _parameters(entry: Mapping[str, Any], what: str) -> Mapping[str, Any]:
     return found
 
 
-def _flag(parameters: Mapping[str, Any], name: str, default: bool = False) -> bool:
+def flag(parameters: Mapping[str, Any], name: str, default: bool = False) -> bool:
+    """Return a boolean by name. Raises `InputError`."""
     value = parameters.get(name, default)
     if not isinstance(value, bool):
         raise InputError(f"{name} must be true or false; got {shown(value)}")

@@ -1,4 +1,4 @@
-"""The page of a server, and what only the page reads: what thresholds may give, and the answers of the last minute."""
+"""The pages of a server, and what only they read: what thresholds may give, and the answers of the last minute."""
 
 import asyncio
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from importlib.resources import files
 from typing import Any
 
 import orjson
+from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -26,14 +27,27 @@ _HEADERS = {
 }
 
 
+_SWAGGER = ("swagger-ui-bundle.js", "swagger-ui.css")
+_POLICY = (  # Swagger UI has a script and styles in its page; it reads nothing from elsewhere either
+    "default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+
+
 def assets() -> dict[str, bytes]:
     """Return the files of the page by name, from the package."""
     folder = files("branchynet.serve") / "static"
     return {one.name: one.read_bytes() for one in folder.iterdir() if one.name.rpartition(".")[2] in _TYPES}
 
 
+def swagger() -> dict[str, bytes]:
+    """Return the files of Swagger UI by name, from a package that follows its releases."""
+    folder = files("fastapi_offline") / "static"
+    return {name: (folder / name).read_bytes() for name in _SWAGGER}
+
+
 class Page:
-    """The routes of the page.
+    """The routes of the page, and of the one that describes the interface.
 
     Args:
         model: finds the model that a request names.
@@ -42,13 +56,26 @@ class Page:
 
     def __init__(self, model: Callable[[Request], Loaded], metrics: Metrics) -> None:
         self._model, self._metrics = model, metrics
-        self._assets = assets()
+        self._assets = assets() | swagger()
         self._curves: dict[str, tuple[Loaded, bytes]] = {}
         self._computing = asyncio.Lock()
 
     async def index(self, request: Request) -> Response:
         """Answer with the page."""
         return self._asset("index.html")
+
+    async def docs(self, request: Request) -> Response:
+        """Answer with the description of the interface, which Swagger UI shows."""
+        found = get_swagger_ui_html(
+            openapi_url="/openapi.json",
+            title="BranchyNet",
+            swagger_js_url="/page/swagger-ui-bundle.js",
+            swagger_css_url="/page/swagger-ui.css",
+            swagger_favicon_url="/page/icon.svg",
+            swagger_ui_parameters={"validatorUrl": None},  # which is on another machine
+        )
+        found.headers.update({**_HEADERS, "content-security-policy": _POLICY})
+        return found
 
     async def asset(self, request: Request) -> Response:
         """Answer with a file of the page; a path in a request reaches no file system."""

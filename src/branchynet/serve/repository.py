@@ -12,6 +12,7 @@ from typing import Any
 from ..deploy.staged_files import MANIFEST
 from ..errors import BranchyNetError, FileError, nearest
 from ..files import check_path
+from .extensions import statistics_of
 from .faults import NotReady, UnknownModel
 from .metrics import Metrics
 from .models import VERSION, Loaded, Start, open_model
@@ -133,6 +134,12 @@ class Repository:
             }
             for name, entry in sorted(self._entries.items())
         ]
+
+    def statistics(self, name: str = "", version: str | None = None) -> list[dict[str, Any]]:
+        """Return the statistics of a model that serves, or of all of them. Raises `UnknownModel` or `NotReady`."""
+        found = [one.loaded for one in self._entries.values()] if not name else [self.ready(name, version)]
+        models, counts = [one for one in found if one is not None], self._metrics
+        return [statistics_of(one, counts.model(one.name), counts.failed(one.name)) for one in models]
 
     def any_ready(self) -> bool:
         """Whether a model serves."""

@@ -155,7 +155,7 @@ class Runner:
                 raise StoppedError("the model is being unloaded or the server stops; send the request again later")
             self._scheduler.submit(ticket, now)
             self._unanswered[pending.loop] += 1
-            here = self._scheduler.ahead <= _INLINE and self._stepping in (None, pending.loop)
+            here = self._scheduler.typical <= _INLINE and self._stepping in (None, pending.loop)
             if not here:
                 self._changed.notify()
         if here and self._stepping is None:
@@ -182,7 +182,7 @@ class Runner:
             self._run(batch, loop)
         with self._changed:
             at = self._scheduler.wake_at(now := self._clock())
-            here = at is not None and at <= now and self._scheduler.ahead <= _INLINE
+            here = at is not None and at <= now and self._scheduler.typical <= _INLINE
             here = here and self._unanswered[loop] > 0  # else the loop may end before the next step
             if self._stopping or (at is not None and not here):
                 self._changed.notify()
@@ -263,7 +263,7 @@ class Runner:
             count, rows = len(part.rows), part.ticket.rows
             score = float(outputs["score"][at]) if rows == 1 and "score" in outputs else None
             pending.steps.append(Step(exit, us, score))
-            if self._backend.whole:
+            if len(batch.parts) == 1 and count == rows:
                 pending.outputs = outputs
             elif count == rows:
                 pending.outputs = {name: values[at : at + count] for name, values in outputs.items()}
@@ -302,7 +302,8 @@ class Runner:
         with self._changed:
             for loop, found in loops.items():
                 self._unanswered[loop] -= len(found)
-            self._unanswered = +self._unanswered  # without the loops that wait for nothing
+                if self._unanswered[loop] <= 0:
+                    del self._unanswered[loop]  # so that no loop is kept
         for loop, found in loops.items():
             if loop is here:
                 _set(found)

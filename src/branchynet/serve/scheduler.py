@@ -18,6 +18,7 @@ tickets of the same `kind` share a batch.
 
 import heapq
 import math
+from bisect import bisect_left, insort
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
@@ -66,10 +67,11 @@ class _Queue(_Parts):
 
     def __init__(self, limit: StageLimit) -> None:
         super().__init__()
-        self.limit, self.p95 = limit, limit.expected
+        self.limit, self.p95, self.median = limit, limit.expected, limit.expected
         self.kinds: dict[Hashable, _Parts] = {}
         self.rows = 0
-        self._took: deque[float] = deque(maxlen=_REMEMBERED)
+        self._took: deque[float] = deque()
+        self._sorted: list[float] = []
 
     def add(self, number: int, part: Part) -> None:
         super().add(number, part)
@@ -94,8 +96,12 @@ class _Queue(_Parts):
         return taken
 
     def timed(self, seconds: float) -> None:
+        if len(self._took) == _REMEMBERED:
+            del self._sorted[bisect_left(self._sorted, self._took.popleft())]
         self._took.append(seconds)
-        self.p95 = sorted(self._took)[math.ceil(0.95 * len(self._took)) - 1]
+        insort(self._sorted, seconds)
+        count = len(self._sorted)
+        self.p95, self.median = self._sorted[math.ceil(0.95 * count) - 1], self._sorted[count // 2]
 
 
 def check_room(rows: int, waiting: int, bound: int, after: float, most_wait: float = math.inf) -> None:
@@ -164,9 +170,9 @@ class Scheduler:
         self.waiting = 0
 
     @property
-    def ahead(self) -> float:
-        """The seconds that one batch after the other takes through all stages; 95th percentiles."""
-        return self._ahead(0)
+    def typical(self) -> float:
+        """The seconds that one batch after the other takes through all stages; medians, which rare pauses leave."""
+        return sum(queue.median for queue in self._queues)
 
     def submit(self, ticket: Ticket, now: float) -> None:
         """Add a request.

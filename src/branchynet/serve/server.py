@@ -29,6 +29,8 @@ from .settings import ServeSettings, read_key
 
 log = logging.getLogger("branchynet.serve")
 
+_FILES = 100  # besides connections
+
 
 def serve(path: Path, settings: ServeSettings) -> None:
     """Serve a run folder, an exported file, a folder of stages, or a folder of these, until SIGINT or SIGTERM.
@@ -49,12 +51,8 @@ def serve(path: Path, settings: ServeSettings) -> None:
 
 
 def _run(server: "Server", listener: socket.socket, settings: ServeSettings) -> None:
-    host, port = listener.getsockname()[:2]
-    scheme = "http" if settings.certificate is None else "https"
-    shown = f"[{host}]" if ":" in host else host
-    names = ", ".join(server.repository.names)
-    print(f"serving {names} at {scheme}://{shown}:{port}", file=sys.stderr, flush=True)
     sys.setswitchinterval(SWITCH)
+    _allow_files(settings.connections)
     try:
         server.run([listener])
     finally:
@@ -102,16 +100,21 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, repository: Repository, settings: ServeSettings, grpc: Any = None) -> None:
         super().__init__(_config(app, settings))
         self.repository, self.grpc, self._state = repository, grpc, app.state
+        self._scheme = "http" if settings.certificate is None else "https"
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen."""
-        if self.grpc is not None:
-            print(f"serving gRPC at port {await self.grpc.start()}", file=sys.stderr, flush=True)
+        """Listen, and then say where. Raises `InputError` if gRPC cannot."""
+        port = None if self.grpc is None else await self.grpc.start()
         await super().startup(sockets)
+        names = ", ".join(self.repository.names)
+        for one in sockets or ():
+            print(f"serving {names} at {self._scheme}://{_shown(one)}", file=sys.stderr, flush=True)
+        if port is not None:
+            print(f"serving gRPC at port {port}", file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Stop on a signal, and then end as usual instead of by the signal."""
+        """Stop on a signal, and then end as usual instead of by the signal, for which uvicorn has no option."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -148,6 +151,27 @@ def listen(settings: ServeSettings) -> socket.socket:
         raise InputError(f"cannot serve at {where} ({reason}); give another --port, or 0 for a free one") from error
     found.set_inheritable(True)
     return found
+
+
+def _allow_files(connections: int) -> None:
+    """Let the process open a file per connection, as far as the system allows it; a warning says if that is fewer."""
+    if sys.platform == "win32":  # which has no such limit
+        return
+    import resource
+
+    wanted = connections + _FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if most < wanted:
+        log.warning("the system allows %d open files, so there may be fewer than %d connections", hard, connections)
+
+
+def _shown(listener: socket.socket) -> str:
+    """Return host and port as in a URL."""
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _check_pair(settings: ServeSettings) -> None:
