@@ -90,3 +90,22 @@ def test_only_arrays_of_constants_are_stored_uncompressed(monkeypatch):
         stream = io.BytesIO()
         write_arrays(stream, {"a": array})
         assert (len(stream.getvalue()) < array.nbytes) == compressed
+
+
+def test_no_bit_of_the_table_of_contents_hides_an_array(tmp_path):
+    """A length in it may swallow the entries behind it, those of the checksum and of the network's fingerprint."""
+    path = tmp_path / "record.npz"
+    rng = np.random.default_rng(0)
+    right = ExitRecord(outputs=rng.normal(size=(9, 2, 3)), labels=rng.integers(3, size=9), network="abc-def")
+    right.save(path)
+    content = path.read_bytes()
+    for bit in range(8 * content.index(b"PK\1\2"), 8 * len(content)):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            found = ExitRecord.load(path)
+        except FileError as error:
+            assert path.name in str(error)
+        else:
+            assert (found.digest, found.network) == (right.digest, right.network)

@@ -7,6 +7,7 @@ import pytest
 
 from branchynet import ExitRecord, reproduce
 from branchynet.runs import run, steps
+from branchynet.training import context
 from branchynet.training.history import History
 from helpers.command import PAPER, call
 
@@ -85,6 +86,16 @@ def test_faulty_networks_are_reported_before_anything_is_written(here, network, 
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and len(error.splitlines()) == 1
     assert not (here / "run").exists()
+
+
+def test_training_may_be_compiled_and_resumes_compiled(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(context.torch, "compile", lambda forward: compiled.append(forward) or forward)
+    options = (tmp_path / "run", *PAPER, *SHORT)
+    assert call(monkeypatch, "train", *options) == 0 and not compiled
+    assert call(monkeypatch, "train", *options, "--compile") == 1  # other kernels, so another training
+    assert call(monkeypatch, "train", tmp_path / "other", *PAPER, *SHORT, "--compile") == 0 and compiled
+    assert json.loads((tmp_path / "other" / "config.json").read_text())["settings"]["compile"] is True
 
 
 def test_a_stopped_training_prints_how_to_resume(tmp_path, monkeypatch, capsys):

@@ -110,6 +110,9 @@ def train(
     lr: Annotated[float, typer.Option(help="Highest learning rate of Adam.")] = 3e-3,
     seed: Annotated[int, typer.Option(help="Seed of weights, order and augmentation.")] = 0,
     mixed_precision: Annotated[str, named("Mixed precision: {}. fp16 needs a GPU.", "no", "bf16", "fp16")] = "no",
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the network first: a minute or more, then faster steps.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Train a network and its branches. Run the same command again to resume."""
@@ -135,6 +138,7 @@ def train(
         lr=lr,
         seed=seed,
         mixed_precision=mixed_precision,
+        compile=compile,
     )
     made = create_run(run, settings)
     train_run(made, progress=not quiet)

@@ -47,6 +47,7 @@ class Settings:
     lr: float = 3e-3  # the highest learning rate of Adam
     seed: int = 0  # of the weights, the order and the augmentation
     mixed_precision: str = "no"  # or "bf16" or "fp16", as in `FitOptions`
+    compile: bool = False  # as in `FitOptions`
     taps: tuple[str, ...] = ()  # of early exits that replace those of the network
     branches: tuple[str, ...] = ()  # one name per tap, as in `branchynet.nn.branches.named_branches`
     size: tuple[int, int] | None = None

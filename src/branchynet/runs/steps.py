@@ -113,7 +113,12 @@ def fit_in(
 def fit_options(settings: Settings, seed: int) -> FitOptions:
     """The options of `fit` for networks of a run."""
     channels_last = settings.network in NETWORKS  # a user's network may use `view`
-    return FitOptions(seed=seed, mixed_precision=settings.mixed_precision, channels_last=channels_last)
+    return FitOptions(
+        seed=seed,
+        mixed_precision=settings.mixed_precision,
+        channels_last=channels_last,
+        compile=settings.compile,
+    )
 
 
 def measure_run(run: Run, score: Any = "entropy", *, again: bool = False, progress: bool = False) -> ExitCost:
