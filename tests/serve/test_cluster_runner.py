@@ -11,8 +11,10 @@ from branchynet import load
 from branchynet.errors import FileError, InputError
 from branchynet.serve import ray_app
 from branchynet.serve.backends import open_backend
+from branchynet.serve.cluster import connected
 from branchynet.serve.cluster_runner import ClusterRunner
 from branchynet.serve.faults import DeadlineError, QueueFull, StoppedError
+from branchynet.serve.server import listen
 from branchynet.serve.settings import ServeSettings
 from branchynet.serve.stage_replica import StageReplica
 from helpers.serving import pictures, same, write_models
@@ -160,6 +162,15 @@ def test_room_and_the_end_are_those_of_the_runner(folder):
 def test_an_application_refuses_what_needs_a_server_of_its_own(folder, given):
     with pytest.raises(InputError, match=f"ray_app takes no {next(iter(given))}"):
         ray_app(folder / "staged", ServeSettings(**given))
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{}", "127.0.0.1:70000", "no address"])
+def test_a_cluster_that_cannot_be_reached_is_told(monkeypatch, address):
+    listener = listen(ServeSettings(port=0))
+    monkeypatch.setenv("RAY_ADDRESS", address.format(listener.getsockname()[1]))
+    listener.close()
+    with pytest.raises(InputError, match=r"cannot connect to a Ray cluster .* correct RAY_ADDRESS"):
+        connected(ServeSettings()).__enter__()
 
 
 def test_an_application_of_damaged_files_is_refused(tmp_path):

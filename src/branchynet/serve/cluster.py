@@ -2,7 +2,9 @@
 
 import contextlib
 import logging
+import os
 import secrets
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -105,8 +107,9 @@ def connected(settings: ServeSettings) -> Iterator[Start]:
     own = not ray.is_initialized()
     if own:
         try:
+            _check_address(os.environ.get("RAY_ADDRESS", ""))
             ray.init(log_to_driver=False, logging_level=logging.WARNING)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise InputError(
                 f"cannot connect to a Ray cluster ({first_line(error)}); start one with 'ray start --head', or correct "
                 "RAY_ADDRESS"
@@ -138,6 +141,13 @@ def connected(settings: ServeSettings) -> Iterator[Start]:
     finally:
         if own:
             ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Raise `OSError` if nothing listens at an address with a port, because Ray would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _wait(name: str, apps: Sequence[str], settings: ServeSettings) -> None:
