@@ -4,6 +4,7 @@ import contextlib
 import os
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_worker_niceness"] = "0"  # by default, everything else on a busy machine comes first
 os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "300"  # on slow machines too
 
 import ray
