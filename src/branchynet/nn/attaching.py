@@ -5,7 +5,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-import onnx
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -83,7 +82,7 @@ def attach(
         >>> [tuple(output.shape) for output in net(torch.randn(5, 3, 8, 8))]
         [(5, 10), (5, 10)]
     """
-    if isinstance(backbone, (str, os.PathLike, onnx.ModelProto, bytes)):
+    if isinstance(backbone, (str, os.PathLike, bytes)) or hasattr(backbone, "SerializeToString"):  # a ModelProto
         backbone = from_onnx(backbone)  # type: ignore[arg-type]  # which refuses the last two
     check_network(backbone)
     if at == "auto":
