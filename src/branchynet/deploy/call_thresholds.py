@@ -25,7 +25,8 @@ def call_thresholds(
     """Return the thresholds of a call, one per early exit: a number, or `(B,)` numbers.
 
     Args:
-        thresholds: for each exit but the last a number, `(B,)` numbers as an array or tensor, or None; or B policies.
+        thresholds: for each exit except the last, a number, `(B,)` numbers as an array or tensor, or None; or B
+            policies.
         policy: names the exits in use.
         samples: B.
         where: for the message, such as ``"this file"``.

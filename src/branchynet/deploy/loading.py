@@ -165,10 +165,10 @@ def verify(
     """Compare the outputs on this machine and runtime with those stored in a file that `export` wrote.
 
     The stored samples leave at every exit in turn, then by the file's thresholds. An output may differ from the stored
-    one by about a thousandth of the largest output of its class (masked ones apart); for an int8 network, the mean over
-    all samples may differ by twice the difference between int8 and float. If a score lies within 1e-5 of a threshold,
-    either exit is right; if the two largest outputs lie within these tolerances, either label is right. Thresholds in
-    the graph must equal those in the metadata.
+    one by about a thousandth of the largest output of its class, not counting masked ones; for an int8 network, the
+    mean over all samples may differ by twice the difference between int8 and float. If a score lies within 1e-5 of a
+    threshold, either exit is right; if the two largest outputs lie within these tolerances, either label is right.
+    Thresholds in the graph must equal those in the metadata.
 
     Args:
         path: the ``.onnx`` file.

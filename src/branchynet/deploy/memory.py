@@ -1,4 +1,4 @@
-"""Name a batch that fits where a runtime runs out of memory."""
+"""Name a batch that fits when a runtime runs out of memory."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +41,7 @@ def largest_fitting(make: Callable[[int], T], sizes: Sequence[int]) -> tuple[T |
 
 
 def memory_error(run: Callable[[int], Any], rows: int, error: Exception) -> InputError:
-    """Return the error for a batch that does not fit. Halves of it are tried until one does.
+    """Return the error for a batch that does not fit. Smaller halves are tried until one fits.
 
     Args:
         run: computes the first rows of the batch.

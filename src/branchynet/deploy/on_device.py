@@ -1,7 +1,7 @@
 """Run ONNX graphs on a device with inputs and outputs that stay there.
 
-A caller's arrays travel to the device once. Of a stage, the label, the score and the output travel back, and all that
-later stages read stays. The same code runs with the CPU as the device.
+A caller's arrays are copied to the device once. The label, score and output of each stage are copied back, and the
+values that later stages read stay there. The same code runs with the CPU as the device.
 
 Shape letters: R rows of a value, S rows that are read from it, P rows of a buffer.
 """

@@ -38,15 +38,15 @@ def triton_repository(model: AnyPath, folder: AnyPath, *, name: str = "model", m
     """Write a model repository for NVIDIA Triton.
 
     A nested file becomes one model with dynamic batching. If it was exported with ``thresholds="input"``, requests also
-    give ``threshold_n``, `(B, 1)` float32. A folder of stages becomes a model per stage, and a model `name` in Python
-    that runs them, of which ``threshold_n`` are optional inputs. Triton's ensembles run every step for every sample, so
-    they cannot leave early. ``label``, ``exit`` and ``score`` are `(B, 1)`, because Triton's tensors have a dimension
+    give ``threshold_n``, `(B, 1)` float32. A folder of stages becomes a model per stage, and a Python model `name` that
+    runs them and has ``threshold_n`` as optional inputs. Triton's ensembles run every step for every sample, so they
+    cannot leave early. ``label``, ``exit`` and ``score`` are `(B, 1)`, because Triton's tensors have a dimension
     besides the batch.
 
     Args:
         model: a file or folder that `export` wrote.
         folder: the repository to write, which must not exist.
-        name: of the model in Triton.
+        name: the name of the model in Triton.
         max_batch: the most samples in a batch.
 
     Returns:
@@ -100,7 +100,7 @@ def openvino_server(model: AnyPath, folder: AnyPath, *, name: str = "model") -> 
     Args:
         model: a file that `export` wrote.
         folder: the folder to write, which must not exist.
-        name: of the model in the server.
+        name: the name of the model in the server.
 
     Returns:
         `folder`.
@@ -125,13 +125,13 @@ def openvino_server(model: AnyPath, folder: AnyPath, *, name: str = "model") -> 
 def docker_context(model: AnyPath, folder: AnyPath, *, name: str = "model") -> Path:
     """Write a folder with a Dockerfile and the model, for an image that runs ``branchynet serve``.
 
-    The image holds no PyTorch, runs as a user without rights, and reports its health. It serves HTTP at port 8000 and
+    The image holds no PyTorch, runs as an unprivileged user, and reports its health. It serves HTTP at port 8000 and
     gRPC at port 8001.
 
     Args:
         model: a file or folder that `export` wrote.
         folder: the folder to write, which must not exist.
-        name: of the model in the server.
+        name: the name of the model in the server.
 
     Returns:
         `folder`.
@@ -160,7 +160,7 @@ def kserve(path: AnyPath, *, image: str, name: str = "model") -> Path:
     Args:
         path: the file to write, which must not exist.
         image: the name of the image in a registry.
-        name: of the service: lower-case letters, digits and hyphens, as Kubernetes asks.
+        name: the name of the service: lower-case letters, digits and hyphens, as Kubernetes asks.
 
     Returns:
         `path`.

@@ -79,8 +79,8 @@ class Stage:
             dict of the arrays `(R, ...)` that later stages read.
 
         Raises:
-            InputError: `rows` is no dict, a value is missing or has the wrong shape or dtype, a free length has a size
-                that the network does not take, or the values have different numbers of rows.
+            InputError: `rows` is not a dict, a value is missing or has the wrong shape or dtype, a free length has a
+                size that the network does not take, or the values have different numbers of rows.
         """
         instance("rows", rows, Mapping, "give a dict of arrays by name, such as the carried values of the stage before")
         needed = (*self.inputs, *self._passes)
@@ -94,7 +94,7 @@ class Stage:
         return self.answer(feeds, samples)
 
     def answer(self, rows: Rows, samples: int) -> tuple[Prediction, Floats, dict[str, NDArray[Any]]]:
-        """As `run`, for `(samples, ...)` rows that are known to be right."""
+        """As `run`, for `(samples, ...)` rows that are known to be valid."""
         label, score, output, *given = self._run({name: rows[name] for name in self._reads})
         held = {**rows, **dict(zip(self._gives, given, strict=True))}
         answers = Prediction(label, np.full(samples, self.exit), score, output)

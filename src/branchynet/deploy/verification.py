@@ -89,8 +89,7 @@ def check(engine: Engine, samples: Samples, *, strict: bool = False) -> Verifica
     network may differ by twice the difference between int8 and float, on average over all samples and columns of one
     scale; saturated sums differ by five times as much or more. The same holds for half precision, where two runtimes
     round at different places: each lies about as far from float32 as the stored outputs, so at most about twice as far
-    from them. If the stored outputs of two labels are this close,
-    either label is right.
+    from them. If the stored outputs of two labels are this close, either label is right.
 
     Args:
         engine: the engine of the file that holds the samples.

@@ -65,11 +65,11 @@ def is_size(value: Tensor) -> bool:
 
 
 def untied(steps: Sequence[Step], constants: dict[str, Tensor], parameters: set[str]) -> tuple[Step, ...]:
-    """Give every use of a parameter of equal elements, such as the ones and zeros of new norms, its own parameter.
+    """Give each use of a parameter with equal elements, such as the ones and zeros of new norms, its own parameter.
 
-    Exporters store equal weights once, so a file of an untrained network ties all its norms, and to running statistics
-    too, which get a buffer. Weights whose elements differ are equal on purpose, such as an embedding that is the head
-    too, and stay tied.
+    Exporters store equal weights once. In a file of an untrained network, all norms are therefore tied to each other,
+    and to running statistics, which get a buffer. Weights whose elements differ are equal on purpose, such as an
+    embedding that is also the head, and stay tied.
     """
     seen: set[str] = set()
     found = []

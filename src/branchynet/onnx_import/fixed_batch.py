@@ -28,10 +28,10 @@ _SIZES = "invalid for input of size|must match"  # what torch says of sizes that
 def free_batch(
     steps: Sequence[Step], constants: dict[str, Tensor], inputs: Sequence[str], batch: int
 ) -> tuple[Step, ...]:
-    """Write the batch size as a free one where a step fixes it in a constant; `check_batch` tests the result.
+    """Free the batch size in the steps that fix it in a constant; `check_batch` tests the result.
 
-    - A Reshape to constant sizes infers the first, which holds the batch, alone or merged with heads or windows. If it
-      infers another already, it copies the batch from its input.
+    - A Reshape to constant sizes then infers its first size, which is the batch, alone or merged with heads or windows.
+      If it infers another size already, it copies the batch from its input.
     - In a file for one sample, constants that are concatenated with data, such as class tokens, are repeated.
     """
     data, found = set(inputs), []
@@ -115,7 +115,7 @@ def _largest(value: Tensor) -> float:
 
 
 def _other_sizes(network: OnnxNetwork, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
-    """Say which sizes but the batch differ from those that the file gives its inputs; empty if none does."""
+    """Say which sizes, except the batch, differ from those of the inputs in the file; empty if none does."""
     for name, value in {**dict(zip(network.input_names, args, strict=False)), **kwargs}.items():
         shape = network.input_shapes.get(name) or ()
         for dim, (size, wanted) in enumerate(zip(value.shape, shape, strict=False)):

@@ -32,7 +32,7 @@ def from_onnx(path: str | os.PathLike[str], *, outputs: Sequence[str] | None = N
         dict of several. If the file fixes the batch size, it is freed; `attach` checks that this was possible.
 
     Raises:
-        FileError: the file is missing, damaged or no ONNX file, or weights that it keeps in another file are.
+        FileError: the file, or a further file with its weights, is missing or damaged; or the file is not an ONNX file.
         GraphError: the file has an operator that cannot be imported, is quantized, has control flow, or is a file of
             `export` with exits inside.
         InputError: `outputs` names a value that the file does not compute.

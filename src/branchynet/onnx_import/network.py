@@ -53,8 +53,8 @@ class OnnxNetwork(nn.Module):
         output_names: the names of the outputs.
         places: the values at the ends of blocks, where exits make sense; `attach` takes other values too.
         value_names: for each submodule, the name of its value in the file.
-        input_shapes: the shapes that the file gives them, as in `OnnxGraph`.
-        input_dtypes: their types.
+        input_shapes: the shapes of the inputs in the file, as in `OnnxGraph`.
+        input_dtypes: the types of the inputs.
         fixed_batch: the batch size that the file fixes; None if it is free.
         source: the path of the file.
     """
@@ -101,7 +101,7 @@ class OnnxNetwork(nn.Module):
 
         Args:
             inputs: the inputs in the order of the file, each with the batch first.
-            named: or the inputs by name.
+            named: the inputs by name, instead of by order.
 
         Raises:
             InputError: an input is missing, unknown or does not fit.
@@ -214,7 +214,7 @@ class OnnxNode(nn.Module):
 
 
 class OnnxOutput(nn.Module):
-    """One output of a node with several. It changes nothing, and is there to be tapped."""
+    """One output of a node with several. It returns its input, so that exits can read it."""
 
     def __init__(self, step: Step, value: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Numbers that are known without the data: constants, and sizes of tensors with all that is computed from these.
+"""Numbers that are known without the data: constants, sizes of tensors, and numbers computed from these.
 
 Operators such as Reshape read sizes from tensors. As Python numbers, or torch's symbols for them, they leave the batch
 free when the network is exported; as tensors, they would fix it.

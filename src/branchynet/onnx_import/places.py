@@ -16,11 +16,11 @@ def block_ends(
 ) -> tuple[str, ...]:
     """Return the values at the ends of blocks, in the order in which they are computed.
 
-    Of all values computed so far from inputs and weights, only this one is needed later. Further, it comes after a
-    product with weights, and another such product or several nodes read it: in a chain, it is the activation or pooling
-    after a convolution, not the convolution. Views are left out, and products that only views read, because the batch
-    may be merged with positions there: Keras computes dense layers on sequences that way. So are values of recurrent
-    layers, until a transpose puts the batch first.
+    Of all values computed so far from inputs and weights, later nodes need only this one. It comes after a product with
+    weights, and another such product or several nodes read it. In a chain, it is therefore the activation or pooling
+    after a convolution, not the convolution. Views are left out, and so are products that only views read, because the
+    batch may be merged with positions there, as in Keras's dense layers on sequences. Values of recurrent layers are
+    left out until a transpose puts the batch first.
     """
     data, weighed, live = set(inputs), set(trained), set()
     left, last = Counter(name for step in steps for name in {*step.inputs}), set(outputs)

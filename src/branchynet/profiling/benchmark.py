@@ -66,7 +66,7 @@ def bench(
     With larger batches both are None. Inputs and answers are on the host, and every call waits for its answers.
 
     Args:
-        path: a file that `export` wrote from `net` with a policy. If its batch is fixed at 1, so are the graphs'.
+        path: a file that `export` wrote from `net` with a policy. If its batch is fixed at 1, so is that of the graphs.
         net: the network in the file.
         data: ``(inputs, target)`` of S test samples: a tensor, or a tuple or dict of tensors; and `(S,)` int64 class
             indices, or what `loss` takes.

@@ -35,7 +35,7 @@ def measure(
     """Time every stage of a network in the runtime that will run it, and count its multiply-accumulates.
 
     For every exit three graphs are timed in turns: this exit alone, all exits up to it with their scores, and the
-    exported network with thresholds by which all samples leave there. Differences of their medians give the times of
+    exported network with thresholds at which all samples leave there. Differences of their medians give the times of
     trunk and branches. The cost of deciding and moving samples is counted with the branches, so that the trunk adds up
     to the plain network (for averaged exits, to all that the last exit reads).
 

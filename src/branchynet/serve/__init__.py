@@ -1,4 +1,4 @@
-"""Serving over HTTP: a scheduler of stages, model repositories, and the Open Inference Protocol."""
+"""Serving over HTTP and gRPC: a scheduler of stages, model repositories, and the Open Inference Protocol."""
 
 from ..extras import first_used
 

@@ -1,4 +1,4 @@
-"""What the OpenAPI page says of each route, and the description of a model for people."""
+"""Descriptions of the routes for the OpenAPI page, and of a model for people."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -38,7 +38,7 @@ def make_app(repository: Repository, settings: ServeSettings, metrics: Metrics, 
     Args:
         repository: its models; the application closes it when it ends.
         settings: limits.
-        metrics: where requests count.
+        metrics: count the requests.
         key: the API key that requests must send; None for none.
     """
     routes = _Routes(repository, settings, metrics, key)
@@ -97,7 +97,7 @@ def make_app(repository: Repository, settings: ServeSettings, metrics: Metrics, 
 
 
 class _Shortcut:
-    """Calls the route of inference before the others are compared with the path, because it is called most."""
+    """Checks the route of inference before all other routes, because it is called most."""
 
     def __init__(self, app: Any, infer: Callable[[Request], Awaitable[Response]]) -> None:
         self._app, self._infer = app, infer
@@ -218,7 +218,7 @@ class _Routes:
     async def _answer(
         self, request: Request, model: Loaded, inputs: dict[str, NDArray[Any]], options: Options
     ) -> tuple[Loaded, Answer]:
-        """Answer a request; if the model is loaded again meanwhile, by the new one."""
+        """Answer a request. If the model is loaded again meanwhile, the new one answers."""
         async with watched(request.receive):
             try:
                 return model, await model.infer(inputs, options)

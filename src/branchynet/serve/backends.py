@@ -47,7 +47,7 @@ class Call:
         rows: number of samples that the scheduler counts.
         held: what the first stage reads.
         kind: calls of different kinds never share a batch.
-        default: whether it gave no thresholds of its own.
+        default: whether the request gives no thresholds.
     """
 
     rows: int
@@ -64,13 +64,13 @@ class Backend(Protocol):
     """A network in stages.
 
     Attributes:
-        inputs: what a request gives.
-        outputs: what it gets.
+        inputs: the inputs of a request.
+        outputs: the outputs of an answer.
         shapes: of inputs and outputs by name, with the batch, which is None unless it is fixed.
         exits: the number of the exit of each stage.
         platform: for the metadata of the protocol.
         engine: None for a file of another tool.
-        whole: whether a request runs as it is: it is never split, and never shares a batch.
+        whole: whether each request is a batch of its own, which is never split or shared.
     """
 
     inputs: tuple[Input, ...]
@@ -174,7 +174,7 @@ class StagedBackend:
 class FileBackend:
     """A file that `export` wrote, as one stage.
 
-    Requests with other thresholds share no batch, unless the file takes thresholds per sample.
+    Requests with different thresholds never share a batch, unless the file takes thresholds per sample.
     """
 
     platform = "branchynet_onnx"
@@ -227,7 +227,7 @@ class FileBackend:
 class OtherBackend:
     """An ONNX file that BranchyNet did not write, with its own outputs.
 
-    Requests share batches if all inputs and outputs have the same free first dimension; else each runs as it is.
+    Requests share batches if all inputs and outputs have the same free first dimension; otherwise each runs alone.
     """
 
     platform = "onnxruntime_onnx"

@@ -1,4 +1,4 @@
-"""Move the thresholds of requests that give none, to hold a mean cost, never past a policy with a promise."""
+"""Move the thresholds of requests that give none to hold a mean cost, within the bound of a policy with a promise."""
 
 import threading
 from pathlib import Path
@@ -26,9 +26,9 @@ class MovingThresholds:
     it turns back as soon as the inputs get easier.
 
     Args:
-        controller: it follows the cost.
+        controller: follows the cost.
         bound: the policy that the promise was tested for.
-        cost: of the exits.
+        cost: the cost of the exits.
     """
 
     def __init__(self, controller: BudgetController, bound: Policy, cost: ExitCost) -> None:
@@ -73,11 +73,11 @@ def moving_thresholds(
     """Return the moving thresholds of a model.
 
     Args:
-        folder: of the model, with ``cost.json``.
+        folder: the folder of the model, with ``cost.json``.
         record: calibration samples.
-        engine: of the model.
+        engine: the engine of the model.
         presets: the policies of the model.
-        name: of the one that bounds the moves.
+        name: the name of the policy that bounds the moves.
         goal_us: the mean cost to hold, in microseconds per sample.
 
     Raises:

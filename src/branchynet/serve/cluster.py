@@ -36,17 +36,17 @@ _POLL = 0.05  # seconds
 def ray_app(path: str | Path, settings: ServeSettings | None = None) -> serve.Application:
     """Return an application of Ray Serve that answers as `branchynet serve` does, behind Ray's proxies.
 
-    Its ingress checks requests and sends samples from stage to stage; each stage of each model is a deployment of its
-    own, with replicas of its own. The limits apply per replica of the ingress.
+    Its ingress checks requests and sends samples from stage to stage. Each stage of each model is a deployment with its
+    own replicas. The limits apply per replica of the ingress.
 
     Args:
         path: a run folder, an exported file, a folder of stages, or a folder that holds several of these. All nodes
             of the cluster must be able to read it at this path.
-        settings: of the server. Ray's proxies have their own address, TLS and number of connections.
+        settings: the settings of the server. Ray's proxies have their own address, TLS and number of connections.
 
     Raises:
         FileError: there is nothing to serve.
-        InputError: a setting needs a server of its own: `grpc_port`, `manage`, or `certificate`.
+        InputError: the settings include `grpc_port`, `manage` or `certificate`, which Ray's proxies do not support.
 
     Example:
         >>> from ray import serve  # doctest: +SKIP
@@ -96,13 +96,13 @@ class _Ingress:
 
 @contextlib.contextmanager
 def connected(settings: ServeSettings) -> Iterator[Start]:
-    """Connect to a cluster; yields what starts the stages of a model there.
+    """Connect to a cluster, and yield a function that starts the stages of a model there.
 
-    The cluster is that of ``RAY_ADDRESS``, or else the one that runs on this machine, or else a new one of this
-    machine alone, which ends with the block.
+    This is the cluster at ``RAY_ADDRESS``. If that is not set, it is the cluster on this machine or, if there is none,
+    a new one on this machine, which ends with the block.
 
     Raises:
-        InputError: it cannot be reached.
+        InputError: the cluster cannot be reached.
     """
     own = not ray.is_initialized()
     if own:

@@ -28,10 +28,10 @@ _DECAY = 0.98  # weight of the past in the mean seconds of a request
 
 
 class ClusterRunner:
-    """Sends the samples of a request from stage to stage, as long as they do not leave.
+    """Sends the samples of a request from stage to stage until they leave.
 
-    It holds what a stage reads until the stage has answered. If a replica dies, it sends the same arrays to another
-    one: stages compute and keep nothing, so a sample may run twice, and its request is still answered once.
+    It keeps the inputs of a stage until the stage has answered. If a replica dies, it sends the same arrays to another
+    one. Stages keep no state, so a sample may run twice, and its request is still answered once.
 
     Args:
         stages: of the model.
@@ -59,7 +59,7 @@ class ClusterRunner:
         self.waiting = 0
 
     async def answer(self, call: Call, timeout: float = math.inf) -> Answer:
-        """Answer a request; if the task is cancelled, its stage is told.
+        """Answer a request; if the task is cancelled, its stage is notified.
 
         Args:
             call: what the backend returned.
@@ -67,7 +67,7 @@ class ClusterRunner:
 
         Raises:
             QueueFull: there is no room.
-            InputError: there never will be, or the runtime refuses the request.
+            InputError: the request can never fit, or the runtime refuses it.
             DeadlineError: the deadline passed, and a sample has reached no exit.
             StoppedError: the runner stops.
             RunError: the runtime failed.

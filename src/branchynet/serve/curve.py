@@ -30,18 +30,18 @@ log = logging.getLogger("branchynet.serve")
 
 
 def predicted(folder: Path | None, engine: Engine | None, presets: Mapping[str, Policy]) -> dict[str, Any]:
-    """Describe what thresholds of a file may give, as JSON values.
+    """Predict accuracy and time for thresholds of a file, as JSON values.
 
-    A file runs the branches of all exits that it has, also of those where nothing leaves, so the costs include them.
+    A file runs the branches of all its exits, even if nothing leaves there, so the costs include all of them.
 
     Args:
-        folder: of the model; None if it has none of its own.
-        engine: of the file; None for a file of another tool.
-        presets: policies of the file by name.
+        folder: the folder of the model; None if it has none of its own.
+        engine: the engine of the file; None for a file of another tool.
+        presets: the policies of the file by name.
 
     Returns:
         ``points``, fastest first, from the frontier; the last one sends every sample to the last exit. ``own`` is the
-        point of the thresholds in the file; ``presets`` has those of the presets by name. Each point has
+        point of the thresholds in the file; ``presets`` has the points of the presets by name. Each point has
         ``thresholds``, ``accuracy``, ``mean_us``, ``share`` and ``speedup`` over the network without exits. Without a
         record and a cost that fit, there are no points, and ``reason`` says why. ``settable`` is whether requests may
         give thresholds. ``samples`` is S.

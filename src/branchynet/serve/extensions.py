@@ -19,7 +19,7 @@ EXTENSIONS = ("model_repository", "model_configuration", "statistics")
 def config_of(model: Loaded) -> dict[str, Any]:
     """Return the configuration of a model.
 
-    If requests share batches, ``max_batch_size`` is the most samples of a request, and shapes leave the batch out; else
+    If requests share batches, ``max_batch_size`` is the most samples of a request, and shapes omit the batch; otherwise
     it is 0. ``parameters`` has the numbers of the exits, the score, and the thresholds of the file.
     """
     about, settings, backend = model.metadata, model.settings, model.backend
@@ -43,14 +43,14 @@ def config_of(model: Loaded) -> dict[str, Any]:
 
 
 def statistics_of(model: Loaded, counts: ModelMetrics, failed: int) -> dict[str, Any]:
-    """Return the statistics of a model since the server started; how long failed requests took is not kept.
+    """Return the statistics of a model since the server started, without the times of failed requests.
 
     A request that passes several stages waits and runs in each of them, so ``queue`` and ``compute_infer`` count the
     parts of requests and the batches of all stages, as ``execution_count`` does.
 
     Args:
-        model: which one.
-        counts: where it counts.
+        model: the model.
+        counts: the metrics of the model.
         failed: how many requests to it had a status of 400 or more.
     """
     found, _ = counts.snapshot()

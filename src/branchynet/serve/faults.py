@@ -15,8 +15,8 @@ BranchyNetError
 ├── NotReady          503
 └── StoppedError      503
 
-A deadline that a request sets is part of the request, so its status is no fault of the server. It is not 408, which
-asks clients to repeat the request on a new connection; browsers and others do so at once.
+A deadline that a request sets is part of the request, so the status is a client error. It is not 408, because 408 asks
+clients to repeat the request on a new connection, and browsers and others do so at once.
 """
 
 import math

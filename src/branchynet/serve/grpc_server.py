@@ -1,8 +1,8 @@
 """The gRPC interface of a server, on the runners of the HTTP interface.
 
-The messages are those of `tritonclient`, which are kept up to date. Stubs of our own, of the same protocol, would
-register the same names with protobuf, which refuses that in a process that also uses the client. We need none of the
-client's dependencies for gRPC but grpcio; its extra would hold protobuf below version 7.
+The messages are those of `tritonclient`, which are kept up to date. Our own stubs for this protocol would register the
+same names with protobuf, which raises an error in a process that also uses the client. Of the client's dependencies for
+gRPC, the server needs only grpcio; the client's extra would keep protobuf below version 7.
 """
 
 import asyncio
@@ -49,7 +49,7 @@ class GrpcServer:
     Args:
         repository: its models.
         settings: limits, and where to listen.
-        metrics: where requests count.
+        metrics: count the requests.
         key: the API key that requests must send; None for none.
 
     Attributes:

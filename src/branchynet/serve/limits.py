@@ -22,13 +22,13 @@ async def read_body(receive: Any, headers: Mapping[str, str], most: int, seconds
     """Read the body of a request as it arrives.
 
     Args:
-        receive: of ASGI.
-        headers: of the request.
+        receive: the function of ASGI.
+        headers: the headers of the request.
         most: the most bytes; a longer body is refused before it is read, or as soon as it is longer.
         seconds: how long it may take; a body that takes longer must arrive at 100 kB per second.
 
     Raises:
-        TooLarge, SlowClient: as said.
+        TooLarge, SlowClient: the body is too long, or too slow.
         WrongEncoding: it is compressed.
         ClientGone: the connection was closed.
     """
@@ -70,10 +70,11 @@ def check_key(headers: Mapping[str, str], key: str | None) -> None:
 
 
 def guarded(seconds: float) -> type[HttpToolsProtocol]:
-    """Return uvicorn's protocol with two additions, for which it has no option: its keep-alive ends idle connections.
+    """Return uvicorn's protocol with two additions for which uvicorn has no option.
 
-    A connection is closed if the headers of a request, or the rest of a body that was refused, take longer than
-    `seconds`. When the server stops, a request that is already on its way over an idle connection is answered.
+    Uvicorn's keep-alive ends idle connections. In addition, a connection is closed if the headers of a request, or the
+    rest of a body that was refused, take longer than `seconds`. When the server stops, a request that is already on its
+    way over an idle connection is answered.
     """
 
     class Guarded(HttpToolsProtocol):
@@ -141,7 +142,7 @@ def guarded(seconds: float) -> type[HttpToolsProtocol]:
 class watched:  # used as a function
     """Cancel the current task if the client closes the connection while the block runs.
 
-    Watching starts after a moment, because most answers are faster than that, and it costs a task.
+    Watching costs a task, so it starts after a moment; most answers are faster than that.
 
     Raises:
         ClientGone: instead of the cancellation.

@@ -60,7 +60,7 @@ class Start(Protocol):
         """Start a model.
 
         Args:
-            name: of the model.
+            name: the name of the model.
             path: the file or folder that `backend` opened.
             backend: what runs.
             sample_us: expected microseconds per sample of each stage; None if unknown.
@@ -80,7 +80,7 @@ class Loaded:
         watch: for drift; None without a record.
         moving: the thresholds of requests that give none; None for those of the file.
         labels: class names, or empty.
-        settings: of the server.
+        settings: the settings of the server.
         folder: with its record and cost; None if it has none of its own.
     """
 
@@ -109,7 +109,7 @@ class Loaded:
         Raises:
             InputError: inputs or thresholds do not fit the model, or it has no such policy.
             DeadlineError: the deadline of the request passed, and a sample has reached no exit.
-            TooSlow: that of the server passed.
+            TooSlow: the deadline of the server passed.
             QueueFull, StoppedError, RunError: as `Runner.answer`.
         """
         inputs, thresholds = self._thresholds(inputs, options)
@@ -166,10 +166,10 @@ def open_model(
     """Open a model and start what answers its requests.
 
     Args:
-        name: of the model.
+        name: the name of the model.
         path: a run folder, an exported file, or a folder of stages.
-        settings: of the server.
-        counts: where it counts.
+        settings: the settings of the server.
+        counts: the metrics of the model.
         start: starts it; None for a `Runner` in this process.
 
     Raises:

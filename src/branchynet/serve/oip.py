@@ -27,7 +27,7 @@ _PARAMETERS = ("policy", "thresholds", "deadline_ms", "timeout", "binary_data_ou
 
 @dataclass(frozen=True)
 class Wanted:
-    """An output that a request asks for, and whether as bytes after the JSON."""
+    """An output that a request asks for, and whether it comes as bytes after the JSON."""
 
     name: str
     binary: bool
@@ -71,11 +71,11 @@ def read_infer(body: bytes, header_length: str | None = None) -> InferRequest:
     """Read the body of a request.
 
     Args:
-        body: JSON, and after it the tensors that are not in JSON.
+        body: JSON, then the tensors that are not in JSON.
         header_length: the header ``Inference-Header-Content-Length``, the bytes of the JSON; None if all of it is.
 
     Raises:
-        InputError: whatever is wrong with it, by name.
+        InputError: the request is wrong; the message names the entry.
     """
     view = memoryview(body)
     length = len(body) if header_length is None else _header_length(header_length, len(body))
@@ -278,7 +278,7 @@ def flag(parameters: Mapping[str, Any], name: str, default: bool = False) -> boo
 
 
 def check_known(found: Mapping[str, Any], names: Sequence[str], where: str) -> None:
-    """Raise `InputError` if `found` has another name than those in `names`."""
+    """Raise `InputError` if `found` has a name that is not in `names`."""
     if unknown := [name for name in found if name not in names]:
         allowed = f"it may have {', '.join(names)}" if names else "leave it out"
         raise InputError(f"{where} has {unknown[0]!r:.60}, which is unknown; {allowed}")

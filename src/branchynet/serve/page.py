@@ -1,4 +1,4 @@
-"""The pages of a server, and what only they read: what thresholds may give, and the answers of the last minute."""
+"""The pages of a server, and what only they read: predictions for thresholds, and the answers of the last minute."""
 
 import asyncio
 from collections.abc import Callable
@@ -78,11 +78,11 @@ class Page:
         return found
 
     async def asset(self, request: Request) -> Response:
-        """Answer with a file of the page; a path in a request reaches no file system."""
+        """Answer with a file of the page; paths in requests never reach the file system."""
         return self._asset(request.path_params["name"])
 
     async def frontier(self, request: Request) -> Response:
-        """Answer with what thresholds of a model may give; it is computed once."""
+        """Answer with the predictions for thresholds of a model, which are computed once."""
         model = self._model(request)
         async with self._computing:
             loaded, body = self._curves.get(model.name, (None, b""))

@@ -37,8 +37,8 @@ class Repository:
 
     Args:
         path: a run folder, an exported file, a folder of stages, or a folder that holds several of these.
-        settings: of the server.
-        metrics: where models count.
+        settings: the settings of the server.
+        metrics: count what the models do.
         start: as in `open_model`.
 
     Raises:

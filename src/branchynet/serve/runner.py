@@ -90,7 +90,7 @@ class Runner:
         bound: as in `Scheduler`.
         most_wait: as in `Scheduler`.
         observer: receives each batch and each answer; None for nobody.
-        clock: seconds; a test may give its own.
+        clock: returns seconds; a test may replace it.
 
     Example:
         >>> import asyncio, torch
@@ -142,7 +142,7 @@ class Runner:
 
         Raises:
             QueueFull: there is no room.
-            InputError: there never will be.
+            InputError: the request can never fit.
             DeadlineError: the deadline passed, and a sample has reached no exit.
             StoppedError: the runner stops.
             RunError: the runtime failed.

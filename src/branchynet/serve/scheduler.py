@@ -1,6 +1,6 @@
 """Decide which samples run together, at which stage, and when. No threads, no clock, no network.
 
-Every call takes the time `now` in seconds, on any clock that does not go back.
+Every call takes the time `now` in seconds, from any monotonic clock.
 
 A request is a `Ticket` of one or more samples. Each stage has a queue of parts of requests; a part larger than the room
 in a batch is split. A sample that leaves does not wait for others of its batch; a ticket is complete when all its
@@ -9,10 +9,11 @@ samples have left, whichever batches they took.
 **When a stage runs.** A stage is *due* if it has a full batch; or if a deadline minus the time that it and the stages
 after it take (95th percentiles) has come; or if its oldest sample has waited long enough. For the first stage, that is
 `max_wait`, which is 0 by default, so an idle worker never waits. For a later stage, it is the 95th percentile of its
-own batches: it then waits for company at most as long as it runs, which at most doubles the time. The latest stage that
-is due runs first. If none is due, the worker is idle, and the earliest later stage that has samples runs.
+own batches: a sample then waits for others at most as long as the stage runs, which at most doubles the time. The
+latest stage that is due runs first. If none is due, the worker is idle, and the earliest later stage that has samples
+runs.
 
-Samples with a deadline that is due come first into a batch, earliest deadline first, then the oldest. Only samples of
+A batch takes first the samples with a deadline that is due, by deadline, and then the oldest samples. Only samples of
 tickets of the same `kind` share a batch.
 """
 
@@ -171,7 +172,7 @@ class Scheduler:
 
     @property
     def typical(self) -> float:
-        """The seconds that one batch after the other takes through all stages; medians, which rare pauses leave."""
+        """The seconds of a batch through all stages: a sum of medians, which rare pauses do not change."""
         return sum(queue.median for queue in self._queues)
 
     def submit(self, ticket: Ticket, now: float) -> None:
@@ -197,7 +198,7 @@ class Scheduler:
         ticket.parts.clear()
 
     def expired(self, now: float) -> list[Ticket]:
-        """Close and return the requests whose deadlines have passed. Those whose samples all run now wait for that."""
+        """Close and return the requests whose deadlines have passed, among those with samples in a queue."""
         found = []
         for queue in self._queues:
             while (urgent := queue.urgent()) and urgent[0] <= now:
@@ -207,7 +208,7 @@ class Scheduler:
         return found
 
     def next_batch(self, now: float) -> Batch | None:
-        """Take the next batch, or None if nothing is ready; then `wake_at` tells when to ask again."""
+        """Take the next batch, or None if nothing is ready; then `wake_at` returns when to ask again."""
         for stage in range(len(self._queues) - 1, -1, -1):
             if self._due_at(stage) <= now:
                 return self._take(stage, now)

@@ -35,7 +35,7 @@ _FILES = 100  # besides connections
 def serve(path: Path, settings: ServeSettings) -> None:
     """Serve a run folder, an exported file, a folder of stages, or a folder of these, until SIGINT or SIGTERM.
 
-    On a signal, no connection is accepted any more, and accepted requests are answered.
+    On a signal, the server accepts no more connections, and answers the accepted requests.
 
     Raises:
         FileError: there is nothing to serve, or the API key or the certificate cannot be read.
@@ -65,7 +65,7 @@ def prepared(path: Path, settings: ServeSettings, start: Start | None = None) ->
 
     Args:
         path: as in `serve`.
-        settings: of the server.
+        settings: the settings of the server.
         start: as in `open_model`.
 
     Raises:
@@ -103,7 +103,7 @@ class Server(uvicorn.Server):
         self._scheme = "http" if settings.certificate is None else "https"
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and then say where. Raises `InputError` if gRPC cannot."""
+        """Listen, and then print the addresses. Raises `InputError` if gRPC cannot listen."""
         port = None if self.grpc is None else await self.grpc.start()
         await super().startup(sockets)
         names = ", ".join(self.repository.names)
@@ -114,7 +114,7 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Stop on a signal, and then end as usual instead of by the signal, for which uvicorn has no option."""
+        """Stop on a signal, and then return instead of raising the signal again; uvicorn has no option for this."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

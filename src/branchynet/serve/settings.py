@@ -29,7 +29,7 @@ class ServeSettings:
         queue_ms: the most milliseconds that the samples before a request are expected to take.
         threads: per operator of the runtime.
         runtime: as in `branchynet.load`.
-        timeout_s: the deadline of requests that give none, and the latest that they can give.
+        timeout_s: the default deadline of requests, and the latest that they can set.
         max_body: the most bytes of a request's body.
         client_s: how long a client may take to send the headers of a request, and then its body.
         connections: the most open connections.
@@ -37,10 +37,10 @@ class ServeSettings:
         api_key_file: a file whose first line every request must send as ``Authorization: Bearer KEY``, over gRPC as
             metadata.
         manage: whether clients may load and unload models.
-        monitor: whether to watch for drift where a record of scores lies beside a model.
-        budget_us: hold the mean cost per sample at so many microseconds by moving the thresholds of requests that give
+        monitor: whether to watch a model for drift if a record of scores lies beside it.
+        budget_us: the mean cost per sample, in microseconds, to hold by moving the thresholds of requests that give
             none.
-        budget_limit: the name of a policy with a promise; thresholds do not move past its own.
+        budget_limit: the name of a policy with a promise; thresholds do not move past those of this policy.
         certificate, private_key: files for TLS.
         ray: whether the stages run on a Ray cluster.
         min_replicas, max_replicas: on a cluster, how many processes run each stage.
@@ -111,10 +111,10 @@ class ServeSettings:
 
 
 def read_settings(config: str | os.PathLike[str] | None = None, **given: Any) -> ServeSettings:
-    """Return the settings of a TOML file, with those in `given` instead; None in `given` leaves one as it is.
+    """Return the settings of a TOML file; values in `given` other than None replace them.
 
     Raises:
-        FileError: the file is missing, is no TOML, or has an unknown or malformed setting.
+        FileError: the file is missing, is not TOML, or has an unknown or malformed setting.
         InputError: a value in `given` is out of range.
 
     Example:

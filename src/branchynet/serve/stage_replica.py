@@ -35,7 +35,7 @@ class Ran(NamedTuple):
 
 
 class OneStage:
-    """A stage of a backend as a backend. Its outputs include where to find what the next stage reads of each sample."""
+    """A stage of a backend as a backend. Its outputs include the place of what the next stage reads of each sample."""
 
     def __init__(self, backend: Backend, stage: int) -> None:
         self._backend, self._stage = backend, stage
@@ -67,7 +67,7 @@ class StageReplica:
     Args:
         path: the file or folder of the model, on this machine.
         stage: counted from 0.
-        settings: of the server.
+        settings: the settings of the server.
         sample_us: expected microseconds per sample of each stage; None if unknown.
 
     Raises:
@@ -86,7 +86,7 @@ class StageReplica:
         self._runner = Runner(OneStage(backend, stage), [limit], bound=_UNBOUNDED, **first)
 
     async def run(self, call: Call, timeout: float) -> Ran | BranchyNetError:
-        """Run the stage on the samples of a request, within `timeout` seconds; errors of ours are returned."""
+        """Run the stage on the samples of a request, within `timeout` seconds; errors of BranchyNet are returned."""
         try:
             answer = await self._runner.answer(call, timeout)
         except BranchyNetError as error:

@@ -44,8 +44,8 @@ class Ticket:
         rows: number of samples, at least 1.
         held: what the first stage reads for these samples; the scheduler passes it on.
         kind: tickets of other kinds never share a batch with this one.
-        deadline: when an answer is no longer of use; infinity for never.
-        content: the caller's own.
+        deadline: the time after which an answer is useless; infinity for none.
+        content: for the caller; the scheduler ignores it.
         left: samples without a final answer.
         closed: whether it is complete, cancelled or expired.
     """
@@ -65,7 +65,7 @@ class Part:
     """Samples of one ticket at one stage.
 
     Attributes:
-        ticket: whose samples.
+        ticket: the request.
         rows: their positions in the request.
         held: what the stage reads, for these and perhaps other samples.
         start: the position of the first of these in `held`; the others follow it.

@@ -20,7 +20,7 @@ class Traffic:
     """Counts answers by exit, and how long requests took. Threads may share it.
 
     Args:
-        clock: seconds; a test may give its own.
+        clock: returns seconds; a test may replace it.
 
     Example:
         >>> traffic = Traffic()

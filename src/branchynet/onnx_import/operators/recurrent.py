@@ -1,4 +1,4 @@
-"""LSTM, GRU and RNN, by torch's own.
+"""LSTM, GRU and RNN, computed by torch's own operators.
 
 Shape letters: T steps, B batch, I inputs, H hidden, D directions, G gates.
 """

@@ -16,8 +16,8 @@ from .operator import Operator
 def _reduce(function: Callable[[Tensor, list[int], bool], Tensor], identity: bool = True) -> Callable[..., Tensor]:
     """Return an operator from a function of a tensor, dimensions, and whether these are kept with size 1.
 
-    If no dimension is named, and none may be reduced, the tensor itself is the result, or for a function that is no
-    `identity` on single elements, the function of these.
+    With ``noop_with_empty_axes`` and no axes, nothing is reduced: the operator returns the tensor itself or, if
+    `function` is not the `identity` on single elements, `function` of each element.
     """
 
     def run(

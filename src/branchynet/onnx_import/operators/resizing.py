@@ -93,7 +93,7 @@ def _resize(
 
 
 def _interpolated(x: Tensor, wanted: dict[int, tuple[int, float]], mode: str, how: str, sized: bool) -> Tensor | None:
-    """Return what torch's own function computes, or None if it has none."""
+    """Return the result of torch's own function, or None if torch has none."""
     kind = _MODES[mode].get(x.dim() - 2)
     if kind is None or how not in (*_HALF, "align_corners") or (how in _HALF and not sized and _uneven(x, wanted)):
         return None
