@@ -68,7 +68,7 @@ def ordered(name: str, value: Any, remedy: str) -> tuple[Any, ...]:
 
 def threshold_list(thresholds: Any) -> tuple[float | None, ...]:
     """Return thresholds as floats, with None for never. Raises `InputError` for anything else; NaN is valid."""
-    given = ordered("thresholds", thresholds, "give a number for each exit but the last, or None for never")
+    given = ordered("thresholds", thresholds, "give a number for each exit except the last, or None for never")
     try:
         if any(isinstance(t, (str, bytes, bool)) for t in given):
             raise TypeError

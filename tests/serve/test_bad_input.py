@@ -69,7 +69,7 @@ WRONG = {
     "an unknown datatype": (PATH, request(datatype="BF16"), {}, 400, "the datatype 'BF16'; give one of"),
     "ragged data": (PATH, request(data=[[1.0], [1.0, 2.0]]), {}, 400, "ragged"),
     "NaN in JSON": (PATH, request(data=NAN.tolist()), {}, 400, "the body is not valid JSON"),
-    "null for NaN": (PATH, request(data=[None] * 36), {}, 400, "hold null, text or objects, which is no FP32"),
+    "null for NaN": (PATH, request(data=[None] * 36), {}, 400, "hold null, text or objects, not FP32"),
     "NaN in bytes": (PATH, *binary(NAN.tobytes()), 400, "holds NaN at sample 0"),
     "huge sizes": (PATH, request(shape=[1 << 40, 1, 1 << 30, 6]), {}, 400, "but its data are 36 numbers"),
     "sizes beyond 64 bits": (PATH, request(shape=[1 << 80, 1, 6, 6]), {}, 400, "give a list of sizes"),

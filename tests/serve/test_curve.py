@@ -122,7 +122,7 @@ def test_without_what_it_needs_it_says_why(served, tmp_path):
     assert reason == ""
     ExitCost((1.0, 2.0), (1.0, 1.0)).save(tmp_path / "cost.json")
     found = predicted(tmp_path, engine, {})
-    assert "cost.json has 2 exits, but the model 4" in found["reason"]
+    assert "cost.json has 2 exits, but the model has 4" in found["reason"]
     assert found["settable"] and found["points"] == [] and found["own"] is None
     COST.save(tmp_path / "cost.json")
     (tmp_path / "record-val.npz").write_bytes(b"damaged")

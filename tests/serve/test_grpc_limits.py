@@ -148,7 +148,7 @@ def test_tls_is_that_of_http(folder, tmp_path):
             raw.ModelInfer(request("staged", x))
     settings = ServeSettings(port=0, grpc_port=0, certificate=str(certificate), private_key=str(key))
     key.write_text("no key")
-    with pytest.raises(FileError, match=r"cert\.pem and .*key\.pem are no certificate and its private key"):
+    with pytest.raises(FileError, match=r"cert\.pem and .*key\.pem are not a certificate and its private key"):
         server.serve(folder / "staged", settings)
     subprocess.run(
         ["openssl", "genpkey", "-algorithm", "ed25519", "-aes256", "-pass", "pass:x", "-out", key], check=True

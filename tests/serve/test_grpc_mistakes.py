@@ -51,7 +51,10 @@ def with_parameters(**values):
 NAN = np.where(np.arange(36) == 5, np.nan, 0).astype(np.float32)
 WRONG = [
     (changed(lambda r: r.inputs.pop()), "the request has no inputs"),
-    (changed(lambda r: r.raw_input_contents.append(b"")), "raw_input_contents has 2 tensors, but the request 1 inputs"),
+    (
+        changed(lambda r: r.raw_input_contents.append(b"")),
+        "raw_input_contents has 2 tensors, but the request has 1 inputs",
+    ),
     (changed(lambda r: setattr(r.inputs[0], "name", "")), "every input must have a name"),
     (changed(lambda r: setattr(r.inputs[0], "name", "image")), "image"),
     (changed(lambda r: (r.inputs.append(r.inputs[0]), r.raw_input_contents.append(b""))), "is given twice"),
@@ -80,7 +83,7 @@ WRONG = [
     (changed(lambda r: r.outputs.add(name="labels")), "no output 'labels'"),
     (with_parameters(priority=1), "'priority', which is unknown; it may have policy, thresholds"),
     (with_parameters(policy="fast"), "no policy 'fast'"),
-    (with_parameters(policy=3), "policy must be the name of one; got 3"),
+    (with_parameters(policy=3), "policy must be the name of a policy; got 3"),
     (with_parameters(policy="a", thresholds="1,1"), "policy or thresholds, not both"),
     (with_parameters(thresholds="low"), "thresholds must be a list"),
     (with_parameters(thresholds=True), "thresholds must be a list"),
@@ -116,7 +119,7 @@ def test_unknown_models_and_versions_are_not_found_and_damaged_ones_unavailable(
 @pytest.mark.parametrize(
     ("method", "code", "text"),
     [
-        ("ModelInfer", StatusCode.INVALID_ARGUMENT, "the message is no inference.ModelInferRequest"),
+        ("ModelInfer", StatusCode.INVALID_ARGUMENT, "the message is not a valid inference.ModelInferRequest"),
         ("TraceSetting", StatusCode.UNIMPLEMENTED, ""),
     ],
 )

@@ -183,7 +183,10 @@ def test_policies_are_read_as_they_were_written(tmp_path, engine):
     ("value", "message"),
     [
         ({"a": POLICY.to_json() | {"thresholds": [0.1]}}, "'a' .*1 thresholds given for 3 exits"),
-        ({"a": POLICY.to_json() | {"score": "margin"}}, "'a' .*its score is 'margin', that of the model 'entropy'"),
+        (
+            {"a": POLICY.to_json() | {"score": "margin"}},
+            "'a' .*its score is 'margin', but the score of the model is 'entropy'",
+        ),
         ({"a": {"score": "entropy"}}, "'a' .*must have a score and a list"),
         ({"a": 7}, "'a' .*it is int, not an object"),
         ([1], "holds no named policies"),
@@ -214,7 +217,7 @@ def test_an_expected_time_bounds_the_batches(folder, opened):
     found = opened(folder, batch_us=100.0, max_batch=64).ready("staged").runner
     assert [queue.limit.rows for queue in found._scheduler._queues] == [9, 4, 3]  # 11, 21 and 30 us per sample
     ExitCost((10.0,), (1.0,)).save(folder / "staged" / "cost.json")
-    assert "has 1 exits, but the model 3" in states(opened(folder))["staged"]
+    assert "has 1 exits, but the model has 3" in states(opened(folder))["staged"]
 
 
 def test_drift_raises_the_gauge(folder, opened):
@@ -258,7 +261,7 @@ def test_thresholds_follow_the_cost_and_do_not_pass_the_promise(folder, opened):
 @pytest.mark.parametrize(
     ("presets", "message"),
     [
-        ({}, "budget_limit='fast' is no policy of the model"),
+        ({}, "budget_limit='fast' is not a policy of the model"),
         ({"fast": Policy("entropy", (1.0, 1.0))}, "budget_limit='fast' has no promise"),
     ],
 )

@@ -70,7 +70,7 @@ def listed(thresholds: Any) -> Sequence[Any]:
         return thresholds
     if isinstance(thresholds, (Policy, Choice)):
         raise InputError("thresholds must be a list; got one policy for all samples: give its .thresholds")
-    return ordered("thresholds", thresholds, "give a number for each exit but the last, or None for never")
+    return ordered("thresholds", thresholds, "give a number for each exit except the last, or None for never")
 
 
 def _check_count(thresholds: int, samples: int) -> None:

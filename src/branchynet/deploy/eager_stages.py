@@ -38,7 +38,7 @@ class EagerStages:
         self._later = tuple({t.name for s in cut.stages[i + 1 :] for t in s.takes} for i in range(len(cut.stages)))
 
     def __call__(self, inputs: Sequence[NDArray[Any] | Tensor], limits: Limits) -> Prediction:
-        """Predict a batch of at least one row, given a threshold, or one per row, for each exit but the last."""
+        """Predict a batch of at least one row, given a threshold, or one per row, for each exit except the last."""
         thresholds = [torch.from_numpy(t.copy()).to(self._device) if isinstance(t, np.ndarray) else t for t in limits]
         with torch.inference_mode():
             given = [as_tensor(x).to(self._device, dtype) for x, dtype in zip(inputs, self._dtypes, strict=True)]

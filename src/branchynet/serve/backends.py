@@ -66,9 +66,9 @@ class Backend(Protocol):
     Attributes:
         inputs: the inputs of a request.
         outputs: the outputs of an answer.
-        shapes: of inputs and outputs by name, with the batch, which is None unless it is fixed.
+        shapes: the shapes of inputs and outputs by name, with the batch, which is None unless it is fixed.
         exits: the number of the exit of each stage.
-        platform: for the metadata of the protocol.
+        platform: the platform in the metadata of the protocol.
         engine: None for a file of another tool.
         whole: whether each request is a batch of its own, which is never split or shared.
     """

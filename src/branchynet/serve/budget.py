@@ -88,7 +88,7 @@ def moving_thresholds(
     if engine is None or engine.policy is None:
         raise InputError("budget_us needs a model with thresholds")
     if name not in presets:
-        raise InputError(f"budget_limit={name!r} is no policy of the model{nearest(name, presets)}")
+        raise InputError(f"budget_limit={name!r} is not a policy of the model{nearest(name, presets)}")
     choice = presets[name].choice
     if choice is None or choice.promise is None:
         raise InputError(f"budget_limit={name!r} has no promise; choose it with a limit on accuracy and a confidence")

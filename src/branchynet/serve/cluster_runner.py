@@ -34,7 +34,7 @@ class ClusterRunner:
     one. Stages keep no state, so a sample may run twice, and its request is still answered once.
 
     Args:
-        stages: of the model.
+        stages: the stages of the model.
         bound: the most unanswered samples.
         observer: receives each answer; None for nobody.
         drain_s: the most seconds that `stop` waits for answers.

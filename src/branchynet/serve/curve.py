@@ -106,7 +106,7 @@ def _first(folder: Path | None, names: tuple[str, ...]) -> Path | None:
 def _check(name: str, value: ExitRecord | ExitCost, engine: Engine) -> None:
     check_same_network(f"{name} and the model", value.network, engine.metadata.get("network"))
     if value.num_exits != engine.num_exits:
-        raise FileError(f"{name} has {value.num_exits} exits, but the model {engine.num_exits}; make it again")
+        raise FileError(f"{name} has {value.num_exits} exits, but the model has {engine.num_exits}; make it again")
 
 
 def _at_exits(record: ExitRecord, used: list[int], policy: Policy) -> ExitRecord:

@@ -35,7 +35,7 @@ def parsed(kind: type[Message], data: bytes) -> Any:
     try:
         return kind.FromString(data)  # type: ignore[attr-defined]
     except DecodeError:
-        raise InputError(f"the message is no {kind.DESCRIPTOR.full_name}; send one") from None
+        raise InputError(f"the message is not a valid {kind.DESCRIPTOR.full_name}; send one") from None
 
 
 def read_infer(message: Any) -> InferRequest:
@@ -45,8 +45,8 @@ def read_infer(message: Any) -> InferRequest:
         raise InputError("the request has no inputs; give a list of tensors as 'inputs'")
     if raw and len(raw) != len(message.inputs):
         raise InputError(
-            f"raw_input_contents has {len(raw)} tensors, but the request {len(message.inputs)} inputs; give all inputs "
-            "there, in the same order, or none"
+            f"raw_input_contents has {len(raw)} tensors, but the request has {len(message.inputs)} inputs; give all "
+            "inputs there, in the same order, or none"
         )
     inputs: dict[str, NDArray[Any]] = {}
     for n, tensor in enumerate(message.inputs):

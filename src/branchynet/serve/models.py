@@ -77,7 +77,7 @@ class Loaded:
         backend: what runs.
         runner: what answers.
         presets: its named policies.
-        watch: for drift; None without a record.
+        watch: the watch for drift; None without a record.
         moving: the thresholds of requests that give none; None for those of the file.
         labels: class names, or empty.
         settings: the settings of the server.
@@ -252,6 +252,6 @@ def _sample_us(folder: Path | None, backend: Backend) -> list[float] | None:
     path = folder / "cost.json"
     cost = ExitCost.load(path)
     if cost.num_exits != engine.num_exits:
-        raise FileError(f"{path} has {cost.num_exits} exits, but the model {engine.num_exits}: measure it again")
+        raise FileError(f"{path} has {cost.num_exits} exits, but the model has {engine.num_exits}: measure it again")
     at = cost.latency_us(engine.policy.enabled)[[n - 1 for n in backend.exits]]
     return np.diff(at, prepend=0.0).tolist()

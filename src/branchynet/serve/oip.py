@@ -132,7 +132,7 @@ def read_options(parameters: Mapping[str, Any]) -> Options:
     check_known(parameters, _PARAMETERS, "the parameters object of the request")
     policy, given = parameters.get("policy"), parameters.get("thresholds")
     if policy is not None and not isinstance(policy, str):
-        raise InputError(f"policy must be the name of one; got {shown(policy)}")
+        raise InputError(f"policy must be the name of a policy; got {shown(policy)}")
     if policy is not None and given is not None:
         raise InputError("give policy or thresholds, not both")
     timeout = None
@@ -227,7 +227,7 @@ def _thresholds(given: Any) -> tuple[float | None, ...]:
         values = [given]
     if not isinstance(values, list) or not {*map(type, values)} <= {int, float, type(None)}:
         raise InputError(
-            f"thresholds must be a list with a number or null for each exit but the last, or text such as "
+            f"thresholds must be a list with a number or null for each exit except the last, or text such as "
             f"'0.25,never'; got {shown(given)}"
         )
     return tuple(values)

@@ -51,7 +51,7 @@ class Page:
 
     Args:
         model: finds the model that a request names.
-        metrics: of the server.
+        metrics: the metrics of the server.
     """
 
     def __init__(self, model: Callable[[Request], Loaded], metrics: Metrics) -> None:

@@ -95,7 +95,9 @@ def _preset(entry: Any, engine: Engine | None) -> Preset:
     if engine is None or own is None:
         raise InputError("the file of the model has no thresholds")
     if policy.to_json()["score"] != own.to_json()["score"]:
-        raise InputError(f"its score is {policy.to_json()['score']!r}, that of the model {own.to_json()['score']!r}")
+        raise InputError(
+            f"its score is {policy.to_json()['score']!r}, but the score of the model is {own.to_json()['score']!r}"
+        )
     if choice is not None:
         check_same_network("the policy and the model", choice.network, engine.metadata.get("network"))
     check_thresholds(policy.thresholds, own, where="the model", remedy="export the model again")

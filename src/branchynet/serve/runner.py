@@ -33,7 +33,7 @@ class Step(NamedTuple):
     Attributes:
         exit: the exit of its stage.
         us: microseconds that the batch took.
-        score: of the sample at this exit, if the request has only one; else None.
+        score: the score at this exit, if the request has only one sample; otherwise None.
     """
 
     exit: int
@@ -48,7 +48,7 @@ class Answer:
     Attributes:
         outputs: by name, in the order of the samples.
         unfinished: how many samples have the answer of an earlier exit, because the deadline passed.
-        steps: of the batches that its samples ran in.
+        steps: the batches that its samples ran in.
         waited_us: microseconds in queues and batches, from its arrival to the answer.
     """
 
@@ -85,7 +85,7 @@ class Runner:
 
     Args:
         backend: what to run.
-        limits: of the batches of each stage.
+        limits: the bounds of the batches of each stage.
         max_wait: as in `Scheduler`.
         bound: as in `Scheduler`.
         most_wait: as in `Scheduler`.

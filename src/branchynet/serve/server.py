@@ -183,7 +183,7 @@ def _check_pair(settings: ServeSettings) -> None:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*pair, password=lambda: b"")  # which asks nobody
     except (ssl.SSLError, ValueError) as error:
         raise FileError(
-            f"{pair[0]} and {pair[1]} are no certificate and its private key, in PEM and without a password ({error})"
+            f"{pair[0]} and {pair[1]} are not a certificate and its private key, in PEM without a password ({error})"
         ) from error
 
 

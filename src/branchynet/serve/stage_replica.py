@@ -22,10 +22,10 @@ class Ran(NamedTuple):
     """What a stage gives for a request.
 
     Attributes:
-        outputs: of its samples, by name.
+        outputs: the outputs of its samples, by name.
         leaves: which of them leave.
         carried: what the next stage reads for the others.
-        steps: of the batches that they ran in.
+        steps: the batches that they ran in.
     """
 
     outputs: dict[str, NDArray[Any]]

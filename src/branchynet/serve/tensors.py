@@ -40,7 +40,7 @@ def from_bytes(name: str, datatype: Any, shape: Any, data: bytes | memoryview) -
             f"input {name!r} has {len(data)} bytes, but {datatype} {list(sizes)} needs {count * dtype.itemsize}"
         )
     if dtype == np.bool_ and count and np.frombuffer(data, np.uint8).max() > 1:
-        raise InputError(f"input {name!r} has bytes other than 0 and 1, which is no BOOL")
+        raise InputError(f"input {name!r} has bytes other than 0 and 1, which are not BOOL")
     return check_numbers(name, np.frombuffer(data, dtype).reshape(sizes))
 
 
@@ -67,7 +67,7 @@ def from_json(entry: Mapping[str, Any], name: str) -> NDArray[Any]:
     allowed = {"b": "b", "f": "fiu"}.get(dtype.kind, "iu")
     if data and found.dtype.kind not in allowed:
         held = {"O": "null, text or objects", "U": "text", "b": "booleans", "f": "fractions"}.get(found.dtype.kind)
-        raise InputError(f"the data of input {name!r} hold {held or found.dtype}, which is no {entry['datatype']}")
+        raise InputError(f"the data of input {name!r} hold {held or found.dtype}, not {entry['datatype']}")
     if found.size != math.prod(sizes) or (found.ndim > 1 and found.shape != sizes):
         got = list(found.shape) if found.ndim > 1 else f"{found.size} numbers"
         raise InputError(f"input {name!r} has the shape {list(sizes)}, but its data are {got}")
