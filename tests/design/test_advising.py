@@ -54,7 +54,7 @@ def run(tmp_path_factory):
     return tmp_path_factory.mktemp("advice")
 
 
-@pytest.fixture(scope="module", params=[0, 2], ids=["one round", "two rounds"])
+@pytest.fixture(scope="module", params=[0, pytest.param(2, marks=pytest.mark.heavy)], ids=["one round", "two rounds"])
 def advice(request, trained, digits, run):
     before = [p.clone() for p in trained.parameters()]
     found = advised(trained, digits, max_drop=0.01, run=run, final_epochs=request.param)

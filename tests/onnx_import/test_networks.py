@@ -53,7 +53,7 @@ def test_older_operator_sets_equal_onnx_runtime(opset, tmp_path):
 
 @pytest.mark.parametrize(
     "family",
-    [chain, tokens, *(pytest.param(other, marks=pytest.mark.heavy) for other in (residual, two_inputs))],
+    [chain, *(pytest.param(other, marks=pytest.mark.heavy) for other in FAMILIES[1:])],
     ids=lambda f: f.__name__,
 )
 def test_engines_of_a_file_with_exits_agree_with_the_naive_loop(family, tmp_path):

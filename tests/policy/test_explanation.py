@@ -91,6 +91,7 @@ def test_too_few_samples_for_a_promise_are_a_reason():
 
 @settings(max_examples=200)
 @given(st.integers(2, 5), st.sampled_from([{"max_drop": 0.0}, {"max_drop": 0.2}, {"min_accuracy": 0.5}]), st.data())
+@pytest.mark.heavy
 def test_without_a_promise_no_exit_that_would_pay_is_said_not_to(exits, limit, data):
     """Also with three and four thresholds, for which the search need not be exhaustive."""
     record, cost = data.draw(scored(exits)), a_cost(data.draw, exits)

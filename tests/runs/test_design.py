@@ -115,6 +115,7 @@ def test_design_prints_that_the_plain_network_is_a_warm_start(base, designed, mo
     assert "the warm start, trained for 6 epochs" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.heavy
 def test_each_runtime_has_its_own_design_folder(base, designed, monkeypatch, capsys):
     """The design is timed in its runtime; whether it has exits depends on the machine."""
     advice, _ = designed

@@ -100,6 +100,7 @@ def test_ten_thousand_connections_are_served(folder):
         assert process.wait(30) == 0 and process.stderr.read() == ""
     finally:
         process.kill()
+        process.wait()
         process.stderr.close()
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -118,4 +119,5 @@ def test_without_files_for_more_connections_the_open_ones_are_served(folder):
         assert process.wait(30) == 0
     finally:
         process.kill()
+        process.wait()
         process.stderr.close()
