@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from branchynet import Policy, load
-from branchynet.deploy import on_device, placement
+from branchynet.deploy import cpu_fallback, on_device
+from branchynet.deploy.cpu_fallback import check_fallback
 from branchynet.deploy.on_device import OnDevice, picker_of
-from branchynet.deploy.placement import check_placement
 from branchynet.deploy.staged_writing import save_stages
 from branchynet.errors import FileError, InputError, MissingExtraError, RunError
 from helpers.loop import QUANTILES, agree, agree_everywhere, every_exit, safe_thresholds, same
@@ -197,21 +197,21 @@ def faked(**session):
 
 def test_a_provider_that_falls_back_is_named():
     with pytest.raises(InputError, match=r"cannot use 'CUDAExecutionProvider'.*only \['CPU.*driver that is too old"):
-        check_placement(faked(providers=["CPUExecutionProvider"]), "CUDAExecutionProvider", "m.onnx")
+        check_fallback(faked(providers=["CPUExecutionProvider"]), "CUDAExecutionProvider", "m.onnx")
     with pytest.warns(UserWarning, match=r"m\.onnx runs 2 of its 4 nodes on the CPU .*\(Conv, FusedMatMul\)"):
         fake = faked(on_cpu=["Shape", "FusedMatMul", "Conv"])
-        check_placement(fake, "CUDAExecutionProvider", "m.onnx")
-    check_placement(faked(on_cpu=["Shape", "Gather"]), "CUDAExecutionProvider", "m.onnx")  # no warning
+        check_fallback(fake, "CUDAExecutionProvider", "m.onnx")
+    check_fallback(faked(on_cpu=["Shape", "Gather"]), "CUDAExecutionProvider", "m.onnx")  # no warning
 
 
 def test_the_runtime_tells_where_nodes_run(case, monkeypatch):
     """Without a fake: a real session reports its operators."""
-    monkeypatch.setattr(placement, "_CPU", "AnotherExecutionProvider")
+    monkeypatch.setattr(cpu_fallback, "_CPU", "AnotherExecutionProvider")
     engine, *_ = case(chain, "nested")
     assert engine.num_exits > 1
     seen = []
-    real = placement.check_placement
-    monkeypatch.setattr("branchynet.deploy.loading.check_placement", lambda s, *rest: seen.append(s) or real(s, *rest))
+    real = cpu_fallback.check_fallback
+    monkeypatch.setattr("branchynet.deploy.loading.check_fallback", lambda s, *rest: seen.append(s) or real(s, *rest))
     case(chain, "staged")
     operators = {n.op_type for s in seen for part in s.get_provider_graph_assignment_info() for n in part.get_nodes()}
     assert len(seen) > 1 and any("Conv" in name or "Gemm" in name for name in operators)

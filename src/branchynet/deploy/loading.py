@@ -15,10 +15,10 @@ from ..errors import FileError, InputError
 from ..extras import needed_by
 from ..files import check_path, check_utf8, regular
 from .checksum import check_seal, check_weights
+from .cpu_fallback import check_fallback, missing_provider, record_fallback
 from .engine import Engine, Feeds, Graph, read_metadata
 from .input_checks import Input, run_error
 from .on_device import DeviceGraph, DeviceInput, Provider, RowPicker, picker_of
-from .placement import check_placement, missing_provider, record_placement
 from .staged_engine import StagedEngine
 from .staged_files import MANIFEST, read_manifest
 
@@ -237,7 +237,7 @@ def _open(
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.load_model_format", "ONNX")  # for any file name
     options.log_severity_level = 3  # the runtime warns of each input with a default, such as a threshold
-    record_placement(options, providers[0][0])
+    record_fallback(options, providers[0][0])
     if threads is not None:
         options.intra_op_num_threads = int(threads)
     try:
@@ -261,7 +261,7 @@ def _open(
             ) from error
         version = onnxruntime.__version__
         raise FileError(f"ONNX Runtime {version} cannot run {path} ({_brief(error)}); export it again") from error
-    check_placement(session, providers[0][0], path)
+    check_fallback(session, providers[0][0], path)
     names = [output.name for output in session.get_outputs()]
     run: Any = getattr(session, "_sess", session).run  # skips checks that the engine has made
     required, metadata = session.get_inputs(), read_metadata(properties, path)

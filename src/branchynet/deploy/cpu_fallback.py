@@ -22,13 +22,13 @@ def missing_provider(name: str, available: Sequence[str]) -> InputError:
     return InputError(f"ONNX Runtime here has no {name!r}; it has {list(available)}{remedy}")
 
 
-def record_placement(options: Any, provider: str) -> None:
+def record_fallback(options: Any, provider: str) -> None:
     """Let a session with these options remember where its nodes run."""
     if provider != _CPU:
         options.add_session_config_entry(_RECORD, "1")
 
 
-def check_placement(session: Any, provider: str, path: str | os.PathLike[str]) -> None:
+def check_fallback(session: Any, provider: str, path: str | os.PathLike[str]) -> None:
     """Raise `InputError` if a session does not use a provider; warn if it runs expensive nodes on the CPU instead."""
     if provider not in session.get_providers():  # it continues without, with a line in its log
         raise InputError(
