@@ -61,16 +61,7 @@ class ClusterRunner:
     async def answer(self, call: Call, timeout: float = math.inf) -> Answer:
         """Answer a request; if the task is cancelled, its stage is notified.
 
-        Args:
-            call: what the backend returned.
-            timeout: seconds until its deadline. Then samples get the answer of the last exit that they reached.
-
-        Raises:
-            QueueFull: there is no room.
-            InputError: the request can never fit, or the runtime refuses it.
-            DeadlineError: the deadline passed, and a sample has reached no exit.
-            StoppedError: the runner stops.
-            RunError: the runtime failed.
+        Arguments and errors are those of `Runner.answer`; if the runtime refuses the request, it raises `InputError`.
         """
         if self._stopping:
             raise StoppedError("the model is being unloaded or the server stops; send the request again later")
